@@ -1,0 +1,123 @@
+"""What passes between stages: a folder each, what lies in it and what it promises. No torch.
+
+    load    -> FloatModel     float.json, config.json, tokenizer files
+    train   -> TrainedModel   trained.json, trained.safetensors
+    fold    -> FoldedModel    folded.json, folded.safetensors
+    export  -> OnnxModel      model.onnx (+ model.onnx.data), lint.json, certificate.json, sizes.json, probe/
+    build   -> Engine         build.json, model.plan unless deferred
+    verify  -> ParityReport   parity.json, samples.json.gz
+    gate    -> Verdict        verdict.json
+
+A stage writes into an empty folder and returns nothing but that folder's artifact; `workspace.py` decides
+where the folder is and when it counts as finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcompress.errors import ContractError
+
+
+def sha256_file(path: Path) -> str:
+    """Digest of a file's content, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write sorted, indented JSON in one step: a reader never sees half of it."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=True) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file that a stage has promised to write."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ContractError(f"{path} is missing from a finished stage") from None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder that a stage has filled. `digest` is the digest of all its files' contents."""
+
+    path: Path
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class FloatModel(Artifact):
+    """The checkpoint as it came; nothing here is ever trained.
+
+    float.json: {"family", "files": {name: sha256}, "parameters": count}. `source` is where the weights lie on
+    this machine; it is not part of the artifact's content, so that moving a model changes no result.
+    """
+
+    source: Path = Path()
+
+
+@dataclass(frozen=True)
+class TrainedModel(Artifact):
+    """A model whose tensors still pass through quantizers.
+
+    trained.json: {"plan": [layer plans], "rescalings": [{"norm", "readers"}], "changed": [names of
+    tensors that differ from the float model], "phases": [{"name", "steps", "loss"}]}.
+    trained.safetensors: quantizer state, rescalings, and the tensors named in `changed`.
+    """
+
+
+@dataclass(frozen=True)
+class FoldedModel(Artifact):
+    """Integers, scales in the compute type, and the float rest; no trace of how it was trained.
+
+    folded.json: {"compute", "layers": [layer plans], "codes": bits per layer, "flips"}.
+    folded.safetensors: `<layer>.weight.codes` int8, `<layer>.weight.scale`, `<layer>.input.scale`, and every
+    float tensor under its own name.
+    """
+
+
+@dataclass(frozen=True)
+class OnnxModel(Artifact):
+    """An ONNX graph with explicit Q/DQ and native integer initializers, linted and certified."""
+
+    @property
+    def file(self) -> Path:
+        """The graph; its external data, if any, lies beside it."""
+        return self.path / "model.onnx"
+
+
+@dataclass(frozen=True)
+class Engine(Artifact):
+    """A plan, or the reason why it was deferred and the command that builds it on the device.
+
+    build.json: {"status": "built" | "deferred" | "none", "reason", "command", "target", "backend",
+    "versions", "plan": {"sha256", "bytes"}, "onnx": {"sha256", "bytes"}, "predicted_bytes", "limit_bytes",
+    "profiles", "inputs", "outputs", "messages"}.
+    """
+
+    @property
+    def plan(self) -> Path | None:
+        """The serialized engine, None when it was deferred."""
+        plan = self.path / "model.plan"
+        return plan if plan.is_file() else None
+
+
+@dataclass(frozen=True)
+class ParityReport(Artifact):
+    """parity.json: one row per stage. samples.json.gz: per-sample results with ids."""
+
+
+@dataclass(frozen=True)
+class Verdict(Artifact):
+    """verdict.json: {"verdict", "goals", "reasons"}."""

@@ -1,0 +1,131 @@
+"""Number formats of weights, activations and embeddings, as plain values. No torch.
+
+A weight is stored per channel (one scale for each output channel) or per block (one scale for `block`
+consecutive input channels of one output channel). Activations that TensorRT accepts are int8, symmetric, one
+scale per tensor; the other granularities can be written down so that a target can refuse them by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+class Options(BaseModel):
+    """Base of every section of a recipe: frozen, strict, unknown keys refused, docstrings become help."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class WeightFormat(Options):
+    """How one weight is stored."""
+
+    bits: Literal[8, 4] = 8
+    """Bits of one code."""
+    block: Literal[32, 64, 128] | None = None
+    """Input channels that share a scale; none: one scale per output channel."""
+    container: Literal["int8", "int4"] | None = None
+    """Integer type in the ONNX file; none: int8 for 8 bits; for 4 bits int4. TensorRT computes int4 as
+    weight-only, so with int8 activations `int8` is what gives an int8 GEMM."""
+
+    @model_validator(mode="after")
+    def _container_holds_the_codes(self) -> WeightFormat:
+        if self.bits == 8 and self.container == "int4":
+            raise ValueError("8-bit codes do not fit into an int4 container")
+        if self.bits == 4 and self.block and self.container == "int8":
+            raise ValueError("an int8 GEMM has no blocks: drop `block` for one scale per output channel")
+        return self
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that one code takes in the file."""
+        return {"int8": 8, "int4": 4}[self.container] if self.container else self.bits
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest code.
+
+        >>> WeightFormat(bits=4).bounds
+        (-8, 7)
+        """
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    def __str__(self) -> str:
+        block = f"-g{self.block}" if self.block else ""
+        return f"int{self.bits}{block}" + (f" in {self.container}" if self.stored_bits != self.bits else "")
+
+
+class ActivationFormat(Options):
+    """How the input of a layer is rounded."""
+
+    bits: Literal[8, 4] = 8
+    """Bits of one code."""
+    granularity: Literal["tensor", "channel"] = "tensor"
+    """One scale for the whole tensor, or one per channel (which TensorRT refuses)."""
+    symmetric: bool = True
+    """Zero point 0. An asymmetric format has a nonzero zero point, which TensorRT refuses."""
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest code: QuantizeLinear saturates at [-128, 127].
+
+        >>> ActivationFormat().bounds
+        (-128, 127)
+        """
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    def __str__(self) -> str:
+        return (f"int{self.bits}" + (" per channel" if self.granularity == "channel" else "")
+                + ("" if self.symmetric else " asymmetric"))  # fmt: skip
+
+
+WEIGHT_WORDS: dict[str, WeightFormat | None] = {
+    "float": None,
+    "int8": WeightFormat(bits=8),
+    "int4": WeightFormat(bits=4, block=128),
+}
+"""Short forms of `format.weights` and `format.embeddings`."""
+
+ACTIVATION_WORDS: dict[str, ActivationFormat | None] = {
+    "float": None,
+    "int8": ActivationFormat(bits=8),
+    "int4": ActivationFormat(bits=4),
+}
+"""Short forms of `format.activations`."""
+
+FORMAT_PRESETS: dict[str, dict[str, Any]] = {
+    "float": {"weights": "float", "activations": "float", "embeddings": "float"},
+    "w8a8": {"weights": "int8", "activations": "int8", "embeddings": "int8"},
+    "w8a16": {"weights": "int8", "activations": "float", "embeddings": "int8"},
+    "w4a16-g32": {"weights": {"bits": 4, "block": 32}, "activations": "float", "embeddings": "int8"},
+    "w4a16-g64": {"weights": {"bits": 4, "block": 64}, "activations": "float", "embeddings": "int8"},
+    "w4a16-g128": {"weights": {"bits": 4, "block": 128}, "activations": "float", "embeddings": "int8"},
+    "w4a8": {"weights": {"bits": 4, "container": "int8"}, "activations": "int8", "embeddings": "int8"},
+}
+"""`format: w8a8` is this table's row; the keys beside `preset:` override it."""
+
+
+def as_mapping(key: str, value: object) -> object:
+    """The mapping that a short form of `format.<key>` stands for; anything else as it is.
+
+    >>> as_mapping("weights", "int4")
+    {'bits': 4, 'block': 128, 'container': None}
+    """
+    words: dict[str, Any] = ACTIVATION_WORDS if key == "activations" else WEIGHT_WORDS
+    form = words.get(value) if isinstance(value, str) else None
+    return value if form is None else form.model_dump()
+
+
+def over_preset(key: str, preset: object, written: object) -> object:
+    """What a recipe writes at `format.<key>`, over a preset's value: without `bits` it changes that value.
+
+    >>> over_preset("weights", {"bits": 4, "block": 128}, {"block": 64})
+    {'bits': 4, 'block': 64}
+    """
+    below = as_mapping(key, preset)
+    if isinstance(written, dict) and isinstance(below, dict) and "bits" not in written:
+        return {**below, **written}
+    return written

@@ -1,0 +1,94 @@
+"""What each layer becomes: the recipe's formats laid over an architecture's layers. No torch."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import asdict, dataclass
+
+from qcompress.axes import Lsq, MinMax
+from qcompress.formats import ActivationFormat, WeightFormat
+from qcompress.models.architecture import Architecture, Layer
+from qcompress.schema import Recipe
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer with its formats and quantizers; None means float."""
+
+    layer: Layer
+    weights: WeightFormat | None
+    activations: ActivationFormat | None
+    weight_quantizer: MinMax | Lsq = MinMax()
+    activation_quantizer: MinMax | Lsq = MinMax()
+
+    @property
+    def name(self) -> str:
+        """The layer's name in the model."""
+        return self.layer.name
+
+    @property
+    def block(self) -> int | None:
+        """Input channels that share a weight scale, None for one scale per output channel."""
+        return self.weights.block if self.weights else None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob matches a layer's whole name.
+
+    >>> matches("transformer.h.1.*", "transformer.h.10.attn.c_attn")
+    False
+    """
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def plan_layers(recipe: Recipe, architecture: Architecture) -> tuple[LayerPlan, ...]:
+    """One plan for each layer, in the architecture's order; patterns in the recipe's order, last match wins.
+
+    The input of a layer is quantized only if its weights are: an int8 input of a float matmul saves nothing.
+    """
+    return tuple(_plan_layer(recipe, layer) for layer in architecture.layers)
+
+
+def _plan_layer(recipe: Recipe, layer: Layer) -> LayerPlan:
+    form = recipe.format
+    weights = form.weights if layer.kind == "linear" else form.embeddings
+    activations = form.activations
+    for pattern, exception in form.layers.items():
+        if matches(pattern, layer.name):
+            weights = weights if exception.weights == "inherit" else exception.weights
+            activations = activations if exception.activations == "inherit" else exception.activations
+    if layer.kind == "embedding" or weights is None:
+        activations = None
+    linear = layer.kind == "linear"
+    quantizers = recipe.quantizer
+    return LayerPlan(
+        layer=layer,
+        weights=weights,
+        activations=activations,
+        weight_quantizer=quantizers.weights if linear else quantizers.embeddings,
+        activation_quantizer=quantizers.activations,
+    )
+
+
+def plans_to_json(plan: tuple[LayerPlan, ...]) -> list[dict[str, object]]:
+    """Plain values, as they stand in trained.json and folded.json."""
+    return [
+        {
+            "layer": asdict(item.layer),
+            "weights": item.weights.model_dump() if item.weights else None,
+            "activations": item.activations.model_dump() if item.activations else None,
+        }
+        for item in plan
+    ]
+
+
+def plans_from_json(values: list[dict[str, object]]) -> tuple[LayerPlan, ...]:
+    """Inverse of `plans_to_json`; which quantizer trained a layer is not recorded."""
+    return tuple(
+        LayerPlan(
+            layer=Layer(**value["layer"]),
+            weights=WeightFormat(**value["weights"]) if value["weights"] else None,
+            activations=ActivationFormat(**value["activations"]) if value["activations"] else None,
+        )
+        for value in values
+    )

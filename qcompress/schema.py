@@ -1,0 +1,392 @@
+"""What a recipe may say: every section, axis value and option as a typed value. No torch.
+
+A docstring under a field is its help text (`qcompress list`, JSON Schema). Reading YAML, line numbers and the
+checks that need a model live in `recipe.py`; number formats live in `formats.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_serializer, model_validator
+
+from qcompress.axes import (
+    METHODS,
+    Adapter,
+    Calibrate,
+    NoAdapter,
+    Objective,
+    PlainStepper,
+    Quantizers,
+    Role,
+    Schedule,
+    Stepper,
+    TaskObjective,
+    beside_preset,
+    named,
+    quantizers,
+)
+from qcompress.formats import (
+    ACTIVATION_WORDS,
+    FORMAT_PRESETS,
+    WEIGHT_WORDS,
+    ActivationFormat,
+    Options,
+    WeightFormat,
+    over_preset,
+)
+
+Stage = Literal["load", "train", "fold", "export", "build", "verify", "gate"]
+STAGES: tuple[str, ...] = ("load", "train", "fold", "export", "build", "verify", "gate")
+
+Row = Literal["float", "trained", "folded", "onnx", "engine"]
+ROWS: tuple[str, ...] = ("float", "trained", "folded", "onnx", "engine")
+
+METRICS: dict[str, Literal["lower", "higher"]] = {"perplexity": "lower", "token_accuracy": "higher"}
+"""Every metric a task reports, and which way is better."""
+
+
+def _word(words: dict[str, Any], default: str) -> BeforeValidator:
+    """Turn a short form (`int8`) into its value; anything else is left for the field itself to judge."""
+
+    def expand(value: object) -> object:
+        if isinstance(value, str):
+            if value not in words:
+                raise ValueError(f"unknown format; known: {', '.join(words)}, or a mapping such as {default}")
+            return words[value]
+        return value
+
+    return BeforeValidator(expand)
+
+
+def _spelled(value: Options | str | None) -> object:
+    """A format as a recipe writes it: `float` where there is none."""
+    return "float" if value is None else value.model_dump() if isinstance(value, Options) else value
+
+
+Weights = Annotated[WeightFormat | None, _word(WEIGHT_WORDS, "{bits: 4, block: 64}")]
+Activations = Annotated[ActivationFormat | None, _word(ACTIVATION_WORDS, "{bits: 8}")]
+
+
+# Sections -----------------------------------------------------------------------------------------
+
+
+class Model(Options):
+    """Where the float model comes from."""
+
+    family: Literal["gpt2"]
+    """Architecture; `qcompress list models`."""
+    source: str | None = None
+    """A directory (relative to the recipe) in transformers' layout with safetensors weights, or a hub id."""
+    revision: str | None = None
+    """Commit of a hub id."""
+    run: str | None = None
+    """Directory of an earlier run of `method: float`, instead of `source`."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.source is None) == (self.run is None):
+            raise ValueError("give exactly one of `source` and `run`")
+        if self.run is not None and self.revision is not None:
+            raise ValueError("`revision` belongs to a hub id, and `run` is a directory")
+        return self
+
+
+class CausalLm(Options):
+    """Next-token prediction. Metrics: perplexity, token_accuracy."""
+
+    name: Literal["causal-lm"] = "causal-lm"
+    context: int = Field(default=1024, ge=2)
+    """Tokens of one sequence."""
+    stride: int | None = Field(default=None, ge=1)
+    """Evaluation windows start this many tokens apart and only count what no earlier window counted; none:
+    the context, so that windows do not overlap."""
+
+    @model_validator(mode="after")
+    def _stride_covers_the_text(self) -> CausalLm:
+        if self.stride is not None and self.stride > self.context:
+            raise ValueError(
+                f"stride {self.stride} is longer than context {self.context}: it would skip tokens"
+            )
+        return self
+
+
+Task = Annotated[CausalLm, BeforeValidator(named)]
+
+
+class TextData(Options):
+    """Text from files or from a `datasets` name."""
+
+    text: list[str] | None = None
+    """UTF-8 files, relative to the recipe, joined in this order."""
+    dataset: str | None = None
+    """A dataset's name on the hub, or a local directory that `datasets` can load."""
+    config: str | None = None
+    """Configuration of the dataset."""
+    split: str = "train"
+    """Split of the dataset."""
+    revision: str | None = None
+    """Commit of a hub dataset."""
+    column: str = "text"
+    """The dataset's column that holds the text."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most this many sequences of `task.context` tokens."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TextData:
+        if (self.text is None) == (self.dataset is None):
+            raise ValueError("give exactly one of `text` and `dataset`")
+        if self.text is not None and not self.text:
+            raise ValueError("`text` names no file")
+        return self
+
+
+class Data(Options):
+    """What is read, and for what."""
+
+    train: TextData | None = None
+    """For phases that train with the task's loss."""
+    calibration: TextData | None = None
+    """For ranges and for block-wise calibration."""
+    evaluate: dict[str, TextData] = Field(min_length=1)
+    """Named evaluation sets; the first is the one a ladder shows first."""
+
+
+class LayerFormat(Options):
+    """An exception for the layers that a pattern matches; what is left out stays as it was."""
+
+    weights: Weights | Literal["inherit"] = "inherit"
+    activations: Activations | Literal["inherit"] = "inherit"
+
+    @field_serializer("weights", "activations")
+    def _spell_float(self, value: Options | Literal["inherit"] | None) -> object:
+        return _spelled(value)
+
+
+def _layer_format(value: object) -> object:
+    """`float`, `int8` ... for a layer means its weights; `float` and presets set its activations as well."""
+    if isinstance(value, str):
+        if value in FORMAT_PRESETS:
+            return {key: FORMAT_PRESETS[value][key] for key in ("weights", "activations")}
+        return {"weights": value}
+    return value
+
+
+class Format(Options):
+    """Bits of everything."""
+
+    preset: str | None = None
+    """A row of the presets (`w8a8`, `w4a16-g64`...), overridden by the keys beside it."""
+    weights: Weights = None
+    """Linear layers: int8, int4, float, or {bits, block, container}."""
+    activations: Activations = None
+    """Inputs of quantized linear layers: int8, float."""
+    embeddings: Weights = None
+    """Embedding tables, and an output head tied to one."""
+    compute: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Type of everything that is not an integer, and of the scales."""
+    layers: dict[str, Annotated[LayerFormat, BeforeValidator(_layer_format)]] = {}
+    """Exceptions by layer name: globs, the last match wins, a glob that matches nothing is a mistake."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, value: object) -> object:
+        value = {"preset": value} if isinstance(value, str) else value
+        if not isinstance(value, dict) or not isinstance(value.get("preset"), str):
+            return value
+        if value["preset"] not in FORMAT_PRESETS:
+            raise ValueError(f"unknown preset {value['preset']!r}; known: {', '.join(FORMAT_PRESETS)}")
+        preset = FORMAT_PRESETS[value["preset"]]
+        return {
+            **value,
+            **{key: over_preset(key, preset[key], value.get(key, preset[key])) for key in preset},
+        }
+
+    @field_serializer("weights", "activations", "embeddings")
+    def _spell_float(self, value: Options | None) -> object:
+        return _spelled(value)
+
+    @property
+    def is_float(self) -> bool:
+        """Nothing is quantized anywhere."""
+        return not (self.weights or self.activations or self.embeddings or self.layers)
+
+
+class PhaseOptions(Options):
+    """One phase of the schedule."""
+
+    steps: int = Field(ge=0)
+    """Updates; for a block-wise phase, updates of each block."""
+    lr: dict[Role, Annotated[float, Field(gt=0)]] = {}
+    """Learning rates that differ from `train.lr` in this phase."""
+
+
+class Train(Options):
+    """How long and how fast."""
+
+    batch_size: int = Field(default=8, ge=1)
+    """Sequences of one update, over all processes."""
+    lr: dict[Role, Annotated[float, Field(gt=0)]] = {}
+    """Learning rate of each role; what is left out takes the default of `LEARNING_RATES`."""
+    phases: dict[str, PhaseOptions] = {}
+    """Steps of the schedule's phases; `qcompress check` shows their names."""
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of a phase's steps with a rising learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decay of the role `weight`; scales and adapters never decay."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of accelerate."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where training and the torch rows of the ladder run."""
+    checkpoint_every_s: int = Field(default=60, ge=1)
+    """Seconds between two checkpoints; a killed run goes on from the newest."""
+
+
+LEARNING_RATES: dict[str, float] = {
+    "weight": 2e-5,
+    "other": 2e-5,
+    "scale": 1e-3,
+    "adapter": 1e-3,
+    "centroid": 1e-3,
+}
+"""Default learning rate of each role; a scale's is relative to where the scale started."""
+
+
+class Export(Options):
+    """The ONNX file."""
+
+    opset: int = Field(default=21, ge=21, le=25)
+    """ONNX opset; int4 needs 21."""
+    cache: bool = False
+    """Write the key-value cache into the graph."""
+    dynamic: list[Literal["batch", "sequence", "past"]] = ["batch", "sequence"]
+    """Axes that stay symbolic."""
+
+
+class Profile(Options):
+    """Shapes of one optimization profile: [min, opt, max] of each dynamic axis."""
+
+    batch: list[int] = Field(default=[1, 1, 8], min_length=3, max_length=3)
+    sequence: list[int] = Field(default=[1, 128, 256], min_length=3, max_length=3)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Profile:
+        for name in ("batch", "sequence"):
+            low, opt, high = getattr(self, name)
+            if not 1 <= low <= opt <= high:
+                raise ValueError(f"{name} must be 1 <= min <= opt <= max, found {[low, opt, high]}")
+        return self
+
+
+class Build(Options):
+    """The engine."""
+
+    target: str = "cpu"
+    """A device; `qcompress list targets`."""
+    here: Literal["auto", "required", "never"] = "auto"
+    """auto: build if this machine can, otherwise defer; required: fail (exit code 6) if it cannot."""
+    profiles: list[Profile] = Field(default=[Profile()], min_length=1)
+    """Optimization profiles."""
+    timeout_s: int = Field(default=3600, ge=1)
+    """The builder is stopped after this long."""
+    memory_mib: int = Field(default=16384, ge=256)
+    """Address space of the builder's process beyond what its libraries map."""
+
+
+class Verify(Options):
+    """What is measured."""
+
+    require: list[Row] = ["float", "trained", "folded", "onnx"]
+    """Rows that must be measured; a missing one makes the verdict anomalous."""
+    samples: int | None = Field(default=None, ge=1)
+    """At most this many samples of each evaluation set; none: all."""
+    batch_size: int = Field(default=8, ge=1)
+    """Samples of one forward pass."""
+    distance_samples: int = Field(default=64, ge=1)
+    """Samples of the first evaluation set whose logits are compared between rows."""
+
+
+class Goal(Options):
+    """One limit on a metric, against its float value unless it is a threshold."""
+
+    threshold: float | None = None
+    """The metric itself: at most this (lower is better) or at least this (higher is better)."""
+    max_degradation: float | None = Field(default=None, alias="max-degradation", ge=0)
+    """Largest absolute loss."""
+    percent_max_degradation: float | None = Field(default=None, alias="percent-max-degradation", ge=0)
+    """Largest loss in percent of the reference."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Goal:
+        if (
+            sum(
+                limit is not None
+                for limit in (self.threshold, self.max_degradation, self.percent_max_degradation)
+            )
+            != 1
+        ):
+            raise ValueError("give exactly one of threshold, max-degradation, percent-max-degradation")
+        return self
+
+
+class ParityGoal(Options):
+    """Limits on the distance of a row to the row before it."""
+
+    max_abs: float | None = Field(default=None, ge=0)
+    """Largest difference of a logit, as a fraction of the logits' range."""
+    mean_abs: float | None = Field(default=None, ge=0)
+    """Mean difference of the logits, as a fraction of the logits' range."""
+    top1_agreement: float | None = Field(default=None, ge=0, le=1)
+    """Least share of positions with the same best token."""
+
+
+class Gate(Options):
+    """What must hold for `accept`."""
+
+    float_floor: dict[str, float] = {}
+    """Worst acceptable value of the float model's own metric: a broken model is no reference."""
+    recovery: dict[str, Goal] = {}
+    """Goals on the last measured row, against float."""
+    parity: dict[Literal["trained", "folded", "onnx", "engine"], ParityGoal] = {}
+    """Limits that replace the defaults (design: folded equals trained; onnx within 2e-4 of the range)."""
+
+
+class Recipe(Options):
+    """One run: a float model, a method, a format, a target, and what must hold."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*$", max_length=100)
+    """A slug; the folder of the run."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of everything random."""
+    model: Model
+    task: Task
+    data: Data
+    format: Format = Format()
+    method: str = "ptq"
+    """A preset of the five axes; `qcompress list methods`."""
+    quantizer: Annotated[Quantizers, BeforeValidator(quantizers)] = Quantizers()
+    adapter: Adapter = NoAdapter()
+    objective: Objective = TaskObjective()
+    stepper: Stepper = PlainStepper()
+    schedule: Schedule = Calibrate()
+    train: Train = Train()
+    export: Export = Export()
+    build: Build = Build()
+    verify: Verify = Verify()
+    gate: Gate = Gate()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_method(cls, value: object) -> object:
+        if not isinstance(value, dict) or not isinstance(value.get("method", "ptq"), str):
+            return value
+        method = value.get("method", "ptq")
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        written = {
+            axis: beside_preset(axis, preset, value.get(axis, preset))
+            for axis, preset in METHODS[method].items()
+        }
+        return {**value, **written}
