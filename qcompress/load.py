@@ -1,0 +1,110 @@
+"""Stage `load`: Recipe -> FloatModel. Finds the checkpoint, refuses what cannot be trusted, records what it
+is.
+
+Reads: a directory in transformers' layout, a hub id, or the folder of an earlier `method: float` run.
+Writes: float.json, config.json, tokenizer files. The weights stay where they are. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from qcompress.artifacts import sha256_file, write_json
+from qcompress.errors import MachineError, ModelError
+from qcompress.models import describe
+from qcompress.models.architecture import weight_files
+from qcompress.schema import Model
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+
+
+def locate(model: Model, base: Path) -> Path:
+    """The directory of the checkpoint on this machine; a hub id is downloaded (or found in the hub's
+    cache).
+    """
+    if model.run is not None:
+        directory = base / model.run
+        if not (directory / "verdict.json").is_file():
+            raise ModelError(
+                f"model.run: {directory} is not a finished run",
+                fix="name the run directory that `qcompress run` printed",
+            )
+        return directory
+    directory = base / model.source
+    if directory.is_dir():
+        return directory
+    if not HUB_ID.fullmatch(model.source):
+        raise ModelError(
+            f"model.source: {model.source} is neither a directory (looked for {directory}) nor a hub id",
+            fix="write a path relative to the recipe, or organisation/name",
+        )
+    return _download(model.source, model.revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MachineError(
+            f"downloading {name} needs huggingface_hub ({error})", fix="pip install 'qcompress[train]'"
+        ) from None
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
+    pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+    if pinned:
+        try:
+            return Path(
+                snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True)
+            )
+        except LocalEntryNotFoundError:
+            pass  # not downloaded yet
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise MachineError(
+            f"{name} cannot be downloaded: {error}",
+            fix="check the name and the network, or name a local directory",
+        ) from None
+
+
+def checkpoint_files(directory: Path) -> dict[str, Path]:
+    """Every file that makes the model what it is, by name."""
+    files = {file.name: file for file in weight_files(directory)}
+    for name in ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES):
+        if (directory / name).is_file():
+            files[name] = directory / name
+    return files
+
+
+def fingerprint(directory: Path) -> dict[str, str]:
+    """Content digest of every file of the checkpoint."""
+    return {name: sha256_file(file) for name, file in sorted(checkpoint_files(directory).items())}
+
+
+def load(model: Model, directory: Path, digests: dict[str, str], out: Path) -> None:
+    """Record the checkpoint in `directory`, whose files have these digests."""
+    architecture = describe(model.family, directory)
+    for name, file in checkpoint_files(directory).items():
+        if name in TOKENIZER_FILES or name == "config.json":
+            shutil.copyfile(file, out / name)
+    if not any((out / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ModelError(
+            f"{directory} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt)",
+            fix="save the model's tokenizer beside it with tokenizer.save_pretrained(directory)",
+        )
+    write_json(
+        out / "float.json",
+        {"family": model.family, "files": digests, "parameters": architecture.parameters},
+    )

@@ -1,0 +1,290 @@
+"""The two training loops: over the whole model, and over one transformer block after another.
+
+Both make the same update (`Stepper.step`, then every quantizer's `advance`), both resume from a checkpoint
+bit for bit, and neither knows which method it serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from qcompress.checkpoint import Checkpoints, Position, moving, restore
+from qcompress.errors import ModelError
+from qcompress.methods.protocols import Group, Objective, Phase, Stepper
+from qcompress.models.architecture import Architecture
+from qcompress.prepare import Prepared
+from qcompress.progress import Reporter
+from qcompress.quant.layers import QuantizedWeight
+from qcompress.schema import LEARNING_RATES, Recipe
+
+
+@dataclass
+class Training:
+    """Everything a loop needs, and what it has found so far (`facts`)."""
+
+    recipe: Recipe
+    architecture: Architecture
+    prepared: Prepared
+    objective: Objective
+    stepper: Stepper
+    accelerator: Accelerator
+    checkpoints: Checkpoints
+    reporter: Reporter
+    train_data: Tensor | None
+    calibration_data: Tensor | None
+    reference: Callable[[], nn.Module]
+    moving: set[str]
+    facts: list[dict[str, object]]
+    recent: list[float]
+
+    def save(self, position: Position, optimizer: torch.optim.Optimizer | None) -> None:
+        """Write a checkpoint."""
+        self.checkpoints.save(position, self.prepared.model, self.moving, optimizer, self.facts, self.recent)
+
+
+def reseed(*where: int) -> None:
+    """Set torch's generators to a function of (seed, phase, block, step)."""
+    torch.manual_seed(int(np.random.SeedSequence(where).generate_state(1, np.uint64)[0]))
+
+
+def batch_rows(count: int, size: int, step: int, seed: int) -> Tensor:
+    """Which of `count` sequences update `step` sees: shuffled epochs, one after another without a gap."""
+    places = np.arange(step * size, (step + 1) * size)
+    order = {
+        int(epoch): np.random.default_rng([seed, int(epoch)]).permutation(count)
+        for epoch in np.unique(places // count)
+    }
+    return torch.tensor([int(order[int(place // count)][place % count]) for place in places])
+
+
+def role_of(name: str, architecture: Architecture) -> str:
+    """The role of a parameter, by its name."""
+    if name.endswith("_quantizer.ratio"):
+        return "scale"
+    if name.endswith(".theta"):
+        return "adapter"
+    return "weight" if name in {f"{layer.name}.weight" for layer in architecture.layers} else "other"
+
+
+def groups_of(training: Training, phase: Phase, scope: str = "") -> list[Group]:
+    """The phase's parameters by role, those under `scope` only; all others stop requiring gradients."""
+    chosen: dict[str, list[nn.Parameter]] = {role: [] for role in phase.roles}
+    for name, parameter in training.prepared.model.named_parameters():
+        role = role_of(name, training.architecture)
+        wanted = role in chosen and name.startswith(scope)
+        parameter.requires_grad_(wanted)
+        if wanted:
+            chosen[role].append(parameter)
+    train, options = training.recipe.train, training.recipe.train.phases.get(phase.name)
+    rates = {**LEARNING_RATES, **train.lr, **(options.lr if options else {})}
+    return [
+        Group(role, tuple(parameters), rates[role], train.weight_decay if role == "weight" else 0.0)
+        for role, parameters in chosen.items()
+        if parameters
+    ]
+
+
+def optimizer_of(training: Training, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    """AdamW with one parameter group a role; learning rates are set before each update."""
+    parameters = [
+        {"params": list(group.parameters), "lr": group.lr, "weight_decay": group.weight_decay}
+        for group in groups
+    ]
+    return training.accelerator.prepare(torch.optim.AdamW(parameters))
+
+
+def set_rates(training: Training, optimizer, groups: Sequence[Group], step: int, steps: int) -> None:
+    """Learning rate of each group at this step: linear warm-up, then the recipe's decay."""
+    train = training.recipe.train
+    warmup = round(train.warmup * steps)
+    if step < warmup:
+        factor = (step + 1) / warmup
+    else:
+        left = 1 - (step - warmup) / max(steps - warmup, 1)
+        factor = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[
+            train.decay
+        ]
+    for group, target in zip(groups, optimizer.param_groups, strict=True):
+        target["lr"] = group.lr * factor
+
+
+def advance(prepared: Prepared) -> None:
+    """Let every quantizer restore what an update may have broken."""
+    for _, quantizer in [*prepared.weight_quantizers(), *prepared.input_quantizers()]:
+        quantizer.advance()
+
+
+def taps_of(prepared: Prepared) -> list[QuantizedWeight]:
+    """The quantized weights, for steppers that perturb them."""
+    return [layer for layer in prepared.layers.values() if isinstance(layer, QuantizedWeight)]
+
+
+def frozen_digest(model: nn.Module, architecture: Architecture) -> str:
+    """Digest of every parameter with the role weight or other: proof that a phase left them alone."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if role_of(name, architecture) in ("weight", "other"):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run_model_phase(training: Training, phase: Phase, start: Position, moments: dict[str, Tensor]) -> None:
+    """Updates of the whole model on batches of the training data."""
+    groups = groups_of(training, phase)
+    optimizer = optimizer_of(training, groups)
+    restore(optimizer, moments)
+    recipe, data, model = training.recipe, training.train_data, training.prepared.model
+    model.train(phase.dropout)
+    taps, position = taps_of(training.prepared), start
+    began = time.monotonic()
+    with training.reporter.bar(phase.name, phase.steps, done=start.step) as bar:
+        for step in range(start.step, phase.steps):
+            rows = batch_rows(len(data), recipe.train.batch_size, step, recipe.seed)
+            batch = data[rows].to(training.accelerator.device)
+
+            def closure(step: int = step, batch: Tensor = batch) -> Tensor:
+                reseed(recipe.seed, start.phase, 0, step)
+                return training.objective.loss(batch, step / phase.steps)
+
+            set_rates(training, optimizer, groups, step, phase.steps)
+            report = training.stepper.step(closure, optimizer, groups, taps, training.accelerator)
+            _refuse_nan(report.loss, f"phase {phase.name}, step {step + 1}")
+            advance(training.prepared)
+            training.recent = [*training.recent, report.loss][-10:]
+            position = replace(position, step=step + 1, passes=position.passes + report.passes)
+            if training.checkpoints.due():
+                training.save(position, optimizer)
+            speed = (step + 1 - start.step) * batch.numel() / (time.monotonic() - began)
+            bar.advance(f"loss {report.loss:.4f}  {speed:.0f} tokens/s")
+    last = sum(training.recent) / len(training.recent) if training.recent else None
+    training.facts.append(
+        {"name": phase.name, "steps": phase.steps, "passes": position.passes, "last_loss": last}
+    )
+    training.recent = []
+
+
+def run_block_phase(training: Training, phase: Phase, start: Position) -> None:
+    """Each block in order learns to reproduce its float output on float inputs (L2), keeping its best
+    state.
+    """
+    blocks = training.architecture.blocks
+    reference = training.reference()
+    inputs, rest = _block_inputs(training, reference, blocks[0])
+    training.prepared.model.train(phase.dropout)
+    with training.reporter.bar(phase.name, len(blocks), done=start.block) as bar:
+        for index, name in enumerate(blocks):
+            teacher = reference.get_submodule(name)
+            with torch.no_grad():
+                outputs = [_output(teacher(x, **rest)) for x in inputs]
+            if index >= start.block:
+                before, after = _fit_block(training, phase, start.phase, index, inputs, outputs, rest)
+                training.facts.append({"name": phase.name, "block": name, "before": before, "after": after})
+                training.save(Position(start.phase, index + 1), None)
+                bar.advance(f"block {index + 1} of {len(blocks)}: error {before:.3g} -> {after:.3g}")
+            inputs = outputs
+
+
+def _fit_block(
+    training: Training, phase: Phase, phase_index: int, index: int, inputs: list[Tensor], outputs:
+    list[Tensor], rest: dict[str, object],
+) -> tuple[float, float]:  # fmt: skip
+    """Train one block; returns its mean squared error before and after. A state that is worse is not kept."""
+    name = training.architecture.blocks[index]
+    block = training.prepared.model.get_submodule(name)
+    groups = groups_of(training, phase, scope=f"{name}.")
+    names = {f"{name}.{inner}" for inner, _ in block.named_parameters(remove_duplicate=False)}
+    if not groups:
+        error = _error(block, inputs, outputs, rest)
+        return error, error
+    optimizer = optimizer_of(training, groups)
+    recipe, size = training.recipe, training.recipe.train.batch_size
+    everything_in, everything_out = torch.cat(inputs), torch.cat(outputs)
+    before = best = _error(block, inputs, outputs, rest)
+    kept = _snapshot(training.prepared.model, names)
+    for step in range(phase.steps):
+        rows = batch_rows(len(everything_in), size, step, recipe.seed)
+
+        def closure(step: int = step, rows: Tensor = rows) -> Tensor:
+            reseed(recipe.seed, phase_index, index, step)
+            return (_output(block(everything_in[rows], **rest)) - everything_out[rows]).square().mean()
+
+        set_rates(training, optimizer, groups, step, phase.steps)
+        report = training.stepper.step(closure, optimizer, groups, (), training.accelerator)
+        _refuse_nan(report.loss, f"phase {phase.name}, block {name}, step {step + 1}")
+        advance(training.prepared)
+        if (step + 1) % phase.evaluate_every == 0 or step + 1 == phase.steps:
+            error = _error(block, inputs, outputs, rest)
+            if error < best:
+                best, kept = error, _snapshot(training.prepared.model, names)
+    own = training.prepared.model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for key, value in kept.items():
+            own[key].copy_(value)
+    return before, best
+
+
+def _snapshot(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
+    found = moving(model, names)
+    return {name: tensor.detach().clone() for name, tensor in found.items() if tensor.requires_grad}
+
+
+@torch.no_grad()
+def _error(block: nn.Module, inputs: list[Tensor], outputs: list[Tensor], rest: dict[str, object]) -> float:
+    """Mean squared error over all calibration data."""
+    pairs = zip(inputs, outputs, strict=True)
+    total = sum((_output(block(x, **rest)) - y).square().sum(dtype=torch.float64).item() for x, y in pairs)
+    return total / sum(y.numel() for y in outputs)
+
+
+class _Reached(Exception):  # noqa: N818 (not an error: it ends a forward pass early)
+    pass
+
+
+@torch.no_grad()
+def _block_inputs(training: Training, model: nn.Module, first: str) -> tuple[list[Tensor], dict[str, object]]:
+    """What the first block receives: hidden states per batch, and the other arguments, equal for all batches.
+
+    Calibration sequences have one length and no padding, so masks and positions do not differ.
+    """
+    hidden: list[Tensor] = []
+    rest: dict[str, object] = {}
+
+    def catch(module: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object]) -> None:
+        hidden.append(arguments[0])
+        names = list(inspect.signature(module.forward).parameters)[1 : len(arguments)]
+        rest.update(dict(zip(names, arguments[1:], strict=True)) | keywords)
+        mask = rest.get("attention_mask")
+        if mask is not None:
+            rest["attention_mask"] = mask[:1]  # the causal mask is the same for every sequence
+        raise _Reached
+
+    handle = model.get_submodule(first).register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for batch in training.calibration_data.split(training.recipe.train.batch_size):
+            try:
+                model(input_ids=batch.to(training.accelerator.device))
+            except _Reached:
+                continue
+    finally:
+        handle.remove()
+    return hidden, rest
+
+
+def _output(value: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _refuse_nan(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise ModelError(f"the loss is {loss} at {where}", fix="lower the learning rates under train.lr")

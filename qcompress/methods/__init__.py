@@ -1,0 +1,24 @@
+"""The methods: five protocols (`protocols.py`) and, for each axis, the table of classes that fulfil them.
+
+Their options are in `qcompress/axes.py`, which needs no torch; a test holds the two tables together.
+"""
+
+from __future__ import annotations
+
+from qcompress.methods.plain import (
+    CalibrateOnly,
+    NoRescaling,
+    OneUpdate,
+    TaskLossObjective,
+    TrainEverything,
+)
+from qcompress.methods.quadapter import BlocksThenModel, Quadapter
+
+ADAPTERS = {"none": NoRescaling, "quadapter": Quadapter}
+OBJECTIVES = {"task": TaskLossObjective}
+STEPPERS = {"plain": OneUpdate}
+SCHEDULES = {
+    "calibrate": CalibrateOnly,
+    "plain": TrainEverything,
+    "blockwise-then-end-to-end": BlocksThenModel,
+}

@@ -1,0 +1,111 @@
+"""The axis values that every baseline is made of: task loss, plain update, calibrate only, train
+everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qcompress.axes import PHASES, Calibrate, NoAdapter, PlainSchedule, PlainStepper, TaskObjective
+from qcompress.methods.protocols import Group, Phase, Report
+from qcompress.models.architecture import Architecture, Site
+from qcompress.plan import LayerPlan
+from qcompress.prepare import Prepared
+from qcompress.quant.layers import QuantizedWeight
+from qcompress.quant.ranges import Statistics
+from qcompress.schema import Train
+from qcompress.tasks import TaskLoss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class NoRescaling:
+    """No adapter."""
+
+    def __init__(self, options: NoAdapter) -> None:
+        pass
+
+    def attach(self, prepared: Prepared, sites: Sequence[Site], statistics: dict[str, Statistics]) -> None:
+        """Nothing to install."""
+
+    def fold(self) -> dict[str, Tensor]:
+        """Nothing to fold."""
+        return {}
+
+
+class TaskLossObjective:
+    """The task's own loss."""
+
+    def __init__(self, options: TaskObjective, task_loss: TaskLoss) -> None:
+        self.task_loss = task_loss
+        self.student: nn.Module | None = None
+
+    def attach(self, student: nn.Module) -> None:
+        """Remember the model."""
+        self.student = student
+
+    def loss(self, batch: Tensor, progress: float) -> Tensor:
+        """Mean loss over the batch, []."""
+        return self.task_loss(self.student, batch)
+
+    def detach(self) -> None:
+        """No hook was installed."""
+        self.student = None
+
+
+class OneUpdate:
+    """One forward, one backward, one update; the gradient of each role is clipped by itself.
+
+    Per role, because the gradient of a scale sums over a whole tensor and would drown the weights' in a
+    common norm.
+    """
+
+    def __init__(self, options: PlainStepper) -> None:
+        self.options = options
+
+    def step(
+        self,
+        closure: Callable[[], Tensor],
+        optimizer: Optimizer,
+        groups: Sequence[Group],
+        taps: Sequence[QuantizedWeight],
+        accelerator: Accelerator,
+    ) -> Report:
+        """One update, one pass."""
+        loss = closure()
+        accelerator.backward(loss)
+        if self.options.clip_norm is not None:
+            for group in groups:
+                accelerator.clip_grad_norm_(group.parameters, self.options.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return Report(loss=loss.item(), passes=1)
+
+
+class CalibrateOnly:
+    """Ranges from the calibration data; no phase trains."""
+
+    def __init__(self, options: Calibrate, train: Train) -> None:
+        pass
+
+    def phases(self, architecture: Architecture, plan: tuple[LayerPlan, ...]) -> tuple[Phase, ...]:
+        """None."""
+        return ()
+
+
+class TrainEverything:
+    """One phase: weights, scales and everything else, with the task's loss."""
+
+    def __init__(self, options: PlainSchedule, train: Train) -> None:
+        self.train = train
+
+    def phases(self, architecture: Architecture, plan: tuple[LayerPlan, ...]) -> tuple[Phase, ...]:
+        """`finetune`."""
+        defaults = PHASES["plain"]["finetune"]
+        chosen = self.train.phases.get("finetune")
+        return (Phase("finetune", chosen.steps if chosen else defaults.steps, defaults.roles),)

@@ -1,0 +1,126 @@
+"""The five protocols a method is made of. They carry no code; `methods/__init__.py` lists who fulfils them.
+
+Life of a training run: adapters are attached and initialised from statistics of the float model, quantizers
+are initialised on what the adapters left, then the schedule's phases run one after another, each with an
+optimizer of its own. Randomness is a function of (seed, phase, step), so that a closure called twice in one
+step sees the same dropout, and a resumed run the same as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qcompress.models.architecture import Architecture, Site
+from qcompress.plan import LayerPlan
+from qcompress.prepare import Prepared
+from qcompress.quant.layers import QuantizedWeight
+from qcompress.quant.ranges import Statistics
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Quantizer(Protocol):
+    """How one tensor becomes integers while training. Built from its options, its grid and its bounds."""
+
+    bounds: tuple[int, int]
+
+    def init(self, seen: Tensor | Statistics) -> None:
+        """Choose a starting scale from the weight itself, or from what calibration saw of an activation."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x rounded to the grid, differentiable."""
+
+    def advance(self) -> None:
+        """Called after each update: restore whatever the update may have broken."""
+
+    def scale_of(self, *weight: Tensor) -> Tensor:
+        """The scale that is deployed; called when training has ended."""
+
+
+class Adapter(Protocol):
+    """A function-preserving rescaling in front of activation quantizers, folded when training has ended."""
+
+    def attach(self, prepared: Prepared, sites: Sequence[Site], statistics: dict[str, Statistics]) -> None:
+        """Install the rescalings and give them their starting values."""
+
+    def fold(self) -> dict[str, Tensor]:
+        """The final scale of each norm, [channels], by norm name."""
+
+
+class Objective(Protocol):
+    """What is minimised."""
+
+    def attach(self, student: nn.Module) -> None:
+        """Called once, with the model as the trainer runs it."""
+
+    def loss(self, batch: Tensor, progress: float) -> Tensor:
+        """Loss of token ids [batch, sequence]; `progress` in [0, 1) is the share of the phase that is
+        done.
+        """
+
+    def detach(self) -> None:
+        """Remove every hook."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters of one role, with the learning rate at the peak of its schedule."""
+
+    role: str
+    parameters: tuple[nn.Parameter, ...]
+    lr: float
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """One update: its loss and how many forward/backward passes it took."""
+
+    loss: float
+    passes: int
+
+
+class Stepper(Protocol):
+    """How one update is made. Gradient clipping lives here and nowhere else."""
+
+    def step(
+        self,
+        closure: Callable[[], Tensor],
+        optimizer: Optimizer,
+        groups: Sequence[Group],
+        taps: Sequence[QuantizedWeight],
+        accelerator: Accelerator,
+    ) -> Report:
+        """One update. `closure()` is the loss, with the same randomness at each call of this step; `taps` are
+        the quantized weights, for steppers that perturb them.
+        """
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of training with an optimizer of its own.
+
+    scope "model": every step sees one batch of the training data and the objective. scope "blocks": the
+    blocks of the architecture learn one after another to reproduce their float outputs on the calibration
+    data, and `steps` counts the updates of one block.
+    """
+
+    name: str
+    steps: int
+    roles: tuple[str, ...]
+    scope: Literal["model", "blocks"] = "model"
+    dropout: bool = True
+    evaluate_every: int = 25
+
+
+class Schedule(Protocol):
+    """What is trained when."""
+
+    def phases(self, architecture: Architecture, plan: tuple[LayerPlan, ...]) -> tuple[Phase, ...]:
+        """The phases, in order."""

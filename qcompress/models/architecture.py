@@ -1,0 +1,129 @@
+"""What the pipeline needs to know about an architecture, as plain values. No torch.
+
+Built by a family from `config.json` and the header of the safetensors files alone, so that a recipe is
+checked against a model's layers and shapes in milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qcompress.errors import ModelError
+
+HEADER_LIMIT = 100 * 2**20
+"""Largest believable safetensors header; the format's own limit."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One quantizable layer.
+
+    `in_features` and `out_features` are what a matmul sees: a tied head has the table's width as
+    `in_features`; an embedding looks up rows, so `out_features` rows of `in_features`.
+    """
+
+    name: str
+    kind: Literal["linear", "embedding", "head"]
+    in_features: int
+    out_features: int
+    tied_to: str | None = None
+    """The embedding whose table this layer reads."""
+
+    @property
+    def weights(self) -> int:
+        """Count of the weights."""
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place for a channel-wise rescaling: a norm whose output only `readers` consume."""
+
+    norm: str
+    readers: tuple[str, ...]
+    channels: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model, as far as compression goes. Blocks are in the order of the forward pass."""
+
+    family: str
+    layers: tuple[Layer, ...]
+    blocks: tuple[str, ...]
+    sites: tuple[Site, ...]
+    context: int
+    vocabulary: int
+    parameters: int
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name."""
+        return next(layer for layer in self.layers if layer.name == name)
+
+
+def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, types and shapes of the tensors in a safetensors file, without reading the tensors."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > HEADER_LIMIT:
+                raise ValueError(f"header of {length} bytes")
+            header = json.loads(stream.read(length))
+        tensors = {name: value for name, value in header.items() if name != "__metadata__"}
+        return {name: (value["dtype"], tuple(value["shape"])) for name, value in tensors.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{file} is not a readable safetensors file ({error})",
+            fix="save the model again with model.save_pretrained(directory)",
+        ) from None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Safetensors files of a checkpoint in transformers' layout; a pickle checkpoint is refused."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ModelError(f"{index} names files outside its directory")
+        return [directory / name for name in names]
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    pickles = sorted(directory.glob("pytorch_model*.bin"))
+    if pickles:
+        raise ModelError(
+            f"{pickles[0]} is a pickle file, and loading a pickle runs whatever code it holds",
+            fix="where you trust it, convert it once: AutoModelForCausalLM.from_pretrained(directory)"
+            ".save_pretrained(new_directory), and name the new directory",
+        )
+    raise ModelError(
+        f"{directory} holds no model.safetensors",
+        fix="name a directory that transformers' save_pretrained wrote",
+    )
+
+
+def read_tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, types and shapes of all tensors of a checkpoint."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in weight_files(directory):
+        if not file.is_file():
+            raise ModelError(f"{file} is missing", fix="copy the checkpoint again, with all its shards")
+        tensors.update(read_header(file))
+    return tensors
+
+
+def read_config(directory: Path) -> dict[str, object]:
+    """The checkpoint's config.json."""
+    file = directory / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{directory} holds no config.json", fix="name a directory in transformers' layout"
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"{file} is not valid JSON ({error})") from None

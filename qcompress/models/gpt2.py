@@ -1,0 +1,140 @@
+"""GPT-2: what the pipeline may know about it. Torch and transformers are imported only where a model is made.
+
+Layers (Conv1D stores [in, out]): per block `attn.c_attn` (fused Q, K, V), `attn.c_proj`, `mlp.c_fc`,
+`mlp.c_proj`; the tables `transformer.wte` and `transformer.wpe`; `lm_head`, usually tied to `wte`.
+Rescaling sites: ln_1 -> c_attn and ln_2 -> c_fc. Not foldable: mlp.c_proj (a GELU in between) and lm_head
+(the table is shared with wte).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcompress.errors import ModelError
+from qcompress.models.architecture import Architecture, Layer, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GPT2LMHeadModel
+
+CONFIG_KEYS = ("n_layer", "n_embd", "n_positions", "vocab_size")
+
+
+def describe(config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Architecture:
+    """The architecture of a checkpoint; its tensors are checked against its config.
+
+    Checkpoints of `GPT2Model` (names without `transformer.`, no head: the hub's openai-community/gpt2) and of
+    `GPT2LMHeadModel` are both accepted.
+    """
+    if config.get("model_type") != "gpt2":
+        raise ModelError(
+            f"config.json says model_type {config.get('model_type')!r}, and the recipe says family gpt2",
+            fix="name the family of this checkpoint, or another checkpoint",
+        )
+    for key in CONFIG_KEYS:
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            raise ModelError(f"config.json: {key} must be a positive integer, found {config.get(key)!r}")
+    width, vocabulary, context = config["n_embd"], config["vocab_size"], config["n_positions"]
+    inner = config.get("n_inner") or 4 * width
+    shapes = {name.removeprefix("transformer."): shape for name, (_, shape) in tensors.items()}
+    tied = config.get("tie_word_embeddings", True)
+
+    layers = [
+        Layer("transformer.wte", "embedding", width, vocabulary),
+        Layer("transformer.wpe", "embedding", width, context),
+    ]
+    blocks, sites = [], []
+    for index in range(config["n_layer"]):
+        block = f"transformer.h.{index}"
+        blocks.append(block)
+        layers += [
+            Layer(f"{block}.attn.c_attn", "linear", width, 3 * width),
+            Layer(f"{block}.attn.c_proj", "linear", width, width),
+            Layer(f"{block}.mlp.c_fc", "linear", width, inner),
+            Layer(f"{block}.mlp.c_proj", "linear", inner, width),
+        ]
+        sites += [
+            Site(f"{block}.ln_1", (f"{block}.attn.c_attn",), width),
+            Site(f"{block}.ln_2", (f"{block}.mlp.c_fc",), width),
+        ]
+    layers.append(Layer("lm_head", "head", width, vocabulary, tied_to="transformer.wte" if tied else None))
+    _check_shapes(layers, shapes)
+    counted = [
+        shape for name, shape in shapes.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))
+    ]
+    return Architecture(
+        family="gpt2",
+        layers=tuple(layers),
+        blocks=tuple(blocks),
+        sites=tuple(sites),
+        context=context,
+        vocabulary=vocabulary,
+        parameters=sum(math.prod(shape) for shape in counted),
+    )
+
+
+def _check_shapes(layers: list[Layer], shapes: dict[str, tuple[int, ...]]) -> None:
+    for layer in layers:
+        if layer.tied_to:
+            continue
+        expected = (layer.in_features, layer.out_features)
+        if layer.kind != "linear":
+            expected = expected[::-1]
+        found = shapes.get(f"{layer.name.removeprefix('transformer.')}.weight")
+        if found != expected:
+            raise ModelError(
+                f"{layer.name}.weight: config.json asks for shape {list(expected)}, the checkpoint has "
+                f"{list(found) if found else 'no such tensor'}",
+                fix="take config.json and model.safetensors from the same checkpoint",
+            )
+
+
+LINEAR_AXIS = 1
+"""Output channels of a linear layer's weight: Conv1D stores [in, out]."""
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""Inputs of the exported graph, each int64 [batch, sequence]. GPT-2 without a mask would export the detection
+of packed sequences instead."""
+
+
+def load_float(source: Path) -> GPT2LMHeadModel:
+    """The stock model in fp32, in evaluation mode, from safetensors in a local directory."""
+    from transformers import GPT2LMHeadModel, logging
+
+    logging.disable_progress_bar()
+    model = GPT2LMHeadModel.from_pretrained(
+        source, dtype="float32", use_safetensors=True, local_files_only=True, attn_implementation="eager"
+    )
+    model.config.use_cache = False
+    return model.eval()
+
+
+def empty(directory: Path) -> GPT2LMHeadModel:
+    """The stock model of a config.json with unset weights, to be filled by the caller."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config.from_pretrained(directory, local_files_only=True)
+    config._attn_implementation = "eager"
+    config.use_cache = False
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    return model.eval()
+
+
+def tie(model: GPT2LMHeadModel) -> None:
+    """Share a float table that was set after construction; a quantized head shares by itself."""
+    from torch.nn import Embedding
+
+    if model.config.tie_word_embeddings and isinstance(model.transformer.wte, Embedding):
+        model.lm_head.weight = model.transformer.wte.weight
+
+
+def graph_inputs(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Inputs of the exported graph for token ids [batch, sequence]; padding has mask 0."""
+    import torch
+
+    mask = torch.ones_like(ids) if mask is None else mask
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}

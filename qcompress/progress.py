@@ -1,0 +1,116 @@
+"""What a person sees while a stage works: bars on a terminal, plain lines otherwise. No torch.
+
+Everything goes to stderr; stdout belongs to results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+PLAIN_EVERY_S = 10.0
+"""Seconds between two plain lines of one task."""
+
+
+class Bar:
+    """One task under way; `advance` moves it and replaces its note."""
+
+    def __init__(self, total: int, show) -> None:
+        self.total, self.done, self._show = total, 0, show
+
+    def advance(self, note: str = "", steps: int = 1) -> None:
+        """Move on by some steps."""
+        self.at(note, self.done + steps)
+
+    def at(self, note: str, done: float) -> None:
+        """Move to a place."""
+        self.done = done
+        self._show(done, note)
+
+
+class Reporter:
+    """Prints stages and their progress. `silent` keeps everything to itself (the Python API's default)."""
+
+    def __init__(self, stream: TextIO | None = None, silent: bool = False) -> None:
+        self.stream = stream or sys.stderr
+        self.silent = silent
+        self.console = Console(file=self.stream, highlight=False)
+        self._log: Path | None = None
+
+    def log_to(self, file: Path) -> None:
+        """Append every line from now on to a file of JSON lines, also when silent."""
+        self._log = file
+
+    def record(self, **facts: object) -> None:
+        """One line of log.jsonl."""
+        if self._log is not None:
+            line = json.dumps({"time": round(time.time(), 3), **facts}, sort_keys=True)
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+        self.record(event="stage", stage=name)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.record(event="say", text=text)
+        if not self.silent:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
+        """A task of `total` steps, of which `done` were made by an earlier, interrupted run."""
+        if self.silent:
+            bar = Bar(total, lambda steps, note: None)
+            bar.done = done
+            yield bar
+        elif self.console.is_terminal:
+            yield from self._rich(title, total, done)
+        else:
+            yield from self._plain(title, total, done)
+
+    def _rich(self, title: str, total: int, done: int) -> Iterator[Bar]:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(title, total=total, completed=done, note="")
+            bar = Bar(total, lambda steps, note: progress.update(task, completed=steps, note=note))
+            bar.done = done
+            yield bar
+
+    def _plain(self, title: str, total: int, done: int) -> Iterator[Bar]:
+        started = last = time.monotonic()
+
+        def show(steps: int, note: str) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= PLAIN_EVERY_S or steps == total:
+                last = now
+                left = (now - started) / max(steps - done, 1) * (total - steps)
+                self.say(f"{title}: {steps}/{total}  {note}  {left:.0f} s left")
+
+        bar = Bar(total, show)
+        bar.done = done
+        yield bar

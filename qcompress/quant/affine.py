@@ -1,0 +1,118 @@
+"""Uniform symmetric quantization: rounding, its gradient, and how scales lie over a weight.
+
+Source of the gradient: LSQ (arXiv:1902.08153), equations 1 to 3. With v = x / s and vbar = round(clip(v)):
+
+    y       = s * vbar
+    dy/dx   = 1 inside (qmin, qmax), 0 outside
+    dy/ds   = vbar - v inside, vbar outside
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the scales of a weight lie over it.
+
+    >>> grid = Grid(channel_axis=1, block=64)
+    >>> grid.scale_shape(torch.Size([192, 576]))
+    (3, 576)
+    >>> Grid(channel_axis=0, block=None).scale_shape(torch.Size([10, 4]))
+    (10,)
+    """
+
+    channel_axis: int
+    block: int | None = None
+
+    @property
+    def axis(self) -> int:
+        """Axis of the DequantizeLinear node: the channels', or the blocked one."""
+        return self.channel_axis if self.block is None else 1 - self.channel_axis
+
+    def scale_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """Shape of the scale of a weight with this shape."""
+        if self.block is None:
+            return (shape[self.channel_axis],)
+        return tuple(size // self.block if axis == self.axis else size for axis, size in enumerate(shape))
+
+    def divide(self, weight: Tensor) -> Tensor:
+        """The weight with its blocked axis split in two, [in // block, block, out] for [in, out]."""
+        if self.block is None:
+            return weight
+        return weight.unflatten(self.axis, (-1, self.block))
+
+    def join(self, weight: Tensor) -> Tensor:
+        """Inverse of `divide`."""
+        return weight if self.block is None else weight.flatten(self.axis, self.axis + 1)
+
+    def align(self, scale: Tensor) -> Tensor:
+        """The scale in a shape that broadcasts against `divide(weight)`."""
+        if self.block is not None:
+            return scale.unsqueeze(self.axis + 1)
+        return scale.unsqueeze(1 - self.channel_axis)
+
+    def largest(self, weight: Tensor) -> Tensor:
+        """max|w| of the weights that share a scale, in the scale's shape."""
+        magnitude = self.divide(weight).abs()
+        return magnitude.amax(dim=self.axis + 1 if self.block is not None else 1 - self.channel_axis)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of the values that share a scale, in the scale's shape; `values` has the weight's shape."""
+        return self.divide(values).mean(
+            dim=self.axis + 1 if self.block is not None else 1 - self.channel_axis
+        )
+
+
+def to_codes(x: Tensor, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """Integers of x as int8; `scale` broadcasts against x."""
+    return (x.float() / scale.float()).round_().clamp_(*bounds).to(torch.int8)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, bounds: tuple[int, int], slope: float = 1.0) -> Tensor:
+    """Round x to the integers of `scale` and scale back; differentiable in x and in scale.
+
+    `slope` multiplies the gradient of the scale (LSQ section 2.2: 1 / sqrt(features * qmax)).
+
+    >>> fake_quantize(torch.tensor([0.5, 1.5, 9.0]), torch.tensor(1.0), (-8, 7))
+    tensor([0., 2., 7.])
+    """
+    # autocast hands over half precision, too coarse for the quotients and for the gradient of the scale
+    return _FakeQuantize.apply(x.to(scale.dtype), scale, *bounds, slope).to(x.dtype)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int, slope: float) -> Tensor:
+        y = torch.div(x, scale).round_().clamp_(qmin, qmax).mul_(scale)
+        ctx.save_for_backward(x, y, scale)
+        ctx.bounds, ctx.slope = (qmin, qmax), slope
+        return y
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale = ctx.saved_tensors
+        qmin, qmax = ctx.bounds
+        low, high = qmin * scale, qmax * scale
+        if scale.numel() == 1:
+            through = torch.ops.aten.hardtanh_backward(upstream, x, low.item(), high.item())
+        else:
+            through = torch.where((x > low) & (x < high), upstream, 0.0)
+        scale_gradient = None
+        if ctx.needs_input_grad[1]:
+            # sum(g * vbar) - sum over the inside of (g * v), both as products with what is already in memory
+            terms = _sum_like(upstream, y, scale) - _sum_like(through, x, scale)
+            scale_gradient = terms * (ctx.slope / scale)
+        return (through if ctx.needs_input_grad[0] else None), scale_gradient, None, None, None
+
+
+def _sum_like(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """sum(a * b) over everything that shares an element of `scale`, in the shape of `scale`."""
+    if scale.numel() == 1:
+        return torch.dot(a.flatten(), b.flatten()).reshape(scale.shape)
+    dims = [axis for axis in range(a.dim()) if scale.shape[axis] == 1 and a.shape[axis] != 1]
+    return (a * b).sum(dim=dims, keepdim=True)

@@ -1,0 +1,112 @@
+"""Layers after folding: int8 codes, scales in the compute type, nothing that trains.
+
+In torch they compute what ONNX's QuantizeLinear and DequantizeLinear say; while exporting they *are* those
+nodes. The weight is stored [in, out] whatever the checkpoint's orientation (the form that TensorRT and ONNX
+Runtime fuse), tables are stored [rows, width].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qcompress.quant.affine import Grid, to_codes
+from qcompress.quant.layers import matmul
+
+INT8 = (-128, 127)
+
+
+class Rounding(nn.Module):
+    """QuantizeLinear and DequantizeLinear of an activation: int8, scale [], zero point 0."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", torch.zeros((), dtype=torch.int8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            q = _node("QuantizeLinear", (x, self.scale, self.zero), torch.int8, x.shape)
+            return _node("DequantizeLinear", (q, self.scale, self.zero), x.dtype, x.shape)
+        # division in fp32 also for fp16 tensors: that is how ONNX Runtime's kernel divides
+        q = torch.div(x.float(), self.scale.float()).round_().clamp_(*INT8)
+        return q.to(x.dtype) * self.scale
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The integers of x, int8."""
+        return to_codes(x, self.scale, INT8)
+
+
+class FoldedWeight(nn.Module):
+    """Codes and scales of one tensor, decoded when read.
+
+    codes: int8, [in, out] or a table [rows, width]. scale: [out] (axis 1), [rows] (axis 0), or [in // block,
+    out] (axis 0, blocked).
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, grid: Grid, stored_bits: int) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", torch.zeros(scale.shape, dtype=torch.int8), persistent=False)
+        self.grid, self.stored_bits = grid, stored_bits
+
+    def decoded(self, zero_point: bool = True) -> Tensor:
+        """codes * scale in the scale's type. While exporting: one DequantizeLinear node."""
+        if not torch.onnx.is_in_onnx_export():
+            grid = self.grid
+            return grid.join(grid.divide(self.codes).to(self.scale.dtype) * grid.align(self.scale))
+        block = self.grid.block
+        attributes = {"axis": self.grid.axis} | ({"block_size": block} if block else {})
+        # ONNX Runtime fuses an int8 matmul only with a zero point, and int4 weights only without
+        inputs = (self.codes, self.scale)
+        if zero_point and self.stored_bits == 8:
+            inputs = (*inputs, self.zero)
+        return _node("DequantizeLinear", inputs, self.scale.dtype, self.codes.shape, attributes)
+
+
+class FoldedLinear(nn.Module):
+    """y = Q(x) @ decode(codes) + b."""
+
+    def __init__(self, weight: FoldedWeight, bias: Tensor | None, input: Rounding | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("bias", bias)
+        self.input = input
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.input is None else self.input(x)
+        return matmul(x, self.weight.decoded(), self.bias, channel_axis=1)
+
+
+class FoldedEmbedding(nn.Module):
+    """Rows of a decoded table."""
+
+    def __init__(self, weight: FoldedWeight) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        # decode, then look up: TensorRT refuses an int8 constant that Gather reads
+        return F.embedding(ids, self.weight.decoded(zero_point=False))
+
+
+class FoldedTiedHead(nn.Module):
+    """Logits from the table of an embedding, which is stored once."""
+
+    def __init__(self, weight: FoldedWeight, input: Rounding | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.input = input
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.input is None else self.input(x)
+        # no zero point: with one, ONNX Runtime moves the transpose before it and then refuses its types
+        return matmul(x, self.weight.decoded(zero_point=False), None, channel_axis=0)
+
+
+def _node(
+    op: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: torch.Size, attributes=None
+) -> Tensor:
+    return torch.onnx.ops.symbolic(op, inputs, attributes or {}, dtype=dtype, shape=shape, version=21)

@@ -1,0 +1,153 @@
+"""Layers whose weights and inputs pass through quantizers while training.
+
+A weight keeps the orientation of its checkpoint: [in, out] (`channel_axis` 1, GPT-2's Conv1D) or [out, in]
+(`channel_axis` 0, nn.Linear, tables). A rescaling `a` [in] divides the rows of the reader's weight *before*
+the weight quantizer, and multiplies the norm's output: what is trained is the fused form that is deployed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qcompress.quant.affine import to_codes
+
+
+class ChannelScale(nn.Module):
+    """A positive scale for each channel, exp(theta) with theta within log(bound). Shape [channels].
+
+    Source: Quadapter (arXiv:2211.16912) learns channel-wise scales; the exponential keeps them positive,
+    without which they could not be folded.
+    """
+
+    def __init__(self, channels: int, bound: float) -> None:
+        super().__init__()
+        self.limit = float(torch.tensor(bound).log())
+        self.theta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self) -> Tensor:
+        return self.theta.clamp(-self.limit, self.limit).exp()
+
+
+class FixedScale(nn.Module):
+    """A channel scale after training. Shape [channels]."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self) -> Tensor:
+        return self.scale
+
+
+class RescaledNorm(nn.Module):
+    """LayerNorm with its output channels multiplied by a scale, as one LayerNorm with other parameters."""
+
+    def __init__(self, norm: nn.LayerNorm, rescale: nn.Module) -> None:
+        super().__init__()
+        self.shape, self.eps = norm.normalized_shape, norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+        self.rescale = rescale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.shape, *self.folded(), self.eps)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the LayerNorm that this is, [channels] each."""
+        scale = self.rescale()
+        return self.weight * scale, self.bias * scale
+
+
+class QuantizedWeight(nn.Module):
+    """Base of the layers below: a weight, its quantizer, and the rounded weight, kept while nothing moves."""
+
+    def __init__(self, weight: nn.Parameter, quantizer: nn.Module | None, channel_axis: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.channel_axis = channel_axis
+        self.weight_quantizer = quantizer
+        self.rescale: nn.Module | None = None
+        self._kept: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
+
+    def rescaled_weight(self) -> Tensor:
+        """The weight that will be deployed, before rounding: rows divided by the rescaling of the input."""
+        if self.rescale is None:
+            return self.weight
+        return self.weight / self.rescale().unsqueeze(self.channel_axis)
+
+    def quantized_weight(self) -> Tensor:
+        """The rounded weight. It is computed once while neither the weight nor a scale can change."""
+        if self.weight_quantizer is None:
+            return self.rescaled_weight()
+        tensors = [*self.parameters(), *self.buffers()]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            self._kept = None
+            return self.weight_quantizer(self.rescaled_weight())
+        state = tuple((id(tensor), tensor._version) for tensor in tensors)
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, self.weight_quantizer(self.rescaled_weight()))
+        return self._kept[1]
+
+    @torch.no_grad()
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """Integers of the weight (int8, the weight's shape) and their scale, in the grid's shape."""
+        weight, quantizer = self.rescaled_weight(), self.weight_quantizer
+        scale = quantizer.scale_of(weight)
+        grid = quantizer.grid
+        return grid.join(to_codes(grid.divide(weight), grid.align(scale), quantizer.bounds)), scale
+
+
+class QuantizedLinear(QuantizedWeight):
+    """y = Q(x) @ Q(w) + b, for weights stored [in, out] or [out, in]."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        channel_axis: int,
+        weight_quantizer: nn.Module | None,
+        input_quantizer: nn.Module | None,
+    ) -> None:
+        super().__init__(weight, weight_quantizer, channel_axis)
+        self.bias = bias
+        self.input_quantizer = input_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.input_quantizer is None else self.input_quantizer(x)
+        return matmul(x, self.quantized_weight(), self.bias, self.channel_axis)
+
+
+class QuantizedEmbedding(QuantizedWeight):
+    """Rows of a rounded table, [rows, width]; one scale per row."""
+
+    def __init__(self, table: nn.Parameter, quantizer: nn.Module) -> None:
+        super().__init__(table, quantizer, channel_axis=0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.quantized_weight())
+
+
+class QuantizedTiedHead(nn.Module):
+    """Logits from the table of an embedding: the rounded table serves both."""
+
+    def __init__(self, embedding: QuantizedEmbedding, input_quantizer: nn.Module | None) -> None:
+        super().__init__()
+        # a tuple, so that the table is registered once, under the embedding's name
+        self._embedding = (embedding,)
+        self.input_quantizer = input_quantizer
+
+    @property
+    def weight(self) -> Tensor:
+        """The shared table, [rows, width]."""
+        return self._embedding[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.input_quantizer is None else self.input_quantizer(x)
+        return matmul(x, self._embedding[0].quantized_weight(), None, channel_axis=0)
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, channel_axis: int) -> Tensor:
+    """x @ w + b. Every form of a layer calls this one, so that they agree to the last bit."""
+    y = torch.matmul(x, weight if channel_axis == 1 else weight.t())
+    return y if bias is None else y + bias

@@ -1,0 +1,183 @@
+"""The quantizers `minmax` and `lsq`, for weights and for activations.
+
+A quantizer lives through `init` (a starting scale from a weight or from statistics), calls during training,
+`advance` after each update, and `freeze`, after which only its scale matters. Learned scales are stored as a
+ratio to their start, scale = start * ratio: an optimizer's learning rate is then relative, whatever the
+magnitude of the tensor, and LSQ's gradient is unchanged up to the constant `start`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.axes import Lsq, MinMax
+from qcompress.quant.affine import Grid, fake_quantize
+from qcompress.quant.ranges import Statistics, activation_ratio, start_scale, weight_ratio
+
+ChannelScale = Callable[[], Tensor]
+"""Returns the current rescaling of the channels of an activation, [channels]."""
+
+
+class MinMaxWeight(nn.Module):
+    """Scale of the current weight: it follows a weight or an adapter that moves.
+
+    `percentile` and `mse` choose a ratio to max|w| once, in `init`; the ratio is kept while max|w| moves.
+    """
+
+    def __init__(self, options: MinMax, grid: Grid, bounds: tuple[int, int], shape: torch.Size) -> None:
+        super().__init__()
+        self.options, self.grid, self.bounds = options, grid, bounds
+        self.register_buffer("ratio", torch.ones(grid.scale_shape(shape)))
+
+    @torch.no_grad()
+    def init(self, weight: Tensor) -> None:
+        """Choose the ratio for this weight."""
+        options = self.options
+        self.ratio.copy_(weight_ratio(weight, self.grid, self.bounds, options.range, options.percentile))
+
+    def scale_of(self, weight: Tensor) -> Tensor:
+        """Scale for this weight, in the grid's shape; differentiable in the weight."""
+        return start_scale(self.grid.largest(weight), self.ratio, self.bounds)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale = self.grid.align(self.scale_of(weight))
+        return self.grid.join(fake_quantize(self.grid.divide(weight), scale, self.bounds))
+
+    def advance(self) -> None:
+        """Nothing is learned."""
+
+
+class LsqWeight(nn.Module):
+    """Learned scale (LSQ, arXiv:1902.08153, section 2)."""
+
+    def __init__(self, options: Lsq, grid: Grid, bounds: tuple[int, int], shape: torch.Size) -> None:
+        super().__init__()
+        self.options, self.grid, self.bounds = options, grid, bounds
+        self.register_buffer("start", torch.ones(grid.scale_shape(shape)))
+        self.ratio = nn.Parameter(torch.ones_like(self.start))
+        shared = shape.numel() / self.start.numel()
+        self.slope = 1 / (shared * bounds[1]) ** 0.5
+
+    @torch.no_grad()
+    def init(self, weight: Tensor) -> None:
+        """Start from this weight."""
+        options = self.options
+        ratio = weight_ratio(weight, self.grid, self.bounds, options.init, options.percentile)
+        self.start.copy_(start_scale(self.grid.largest(weight), ratio, self.bounds))
+        self.ratio.fill_(1.0)
+
+    def scale_of(self, weight: Tensor) -> Tensor:
+        """The learned scale, in the grid's shape, whatever the weight."""
+        return self.start * self.ratio
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale = self.grid.align(self.scale_of(weight))
+        return self.grid.join(fake_quantize(self.grid.divide(weight), scale, self.bounds, self.slope))
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Keep the scale positive: project it to a floor tied to where it started."""
+        self.ratio.clamp_(min=self.options.floor)
+
+
+class MinMaxActivation(nn.Module):
+    """Static scale from calibration; it follows the rescaling of its channels."""
+
+    def __init__(self, options: MinMax, bounds: tuple[int, int], channels: int) -> None:
+        super().__init__()
+        self.options, self.bounds = options, bounds
+        self.rescale: ChannelScale | None = None
+        self.register_buffer("ratio", torch.ones(()))
+        self.register_buffer("largest", torch.ones(channels))
+
+    @torch.no_grad()
+    def init(self, seen: Statistics) -> None:
+        """Start from statistics of the activation without any rescaling."""
+        scaled = seen.rescaled(self.rescale()) if self.rescale else seen
+        options = self.options
+        self.ratio.copy_(activation_ratio(scaled, self.bounds, options.range, options.percentile))
+        self.largest.copy_(seen.largest)
+
+    def scale_of(self) -> Tensor:
+        """The scale, []."""
+        largest = self.largest * self.rescale() if self.rescale else self.largest
+        return start_scale(largest.max(), self.ratio, self.bounds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale_of(), self.bounds)
+
+    def advance(self) -> None:
+        """Nothing is learned."""
+
+
+class LsqActivation(nn.Module):
+    """Learned scale of an activation; the gradient's slope counts features as LSQ section 2.2 does."""
+
+    def __init__(self, options: Lsq, bounds: tuple[int, int], channels: int) -> None:
+        super().__init__()
+        self.options, self.bounds = options, bounds
+        self.rescale: ChannelScale | None = None
+        self.register_buffer("start", torch.ones(()))
+        self.ratio = nn.Parameter(torch.ones(()))
+        self.slope = 1 / (channels * bounds[1]) ** 0.5
+
+    @torch.no_grad()
+    def init(self, seen: Statistics) -> None:
+        """Start from statistics of the activation without any rescaling."""
+        scaled = seen.rescaled(self.rescale()) if self.rescale else seen
+        options = self.options
+        ratio = activation_ratio(scaled, self.bounds, options.init, options.percentile)
+        self.start.copy_(start_scale(scaled.largest.max(), ratio, self.bounds))
+        self.ratio.fill_(1.0)
+
+    def scale_of(self) -> Tensor:
+        """The learned scale, []."""
+        return self.start * self.ratio
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale_of(), self.bounds, self.slope)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Keep the scale positive: project it to a floor tied to where it started."""
+        self.ratio.clamp_(min=self.options.floor)
+
+
+class FrozenWeight(nn.Module):
+    """A weight quantizer after training: nothing but its scale."""
+
+    def __init__(self, scale: Tensor, grid: Grid, bounds: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid, self.bounds = grid, bounds
+        self.register_buffer("scale", scale)
+
+    def scale_of(self, weight: Tensor) -> Tensor:
+        """The scale, in the grid's shape."""
+        return self.scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        aligned = self.grid.align(self.scale)
+        return self.grid.join(fake_quantize(self.grid.divide(weight), aligned, self.bounds))
+
+
+class FrozenActivation(nn.Module):
+    """An activation quantizer after training: nothing but its scale, []."""
+
+    def __init__(self, scale: Tensor, bounds: tuple[int, int]) -> None:
+        super().__init__()
+        self.bounds = bounds
+        self.register_buffer("scale", scale)
+
+    def scale_of(self) -> Tensor:
+        """The scale, []."""
+        return self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale, self.bounds)
+
+
+WEIGHT_QUANTIZERS: dict[str, type[nn.Module]] = {"minmax": MinMaxWeight, "lsq": LsqWeight}
+ACTIVATION_QUANTIZERS: dict[str, type[nn.Module]] = {"minmax": MinMaxActivation, "lsq": LsqActivation}

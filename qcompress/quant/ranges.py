@@ -1,0 +1,96 @@
+"""Where a scale starts: absolute maximum, percentile, least squares, or LSQ's formula.
+
+A starting scale is returned as a *ratio* to max|x| / qmax, so that it can follow a tensor that moves: the
+scale of a rescaled weight is ratio * max|w| / qmax again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qcompress.quant.affine import Grid
+
+TINY = 1e-8
+"""Smallest starting scale: an all-zero channel must not get scale 0, which TensorRT refuses."""
+
+SHRINKS = 80
+"""Candidates of the least-squares search: ratios 1, 1 - 1/100 ... 1 - 79/100."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration saw at the input of a layer.
+
+    largest, mean: max|x| and mean|x| of each channel, [channels]. rows: some whole token vectors, [rows,
+    channels], evenly spread over the calibration data; they serve percentiles and least squares.
+    """
+
+    largest: Tensor
+    mean: Tensor
+    rows: Tensor
+
+    def rescaled(self, scale: Tensor) -> Statistics:
+        """What would have been seen with every channel multiplied by `scale` [channels]."""
+        return replace(self, largest=self.largest * scale, mean=self.mean * scale, rows=self.rows * scale)
+
+
+def weight_ratio(weight: Tensor, grid: Grid, bounds: tuple[int, int], how: str, percentile: float) -> Tensor:
+    """Ratio of the starting scale to max|w| / qmax, in the scale's shape."""
+    largest = grid.largest(weight).clamp_min(TINY)
+    if how == "absmax":
+        return torch.ones_like(largest)
+    if how == "lsq":
+        return (2 * grid.mean(weight.abs()) * bounds[1] ** 0.5 / largest).clamp_min(TINY)
+    rows = _rows_of(weight, grid)
+    if how == "percentile":
+        ratio = torch.quantile(rows.abs(), percentile / 100, dim=1) / rows.abs().amax(1).clamp_min(TINY)
+        return ratio.clamp_min(1e-3).reshape(largest.shape)
+    return _least_squares(rows, bounds).reshape(largest.shape)
+
+
+def activation_ratio(seen: Statistics, bounds: tuple[int, int], how: str, percentile: float) -> Tensor:
+    """Ratio of the starting scale to max|x| / qmax, []."""
+    largest = seen.largest.max().clamp_min(TINY)
+    if how == "absmax":
+        return torch.ones_like(largest)
+    if how == "lsq":
+        return (2 * seen.mean.mean() * bounds[1] ** 0.5 / largest).clamp_min(TINY)
+    rows = seen.rows.reshape(1, -1)
+    if how == "percentile":
+        # torch.quantile stops at 2**24 elements; kthvalue does not
+        k = max(1, round(rows.numel() * percentile / 100))
+        kept = rows.abs().kthvalue(min(k, rows.numel()), dim=1).values[0]
+        return (kept / largest).clamp(1e-3, 1.0)
+    sample = rows.abs().amax(1).clamp_min(TINY)[0]
+    return (_least_squares(rows, bounds)[0] * sample / largest).clamp(1e-3, 1.0)
+
+
+def start_scale(largest: Tensor, ratio: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """ratio * largest / qmax, never zero."""
+    return (ratio * largest / bounds[1]).clamp_min(TINY)
+
+
+def _rows_of(weight: Tensor, grid: Grid) -> Tensor:
+    """The weight as [scales, weights per scale], scales in the order of the flattened scale tensor."""
+    divided = grid.divide(weight)
+    shared = grid.axis + 1 if grid.block is not None else 1 - grid.channel_axis
+    return divided.movedim(shared, -1).flatten(0, -2)
+
+
+def _least_squares(rows: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """For each row the ratio of max|x| / qmax whose rounding has the least squared error, [rows]."""
+    base = rows.abs().amax(1).clamp_min(TINY) / bounds[1]
+    best = torch.full_like(base, torch.inf)
+    ratio = torch.ones_like(base)
+    for step in range(SHRINKS):
+        candidate = 1 - step / 100
+        scale = (base * candidate)[:, None]
+        rounded = torch.div(rows, scale).round_().clamp_(*bounds).mul_(scale)
+        error = rounded.sub_(rows).square_().sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        ratio = torch.where(better, candidate, ratio)
+    return ratio

@@ -1,0 +1,63 @@
+"""Text from files or from `datasets`, and the fingerprint that identifies it. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qcompress.artifacts import sha256_file
+from qcompress.errors import MachineError, UsageError
+from qcompress.schema import TextData
+
+
+def read_text(data: TextData, base: Path) -> str:
+    """The whole text. Files are joined as they are; rows of a dataset are joined as WikiText's are, by blank
+    lines, which is how perplexity is usually measured on it.
+    """
+    if data.text is not None:
+        return "".join(_read_file(base / name) for name in data.text)
+    try:
+        import datasets
+    except ImportError as error:
+        raise MachineError(
+            f"reading the dataset {data.dataset} needs `datasets` ({error})", fix=INSTALL
+        ) from None
+    path = base / data.dataset
+    name = str(path) if path.exists() else data.dataset
+    try:
+        rows = datasets.load_dataset(name, data.config, split=data.split, revision=data.revision)
+    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        raise UsageError(
+            f"dataset {data.dataset} (config {data.config}, split {data.split}) cannot be read: {error}",
+            fix="check the name, or name local files under `text:`",
+        ) from None
+    if data.column not in rows.column_names:
+        raise UsageError(
+            f"dataset {data.dataset} has the columns {', '.join(rows.column_names)}, not {data.column!r}",
+            fix="set `column:` to the one that holds the text",
+        )
+    return "\n\n".join(rows[data.column])
+
+
+INSTALL = "pip install 'qcompress[train]'"
+
+
+def fingerprint(data: TextData, base: Path) -> dict[str, str]:
+    """What identifies the text: content digests of files, or the coordinates of a dataset."""
+    if data.text is not None:
+        return {
+            f"{index}:{Path(name).name}": sha256_file(base / name) for index, name in enumerate(data.text)
+        }
+    path = base / data.dataset
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return {str(file.relative_to(path)): sha256_file(file) for file in files}
+    return {"dataset": f"{data.dataset}/{data.config}/{data.split}@{data.revision}"}
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror})") from None

@@ -1,0 +1,239 @@
+"""Stage `train`: FloatModel, Recipe -> TrainedModel. The only stage with gradients.
+
+Reads the checkpoint, the training and the calibration text. Writes trained.safetensors (the final scale of
+every quantizer, every rescaling, and the tensors that training changed) and trained.json. After this stage
+nobody can tell which paper trained the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qcompress.artifacts import FloatModel, write_json
+from qcompress.checkpoint import Checkpoints, Position
+from qcompress.errors import ContractError, MachineError, ModelError
+from qcompress.loop import Training, frozen_digest, run_block_phase, run_model_phase
+from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
+from qcompress.methods.protocols import Adapter, Phase
+from qcompress.models import FAMILIES, load_tokenizer
+from qcompress.models.architecture import Architecture
+from qcompress.plan import LayerPlan, plans_to_json
+from qcompress.prepare import initialise, observe, quantize
+from qcompress.progress import Reporter
+from qcompress.schema import Recipe
+from qcompress.tasks import TASKS
+
+COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Data:
+    train: Tensor | None
+    calibration: Tensor | None
+
+
+def train(
+    float_model: FloatModel,
+    recipe: Recipe,
+    base: Path,
+    architecture: Architecture,
+    plan: tuple[LayerPlan, ...],
+    out: Path,
+    reporter: Reporter,
+) -> None:
+    """Train as the recipe says, going on from the checkpoint in `out` if there is one."""
+    accelerator = _accelerator(recipe)
+    phases = SCHEDULES[recipe.schedule.name](recipe.schedule, recipe.train).phases(architecture, plan)
+    data = _read(float_model, recipe, base, phases, plan)
+    family = FAMILIES[architecture.family]
+    model = family.load_float(float_model.source).to(accelerator.device)
+    float_names = set(model.state_dict())
+    checkpoints = Checkpoints(out, recipe.train.checkpoint_every_s)
+    resuming = checkpoints.file.is_file()
+
+    statistics = {}
+    if data.calibration is not None and not resuming:
+        statistics = _observe(model, plan, data.calibration, recipe, accelerator, reporter)
+    prepared = quantize(model, architecture.family, plan)
+    adapter = ADAPTERS[recipe.adapter.name](recipe.adapter)
+    adapter.attach(prepared, architecture.sites, statistics)
+    prepared.model.to(accelerator.device)
+    if not resuming:
+        initialise(prepared, statistics)
+
+    roles = {role for phase in phases for role in phase.roles}
+    frozen = not roles & {"weight", "other"}
+    training = Training(
+        recipe=recipe,
+        architecture=architecture,
+        prepared=prepared,
+        objective=OBJECTIVES[recipe.objective.name](recipe.objective, TASKS[recipe.task.name].loss),
+        stepper=STEPPERS[recipe.stepper.name](recipe.stepper),
+        accelerator=accelerator,
+        checkpoints=checkpoints,
+        reporter=reporter,
+        train_data=data.train,
+        calibration_data=data.calibration,
+        reference=_reference(float_model, architecture, accelerator),
+        moving=set(prepared.model.state_dict()) - (float_names if frozen else set()),
+        facts=[],
+        recent=[],
+    )
+    before = frozen_digest(prepared.model, architecture) if frozen else None
+    _run(training, phases)
+    if frozen and frozen_digest(prepared.model, architecture) != before:
+        raise ContractError("a phase that trains only scales and adapters has changed a weight")
+    _save(training, adapter, float_names, frozen, before, out)
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MachineError(
+            f"started as one of {os.environ['WORLD_SIZE']} processes, and this version trains in one",
+            fix="start `qcompress run` by itself, without torchrun or accelerate launch",
+        )
+    wanted = recipe.train.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise MachineError("train.device is cuda, and torch sees no CUDA device", fix="set train.device: cpu")
+    cpu = wanted == "cpu" or not torch.cuda.is_available()
+    return Accelerator(cpu=cpu, mixed_precision=recipe.train.mixed_precision)
+
+
+def _read(
+    float_model: FloatModel,
+    recipe: Recipe,
+    base: Path,
+    phases: tuple[Phase, ...],
+    plan: tuple[LayerPlan, ...],
+) -> _Data:
+    """The sequences that the phases need; calibration falls back to the training data."""
+    task = TASKS[recipe.task.name]
+    tokenizer = load_tokenizer(float_model.path)
+    section = recipe.data
+
+    def sequences(data) -> Tensor | None:
+        return None if data is None else task.sequences(data, base, tokenizer, recipe.task)
+
+    trains = any(phase.scope == "model" and phase.steps for phase in phases)
+    calibrates = any(item.weights and item.activations for item in plan)
+    calibrates |= any(phase.scope == "blocks" and phase.steps for phase in phases)
+    data = _Data(
+        train=sequences(section.train) if trains else None,
+        calibration=sequences(section.calibration or section.train) if calibrates else None,
+    )
+    if (trains and data.train is None) or (calibrates and data.calibration is None):
+        raise ContractError("the recipe was accepted without the data that its schedule needs")
+    return data
+
+
+def _observe(model, plan, data: Tensor, recipe: Recipe, accelerator: Accelerator, reporter: Reporter):
+    batches = data.split(recipe.train.batch_size)
+    with reporter.bar("calibrate ranges", len(batches)) as bar:
+
+        def counted():
+            for index, batch in enumerate(batches):
+                yield batch.to(accelerator.device)
+                bar.advance(f"batch {index + 1} of {len(batches)}")
+
+        return observe(model, plan, counted(), data.numel())
+
+
+def _reference(
+    float_model: FloatModel, architecture: Architecture, accelerator: Accelerator
+) -> Callable[[], nn.Module]:
+    """The stock float model, loaded only by the schedules that look at it."""
+
+    def load() -> nn.Module:
+        model = FAMILIES[architecture.family].load_float(float_model.source)
+        return model.requires_grad_(False).to(accelerator.device)
+
+    return load
+
+
+def _run(training: Training, phases: tuple[Phase, ...]) -> None:
+    resumed = training.checkpoints.load(training.prepared.model)
+    position, moments = Position(), {}
+    if resumed is not None:
+        position, moments = resumed.position, resumed.moments
+        training.facts, training.recent = resumed.facts, resumed.recent
+        training.reporter.say(
+            f"train: resuming in phase {min(position.phase + 1, len(phases))} of {len(phases)}, "
+            f"block {position.block}, step {position.step}"
+        )
+    elif phases:
+        training.save(position, None)  # a run that is killed now is not calibrated a second time
+    training.objective.attach(training.accelerator.prepare(training.prepared.model))
+    for index, phase in enumerate(phases):
+        if index < position.phase or phase.steps == 0:
+            continue
+        start = position if index == position.phase else Position(phase=index)
+        if phase.scope == "blocks":
+            run_block_phase(training, phase, start)
+        else:
+            run_model_phase(training, phase, start, moments)
+        moments = {}
+        training.save(Position(phase=index + 1), None)
+    training.objective.detach()
+    training.prepared.model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _save(
+    training: Training, adapter: Adapter, float_names: set[str], frozen: bool, digest: str | None, out: Path
+) -> None:
+    recipe, prepared = training.recipe, training.prepared
+    compute = COMPUTE[recipe.format.compute]
+    tensors: dict[str, Tensor] = {}
+    for name, quantizer in prepared.weight_quantizers():
+        scale = quantizer.scale_of(prepared.layers[name].rescaled_weight())
+        tensors[f"{name}.weight.scale"] = snap(scale, compute, f"{name}.weight")
+    for name, quantizer in prepared.input_quantizers():
+        tensors[f"{name}.input.scale"] = snap(quantizer.scale_of(), compute, f"{name}.input")
+    rescalings = adapter.fold()
+    tensors |= {f"{norm}.rescale": scale for norm, scale in rescalings.items()}
+    changed = []
+    if not frozen:
+        changed = [name for name, _ in prepared.model.named_parameters() if name in float_names]
+        tensors |= {name: prepared.model.get_parameter(name) for name in changed}
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        out / "trained.safetensors",
+    )
+    sites = {site.norm: site.readers for site in training.architecture.sites}
+    write_json(
+        out / "trained.json",
+        {
+            "family": prepared.family,
+            "compute": recipe.format.compute,
+            "plan": plans_to_json(prepared.plan),
+            "rescalings": [{"norm": norm, "readers": list(sites[norm])} for norm in rescalings],
+            "changed": changed,
+            "weights_unchanged": {"sha256": digest} if frozen else None,
+            "phases": training.facts,
+        },
+    )
+
+
+def snap(scale: Tensor, compute: torch.dtype, name: str) -> Tensor:
+    """The nearest scale that the compute type can hold, in fp32; positive and finite or refused.
+
+    Rounding scales here, and not at export, keeps the integers of training and deployment equal.
+    """
+    smallest = torch.finfo(compute).smallest_normal
+    if compute == torch.float16:
+        smallest = 2.0**-24  # fp16 kernels keep subnormal numbers
+    snapped = scale.detach().float().clamp_min(smallest).to(compute).float()
+    if not bool((snapped.isfinite() & (snapped > 0)).all()):
+        raise ModelError(
+            f"{name}: a scale of {float(scale.abs().max()):.3g} does not fit into {compute}",
+            fix="use format.compute: fp32, or leave this layer in float under format.layers",
+        )
+    return snapped
