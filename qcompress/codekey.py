@@ -1,0 +1,275 @@
+"""What a stage's result depends on, as digests: the code it can run and all else it was given. No torch.
+
+`code_digest` answers "which of our files can this stage run, and what do they say?" without importing any of
+them. `stage_key` joins that answer with values, versions and inputs into the name of a cache entry, and
+`differences` tells two such answers apart in words.
+
+What counts as the code of a module
+  * its syntax tree, so that layout, comments and line numbers do not matter, and neither do bare strings:
+    docstrings and the help texts under the fields of `schema.py` are read by people, not by a stage;
+  * the modules it imports, inside functions too, because heavy packages are imported where they are used;
+  * the `__init__` of each package above it, which Python runs first. Of these only the imports that really
+    happen then are followed: a lazy import inside one of their functions counts once a name of that package
+    is imported. Without this, the public API in `qcompress/__init__.py` would tie every stage to every file.
+  * not what stands under `if TYPE_CHECKING:`, which never runs.
+
+Imports by a computed name (`importlib`) are invisible here; the house style has none.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcompress.errors import ContractError
+
+PACKAGE = Path(__file__).parent
+
+SECTIONS = ("code", "values", "versions", "inputs", "data")
+"""The order in which `differences` tells what changed: the likeliest cause first."""
+
+_ABSENT = object()
+
+
+# Code ---------------------------------------------------------------------------------------------
+
+
+def code_digest(
+    roots: Sequence[str], leave_out: Collection[str] = (), *, package: Path = PACKAGE
+) -> dict[str, str]:
+    """Digest of every file that `roots` can run, by path inside the package (`quant/lsq.py`).
+
+    `leave_out` names modules, such as the methods that a recipe does not select; each stands for itself only,
+    so a package named here still lets its modules in. `package` is the folder to walk.
+    """
+    for module in [*roots, *leave_out]:
+        if _find(package, module) is None:
+            raise ContractError(
+                f"code_digest was asked about {module}, and {package} holds no such module",
+                fix="correct the module's name where the stage lists its code",
+            )
+    digests: dict[str, str] = {}
+    walked: dict[str, bool] = {}  # module -> are the imports inside its functions followed as well?
+    queue = [(root, True, "the stage") for root in roots]
+    while queue:
+        module, whole, importer = queue.pop()
+        if module in leave_out or walked.get(module) in (True, whole):
+            continue
+        walked[module] = whole
+        queue.extend((parent, False, module) for parent in _parents(module))
+        path = _find(package, module)
+        if path is None:
+            raise ContractError(
+                f"{importer} imports {module}, and {package} holds no such module",
+                fix=f"add {module} or drop the import",
+            )
+        if path.is_dir():  # a package without __init__ has no code of its own
+            continue
+        code = _read(path.read_bytes(), module, path.name == "__init__.py")
+        digests[path.relative_to(package).as_posix()] = code.digest
+        for imported in code.imports:
+            if whole or not imported.lazy:
+                queue.extend((name, full, module) for name, full in _modules(package, imported))
+    return dict(sorted(digests.items()))
+
+
+@dataclass(frozen=True)
+class _Import:
+    """`from base import name`, or `import base` when name is None."""
+
+    base: str
+    name: str | None
+    lazy: bool
+    """Inside a function: it happens when that is called, not when the module is imported."""
+    binds_root: bool = False
+    """`import a.b.c` without `as` gives access to `a` and `a.b` as well."""
+
+
+@dataclass(frozen=True)
+class _Code:
+    digest: str
+    imports: tuple[_Import, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(source: bytes, module: str, is_package: bool) -> _Code:
+    """Parse one file. Keyed by content: the stages of a run share most of their files."""
+    tree = ast.parse(source, filename=module)
+    digest = hashlib.sha256(_spell(tree).encode("utf-8", "surrogatepass")).hexdigest()
+    here = module if is_package else module.rpartition(".")[0]
+    imports = [
+        imported
+        for node, lazy in _import_statements(tree.body, lazy=False)
+        for imported in _imports(node, here, lazy)
+    ]
+    return _Code(digest, tuple(dict.fromkeys(imports)))
+
+
+def _spell(node: object) -> str:
+    """A syntax tree as text without positions and bare strings.
+
+    Not `ast.dump`: that spells empty fields on some versions of Python and leaves them out on others.
+    """
+    if isinstance(node, ast.AST):
+        fields = []
+        for name in node._fields:
+            child = getattr(node, name, None)
+            if child is not None and child != [] and name not in ("ctx", "kind", "type_comment"):
+                fields.append(f"{name}={_spell(child)}")
+        return f"{type(node).__name__}({','.join(fields)})"
+    if isinstance(node, list):
+        return f"[{','.join([_spell(item) for item in node if not _is_bare_string(item)])}]"
+    return repr(node)
+
+
+def _is_bare_string(node: object) -> bool:
+    value = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def _import_statements(
+    body: list[ast.stmt], *, lazy: bool
+) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Every import statement under `body`, and whether it stands inside a function."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node, lazy
+            continue
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if not (isinstance(node, ast.If) and _is_type_checking(node.test)):
+            yield from _import_statements(getattr(node, "body", []), lazy=inside)
+        for field in ("orelse", "finalbody"):
+            yield from _import_statements(getattr(node, field, []), lazy=inside)
+        for part in [*getattr(node, "handlers", []), *getattr(node, "cases", [])]:
+            yield from _import_statements(part.body, lazy=inside)
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", "")
+    return name == "TYPE_CHECKING"
+
+
+def _imports(node: ast.Import | ast.ImportFrom, here: str, lazy: bool) -> Iterator[_Import]:
+    """What one statement in package `here` imports from our own package."""
+    root = here.partition(".")[0]
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            if alias.name.partition(".")[0] == root:
+                yield _Import(alias.name, None, lazy, binds_root=alias.asname is None)
+        return
+    base = node.module or ""
+    if node.level:
+        above = here.split(".")[: len(here.split(".")) - (node.level - 1)]
+        base = ".".join([*above, base] if base else above)
+    if base.partition(".")[0] == root:
+        for alias in node.names:
+            yield _Import(base, alias.name, lazy)
+
+
+def _modules(package: Path, imported: _Import) -> Iterator[tuple[str, bool]]:
+    """The modules an import needs, each with whether its functions' imports count."""
+    if imported.name is not None and _find(package, f"{imported.base}.{imported.name}") is not None:
+        yield f"{imported.base}.{imported.name}", True
+    else:
+        yield imported.base, True
+        if imported.binds_root:
+            yield from ((parent, True) for parent in _parents(imported.base))
+
+
+def _parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _find(package: Path, module: str) -> Path | None:
+    """The file of a module, the folder of a package without `__init__`, or None."""
+    root, _, rest = module.partition(".")
+    if root != package.name:
+        return None
+    place = package.joinpath(*rest.split(".")) if rest else package
+    for path in (place / "__init__.py", place.with_name(place.name + ".py")):
+        if path.is_file() and path.is_relative_to(package):
+            return path
+    return place if place.is_dir() else None
+
+
+# Keys ---------------------------------------------------------------------------------------------
+
+
+def stage_key(stage: str, parts: Mapping[str, object]) -> str:
+    """Name of a stage's cache entry: sha256 of everything in `parts` except "recipe".
+
+    `recipe` only helps to find the entry to compare with when explaining. Keeping absolute paths, host names
+    and times out of `parts` is the caller's duty: with one of these inside, nothing is ever found again.
+    """
+    counted = {name: part for name, part in plain(parts).items() if name != "recipe"}
+    return hashlib.sha256(_canonical({"stage": stage, "parts": counted}).encode()).hexdigest()
+
+
+def plain(parts: Mapping[str, object]) -> dict[str, Any]:
+    """A copy made of nothing but dicts, lists, strings, finite numbers, booleans and None."""
+    copy = _plain(parts, "parts")
+    assert isinstance(copy, dict)
+    return copy
+
+
+def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+    """What changed from one stage's parts to another's, such as `format.weights changed (8 -> 4)`."""
+    sections = [*SECTIONS, *sorted((old.keys() | new.keys()) - {*SECTIONS, "recipe"})]
+    found: list[str] = []
+    for section in sections:
+        before, after = old.get(section, _ABSENT), new.get(section, _ABSENT)
+        if isinstance(before, dict) and isinstance(after, dict):
+            prefix = "" if section == "values" else f"{section}: "
+            found.extend(prefix + change for change in _changes(before, after, "", deep=section == "values"))
+        else:
+            found.extend(_changes({section: before}, {section: after}, "", deep=False))
+    return found
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], above: str, *, deep: bool) -> Iterator[str]:
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, _ABSENT), new.get(key, _ABSENT)
+        if deep and isinstance(before, dict) and isinstance(after, dict):
+            yield from _changes(before, after, f"{above}{key}.", deep=True)
+        elif before is _ABSENT or after is _ABSENT:
+            if before is not after:
+                yield f"{above}{key} {'added' if before is _ABSENT else 'removed'}"
+        elif _canonical(before) != _canonical(after):
+            texts = [side if isinstance(side, str) else _canonical(side) for side in (before, after)]
+            # Digests and long lists say nothing to a reader.
+            detail = f" ({texts[0]} -> {texts[1]})" if max(map(len, texts)) <= 40 else ""
+            yield f"{above}{key} changed{detail}"
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _plain(value: object, where: str) -> object:
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ContractError(
+                    f"{where}: key {key!r} is of type {type(key).__name__}, and JSON knows only strings",
+                    fix="spell the key as a string before it goes into a stage's key",
+                )
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    found = f"{value!r}" if isinstance(value, float) else f"a value of type {type(value).__name__}"
+    raise ContractError(
+        f"{where}: {found} has no exact JSON form, so no stable key can be made of it",
+        fix="turn it into a string, a finite number, a list or a mapping of these",
+    )

@@ -1,0 +1,345 @@
+"""Where stages work, and when their work counts: caching, resuming, locking and the run directory. No torch.
+
+    cache/<stage>/<key>/           finished: what the stage wrote, and manifest.json
+    cache/<stage>/<key>.partial/   in work, or what a killed run left behind
+    out/<name>/<key>/              the run: copies of what a user wants to see
+    out/<name>/latest              the run that was started last
+
+Work happens in `.partial`; its manifest is written when all else is on the disk, and the rename to the final
+name is the commit. So an entry is either whole or absent, whenever the process dies. The next run finds
+`.partial` as it was left, with the `checkpoint*` files from which the stage goes on. The locks of stages lie
+beside the entries, the run's lock inside the run.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+from qcompress.artifacts import read_json, sha256_file, write_json
+from qcompress.codekey import differences, plain, stage_key
+from qcompress.errors import BusyError, ContractError
+from qcompress.system import Lock, machine_errors, make_folder, peak_mib, reset_peak, sync
+
+MANIFEST = "manifest.json"
+PLACED = ".placed.json"
+POLL_S = 0.2
+
+_PROMISED = {"stage", "parts", "files", "digest", "seconds", "peak_mib", "created"}
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished stage. `digest` covers the content alone, `key` what the content was made from.
+
+    `seconds` and `peak_mib` (memory of this process) are those of the process that finished it, so a reused
+    step tells what it cost back then, and a resumed one what its last part cost.
+    """
+
+    stage: str
+    path: Path
+    digest: str
+    key: str
+    reused: bool
+    seconds: float
+    peak_mib: float
+    parts: dict[str, Any]
+
+
+class Workspace:
+    """One run's folders, held against every other process until `close`.
+
+    `fresh` makes every stage anew, whatever the cache holds; a finished entry stays until its successor is.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        cache: Path,
+        name: str,
+        key: str,
+        *,
+        fresh: bool = False,
+        log: Callable[[str], None] = _log.info,
+    ) -> None:
+        self.cache, self.fresh, self.log = cache, fresh, log
+        self.run_dir = out / _inside(name) / _inside(key)
+        with machine_errors(self.run_dir):
+            make_folder(self.run_dir)
+            self._lock = Lock(self.run_dir / ".lock")
+            if not self._lock.take():
+                pid = self._lock.holder().get("pid")
+                raise BusyError(
+                    f"{self.run_dir} is in use by another run: {self._lock}",
+                    fix=f"wait for it, stop it{f' (kill {pid})' if pid else ''}, or choose another --out",
+                )
+            try:
+                _point_latest(out / name / "latest", PurePosixPath(key).parts[0])
+            except OSError:
+                self.close()
+                raise
+
+    def step(
+        self,
+        stage: str,
+        parts: Mapping[str, object],
+        make: Callable[[Path], None],
+        *,
+        place: Mapping[str, str] = {},
+    ) -> Step:
+        """The finished stage, from the cache or made now by `make(folder)`.
+
+        A folder that a killed run left is handed to `make` again, just as it is. When `make` returns, all in
+        it is content, except `checkpoint*` at its top and interrupted writes (`*.tmp`), which are removed.
+
+        `place` copies content into the run: {file, folder or glob: destination}; a destination ending in `/`
+        is a folder. What is not there is skipped; what was placed once and is no longer made goes.
+        """
+        _inside(stage)
+        parts = plain(parts)
+        key = stage_key(stage, parts)
+        entry = self.cache / stage / key
+        with machine_errors(entry):
+            reused = not self.fresh and _damage(entry) is None
+            if not reused:
+                make_folder(entry.parent)
+                with self._only_maker(stage, Lock(entry.parent / f".{key}.lock")):
+                    reused = self._make(stage, entry, parts, make)
+            manifest = read_json(entry / MANIFEST)
+            if reused:
+                self.log(f"{stage}: reused, made {manifest['created']}")
+            self._place(stage, entry, manifest["files"], place)
+        cost = {"seconds": manifest["seconds"], "peak_mib": manifest["peak_mib"]}
+        return Step(stage, entry, manifest["digest"], key, reused, parts=parts, **cost)
+
+    def close(self) -> None:
+        """Let other processes have the run directory."""
+        self._lock.release()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _only_maker(self, stage: str, lock: Lock) -> Iterator[None]:
+        told = False
+        while not lock.take():
+            if not told:
+                self.log(f"{stage}: being made by another run, waiting for it: {lock}")
+                told = True
+            time.sleep(POLL_S)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _make(self, stage: str, entry: Path, parts: dict[str, Any], make: Callable[[Path], None]) -> bool:
+        """Fill the entry, unless it turns out to be finished already (True)."""
+        partial = entry.with_name(entry.name + ".partial")
+        if self.fresh:
+            if partial.exists():
+                shutil.rmtree(partial)
+            self.log(f"{stage}: made anew, as asked")
+        else:
+            why = would_reuse(self.cache, stage, parts)[1]
+            if not why:  # whoever held the lock before us has finished it
+                return True
+            if entry.exists():
+                self.log(f"{stage}: removing a damaged entry, {entry}")
+                shutil.rmtree(entry)
+            if partial.exists() and _damage(partial) is None:
+                # The manifest is proof that only the rename was missing; the checkpoints are gone already.
+                _commit(partial, entry)
+                return True
+            self.log(f"{stage}: {why}")
+        partial.mkdir(exist_ok=True)
+        (partial / MANIFEST).unlink(missing_ok=True)
+        reset_peak()
+        start = time.perf_counter()
+        with machine_errors(partial):
+            make(partial)
+            cost = {"seconds": round(time.perf_counter() - start, 3), "peak_mib": round(peak_mib(), 1)}
+            _seal(partial, {"stage": stage, "parts": parts, **cost})
+            _commit(partial, entry)
+        return False
+
+    def _place(self, stage: str, entry: Path, files: Mapping[str, Any], place: Mapping[str, str]) -> None:
+        placed = _json_or_none(self.run_dir / PLACED) or {}
+        before = json.dumps(placed)
+        for rule, destination in place.items():
+            wanted = _destinations(list(files), rule, destination)
+            old = {name for name, was in placed.items() if (was["stage"], was["rule"]) == (stage, rule)}
+            for name in old - wanted.keys():
+                # An engine of yesterday beside a build that was deferred today would pass for today's.
+                if _unchanged(self.run_dir / _inside(name), placed.pop(name)):
+                    self.log(f"{stage}: no longer made, removed from the run: {name}")
+                    (self.run_dir / name).unlink()
+            for name, source in wanted.items():
+                target, record = self.run_dir / name, placed.get(name)
+                sha256 = files[source]["sha256"]
+                if record is None or record["sha256"] != sha256 or not _unchanged(target, record):
+                    partial = target.with_name(f".{target.name}.tmp")
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(entry / source, partial)
+                    os.replace(partial, target)
+                    stat = target.stat()
+                    record = {"sha256": sha256, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+                placed[name] = {**record, "stage": stage, "rule": rule}
+        if json.dumps(placed) != before:
+            write_json(self.run_dir / PLACED, placed)
+
+
+def would_reuse(cache: Path, stage: str, parts: Mapping[str, object]) -> tuple[bool, str]:
+    """Whether `step` would find this stage finished; if not, what changed since the recipe's last one."""
+    parts = plain(parts)
+    entry = cache / stage / stage_key(stage, parts)
+    with machine_errors(entry):
+        damage = _damage(entry)
+        if damage is None:
+            return True, ""
+        if entry.is_dir():
+            return False, f"damaged: {damage}"
+        if entry.with_name(entry.name + ".partial").is_dir():
+            return False, "unfinished: goes on from where it was stopped"
+        finished = [path for path in (cache / stage).glob("*") if not path.suffix]
+        manifests = [_manifest(path) for path in finished]
+    same = [found for found in manifests if found and found["parts"].get("recipe") == parts.get("recipe")]
+    if not same:
+        return False, "never finished for this recipe"
+    changes = differences(max(same, key=lambda found: found["created"])["parts"], parts)
+    more = [f"and {len(changes) - 4} more"] if len(changes) > 4 else []
+    return False, ", ".join([*changes[:4], *more]) or "the form of the key changed"
+
+
+def _inside(text: str) -> str:
+    """A name or relative path from the caller; anything that leads out of our folders is a bug."""
+    path = PurePosixPath(text)
+    if not text or path.is_absolute() or ".." in path.parts or path.name in (".lock", PLACED):
+        raise ContractError(f"{text!r} cannot name something inside a run or the cache")
+    return text
+
+
+def _point_latest(link: Path, key: str) -> None:
+    """Done when a run starts, not when it succeeds: a gate that reads `latest` after a failed run must not be
+    shown the run before.
+    """
+    partial = link.with_name(f".latest.{os.getpid()}.tmp")
+    partial.unlink(missing_ok=True)
+    try:
+        partial.symlink_to(key, target_is_directory=True)
+    except OSError:  # no such links on this file system, or (Windows) not for this user
+        partial.write_text(key + "\n", encoding="utf-8")
+    os.replace(partial, link)
+
+
+def _seal(partial: Path, made: Mapping[str, object]) -> None:
+    """Drop what is only there for resuming, and write the manifest of the rest."""
+    files: dict[str, dict[str, Any]] = {}
+    spent: list[Path] = []
+    for path in sorted(partial.rglob("*")):
+        name = path.relative_to(partial).as_posix()
+        if name.startswith("checkpoint") or ".tmp" in {Path(part).suffix for part in name.split("/")}:
+            spent.append(path)
+        elif path.is_symlink() or not (path.is_file() or path.is_dir()) or name == MANIFEST:
+            raise ContractError(
+                f"stage {made['stage']} left {name}, which is no plain file or has a reserved name",
+                fix="write plain files only, and leave manifest.json to the workspace",
+            )
+        else:
+            sync(path)
+            if path.is_file():
+                files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    content = "".join(f"{name}\0{files[name]['sha256']}\n" for name in sorted(files))
+    # Only now: whoever is killed while hashing still has the checkpoints.
+    for path in reversed(spent):
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    manifest = {
+        **made,
+        "files": files,
+        "digest": hashlib.sha256(content.encode()).hexdigest(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+    }
+    write_json(partial / MANIFEST, manifest)
+    sync(partial / MANIFEST)
+    sync(partial)
+
+
+def _commit(partial: Path, entry: Path) -> None:
+    old = entry.with_name(entry.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if entry.exists():  # its successor is ready only now
+        os.rename(entry, old)
+    os.rename(partial, entry)
+    sync(entry.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _damage(entry: Path) -> str | None:
+    """How the folder differs from its manifest, or None. By size only, because hashing takes minutes."""
+    manifest = _manifest(entry)
+    if manifest is None:
+        return f"{MANIFEST} is missing or torn"
+    for name, promised in manifest["files"].items():
+        path = entry / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != promised["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {promised['bytes']}"
+    return None
+
+
+def _manifest(entry: Path) -> dict[str, Any] | None:
+    found = _json_or_none(entry / MANIFEST)
+    return found if isinstance(found, dict) and found.keys() >= _PROMISED else None
+
+
+def _json_or_none(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def _destinations(files: Collection[str], rule: str, destination: str) -> dict[str, str]:
+    """Path inside the run -> content file, for one rule of `place`."""
+    is_glob, into_folder = any(sign in rule for sign in "*?["), destination.endswith("/")
+    if is_glob and not into_folder:
+        raise ContractError(f"place: {rule} may mean several files, so {destination!r} must end in '/'")
+    base, rule = PurePosixPath(_inside(destination)), rule.rstrip("/")
+    depth = rule.count("/") + 1
+    found = {}
+    for file in files:
+        above, rest = file.split("/")[:depth], file.split("/")[depth:]
+        if fnmatch.fnmatchcase("/".join(above), rule) if is_glob else above == rule.split("/"):
+            keeps_name = is_glob or (into_folder and not rest)
+            found[str(base.joinpath(*above[-1:] if keeps_name else (), *rest))] = file
+    return found
+
+
+def _unchanged(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a placed file is still as it was placed."""
+    try:
+        stat = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return (stat.st_size, stat.st_mtime_ns) == (record["bytes"], record["mtime_ns"])
