@@ -1,0 +1,136 @@
+"""Build: an OnnxModel becomes an Engine for one target, or a reason why not and the command for the device.
+
+Reads model.onnx (+ model.onnx.data); writes build.json, and model.plan if this machine can build it. TensorRT
+runs in a child process: a crash there, a refusal or a limit becomes an ExportError here. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from qcompress.artifacts import Engine, OnnxModel, sha256_file, write_json
+from qcompress.errors import ExportError, MachineError
+from qcompress.schema import Build, Profile
+from qcompress.targets.device import compute_capability
+from qcompress.targets.graph import View, read
+from qcompress.targets.process import Progress, run_builder
+from qcompress.targets.profiles import profile_shapes
+from qcompress.targets.sizes import check_plan, limit_bytes, predicted_bytes
+from qcompress.targets.table import Target, find_target
+
+PLAN, RECORD = "model.plan", "build.json"
+
+
+def build(onnx: OnnxModel, options: Build, out: Path, progress: Progress | None = None) -> Engine:
+    """Build the engine of an exported model."""
+    return build_file(onnx.file, options, out, progress)
+
+
+def build_file(file: Path, options: Build, out: Path, progress: Progress | None = None) -> Engine:
+    """Build the engine of any ONNX file with explicit Q/DQ; `out` is an empty folder."""
+    target = find_target(options.target)
+    view = read(file)
+    record = _record(view, target, options)
+    if target.backend is None:
+        return _write(out, record, status="none", reason=f"target {target.name} runs the ONNX file itself")
+    shapes = profile_shapes(view, options.profiles)
+    command = device_command(file, options)
+    if options.here == "never":
+        return _write(out, record, status="deferred", reason="build.here is `never`", command=command)
+    reason = _lacks(target)
+    if not reason:
+        reason = _build_here(file, target, options, out, shapes, record, progress)
+    if not reason:
+        return _write(out, record, status="built")
+    if options.here == "required":
+        raise MachineError(
+            f"this machine cannot build for target {target.name}: {reason}",
+            fix=f"run `{command}` on the device, or set `build.here: auto`",
+        )
+    return _write(out, record, status="deferred", reason=reason, command=command)
+
+
+def device_command(file: Path, options: Build) -> str:
+    """What to run on the device, where the ONNX file and its data lie in the current folder."""
+    words = ["qcompress", "build", file.name, "--target", options.target, "--out", "engine"]
+    if options.profiles != [Profile()]:
+        words += ["--profiles", json.dumps([profile.model_dump() for profile in options.profiles])]
+    return shlex.join(words)
+
+
+def _record(view: View, target: Target, options: Build) -> dict[str, Any]:
+    """build.json, as far as it is known beforehand."""
+    predicted = predicted_bytes(view)
+    files = [view.file, *view.data_files]
+    return {
+        "status": None,
+        "reason": None,
+        "command": None,
+        "target": target.name,
+        "backend": target.backend,
+        "versions": {},
+        "plan": None,
+        "onnx": {
+            "sha256": sha256_file(view.file),
+            "bytes": sum(file.stat().st_size for file in files),
+            "data": {file.name: sha256_file(file) for file in view.data_files},
+        },
+        "predicted_bytes": predicted,
+        "limit_bytes": limit_bytes(predicted),
+        "profiles": [profile.model_dump() for profile in options.profiles] if target.backend else [],
+        "inputs": {},
+        "outputs": {},
+        "messages": [],
+    }
+
+
+def _write(out: Path, record: dict[str, Any], **values: str) -> Engine:
+    write_json(out / RECORD, {**record, **values})
+    return Engine(out)
+
+
+def _lacks(target: Target) -> str:
+    """What this machine lacks, before TensorRT is asked; TensorRT-RTX needs nothing."""
+    if target.backend != "tensorrt":
+        return ""
+    found = compute_capability()
+    if found == target.sm:
+        return ""
+    return f"TensorRT builds on the device itself (SM{target.sm}), and this machine has " + (
+        f"a GPU of SM{found}" if found else "no CUDA device"
+    )
+
+
+def _build_here(file: Path, target: Target, options: Build, out: Path, shapes: list[dict[str, Any]],
+                record: dict[str, Any], progress: Progress | None) -> str:  # fmt: skip
+    """Build, check and complete the record; an empty text, or what this machine lacks."""
+    plan = out.resolve() / PLAN
+    spec = {
+        "onnx": str(file.resolve()),
+        "plan": str(plan),
+        "target": target.name,
+        "backend": target.backend,
+        "versions": target.versions,
+        "sm": target.sm,
+        "profiles": shapes,
+        "memory_mib": options.memory_mib,
+    }
+    outcome = run_builder(spec, options.timeout_s, progress)
+    if outcome.final["event"] == "unavailable":
+        return f"{outcome.final['reason']}; the target needs {target.requirement}"
+    try:
+        size = check_plan(plan, record["predicted_bytes"])
+    except ExportError:
+        plan.unlink()  # so that nobody deploys it
+        raise
+    record |= {
+        "versions": {target.backend: outcome.version},
+        "plan": {"sha256": sha256_file(plan), "bytes": size},
+        "inputs": outcome.final["inputs"],
+        "outputs": outcome.final["outputs"],
+        "messages": outcome.messages,
+    }
+    return ""

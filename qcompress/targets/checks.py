@@ -1,0 +1,337 @@
+"""What the linter's rules look for in a graph: one generator for each rule, no judgement. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from qcompress.targets.graph import (
+    DEQUANTIZE,
+    FLOATS,
+    QUANTIZE,
+    Shape,
+    View,
+    attribute,
+    operand,
+    result,
+    type_word,
+)
+from qcompress.targets.quantizers import (
+    MOVES,
+    SCALE,
+    ZERO_POINT,
+    activations_of,
+    axis_of,
+    code_type,
+    dequantizer_of,
+    layer_name,
+    node_name,
+    parameters,
+    users_of,
+    weights_of,
+)
+from qcompress.targets.table import BLOCKS, Target
+
+FORMATS_KEY = "qcompress.formats"
+"""Key of an ONNX file's metadata that says how its layers are quantized, as JSON."""
+
+OPSETS = (21, 25)
+"""First opset with int4, and the last one that TensorRT 11 documents."""
+
+MATMULS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+CODE_MOVES = (*MOVES, "Concat", "Slice", "Split", "Clip")
+"""Operators that may stand between QuantizeLinear and DequantizeLinear: a key-value cache, narrower codes."""
+
+TAKEN = ("INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1")
+"""Types that TensorRT quantizes to."""
+
+OWN_RULES = ("UINT8", "INT32")
+"""Types with a rule of their own."""
+
+
+class Broken(NamedTuple):
+    """One place where a graph breaks a rule: the layer, and what was found there."""
+
+    layer: str
+    found: str
+
+
+# Zero points and scales ---------------------------------------------------------------------------
+
+
+def zero_points(view: View, target: Target) -> Iterator[Broken]:
+    for node, name in parameters(view, ZERO_POINT):
+        values = view.values(name)
+        if values is not None and np.any(numbers := values.astype(np.int64)):
+            yield Broken(layer_name(view, node), f"zero point {numbers[numbers != 0].flat[0]}")
+
+
+def moving_zero_points(view: View, target: Target) -> Iterator[Broken]:
+    for node, name in parameters(view, ZERO_POINT):
+        if name not in view.fixed:
+            yield Broken(layer_name(view, node), f"zero point {name!r} is known at run time only")
+
+
+def moving_scales(view: View, target: Target) -> Iterator[Broken]:
+    for node, name in parameters(view, SCALE):
+        if name not in view.fixed:
+            yield Broken(layer_name(view, node), f"scale {name!r} is known at run time only")
+
+
+def scales_not_positive(view: View, target: Target) -> Iterator[Broken]:
+    for node, name in parameters(view, SCALE):
+        values = view.values(name)
+        # `not >` rather than `<=`, which NaN would pass.
+        if values is not None and (bad := values[~(values.astype(np.float64) > 0)]).size:
+            found = f"scale {float(bad.flat[0]):g} ({bad.size} of {values.size})"
+            yield Broken(layer_name(view, node), found)
+
+
+def scales_not_finite(view: View, target: Target) -> Iterator[Broken]:
+    for node, name in parameters(view, SCALE):
+        values = view.values(name)
+        if values is not None and (count := int(np.isposinf(values.astype(np.float64)).sum())):
+            yield Broken(layer_name(view, node), f"scale inf ({count} of {values.size})")
+
+
+def scale_types(view: View, target: Target) -> Iterator[Broken]:
+    for node in view.named(QUANTIZE):
+        kinds = [view.types.get(operand(node, index)) for index in (1, 0)]
+        if all(kind in FLOATS for kind in kinds) and kinds[0] != kinds[1]:
+            yield Broken(layer_name(view, node), f"{FLOATS[kinds[0]]} scale of a {FLOATS[kinds[1]]} tensor")
+    for node in view.named(*MATMULS, "Add", "Mul"):
+        kinds = [view.types.get(operand(node, index)) for index in (0, 1)]
+        if all(kind in FLOATS for kind in kinds) and kinds[0] != kinds[1]:
+            sources = [dequantizer_of(view, operand(node, index)) for index in (0, 1)]
+            index = next((index for index in (0, 1) if sources[index]), None)
+            if index is not None:
+                mine, other = FLOATS[kinds[index]], FLOATS[kinds[1 - index]]
+                found = f"{mine} scale, and {node_name(node)} computes with {other}"
+                yield Broken(layer_name(view, sources[index]), found)
+
+
+def scale_shapes(view: View, target: Target) -> Iterator[Broken]:
+    for node in view.named(QUANTIZE, DEQUANTIZE):
+        scale, place = view.shape(operand(node, 1)), axis_of(view, node)
+        if operand(node, 1) not in view.constants or scale is None or place is None:
+            continue
+        axis, shape = place
+        block = attribute(node, "block_size", 0)
+        if not (_fits_blocks(scale, shape, axis, block) if block else _fits_channels(scale, shape, axis)):
+            blocks = f", blocks of {block}" if block else ""
+            found = f"scale {list(scale)} for {list(shape)}, axis {axis}{blocks}"
+            yield Broken(layer_name(view, node), found)
+
+
+def _fits_channels(scale: Shape, shape: Shape, axis: int) -> bool:
+    """One scale for everything, or one for each index of the axis; a length that is not known fits."""
+    if scale in ((), (1,)):
+        return True
+    return len(scale) == 1 and axis in range(len(shape)) and _same(shape[axis], scale[0])
+
+
+def _fits_blocks(scale: Shape, shape: Shape, axis: int, block: int) -> bool:
+    """As many scales along the axis as blocks (rounded up: a remainder is another rule's), elsewhere as many
+    as values.
+    """
+    if len(scale) != len(shape) or axis not in range(len(shape)):
+        return False
+    length = shape[axis]
+    needed = [*shape[:axis], -(-length // block) if isinstance(length, int) else None, *shape[axis + 1 :]]
+    return all(_same(size, count) for size, count in zip(needed, scale, strict=True))
+
+
+def _same(size: int | str | None, count: int | str | None) -> bool:
+    return not isinstance(size, int) or size == count
+
+
+# Types --------------------------------------------------------------------------------------------
+
+
+def unsigned_activations(view: View, target: Target) -> Iterator[Broken]:
+    for node in activations_of(view):
+        values = view.values(operand(node, 2))
+        if code_type(view, node) == "UINT8" and (values is None or not np.any(values)):
+            how = "" if values is not None else ", ONNX's choice where no zero point is given"
+            yield Broken(node_name(node), f"uint8{how}")
+
+
+def integer_biases(view: View, target: Target) -> Iterator[Broken]:
+    for node in view.named(DEQUANTIZE):
+        if code_type(view, node) == "INT32":
+            yield Broken(layer_name(view, node), "int32 codes")
+
+
+def other_integers(view: View, target: Target) -> Iterator[Broken]:
+    for node in view.named(QUANTIZE, DEQUANTIZE):
+        kind, constant = code_type(view, node), operand(node, 0) in view.fixed
+        # Behind a QuantizeLinear, it is that which is reported.
+        follows = node.op_type == DEQUANTIZE and not constant and operand(node, 0) in view.producers
+        unsigned_weight = kind == "UINT8" and constant
+        if unsigned_weight or (kind not in ("", *TAKEN, *OWN_RULES) and not follows):
+            yield Broken(layer_name(view, node), f"{kind.lower()} codes")
+
+
+def per_channel_activations(view: View, target: Target) -> Iterator[Broken]:
+    for node in activations_of(view):
+        scale = view.shape(operand(node, 1)) or ()
+        if operand(node, 1) in view.constants and np.prod(scale, dtype=np.int64) != 1:
+            yield Broken(node_name(node), f"scale {list(scale)}")
+
+
+def int4_activations(view: View, target: Target) -> Iterator[Broken]:
+    for node in activations_of(view):
+        if code_type(view, node) == "INT4":
+            yield Broken(node_name(node), "int4 codes")
+
+
+def compute_types(view: View, target: Target) -> Iterator[Broken]:
+    """One finding for a type: every matmul of a model shares it."""
+    for kind, word in FLOATS.items():
+        if word in target.compute:
+            continue
+        users = [node_name(node) for node in view.named(*MATMULS) if view.types.get(operand(node, 0)) == kind]
+        if kind == TensorProto.BFLOAT16:
+            users += [name for name, tensor in view.constants.items() if tensor.data_type == kind]
+        if users:
+            yield Broken(users[0], f"{word} (places: {len(users)})")
+
+
+def old_opset(view: View, target: Target) -> Iterator[Broken]:
+    if view.opset < OPSETS[0]:
+        yield Broken("(graph)", f"opset {view.opset}")
+
+
+def new_opset(view: View, target: Target) -> Iterator[Broken]:
+    if view.opset > OPSETS[1]:
+        yield Broken("(graph)", f"opset {view.opset}")
+
+
+# Weights ------------------------------------------------------------------------------------------
+
+
+def int4_opset(view: View, target: Target) -> Iterator[Broken]:
+    if view.opset < OPSETS[0]:
+        for node in view.named(QUANTIZE, DEQUANTIZE):
+            if code_type(view, node) == "INT4" or attribute(node, "block_size", 0):
+                yield Broken(layer_name(view, node), f"int4 or blocks in opset {view.opset}")
+
+
+def int4_target(view: View, target: Target) -> Iterator[Broken]:
+    """One finding: the type is what the device lacks."""
+    layers = [layer_name(view, node) for node in weights_of(view) if code_type(view, node) == "INT4"]
+    if layers and 4 not in target.weight_bits:
+        yield Broken(layers[0], f"int4 codes (weights: {len(layers)})")
+
+
+def _blocked(view: View, node: NodeProto) -> tuple[int, int] | None:
+    """Length of the axis that is cut into blocks, and their size; None without blocks or a known length."""
+    block, place = attribute(node, "block_size", 0), axis_of(view, node)
+    if not block or place is None or place[0] not in range(len(place[1])):
+        return None
+    length = place[1][place[0]]
+    return (length, block) if isinstance(length, int) else None
+
+
+def uneven_blocks(view: View, target: Target) -> Iterator[Broken]:
+    for node in view.named(QUANTIZE, DEQUANTIZE):
+        if (blocked := _blocked(view, node)) and blocked[0] % blocked[1]:
+            yield Broken(layer_name(view, node), f"{blocked[0]} values in blocks of {blocked[1]}")
+
+
+def odd_blocks(view: View, target: Target) -> Iterator[Broken]:
+    for node in weights_of(view):
+        block = attribute(node, "block_size", 0)
+        if block and block not in BLOCKS:
+            yield Broken(layer_name(view, node), f"blocks of {block}")
+
+
+def int4_channels(view: View, target: Target) -> Iterator[Broken]:
+    for node in weights_of(view):
+        if code_type(view, node) == "INT4" and not attribute(node, "block_size", 0):
+            yield Broken(layer_name(view, node), "int4 without blocks")
+
+
+def _int4_products(view: View) -> Iterator[tuple[NodeProto, NodeProto, NodeProto]]:
+    """Matmuls of an int4 weight with an int8 activation: the matmul, the weight, the activation."""
+    for node in view.named("MatMul", "Gemm"):
+        sources = [dequantizer_of(view, operand(node, index)) for index in (0, 1)]
+        if all(sources) and operand(sources[0], 0) not in view.fixed and operand(sources[1], 0) in view.fixed:
+            activation, weight = sources
+            if code_type(view, weight) == "INT4" and code_type(view, activation) == "INT8":
+                yield node, weight, activation
+
+
+def int4_products(view: View, target: Target) -> Iterator[Broken]:
+    for _, weight, _ in _int4_products(view):
+        yield Broken(layer_name(view, weight), "int4 weights, int8 activations")
+
+
+def int4_block_products(view: View, target: Target) -> Iterator[Broken]:
+    if target.backend != "tensorrt_rtx":
+        return
+    for node, weight, activation in _int4_products(view):
+        blocked, rank = _blocked(view, weight), _rank(view, node, activation)
+        if blocked and blocked[0] > blocked[1] and rank != 2:
+            known = f"of rank {rank}" if rank else "of unknown rank"
+            yield Broken(layer_name(view, weight), f"int4 blocks of {blocked[1]}, int8 activation {known}")
+
+
+def _rank(view: View, matmul: NodeProto, activation: NodeProto) -> int | None:
+    """Rank of a matmul's input, from any of the tensors between the float one and the matmul."""
+    quantizer = view.producers.get(operand(activation, 0))
+    names = [operand(matmul, 0), operand(activation, 0)]
+    names += [operand(quantizer, 0)] if quantizer is not None else []
+    return next((len(shape) for name in names if (shape := view.shape(name)) is not None), None)
+
+
+def weight_readers(view: View, target: Target) -> Iterator[Broken]:
+    for node in weights_of(view):
+        if code_type(view, node) not in TAKEN:
+            continue
+        for reader in users_of(view, result(node), MOVES):
+            if reader.op_type not in (*MATMULS, "Gather"):
+                yield Broken(layer_name(view, node), f"read by {reader.op_type} {node_name(reader)}")
+
+
+# The graph as a whole -----------------------------------------------------------------------------
+
+
+def constant_readers(view: View, target: Target) -> Iterator[Broken]:
+    for name, tensor in view.constants.items():
+        if type_word(tensor.data_type) not in ("INT8", "INT4"):
+            continue
+        for node in view.readers.get(name, []):
+            is_parameter = node.op_type in (QUANTIZE, DEQUANTIZE, "Clip") and operand(node, 0) != name
+            if node.op_type != DEQUANTIZE and not is_parameter:
+                yield Broken(name, f"read by {node.op_type} {node_name(node)}")
+
+
+def lone_quantizers(view: View, target: Target) -> Iterator[Broken]:
+    for node in view.named(QUANTIZE):
+        for reader in users_of(view, result(node), CODE_MOVES):
+            if reader.op_type != DEQUANTIZE:
+                yield Broken(node_name(node), f"codes read by {reader.op_type} {node_name(reader)}")
+
+
+def lost_quantization(view: View, target: Target) -> Iterator[Broken]:
+    try:
+        formats = json.loads(view.metadata.get(FORMATS_KEY, "null"))
+    except (ValueError, RecursionError):
+        formats = None
+    if _says_quantized(formats) and not any(view.named(QUANTIZE, DEQUANTIZE)):
+        yield Broken("(graph)", f"metadata {FORMATS_KEY} names integer formats, the graph has no Q/DQ node")
+
+
+def _says_quantized(formats: object) -> bool:
+    """Whether any value, however deep, is an integer format: `int8`, `w8a8`, or a mapping with `bits`."""
+    if isinstance(formats, dict):
+        return isinstance(formats.get("bits"), int) or any(map(_says_quantized, formats.values()))
+    if isinstance(formats, list):
+        return any(map(_says_quantized, formats))
+    return isinstance(formats, str) and re.match(r"u?int\d|w\da\d", formats) is not None

@@ -1,0 +1,80 @@
+"""Shapes of the optimization profiles: a recipe's ranges laid over the inputs of a graph. No torch.
+
+A recipe names axes (`batch`, `sequence`), and so do the inputs of an exported graph; a fixed dimension stays
+as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qcompress.errors import UsageError
+from qcompress.schema import Profile
+from qcompress.targets.graph import DEQUANTIZE, View, dimensions, operand
+
+Shapes = dict[str, list[list[int]]]
+"""Input name -> [min, opt, max] shape."""
+
+POSITIONS = "position_ids"
+"""The input that looks up the table of positions."""
+
+PASSING = ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Expand")
+"""What an exporter puts between the positions and their table."""
+
+
+def profile_shapes(view: View, profiles: Sequence[Profile]) -> list[Shapes]:
+    """Shapes of all inputs for each profile; no profile at all where every dimension is fixed."""
+    _check_context(view, profiles)
+    shapes = {value.name: dimensions(value) for value in view.inputs}
+    for name, shape in shapes.items():
+        if shape is None or None in shape:
+            raise UsageError(
+                f"{view.file}: input {name!r} has a dimension without a name or a size",
+                fix=f"export with dynamic axes named {' and '.join(Profile.model_fields)}",
+            )
+    if all(isinstance(size, int) for shape in shapes.values() for size in shape):
+        return []
+    return [
+        {name: _triple(view, name, shape, profile) for name, shape in shapes.items()} for profile in profiles
+    ]
+
+
+def _triple(view: View, name: str, shape: tuple[int | str, ...], profile: Profile) -> list[list[int]]:
+    ranges = profile.model_dump()
+    unknown = [size for size in shape if isinstance(size, str) and size not in ranges]
+    if unknown:
+        raise UsageError(
+            f"{view.file}: input {name!r} has an axis {unknown[0]!r}, and build.profiles gives ranges for "
+            f"{', '.join(ranges)}",
+            fix=f"export with axes of these names, or with a fixed {unknown[0]!r}",
+        )
+    return [[size if isinstance(size, int) else ranges[size][index] for size in shape] for index in range(3)]
+
+
+def _check_context(view: View, profiles: Sequence[Profile]) -> None:
+    limit = model_context(view)
+    for number, profile in enumerate(profiles):
+        if limit is not None and profile.sequence[2] > limit:
+            low, opt = (min(size, limit) for size in profile.sequence[:2])
+            raise UsageError(
+                f"build.profiles[{number}].sequence goes to {profile.sequence[2]} tokens, and the model has "
+                f"{limit} positions",
+                fix=f"set `sequence: [{low}, {opt}, {limit}]`",
+            )
+
+
+def model_context(view: View) -> int | None:
+    """Rows of the table that the positions look up, None if there is none to be found."""
+    queue, seen = [POSITIONS], {POSITIONS}
+    while queue:
+        name = queue.pop()
+        for node in view.readers.get(name, []):
+            if node.op_type == "Gather" and operand(node, 1) == name:
+                table = view.producers.get(operand(node, 0))
+                stored = operand(table, 0) if table is not None and table.op_type == DEQUANTIZE else ""
+                shape = view.shape(stored or operand(node, 0))
+                return shape[0] if shape and isinstance(shape[0], int) else None
+            if node.op_type in PASSING:
+                queue += set(node.output) - seen
+                seen |= set(node.output)
+    return None

@@ -1,0 +1,196 @@
+"""What TensorRT refuses, silently changes or runs slowly: the table of the linter's rules. No torch.
+
+A rule may be stricter than TensorRT-RTX, which builds graphs that TensorRT's documents forbid. `evidence`
+says where a rule comes from, and the tests hold the real parser and builder to it:
+
+    parser     the ONNX parser refuses the graph
+    builder    the parser takes it, the builder refuses it
+    checker    onnx.checker refuses it, TensorRT-RTX takes it
+    behaviour  TensorRT-RTX takes it and makes something else or something slow of it
+    documents  TensorRT's documents forbid it, TensorRT-RTX takes it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from qcompress.targets import checks
+from qcompress.targets.checks import Broken
+from qcompress.targets.graph import View
+from qcompress.targets.table import Target
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that a graph must not do, or had better not."""
+
+    id: str
+    consequence: Literal["refused", "changed", "slow"]
+    evidence: Literal["parser", "builder", "checker", "behaviour", "documents"]
+    summary: str
+    fix: str
+    check: Callable[[View, Target], Iterator[Broken]]
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "zero-point", "refused", "parser",
+        "TensorRT quantizes symmetrically: every zero point is 0",
+        "quantize symmetrically, to int8 in [-128, 127]",
+        checks.zero_points,
+    ),
+    Rule(
+        "zero-point-not-constant", "refused", "builder",
+        "a zero point must be known when the engine is built",
+        "store the zero point as an initializer, or leave it out",
+        checks.moving_zero_points,
+    ),
+    Rule(
+        "scale-not-constant", "refused", "documents",
+        "a scale must be known when the engine is built",
+        "make dynamic quantization static: calibrate, and store the scale as an initializer",
+        checks.moving_scales,
+    ),
+    Rule(
+        "scale-not-positive", "refused", "parser",
+        "every scale is above 0",
+        "give dead channels a small positive scale, and project learned scales to a floor",
+        checks.scales_not_positive,
+    ),
+    Rule(
+        "scale-not-finite", "changed", "behaviour",
+        "an infinite scale makes NaN of every value",
+        "find the overflow: a scale beyond 65504 does not fit into fp16",
+        checks.scales_not_finite,
+    ),
+    Rule(
+        "scale-type", "refused", "parser",
+        "a scale has the type of the float tensor it belongs to",
+        "store the scale in the compute type of the graph",
+        checks.scale_types,
+    ),
+    Rule(
+        "scale-shape", "refused", "parser",
+        "scales are one for the tensor, one for each index of the axis, or one for each block",
+        "set `axis` and `block_size` to what the scales were made for",
+        checks.scale_shapes,
+    ),
+    Rule(
+        "uint8-activation", "changed", "behaviour",
+        "TensorRT computes uint8 as int8: codes above 127 are clipped",
+        "quantize to int8, also what is never negative",
+        checks.unsigned_activations,
+    ),
+    Rule(
+        "int32-bias", "refused", "parser",
+        "TensorRT does not dequantize int32",
+        "store the bias in float",
+        checks.integer_biases,
+    ),
+    Rule(
+        "integer-type", "refused", "parser",
+        "of the integers TensorRT takes int8, and int4 for weights",
+        "store the codes as int8 or int4; narrower codes fit into either",
+        checks.other_integers,
+    ),
+    Rule(
+        "activation-per-channel", "refused", "documents",
+        "an activation has one scale for the whole tensor",
+        "use one scale; move outlying channels into the weights (smoothquant, quadapter)",
+        checks.per_channel_activations,
+    ),
+    Rule(
+        "int4-activation", "refused", "documents",
+        "int4 is a type of weights only",
+        "quantize activations to int8",
+        checks.int4_activations,
+    ),
+    Rule(
+        "int4-opset", "refused", "checker",
+        "int4 and blocks come with opset 21",
+        "export with opset 21",
+        checks.int4_opset,
+    ),
+    Rule(
+        "int4-target", "refused", "builder",
+        "the target has no int4",
+        "store 4-bit codes as int8, or name a target from SM80 on",
+        checks.int4_target,
+    ),
+    Rule(
+        "block-remainder", "refused", "parser",
+        "the axis divides into whole blocks; where the number of scales divides it, TensorRT takes blocks of "
+        "another size than the graph says",
+        "choose a block that divides the input features",
+        checks.uneven_blocks,
+    ),
+    Rule(
+        "block-size", "slow", "behaviour",
+        "int4 kernels exist for blocks of 32, 64 and 128",
+        "use blocks of 128 or 64",
+        checks.odd_blocks,
+    ),
+    Rule(
+        "int4-per-channel", "slow", "behaviour",
+        "int4 without blocks is dequantized apart from the matmul",
+        "use blocks of 128 or 64",
+        checks.int4_channels,
+    ),
+    Rule(
+        "int4-weight-int8-activation", "slow", "behaviour",
+        "int4 weights are computed in float: quantizing the activation beside them costs time and accuracy",
+        "keep the activation in float, or store 4-bit codes as int8 for an int8 matmul",
+        checks.int4_products,
+    ),
+    Rule(
+        "int4-blocks-int8-activation", "refused", "builder",
+        "TensorRT-RTX 1.7 cannot multiply several int4 blocks with an int8 activation of rank 3",
+        "keep the activation in float, or store 4-bit codes as int8 for an int8 matmul",
+        checks.int4_block_products,
+    ),
+    Rule(
+        "constant-reader", "refused", "builder",
+        "a stored integer tensor is read by DequantizeLinear only",
+        "put DequantizeLinear directly behind the tensor, and Gather or Transpose behind that",
+        checks.constant_readers,
+    ),
+    Rule(
+        "weight-reader", "slow", "behaviour",
+        "only matmuls, convolutions and Gather compute with an integer weight",
+        "store this tensor in float",
+        checks.weight_readers,
+    ),
+    Rule(
+        "quantizer-alone", "refused", "parser",
+        "what QuantizeLinear makes is read by DequantizeLinear: integer operators are not TensorRT's way",
+        "write Q/DQ pairs in front of float operators",
+        checks.lone_quantizers,
+    ),
+    Rule(
+        "quantization-lost", "changed", "behaviour",
+        "the file says that it is quantized, and its graph is float",
+        "export again; an optimizer may have folded the DequantizeLinear nodes",
+        checks.lost_quantization,
+    ),
+    Rule(
+        "compute-type", "refused", "builder",
+        "the target has no matmul of this float type",
+        "export with `format.compute: fp16`, which every target computes in",
+        checks.compute_types,
+    ),
+    Rule(
+        "opset-new", "refused", "documents",
+        "TensorRT 11 documents opsets up to 25",
+        "export with opset 21",
+        checks.new_opset,
+    ),
+    Rule(
+        "opset-old", "slow", "documents",
+        "before opset 21 there is neither int4 nor a scale for each block; older graphs run with int8 alone",
+        "export with opset 21",
+        checks.old_opset,
+    ),
+)  # fmt: skip
+"""Every rule, in the order in which findings are shown."""

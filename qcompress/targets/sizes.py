@@ -1,0 +1,65 @@
+"""How many bytes an engine of quantized weights may have. No torch.
+
+TensorRT stores a tensor once for each node that uses it, so a table shared by an embedding and a head counts
+twice, and adds kernels and tables of up to about 10 MB. Whatever is far beyond that holds float weights: the
+check says something from some 50 MB of weights on, and lets small engines pass.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from onnx import TensorProto
+
+from qcompress.errors import ExportError
+from qcompress.targets.graph import DEQUANTIZE, View, operand, read, result, type_word
+
+FACTOR = 1.1
+CONSTANT = 12 * 2**20
+
+BITS = {
+    "FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16, "DOUBLE": 64, "COMPLEX64": 64, "COMPLEX128": 128,
+    "INT64": 64, "UINT64": 64, "INT32": 32, "UINT32": 32, "INT16": 16, "UINT16": 16, "INT8": 8, "UINT8": 8,
+    "BOOL": 8, "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT8E4M3FN": 8, "FLOAT8E4M3FNUZ": 8,
+    "FLOAT8E5M2": 8, "FLOAT8E5M2FNUZ": 8, "FLOAT8E8M0": 8, "FLOAT4E2M1": 4,
+}  # fmt: skip
+"""Bits of one element as ONNX packs it."""
+
+
+def stored_bytes(tensor: TensorProto) -> int:
+    """Bytes of a tensor, sub-byte types packed; 0 for types without a fixed size."""
+    bits = BITS.get(type_word(tensor.data_type), 0)
+    return -(-math.prod(tensor.dims) * bits // 8)
+
+
+def predicted_bytes(file: Path | View) -> int:
+    """Bytes of a file's tensors, each as often as nodes use it: what its engine stores."""
+    view = file if isinstance(file, View) else read(file)
+    return sum(stored_bytes(tensor) * _uses(view, name) for name, tensor in view.constants.items())
+
+
+def _uses(view: View, name: str) -> int:
+    """Nodes that compute with a tensor; one behind its DequantizeLinear counts for itself."""
+    uses = 0
+    for node in view.readers.get(name, []):
+        behind = node.op_type == DEQUANTIZE and operand(node, 0) == name
+        uses += max(len(view.readers.get(result(node), [])), 1) if behind else 1
+    return max(uses, 1)
+
+
+def limit_bytes(predicted: int) -> int:
+    """Largest believable engine for so many predicted bytes."""
+    return int(FACTOR * predicted) + CONSTANT
+
+
+def check_plan(plan: Path, predicted: int) -> int:
+    """Bytes of an engine, if they are believable."""
+    size, limit = plan.stat().st_size, limit_bytes(predicted)
+    if not size <= limit:
+        raise ExportError(
+            f"{plan.name} has {size:,} bytes where the integer weights predict {predicted:,} (limit "
+            f"{limit:,}): the engine holds float weights",
+            fix="run `qcompress lint` on the model; look for weights whose DequantizeLinear feeds no matmul",
+        )
+    return size

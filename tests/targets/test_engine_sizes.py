@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graphs import Graph, Shape, codes, decoder, dequantize_weight, linear, save, tensor_value
+from onnx import TensorProto
+
+from qcompress.errors import ExportError
+from qcompress.targets.sizes import check_plan, limit_bytes, predicted_bytes
+
+MIB = 2**20
+
+
+def test_every_tensor_counts_as_it_is_stored(tmp_path: Path) -> None:
+    # codes, scale fp32, zero points; scale and zero point of the activation, which two nodes read.
+    expected = 128 * 64 + 64 * 4 + 64 + (4 + 1) * 2
+    assert predicted_bytes(save(linear(), tmp_path / "model.onnx")) == expected
+
+
+def test_int4_counts_half_a_byte(tmp_path: Path) -> None:
+    model = linear(4, 64, activations=False, compute="fp16", shape=(128, 63))
+    assert predicted_bytes(save(model, tmp_path / "model.onnx")) == 128 * 63 // 2 + 2 * 63 * 2
+
+
+def test_an_odd_count_of_int4_fills_its_last_byte(tmp_path: Path) -> None:
+    model = linear(4, None, activations=False, shape=(5, 3))
+    assert predicted_bytes(save(model, tmp_path / "model.onnx")) == 8 + 3 * 4 + 2
+
+
+def table_used(dequantizers: int, readers: int) -> Graph:
+    """A table of 64 x 32 bytes with so many DQ nodes, each with so many Gather nodes behind it."""
+    graph = Graph()
+    graph.tensor("table", codes("table", (64, 32)), TensorProto.INT8)
+    graph.tensor("scale", np.full(64, 0.01))
+    for index in range(dequantizers):
+        graph.node("DequantizeLinear", ["table", "scale"], f"dq{index}", axis=0)
+        for reader in range(readers):
+            graph.node("Gather", [f"dq{index}", "ids"], f"rows{index}.{reader}")
+    return graph
+
+
+@pytest.mark.parametrize(("dequantizers", "readers", "copies"), [(1, 1, 1), (2, 1, 2), (1, 2, 2), (2, 3, 6)])
+def test_a_tensor_counts_once_for_each_node_that_uses_it(
+    tmp_path: Path, dequantizers: int, readers: int, copies: int
+) -> None:
+    graph = table_used(dequantizers, readers)
+    outputs = [tensor_value(node.output[0], 1, "n", 32) for node in graph.nodes if node.op_type == "Gather"]
+    model = graph.model([tensor_value("ids", TensorProto.INT64, "n")], outputs)
+    assert predicted_bytes(save(model, tmp_path / "model.onnx")) == copies * 64 * 32 + dequantizers * 64 * 4
+
+
+def test_a_table_shared_by_embedding_and_head_counts_twice(tmp_path: Path) -> None:
+    tied = predicted_bytes(save(decoder(), tmp_path / "model.onnx"))
+    stored = sum(len(tensor.raw_data) for tensor in decoder().graph.initializer)
+    table = Shape().vocabulary * Shape().width
+    assert stored + table <= tied <= stored + table + 200  # the rest: scales that Q and DQ share
+
+
+def test_the_place_of_the_data_does_not_matter(tmp_path: Path) -> None:
+    inside = save(decoder(), tmp_path / "inside.onnx")
+    outside = save(decoder(), tmp_path / "outside.onnx", external=True)
+    assert outside.stat().st_size < inside.stat().st_size / 2
+    assert predicted_bytes(outside) == predicted_bytes(inside)
+
+
+def test_constants_made_by_nodes_count_as_well(tmp_path: Path) -> None:
+    graph = Graph()
+    weight = dequantize_weight(graph, "weight", (128, 64))
+    codes_tensor = graph.tensors.pop(0)
+    constant = graph.nodes.pop()
+    graph.node("Constant", [], "weight.codes", value=codes_tensor)
+    graph.nodes.append(constant)
+    graph.node("MatMul", ["x", weight], "y")
+    model = graph.model([tensor_value("x", 1, "batch", 128)], [tensor_value("y", 1, "batch", 64)])
+    assert predicted_bytes(save(model, tmp_path / "model.onnx")) == 128 * 64 + 64 * 4 + 64
+
+
+def test_the_limit_is_a_tenth_more_and_twelve_mib() -> None:
+    assert limit_bytes(0) == 12 * MIB
+    assert limit_bytes(1000 * MIB) == 1112 * MIB
+
+
+@pytest.mark.parametrize(("more", "passes"), [(0, True), (1, False)])
+def test_a_plan_may_reach_its_limit_and_no_more(tmp_path: Path, more: int, passes: bool) -> None:
+    plan = tmp_path / "model.plan"
+    with plan.open("wb") as file:
+        file.truncate(limit_bytes(MIB) + more)  # sparse
+    if passes:
+        assert check_plan(plan, MIB) == limit_bytes(MIB)
+    else:
+        with pytest.raises(ExportError, match="13,736,346 bytes .* predict 1,048,576 .*holds float weights"):
+            check_plan(plan, MIB)
