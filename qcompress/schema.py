@@ -292,7 +292,7 @@ class Build(Options):
     timeout_s: int = Field(default=3600, ge=1)
     """The builder is stopped after this long."""
     memory_mib: int = Field(default=16384, ge=256)
-    """Address space of the builder's process beyond what its libraries map."""
+    """Private memory that the builder's process may use."""
 
 
 class Verify(Options):

@@ -1,0 +1,201 @@
+"""A recipe against the model it names and the target it is for, from file headers alone. No torch.
+
+Reads `config.json` and the safetensors header; answers in milliseconds what would otherwise fail after hours
+of training: patterns without layers, blocks that do not divide, formats that the target refuses.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from qcompress.errors import Mistake, ModelError, RecipeError
+from qcompress.formats import WeightFormat
+from qcompress.models import describe
+from qcompress.models.architecture import Architecture, Layer
+from qcompress.plan import LayerPlan, matches, plan_layers
+from qcompress.recipe import Resolved, base_of, examine, resolved
+from qcompress.rules import judge_profiles
+from qcompress.schema import Recipe
+from qcompress.yamlfile import Document, Key
+
+What = Literal["weights", "activations"]
+
+SHOWN = 3
+"""Layers named in one message."""
+
+BLOCKS = get_args(get_args(WeightFormat.model_fields["block"].annotation)[0])
+"""Sizes that a block may have."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a recipe comes to on its model."""
+
+    architecture: Architecture
+    plan: tuple[LayerPlan, ...]
+    matches: dict[str, int]
+    """Layers that each pattern of `format.layers` matches."""
+
+
+def check_model(recipe: Resolved, directory: Path) -> Report:
+    """Hold a recipe against a checkpoint. Raises RecipeError with every mistake, or ModelError."""
+    document = recipe.document()
+    report = _judge(recipe.recipe, document, describe(recipe.recipe.model.family, directory))
+    if document.mistakes:
+        raise RecipeError(document.mistakes)
+    return report
+
+
+def all_mistakes(
+    file: Path, overrides: Sequence[str] = (), directory: Path | None = None
+) -> tuple[Resolved | None, Report | None, list[Mistake]]:
+    """Everything that is wrong with a recipe, with its model and for its target, in the order of the file.
+
+    `directory` is where the checkpoint lies when `model.source` is a hub id or `model.run` is given; without
+    it such a model is not looked at. The recipe and the report are there if nothing is wrong with them.
+    """
+    document, recipe = examine(file, overrides)
+    if recipe is None:
+        return None, None, RecipeError(document.mistakes).mistakes
+    whole = None if document.mistakes else resolved(document, recipe, file)
+    report = None
+    if document.sound(("model", "family"), ("model", "source"), ("model", "run")):
+        source = base_of(file) / recipe.model.source if recipe.model.source else None
+        directory = directory or (source if source and os.path.isdir(source) else None)
+        report = _describe_and_judge(recipe, document, directory) if directory else None
+    if document.mistakes:
+        return whole, None, RecipeError(document.mistakes).mistakes
+    return whole, report, []
+
+
+def _describe_and_judge(recipe: Recipe, document: Document, directory: Path) -> Report | None:
+    try:
+        architecture = describe(recipe.model.family, directory)
+    except (ModelError, OSError) as error:
+        key: Key = ("model", "source" if recipe.model.source else "run")
+        fix = error.fix if isinstance(error, ModelError) else "check the permissions of the model's files"
+        document.report(key, error.message if isinstance(error, ModelError) else str(error), fix)
+        return None
+    return _judge(recipe, document, architecture)
+
+
+def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Report:
+    counts = _patterns(recipe, document, architecture)
+    plan = plan_layers(recipe, architecture)
+    settled = tuple(layer for layer in plan if _is_settled(recipe, document, layer.layer))
+    _blocks(recipe, document, settled)
+    _tied_head(recipe, document, settled)
+    _target(recipe, document, settled)
+    _context(recipe, document, architecture)
+    return Report(architecture, plan, counts)
+
+
+def _is_settled(recipe: Recipe, document: Document, layer: Layer) -> bool:
+    """Whether nothing is wrong with the keys that give a layer its formats, so that they are as meant."""
+    own = "weights" if layer.kind == "linear" else "embeddings"
+    patterns = [pattern for pattern in recipe.format.layers if matches(pattern, layer.name)]
+    keys: list[Key] = [("format", key) for key in ("preset", "activations", own)]
+    return document.sound(*keys, *(("format", "layers", pattern) for pattern in patterns))
+
+
+def _patterns(recipe: Recipe, document: Document, architecture: Architecture) -> dict[str, int]:
+    names = [layer.name for layer in architecture.layers]
+    counts = {pattern: sum(matches(pattern, name) for name in names) for pattern in recipe.format.layers}
+    for pattern, count in counts.items():
+        key: Key = ("format", "layers", pattern)
+        if not count and document.present(key):
+            document.report(key, f"matches none of the {len(names)} layers", _nearest_pattern(pattern, names))
+    return counts
+
+
+def _nearest_pattern(pattern: str, names: list[str]) -> str:
+    for meant in (f"*.{pattern}", pattern.removeprefix("*."), f"{pattern}.*", f"*.{pattern}.*"):
+        if count := sum(matches(meant, name) for name in names):
+            return f"a pattern is of whole names: did you mean {meant!r} ({count} layer{'s' * (count > 1)})?"
+    close = difflib.get_close_matches(pattern, names, n=SHOWN, cutoff=0.5) or names[-SHOWN:]
+    return f"write a pattern of whole names; near are {', '.join(close)}"
+
+
+def _origin(recipe: Recipe, document: Document, layer: Layer, what: What) -> Key:
+    """The key that decides about a layer's weights or activations."""
+    for pattern, exception in reversed(recipe.format.layers.items()):
+        if getattr(exception, what) != "inherit" and matches(pattern, layer.name):
+            return ("format", "layers", pattern)
+    section = "embeddings" if what == "weights" and layer.kind != "linear" else what
+    own: tuple[Key, ...] = (("format", section), ("format", "preset"))
+    return next((key for key in own if key in document.places), ("format",))
+
+
+def _narrowed(origin: Key, what: What, option: str, document: Document) -> Key:
+    """The key of one option of a format, as far down as the recipe spells it out."""
+    keys: list[Key] = [(*origin, option), (*origin, what, option), (*origin, what)]
+    return next((key for key in keys if key in document.places), origin)
+
+
+def _blocks(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
+    """Report the blocks that do not divide their layers, whatever the target."""
+    wrong: dict[Key, list[LayerPlan]] = {}
+    for layer in plan:
+        if layer.block and layer.layer.in_features % layer.block:
+            wrong.setdefault(_origin(recipe, document, layer.layer, "weights"), []).append(layer)
+    for origin, layers in wrong.items():
+        first = layers[0]
+        key = _narrowed(origin, "weights", "block", document)
+        best = [block for block in BLOCKS if not any(one.layer.in_features % block for one in layers)]
+        if not best:
+            fix = "give these layers a format without blocks, such as int8"
+        elif key[-1] == "block":
+            fix = f"write `block: {max(best)}`"
+        else:
+            fix = f"write {{bits: {first.weights.bits if first.weights else 8}, block: {max(best)}}}"
+        more = f", and {len(layers) - 1} more" if len(layers) > 1 else ""
+        inputs = f"the {first.layer.in_features} inputs of {first.name}{more}"
+        document.report(key, f"blocks of {first.block} do not divide {inputs}", fix)
+
+
+def _tied_head(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
+    """A head that reads the table of an embedding has that table's numbers, so it has its format as well."""
+    by_name = {layer.name: layer for layer in plan}
+    for head in plan:
+        table = by_name.get(head.layer.tied_to or "")
+        if table is None or table.weights == head.weights:
+            continue
+        origins = [_origin(recipe, document, layer.layer, "weights") for layer in (head, table)]
+        key = next((key for key in origins if key[:2] == ("format", "layers")), origins[0])
+        formats = [f"{layer.name} {layer.weights or 'float'}" for layer in (head, table)]
+        message = f"gives one tensor two formats: {' and '.join(formats)} are tied, and stored once"
+        document.report(key, message, f"name both layers, or neither: {head.name}, {table.name}")
+
+
+def _target(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
+    """Report what the target refuses, at the key that asks for it; layers of one origin count as one."""
+    from qcompress.targets.table import refusals
+
+    if not document.sound(("build", "target")):
+        return
+    for what in get_args(What):
+        origins: dict[Key, list[LayerPlan]] = {}
+        for layer in plan:
+            origins.setdefault(_origin(recipe, document, layer.layer, what), []).append(layer)
+        for origin, layers in origins.items():
+            for refusal in refusals(recipe.build.target, tuple(layers), recipe.format.compute):
+                _, section, *option = refusal.key.split(".")
+                asked = {"embeddings": "weights"}.get(section, section)
+                key = _narrowed(origin, what, option[0], document) if asked == what else ("format", section)
+                if asked in (what, "compute") and document.sound(key):
+                    document.report(key, refusal.message, refusal.fix)
+
+
+def _context(recipe: Recipe, document: Document, architecture: Architecture) -> None:
+    key: Key = ("task", "context")
+    limit = architecture.context
+    if not document.sound(key):
+        judge_profiles(recipe, document, limit, f"the model has {limit} positions")
+    elif recipe.task.context > limit:
+        message = f"is {recipe.task.context} tokens, and the model has {limit} positions"
+        document.report(key, message, f"write `context: {limit}` or less")

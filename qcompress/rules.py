@@ -1,0 +1,305 @@
+"""What a recipe must keep to beyond its types, as far as no model is needed to know it. No torch.
+
+Each rule reads some keys and is skipped when one of them is tainted: what it would find follows from another
+mistake. A rule's own mistakes taint what they name, so the rules stand in the order of cause and effect.
+A name that a user made up is judged even where its value is wrong: a stand-in has kept it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from qcompress.axes import AXES, ILLEGAL, PHASES
+from qcompress.schema import METRICS, Format, Recipe, Role, TextData
+from qcompress.wording import choose, found
+from qcompress.yamlfile import Document, Key, dotted
+
+SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
+"""Names that become part of a path or of a metric's name."""
+
+TASK_LOSS_PHASES = ("finetune",)
+"""Phases that train with the task's loss, on the training data; the others use the calibration data."""
+
+FORMATS: tuple[Key, ...] = tuple(
+    ("format", key) for key in ("preset", "weights", "activations", "embeddings", "layers")
+)
+"""Keys that decide what is quantized."""
+
+LOCAL = ("/", "./", "../")
+"""How the name of a dataset begins that can only be a directory."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
+
+
+def judge(recipe: Recipe, document: Document, base: Path) -> None:
+    """Report everything that is wrong with a recipe by itself; `base` is what its paths are relative to."""
+    if () in document.tainted:
+        return  # a file of the recipe could not be read, and what is missing may stand there
+    _axes(recipe, document)
+    _float(recipe, document)
+    _phases(recipe, document)
+    _roles(recipe, document)
+    _evaluation_sets(recipe, document)
+    _metrics(recipe, document)
+    _training_data(recipe, document)
+    _calibration_data(recipe, document)
+    _target(recipe, document)
+    _rows(recipe, document)
+    _export(recipe, document)
+    if document.sound(("task", "context")):
+        judge_profiles(recipe, document, recipe.task.context, f"`task.context` is {recipe.task.context}")
+    _model(recipe, document, base)
+    _data(recipe, document, base)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a text looks like `organisation/name` on a hub."""
+    return HUB_ID.fullmatch(source) is not None
+
+
+def quantizes(form: Format) -> bool:
+    """Whether a format makes any weight an integer; the input of a float layer stays float."""
+    exceptions = [exception.weights for exception in form.layers.values()]
+    return any(weights not in (None, "inherit") for weights in [form.weights, form.embeddings, *exceptions])
+
+
+def quantizes_activations(form: Format) -> bool:
+    """Whether a format makes the input of any layer an integer."""
+    exceptions = [exception.activations for exception in form.layers.values()]
+    return any(value not in (None, "inherit") for value in [form.activations, *exceptions])
+
+
+# Method and training ------------------------------------------------------------------------------
+
+
+def _axes(recipe: Recipe, document: Document) -> None:
+    for combination, reason in ILLEGAL:
+        keys: list[Key] = [(axis,) for axis in combination]
+        names = {axis: getattr(recipe, axis).name for axis in combination}
+        if names == combination and document.sound(*keys):
+            written = [key for key in keys if key in document.places]
+            message = " with ".join(f"`{axis}: {name}`" for axis, name in combination.items())
+            why, _, fix = reason.partition(": ")
+            document.report(written[0] if written else ("method",), f"{message}: {why}", fix)
+            document.tainted.update(keys)
+
+
+def _float(recipe: Recipe, document: Document) -> None:
+    if not document.sound(("method",), *FORMATS):
+        return
+    if recipe.method == "float" and (quantizes(recipe.format) or quantizes_activations(recipe.format)):
+        message = "`method: float` trains the float model, and the format quantizes it"
+        document.report(("method",), message, "write `format: float`, or a method such as lsq")
+        document.tainted |= {(axis,) for axis in AXES if (axis,) not in document.places}
+    if recipe.method != "float" and not quantizes(recipe.format):
+        message = f"`method: {recipe.method}` quantizes, and the format leaves every weight float"
+        document.report(("format",), message, "write a format such as `format: w8a8`, or `method: float`")
+
+
+def _phases(recipe: Recipe, document: Document) -> None:
+    if not document.sound(("schedule",)):
+        return
+    schedule, train = recipe.schedule.name, recipe.train
+    known = list(PHASES[schedule])
+    if not known and (train.phases or train.lr):
+        key: Key = ("train", "phases" if train.phases else "lr")
+        if document.present(key):
+            message = (
+                f"sets {', '.join(train.phases or train.lr)}, and the schedule `{schedule}` trains nothing"
+            )
+            document.report(key, message, "drop it, or choose a method that trains")
+        return
+    for name in train.phases:
+        if name not in known and document.present(("train", "phases")):
+            message = f"the schedule `{schedule}` has no such phase, only {', '.join(known)}"
+            document.report(("train", "phases", name), message, choose(name, known))
+
+
+def _roles(recipe: Recipe, document: Document) -> None:
+    phases = PHASES[recipe.schedule.name]
+    if not phases or not document.sound(("schedule",)):
+        return
+    trained = sorted({role for phase in phases.values() for role in phase.roles})
+    _rates(("train", "lr"), recipe.train.lr, trained, document)
+    for name, options in recipe.train.phases.items():
+        if name in phases:
+            _rates(("train", "phases", name, "lr"), options.lr, phases[name].roles, document)
+
+
+def _rates(key: Key, rates: dict[Role, float], trained: Sequence[str], document: Document) -> None:
+    for role in rates:
+        if role not in trained and document.sound((*key, role)):
+            fix = f"drop it; {', '.join(trained)} can have a learning rate here"
+            document.report((*key, role), "nothing of this role is trained here", fix)
+
+
+# Data ---------------------------------------------------------------------------------------------
+
+
+def _evaluation_sets(recipe: Recipe, document: Document) -> None:
+    for name in recipe.data.evaluate:
+        key: Key = ("data", "evaluate", name)
+        if not (SLUG.fullmatch(name) and len(name) <= 100) and document.present(key[:-1]):
+            slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "test"
+            message = f"the name of an evaluation set must be a slug, {found(name)}"
+            document.report(key, message, f"rename it, such as {slug[:100]}")
+
+
+def _metrics(recipe: Recipe, document: Document) -> None:
+    """A set that does not exist is one mistake, however many goals name it."""
+    if not document.present(("data", "evaluate")):
+        return
+    known = [f"{name}.{metric}" for name in recipe.data.evaluate for metric in METRICS]
+    wrong: dict[str, list[Key]] = {}
+    for goals in ("float_floor", "recovery"):
+        for name in getattr(recipe.gate, goals):
+            key: Key = ("gate", goals, name)
+            if name not in known and document.present(key[:-1]):
+                section = name.rpartition(".")[0]
+                wrong.setdefault(name if section in recipe.data.evaluate else section, []).append(key)
+    for keys in wrong.values():
+        message = f"is no metric of an evaluation set (`<set>.<metric>`){_also(keys)}"
+        document.report(keys[0], message, choose(keys[0][-1], known, these=", ".join(known[:6])))
+
+
+def _also(keys: Sequence[Key]) -> str:
+    return f" (also {', '.join(dotted(key) for key in keys[1:])})" if keys[1:] else ""
+
+
+def _steps(recipe: Recipe, phase: str) -> int:
+    """Steps of a phase of the recipe's schedule; 0 for a phase that it has not."""
+    options, defaults = recipe.train.phases.get(phase), PHASES[recipe.schedule.name].get(phase)
+    return 0 if defaults is None else options.steps if options else defaults.steps
+
+
+def _training_data(recipe: Recipe, document: Document) -> None:
+    if recipe.data.train is not None or not document.sound(
+        ("schedule",), ("train", "phases"), ("data", "train")
+    ):
+        return
+    for phase in TASK_LOSS_PHASES:
+        if steps := _steps(recipe, phase):
+            message = f"is missing: the phase {phase} trains {steps} steps with the task's loss"
+            fix = f"write `data.train`, or set `train.phases.{phase}.steps` to 0"
+            document.report(("data", "train"), message, fix)
+
+
+def _calibration_data(recipe: Recipe, document: Document) -> None:
+    """Training data will do where calibration data is missing; where both are, nothing can be observed."""
+    keys: list[Key] = [("data", "calibration"), ("data", "train"), ("method",), ("adapter",), *FORMATS]
+    if recipe.data.calibration is not None or recipe.data.train is not None or not document.sound(*keys):
+        return
+    if quantizes_activations(recipe.format):
+        reason = "the ranges of the activations are observed on it"
+    elif recipe.adapter.name != "none":
+        reason = f"the adapter `{recipe.adapter.name}` is fitted to it"
+    else:
+        return
+    document.report(
+        ("data", "calibration"), f"is missing: {reason}", "write `data.calibration`, or `data.train`"
+    )
+
+
+# Stages -------------------------------------------------------------------------------------------
+
+
+def _target(recipe: Recipe, document: Document) -> None:
+    from qcompress.targets.table import TARGETS
+
+    key: Key = ("build", "target")
+    if recipe.build.target not in TARGETS and document.sound(key):
+        message = f"is no target, {found(recipe.build.target)}"
+        fix = choose(recipe.build.target, list(TARGETS), these="`qcompress list targets`")
+        document.report(key, message, fix)
+
+
+def _rows(recipe: Recipe, document: Document) -> None:
+    key: Key = ("verify", "require")
+    impossible = recipe.build.target == "cpu" and "engine" in recipe.verify.require
+    if impossible and document.sound(key, ("build", "target")):
+        message = "requires the row `engine`, and the target `cpu` builds no engine"
+        fix = "drop `engine`, or set `build.target` to a GPU"
+        document.report((*key, recipe.verify.require.index("engine")), message, fix)
+
+
+def _export(recipe: Recipe, document: Document) -> None:
+    export = recipe.export
+    if export.cache and document.sound(("export", "cache")):
+        message = "the key-value cache is not implemented in this version"
+        document.report(("export", "cache"), message, "write `cache: false`, or drop the line")
+    if "past" in export.dynamic and document.sound(("export", "cache"), ("export", "dynamic")):
+        key: Key = ("export", "dynamic", export.dynamic.index("past"))
+        document.report(key, "without a key-value cache there is no axis `past`", "drop `past`")
+
+
+def judge_profiles(recipe: Recipe, document: Document, limit: int, reason: str) -> None:
+    """Report the profiles of more tokens than `limit`, the default one among them. The cpu uses none."""
+    if recipe.build.target == "cpu" or not document.sound(("build", "target")):
+        return
+    for index, profile in enumerate(recipe.build.profiles):
+        key: Key = ("build", "profiles", index, "sequence")
+        longest = profile.sequence[2]
+        if longest > limit and document.sound(key):
+            low, opt = min(profile.sequence[0], limit), min(profile.sequence[1], limit)
+            fix = f"write `sequence: [{low}, {opt}, {limit}]`"
+            document.report(key, f"goes to {longest} tokens, and {reason}", fix)
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def _model(recipe: Recipe, document: Document, base: Path) -> None:
+    model = recipe.model
+    if model.run is not None and document.sound(("model", "run")):
+        _directory(("model", "run"), model.run, "the directory of an earlier run", document, base)
+    if model.source is None or not document.sound(("model", "source")):
+        return
+    is_directory = os.path.isdir(base / model.source)
+    if is_directory and model.revision is not None and document.sound(("model", "revision")):
+        message = "belongs to a hub id, and `source` is a directory"
+        document.report(("model", "revision"), message, "drop it")
+    if not is_directory and not is_hub_id(model.source):
+        _directory(("model", "source"), model.source, "a directory or a hub id", document, base)
+
+
+def _directory(key: Key, name: str, wanted: str, document: Document, base: Path) -> None:
+    if os.path.isdir(base / name):
+        return
+    what = "is no directory" if os.path.exists(base / name) else "does not exist"
+    document.report(key, f"{name[:200]!r} {what}", f"write {wanted}; paths are relative to the recipe")
+
+
+def _texts(recipe: Recipe) -> Iterator[tuple[Key, TextData]]:
+    for name in ("train", "calibration"):
+        if (text := getattr(recipe.data, name)) is not None:
+            yield ("data", name), text
+    for name, text in recipe.data.evaluate.items():
+        yield ("data", "evaluate", name), text
+
+
+def _data(recipe: Recipe, document: Document, base: Path) -> None:
+    """Each file is judged once: one that is missing is one mistake, however many sets name it."""
+    wrong: dict[str, tuple[str, list[Key]]] = {}
+    for section, data in _texts(recipe):
+        for index, name in enumerate(data.text or ()):
+            if (problem := _unreadable(base / name)) is not None:
+                keys = wrong.setdefault(os.path.normpath(base / name), (problem, []))[1]
+                keys.append((*section, "text", index))
+        if data.dataset is not None and data.dataset.startswith(LOCAL):
+            _directory((*section, "dataset"), data.dataset, "a dataset's directory or name", document, base)
+    for name, (problem, keys) in wrong.items():
+        document.report(
+            keys[0], f"{name} {problem}{_also(keys)}", "check the path; it is relative to the recipe"
+        )
+
+
+def _unreadable(file: Path) -> str | None:
+    """What keeps a file from being read, None if nothing does."""
+    if not os.path.exists(file):
+        return "does not exist"
+    if not os.path.isfile(file):
+        return "is a directory" if os.path.isdir(file) else "is not a regular file"
+    return None if os.access(file, os.R_OK) else "cannot be read: no permission"
