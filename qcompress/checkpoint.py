@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from qcompress.tensorfile import save_tensors
 
 NAME = "checkpoint.safetensors"
 
@@ -66,9 +67,9 @@ class Checkpoints:
         metadata = {"position": json.dumps(asdict(position)), "facts": json.dumps(facts)}
         metadata["recent"] = json.dumps(recent)
         partial = self.file.with_name(NAME + ".tmp")
-        save_file(
-            {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
+        save_tensors(
             partial,
+            {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
             metadata,
         )
         with partial.open("rb") as stream:

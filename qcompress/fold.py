@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qcompress.artifacts import FloatModel, TrainedModel, read_json, write_json
@@ -19,6 +18,7 @@ from qcompress.errors import ContractError
 from qcompress.plan import plans_to_json
 from qcompress.prepare import Prepared, rebuild
 from qcompress.quant.layers import QuantizedLinear, QuantizedWeight
+from qcompress.tensorfile import save_tensors
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> None:
     tensors = {
         name: tensor.contiguous() for name, tensor in (quantized | _floats(prepared, quantized)).items()
     }
-    save_file(tensors, out / "folded.safetensors", metadata={"format": "pt"})
+    save_tensors(out / "folded.safetensors", tensors, {"format": "pt"})
     write_json(
         out / "folded.json",
         {

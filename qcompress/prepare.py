@@ -206,8 +206,10 @@ def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
     return prepared
 
 
-def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The folded model in torch, its float rest and scales in `dtype`."""
+def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: bool = False) -> nn.Module:
+    """The folded model in torch, its float rest and scales in `dtype`; `integer`: as int8 GEMMs compute
+    it.
+    """
     facts = read_json(folded.path / "folded.json")
     tensors = load_file(folded.path / "folded.safetensors")
     plan = plans_from_json(facts["plan"])
@@ -220,7 +222,7 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32) -> nn.Modu
         if item.activations is not None:
             rounding = Rounding(tensors.pop(f"{item.name}.input.scale").to(dtype))
         if item.layer.tied_to:
-            layer = FoldedTiedHead(layers[item.layer.tied_to].weight, rounding)
+            layer = FoldedTiedHead(layers[item.layer.tied_to].weight, rounding, integer)
         else:
             codes, scale = (tensors.pop(f"{item.name}.weight.{part}") for part in ("codes", "scale"))
             table = item.layer.kind == "embedding"
@@ -229,7 +231,7 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32) -> nn.Modu
             )
             bias = tensors.pop(f"{item.name}.bias", None)
             bias = None if bias is None else bias.to(dtype)
-            layer = FoldedEmbedding(weight) if table else FoldedLinear(weight, bias, rounding)
+            layer = FoldedEmbedding(weight) if table else FoldedLinear(weight, bias, rounding, integer)
         replace_module(model, item.name, layer)
         layers[item.name] = layer
     own = dict(model.named_parameters())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from qcompress.artifacts import FloatModel, write_json
@@ -28,8 +28,13 @@ from qcompress.models.architecture import Architecture
 from qcompress.plan import LayerPlan, plans_to_json
 from qcompress.prepare import initialise, observe, quantize
 from qcompress.progress import Reporter
+from qcompress.quant.ranges import Statistics
 from qcompress.schema import Recipe
 from qcompress.tasks import TASKS
+from qcompress.tensorfile import save_tensors
+
+LOGITS = 2**26
+"""Most logits of one calibration batch."""
 
 COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -61,7 +66,9 @@ def train(
 
     statistics = {}
     if data.calibration is not None and not resuming:
-        statistics = _observe(model, plan, data.calibration, recipe, accelerator, reporter)
+        statistics = _observe(
+            model, plan, data.calibration, recipe, architecture.vocabulary, accelerator, reporter
+        )
     prepared = quantize(model, architecture.family, plan)
     adapter = ADAPTERS[recipe.adapter.name](recipe.adapter)
     adapter.attach(prepared, architecture.sites, statistics)
@@ -104,6 +111,13 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise MachineError("train.device is cuda, and torch sees no CUDA device", fix="set train.device: cpu")
     cpu = wanted == "cpu" or not torch.cuda.is_available()
+    if cpu and recipe.train.mixed_precision == "fp16":
+        raise MachineError(
+            "train.mixed_precision is fp16, and it needs a CUDA device",
+            fix="set train.mixed_precision: bf16, or no",
+        )
+    # accelerate keeps one state a process, and would refuse a second run with another precision or device
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=cpu, mixed_precision=recipe.train.mixed_precision)
 
 
@@ -134,8 +148,14 @@ def _read(
     return data
 
 
-def _observe(model, plan, data: Tensor, recipe: Recipe, accelerator: Accelerator, reporter: Reporter):
-    batches = data.split(recipe.train.batch_size)
+def _observe(
+    model: nn.Module, plan: tuple[LayerPlan, ...], data: Tensor, recipe: Recipe, vocabulary: int,
+    accelerator: Accelerator, reporter: Reporter,
+) -> dict[str, Statistics]:  # fmt: skip
+    """Statistics of the float model on the calibration data."""
+    # every position has a row of logits, although nobody looks at them here
+    room = LOGITS // (recipe.task.context * vocabulary)
+    batches = data.split(max(1, min(recipe.train.batch_size, room)))
     with reporter.bar("calibrate ranges", len(batches)) as bar:
 
         def counted():
@@ -203,10 +223,8 @@ def _save(
     if not frozen:
         changed = [name for name, _ in prepared.model.named_parameters() if name in float_names]
         tensors |= {name: prepared.model.get_parameter(name) for name in changed}
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        out / "trained.safetensors",
-    )
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(out / "trained.safetensors", contents)
     sites = {site.norm: site.readers for site in training.architecture.sites}
     write_json(
         out / "trained.json",

@@ -80,8 +80,10 @@ class OneUpdate:
         loss = closure()
         accelerator.backward(loss)
         if self.options.clip_norm is not None:
+            # once for all roles: accelerate's own clipping would remove the loss scale of fp16 at every call
+            accelerator.unscale_gradients(optimizer)
             for group in groups:
-                accelerator.clip_grad_norm_(group.parameters, self.options.clip_norm)
+                nn.utils.clip_grad_norm_(group.parameters, self.options.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return Report(loss=loss.item(), passes=1)

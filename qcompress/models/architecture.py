@@ -74,6 +74,9 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
                 raise ValueError(f"header of {length} bytes")
             header = json.loads(stream.read(length))
         tensors = {name: value for name, value in header.items() if name != "__metadata__"}
+        size = 8 + length + max((value["data_offsets"][1] for value in tensors.values()), default=0)
+        if file.stat().st_size != size:
+            raise ValueError(f"{file.stat().st_size} bytes, and its header promises {size}")
         return {name: (value["dtype"], tuple(value["shape"])) for name, value in tensors.items()}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
@@ -86,10 +89,7 @@ def weight_files(directory: Path) -> list[Path]:
     """Safetensors files of a checkpoint in transformers' layout; a pickle checkpoint is refused."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise ModelError(f"{index} names files outside its directory")
-        return [directory / name for name in names]
+        return [directory / name for name in _shards(index)]
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
@@ -104,6 +104,20 @@ def weight_files(directory: Path) -> list[Path]:
         f"{directory} holds no model.safetensors",
         fix="name a directory that transformers' save_pretrained wrote",
     )
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        inside = all(Path(name).name == name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{index} is not an index of shards ({type(error).__name__}: {error})",
+            fix="copy the checkpoint again, with all its files",
+        ) from None
+    if not inside:
+        raise ModelError(f"{index} names files outside its directory", fix="do not trust this checkpoint")
+    return names
 
 
 def read_tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

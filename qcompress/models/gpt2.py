@@ -100,13 +100,28 @@ of packed sequences instead."""
 
 
 def load_float(source: Path) -> GPT2LMHeadModel:
-    """The stock model in fp32, in evaluation mode, from safetensors in a local directory."""
+    """The stock model in fp32, in evaluation mode, from safetensors in a local directory.
+
+    transformers fills missing tensors at random and unties a head that differs from its table; both would be
+    another model than the one that `describe` described, so both are refused.
+    """
     from transformers import GPT2LMHeadModel, logging
 
     logging.disable_progress_bar()
-    model = GPT2LMHeadModel.from_pretrained(
-        source, dtype="float32", use_safetensors=True, local_files_only=True, attn_implementation="eager"
-    )
+    model, found = GPT2LMHeadModel.from_pretrained(
+        source, dtype="float32", use_safetensors=True, local_files_only=True, attn_implementation="eager",
+        output_loading_info=True,
+    )  # fmt: skip
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{source}: the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)",
+            fix="take config.json and model.safetensors from the same checkpoint",
+        )
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.transformer.wte.weight:
+        raise ModelError(
+            f"{source}: config.json ties lm_head to wte, and the checkpoint's lm_head has other values",
+            fix="set tie_word_embeddings to false in config.json",
+        )
     model.config.use_cache = False
     return model.eval()
 

@@ -86,8 +86,12 @@ class QuantizedWeight(nn.Module):
             return self.weight_quantizer(self.rescaled_weight())
         state = tuple((id(tensor), tensor._version) for tensor in tensors)
         if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self.weight_quantizer(self.rescaled_weight()))
+            self._kept = (state, self._laid_out(self.weight_quantizer(self.rescaled_weight())))
         return self._kept[1]
+
+    def _laid_out(self, weight: Tensor) -> Tensor:
+        """The rounded weight in the memory layout of its folded form."""
+        return weight
 
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor]:
@@ -116,6 +120,10 @@ class QuantizedLinear(QuantizedWeight):
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.input_quantizer is None else self.input_quantizer(x)
         return matmul(x, self.quantized_weight(), self.bias, self.channel_axis)
+
+    def _laid_out(self, weight: Tensor) -> Tensor:
+        # folded weights are [in, out] in memory; from another layout, a matmul sums in another order
+        return weight if self.channel_axis == 1 else weight.t().contiguous().t()
 
 
 class QuantizedEmbedding(QuantizedWeight):

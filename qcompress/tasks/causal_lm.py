@@ -1,5 +1,7 @@
 """Next-token prediction: sequences to train on, windows to measure on, perplexity and token accuracy.
 
+Torch is imported only where tensors are made: `tasks.text` is needed without it.
+
 Perplexity follows the sliding-window recipe of transformers' documentation: windows of `context` tokens start
 `stride` tokens apart, and each counts only the targets that no earlier window counted. The first token of a
 window is never a target, so with stride = context one token in `context` is not counted.
@@ -13,18 +15,21 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from qcompress.errors import UsageError
 from qcompress.schema import CausalLm, TextData
 from qcompress.tasks.text import read_text
 
-TaskLoss = Callable[[nn.Module, Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+STEP = 64
+"""Positions measured at once: a vocabulary is wide."""
+
+TaskLoss = Callable[["nn.Module", "Tensor"], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ def sequences(data: TextData, base: Path, tokenizer: Any, task: CausalLm) -> Ten
 
     With a limit, they are spread evenly over the text: its beginning alone is rarely typical.
     """
+    import torch
+
     ids = tokenize(data, base, tokenizer)
     count = len(ids) // task.context
     if count == 0:
@@ -80,6 +87,8 @@ def windows(data: TextData, base: Path, tokenizer: Any, task: CausalLm, samples:
 
 def loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Mean cross-entropy of each next token, []."""
+    import torch.nn.functional as F
+
     logits = model(input_ids=ids).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
@@ -97,14 +106,19 @@ def collate(batch: list[Window]) -> tuple[np.ndarray, np.ndarray]:
 
 def measure(batch: list[Window], logits: np.ndarray) -> list[dict[str, float]]:
     """Per sample: summed negative log-likelihood, counted targets, and how many the model ranks first."""
+    import torch
+    import torch.nn.functional as F
+
     results = []
     for row, window in enumerate(batch):
-        length = len(window.ids)
-        scores = torch.from_numpy(logits[row, window.first - 1 : length - 1]).float()
-        targets = torch.from_numpy(window.ids[window.first :])
-        nll = F.cross_entropy(scores, targets, reduction="none").double().sum().item()
-        correct = int((scores.argmax(-1) == targets).sum())
-        results.append({"nll": nll, "tokens": len(targets), "correct": correct})
+        nll, correct = 0.0, 0
+        for start in range(window.first, len(window.ids), STEP):
+            end = min(start + STEP, len(window.ids))
+            scores = torch.from_numpy(logits[row, start - 1 : end - 1]).float()
+            targets = torch.from_numpy(window.ids[start:end])
+            nll += F.cross_entropy(scores, targets, reduction="none").double().sum().item()
+            correct += int((scores.argmax(-1) == targets).sum())
+        results.append({"nll": nll, "tokens": len(window.ids) - window.first, "correct": correct})
     return results
 
 

@@ -35,7 +35,13 @@ def read_text(data: TextData, base: Path) -> str:
             f"dataset {data.dataset} has the columns {', '.join(rows.column_names)}, not {data.column!r}",
             fix="set `column:` to the one that holds the text",
         )
-    return "\n\n".join(rows[data.column])
+    texts = list(rows[data.column])
+    if other := sorted({type(text).__name__ for text in texts if not isinstance(text, str)}):
+        raise UsageError(
+            f"column {data.column!r} of dataset {data.dataset} is not all text: {', '.join(other)}",
+            fix="set `column:` to the one that holds the text, in every row",
+        )
+    return "\n\n".join(texts)
 
 
 INSTALL = "pip install 'qcompress[train]'"
@@ -56,7 +62,7 @@ def fingerprint(data: TextData, base: Path) -> dict[str, str]:
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")  # not read_text, which would rewrite line ends
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
     except OSError as error:

@@ -1,0 +1,64 @@
+"""Fixtures that many tests share. What they build is described in `tiny.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import Line, make_checkpoint, make_recipe, start_line, write_text
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tensors this small gain nothing from threads, and on a busy machine threads wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A UTF-8 text file of about 25,000 characters."""
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A checkpoint of a tiny GPT-2 with its tokenizer. Read only: copy it before changing it."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), text_file)
+
+
+@pytest.fixture(scope="session")
+def untied_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """The same with a head of its own. Read only."""
+    return make_checkpoint(tmp_path_factory.mktemp("untied"), text_file, tied=False)
+
+
+@pytest.fixture(scope="session")
+def outlier_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """The same function as `tiny_model`, one channel of every rescaled norm 40 times as large. Read only."""
+    return make_checkpoint(tmp_path_factory.mktemp("outlier"), text_file, outliers=40.0)
+
+
+@pytest.fixture
+def line(tmp_path: Path, tiny_model: Path, text_file: Path) -> Callable[..., Line]:
+    """Makes a recipe (see `make_recipe`) and loads its model: `line(method="lsq").train().fold()`."""
+    count = 0
+
+    def make(source: Path = tiny_model, **options: Any) -> Line:
+        nonlocal count
+        count += 1
+        return start_line(tmp_path / f"line-{count}", source, text_file, make_recipe(text_file, **options))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Real models and texts, where the environment names their directory."""
+    directory = os.environ.get("QCOMPRESS_ASSETS")
+    if not directory:
+        pytest.skip("QCOMPRESS_ASSETS does not name a directory of real models and texts")
+    return Path(directory)

@@ -1,0 +1,96 @@
+"""The tables of the five axes, and everything that they say can be combined."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import Line, token_ids
+
+from qcompress.axes import AXES, ILLEGAL, METHODS, PHASES
+from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
+from qcompress.quant.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+from qcompress.schema import Train
+
+TABLES = {
+    "adapter": ADAPTERS,
+    "objective": OBJECTIVES,
+    "stepper": STEPPERS,
+    "schedule": SCHEDULES,
+    "quantizer": WEIGHT_QUANTIZERS,
+}
+NAMES = {axis: [options.model_fields["name"].default for options in values] for axis, values in AXES.items()}
+
+
+def is_illegal(choice: dict[str, str]) -> bool:
+    return any(all(choice[axis] == name for axis, name in pair.items()) for pair, _ in ILLEGAL)
+
+
+COMBINATIONS = [dict(zip(NAMES, values, strict=True)) for values in itertools.product(*NAMES.values())]
+LEGAL = [choice for choice in COMBINATIONS if not is_illegal(choice)]
+
+
+def test_every_axis_value_has_the_class_that_does_its_work_and_no_class_is_unreachable() -> None:
+    assert set(TABLES) == set(AXES)
+    for axis, names in NAMES.items():
+        assert set(TABLES[axis]) == set(names), axis
+    assert set(ACTIVATION_QUANTIZERS) == set(NAMES["quantizer"])
+
+
+def test_every_schedule_makes_the_phases_that_the_table_of_phases_promises(line: Callable[..., Line]) -> None:
+    plan, architecture = line().plan, line().architecture
+    assert set(PHASES) == set(NAMES["schedule"])
+    for options in AXES["schedule"]:
+        name = options.model_fields["name"].default
+        phases = SCHEDULES[name](options(), Train()).phases(architecture, plan)
+        found = {phase.name: (phase.steps, phase.roles) for phase in phases}
+        assert list(found) == list(PHASES[name])
+        assert found == {key: (value.steps, value.roles) for key, value in PHASES[name].items()}
+        short = Train(phases={key: {"steps": 7} for key in PHASES[name]})
+        assert all(phase.steps == 7 for phase in SCHEDULES[name](options(), short).phases(architecture, plan))
+
+
+def test_every_preset_names_values_that_exist_and_may_be_combined() -> None:
+    defaults = {axis: {"schedule": "calibrate"}.get(axis, names[0]) for axis, names in NAMES.items()}
+    for method, preset in METHODS.items():
+        chosen = {axis: value["name"] if isinstance(value, dict) else value for axis, value in preset.items()}
+        assert all(value in NAMES[axis] for axis, value in chosen.items()), method
+        assert not is_illegal(defaults | chosen), method
+
+
+def test_every_refusal_names_values_that_exist_a_reason_and_a_way_out() -> None:
+    assert len(ILLEGAL) == 2
+    for pair, reason in ILLEGAL:
+        assert len(pair) > 1 and all(name in NAMES[axis] for axis, name in pair.items())
+        why, colon, fix = reason.partition(": ")
+        assert why and colon and fix
+
+
+def options_of(choice: dict[str, str]) -> dict[str, Any]:
+    """A recipe's keys for a choice on every axis, with few steps."""
+    phases = {name: {"steps": 2} for name in PHASES[choice["schedule"]]}
+    return {**choice, "train": {"phases": phases}}
+
+
+@pytest.mark.parametrize("choice", LEGAL, ids=lambda choice: "-".join(choice.values()))
+def test_every_legal_combination_trains_folds_and_is_the_same_model_afterwards(
+    line: Callable[..., Line], choice: dict[str, str]
+) -> None:
+    assert len(LEGAL) == 8
+    made = line(**options_of(choice)).train().fold()
+    ids = token_ids()
+    trained = made.logits("train", ids)
+    assert torch.equal(trained, made.logits("fold", ids))
+    assert trained.isfinite().all() and not torch.equal(trained, made.logits("float", ids))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_preset_trains_and_folds(line: Callable[..., Line], method: str) -> None:
+    made = line(method=method, steps=2, **({"format": "float"} if method == "float" else {})).train().fold()
+    ids = token_ids()
+    assert torch.equal(made.logits("train", ids), made.logits("fold", ids))
+    phases = [fact["name"] for fact in made.facts()["phases"]]
+    assert list(dict.fromkeys(phases)) == list(PHASES[made.recipe.schedule.name])

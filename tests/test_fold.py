@@ -1,0 +1,237 @@
+"""Folding: the same function to the last bit, in integers, without a trace of how it was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import CONTEXT, VOCABULARY, WIDTH, Line, token_ids
+from torch import Tensor
+
+from qcompress.artifacts import FoldedModel, TrainedModel
+from qcompress.errors import ContractError
+from qcompress.fold import check_scale, fold
+from qcompress.models import FAMILIES
+from qcompress.prepare import assemble, rebuild
+from qcompress.quant.layers import QuantizedWeight
+
+BLOCK = {"bits": 4, "block": 32}
+FORMATS: dict[str, Any] = {
+    "w8a8": "w8a8",
+    "w8a16": "w8a16",
+    "int4 blocks": "w4a16-g32",
+    "int4 blocks with int8 activations": {"weights": BLOCK, "activations": "int8", "embeddings": "int8"},
+    "int4 in int8": "w4a8",
+    "int8 blocks": {"weights": {"bits": 8, "block": 64}, "activations": "int8", "embeddings": "int8"},
+    "float tables": {"preset": "w8a8", "embeddings": "float"},
+    "tables only": {"embeddings": "int8"},
+    "int4 tables": {"preset": "w8a8", "embeddings": BLOCK},
+    "one float layer, one int4": {
+        "preset": "w8a8",
+        "layers": {"transformer.h.0.mlp.*": "float", "transformer.h.1.mlp.c_fc": {"weights": BLOCK}},
+    },
+}
+
+
+def mask_inputs(ids: Tensor, side: str) -> dict[str, Tensor]:
+    """Inputs of the exported graph with padding of several lengths."""
+    mask = torch.ones_like(ids)
+    for row in range(len(ids)):
+        mask[row, : 3 * row if side == "left" else 0] = 0
+        mask[row, CONTEXT - (3 * row if side == "right" else 0) :] = 0
+    inputs = FAMILIES["gpt2"].graph_inputs(ids, mask)
+    return {name: value for name, value in inputs.items() if name != "input_ids"}
+
+
+@pytest.fixture(params=["tied", "untied"])
+def source(request: pytest.FixtureRequest) -> Path:
+    """A checkpoint whose head shares its table, and one whose head does not."""
+    return request.getfixturevalue({"tied": "tiny_model", "untied": "untied_model"}[request.param])
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_the_folded_model_computes_the_bits_of_the_trained_one(
+    line: Callable[..., Line], source: Path, form: Any
+) -> None:
+    made = line(source=source, format=form).train().fold()
+    ids = token_ids()
+    assert not torch.equal(made.logits("fold", ids), made.logits("float", ids))
+    trained, folded = rebuild(made.float_model, made.trained).model, assemble(made.folded)
+    with torch.no_grad():
+        for some in (ids, ids[:1], ids[:2, :7], ids[:1, :1]):
+            assert torch.equal(trained(some).logits, folded(some).logits)
+        for side in ("left", "right"):
+            inputs = mask_inputs(ids, side)
+            assert torch.equal(trained(ids, **inputs).logits, folded(ids, **inputs).logits)
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_the_file_holds_codes_scales_and_the_float_rest_and_nothing_else(
+    line: Callable[..., Line], source: Path, form: Any
+) -> None:
+    made = line(source=source, format=form).train().fold()
+    tensors, checkpoint = made.tensors("fold"), load_file(source / "model.safetensors")
+    expected = set(checkpoint)
+    for item in made.plan:
+        if item.weights is None:
+            continue
+        name, layer = item.name, item.layer
+        if item.activations:
+            expected.add(f"{name}.input.scale")
+            assert tensors[f"{name}.input.scale"].shape == ()
+        if layer.tied_to:
+            continue
+        expected = expected - {f"{name}.weight"} | {f"{name}.weight.codes", f"{name}.weight.scale"}
+        table = layer.kind == "embedding"
+        shape = (layer.out_features, layer.in_features) if table else (layer.in_features, layer.out_features)
+        codes, scale = tensors[f"{name}.weight.codes"], tensors[f"{name}.weight.scale"]
+        assert codes.dtype == torch.int8 and tuple(codes.shape) == shape
+        block = item.weights.block
+        blocked = (
+            tuple(size // block if axis == int(table) else size for axis, size in enumerate(shape))
+            if block
+            else ()
+        )
+        assert tuple(scale.shape) == (blocked or (layer.out_features,))
+        low, high = item.weights.bounds
+        assert low <= int(codes.min()) and int(codes.max()) == high  # absmax uses the whole range
+    assert set(tensors) == expected
+    for name in expected & set(checkpoint):
+        assert torch.equal(tensors[name], checkpoint[name]), name
+    facts = json.loads((made.folded.path / "folded.json").read_text())
+    assert facts["codes"] == sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.int8)
+
+
+def test_a_weight_is_its_codes_times_its_scales_within_half_a_step(
+    line: Callable[..., Line], source: Path
+) -> None:
+    made = line(source=source, format="w8a8").train().fold()
+    tensors, checkpoint = made.tensors("fold"), load_file(source / "model.safetensors")
+    names = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
+    assert len(names) == (10 if "lm_head.weight" not in checkpoint else 11)
+    for name in names:
+        weight, scale = checkpoint[name], tensors[f"{name}.scale"]
+        if name == "lm_head.weight":
+            weight = weight.t()
+        aligned = scale[:, None] if name.endswith(("wte.weight", "wpe.weight")) else scale
+        error = (tensors[f"{name}.codes"] * aligned - weight).abs() / aligned
+        assert 0.3 < float(error.max()) <= 0.5 + 1e-4, name
+
+
+def test_config_and_tokenizer_go_along_and_the_stages_own_files_do_not(line: Callable[..., Line]) -> None:
+    made = line()
+    (made.float_model.path / "manifest.json").write_text("{}")
+    made.train().fold()
+    names = {file.name for file in made.folded.path.iterdir()}
+    assert names == {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "folded.json",
+        "folded.safetensors",
+    }
+
+
+def test_folding_twice_gives_the_same_bytes_and_knows_nothing_of_the_method(
+    line: Callable[..., Line],
+) -> None:
+    made = line(method="quadapter", steps=2).train().fold()
+    first = {file.name: file.read_bytes() for file in made.folded.path.iterdir()}
+    facts = made.facts()
+    facts["phases"] = [{"name": "something else"}]
+    (made.trained.path / "trained.json").write_text(json.dumps(facts))
+    shutil.rmtree(made.folded.path)
+    made.fold()
+    assert {file.name: file.read_bytes() for file in made.folded.path.iterdir()} == first
+    assert not any(
+        word in name for name in made.tensors("fold") for word in ("theta", "ratio", "rescale", "quantizer")
+    )
+
+
+def test_in_half_precision_every_float_is_half_and_the_codes_stay(line: Callable[..., Line]) -> None:
+    made = line(format={"preset": "w8a8", "compute": "fp16"}).train().fold()
+    model = assemble(made.folded, torch.float16)
+    kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert {kind for name, kind in kinds.items() if name.endswith(".codes")} == {torch.int8}
+    assert {kind for name, kind in kinds.items() if not name.endswith(".codes")} == {torch.float16}
+    assert not any(parameter.requires_grad for parameter in model.parameters()) and not model.training
+    ids = token_ids()
+    with torch.no_grad():
+        half = model(ids).logits.float()
+    assert float((half - made.logits("fold", ids)).abs().mean()) < 0.05  # inputs near a tie round otherwise
+
+
+# Refusals --------------------------------------------------------------------------------------------
+
+
+def with_tensors(made: Line, change: Callable[[dict[str, Tensor]], object]) -> Line:
+    """The line with its trained tensors changed."""
+    folder = made.folder / "changed"
+    shutil.copytree(made.trained.path, folder / "train")
+    tensors = made.tensors()
+    change(tensors)
+    save_file(tensors, folder / "train" / "trained.safetensors")
+    return replace(made, folder=folder)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-3, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["transformer.h.1.mlp.c_fc.weight", "transformer.wte.weight", "transformer.h.0.attn.c_attn.input"]
+)
+def test_a_scale_that_tensorrt_would_refuse_is_refused_by_name(
+    line: Callable[..., Line], name: str, value: float
+) -> None:
+    made = line().train()
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{name}.scale"].view(-1)[-1] = value
+
+    with pytest.raises(ContractError, match=rf"{name}: scales must be positive and finite"):
+        with_tensors(made, spoil).fold()
+    check_scale(torch.tensor([1e-8, 1.0]), "fine")
+
+
+def test_codes_outside_their_format_are_refused(
+    line: Callable[..., Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = line(format="w4a8").train()
+    codes = QuantizedWeight.codes
+    monkeypatch.setattr(QuantizedWeight, "codes", lambda layer: (codes(layer)[0] + 1, codes(layer)[1]))
+    with pytest.raises(
+        ContractError, match=r"transformer.wte: codes outside \[-128, 127\]|codes outside \[-8, 7\]"
+    ):
+        made.fold()
+
+
+@pytest.mark.parametrize("change", ["an unknown tensor", "a missing tensor"])
+def test_a_folded_file_that_is_not_the_models_is_refused(line: Callable[..., Line], change: str) -> None:
+    made = line().train().fold()
+    tensors, name = made.tensors("fold"), "transformer.ln_f.bias"
+    if change == "an unknown tensor":
+        tensors[f"{name}.old"] = tensors[name].clone()
+    else:
+        del tensors[name]
+    save_file(tensors, made.folded.path / "folded.safetensors")
+    with pytest.raises(ContractError, match=r"the model and the file differ in \['transformer.ln_f.bias"):
+        assemble(FoldedModel(made.folded.path))
+
+
+def test_a_trained_folder_without_its_facts_is_refused(line: Callable[..., Line], tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match="trained.json is missing from a finished stage"):
+        fold(line().float_model, TrainedModel(tmp_path), tmp_path)
+
+
+def test_sizes_of_the_model_are_those_this_file_assumes(line: Callable[..., Line]) -> None:
+    layers = {layer.name: layer for layer in line().architecture.layers}
+    assert len(layers) == 11
+    assert (layers["transformer.wte"].out_features, layers["transformer.wte"].in_features) == (
+        VOCABULARY,
+        WIDTH,
+    )
