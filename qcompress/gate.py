@@ -1,0 +1,214 @@
+"""Stage `gate`: ParityReport, goals -> Verdict. Judges; measures nothing. No torch.
+
+Reads parity.json and the recipe's goals. Writes verdict.json.
+
+    accept       every goal holds
+    regression   a parity or a recovery goal is broken                              exit 3
+    anomalous    the measurement itself cannot be trusted: a number that is not     exit 4
+                 finite, logits that are all equal, a required row or metric that
+                 is missing, a float model below its own floor, a gain too large
+                 to be true
+
+Anomalous outranks regression: a broken measurement proves nothing about the model. Comparisons are written so
+that NaN fails them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qcompress.artifacts import read_json, write_json
+from qcompress.errors import QcompressError
+from qcompress.schema import METRICS, Gate, Goal, ParityGoal, Recipe
+
+EXIT_CODES = {"accept": 0, "regression": 3, "anomalous": 4}
+
+IMPLAUSIBLE_GAIN = 0.5
+"""A compressed model whose perplexity is less than this share of float's, or whose error rate is, is a
+mistake in the measurement until somebody has looked."""
+
+PARITY: dict[str, dict[str, ParityGoal]] = {
+    "fp32": {
+        "folded": ParityGoal(max_abs=0.0),
+        "onnx": ParityGoal(mean_abs=2e-4, top1_agreement=0.998),
+        "engine": ParityGoal(mean_abs=2e-3, top1_agreement=0.99),
+    },
+    "fp16": {
+        "folded": ParityGoal(max_abs=0.0),
+        "onnx": ParityGoal(mean_abs=2e-3, top1_agreement=0.99),
+        "engine": ParityGoal(mean_abs=2e-3, top1_agreement=0.99),
+    },
+    "bf16": {"folded": ParityGoal(max_abs=0.0)},
+}
+"""Distances to the row before that a correct pipeline reaches, by compute type; a recipe's own limits win."""
+
+
+@dataclass
+class _Judgement:
+    goals: list[dict[str, Any]] = field(default_factory=list)
+    anomalies: list[str] = field(default_factory=list)
+    regressions: list[str] = field(default_factory=list)
+
+    def add(
+        self, metric: str, goal: dict[str, Any], value: float, baseline: float | None, passed: bool, text: str
+    ) -> None:
+        self.goals.append(
+            {"metric": metric, "goal": goal, "value": value, "baseline": baseline, "interval": None,
+             "passed": passed}
+        )  # fmt: skip
+        if not passed:
+            self.regressions.append(text)
+
+
+def gate(parity: Path, recipe: Recipe, out: Path) -> None:
+    """Judge the measurement in `parity` (parity.json) and write `out`/verdict.json."""
+    report = read_json(parity)
+    write_json(out / "verdict.json", judge(report, recipe.gate, recipe.verify.require, recipe.format.compute))
+
+
+def judge(report: dict[str, Any], goals: Gate, require: list[str], compute: str) -> dict[str, Any]:
+    """The verdict on a parity report, as it stands in verdict.json."""
+    rows = {row["stage"]: row for row in report["rows"]}
+    judgement = _Judgement()
+    _require(rows, require, judgement)
+    measured = [row for row in report["rows"] if row["status"] == "measured"]
+    if not measured:
+        judgement.anomalies.append("no row was measured")
+    reference = rows.get("float", {}).get("metrics") or {}
+    for row in measured:
+        _sound(row["stage"], row["metrics"], reference, judgement)
+        if row.get("deployed"):
+            _sound(f"{row['stage']} (deployed)", row["deployed"]["metrics"], reference, judgement)
+    _float_floor(reference, goals, judgement)
+    if measured and measured[-1]["stage"] != "float":
+        _recovery(measured[-1], reference, goals, judgement)
+    elif goals.recovery:
+        judgement.anomalies.append("recovery goals are set, and no row after float was measured")
+    for place, row in enumerate(measured):
+        default = PARITY[compute].get(row["stage"]) if place else None  # the first has no row before it
+        limits = goals.parity.get(row["stage"], default)
+        if limits is not None:
+            _parity(row, limits, judgement)
+    for stage in goals.parity:
+        if rows.get(stage, {}).get("status") != "measured" and stage not in require:
+            judgement.anomalies.append(f"parity.{stage} has limits, and the row was not measured")
+    verdict = "anomalous" if judgement.anomalies else "regression" if judgement.regressions else "accept"
+    return {
+        "verdict": verdict,
+        "goals": judgement.goals,
+        "reasons": judgement.anomalies + judgement.regressions,
+        "not_measured": [row["stage"] for row in report["rows"] if row["status"] != "measured"],
+    }
+
+
+def _require(rows: dict[str, Any], require: list[str], judgement: _Judgement) -> None:
+    for stage in require:
+        row = rows.get(stage)
+        if row is None or row["status"] != "measured":
+            why = row["reason"] if row else "it is missing from the report"
+            judgement.anomalies.append(f"required row {stage} was not measured: {why}")
+
+
+def _sound(row: str, metrics: dict[str, float], reference: dict[str, float], judgement: _Judgement) -> None:
+    """Every metric of float is there, and every metric is a number."""
+    broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    judgement.anomalies += [f"{row}: {name} is {value}" for name, value in broken.items()]
+    judgement.anomalies += [f"{row}: {name} was not measured" for name in reference if name not in metrics]
+
+
+def _float_floor(reference: dict[str, float], goals: Gate, judgement: _Judgement) -> None:
+    for metric, floor in goals.float_floor.items():
+        value = reference.get(metric, math.nan)
+        passed = value <= floor if _lower(metric) else value >= floor
+        judgement.goals.append(
+            {"metric": f"float.{metric}", "goal": {"floor": floor}, "value": value, "baseline": None,
+             "interval": None, "passed": passed}
+        )  # fmt: skip
+        if not passed:
+            judgement.anomalies.append(
+                f"float: {metric} is {value:.6g}, its floor is {floor:g}: no reference"
+            )
+
+
+def _recovery(row: dict[str, Any], reference: dict[str, float], goals: Gate, judgement: _Judgement) -> None:
+    metrics = row["metrics"]
+    for metric, value in metrics.items():
+        if _gain(metric, value, reference.get(metric, math.nan)) > IMPLAUSIBLE_GAIN:
+            judgement.anomalies.append(
+                f"{row['stage']}: {metric} is {value:.6g} against {reference[metric]:.6g} in float: too good"
+            )
+    for metric, goal in goals.recovery.items():
+        if metric not in metrics or metric not in reference:
+            judgement.anomalies.append(f"recovery.{metric}: not measured in both float and {row['stage']}")
+            continue
+        value, base = metrics[metric], reference[metric]
+        limit = _limit(metric, goal, base)
+        passed = value <= limit if _lower(metric) else value >= limit
+        shown = goal.model_dump(by_alias=True, exclude_none=True)
+        text = f"{row['stage']}: {metric} is {value:.6g}, the limit is {limit:.6g} ({_spell(shown)})"
+        judgement.add(metric, shown, value, base, passed, text)
+
+
+def _limit(metric: str, goal: Goal, base: float) -> float:
+    """Worst acceptable value of the metric."""
+    if goal.threshold is not None:
+        return goal.threshold
+    loss = goal.max_degradation
+    if loss is None:
+        loss = abs(base) * goal.percent_max_degradation / 100
+    return base + loss if _lower(metric) else base - loss
+
+
+def _gain(metric: str, value: float, base: float) -> float:
+    """Share of the metric's distance to perfection that was gained; perplexity ends at 1, accuracy at 1."""
+    if _lower(metric):
+        return (base - value) / (base - 1) if base > 1 else 0.0
+    return (value - base) / (1 - base) if base < 1 else 0.0
+
+
+def _parity(row: dict[str, Any], limits: ParityGoal, judgement: _Judgement) -> None:
+    """Distances to the row before, max_abs and mean_abs as fractions of the logits' range."""
+    distance = row.get("distance") or {}
+    scale = distance.get("range", math.nan)
+    if scale == 0:  # two dead models agree in everything
+        judgement.anomalies.append(f"{row['stage']}: all logits of {distance.get('to')} are equal")
+    for name in ("max_abs", "mean_abs"):
+        limit = getattr(limits, name)
+        if limit is None:
+            continue
+        value = distance.get(name, math.nan) / scale if scale > 0 else math.nan
+        _judge_distance(row, name, value, limit, value <= limit, judgement)
+    if limits.top1_agreement is not None:
+        value = distance.get("top1_agreement", math.nan)
+        _judge_distance(
+            row, "top1_agreement", value, limits.top1_agreement, value >= limits.top1_agreement, judgement
+        )
+
+
+def _judge_distance(
+    row: dict[str, Any], name: str, value: float, limit: float, passed: bool, judgement: _Judgement
+) -> None:
+    stage, to = row["stage"], (row.get("distance") or {}).get("to")
+    if math.isnan(value):
+        judgement.anomalies.append(f"{stage}: {name} to {to} is not a number")
+    text = f"{stage}: {name} to {to} is {value:.6g}, the limit is {limit:g}"
+    judgement.add(f"parity.{stage}.{name}", {name: limit}, value, None, passed, text)
+
+
+def _lower(metric: str) -> bool:
+    return METRICS[metric.rpartition(".")[2]] == "lower"
+
+
+def _spell(goal: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in goal.items())
+
+
+def exit_code(verdict: str) -> int:
+    """Exit code of a verdict."""
+    try:
+        return EXIT_CODES[verdict]
+    except KeyError:
+        raise QcompressError(f"unknown verdict {verdict!r}") from None

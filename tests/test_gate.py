@@ -1,0 +1,378 @@
+"""The gate: what is accepted, and each way not to be."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+
+from qcompress.artifacts import read_json, write_json
+from qcompress.errors import QcompressError
+from qcompress.gate import EXIT_CODES, PARITY, exit_code, gate, judge
+from qcompress.schema import Gate, Recipe
+
+REQUIRE = ["float", "trained", "folded", "onnx"]
+
+GOALS = {
+    "float_floor": {"test.perplexity": 31, "test.token_accuracy": 0.4},
+    "recovery": {
+        "test.perplexity": {"percent-max-degradation": 2},
+        "test.token_accuracy": {"max-degradation": 0.01},
+    },
+}
+
+
+def row(stage: str, perplexity: float = 30.0, accuracy: float = 0.5, **distance: Any) -> dict[str, Any]:
+    """A measured row; its distance is that of a correct pipeline unless told otherwise."""
+    to = {"trained": "float", "folded": "trained", "onnx": "folded", "engine": "onnx"}.get(stage)
+    far = {"to": to, "max_abs": 0.0, "mean_abs": 0.0, "range": 50.0, "cosine": 1.0, "snr_db": None,
+           "top1_agreement": 1.0, "positions": 100, **distance}  # fmt: skip
+    return {
+        "stage": stage,
+        "status": "measured",
+        "reason": None,
+        "metrics": {"test.perplexity": perplexity, "test.token_accuracy": accuracy},
+        "samples": 10,
+        "distance": far if to else None,
+    }
+
+
+def report(**rows: dict[str, Any] | None) -> dict[str, Any]:
+    """A report on a good model; `rows` replace rows, None takes one away."""
+    found: dict[str, dict[str, Any] | None] = {
+        "float": row("float"),
+        "trained": row("trained", 30.4, 0.495, max_abs=9.0, mean_abs=0.5, top1_agreement=0.9),
+        "folded": row("folded", 30.4, 0.495),
+        "onnx": row("onnx", 30.4, 0.495, max_abs=4.0, mean_abs=0.005, top1_agreement=0.999),
+        "engine": {"stage": "engine", "status": "not-run", "reason": "no GPU here"},
+    }
+    return {"rows": [value for value in {**found, **rows}.values() if value is not None]}
+
+
+def verdict(
+    parity: dict[str, Any] | None = None,
+    goals: dict[str, Any] | None = None,
+    require: list[str] | None = None,
+    compute: str = "fp32",
+) -> dict[str, Any]:
+    gates = Gate.model_validate(GOALS if goals is None else goals)
+    return judge(parity or report(), gates, REQUIRE if require is None else require, compute)
+
+
+def passed(found: dict[str, Any], metric: str) -> bool:
+    (goal,) = [goal for goal in found["goals"] if goal["metric"] == metric]
+    return goal["passed"]
+
+
+def one_reason(found: dict[str, Any]) -> str:
+    assert len(found["reasons"]) == 1, found["reasons"]
+    return found["reasons"][0]
+
+
+# What is accepted ---------------------------------------------------------------------------------
+
+
+def test_a_good_model_is_accepted_with_every_goal_listed() -> None:
+    found = verdict()
+    assert found["verdict"] == "accept" and found["reasons"] == []
+    assert {goal["metric"] for goal in found["goals"]} == {
+        "float.test.perplexity", "float.test.token_accuracy", "test.perplexity", "test.token_accuracy",
+        "parity.folded.max_abs", "parity.onnx.mean_abs", "parity.onnx.top1_agreement",
+    }  # fmt: skip
+    assert all(goal["passed"] for goal in found["goals"])
+
+
+def test_a_row_that_was_not_measured_and_is_not_required_is_named_and_does_not_fail() -> None:
+    found = verdict()
+    assert found["not_measured"] == ["engine"] and found["verdict"] == "accept"
+
+
+def test_a_goal_carries_its_value_and_its_reference() -> None:
+    goal = next(goal for goal in verdict()["goals"] if goal["metric"] == "test.perplexity")
+    assert goal == {"metric": "test.perplexity", "goal": {"percent-max-degradation": 2.0}, "value": 30.4,
+                    "baseline": 30.0, "interval": None, "passed": True}  # fmt: skip
+
+
+def test_recovery_is_judged_on_the_last_measured_row() -> None:
+    engine = row("engine", 33.0, 0.495)
+    assert "engine: test.perplexity is 33" in one_reason(verdict(report(engine=engine)))
+
+
+# Anomalous ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("stage", ["float", "trained", "folded", "onnx"])
+def test_a_metric_that_is_not_a_number_is_anomalous_in_any_row(stage: str, value: float) -> None:
+    broken = report()
+    next(row for row in broken["rows"] if row["stage"] == stage)["metrics"]["test.perplexity"] = value
+    found = verdict(broken)
+    assert found["verdict"] == "anomalous"
+    assert f"{stage}: test.perplexity is {value}" in found["reasons"]
+
+
+def test_a_metric_that_is_not_a_number_in_the_deployed_session_is_anomalous() -> None:
+    onnx = row("onnx", 30.4, 0.495)
+    onnx["deployed"] = {
+        "metrics": {"test.perplexity": math.nan, "test.token_accuracy": 0.5},
+        "distance": None,
+    }
+    found = verdict(report(onnx=onnx))
+    assert found["verdict"] == "anomalous"
+    assert one_reason(found) == "onnx (deployed): test.perplexity is nan"
+
+
+@pytest.mark.parametrize("stage", ["trained", "folded", "onnx"])
+def test_a_metric_that_float_has_and_a_row_has_not_is_anomalous(stage: str) -> None:
+    broken = report()
+    del next(row for row in broken["rows"] if row["stage"] == stage)["metrics"]["test.token_accuracy"]
+    found = verdict(broken, {})
+    assert found["verdict"] == "anomalous"
+    assert one_reason(found) == f"{stage}: test.token_accuracy was not measured"
+
+
+@pytest.mark.parametrize("stage", ["float", "onnx"])
+def test_a_goal_on_a_metric_that_is_missing_is_anomalous(stage: str) -> None:
+    broken = report()
+    for row in broken["rows"]:
+        if row["stage"] == stage or stage == "onnx":
+            row.get("metrics", {}).pop("test.perplexity", None)
+    found = verdict(broken, {"recovery": {"test.perplexity": {"threshold": 99}}})
+    assert found["verdict"] == "anomalous"
+    assert "recovery.test.perplexity: not measured in both float and onnx" in found["reasons"]
+
+
+def test_a_required_row_that_is_missing_or_deferred_is_anomalous() -> None:
+    deferred = {"stage": "onnx", "status": "deferred", "reason": "needs an RTX"}
+    for parity, why in (
+        (report(onnx=None), "it is missing from the report"),
+        (report(onnx=deferred), "needs an RTX"),
+    ):
+        found = verdict(parity)
+        assert found["verdict"] == "anomalous"
+        assert one_reason(found) == f"required row onnx was not measured: {why}"
+
+
+def test_a_report_without_a_measured_row_is_anomalous_even_if_nothing_is_required() -> None:
+    nothing = {"rows": [{"stage": "float", "status": "not-run", "reason": "gone"}]}
+    for empty in (nothing, {"rows": []}):
+        found = verdict(empty, {}, [])
+        assert found["verdict"] == "anomalous" and one_reason(found) == "no row was measured"
+
+
+@pytest.mark.parametrize(("metric", "worse"), [("test.perplexity", 31.0001), ("test.token_accuracy", 0.3999)])
+def test_a_float_model_below_its_floor_is_no_reference(metric: str, worse: float) -> None:
+    goals = {"float_floor": GOALS["float_floor"]}
+    at = report(float=row("float", 31.0, 0.4), trained=row("trained"))
+    assert verdict(at, goals)["verdict"] == "accept"
+    below = copy.deepcopy(at)
+    below["rows"][0]["metrics"][metric] = worse
+    found = verdict(below, goals)
+    assert found["verdict"] == "anomalous" and not passed(found, f"float.{metric}")
+    assert one_reason(found) == f"float: {metric} is {worse:.6g}, its floor is " + (
+        "31: no reference" if worse > 1 else "0.4: no reference"
+    )
+
+
+def test_a_floor_on_a_metric_that_was_not_measured_or_is_nan_is_anomalous() -> None:
+    assert not passed(verdict(report(float=None), require=[]), "float.test.perplexity")
+    found = verdict(report(float=row("float", math.nan)))
+    assert not passed(found, "float.test.perplexity") and found["verdict"] == "anomalous"
+
+
+@pytest.mark.parametrize(("perplexity", "accuracy"), [(10.0, 0.5), (30.0, 0.99)])
+def test_a_gain_too_large_to_be_true_is_anomalous(perplexity: float, accuracy: float) -> None:
+    found = verdict(report(onnx=row("onnx", perplexity, accuracy)))
+    assert found["verdict"] == "anomalous" and "too good" in one_reason(found)
+
+
+def test_a_gain_that_a_regularized_model_may_have_is_accepted() -> None:
+    # 30 -> 16: (30 - 16) / (30 - 1) = 0.48 of the way to a perfect model; 0.5 -> 0.74: 0.48
+    assert verdict(report(onnx=row("onnx", 16.0, 0.74)))["verdict"] == "accept"
+
+
+def test_recovery_goals_with_only_the_float_row_are_anomalous() -> None:
+    only = {"rows": [row("float")]}
+    found = verdict(only, require=["float"])
+    assert found["verdict"] == "anomalous" and "no row after float" in one_reason(found)
+    assert verdict(only, {}, ["float"])["verdict"] == "accept"
+
+
+def test_limits_on_a_row_that_was_not_measured_are_anomalous() -> None:
+    found = verdict(goals={"parity": {"engine": {"mean_abs": 0.1}}})
+    assert found["verdict"] == "anomalous"
+    assert one_reason(found) == "parity.engine has limits, and the row was not measured"
+
+
+def test_limits_on_a_row_without_a_row_before_it_are_anomalous() -> None:
+    first = row("trained")
+    first["distance"] = None
+    parity = report(float=None, trained=first)
+    assert verdict(parity, {}, [])["verdict"] == "accept"
+    found = verdict(parity, {"parity": {"trained": {"mean_abs": 0.1}}}, [])
+    assert found["verdict"] == "anomalous"
+    assert "trained: mean_abs to None is not a number" in found["reasons"]
+
+
+@pytest.mark.parametrize("field", ["max_abs", "mean_abs", "top1_agreement"])
+@pytest.mark.parametrize("value", [math.nan, "missing"])
+def test_a_distance_that_is_not_a_number_is_anomalous(field: str, value: float | str) -> None:
+    onnx = row("onnx", 30.4, 0.495)
+    onnx["distance"].pop(field)
+    if value != "missing":
+        onnx["distance"][field] = value
+    found = verdict(
+        report(onnx=onnx), {"parity": {"onnx": {field: 1.0 if field != "top1_agreement" else 0.0}}}
+    )
+    assert found["verdict"] == "anomalous"
+    assert not passed(found, f"parity.onnx.{field}")
+
+
+@pytest.mark.parametrize("field", ["max_abs", "mean_abs", "top1_agreement"])
+def test_two_models_whose_logits_are_all_equal_prove_nothing(field: str) -> None:
+    """Everything zero: no difference, no range, and every position agrees."""
+    dead = report(onnx=row("onnx", 30.4, 0.495, range=0.0))
+    limit = 1.0 if field == "top1_agreement" else 0.0
+    found = verdict(dead, {"parity": {"onnx": {field: limit}}})
+    assert found["verdict"] == "anomalous"
+    assert "onnx: all logits of folded are equal" in found["reasons"]
+
+
+def test_a_range_that_is_not_a_number_is_anomalous() -> None:
+    for value in (math.nan, -1.0):
+        found = verdict(report(onnx=row("onnx", 30.4, 0.495, range=value)))
+        assert found["verdict"] == "anomalous" and not passed(found, "parity.onnx.mean_abs")
+
+
+# Regression: recovery -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "goal", "at", "over"),
+    [
+        ("test.perplexity", {"threshold": 32}, 32.0, 32.0001),
+        ("test.perplexity", {"max-degradation": 1.5}, 31.5, 31.5001),
+        ("test.perplexity", {"percent-max-degradation": 10}, 33.0, 33.0001),
+        ("test.perplexity", {"max-degradation": 0}, 30.0, 30.0001),
+        ("test.token_accuracy", {"threshold": 0.4}, 0.4, 0.3999),
+        ("test.token_accuracy", {"max-degradation": 0.25}, 0.25, 0.2499),
+        ("test.token_accuracy", {"percent-max-degradation": 50}, 0.25, 0.2499),
+        ("test.token_accuracy", {"max-degradation": 0}, 0.5, 0.4999),
+    ],
+)
+def test_a_recovery_goal_holds_at_its_limit_and_breaks_just_beyond(
+    metric: str, goal: dict[str, float], at: float, over: float
+) -> None:
+    for value, expected in ((at, "accept"), (over, "regression")):
+        onnx = row("onnx")
+        onnx["metrics"][metric] = value
+        found = verdict(report(onnx=onnx), {"recovery": {metric: goal}})
+        assert found["verdict"] == expected and passed(found, metric) is (expected == "accept")
+    name = next(iter(goal))
+    assert one_reason(found).startswith(f"onnx: {metric} is {over:.6g}, the limit is {at:.6g} ({name}")
+
+
+def test_recovery_is_against_float_and_not_against_the_trained_model() -> None:
+    """A pipeline that keeps a broken model as it is has perfect parity."""
+    bad = {stage: row(stage, 90.0, 0.2) for stage in ("trained", "folded", "onnx")}
+    found = verdict(report(**bad), {"recovery": {"test.perplexity": {"percent-max-degradation": 2}}})
+    assert found["verdict"] == "regression"
+
+
+# Regression: parity -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "at", "over"),
+    [("max_abs", 5.0, 5.001), ("mean_abs", 5.0, 5.001), ("top1_agreement", 0.9, 0.8999)],
+)
+def test_a_parity_limit_holds_at_its_limit_and_breaks_just_beyond(field: str, at: float, over: float) -> None:
+    limit = 0.9 if field == "top1_agreement" else 0.1  # a fraction of the range, which is 50
+    for value, expected in ((at, "accept"), (over, "regression")):
+        parity = report(onnx=row("onnx", 30.4, 0.495, **{field: value}))
+        found = verdict(parity, {"parity": {"onnx": {field: limit}}})
+        assert found["verdict"] == expected
+        assert passed(found, f"parity.onnx.{field}") is (expected == "accept")
+    assert one_reason(found).startswith(f"onnx: {field} to folded is")
+
+
+@pytest.mark.parametrize(
+    ("stage", "far"),
+    [
+        ("folded", {"max_abs": 1e-6}),
+        ("onnx", {"mean_abs": 0.0101}),
+        ("onnx", {"top1_agreement": 0.9979}),
+        ("engine", {"mean_abs": 0.101}),
+        ("engine", {"top1_agreement": 0.9899}),
+    ],
+)
+def test_the_default_limits_of_fp32_are_those_of_the_design(stage: str, far: dict[str, float]) -> None:
+    found = verdict(report(**{stage: row(stage, 30.4, 0.495, **far)}))
+    assert found["verdict"] == "regression"
+    assert one_reason(found).startswith(f"{stage}: {next(iter(far))} to ")
+
+
+def test_fp16_is_allowed_more_and_bf16_has_no_limit_on_onnx() -> None:
+    far = report(onnx=row("onnx", 30.4, 0.495, mean_abs=0.09, top1_agreement=0.991))
+    assert verdict(far, compute="fp32")["verdict"] == "regression"
+    assert verdict(far, compute="fp16")["verdict"] == "accept"
+    worse = report(onnx=row("onnx", 30.4, 0.495, mean_abs=0.2, top1_agreement=0.5))
+    assert verdict(worse, compute="fp16")["verdict"] == "regression"
+    assert verdict(worse, compute="bf16")["verdict"] == "accept"
+    assert set(PARITY) == {"fp32", "fp16", "bf16"}
+    assert all(limits["folded"].max_abs == 0.0 for limits in PARITY.values())
+
+
+@pytest.mark.parametrize("compute", ["fp32", "fp16", "bf16"])
+def test_folding_that_changes_a_logit_is_a_regression_in_every_type(compute: str) -> None:
+    parity = report(folded=row("folded", 30.4, 0.495, max_abs=1e-30))
+    assert verdict(parity, compute=compute)["verdict"] == "regression"
+
+
+def test_a_recipes_limits_replace_the_defaults_of_that_row_alone() -> None:
+    far = row("onnx", 30.4, 0.495, mean_abs=0.4, top1_agreement=0.5)
+    assert verdict(report(onnx=far), {"parity": {"onnx": {"mean_abs": 0.01}}})["verdict"] == "accept"
+    flipped = row("folded", 30.4, 0.495, max_abs=0.1)
+    found = verdict(report(onnx=far, folded=flipped), {"parity": {"onnx": {"mean_abs": 0.01}}})
+    assert one_reason(found).startswith("folded: max_abs")
+
+
+def test_the_distance_of_the_trained_row_has_no_default_limit() -> None:
+    far = row("trained", 30.4, 0.495, max_abs=49.0, mean_abs=20.0, top1_agreement=0.1)
+    assert verdict(report(trained=far))["verdict"] == "accept"
+    found = verdict(report(trained=far), {"parity": {"trained": {"mean_abs": 0.1}}})
+    assert found["verdict"] == "regression"
+
+
+# Verdicts -----------------------------------------------------------------------------------------
+
+
+def test_anomalous_outranks_regression_and_both_reasons_are_given() -> None:
+    parity = report(trained=row("trained", math.nan, 0.495), onnx=row("onnx", 40.0, 0.495))
+    found = verdict(parity)
+    assert found["verdict"] == "anomalous"
+    assert [text.split(":")[0] for text in found["reasons"]] == ["trained", "onnx"]
+
+
+def test_every_verdict_has_its_exit_code() -> None:
+    assert EXIT_CODES == {"accept": 0, "regression": 3, "anomalous": 4}
+    assert [exit_code(name) for name in EXIT_CODES] == [0, 3, 4]
+    with pytest.raises(QcompressError, match="unknown verdict 'splendid'"):
+        exit_code("splendid")
+
+
+def test_the_stage_reads_parity_json_and_writes_verdict_json(tmp_path) -> None:
+    write_json(tmp_path / "parity.json", report(onnx=row("onnx", 30.4, 0.495, mean_abs=math.nan)))
+    recipe = Recipe.model_validate(
+        {
+            "name": "tiny",
+            "model": {"family": "gpt2", "source": "model"},
+            "task": "causal-lm",
+            "data": {"evaluate": {"test": {"text": ["test.txt"]}}},
+            "gate": GOALS,
+        }
+    )
+    gate(tmp_path / "parity.json", recipe, tmp_path)
+    assert read_json(tmp_path / "verdict.json")["verdict"] == "anomalous"
