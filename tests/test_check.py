@@ -179,6 +179,28 @@ def test_the_target_and_the_model_limit_what_overrides_may_ask(
     assert re.match(OVERRIDES[overrides], found[0]), found
 
 
+def test_the_last_pattern_that_gives_a_layer_its_format_is_the_one_to_mend(made: Path) -> None:
+    block, divided = "{weights: {bits: 4, block: 128}, activations: float}", "{activations: float}"
+    layers = f"'*.mlp.*': {block}\n    '*.1.mlp.c_fc': {block}\n    '*.1.mlp.*': {divided}\n    '*.0.mlp.c_fc': int8"
+    found = shown(write(made, edited(GOOD[GOOD.index(LAYERS) : GOOD.index("\nmethod:")], layers)))
+    assert [line.split(" (fix")[0] for line in found] == [
+        'recipe.yaml:18: format.layers."*.1.mlp.c_fc".weights.block: blocks of 128 do not divide the 192 inputs of'
+        " transformer.h.1.mlp.c_fc"
+    ]
+
+
+def test_a_target_without_int4_and_a_block_that_does_not_divide_are_two_mistakes(made: Path) -> None:
+    overrides = [
+        "build.target=rtx-turing",
+        "format.activations=float",
+        "format.weights={bits: 4, block: 128}",
+    ]
+    assert [line.split(": ")[1] for line in shown(write(made), *overrides)] == [
+        "format.weights.bits",
+        "format.weights.block",
+    ]
+
+
 def test_a_head_with_weights_of_its_own_may_be_float(tmp_path: Path) -> None:
     folder = prepare(tmp_path)
     save_model(folder / "model", tied=False)

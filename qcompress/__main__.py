@@ -1,0 +1,5 @@
+"""`python -m qcompress` is the `qcompress` command."""
+
+from qcompress.cli import main
+
+main()

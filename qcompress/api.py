@@ -1,0 +1,209 @@
+"""The Python API: `qcompress.run`, `load`, `verify`, `gate`. The command line is made of the same calls."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from qcompress import pipeline
+from qcompress.artifacts import read_json, write_json
+from qcompress.errors import ExportError, RecipeError, UsageError
+from qcompress.gate import judge
+from qcompress.progress import Reporter
+from qcompress.recipe import load_recipe, read
+from qcompress.schema import Build, Recipe
+from qcompress.structure import validate
+
+if TYPE_CHECKING:
+    from qcompress.targets.lint import Finding
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run directory: its recipe, its report and its verdict, and where its artifacts lie."""
+
+    path: Path
+    recipe: Recipe
+    manifest: dict[str, Any]
+    parity: dict[str, Any]
+    verdict: dict[str, Any]
+
+    def stage(self, name: str) -> Path | None:
+        """Folder of a stage in the cache, None if it is gone."""
+        folder = Path(self.manifest["stages"][name]["path"]) if name in self.manifest["stages"] else None
+        return folder if folder is not None and folder.is_dir() else None
+
+
+def run(
+    recipe: str | os.PathLike[str],
+    out: str | os.PathLike[str] = "runs",
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    until: str = "gate",
+    fresh: bool = False,
+    keep: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> pipeline.Run:
+    """Run a recipe; returns the run's folder and its verdict.
+
+    `overrides` are `a.b=c` strings, `until` is the last stage, `keep` names stages whose whole folder is
+    copied into the run. Raises RecipeError, ModelError, ExportError, MachineError or BusyError.
+    """
+    resolved = load_recipe(Path(recipe), overrides)
+    folder = Path(out)
+    return pipeline.run(
+        resolved,
+        folder,
+        Path(cache) if cache is not None else folder / ".cache",
+        reporter or Reporter(silent=True),
+        until=until,
+        fresh=fresh,
+        keep=tuple(keep),
+    )
+
+
+def load(path: str | os.PathLike[str]) -> LoadedRun:
+    """Open a run directory."""
+    folder = Path(path)
+    for name in ("recipe.resolved.yaml", "manifest.json", "parity.json", "verdict.json"):
+        if not (folder / name).is_file():
+            raise UsageError(
+                f"{folder} is not a finished run: {name} is missing",
+                fix="name the run directory that `qcompress run` printed, or let the run finish",
+            )
+    manifest = read_json(folder / "manifest.json")
+    return LoadedRun(
+        path=folder,
+        recipe=_recipe(folder / "recipe.resolved.yaml"),
+        manifest=manifest,
+        parity=read_json(folder / "parity.json"),
+        verdict=read_json(folder / "verdict.json"),
+    )
+
+
+def _recipe(file: Path) -> Recipe:
+    """The recipe that a run wrote; its data may be gone, so only its structure is checked."""
+    document = read(file)
+    recipe = validate(document)
+    if document.mistakes or recipe is None:
+        raise RecipeError(document.mistakes)
+    return recipe
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    engine: str | os.PathLike[str] | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Measure a run again from its files, or take in a device's measurement; returns the new verdict.
+
+    The ONNX file is the one in the run directory. It is first held against the folded model bit for bit: a
+    file that was changed raises ExportError and names the layer.
+    """
+    loaded = load(path)
+    certify_run(loaded)
+    reporter = reporter or Reporter(silent=True)
+    if engine is not None:
+        from qcompress.verify import take_engine_row
+
+        take_engine_row(loaded.path, loaded.recipe.task.name, Path(engine))
+    else:
+        _measure_again(loaded, reporter)
+    return gate(path)
+
+
+def certify_run(loaded: LoadedRun) -> dict[str, Any]:
+    """Hold the run's ONNX file against its folded model; needs the cache."""
+    from qcompress.certificate import certify
+    from qcompress.plan import plans_from_json
+
+    folded = loaded.stage("fold")
+    if folded is None:
+        raise UsageError(
+            f"the folded model of {loaded.path} is gone from the cache",
+            fix="run the recipe again: what is still there is reused",
+        )
+    plan = plans_from_json(read_json(folded / "folded.json")["plan"])
+    certificate = certify(loaded.path / "model.onnx", folded, plan)
+    if not certificate["complete"]:
+        broken = "\n".join(
+            f"  {layer['name']}: {'; '.join(layer['reasons'])}"
+            for layer in certificate["layers"]
+            if not layer["passed"]
+        )
+        raise ExportError(
+            f"{loaded.path / 'model.onnx'} is not what was folded:\n{broken or certificate['float_copies']}",
+            fix="run the recipe again to put the exported file back",
+        )
+    return certificate
+
+
+def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:
+    import tempfile
+
+    from qcompress.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel
+    from qcompress.verify import Artifacts
+    from qcompress.verify import verify as measure
+
+    source, stages = Path(loaded.manifest["source"]), loaded.stage
+    artifacts = Artifacts(
+        float_model=FloatModel(stages("load"), source=source) if stages("load") and source.is_dir() else None,
+        trained=TrainedModel(stages("train")) if stages("train") else None,
+        folded=FoldedModel(stages("fold")) if stages("fold") else None,
+        onnx=OnnxModel(loaded.path),
+        engine=Engine(stages("build")) if stages("build") else None,
+        missing={},
+    )
+    with tempfile.TemporaryDirectory(dir=loaded.path) as folder:
+        measure(loaded.recipe, Path(loaded.manifest["base"]), artifacts, Path(folder), reporter)
+        for name in ("parity.json", "samples.json.gz"):
+            os.replace(Path(folder) / name, loaded.path / name)
+
+
+def lint(model: Path, target: str) -> list[Finding]:
+    """What a target would refuse or silently change in an ONNX file."""
+    from qcompress.targets.lint import lint as find
+    from qcompress.targets.table import find_target
+
+    return find(model, find_target(target))
+
+
+def build(model: Path, target: str, out: Path, profiles: str | None, reporter: Reporter) -> dict[str, Any]:
+    """Build an engine from an ONNX file; returns build.json. The folder must not hold anything yet."""
+    from qcompress.build import build_file
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not an empty folder", fix="name a new one")
+    values: dict[str, Any] = {"target": target, "here": "required"}
+    if profiles is not None:
+        try:
+            values["profiles"] = json.loads(profiles)
+        except ValueError as error:
+            raise UsageError(f"--profiles is not JSON: {error}") from None
+    try:
+        options = Build.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"--profiles: {where}: {first['msg']}") from None
+    out.mkdir(parents=True, exist_ok=True)
+    with reporter.bar("build", 100) as bar:
+        engine = build_file(model, options, out, lambda what, share: bar.at(what, round(100 * share)))
+    return read_json(engine.path / "build.json")
+
+
+def gate(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Judge a run's parity.json by the goals of its recipe; writes and returns verdict.json."""
+    loaded = load(path)
+    recipe = loaded.recipe
+    verdict = judge(loaded.parity, recipe.gate, recipe.verify.require, recipe.format.compute)
+    write_json(loaded.path / "verdict.json", verdict)
+    return verdict

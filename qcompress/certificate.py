@@ -1,0 +1,211 @@
+"""The certificate: what the ONNX file holds, bit for bit, against the folded model. No torch.
+
+For each quantized layer: the integers, the scales, the axis and block of the DequantizeLinear node, and the
+number of Q/DQ pairs in front of the matmul, followed through the graph and not believed from names. Parity
+cannot see a weight that the exporter decoded back to float; this can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, numpy_helper
+from safetensors import safe_open
+
+from qcompress.plan import LayerPlan
+
+DTYPES = {8: TensorProto.INT8, 4: TensorProto.INT4}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX graph with the look-ups that following an edge needs."""
+
+    file: Path
+    initializers: dict[str, TensorProto]
+    producer: dict[str, NodeProto]
+    readers: dict[str, list[NodeProto]]
+
+    @classmethod
+    def read(cls, file: Path) -> Graph:
+        """Read a graph; external data is read tensor by tensor, later."""
+        graph = onnx.load(str(file), load_external_data=False).graph
+        readers: dict[str, list[NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        return cls(
+            file=file,
+            initializers={tensor.name: tensor for tensor in graph.initializer},
+            producer={name: node for node in graph.node for name in node.output},
+            readers=readers,
+        )
+
+    def array(self, name: str) -> np.ndarray | None:
+        """Values of an initializer, or None."""
+        tensor = self.initializers.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor, base_dir=str(self.file.parent))
+
+
+def certify(file: Path, folded: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
+    """Compare `file` with `folded`/folded.safetensors; `complete` only if every layer passed."""
+    graph = Graph.read(file)
+    with safe_open(folded / "folded.safetensors", framework="np") as tensors:
+        layers = [_certify_layer(graph, tensors, item) for item in plan if item.weights]
+        copies = _float_copies(graph, plan)
+    expected = sum(1 for item in plan if item.weights)
+    complete = len(layers) == expected and all(layer["passed"] for layer in layers) and not copies
+    return {"layers": layers, "float_copies": copies, "expected": expected, "complete": complete}
+
+
+def _certify_layer(graph: Graph, tensors: Any, item: LayerPlan) -> dict[str, Any]:
+    owner = item.layer.tied_to or item.name
+    codes_name, scale_name = f"{owner}.weight.codes", f"{owner}.weight.scale"
+    reasons: list[str] = []
+    codes = graph.array(codes_name)
+    codes_equal = codes is not None and _same(codes.astype(np.int8), tensors.get_tensor(codes_name))
+    if codes is None:
+        reasons.append(f"no initializer {codes_name}")
+    elif not codes_equal:
+        reasons.append(_first_difference(codes.astype(np.int8), tensors.get_tensor(codes_name), "codes"))
+    elif graph.initializers[codes_name].data_type != DTYPES[item.weights.stored_bits]:
+        reasons.append(
+            f"codes are stored as {TensorProto.DataType.Name(graph.initializers[codes_name].data_type)}"
+        )
+
+    decoders = [node for node in graph.readers.get(codes_name, []) if node.op_type == "DequantizeLinear"]
+    if not decoders or len(decoders) != len(graph.readers.get(codes_name, [])):
+        reasons.append("codes must be read by DequantizeLinear and by nothing else")
+    wrong_scales = _wrong_scales(graph, decoders, tensors.get_tensor(scale_name))
+    reasons += wrong_scales + _wrong_layout(decoders, item) + _unread(graph, decoders, item)
+
+    pairs, input_equal = _input_pairs(graph, decoders, tensors, item)
+    expected = 1 if item.activations else 0
+    if pairs != expected:
+        reasons.append(f"{pairs} Q/DQ pairs in front of the matmul, {expected} expected")
+    if not input_equal:
+        reasons.append("the input's scale or zero point differs")
+    return {
+        "name": item.name,
+        "weight_codes_equal": bool(codes_equal),
+        "scales_equal": bool(decoders and not wrong_scales and input_equal),
+        "qdq_pairs": pairs,
+        "expected_pairs": expected,
+        "passed": not reasons,
+        "reasons": reasons,
+    }
+
+
+def _wrong_scales(graph: Graph, decoders: list[NodeProto], reference: np.ndarray) -> list[str]:
+    """Scales and zero points of a weight; all decoders of a tied table count."""
+    found = []
+    for node in decoders:
+        scale = graph.array(node.input[1])
+        if scale is None:
+            found.append(f"{node.name}: no initializer {node.input[1]}")
+        elif not _same(scale, reference.astype(scale.dtype)):
+            found.append(_first_difference(scale, reference.astype(scale.dtype), "scale"))
+        if not _zero_is_zero(graph, node):
+            found.append(f"{node.name}: the zero point is not 0")
+    return found
+
+
+def _zero_is_zero(graph: Graph, node: NodeProto) -> bool:
+    """Whether a Q or DQ node has no zero point, or one of zeros."""
+    if len(node.input) < 3 or not node.input[2]:
+        return True
+    zero = graph.array(node.input[2])
+    return zero is not None and not np.any(zero.astype(np.int8))
+
+
+def _unread(graph: Graph, decoders: list[NodeProto], item: LayerPlan) -> list[str]:
+    """Decoded codes that reach no operation of their layer: it reads something else, such as a float copy."""
+    if not decoders:
+        return []
+    outputs = [node.output[0] for node in decoders]
+    if item.layer.kind == "embedding":
+        readers = [node for name in outputs for node in graph.readers.get(name, [])]
+        read = any(node.op_type == "Gather" and node.input[0] in outputs for node in readers)
+        return [] if read else ["the decoded codes reach no Gather"]
+    return [] if any(_matmuls(graph, name) for name in outputs) else ["the decoded codes reach no MatMul"]
+
+
+def _wrong_layout(decoders: list[NodeProto], item: LayerPlan) -> list[str]:
+    table = item.layer.kind == "embedding" or item.layer.tied_to is not None
+    channel_axis = 0 if table else 1
+    axis = channel_axis if item.block is None else 1 - channel_axis
+    found = []
+    for node in decoders:
+        values = {attribute.name: attribute.i for attribute in node.attribute}
+        if values.get("axis", 1) != axis or values.get("block_size", 0) != (item.block or 0):
+            found.append(f"{node.name} has {values}, expected axis {axis}, block {item.block}")
+    return found
+
+
+def _input_pairs(graph: Graph, decoders: list[NodeProto], tensors: Any, item: LayerPlan) -> tuple[int, bool]:
+    """Q/DQ pairs in front of this layer's matmul, and whether their scale is the folded one."""
+    if item.layer.kind == "embedding":
+        return 0, True
+    pairs, equal = 0, True
+    for decoder in decoders:
+        for matmul, own in _matmuls(graph, decoder.output[0]):
+            other = next((name for name in matmul.input[:2] if name != own), None)
+            dequantize = graph.producer.get(other or "")
+            if dequantize is None or dequantize.op_type != "DequantizeLinear":
+                continue
+            quantize = graph.producer.get(dequantize.input[0])
+            if quantize is None or quantize.op_type != "QuantizeLinear":
+                continue
+            pairs += 1
+            if not item.activations:
+                continue
+            reference = tensors.get_tensor(f"{item.name}.input.scale")
+            for node in (quantize, dequantize):
+                scale = graph.array(node.input[1])
+                equal &= scale is not None and _same(scale, reference.astype(scale.dtype))
+                equal &= _zero_is_zero(graph, node)
+    return pairs, equal
+
+
+def _matmuls(graph: Graph, value: str) -> list[tuple[NodeProto, str]]:
+    """Matmuls that read a decoded weight, directly or transposed, and the name they read it by."""
+    found = []
+    for node in graph.readers.get(value, []):
+        if node.op_type in ("MatMul", "Gemm"):
+            found.append((node, value))
+        elif node.op_type == "Transpose":
+            found += _matmuls(graph, node.output[0])
+    return found
+
+
+def _float_copies(graph: Graph, plan: tuple[LayerPlan, ...]) -> list[str]:
+    """Float initializers with the shape of a quantized weight: a decoded copy, or a weight left behind."""
+    shapes = set()
+    for item in plan:
+        if item.weights:
+            shape = (item.layer.in_features, item.layer.out_features)
+            shapes |= {shape, shape[::-1]}
+    kept = {(item.layer.in_features, item.layer.out_features) for item in plan if not item.weights}
+    shapes -= kept | {shape[::-1] for shape in kept}
+    integers = (TensorProto.INT8, TensorProto.INT4, TensorProto.UINT8)
+    return sorted(
+        name
+        for name, tensor in graph.initializers.items()
+        if tensor.data_type not in integers and tuple(tensor.dims) in shapes
+    )
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def _first_difference(found: np.ndarray, expected: np.ndarray, what: str) -> str:
+    if found.shape != expected.shape:
+        return f"{what}: shape {list(found.shape)}, expected {list(expected.shape)}"
+    where = np.argwhere(found != expected)
+    place = tuple(int(index) for index in where[0])
+    return f"{what}: {len(where)} differ, first at {list(place)}: {found[place]}, expected {expected[place]}"

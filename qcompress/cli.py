@@ -1,0 +1,360 @@
+"""The command line: parses, prints, sets the exit code; decides nothing.
+
+Exit codes: 0 accept; 1 unexpected error; 2 wrong usage or recipe; 3 regression; 4 anomalous; 5 lint, export
+or build failed; 6 the machine lacks what the command requires; 7 the directory is in use by another run; 130
+interrupted. Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qcompress import api, pipeline
+from qcompress.axes import PHASES
+from qcompress.check import Report, all_mistakes
+from qcompress.errors import INTERRUPTED, ExportError, QcompressError, RecipeError, UsageError
+from qcompress.gate import exit_code
+from qcompress.listing import LISTS
+from qcompress.load import locate
+from qcompress.plan import LayerPlan
+from qcompress.progress import Reporter
+from qcompress.recipe import Resolved
+from qcompress.report.ladder import ladder, not_measured
+from qcompress.schema import STAGES
+from qcompress.workspace import would_reuse
+
+app = typer.Typer(
+    name="qcompress",
+    help="From a float model to a quantized TensorRT engine that provably is the same model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+LOG_COLUMNS = 200
+"""Width of output that goes into a file or a pipe."""
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
+OnnxFile = Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)]
+TargetName = Annotated[
+    str, typer.Option("--target", help="A device; `qcompress list targets`.", show_default=False)
+]
+RunFolder = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
+Out = Annotated[Path, typer.Option(help="Where runs go.")]
+Cache = Annotated[
+    Path | None, typer.Option(help="Where finished stages go; default OUT/.cache.", show_default=False)
+]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: a.b=c.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+def main() -> None:
+    """Entry point of the `qcompress` command."""
+    app()
+
+
+@contextmanager
+def _errors(resume: str = "") -> Iterator[None]:
+    """Print an error as a user should see it, and leave with its exit code."""
+    try:
+        yield
+    except QcompressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted" + (f"; continue with:\n  {resume}" if resume else ""), file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Out = Path("runs"),
+    cache: Cache = None,
+    overrides: Set = None,
+    until: Annotated[str, typer.Option(help=f"Last stage: {', '.join(STAGES)}.")] = "gate",
+    keep: Annotated[list[str] | None, typer.Option(help="Copy a stage's whole folder into the run.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage anew.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe, from the float model to a verdict. What is finished is reused, what was killed goes
+    on.
+    """
+    with _errors(resume=shlex.join(["qcompress", *sys.argv[1:]])):
+        for stage in (until, *(keep or ())):
+            if stage not in STAGES:
+                raise UsageError(f"unknown stage {stage!r}", fix=f"choose one of {', '.join(STAGES)}")
+        result = api.run(
+            recipe,
+            out,
+            cache=cache,
+            overrides=overrides or (),
+            until=until,
+            fresh=fresh,
+            keep=keep or (),
+            reporter=Reporter(),
+        )
+        if until != "gate":
+            _finish_early(result, as_json)
+            return
+        loaded = api.load(result.path)
+        if as_json:
+            _print_json(_summary(loaded))
+        else:
+            _show(loaded)
+        raise typer.Exit(exit_code(result.verdict))
+
+
+def _finish_early(result: pipeline.Run, as_json: bool) -> None:
+    stages = {step.stage: {"path": str(step.path), "reused": step.reused} for step in result.steps}
+    if as_json:
+        _print_json({"path": str(result.path), "verdict": result.verdict, "stages": stages})
+    else:
+        print(f"{result.verdict}  {result.path.parent.name}  {result.path}")
+
+
+@app.command()
+def check(
+    recipe: RecipeFile,
+    overrides: Set = None,
+    out: Out = Path("runs"),
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a recipe against its model and its target, in seconds and without training."""
+    with _errors():
+        resolved, report, mistakes = all_mistakes(recipe, overrides or ())
+        if not mistakes and resolved is not None and report is None:
+            directory = locate(resolved.recipe.model, resolved.base)
+            resolved, report, mistakes = all_mistakes(recipe, overrides or (), directory)
+        if mistakes:
+            if as_json:
+                fields = ("file", "line", "key", "message", "fix")
+                _print_json(
+                    {"mistakes": [{name: getattr(item, name) for name in fields} for item in mistakes]}
+                )
+            raise RecipeError(mistakes)
+        reuse = _reuse(pipeline.prepare(resolved), cache or out / ".cache")
+        if as_json:
+            _print_json(_check_json(resolved, report, reuse))
+        else:
+            _print_check(resolved, report, reuse)
+
+
+def _reuse(plan: pipeline.Plan, cache: Path) -> list[tuple[str, bool, str]]:
+    """For each stage whether it would be reused, and why not; after the first that runs, all run."""
+    found: list[tuple[str, bool, str]] = []
+    steps: dict[str, object] = {}
+    for stage in STAGES:
+        missing = [name for name in pipeline.INPUTS[stage] if name not in steps]
+        if missing:
+            found.append((stage, False, f"{missing[0]} runs again"))
+            continue
+        parts = pipeline.parts(plan, stage, steps)
+        reused, why = would_reuse(cache, stage, parts)
+        found.append((stage, reused, why))
+        if reused:
+            steps[stage] = pipeline.finished(cache, stage, parts)
+    return found
+
+
+def _print_check(resolved: Resolved, report: Report, reuse: list[tuple[str, bool, str]]) -> None:
+    console, recipe = _console(), resolved.recipe
+    architecture = report.architecture
+    console.print(
+        f"{recipe.name}: {architecture.family}, {architecture.parameters / 1e6:.2f} M parameters, "
+        f"{len(architecture.blocks)} blocks; method {recipe.method}, target {recipe.build.target}"
+    )
+    table = Table("layers", "kind", "weights", "inputs", header_style="bold")
+    for (kind, weights, inputs), items in _grouped(report.plan).items():
+        names = items[0].name + (f" and {len(items) - 1} more" if len(items) > 1 else "")
+        table.add_row(names, kind, weights, inputs)
+    console.print(table)
+    for pattern, count in report.matches.items():
+        console.print(f"format.layers {pattern!r} matches {count} layer{'s' if count != 1 else ''}")
+    phases = ", ".join(PHASES[recipe.schedule.name]) or "none"
+    console.print(f"phases of {recipe.schedule.name}: {phases}")
+    for stage, reused, why in reuse:
+        console.print(f"  {stage:8} {'reused' if reused else 'runs' + (f': {why}' if why else '')}")
+
+
+def _grouped(plan: tuple[LayerPlan, ...]) -> dict[tuple[str, str, str], list[LayerPlan]]:
+    groups: dict[tuple[str, str, str], list[LayerPlan]] = {}
+    for item in plan:
+        key = (item.layer.kind, str(item.weights or "float"), str(item.activations or "float"))
+        groups.setdefault(key, []).append(item)
+    return groups
+
+
+def _check_json(resolved: Resolved, report: Report, reuse: list[tuple[str, bool, str]]) -> dict[str, object]:
+    return {
+        "recipe": resolved.recipe.model_dump(mode="json", by_alias=True),
+        "layers": [
+            {
+                "name": item.name,
+                "weights": str(item.weights or "float"),
+                "inputs": str(item.activations or "float"),
+            }
+            for item in report.plan
+        ],
+        "matches": report.matches,
+        "stages": [{"stage": stage, "reused": reused, "why": why} for stage, reused, why in reuse],
+    }
+
+
+@app.command()
+def show(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Show a run's ladder and verdict."""
+    with _errors():
+        loaded = api.load(folder)
+        if as_json:
+            _print_json(_summary(loaded))
+        else:
+            _show(loaded)
+
+
+@app.command()
+def verify(
+    folder: RunFolder,
+    engine: Annotated[
+        Path | None, typer.Option(help="engine.json from the device.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run again from its files, or take in a measurement made on the device."""
+    with _errors():
+        verdict = api.verify(folder, engine=engine, reporter=Reporter())
+        _report(folder, verdict["verdict"], as_json)
+
+
+@app.command()
+def gate(
+    candidate: Annotated[Path, typer.Option(help="The run to judge.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Judge a run by the goals of its recipe."""
+    with _errors():
+        verdict = api.gate(candidate)
+        _report(candidate, verdict["verdict"], as_json)
+
+
+@app.command()
+def lint(model: OnnxFile, target: TargetName, as_json: AsJson = False) -> None:
+    """Say what TensorRT would refuse or silently change in an ONNX file, without building it."""
+    with _errors():
+        findings = api.lint(model, target)
+        if as_json:
+            _print_json({"target": target, "findings": [finding.to_json() for finding in findings]})
+        else:
+            for finding in findings:
+                print(finding)
+            print(f"{len(findings)} finding{'s' if len(findings) != 1 else ''}  {target}  {model}")
+        if any(finding.severity == "error" for finding in findings):
+            raise typer.Exit(ExportError.exit_code)
+
+
+@app.command()
+def build(
+    model: OnnxFile,
+    target: TargetName,
+    out: Annotated[Path, typer.Option(help="A new or empty folder.", show_default=False)],
+    profiles: Annotated[
+        str | None,
+        typer.Option(help="JSON list of {batch: [min, opt, max], sequence: [...]}.", show_default=False),
+    ] = None,
+) -> None:
+    """Build an engine from any ONNX file with explicit Q/DQ; fails (6) where this machine cannot."""
+    with _errors():
+        record = api.build(model, target, out, profiles, Reporter())
+        print(f"{record['status']}  {target}  {out}")
+
+
+def _report(folder: Path, verdict: str, as_json: bool) -> None:
+    loaded = api.load(folder)
+    if as_json:
+        _print_json(_summary(loaded))
+    else:
+        _show(loaded)
+    raise typer.Exit(exit_code(verdict))
+
+
+@app.command()
+def predict(
+    folder: RunFolder,
+    text: Annotated[str, typer.Argument(help="A prompt.", show_default=False)],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 32,
+) -> None:
+    """Continue a text with the run's ONNX file, greedily."""
+    with _errors():
+        from qcompress.predict import continue_text
+
+        print(continue_text(api.load(folder), text, tokens))
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, axes, models, tasks, targets or recipes.")],
+    as_json: AsJson = False,
+) -> None:
+    """What there is to choose from."""
+    with _errors():
+        if what not in LISTS:
+            raise UsageError(f"nothing to list under {what!r}", fix=f"choose one of {', '.join(LISTS)}")
+        rows = LISTS[what]()
+        if as_json:
+            _print_json([dict(zip(("name", "about"), row, strict=True)) for row in rows])
+            return
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        _console().print(table)
+
+
+def _summary(loaded: api.LoadedRun) -> dict[str, object]:
+    return {
+        "recipe": loaded.recipe.name,
+        "path": str(loaded.path),
+        "verdict": loaded.verdict,
+        "parity": loaded.parity,
+        "stages": loaded.manifest["stages"],
+    }
+
+
+def _show(loaded: api.LoadedRun) -> None:
+    console = _console()
+    console.print(ladder(loaded.parity))
+    for reason in loaded.verdict["reasons"]:
+        console.print(reason, markup=False, soft_wrap=True)
+    for line in not_measured(loaded.parity):
+        console.print(f"not measured: {line}", markup=False, style="dim", soft_wrap=True)
+    print(f"{loaded.verdict['verdict']}  {loaded.recipe.name}  {loaded.path}" + _names(loaded.parity))
+
+
+def _console() -> Console:
+    """Stdout; as wide as a table wants where it is no terminal, so that a log has every digit."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if known else LOG_COLUMNS)
+
+
+def _names(parity: dict[str, object]) -> str:
+    rows = [row["stage"] for row in parity["rows"] if row["status"] != "measured"]
+    return f"  (not measured: {', '.join(rows)})" if rows else ""
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Stage `export`: FoldedModel -> OnnxModel. A graph with explicit Q/DQ, linted and certified.
+
+Reads folded.safetensors. Writes model.onnx (+ model.onnx.data above 1.5 GiB), lint.json, certificate.json,
+sizes.json, config.json and the tokenizer. Initializers are named as in folded.safetensors, Q/DQ nodes after
+their layer, so that a message of TensorRT's parser can be read. Nothing in the file depends on where it was
+made.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from qcompress.artifacts import FoldedModel, read_json, write_json
+from qcompress.certificate import certify
+from qcompress.errors import ExportError
+from qcompress.models import FAMILIES
+from qcompress.plan import LayerPlan, plans_from_json
+from qcompress.prepare import assemble
+from qcompress.schema import Export
+from qcompress.sizes import measure_sizes
+from qcompress.targets.lint import lint
+from qcompress.targets.table import TARGETS
+
+COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+EXTERNAL_BYTES = 3 * 2**29
+"""Initializers go into a file of their own above this size: protobuf ends at 2 GiB."""
+
+PREFIX = "model."
+"""What the wrapper adds to every name."""
+
+
+class _Logits(nn.Module):
+    """The model as a function of tensors alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+        ).logits
+
+
+def export(folded: FoldedModel, options: Export, target: str, provenance: dict[str, str], out: Path) -> None:
+    """Write the graph and what is known about it; lint errors and a broken certificate end the run (5).
+
+    `provenance` becomes the file's metadata: recipe hash, version, method.
+    """
+    facts = read_json(folded.path / "folded.json")
+    plan = plans_from_json(facts["plan"])
+    program = _trace(folded, facts["family"], COMPUTE[facts["compute"]], options)
+    model = program.model
+    _name(model, plan)
+    _store_narrow(model, plan)
+    _strip(model)
+    formats = {
+        item.name: {"weights": str(item.weights), "activations": str(item.activations or "float")}
+        for item in plan
+        if item.weights
+    }
+    model.metadata_props.clear()
+    model.metadata_props.update({f"qcompress.{key}": value for key, value in sorted(provenance.items())})
+    model.metadata_props["qcompress.formats"] = json.dumps(formats, sort_keys=True)
+    model.producer_name, model.producer_version = "qcompress", provenance["version"]
+    model.doc_string = None
+    file = out / "model.onnx"
+    _save(model, file)
+    onnx.checker.check_model(str(file), full_check=True)
+
+    write_json(out / "sizes.json", measure_sizes(file, plan))
+    certificate = certify(file, folded.path, plan)
+    write_json(out / "certificate.json", certificate)
+    findings = lint(file, TARGETS[target])
+    write_json(out / "lint.json", {"target": target, "findings": [asdict(finding) for finding in findings]})
+    for name in folded.path.iterdir():
+        if name.suffix in (".json", ".txt") and name.name not in ("folded.json", "manifest.json"):
+            shutil.copyfile(name, out / name.name)
+    if not certificate["complete"]:
+        broken = [layer["name"] for layer in certificate["layers"] if not layer["passed"]]
+        raise ExportError(
+            f"the ONNX file does not hold what was folded: {broken or certificate['float_copies']}",
+            fix="this is a defect of the exporter: please report it with certificate.json",
+        )
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        lines = "\n".join(f"  {finding}" for finding in errors)
+        raise ExportError(
+            f"{target} would refuse or change this graph:\n{lines}", fix="see the fix of each line"
+        )
+
+
+def _trace(folded: FoldedModel, family: str, dtype: torch.dtype, options: Export) -> torch.onnx.ONNXProgram:
+    model = _Logits(assemble(folded, dtype))
+    # sizes that nothing else in a model has, so that no axis is taken for a constant
+    example = FAMILIES[family].graph_inputs(torch.ones(2, 5, dtype=torch.int64))
+    axes = {0: "batch", 1: "sequence"}
+    dynamic = {index: name for index, name in axes.items() if name in options.dynamic}
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns that torchvision, which is not needed, is not installed
+    with warnings.catch_warnings():
+        # raised inside torch.export for its own data structures; nothing a user could act on
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            return torch.onnx.export(
+                model,
+                kwargs=example,
+                dynamo=True,
+                opset_version=options.opset,
+                dynamic_shapes={name: dynamic for name in example},
+                input_names=list(example),
+                output_names=["logits"],
+                optimize=True,
+                verbose=False,
+            )
+        finally:
+            log.setLevel(level)
+
+
+def _name(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:
+    """Names of folded.safetensors for initializers, names of layers for Q/DQ nodes and their outputs."""
+    tied = {item.name: item.layer.tied_to for item in plan if item.layer.tied_to}
+    for value in list(model.graph.initializers.values()):
+        name = value.name.removeprefix(PREFIX)
+        layer, _, part = name.partition(".weight.")
+        if layer in tied and part:
+            name = f"{tied[layer]}.weight.{part}"
+        if name != value.name:
+            value.name = name
+            if value.const_value is not None:
+                value.const_value.name = name
+    counts: dict[str, int] = {}
+    for node in model.graph:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        read = node.inputs[0].name  # codes first: the exporter stores equal scales of two layers once
+        what = (read if read.endswith(".codes") else node.inputs[1].name).rpartition(".")[0]
+        name = f"{what}/{node.op_type}"
+        counts[name] = counts.get(name, 0) + 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
+        node.outputs[0].name = node.name + "_output"
+
+
+def _store_narrow(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:
+    """4-bit codes become int4 initializers, two to a byte, where the format's container says so."""
+    for item in plan:
+        if item.weights is None or item.layer.tied_to or item.weights.stored_bits != 4:
+            continue
+        value = model.graph.initializers[f"{item.name}.weight.codes"]
+        codes = value.const_value.numpy()
+        value.const_value = ir.Tensor(codes.astype(ml_dtypes.int4), name=value.name)
+        value.dtype = ir.DataType.INT4
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop the exporter's notes: they hold absolute paths, and a file's hash must not depend on a place."""
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
+
+
+def _save(model: ir.Model, file: Path) -> None:
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    model.ir_version = max(model.ir_version, 10)  # int4 tensors came with IR 10
+    if size > EXTERNAL_BYTES:
+        ir.save(model, file, external_data=file.name + ".data")
+    else:
+        ir.save(model, file)
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """A torch tensor as numpy; bfloat16 through ml_dtypes."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

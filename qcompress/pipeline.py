@@ -1,0 +1,345 @@
+"""READ FIRST. The seven stages in their order.
+
+    load -> train -> fold -> export -> build -> verify -> gate
+
+Each stage is a function that fills a folder; `Workspace.step` decides whether it has to run at all. What a
+stage depends on is written down here, in one place, as the parts of its key: the recipe's values that it
+reads, the digests of its inputs and its data, the code it uses, the versions of its tools. Torch is imported
+when a stage that needs it really runs, so a run that reuses everything never imports it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import qcompress
+from qcompress.artifacts import (
+    Engine,
+    FloatModel,
+    FoldedModel,
+    OnnxModel,
+    TrainedModel,
+    read_json,
+    write_json,
+)
+from qcompress.check import Report, check_model
+from qcompress.codekey import code_digest, stage_key
+from qcompress.errors import MachineError
+from qcompress.host import describe_host, device_kind, threads
+from qcompress.load import fingerprint, load, locate
+from qcompress.progress import Reporter
+from qcompress.recipe import Resolved, dump_recipe
+from qcompress.schema import STAGES, Recipe
+from qcompress.tasks.text import fingerprint as text_fingerprint
+from qcompress.workspace import Step, Workspace
+
+PLACE: dict[str, dict[str, str]] = {
+    "load": {},
+    "train": {},
+    "fold": {},
+    "export": {
+        "model.onnx*": "./",
+        "lint.json": "lint.json",
+        "certificate.json": "certificate.json",
+        "sizes.json": "sizes.json",
+        "config.json": "config.json",
+        "tokenizer*": "./",
+        "vocab*": "./",
+        "merges.txt": "merges.txt",
+        "special_tokens_map.json": "special_tokens_map.json",
+    },
+    "build": {"build.json": "engine/build.json", "model.plan": "engine/model.plan"},
+    "verify": {"parity.json": "parity.json", "samples.json.gz": "samples.json.gz", "probe": "probe"},
+    "gate": {"verdict.json": "verdict.json"},
+}
+"""What of a stage's folder a user finds in the run directory."""
+
+TOOLS: dict[str, tuple[str, ...]] = {
+    "load": (),
+    "train": ("torch", "transformers", "tokenizers", "accelerate", "numpy"),
+    "fold": ("torch", "transformers"),
+    "export": ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"),
+    "build": ("tensorrt", "tensorrt_rtx"),
+    "verify": ("torch", "transformers", "tokenizers", "onnxruntime", "onnxruntime-gpu", "numpy"),
+    "gate": (),
+}
+"""Packages whose version can change a stage's result."""
+
+
+HIDDEN_CODE = {"build": ("qcompress.targets.builder",), "verify": ("qcompress.probe_kit.measure_engine",)}
+"""Code that a stage starts as a process or copies, and does not import."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its verdict, and the steps that made it."""
+
+    path: Path
+    verdict: str
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe depends on, before anything runs."""
+
+    resolved: Resolved
+    directory: Path
+    digests: dict[str, str]
+    report: Report
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.resolved.recipe
+
+
+def prepare(resolved: Resolved) -> Plan:
+    """Find the checkpoint and check the recipe against it. Seconds, no torch."""
+    directory = locate(resolved.recipe.model, resolved.base)
+    return Plan(resolved, directory, fingerprint(directory), check_model(resolved, directory))
+
+
+def run(
+    resolved: Resolved,
+    out: Path,
+    cache: Path,
+    reporter: Reporter,
+    *,
+    until: str = "gate",
+    fresh: bool = False,
+    keep: tuple[str, ...] = (),
+) -> Run:
+    """Run the recipe's stages up to `until`, reusing what is finished."""
+    plan = prepare(resolved)
+    steps: dict[str, Step] = {}
+    with Workspace(out, cache, plan.recipe.name, run_key(plan), fresh=fresh, log=reporter.say) as workspace:
+        folder = workspace.run_dir
+        (folder / "recipe.resolved.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
+        reporter.log_to(folder / "log.jsonl")
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            place = dict(PLACE[stage])
+            if stage == "fold" and plan.recipe.format.is_float:
+                place["folded.safetensors"] = "model.safetensors"  # a checkpoint for `model: {run: ...}`
+            if stage in keep:
+                place["*"] = f"{stage}/"
+            make = _makers(plan, steps, reporter)[stage]
+            reporter.stage(stage)
+            steps[stage] = workspace.step(stage, parts(plan, stage, steps), make, place=place)
+        write_json(folder / "manifest.json", _manifest(plan, steps))
+        verdict = read_json(folder / "verdict.json")["verdict"] if "gate" in steps else "unfinished"
+        return Run(folder, verdict, tuple(steps.values()))
+
+
+def run_key(plan: Plan) -> str:
+    """Name of the run's folder: a digest of the recipe and of the content it names."""
+    return stage_key("run", {"values": plan.recipe.model_dump(mode="json"), "inputs": plan.digests})[:12]
+
+
+def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object]:
+    """Everything that the result of a stage depends on."""
+    recipe, base = plan.recipe, plan.resolved.base
+    values, data, inputs = _values(recipe)[stage], {}, {}
+    if stage == "load":
+        inputs = plan.digests
+    if stage == "train":
+        sections = {"train": recipe.data.train, "calibration": recipe.data.calibration}
+        data = {name: text_fingerprint(section, base) for name, section in sections.items() if section}
+    if stage == "verify":
+        data = {name: text_fingerprint(section, base) for name, section in recipe.data.evaluate.items()}
+    inputs = inputs or {name: steps[name].digest for name in INPUTS[stage] if name in steps}
+    found = {
+        "recipe": recipe.name,
+        "values": values,
+        "code": code_digest(
+            [f"qcompress.{stage}", *HIDDEN_CODE.get(stage, ())], leave_out=_unselected(recipe, stage)
+        ),
+        "versions": _versions(stage),
+        "inputs": inputs,
+        "data": data,
+    }
+    if stage in ("train", "fold", "export", "verify"):
+        found["device"] = {"kind": device_kind(recipe.train.device), "threads": threads()}
+    if stage == "build":
+        found["device"] = {"machine": platform.machine()} | describe_host()["gpu"]
+    return found
+
+
+INPUTS: dict[str, tuple[str, ...]] = {
+    "load": (),
+    "train": ("load",),
+    "fold": ("load", "train"),
+    "export": ("fold",),
+    "build": ("export",),
+    "verify": ("load", "train", "fold", "export", "build"),
+    "gate": ("verify",),
+}
+"""Stages whose artifacts a stage reads."""
+
+
+def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
+    """The part of the recipe that each stage reads."""
+    whole = recipe.model_dump(mode="json", by_alias=True)
+    axes = ("quantizer", "adapter", "objective", "stepper", "schedule")
+    learned = {key: whole[key] for key in ("seed", "task", "format", "train", *axes)}
+    learned["data"] = {key: whole["data"][key] for key in ("train", "calibration")}
+    return {
+        "load": {"family": recipe.model.family},
+        "train": learned,
+        "fold": {},
+        "export": {
+            "export": whole["export"],
+            "target": recipe.build.target,
+            "provenance": provenance(recipe),
+        },
+        "build": {"build": whole["build"]},
+        "verify": {
+            "task": whole["task"],
+            "evaluate": whole["data"]["evaluate"],
+            "verify": {key: value for key, value in whole["verify"].items() if key != "require"},
+            "compute": recipe.format.compute,
+        },
+        "gate": {"gate": whole["gate"], "require": recipe.verify.require, "compute": recipe.format.compute},
+    }
+
+
+def provenance(recipe: Recipe) -> dict[str, str]:
+    """Metadata of the ONNX file. The hash covers what shapes the file: not the gate, not the evaluation."""
+    whole = recipe.model_dump(mode="json", by_alias=True)
+    for section in ("gate", "verify", "build"):
+        del whole[section]
+    del whole["data"]["evaluate"]
+    return {
+        "recipe": recipe.name,
+        "recipe_sha256": stage_key("recipe", {"values": whole}),
+        "version": qcompress.__version__,
+        "method": recipe.method,
+    }
+
+
+def _unselected(recipe: Recipe, stage: str) -> set[str]:
+    """What must not re-run a stage: methods that the recipe does not use, and the version's number."""
+    unselected = {"qcompress"}
+    if stage == "train" and "quadapter" not in (recipe.adapter.name, recipe.method):
+        unselected.add("qcompress.methods.quadapter")
+    return unselected
+
+
+def _versions(stage: str) -> dict[str, str]:
+    found = {}
+    for package in TOOLS[stage]:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _makers(plan: Plan, steps: Mapping[str, Step], reporter: Reporter) -> dict[str, Callable[[Path], None]]:
+    """For each stage the call that fills its folder."""
+    recipe, base = plan.recipe, plan.resolved.base
+
+    def make_train(folder: Path) -> None:
+        from qcompress.train import train
+
+        report = plan.report
+        train(_float(plan, steps), recipe, base, report.architecture, report.plan, folder, reporter)
+
+    def make_fold(folder: Path) -> None:
+        from qcompress.fold import fold
+
+        fold(_float(plan, steps), TrainedModel(steps["train"].path), folder)
+
+    def make_export(folder: Path) -> None:
+        from qcompress.export import export
+
+        export(
+            FoldedModel(steps["fold"].path), recipe.export, recipe.build.target, provenance(recipe), folder
+        )
+
+    def make_build(folder: Path) -> None:
+        from qcompress.build import build
+
+        with reporter.bar("build", 100) as bar:
+            graph = OnnxModel(steps["export"].path)
+            build(graph, recipe.build, folder, lambda what, share: bar.at(what, round(100 * share)))
+
+    def make_verify(folder: Path) -> None:
+        from qcompress.verify import Artifacts, verify
+
+        artifacts = Artifacts(
+            float_model=_float(plan, steps),
+            trained=TrainedModel(steps["train"].path),
+            folded=FoldedModel(steps["fold"].path),
+            onnx=OnnxModel(steps["export"].path),
+            engine=Engine(steps["build"].path),
+            missing={},
+        )
+        verify(recipe, base, artifacts, folder, reporter)
+
+    def make_gate(folder: Path) -> None:
+        from qcompress.gate import gate
+
+        gate(steps["verify"].path / "parity.json", recipe, folder)
+
+    return {
+        "load": lambda folder: load(recipe.model, plan.directory, plan.digests, folder),
+        "train": _needs_torch(make_train),
+        "fold": _needs_torch(make_fold),
+        "export": _needs_torch(make_export),
+        "build": make_build,
+        "verify": _needs_torch(make_verify),
+        "gate": make_gate,
+    }
+
+
+def _needs_torch(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def checked(folder: Path) -> None:
+        try:
+            make(folder)
+        except ModuleNotFoundError as error:
+            raise MachineError(
+                f"this stage needs the package {error.name}", fix="pip install 'qcompress[all]'"
+            ) from None
+
+    return checked
+
+
+def _float(plan: Plan, steps: Mapping[str, Step]) -> FloatModel:
+    return FloatModel(steps["load"].path, steps["load"].digest, source=plan.directory)
+
+
+def _manifest(plan: Plan, steps: Mapping[str, Step]) -> dict[str, object]:
+    """What made this run: versions, hashes, seeds, host, and the cost of each stage."""
+    return {
+        "recipe": plan.recipe.name,
+        "seed": plan.recipe.seed,
+        "source": str(plan.directory),
+        "base": str(plan.resolved.base),
+        "versions": {"qcompress": qcompress.__version__}
+        | {package: version for stage in STAGES for package, version in _versions(stage).items()},
+        "host": describe_host(),
+        "stages": {
+            name: {
+                "key": step.key,
+                "path": str(step.path),
+                "digest": step.digest,
+                "reused": step.reused,
+                "seconds": round(step.seconds, 3),
+                "peak_mib": round(step.peak_mib, 1),
+            }
+            for name, step in steps.items()
+        },
+    }
+
+
+def finished(cache: Path, stage: str, parts: Mapping[str, object]) -> Step:
+    """A stage that `would_reuse` found, without a workspace."""
+    key = stage_key(stage, parts)
+    path = cache / stage / key
+    manifest = read_json(path / "manifest.json")
+    cost = {"seconds": manifest["seconds"], "peak_mib": manifest["peak_mib"]}
+    return Step(stage, path, manifest["digest"], key, reused=True, parts=dict(parts), **cost)

@@ -1,0 +1,326 @@
+#!/usr/bin/env python3
+"""Measure an engine on the device that runs it. Needs numpy and tensorrt (or tensorrt_rtx), nothing else.
+
+    python3 measure_engine.py --plan ../engine/model.plan --out engine.json
+    qcompress verify RUN --engine engine.json                       (back on the machine that holds the run)
+
+Runs every sample of inputs.npz, compares the first ones with the logits that ONNX Runtime gave for the same
+graph (reference.npz), and writes engine.json: per-sample results, distances, and the hashes that tie the
+measurement to this run. With --onnx it measures the ONNX file through onnxruntime instead, on a device
+without TensorRT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+FORMAT = 1
+
+
+class CudaError(RuntimeError):
+    """A CUDA runtime call failed."""
+
+
+class Cuda:
+    """The five functions of the CUDA runtime that an engine needs, through ctypes."""
+
+    def __init__(self):
+        for name in (
+            "libcudart.so",
+            "libcudart.so.13",
+            "libcudart.so.12",
+            "cudart64_13.dll",
+            "cudart64_12.dll",
+        ):
+            try:
+                self.library = ctypes.CDLL(name)
+                break
+            except OSError:
+                continue
+        else:
+            raise CudaError("no CUDA runtime (libcudart) found: install it or set LD_LIBRARY_PATH")
+
+    def _check(self, code, what):
+        if code != 0:
+            self.library.cudaGetErrorString.restype = ctypes.c_char_p
+            raise CudaError(f"{what}: {self.library.cudaGetErrorString(code).decode()}")
+
+    def allocate(self, size):
+        """Device memory of `size` bytes, as an address."""
+        pointer = ctypes.c_void_p()
+        self._check(
+            self.library.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(max(size, 1))), "cudaMalloc"
+        )
+        return pointer
+
+    def free(self, pointer):
+        """Give device memory back."""
+        self._check(self.library.cudaFree(pointer), "cudaFree")
+
+    def upload(self, pointer, array):
+        """Host to device."""
+        source = ctypes.c_void_p(array.ctypes.data)
+        self._check(self.library.cudaMemcpy(pointer, source, ctypes.c_size_t(array.nbytes), 1), "cudaMemcpy")
+
+    def download(self, array, pointer):
+        """Device to host."""
+        target = ctypes.c_void_p(array.ctypes.data)
+        self._check(self.library.cudaMemcpy(target, pointer, ctypes.c_size_t(array.nbytes), 2), "cudaMemcpy")
+
+    def synchronize(self):
+        """Wait for the device."""
+        self._check(self.library.cudaDeviceSynchronize(), "cudaDeviceSynchronize")
+
+
+class TensorRTRunner:
+    """A plan: dict of arrays -> logits."""
+
+    def __init__(self, plan, module):
+        self.trt = __import__(module)
+        self.module = module
+        logger = self.trt.Logger(self.trt.Logger.WARNING)
+        self.engine = self.trt.Runtime(logger).deserialize_cuda_engine(plan.read_bytes())
+        if self.engine is None:
+            raise RuntimeError(
+                f"{module} {self.trt.__version__} cannot load {plan}: it was built for another "
+                "version or another device"
+            )
+        self.context = self.engine.create_execution_context()
+        self.cuda = Cuda()
+        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        is_input = self.trt.TensorIOMode.INPUT
+        self.inputs = [name for name in names if self.engine.get_tensor_mode(name) == is_input]
+        self.output = next(name for name in names if name not in self.inputs)
+        self.profiles = []
+        for index in range(self.engine.num_optimization_profiles):
+            low, _, high = self.engine.get_tensor_profile_shape(self.inputs[0], index)
+            self.profiles.append((tuple(low), tuple(high)))
+
+    def version(self):
+        """Backend and version."""
+        return {self.module: self.trt.__version__}
+
+    def largest_batch(self, length):
+        """Most sequences of this length that some profile accepts; 0 if none does."""
+        return max([high[0] for low, high in self.profiles if low[1] <= length <= high[1]] or [0])
+
+    def select(self, shape):
+        """Switch to a profile that accepts the shape."""
+        for index, (low, high) in enumerate(self.profiles):
+            if np.all(np.less_equal(low, shape) & np.less_equal(shape, high)):
+                if index != self.context.active_optimization_profile:
+                    self.context.set_optimization_profile_async(index, 0)
+                    self.cuda.synchronize()
+                return
+        raise RuntimeError(f"no profile of this engine accepts the shape {tuple(shape)}")
+
+    def __call__(self, feed):
+        self.select(feed[self.inputs[0]].shape)
+        pointers = []
+        try:
+            for name in self.inputs:
+                dtype = np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
+                array = np.ascontiguousarray(feed[name], dtype=dtype)
+                if not self.context.set_input_shape(name, array.shape):
+                    raise RuntimeError(f"{name}: the engine does not accept the shape {array.shape}")
+                pointer = self.cuda.allocate(array.nbytes)
+                pointers.append(pointer)
+                self.cuda.upload(pointer, array)
+                self.context.set_tensor_address(name, pointer.value)
+            dtype = np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(self.output)))
+            logits = np.empty(tuple(self.context.get_tensor_shape(self.output)), dtype)
+            pointer = self.cuda.allocate(logits.nbytes)
+            pointers.append(pointer)
+            self.context.set_tensor_address(self.output, pointer.value)
+            if not self.context.execute_async_v3(0):
+                raise RuntimeError("the engine refused to run")
+            self.cuda.synchronize()
+            self.cuda.download(logits, pointer)
+            return logits.astype(np.float32)
+        finally:
+            for pointer in pointers:
+                self.cuda.free(pointer)
+
+
+class OnnxRunner:
+    """An ONNX file through onnxruntime: dict of arrays -> logits."""
+
+    def __init__(self, file):
+        import onnxruntime
+
+        self.runtime = onnxruntime
+        self.session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def version(self):
+        """Backend and version."""
+        return {"onnxruntime": self.runtime.__version__}
+
+    def largest_batch(self, length):
+        """No profile limits an ONNX session."""
+        return 8
+
+    def __call__(self, feed):
+        arrays = {name: array.astype(np.int64) for name, array in feed.items()}
+        return self.session.run(None, arrays)[0].astype(np.float32)
+
+
+def measure(logits, ids, first):
+    """Summed negative log-likelihood and count of best tokens of one sample; logits [length, vocabulary]."""
+    scores = logits[first - 1 : len(ids) - 1].astype(np.float64)
+    targets = ids[first:]
+    top = scores.max(axis=-1, keepdims=True)
+    log_sum = np.log(np.exp(scores - top).sum(axis=-1)) + top[:, 0]
+    nll = (log_sum - scores[np.arange(len(targets)), targets]).sum()
+    return float(nll), int((scores.argmax(axis=-1) == targets).sum())
+
+
+def compare(reference, row):
+    """Sums that make a distance; both [positions, vocabulary]."""
+    reference, row = reference.astype(np.float64), row.astype(np.float64)
+    error = np.abs(row - reference)
+    return {
+        "max_abs": error.max(),
+        "absolute": error.sum(),
+        "low": reference.min(),
+        "high": reference.max(),
+        "dot": (reference * row).sum(),
+        "rr": (reference**2).sum(),
+        "ss": (row**2).sum(),
+        "ee": (error**2).sum(),
+        "agree": int((reference.argmax(-1) == row.argmax(-1)).sum()),
+        "positions": len(row),
+        "count": row.size,
+    }
+
+
+def distance(parts):
+    """The fields of parity.json from the sums of all compared samples."""
+    total = {key: sum(part[key] for part in parts) for key in parts[0]}
+    norm, error = math.sqrt(total["rr"] * total["ss"]), total["ee"]
+    return {
+        "to": "onnx",
+        "max_abs": max(part["max_abs"] for part in parts),
+        "mean_abs": total["absolute"] / total["count"],
+        "range": max(part["high"] for part in parts) - min(part["low"] for part in parts),
+        "cosine": total["dot"] / norm if norm else math.nan,
+        "snr_db": decibels(total["rr"], error),
+        "top1_agreement": total["agree"] / total["positions"],
+        "positions": total["positions"],
+    }
+
+
+def decibels(signal, error):
+    """10 log10 of a ratio of squares; None where nothing differs, NaN where there is no signal."""
+    if error == 0:
+        return None
+    return 10 * math.log10(signal / error) if signal else math.nan
+
+
+def sha256(file):
+    """Digest of a file's content."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        for chunk in iter(lambda: stream.read(1 << 22), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def batches(lengths, runner, limit):
+    """Row indices in groups of one length that the engine accepts."""
+    order, start = list(range(len(lengths))), 0
+    while start < len(order):
+        length = lengths[order[start]]
+        size = min(limit, runner.largest_batch(int(length)))
+        if size == 0:
+            raise RuntimeError(f"no profile of this engine accepts a sequence of {length} tokens")
+        end = start + 1
+        while end < len(order) and end - start < size and lengths[order[end]] == length:
+            end += 1
+        yield order[start:end]
+        start = end
+
+
+def run(runner, inputs, reference, positions, limit):
+    """All samples: results in the order of inputs.npz, the distance, and seconds spent in the engine."""
+    ids, lengths, first = inputs["ids"], inputs["length"], inputs["first"]
+    nll, correct, parts, seconds = [], [], [], 0.0
+    for rows in batches(lengths, runner, limit):
+        length = int(lengths[rows[0]])
+        block = ids[rows, :length]
+        mask = np.ones_like(block)
+        feed = {"input_ids": block, "attention_mask": mask, "position_ids": np.cumsum(mask, axis=1) - 1}
+        began = time.perf_counter()
+        logits = runner(feed)
+        seconds += time.perf_counter() - began
+        for place, row in enumerate(rows):
+            one, two = measure(logits[place], block[place].astype(np.int64), int(first[row]))
+            nll.append(one)
+            correct.append(two)
+            if row < len(reference):
+                known = positions[positions < length]
+                parts.append(compare(reference[row, : len(known)], logits[place][known]))
+    return nll, correct, distance(parts), seconds
+
+
+def main(arguments=None):
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--plan", type=Path, help="the serialized engine")
+    what.add_argument("--onnx", type=Path, help="an ONNX file, measured through onnxruntime")
+    parser.add_argument(
+        "--module", default=None, help="tensorrt or tensorrt_rtx; default: as the plan was built"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="largest batch")
+    parser.add_argument("--out", type=Path, default=Path("engine.json"))
+    options = parser.parse_args(arguments)
+
+    facts = json.loads((HERE / "probe.json").read_text())
+    file = options.plan or options.onnx
+    digest = sha256(file)
+    expected = facts["plan_sha256"] if options.plan else facts["onnx_sha256"]
+    if expected is not None and digest != expected:
+        sys.exit(
+            f"{file} is not the file that this probe belongs to (sha256 {digest[:12]}, expected "
+            f"{expected[:12]}): copy probe/ and engine/ from the same run"
+        )
+    runner = OnnxRunner(file) if options.onnx else TensorRTRunner(file, options.module or facts["backend"])
+    inputs = np.load(HERE / "inputs.npz")
+    reference = np.load(HERE / "reference.npz")
+    nll, correct, far, seconds = run(
+        runner, inputs, reference["logits"], reference["positions"], options.batch
+    )
+    result = {
+        "format": FORMAT,
+        "measured": "plan" if options.plan else "onnx",
+        "file_sha256": digest,
+        "onnx_sha256": facts["onnx_sha256"],
+        "inputs_sha256": sha256(HERE / "inputs.npz"),
+        "nll": nll,
+        "correct": correct,
+        "distance": far,
+        "seconds": seconds,
+        "versions": {**runner.version(), "numpy": np.__version__, "python": platform.python_version()},
+        "machine": platform.machine(),
+    }
+    options.out.write_text(json.dumps(result, indent=1))
+    tokens = int((inputs["length"] - inputs["first"]).sum())
+    print(
+        f"{len(nll)} samples, perplexity {math.exp(sum(nll) / tokens):.4f}, top-1 agreement with ONNX "
+        f"{far['top1_agreement']:.5f}, {seconds:.1f} s -> {options.out}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a person or a CI job reads. Reads JSON only; no torch."""

@@ -1,0 +1,66 @@
+"""The parity ladder as a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+
+def ladder(report: dict[str, Any]) -> Table:
+    """One line for each row of parity.json: the main metric of each set, the distance to the row before.
+
+    It fits into 80 columns; the other metrics are in parity.json.
+    """
+    rows = report["rows"]
+    metrics = _main_metrics(rows)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+    table.add_column("row", no_wrap=True)
+    for metric in metrics:
+        table.add_column(metric.replace(".", "\n"), justify="right")
+    for column in ("compared\nwith", "max |d|\n/ range", "mean |d|\n/ range", "same\ntop 1"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        if row["status"] != "measured":
+            table.add_row(row["stage"], row["status"], style="dim")
+            continue
+        values = (spell(row["metrics"].get(name)) for name in metrics)
+        table.add_row(row["stage"], *values, *_far(row["distance"]))
+        if row.get("deployed"):
+            values = (spell(row["deployed"]["metrics"].get(name)) for name in metrics)
+            table.add_row("  deployed", *values, *_far(row["deployed"]["distance"]), style="dim")
+    return table
+
+
+def _main_metrics(rows: list[dict[str, Any]]) -> list[str]:
+    """The first metric of each evaluation set."""
+    found: dict[str, str] = {}
+    for row in rows:
+        if row["status"] == "measured":
+            for metric in row["metrics"]:
+                found.setdefault(metric.rpartition(".")[0], metric)
+    return list(found.values())
+
+
+def _far(distance: dict[str, Any] | None) -> tuple[str, ...]:
+    if distance is None:
+        return ("", "", "", "")
+    scale = distance["range"] or math.nan
+    return (
+        distance["to"],
+        f"{distance['max_abs'] / scale:.1e}" if distance["max_abs"] else "0",
+        f"{distance['mean_abs'] / scale:.1e}" if distance["mean_abs"] else "0",
+        f"{distance['top1_agreement']:.4f}",
+    )
+
+
+def spell(value: float | None) -> str:
+    """Five digits, or a dash for a value that is not there."""
+    return "-" if value is None else f"{value:.5g}"
+
+
+def not_measured(report: dict[str, Any]) -> list[str]:
+    """`row: why` of every row that was not measured."""
+    return [f"{row['stage']}: {row['reason']}" for row in report["rows"] if row["status"] != "measured"]

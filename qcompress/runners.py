@@ -1,0 +1,80 @@
+"""Any artifact as one callable: token ids and mask -> logits. A runner knows nothing of metrics.
+
+ids and mask: int64 [batch, sequence]; logits: fp32 [batch, sequence, vocabulary].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+
+from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
+from qcompress.models import FAMILIES
+from qcompress.prepare import assemble, rebuild
+
+
+class Runner(Protocol):
+    """inputs -> outputs."""
+
+    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Logits for token ids and mask."""
+
+
+class TorchRunner:
+    """A transformers model."""
+
+    def __init__(self, model: nn.Module, family: str, device: torch.device) -> None:
+        self.model, self.family, self.device = model.to(device), family, device
+
+    @torch.inference_mode()
+    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        tensors = (torch.from_numpy(array).to(self.device) for array in (ids, mask))
+        inputs = FAMILIES[self.family].graph_inputs(*tensors)
+        return self.model(**inputs).logits.float().cpu().numpy()
+
+
+class OnnxRunner:
+    """An ONNX file on ONNX Runtime's CPU provider.
+
+    `optimized=False` stops at the basic level: it computes what the graph says. At the default level int4
+    weights become MatMulNBits, which rounds the activations to int8, and int8 layers become integer matmuls.
+    """
+
+    def __init__(self, file: Path, family: str, threads: int, optimized: bool) -> None:
+        options = onnxruntime.SessionOptions()
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_ENABLE_BASIC
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # idle threads that spin take the processor from whoever shares the machine
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.family = family
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        inputs = FAMILIES[self.family].graph_inputs(torch.from_numpy(ids), torch.from_numpy(mask))
+        feed = {name: tensor.numpy() for name, tensor in inputs.items()}
+        return self.session.run(["logits"], feed)[0].astype(np.float32)
+
+
+def float_runner(model: FloatModel, device: torch.device) -> TorchRunner:
+    """Stock transformers with nothing of ours in it."""
+    family = read_json(model.path / "float.json")["family"]
+    return TorchRunner(FAMILIES[family].load_float(model.source), family, device)
+
+
+def trained_runner(model: FloatModel, trained: TrainedModel, device: torch.device) -> TorchRunner:
+    """The trained model, rounding as it did in training."""
+    prepared = rebuild(model, trained)
+    return TorchRunner(prepared.model, prepared.family, device)
+
+
+def folded_runner(folded: FoldedModel, device: torch.device, integer: bool = False) -> TorchRunner:
+    """Integers and scales in torch, fp32 arithmetic; `integer`: int8 layers as exact integer sums."""
+    family = read_json(folded.path / "folded.json")["family"]
+    return TorchRunner(assemble(folded, integer=integer), family, device)

@@ -1,0 +1,57 @@
+"""What a model weighs: bits as stored, bits of information, bytes of each layer. No torch. MiB are 2**20
+bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from qcompress.plan import LayerPlan
+
+BITS = {
+    TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.DOUBLE: 64,
+    TensorProto.INT64: 64, TensorProto.INT32: 32, TensorProto.INT16: 16, TensorProto.INT8: 8,
+    TensorProto.UINT8: 8, TensorProto.BOOL: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4,
+}  # fmt: skip
+
+
+def tensor_bytes(tensor: TensorProto) -> int:
+    """Bytes of an initializer as stored: two 4-bit codes to a byte."""
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    return (count * BITS.get(tensor.data_type, 32) + 7) // 8
+
+
+def measure_sizes(file: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
+    """Bytes of each quantized layer (codes and scales), of the float rest, and of the file."""
+    graph = onnx.load(str(file), load_external_data=False).graph
+    stored = {tensor.name: tensor_bytes(tensor) for tensor in graph.initializer}
+    layers = []
+    for item in plan:
+        if item.weights is None or item.layer.tied_to:
+            continue
+        size = sum(stored.get(f"{item.name}.weight.{part}", 0) for part in ("codes", "scale", "zero"))
+        layers.append(
+            {
+                "name": item.name,
+                "weights": item.layer.weights,
+                "stored_bits": item.weights.stored_bits,
+                "information_bits": item.weights.bits,
+                "bytes": size,
+            }
+        )
+    data = file.with_name(file.name + ".data")
+    total = sum(stored.values())
+    floats = sum(item.layer.weights * 4 for item in plan if not item.layer.tied_to)
+    return {
+        "layers": layers,
+        "initializer_bytes": total,
+        "quantized_bytes": sum(layer["bytes"] for layer in layers),
+        "file_bytes": file.stat().st_size + (data.stat().st_size if data.is_file() else 0),
+        "float_layer_bytes": floats,
+    }

@@ -1,0 +1,363 @@
+"""The certificate: complete on a sound file, and on a changed one it names the layer and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from lines import QUICK, Exported, exported
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from qcompress.certificate import certify
+
+C_ATTN, C_PROJ = "transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"
+BLOCKED, NARROW, WEIGHT_ONLY = (
+    "transformer.h.0.mlp.c_fc",
+    "transformer.h.0.attn.c_proj",
+    "transformer.h.1.mlp.c_fc",
+)
+TABLE, HEAD = "transformer.wte", "lm_head"
+
+
+@pytest.fixture(scope="module", params=QUICK, ids=str)
+def graph(request: pytest.FixtureRequest, tiny_model: Path, untied_model: Path, text_file: Path) -> Exported:
+    """Every kind of layer, in fp32 with a tied table and in fp16 without."""
+    return exported(request.param, tiny_model if request.param.tied else untied_model, text_file)
+
+
+class Graph:
+    """A graph under the knife."""
+
+    def __init__(self, file: Path) -> None:
+        self.model: ModelProto = onnx.load(str(file))
+
+    def tensor(self, name: str) -> TensorProto:
+        (found,) = [tensor for tensor in self.model.graph.initializer if tensor.name == name]
+        return found
+
+    def node(self, name: str) -> NodeProto:
+        (found,) = [node for node in self.model.graph.node if node.name == name]
+        return found
+
+    def readers(self, name: str) -> list[NodeProto]:
+        return [node for node in self.model.graph.node if name in node.input]
+
+    def array(self, name: str) -> np.ndarray:
+        return numpy_helper.to_array(self.tensor(name))
+
+    def put(self, name: str, values: np.ndarray) -> str:
+        """An initializer with these values, in the place of one of that name."""
+        self.drop(name)
+        self.model.graph.initializer.append(numpy_helper.from_array(values, name))
+        return name
+
+    def drop(self, name: str) -> None:
+        kept = [tensor for tensor in self.model.graph.initializer if tensor.name != name]
+        del self.model.graph.initializer[:]
+        self.model.graph.initializer.extend(kept)
+
+    def reread(self, old: str, new: str, reader: NodeProto | None = None) -> None:
+        """Let every reader of a tensor, or one of them, read another one."""
+        for node in self.readers(old) if reader is None else [reader]:
+            for place, name in enumerate(node.input):
+                if name == old:
+                    node.input[place] = new
+
+    def decoded(self, layer: str) -> str:
+        """The output of a weight's DequantizeLinear."""
+        return self.node(f"{layer}.weight/DequantizeLinear").output[0]
+
+
+Change = Callable[[Graph], None]
+
+
+@pytest.fixture
+def broken(graph: Exported, tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """`broken(change)`: the layers that the certificate refuses after a change, with their reasons."""
+
+    def certify_changed(change: Change, *, copies: list[str] | None = None) -> dict[str, str]:
+        cut = Graph(graph.file)
+        change(cut)
+        onnx.save(cut.model, str(tmp_path / "model.onnx"))
+        found = certify(tmp_path / "model.onnx", graph.folded.path, graph.plan)
+        assert found["float_copies"] == (copies or [])
+        assert found["complete"] is False
+        return {
+            layer["name"]: "; ".join(layer["reasons"]) for layer in found["layers"] if not layer["passed"]
+        }
+
+    return certify_changed
+
+
+def layer_of(found: dict[str, Any], name: str) -> dict[str, Any]:
+    (layer,) = [layer for layer in found["layers"] if layer["name"] == name]
+    return layer
+
+
+# A sound file -------------------------------------------------------------------------------------
+
+
+def test_a_sound_file_passes_with_every_layer_listed(graph: Exported) -> None:
+    found = certify(graph.file, graph.folded.path, graph.plan)
+    quantized = [item.name for item in graph.plan if item.weights]
+    assert [layer["name"] for layer in found["layers"]] == quantized and len(quantized) == 10
+    assert found["complete"] is True and found["expected"] == 10 and found["float_copies"] == []
+    for layer in found["layers"]:
+        assert layer["passed"] and layer["weight_codes_equal"] and layer["scales_equal"], layer
+        assert layer["reasons"] == [] and layer["qdq_pairs"] == layer["expected_pairs"]
+    pairs = {layer["name"] for layer in found["layers"] if layer["qdq_pairs"] == 1}
+    assert pairs == {NARROW, "transformer.h.0.mlp.c_proj", C_ATTN, C_PROJ, "transformer.h.1.mlp.c_proj", HEAD}
+
+
+# Codes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [C_ATTN, NARROW, BLOCKED, "transformer.wpe"])
+def test_one_flipped_bit_of_one_code_is_found(layer: str, broken: Callable[..., dict[str, str]]) -> None:
+    def flip(cut: Graph) -> None:
+        tensor = cut.tensor(f"{layer}.weight.codes")
+        raw = bytearray(tensor.raw_data)
+        raw[len(raw) // 3] ^= 1
+        tensor.raw_data = bytes(raw)
+
+    found = broken(flip)
+    assert found.keys() == {layer}
+    assert found[layer].startswith("codes: 1 differ, first at [")
+
+
+def test_a_changed_table_is_every_layer_that_reads_it(
+    graph: Exported, broken: Callable[..., dict[str, str]]
+) -> None:
+    def change(cut: Graph) -> None:
+        codes = cut.array(f"{TABLE}.weight.codes").copy()
+        codes[7, 3] ^= 1
+        cut.put(f"{TABLE}.weight.codes", codes)
+
+    found = broken(change)
+    assert found.keys() == ({TABLE, HEAD} if graph.kind.tied else {TABLE})
+    assert all("first at [7, 3]" in reason for reason in found.values())
+
+
+@pytest.mark.parametrize("layer", [C_PROJ, BLOCKED])
+def test_codes_that_are_missing_are_found(layer: str, broken: Callable[..., dict[str, str]]) -> None:
+    def rename(cut: Graph) -> None:
+        name = f"{layer}.weight.codes"
+        cut.tensor(name).name = "renamed"
+        cut.reread(name, "renamed")
+
+    found = broken(rename)
+    assert found.keys() == {layer} and f"no initializer {layer}.weight.codes" in found[layer]
+
+
+def test_codes_of_another_shape_are_found(broken: Callable[..., dict[str, str]]) -> None:
+    def cut_short(cut: Graph) -> None:
+        cut.put(f"{C_PROJ}.weight.codes", cut.array(f"{C_PROJ}.weight.codes")[:, :-1])
+
+    assert "codes: shape [64, 63], expected [64, 64]" in broken(cut_short)[C_PROJ]
+
+
+def test_four_bit_codes_in_eight_bits_are_found(broken: Callable[..., dict[str, str]]) -> None:
+    def widen(cut: Graph) -> None:
+        cut.put(f"{BLOCKED}.weight.codes", cut.array(f"{BLOCKED}.weight.codes").astype(np.int8))
+
+    assert broken(widen) == {BLOCKED: "codes are stored as INT8"}
+
+
+def test_codes_that_something_else_reads_as_well_are_found(broken: Callable[..., dict[str, str]]) -> None:
+    def cast(cut: Graph) -> None:
+        node = helper.make_node("Cast", [f"{C_PROJ}.weight.codes"], ["cast"], to=TensorProto.FLOAT)
+        cut.model.graph.node.append(node)
+
+    assert "read by DequantizeLinear and by nothing else" in broken(cast)[C_PROJ]
+
+
+# Scales -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [C_ATTN, BLOCKED, NARROW, "transformer.wpe"])
+def test_a_scale_that_is_one_step_off_is_found(layer: str, broken: Callable[..., dict[str, str]]) -> None:
+    def nudge(cut: Graph) -> None:
+        scale = cut.array(f"{layer}.weight.scale").copy()
+        scale.flat[3] = np.nextafter(scale.flat[3], np.array(np.inf, scale.dtype))
+        cut.put(f"{layer}.weight.scale", scale)
+
+    found = broken(nudge)
+    assert found.keys() == {layer} and "scale: 1 differ, first at [" in found[layer]
+
+
+def test_a_scale_that_is_computed_is_found(broken: Callable[..., dict[str, str]]) -> None:
+    """A value that is no initializer could be anything."""
+
+    def compute(cut: Graph) -> None:
+        scale = numpy_helper.from_array(cut.array(f"{C_PROJ}.weight.scale") * 2)
+        cut.drop(f"{C_PROJ}.weight.scale")
+        cut.model.graph.node.insert(
+            0, helper.make_node("Constant", [], [f"{C_PROJ}.weight.scale"], value=scale)
+        )
+
+    found = broken(compute)
+    assert found.keys() == {C_PROJ} and f"no initializer {C_PROJ}.weight.scale" in found[C_PROJ]
+
+
+def test_a_zero_point_other_than_zero_is_found(broken: Callable[..., dict[str, str]]) -> None:
+    def shift(cut: Graph) -> None:
+        node = cut.node(f"{C_ATTN}.weight/DequantizeLinear")
+        zero = cut.array(node.input[2]).copy()
+        zero[5] = 1
+        node.input[2] = cut.put("shifted", zero)
+
+    found = broken(shift)
+    assert found.keys() == {C_ATTN} and "the zero point is not 0" in found[C_ATTN]
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("axis", 0), ("block_size", 64)])
+def test_another_axis_or_block_is_found(
+    attribute: str, value: int, broken: Callable[..., dict[str, str]]
+) -> None:
+    layer = C_PROJ if attribute == "axis" else BLOCKED
+
+    def turn(cut: Graph) -> None:
+        node = cut.node(f"{layer}.weight/DequantizeLinear")
+        (found,) = [item for item in node.attribute if item.name == attribute]
+        found.i = value
+
+    found = broken(turn)
+    expected = "expected axis 1, block None" if attribute == "axis" else "expected axis 0, block 32"
+    assert found.keys() == {layer} and expected in found[layer]
+
+
+# Inputs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [C_ATTN, NARROW, HEAD])
+def test_a_dropped_pair_in_front_of_a_matmul_is_found(
+    layer: str, broken: Callable[..., dict[str, str]]
+) -> None:
+    def drop(cut: Graph) -> None:
+        quantize = cut.node(f"{layer}.input/QuantizeLinear")
+        cut.reread(cut.node(f"{layer}.input/DequantizeLinear").output[0], quantize.input[0])
+
+    assert broken(drop) == {layer: "0 Q/DQ pairs in front of the matmul, 1 expected"}
+
+
+def test_a_pair_that_was_not_asked_for_is_found(broken: Callable[..., dict[str, str]]) -> None:
+    """The input of a weight-only layer is float; rounding it is another model."""
+
+    def add(cut: Graph) -> None:
+        (matmul,) = cut.readers(cut.decoded(WEIGHT_ONLY))
+        scale, zero = cut.node(f"{C_ATTN}.input/QuantizeLinear").input[1:3]
+        nodes = [
+            helper.make_node("QuantizeLinear", [matmul.input[0], scale, zero], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", scale, zero], ["dq"]),
+        ]
+        for node in nodes:
+            cut.model.graph.node.insert(list(cut.model.graph.node).index(matmul), node)
+        matmul.input[0] = "dq"
+
+    assert broken(add) == {WEIGHT_ONLY: "1 Q/DQ pairs in front of the matmul, 0 expected"}
+
+
+@pytest.mark.parametrize("word", ["Quantize", "Dequantize", "both"])
+@pytest.mark.parametrize("what", ["scale", "zero point"])
+def test_a_changed_rounding_of_the_input_is_found(
+    word: str, what: str, broken: Callable[..., dict[str, str]]
+) -> None:
+    def change(cut: Graph) -> None:
+        for half in ("Quantize", "Dequantize") if word == "both" else (word,):
+            node = cut.node(f"{C_PROJ}.input/{half}Linear")
+            if what == "scale":
+                node.input[1] = cut.put("changed", np.nextafter(cut.array(node.input[1]), np.float16(9)))
+            else:
+                node.input[2] = cut.put("changed", np.array(3, np.int8))
+
+    def same_type(cut: Graph) -> None:
+        name = cut.node(f"{C_PROJ}.input/QuantizeLinear").input[1]
+        kind = cut.array(name).dtype
+        change(cut)
+        if what == "scale":
+            cut.put("changed", cut.array("changed").astype(kind))
+
+    found = broken(same_type)
+    assert found == {C_PROJ: "the input's scale or zero point differs"}
+
+
+# Float copies -------------------------------------------------------------------------------------
+
+
+def float_copy(cut: Graph, layer: str) -> str:
+    """The decoded weight as an initializer."""
+    codes, scale = cut.array(f"{layer}.weight.codes"), cut.array(f"{layer}.weight.scale")
+    wide = codes.astype(np.float32)
+    if scale.ndim == 2:
+        scale = np.repeat(scale, len(codes) // len(scale), axis=0)
+    return cut.put("copy", (wide * scale).astype(scale.dtype))
+
+
+@pytest.mark.parametrize("layer", [C_PROJ, BLOCKED, WEIGHT_ONLY])
+def test_a_weight_that_was_decoded_into_a_float_copy_is_found(
+    layer: str, broken: Callable[..., dict[str, str]]
+) -> None:
+    """Parity cannot see it: the copy computes the same function."""
+
+    def decode(cut: Graph) -> None:
+        node = cut.node(f"{layer}.weight/DequantizeLinear")
+        cut.reread(node.output[0], float_copy(cut, layer))
+        cut.model.graph.node.remove(node)
+        cut.drop(f"{layer}.weight.codes")
+
+    found = broken(decode, copies=["copy"])
+    assert found.keys() == {layer} and "no initializer" in found[layer]
+
+
+@pytest.mark.parametrize("layer", [C_PROJ, BLOCKED, WEIGHT_ONLY])
+def test_a_float_copy_beside_codes_that_nobody_uses_is_found(
+    layer: str, broken: Callable[..., dict[str, str]]
+) -> None:
+    def bypass(cut: Graph) -> None:
+        cut.reread(cut.decoded(layer), float_copy(cut, layer))
+
+    found = broken(bypass, copies=["copy"])
+    assert found.keys() == {layer} and "the decoded codes reach no MatMul" in found[layer]
+
+
+def test_a_float_copy_with_the_shape_of_a_float_layer_is_found(
+    broken: Callable[..., dict[str, str]],
+) -> None:
+    """h.0's c_attn is float in this graph, so the shape alone proves nothing against h.1's."""
+
+    def bypass(cut: Graph) -> None:
+        cut.reread(cut.decoded(C_ATTN), float_copy(cut, C_ATTN))
+
+    found = broken(bypass)
+    assert found.keys() == {C_ATTN} and "the decoded codes reach no MatMul" in found[C_ATTN]
+
+
+def test_an_embedding_that_looks_up_a_float_copy_is_found(
+    graph: Exported, broken: Callable[..., dict[str, str]]
+) -> None:
+    def bypass(cut: Graph) -> None:
+        codes, scale = cut.array(f"{TABLE}.weight.codes"), cut.array(f"{TABLE}.weight.scale")
+        table = cut.put("copy", (codes * scale[:, None]).astype(scale.dtype))
+        (gather,) = [node for node in cut.readers(cut.decoded(TABLE)) if node.op_type == "Gather"]
+        cut.reread(cut.decoded(TABLE), table, gather)
+
+    # an untied float head of the same shape would hide the copy; here both are quantized
+    found = broken(bypass, copies=["copy"])
+    assert found == {TABLE: "the decoded codes reach no Gather"}
+
+
+# What the helpers of these tests rest on ----------------------------------------------------------
+
+
+def test_int4_initializers_survive_reading_and_writing(graph: Exported) -> None:
+    cut = Graph(graph.file)
+    codes = cut.array(f"{BLOCKED}.weight.codes")
+    assert (
+        codes.dtype == ml_dtypes.int4 and cut.tensor(f"{BLOCKED}.weight.codes").data_type == TensorProto.INT4
+    )
+    assert len(cut.tensor(f"{BLOCKED}.weight.codes").raw_data) == codes.size // 2

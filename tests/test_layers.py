@@ -1,0 +1,295 @@
+"""The import rules: downhill only, no stage knows another, heavy packages have one door.
+
+What runs without torch is tried out in test_torch_free.py; here the sources alone are read, so that a breach
+is named before anything is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import qcompress
+
+PACKAGE = Path(qcompress.__file__).parent
+PROJECT = PACKAGE.parent
+
+STAGES = ("load", "train", "fold", "export", "build", "verify", "gate")
+
+LEVELS: tuple[tuple[str, set[str]], ...] = (
+    ("plain values", {
+        "errors", "formats", "axes", "schema", "artifacts", "plan", "models.architecture", "codekey",
+        "system", "host", "progress", "yamlfile", "distance", "tensorfile",
+    }),
+    ("numerics", {
+        "quant", "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges",
+    }),
+    ("families, tasks, targets", {
+        "models", "models.gpt2", "tasks", "tasks.causal_lm", "tasks.text", "targets", "targets.builder",
+        "targets.checks", "targets.device", "targets.graph", "targets.lint", "targets.process",
+        "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes", "targets.table",
+    }),
+    ("recipes", {"wording", "structure", "rules", "recipe", "check"}),
+    ("models in three forms", {"prepare", "checkpoint", "certificate", "sizes", "probe", "runners"}),
+    ("methods", {"methods", "methods.plain", "methods.protocols", "methods.quadapter"}),
+    ("loops", {"loop"}),
+    ("stages", {"stages", *STAGES}),
+    ("workspace", {"workspace"}),
+    ("pipeline", {"pipeline"}),
+    ("what a user calls", {"api", "predict", "listing", "report", "report.ladder"}),
+    ("command line", {"cli", "__main__"}),
+)  # fmt: skip
+"""Bottom first. A module imports from its own level and from those before it."""
+
+APART = {"", "probe_kit.measure_engine"}
+"""The package itself, which hands out the API lazily, and a script that runs on a device by itself."""
+
+DOORS: dict[str, set[str]] = {
+    "torch": {
+        "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges", "methods.plain",
+        "methods.protocols", "methods.quadapter", "models.gpt2", "tasks.causal_lm", "prepare", "checkpoint",
+        "loop", "runners", "tensorfile", "train", "fold", "export", "verify",
+    },
+    "transformers": {"models", "models.gpt2"},
+    "accelerate": {"train", "loop", "methods.plain", "methods.protocols"},
+    "onnxruntime": {"runners", "probe_kit.measure_engine"},
+    "onnx": {"export", "certificate", "sizes", "targets.checks", "targets.graph", "targets.quantizers",
+             "targets.sizes"},
+    "onnx_ir": {"export"},
+    "datasets": {"tasks.text"},
+    "huggingface_hub": {"load"},
+    "typer": {"cli"},
+    "yaml": {"yamlfile"},
+}  # fmt: skip
+"""Which modules may import a heavy package; each of them does."""
+
+CALLED_BY_NAME = {"importlib.import_module": {"targets.builder"}, "__import__": {"probe_kit.measure_engine"}}
+"""TensorRT is imported by name, because there are two of it; nothing else is."""
+
+LAZY = {"models", "models.gpt2", "tasks.causal_lm"}
+"""Modules that torch-free commands import, and that need torch or transformers only inside functions."""
+
+DISTRIBUTIONS = {"yaml": "PyYAML", "onnx_ir": "onnxscript", "google": "onnx", "pydantic_core": "pydantic",
+                 "huggingface_hub": "transformers", "ml_dtypes": "ml-dtypes"}  # fmt: skip
+"""What brings a package that has another name than its distribution, or comes with one."""
+
+BANNED = {"eval", "exec", "pickle", "cPickle", "marshal", "shelve", "torch.load", "joblib", "dill"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module: `qcompress.` and `stages.` are cut off our own."""
+
+    name: str
+    own: bool
+    lazy: bool
+    typing: bool
+    line: int
+
+
+def short(module: str) -> str:
+    """`qcompress.stages.gate` and `qcompress.gate` are one name."""
+    return module.removeprefix("qcompress").removeprefix(".").removeprefix("stages.")
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return short(".".join(("qcompress", *(part for part in parts if part != "__init__"))))
+
+
+SOURCES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py")) if file.suffix == ".py"}
+TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in SOURCES.items()}
+
+
+def is_module(name: str) -> bool:
+    return short(name) in SOURCES
+
+
+def imports(name: str) -> list[Import]:
+    """Every import of a module, wherever it stands."""
+    found: list[Import] = []
+
+    def visit(node: ast.AST, lazy: bool, typing: bool) -> None:
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            assert not getattr(node, "level", 0), f"{name}:{node.lineno}: imports are absolute here"
+            for target in targets(node):
+                own = target.partition(".")[0] == "qcompress"
+                found.append(Import(short(target) if own else target, own, lazy, typing, node.lineno))
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for child in node.body:
+                visit(child, inside, True)
+            for child in node.orelse:
+                visit(child, inside, typing)
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside, typing)
+
+    visit(TREES[name], False, False)
+    return found
+
+
+def targets(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """`from a import b` is a.b where that is a module of ours, and a otherwise."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [
+        f"{node.module}.{alias.name}"
+        if node.module.startswith("qcompress") and is_module(f"{node.module}.{alias.name}")
+        else node.module
+        for alias in node.names
+    ]
+
+
+IMPORTS = {name: imports(name) for name in SOURCES}
+
+
+def level(name: str) -> int:
+    (found,) = [place for place, (_, modules) in enumerate(LEVELS) if name in modules]
+    return found
+
+
+# The rules ----------------------------------------------------------------------------------------
+
+
+def test_every_module_was_found() -> None:
+    assert len(SOURCES) >= 70
+    assert sum(len(found) for found in IMPORTS.values()) > 400
+
+
+def test_every_module_has_exactly_one_level() -> None:
+    """A new module: put it into LEVELS, as low as its imports allow."""
+    placed = [name for _, modules in LEVELS for name in modules]
+    assert len(placed) == len(set(placed))
+    assert set(SOURCES) - set(placed) - APART == set()
+    assert set(placed) - set(SOURCES) <= {"stages"}
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - APART))
+def test_imports_go_downhill(name: str) -> None:
+    uphill = [
+        f"line {found.line}: {found.name}"
+        for found in IMPORTS[name]
+        if found.own and not found.typing and found.name not in APART and level(found.name) > level(name)
+    ]
+    assert uphill == []
+
+
+def test_no_stage_imports_another_stage() -> None:
+    seen = 0
+    for stage in STAGES:
+        for found in IMPORTS[stage]:
+            seen += found.own
+            assert not found.own or found.name not in STAGES, f"{stage} imports {found.name}"
+    assert seen > 40
+
+
+def test_fold_is_not_given_the_method() -> None:
+    reached, queue = set(), ["fold"]
+    while queue:
+        name = queue.pop()
+        if name not in reached:
+            reached.add(name)
+            queue += [found.name for found in IMPORTS[name] if found.own and not found.typing]
+    assert not any(name.startswith(("methods", "loop", "train")) for name in reached)
+    assert {"prepare", "quant.layers"} <= reached
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    """What is imported when a module is; a package's own `__init__` runs before its modules."""
+    edges = {
+        name: {found.name for found in IMPORTS[name] if found.own and not (found.lazy or found.typing)}
+        - {name}
+        for name in SOURCES
+    }
+    done: set[str] = set()
+
+    def walk(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for imported in sorted(edges[name] - {""}):
+                walk(imported, (*path, name))
+            done.add(name)
+
+    for name in sorted(edges):
+        walk(name, ())
+    assert done == set(SOURCES)
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_a_heavy_package_has_its_doors_and_no_other(package: str) -> None:
+    found = {
+        name
+        for name, modules in IMPORTS.items()
+        if any(not item.own and item.name.partition(".")[0] == package for item in modules)
+    }
+    assert found == DOORS[package]
+
+
+def test_tensorrt_is_imported_by_name_in_the_builder_alone() -> None:
+    calls: dict[str, set[str]] = {}
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (*CALLED_BY_NAME, "import_module"):
+                calls.setdefault(ast.unparse(node.func), set()).add(name)
+        assert not any("tensorrt" in item.name for item in IMPORTS[name] if not item.own)
+    assert calls == CALLED_BY_NAME
+
+
+def test_what_torch_free_commands_import_needs_torch_only_inside_functions() -> None:
+    """From the command line down, along every import that happens when a module is imported."""
+    reached: set[str] = set()
+    queue = ["cli", "api", "pipeline", "build", "gate", "certificate", "check"]
+    while queue:
+        name = queue.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        parents = [name.rpartition(".")[0]] if "." in name else []
+        for found in IMPORTS[name]:
+            if found.lazy or found.typing:
+                continue
+            if found.own:
+                queue.append(found.name)
+            else:
+                heavy = ("torch", "transformers", "onnxruntime", "accelerate", "datasets", "onnx_ir")
+                assert found.name.partition(".")[0] not in heavy, f"{name}:{found.line} imports {found.name}"
+        queue += [parent for parent in parents if parent in SOURCES]
+    assert LAZY | {"gate", "load", "build", "workspace", "tasks"} <= reached
+    assert not reached & ({"train", "fold", "export", "verify", "runners", "prepare", "loop"})
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Nothing from tests/ or deploy/, and nothing that a user would have to install by hand."""
+    declared = {
+        re.split(r"[\[<>=;! ]", line)[0].lower()
+        for line in re.findall(r'^    "([^"]+)",', (PROJECT / "pyproject.toml").read_text(), re.MULTILINE)
+    }
+    roots = {
+        found.name.partition(".")[0] for modules in IMPORTS.values() for found in modules if not found.own
+    } - set(sys.stdlib_module_names)
+    assert len(roots) > 12 and len(declared) > 12
+    missing = {root for root in roots if DISTRIBUTIONS.get(root, root).lower() not in declared}
+    assert missing == set()
+
+
+def test_nothing_runs_code_that_it_reads_and_no_error_is_swallowed_whole() -> None:
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in BANNED, f"{name}:{node.lineno}"
+            if isinstance(node, ast.ExceptHandler):
+                caught = ast.unparse(node.type) if node.type else "everything"
+                assert caught not in ("everything", "Exception", "BaseException"), f"{name}:{node.lineno}"
+        assert not {item.name.partition(".")[0] for item in IMPORTS[name]} & BANNED, name
+
+
+def test_every_module_says_what_it_is_and_none_is_called_utils() -> None:
+    for name, tree in TREES.items():
+        assert ast.get_docstring(tree) or not tree.body, name
+        assert name.rpartition(".")[2] not in ("utils", "util", "helpers", "common", "misc"), name
