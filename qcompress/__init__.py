@@ -1,9 +1,9 @@
 """Compress a model with quantization-aware training, export it to TensorRT, prove it is the same model.
 
-run     a recipe, from the float model to a verdict
-load    a finished run
-verify  measure a run again, or take in what a device measured
-gate    judge a run by its recipe's goals
+- `run`: a recipe, from the float model to a verdict
+- `load`: a finished run
+- `verify`: measure a run again, or take in what a device measured
+- `gate`: judge a run by its recipe's goals
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    # lazily, so that `import qcompress.cli` and the torch-free commands stay fast
+    # lazily, so that `import qcompress` costs nothing until the API is used
     if name in __all__:
         from qcompress import api
 

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from qcompress import pipeline
 from qcompress.artifacts import read_json, write_json
 from qcompress.errors import ExportError, RecipeError, UsageError
-from qcompress.gate import judge
 from qcompress.progress import Reporter
 from qcompress.recipe import load_recipe, read
 from qcompress.schema import Build, Recipe
+from qcompress.stages.gate import judge
 from qcompress.structure import validate
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def verify(
     certify_run(loaded)
     reporter = reporter or Reporter(silent=True)
     if engine is not None:
-        from qcompress.verify import take_engine_row
+        from qcompress.stages.verify import take_engine_row
 
         take_engine_row(loaded.path, loaded.recipe.task.name, Path(engine))
     else:
@@ -150,8 +150,8 @@ def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:
     import tempfile
 
     from qcompress.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel
-    from qcompress.verify import Artifacts
-    from qcompress.verify import verify as measure
+    from qcompress.stages.verify import Artifacts
+    from qcompress.stages.verify import verify as measure
 
     source, stages = Path(loaded.manifest["source"]), loaded.stage
     artifacts = Artifacts(
@@ -178,7 +178,7 @@ def lint(model: Path, target: str) -> list[Finding]:
 
 def build(model: Path, target: str, out: Path, profiles: str | None, reporter: Reporter) -> dict[str, Any]:
     """Build an engine from an ONNX file; returns build.json. The folder must not hold anything yet."""
-    from qcompress.build import build_file
+    from qcompress.stages.build import build_file
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not an empty folder", fix="name a new one")

@@ -21,17 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from qcompress import api, pipeline
-from qcompress.axes import PHASES
-from qcompress.check import Report, all_mistakes
+from qcompress.check import all_mistakes
 from qcompress.errors import INTERRUPTED, ExportError, QcompressError, RecipeError, UsageError
-from qcompress.gate import exit_code
 from qcompress.listing import LISTS
-from qcompress.load import locate
-from qcompress.plan import LayerPlan
 from qcompress.progress import Reporter
-from qcompress.recipe import Resolved
+from qcompress.report.checked import check_json, print_check
 from qcompress.report.ladder import ladder, not_measured
 from qcompress.schema import STAGES
+from qcompress.stages.gate import exit_code
+from qcompress.stages.load import locate
 from qcompress.workspace import would_reuse
 
 app = typer.Typer(
@@ -147,9 +145,9 @@ def check(
             raise RecipeError(mistakes)
         reuse = _reuse(pipeline.prepare(resolved), cache or out / ".cache")
         if as_json:
-            _print_json(_check_json(resolved, report, reuse))
+            _print_json(check_json(resolved, report, reuse))
         else:
-            _print_check(resolved, report, reuse)
+            print_check(_console(), resolved, report, reuse)
 
 
 def _reuse(plan: pipeline.Plan, cache: Path) -> list[tuple[str, bool, str]]:
@@ -167,50 +165,6 @@ def _reuse(plan: pipeline.Plan, cache: Path) -> list[tuple[str, bool, str]]:
         if reused:
             steps[stage] = pipeline.finished(cache, stage, parts)
     return found
-
-
-def _print_check(resolved: Resolved, report: Report, reuse: list[tuple[str, bool, str]]) -> None:
-    console, recipe = _console(), resolved.recipe
-    architecture = report.architecture
-    console.print(
-        f"{recipe.name}: {architecture.family}, {architecture.parameters / 1e6:.2f} M parameters, "
-        f"{len(architecture.blocks)} blocks; method {recipe.method}, target {recipe.build.target}"
-    )
-    table = Table("layers", "kind", "weights", "inputs", header_style="bold")
-    for (kind, weights, inputs), items in _grouped(report.plan).items():
-        names = items[0].name + (f" and {len(items) - 1} more" if len(items) > 1 else "")
-        table.add_row(names, kind, weights, inputs)
-    console.print(table)
-    for pattern, count in report.matches.items():
-        console.print(f"format.layers {pattern!r} matches {count} layer{'s' if count != 1 else ''}")
-    phases = ", ".join(PHASES[recipe.schedule.name]) or "none"
-    console.print(f"phases of {recipe.schedule.name}: {phases}")
-    for stage, reused, why in reuse:
-        console.print(f"  {stage:8} {'reused' if reused else 'runs' + (f': {why}' if why else '')}")
-
-
-def _grouped(plan: tuple[LayerPlan, ...]) -> dict[tuple[str, str, str], list[LayerPlan]]:
-    groups: dict[tuple[str, str, str], list[LayerPlan]] = {}
-    for item in plan:
-        key = (item.layer.kind, str(item.weights or "float"), str(item.activations or "float"))
-        groups.setdefault(key, []).append(item)
-    return groups
-
-
-def _check_json(resolved: Resolved, report: Report, reuse: list[tuple[str, bool, str]]) -> dict[str, object]:
-    return {
-        "recipe": resolved.recipe.model_dump(mode="json", by_alias=True),
-        "layers": [
-            {
-                "name": item.name,
-                "weights": str(item.weights or "float"),
-                "inputs": str(item.activations or "float"),
-            }
-            for item in report.plan
-        ],
-        "matches": report.matches,
-        "stages": [{"stage": stage, "reused": reused, "why": why} for stage, reused, why in reuse],
-    }
 
 
 @app.command()

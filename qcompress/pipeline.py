@@ -30,10 +30,10 @@ from qcompress.check import Report, check_model
 from qcompress.codekey import code_digest, stage_key
 from qcompress.errors import MachineError
 from qcompress.host import describe_host, device_kind, threads
-from qcompress.load import fingerprint, load, locate
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, dump_recipe
 from qcompress.schema import STAGES, Recipe
+from qcompress.stages.load import fingerprint, load, locate
 from qcompress.tasks.text import fingerprint as text_fingerprint
 from qcompress.workspace import Step, Workspace
 
@@ -155,7 +155,7 @@ def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object
         "recipe": recipe.name,
         "values": values,
         "code": code_digest(
-            [f"qcompress.{stage}", *HIDDEN_CODE.get(stage, ())], leave_out=_unselected(recipe, stage)
+            [f"qcompress.stages.{stage}", *HIDDEN_CODE.get(stage, ())], leave_out=_unselected(recipe, stage)
         ),
         "versions": _versions(stage),
         "inputs": inputs,
@@ -243,32 +243,32 @@ def _makers(plan: Plan, steps: Mapping[str, Step], reporter: Reporter) -> dict[s
     recipe, base = plan.recipe, plan.resolved.base
 
     def make_train(folder: Path) -> None:
-        from qcompress.train import train
+        from qcompress.stages.train import train
 
         report = plan.report
         train(_float(plan, steps), recipe, base, report.architecture, report.plan, folder, reporter)
 
     def make_fold(folder: Path) -> None:
-        from qcompress.fold import fold
+        from qcompress.stages.fold import fold
 
         fold(_float(plan, steps), TrainedModel(steps["train"].path), folder)
 
     def make_export(folder: Path) -> None:
-        from qcompress.export import export
+        from qcompress.stages.export import export
 
         export(
             FoldedModel(steps["fold"].path), recipe.export, recipe.build.target, provenance(recipe), folder
         )
 
     def make_build(folder: Path) -> None:
-        from qcompress.build import build
+        from qcompress.stages.build import build
 
         with reporter.bar("build", 100) as bar:
             graph = OnnxModel(steps["export"].path)
             build(graph, recipe.build, folder, lambda what, share: bar.at(what, round(100 * share)))
 
     def make_verify(folder: Path) -> None:
-        from qcompress.verify import Artifacts, verify
+        from qcompress.stages.verify import Artifacts, verify
 
         artifacts = Artifacts(
             float_model=_float(plan, steps),
@@ -281,7 +281,7 @@ def _makers(plan: Plan, steps: Mapping[str, Step], reporter: Reporter) -> dict[s
         verify(recipe, base, artifacts, folder, reporter)
 
     def make_gate(folder: Path) -> None:
-        from qcompress.gate import gate
+        from qcompress.stages.gate import gate
 
         gate(steps["verify"].path / "parity.json", recipe, folder)
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qcompress.axes import AXES, ILLEGAL, PHASES
-from qcompress.schema import METRICS, Format, Recipe, Role, TextData
+from qcompress.goals import METRICS
+from qcompress.schema import Format, Recipe, Role, TextData
 from qcompress.wording import choose, found
 from qcompress.yamlfile import Document, Key, dotted
 

@@ -35,15 +35,13 @@ from qcompress.formats import (
     WeightFormat,
     over_preset,
 )
+from qcompress.goals import Gate
 
 Stage = Literal["load", "train", "fold", "export", "build", "verify", "gate"]
 STAGES: tuple[str, ...] = ("load", "train", "fold", "export", "build", "verify", "gate")
 
 Row = Literal["float", "trained", "folded", "onnx", "engine"]
 ROWS: tuple[str, ...] = ("float", "trained", "folded", "onnx", "engine")
-
-METRICS: dict[str, Literal["lower", "higher"]] = {"perplexity": "lower", "token_accuracy": "higher"}
-"""Every metric a task reports, and which way is better."""
 
 
 def _word(words: dict[str, Any], default: str) -> BeforeValidator:
@@ -306,51 +304,6 @@ class Verify(Options):
     """Samples of one forward pass."""
     distance_samples: int = Field(default=64, ge=1)
     """Samples of the first evaluation set whose logits are compared between rows."""
-
-
-class Goal(Options):
-    """One limit on a metric, against its float value unless it is a threshold."""
-
-    threshold: float | None = None
-    """The metric itself: at most this (lower is better) or at least this (higher is better)."""
-    max_degradation: float | None = Field(default=None, alias="max-degradation", ge=0)
-    """Largest absolute loss."""
-    percent_max_degradation: float | None = Field(default=None, alias="percent-max-degradation", ge=0)
-    """Largest loss in percent of the reference."""
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> Goal:
-        if (
-            sum(
-                limit is not None
-                for limit in (self.threshold, self.max_degradation, self.percent_max_degradation)
-            )
-            != 1
-        ):
-            raise ValueError("give exactly one of threshold, max-degradation, percent-max-degradation")
-        return self
-
-
-class ParityGoal(Options):
-    """Limits on the distance of a row to the row before it."""
-
-    max_abs: float | None = Field(default=None, ge=0)
-    """Largest difference of a logit, as a fraction of the logits' range."""
-    mean_abs: float | None = Field(default=None, ge=0)
-    """Mean difference of the logits, as a fraction of the logits' range."""
-    top1_agreement: float | None = Field(default=None, ge=0, le=1)
-    """Least share of positions with the same best token."""
-
-
-class Gate(Options):
-    """What must hold for `accept`."""
-
-    float_floor: dict[str, float] = {}
-    """Worst acceptable value of the float model's own metric: a broken model is no reference."""
-    recovery: dict[str, Goal] = {}
-    """Goals on the last measured row, against float."""
-    parity: dict[Literal["trained", "folded", "onnx", "engine"], ParityGoal] = {}
-    """Limits that replace the defaults (design: folded equals trained; onnx within 2e-4 of the range)."""
 
 
 class Recipe(Options):

@@ -26,8 +26,8 @@ from typer.testing import CliRunner
 from qcompress import api, pipeline
 from qcompress.artifacts import FoldedModel, read_json
 from qcompress.cli import app
-from qcompress.export import export
 from qcompress.plan import LayerPlan, plans_from_json
+from qcompress.stages.export import export
 
 NAME = "tiny"
 SETS = {"test": 12, "other": 5}

@@ -18,13 +18,13 @@ from onnx.reference import ReferenceEvaluator
 from tiny import VOCABULARY, WIDTH, make_recipe, start_line, token_ids
 
 from qcompress.artifacts import FoldedModel, read_json
-from qcompress.build import build_file
 from qcompress.certificate import certify
 from qcompress.errors import ExportError
-from qcompress.export import export
 from qcompress.pipeline import provenance
 from qcompress.prepare import assemble
 from qcompress.schema import Build
+from qcompress.stages.build import build_file
+from qcompress.stages.export import export
 
 LINE = "line"
 """The graph of the finished run: W8A8, trained with quadapter."""
@@ -342,7 +342,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from qcompress.artifacts import FoldedModel
-from qcompress.export import export
+from qcompress.stages.export import export
 from qcompress.schema import Export
 import qcompress
 folded, out = map(Path, sys.argv[1:3])

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from qcompress.artifacts import FoldedModel, TrainedModel
 from qcompress.errors import ContractError
-from qcompress.fold import check_scale, fold
 from qcompress.models import FAMILIES
 from qcompress.prepare import assemble, rebuild
 from qcompress.quant.layers import QuantizedWeight
+from qcompress.stages.fold import check_scale, fold
 
 BLOCK = {"bits": 4, "block": 32}
 FORMATS: dict[str, Any] = {

@@ -10,8 +10,9 @@ import pytest
 
 from qcompress.artifacts import read_json, write_json
 from qcompress.errors import QcompressError
-from qcompress.gate import EXIT_CODES, PARITY, exit_code, gate, judge
-from qcompress.schema import Gate, Recipe
+from qcompress.goals import Gate
+from qcompress.schema import Recipe
+from qcompress.stages.gate import EXIT_CODES, PARITY, exit_code, gate, judge
 
 REQUIRE = ["float", "trained", "folded", "onnx"]
 

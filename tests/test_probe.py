@@ -130,7 +130,7 @@ def test_the_kit_of_a_large_model_stays_within_twenty_megabytes(
     assert kept == len(positions) and np.all(np.diff(positions) > 0)
     assert positions[0] == 0 and positions[-1] == context - 1  # spread over the sequence
     assert np.array_equal(reference["logits"][0, :, 0], positions)
-    assert 15e6 < samples * kept * vocabulary * 4  # and it is used, not wasted
+    assert samples * kept * vocabulary * 4 > 15e6  # and it is used, not wasted
 
 
 def test_a_kit_that_fits_has_every_position(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_verify_takes_the_engine_row_in(project: Project, engine_json: Path, tmp
     for name, value in onnx["deployed"]["metrics"].items():
         assert engine["metrics"][name] == pytest.approx(value, rel=1e-6), name
     assert len(engine["metrics"]) == 4 and engine["distance"]["to"] == "onnx"
-    from qcompress.verify import read_samples
+    from qcompress.stages.verify import read_samples
 
     for name, entry in read_samples(mine.latest / "samples.json.gz").items():
         assert list(entry["rows"]) == ["engine", "float", "folded", "onnx", "trained"]

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from good_recipe import GOOD, edited, mistakes, prepare, write
 
 from qcompress.axes import METHODS
 from qcompress.errors import RecipeError
@@ -11,7 +12,6 @@ from qcompress.recipe import dump_recipe, examine, load_recipe
 from qcompress.schema import Export, Recipe
 from qcompress.structure import validate
 from qcompress.yamlfile import dump_yaml, parse_yaml
-from recipes import GOOD, edited, mistakes, prepare, write
 
 
 @pytest.fixture

@@ -2,8 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-from recipes import GOOD, edited, mistakes, prepare, write
+from good_recipe import GOOD, edited, mistakes, prepare, write
 
 ONE_MISTAKE = {
     "an illegal combination": (

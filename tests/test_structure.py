@@ -2,9 +2,9 @@ import re
 from pathlib import Path
 
 import pytest
+from good_recipe import GOOD, edited, mistakes, prepare, write
 
 from qcompress.recipe import load_recipe
-from recipes import GOOD, edited, mistakes, prepare, write
 
 ONE_MISTAKE = {
     "an unknown key": (("train:\n", "trian:\n"), r":20: trian: unknown key \(fix: did you mean `train`\?\)"),
@@ -229,10 +229,8 @@ def test_a_wrong_method_or_preset_does_not_blame_the_keys_that_it_would_have_set
 
 def test_options_without_a_name_change_what_the_preset_chose(folder: Path) -> None:
     text = edited(GOOD[GOOD.index("format:") : GOOD.index("method:")], "format: w4a16-g128\n")
-    file = write(folder, text)
-    recipe = load_recipe(
-        file, ["format.weights.block=64", "adapter.bound=3", "quantizer.weights=minmax"]
-    ).recipe
+    overrides = ["format.weights.block=64", "adapter.bound=3", "quantizer.weights=minmax"]
+    recipe = load_recipe(write(folder, text), overrides).recipe
     assert (recipe.format.weights.bits, recipe.format.weights.block) == (4, 64)
     assert (recipe.adapter.name, recipe.adapter.bound) == ("quadapter", 3.0)
     assert (recipe.quantizer.weights.name, recipe.quantizer.activations.init) == ("minmax", "mse")

@@ -17,16 +17,17 @@ from tiny import CONTEXT, WIDTH, Line, make_checkpoint, token_ids
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-import qcompress.train
+import qcompress.stages.train
 from qcompress.errors import ContractError, MachineError, ModelError, UsageError
 from qcompress.loop import batch_rows
 from qcompress.methods import STEPPERS
 from qcompress.methods.plain import OneUpdate
 from qcompress.models import load_tokenizer
 from qcompress.prepare import observe, quantize, rebuild
+from qcompress.quant.quantizers import LsqActivation, LsqWeight
 from qcompress.schema import TextData
+from qcompress.stages.train import snap
 from qcompress.tasks import TASKS
-from qcompress.train import snap
 
 
 def train_ids(made: Line, data: TextData | None = None) -> Tensor:
@@ -84,7 +85,8 @@ def test_float_training_is_the_training_loop_everyone_would_write(
     steps, size = 6, 4
     made = line(source=without_dropout, method="float", format="float", steps=steps, seed=3,
                 stepper={"name": "plain", "clip_norm": None},
-                train={"lr": {"weight": 1e-3, "other": 5e-4}, "weight_decay": 0.1, "warmup": 0.34})  # fmt: skip
+                train={"lr": {"weight": 1e-3, "other": 5e-4}, "weight_decay": 0.1,
+                       "warmup": 0.34})  # fmt: skip
     made.train()
     model = GPT2LMHeadModel.from_pretrained(without_dropout, attn_implementation="eager")
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2]
@@ -113,6 +115,27 @@ def test_float_training_is_the_training_loop_everyone_would_write(
             tensor[WIDTH : 2 * WIDTH] = trained[name][WIDTH : 2 * WIDTH].detach()
         torch.testing.assert_close(tensor, trained[name].detach(), rtol=0, atol=1e-4)
         assert (tensor - start[name]).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize(("method", "phase"), [("lsq", "finetune"), ("quadapter", "calibrate")])
+def test_no_learning_rate_brings_a_scale_below_its_floor(
+    line: Callable[..., Line], monkeypatch: pytest.MonkeyPatch, method: str, phase: str
+) -> None:
+    """In both loops. The least ratio before a projection is below zero: without it, the scale would be."""
+    options = {"method": method, "quantizer": {"name": "lsq", "floor": 0.2}}
+    start = line(**options, steps=0).train().tensors()
+    quiet = {"finetune": {"steps": 0}} if method == "quadapter" else {}
+    phases, rates = {**quiet, phase: {"steps": 4}}, {"warmup": 0.0, "lr": {"scale": 3.0}}
+    lowest: list[float] = []
+    monkeypatch.setattr(
+        LsqWeight, "advance", lambda self: (lowest.append(self.ratio.min().item()), project(self))
+    )
+    project = LsqActivation.advance
+    after = line(**options, train={**rates, "phases": phases}).train().tensors()
+    scales = [name for name in start if ".h." in name and name.endswith(".scale")]
+    assert len(scales) == 16 and min(lowest) < 0
+    for name in scales:
+        assert (after[name] >= 0.2 * start[name] * (1 - 1e-5)).all(), name
 
 
 def test_a_float_run_folds_into_the_model_it_trained(line: Callable[..., Line]) -> None:
@@ -160,7 +183,7 @@ def test_the_same_recipe_gives_the_same_bytes_and_another_seed_does_not(line: Ca
 def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[..., None]) -> None:
     """Call `see(model, optimizer, groups)` before every update."""
     models = []
-    quantize = qcompress.train.quantize
+    quantize = qcompress.stages.train.quantize
 
     def remember(*arguments: object):
         prepared = quantize(*arguments)
@@ -172,7 +195,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[..., None]) -> None:
             see(models[-1], optimizer, groups)
             return super().step(closure, optimizer, groups, taps, accelerator)
 
-    monkeypatch.setattr(qcompress.train, "quantize", remember)
+    monkeypatch.setattr(qcompress.stages.train, "quantize", remember)
     monkeypatch.setitem(STEPPERS, "plain", Watching)
 
 

@@ -17,7 +17,7 @@ import torch
 from tiny import Line, make_recipe, start_line
 
 import qcompress.checkpoint
-import qcompress.train
+import qcompress.stages.train
 from qcompress.checkpoint import Checkpoints, Position, restore
 from qcompress.methods import STEPPERS
 from qcompress.methods.plain import OneUpdate
@@ -29,7 +29,7 @@ CHILDREN = multiprocessing.get_context("forkserver")
 if os.name == "posix":
     CHILDREN.set_forkserver_preload(
         [
-            "qcompress.train",
+            "qcompress.stages.train",
             "transformers.models.gpt2.modeling_gpt2",
             "transformers.models.auto.tokenization_auto",
         ]
@@ -92,7 +92,7 @@ def child(made: Line, moment: Moment | None, resuming: bool) -> None:
         def refuse(*arguments: object) -> None:
             raise AssertionError("a resumed run observes no ranges again")
 
-        qcompress.train.observe = qcompress.train.initialise = refuse
+        qcompress.stages.train.observe = qcompress.stages.train.initialise = refuse
     made.train()
 
 

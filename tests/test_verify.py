@@ -21,7 +21,7 @@ from qcompress.api import load
 from qcompress.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel, read_json
 from qcompress.errors import UsageError
 from qcompress.progress import Reporter
-from qcompress.verify import Artifacts, read_samples, verify
+from qcompress.stages.verify import Artifacts, read_samples, verify
 
 ROWS = ["float", "trained", "folded", "onnx", "engine"]
 

@@ -18,15 +18,15 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, logging
 
 from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
-from qcompress.fold import fold
-from qcompress.load import fingerprint, load
 from qcompress.models import describe
 from qcompress.models.architecture import Architecture
 from qcompress.plan import LayerPlan, plan_layers
 from qcompress.prepare import assemble, rebuild
 from qcompress.progress import Reporter
 from qcompress.schema import Model, Recipe
-from qcompress.train import train
+from qcompress.stages.fold import fold
+from qcompress.stages.load import fingerprint, load
+from qcompress.stages.train import train
 
 VOCABULARY, WIDTH, HEADS, BLOCKS, CONTEXT = 300, 64, 2, 2, 32
 OUTLIER = 5

@@ -78,7 +78,7 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         if file.stat().st_size != size:
             raise ValueError(f"{file.stat().st_size} bytes, and its header promises {size}")
         return {name: (value["dtype"], tuple(value["shape"])) for name, value in tensors.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{file} is not a readable safetensors file ({error})",
             fix="save the model again with model.save_pretrained(directory)",
@@ -134,10 +134,13 @@ def read_config(directory: Path) -> dict[str, object]:
     """The checkpoint's config.json."""
     file = directory / "config.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(
             f"{directory} holds no config.json", fix="name a directory in transformers' layout"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} must hold a JSON object, found {type(config).__name__}")
+    return config

@@ -34,7 +34,7 @@ def describe(config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ..
             fix="name the family of this checkpoint, or another checkpoint",
         )
     for key in CONFIG_KEYS:
-        if not isinstance(config.get(key), int) or config[key] < 1:
+        if type(config.get(key)) is not int or config[key] < 1:
             raise ModelError(f"config.json: {key} must be a positive integer, found {config.get(key)!r}")
     width, vocabulary, context = config["n_embd"], config["vocab_size"], config["n_positions"]
     inner = config.get("n_inner") or 4 * width

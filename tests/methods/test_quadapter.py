@@ -15,11 +15,12 @@ from tiny import OUTLIER, WIDTH, Line, token_ids
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-import qcompress.train
+import qcompress.stages.train
 from qcompress.axes import QuadapterOptions
 from qcompress.methods import STEPPERS
 from qcompress.methods.plain import OneUpdate
 from qcompress.methods.quadapter import Quadapter, balanced
+from qcompress.models import load_tokenizer
 from qcompress.prepare import Prepared, initialise, observe, quantize, rebuild
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
@@ -139,10 +140,12 @@ def test_neither_phase_moves_a_weight_and_only_adapters_and_scales_get_gradients
             closure().backward()
             parameters = dict(prepared[0].model.named_parameters())
             touched.append({name for name, parameter in parameters.items() if parameter.grad is not None})
+            wanted = {name for name, parameter in parameters.items() if parameter.requires_grad}
+            assert wanted == touched[-1]  # nothing else may keep a graph either
             optimizer.zero_grad()
             return super().step(closure, optimizer, groups, taps, accelerator)
 
-    monkeypatch.setattr(qcompress.train, "quantize", remember)
+    monkeypatch.setattr(qcompress.stages.train, "quantize", remember)
     monkeypatch.setitem(STEPPERS, "plain", Watching)
     made = line(method="quadapter", steps=3).train()
     assert len(touched) == 3 * 2 + 3  # three updates of each of two blocks, then three of the model
@@ -167,11 +170,14 @@ def test_neither_phase_moves_a_weight_and_only_adapters_and_scales_get_gradients
 # What must get better --------------------------------------------------------------------------------
 
 
+def calibration_ids(made: Line) -> Tensor:
+    recipe, tokenizer = made.recipe, load_tokenizer(made.source)
+    return TASKS["causal-lm"].sequences(recipe.data.calibration, made.text.parent, tokenizer, recipe.task)
+
+
 def block_errors(made: Line) -> list[float]:
     """Mean squared error of each block of the trained model on float inputs, measured with hooks alone."""
-    recipe = made.recipe
-    tokenizer = qcompress.train.load_tokenizer(made.source)
-    ids = TASKS["causal-lm"].sequences(recipe.data.calibration, made.text.parent, tokenizer, recipe.task)
+    ids = calibration_ids(made)
     models = stock(made.source), rebuild(made.float_model, made.trained).model
     inputs: dict[str, Tensor] = {}
     outputs: list[dict[str, Tensor]] = [{}, {}]
@@ -233,6 +239,25 @@ def test_the_first_phase_never_leaves_a_block_worse_than_it_was(line: Callable[.
         assert all(fact["after"] == fact["before"] for fact in facts)
         start = line(method="quadapter", adapter=IDENTITY, steps=0).train().tensors()
         assert all(torch.equal(tensor, start[name]) for name, tensor in made.tensors().items())
+
+
+def test_calibrated_ranges_are_those_of_the_rescaled_activations(
+    line: Callable[..., Line], outlier_model: Path
+) -> None:
+    made = line(source=outlier_model, method="quadapter", quantizer="minmax", steps=0)
+    tensors = made.train().tensors()
+    ids = calibration_ids(made)
+    for norm in SITES:
+        inputs: list[Tensor] = []
+        model, scale = stock(outlier_model), tensors[f"{norm}.rescale"]
+        model.get_submodule(reader_of(norm)).register_forward_pre_hook(
+            lambda module, arguments, inputs=inputs: inputs.append(arguments[0])
+        )
+        with torch.no_grad():
+            model(ids)
+        expected = (inputs[0] * scale).abs().max() / 127
+        torch.testing.assert_close(tensors[f"{reader_of(norm)}.input.scale"], expected, rtol=1e-5, atol=0)
+        assert float(inputs[0].abs().max() / 127 / expected) > 2
 
 
 # Gradients -------------------------------------------------------------------------------------------

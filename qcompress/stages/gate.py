@@ -22,7 +22,8 @@ from typing import Any
 
 from qcompress.artifacts import read_json, write_json
 from qcompress.errors import QcompressError
-from qcompress.schema import METRICS, Gate, Goal, ParityGoal, Recipe
+from qcompress.goals import METRICS, Gate, Goal, ParityGoal
+from qcompress.schema import Recipe
 
 EXIT_CODES = {"accept": 0, "regression": 3, "anomalous": 4}
 

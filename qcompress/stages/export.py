@@ -170,6 +170,7 @@ def _store_narrow(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:
 
 def _strip(model: ir.Model) -> None:
     """Drop the exporter's notes: they hold absolute paths, and a file's hash must not depend on a place."""
+    model.graph.metadata_props.clear()
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()

@@ -1,0 +1,57 @@
+"""What `qcompress check` has found, as text and as JSON. No torch."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from qcompress.axes import PHASES
+from qcompress.check import Report
+from qcompress.plan import LayerPlan
+from qcompress.recipe import Resolved
+
+
+def print_check(
+    console: Console, resolved: Resolved, report: Report, reuse: list[tuple[str, bool, str]]
+) -> None:
+    recipe = resolved.recipe
+    architecture = report.architecture
+    console.print(
+        f"{recipe.name}: {architecture.family}, {architecture.parameters / 1e6:.2f} M parameters, "
+        f"{len(architecture.blocks)} blocks; method {recipe.method}, target {recipe.build.target}"
+    )
+    table = Table("layers", "kind", "weights", "inputs", header_style="bold")
+    for (kind, weights, inputs), items in _grouped(report.plan).items():
+        names = items[0].name + (f" and {len(items) - 1} more" if len(items) > 1 else "")
+        table.add_row(names, kind, weights, inputs)
+    console.print(table)
+    for pattern, count in report.matches.items():
+        console.print(f"format.layers {pattern!r} matches {count} layer{'s' if count != 1 else ''}")
+    phases = ", ".join(PHASES[recipe.schedule.name]) or "none"
+    console.print(f"phases of {recipe.schedule.name}: {phases}")
+    for stage, reused, why in reuse:
+        console.print(f"  {stage:8} {'reused' if reused else 'runs' + (f': {why}' if why else '')}")
+
+
+def _grouped(plan: tuple[LayerPlan, ...]) -> dict[tuple[str, str, str], list[LayerPlan]]:
+    groups: dict[tuple[str, str, str], list[LayerPlan]] = {}
+    for item in plan:
+        key = (item.layer.kind, str(item.weights or "float"), str(item.activations or "float"))
+        groups.setdefault(key, []).append(item)
+    return groups
+
+
+def check_json(resolved: Resolved, report: Report, reuse: list[tuple[str, bool, str]]) -> dict[str, object]:
+    return {
+        "recipe": resolved.recipe.model_dump(mode="json", by_alias=True),
+        "layers": [
+            {
+                "name": item.name,
+                "weights": str(item.weights or "float"),
+                "inputs": str(item.activations or "float"),
+            }
+            for item in report.plan
+        ],
+        "matches": report.matches,
+        "stages": [{"stage": stage, "reused": reused, "why": why} for stage, reused, why in reuse],
+    }
