@@ -20,10 +20,10 @@ import onnx
 import pytest
 from graphs import GPT2_SMALL, Shape, decoder, linear, save
 
-from qcompress.stages import build as stage
 from qcompress.artifacts import Engine, OnnxModel, read_json, sha256_file
 from qcompress.errors import ExportError, MachineError, UsageError
 from qcompress.schema import Build, Profile
+from qcompress.stages import build as stage
 from qcompress.stages.build import build, build_file, device_command
 from qcompress.targets import process
 from qcompress.targets.sizes import check_plan, limit_bytes, predicted_bytes

@@ -26,7 +26,8 @@ def print_check(
         table.add_row(names, kind, weights, inputs)
     console.print(table)
     for pattern, count in report.matches.items():
-        console.print(f"format.layers {pattern!r} matches {count} layer{'s' if count != 1 else ''}")
+        line = f"format.layers {pattern!r} matches {count} layer{'s' if count != 1 else ''}"
+        console.print(line, markup=False)  # [ab] is a glob here
     phases = ", ".join(PHASES[recipe.schedule.name]) or "none"
     console.print(f"phases of {recipe.schedule.name}: {phases}")
     for stage, reused, why in reuse:

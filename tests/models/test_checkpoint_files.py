@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel
 from qcompress.errors import ModelError
 from qcompress.models import describe
 from qcompress.models.architecture import HEADER_LIMIT, read_config, read_header, read_tensors, weight_files
+from qcompress.models.gpt2 import describe as describe_gpt2
 
 
 @pytest.fixture
@@ -149,3 +150,22 @@ def test_a_config_that_cannot_be_read_is_refused(copy: Path) -> None:
     (copy / "config.json").unlink()
     with pytest.raises(ModelError, match="holds no config.json"):
         read_config(copy)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"gpt2"'])
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match="must hold a JSON object"):
+        read_config(tmp_path)
+
+
+def test_a_config_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ModelError, match="is not valid JSON"):
+        read_config(tmp_path)
+
+
+def test_a_boolean_is_no_number_of_layers() -> None:
+    config = {"model_type": "gpt2", "n_layer": True, "n_embd": 8, "n_positions": 8, "vocab_size": 8}
+    with pytest.raises(ModelError, match="n_layer must be a positive integer, found True"):
+        describe_gpt2(config, {})

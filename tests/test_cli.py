@@ -1,0 +1,413 @@
+"""The command line: what it prints, where to, and with which exit code; and that much of it needs no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from lines import NAME, Project, Result, cli, finished, make_project, python
+from onnx import numpy_helper
+
+from qcompress.axes import AXES, METHODS
+from qcompress.models import FAMILIES
+from qcompress.schema import STAGES
+from qcompress.targets.table import TARGETS
+
+KINDS = ("methods", "axes", "models", "tasks", "targets", "recipes")
+
+THRESHOLD = "gate.recovery={test.perplexity: {threshold: 1.5}}"
+FLOOR = "gate.float_floor={test.perplexity: 1.5}"
+
+
+@pytest.fixture(scope="module")
+def project(tiny_model: Path, text_file: Path) -> Project:
+    return finished(tiny_model, text_file)
+
+
+@pytest.fixture(scope="module")
+def shared(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A finished run that these tests may run again with other options."""
+    return project.copy(tmp_path_factory.mktemp("cli") / "shared")
+
+
+def strict(result: Result) -> object:
+    """Stdout as one JSON document, without the constants that only Python knows."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(result.stdout, parse_constant=refuse)
+
+
+# run ----------------------------------------------------------------------------------------------
+
+
+def test_run_shows_the_ladder_and_ends_with_the_verdict(shared: Project) -> None:
+    done = cli(*shared.command())
+    assert done.code == 0
+    lines = done.stdout.splitlines()
+    assert lines[-1] == f"accept  {NAME}  {shared.out / NAME / shared.latest.name}  (not measured: engine)"
+    assert [line.split()[0] for line in lines if line.strip()][3:9] == [
+        "float", "trained", "folded", "onnx", "deployed", "engine",
+    ]  # fmt: skip
+    assert "not measured: engine: a tensorrt_rtx plan runs on its GPU" in done.stdout
+    assert done.stderr.count("reused") == len(STAGES)
+
+
+def test_no_digit_of_the_ladder_is_lost_in_a_log(shared: Project) -> None:
+    done = cli(*shared.command())
+    assert "…" not in done.stdout
+    parity = json.loads((shared.latest / "parity.json").read_text())
+    for row in parity["rows"][:4]:
+        for value in row["metrics"].values():
+            assert f"{value:.5g}" in done.stdout
+    assert done.stdout.index("test") < done.stdout.index("other")  # the recipe's first set comes first
+
+
+def test_run_json_is_one_document_on_stdout_and_everything_else_on_stderr(shared: Project) -> None:
+    done = cli(*shared.command("--json"))
+    found = strict(done)
+    assert found.keys() == {"recipe", "path", "verdict", "parity", "stages"}
+    assert found["verdict"]["verdict"] == "accept" and found["stages"].keys() == set(STAGES)
+    assert "reused" in done.stderr and "reused, made" not in done.stdout
+
+
+def test_until_ends_early_and_says_so(shared: Project) -> None:
+    done = cli(*shared.command("--until", "fold"))
+    assert done.code == 0
+    assert done.stdout.splitlines()[-1].startswith(f"unfinished  {NAME}  {shared.out}")
+    found = strict(cli(*shared.command("--until", "fold", "--json")))
+    assert list(found["stages"]) == ["fold", "load", "train"] and found["verdict"] == "unfinished"
+
+
+# Exit codes ---------------------------------------------------------------------------------------
+
+
+def test_a_regression_is_3(shared: Project) -> None:
+    done = cli(*shared.command("--set", THRESHOLD))
+    assert done.code == 3
+    assert done.stdout.splitlines()[-1].startswith(f"regression  {NAME}  ")
+    assert "onnx: test.perplexity is" in done.stdout and "the limit is 1.5" in done.stdout
+
+
+def test_an_anomaly_is_4(shared: Project) -> None:
+    done = cli(*shared.command("--set", FLOOR, "--set", THRESHOLD))
+    assert done.code == 4
+    assert "its floor is 1.5: no reference" in done.stdout
+    assert strict(cli(*shared.command("--set", FLOOR, "--json")))["verdict"]["verdict"] == "anomalous"
+
+
+def test_a_required_row_that_cannot_be_measured_is_4(shared: Project) -> None:
+    done = cli(*shared.command("--set", "verify.require=[float, engine]"))
+    assert done.code == 4 and "required row engine was not measured" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--until", "bake"], "unknown stage 'bake'"),
+        (["--keep", "bake"], "unknown stage 'bake'"),
+        (["--set", "train.batch=4"], "train.batch"),
+        (["--set", "nonsense"], "is not of the form key=value"),
+        (["--nonsense"], "No such option"),
+    ],
+)
+def test_wrong_usage_of_run_is_2(words: list[str], message: str, shared: Project) -> None:
+    done = cli(*shared.command(*words))
+    assert done.code == 2 and message in done.stderr and done.stdout == ""
+
+
+def test_a_recipe_that_does_not_exist_is_2(tmp_path: Path) -> None:
+    done = cli("run", tmp_path / "absent.yaml", "--out", tmp_path / "runs")
+    assert done.code == 2 and "absent.yaml" in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_a_directory_that_is_no_run_is_2(tmp_path: Path) -> None:
+    for words in (["show", tmp_path], ["verify", tmp_path], ["gate", "--candidate", tmp_path]):
+        done = cli(*words)
+        assert done.code == 2 and "is not a finished run: recipe.resolved.yaml is missing" in done.stderr
+
+
+def test_a_changed_graph_is_5_and_names_the_layer(project: Project, tmp_path: Path) -> None:
+    mine = project.copy(tmp_path / "mine")
+    model = onnx.load(str(mine.latest / "model.onnx"))
+    (tensor,) = [item for item in model.graph.initializer if item.name.endswith("h.1.mlp.c_fc.weight.codes")]
+    codes = numpy_helper.to_array(tensor).copy()
+    codes[3, 4] ^= 1
+    tensor.raw_data = codes.tobytes()
+    onnx.save(model, str(mine.latest / "model.onnx"))
+    done = cli("verify", mine.latest)
+    assert done.code == 5
+    assert "transformer.h.1.mlp.c_fc: codes: 1 differ, first at [3, 4]" in done.stderr
+    assert "fix: run the recipe again" in done.stderr
+    assert cli(*mine.command()).code == 0  # which puts the file back
+    assert cli("verify", mine.latest).code == 0
+
+
+def test_what_this_machine_lacks_is_6(shared: Project) -> None:
+    """An engine that only a Jetson can build, and a second process of a launcher."""
+    needs = ["--set", "build.target=orin-jp6", "--set", "build.here=required"]
+    done = cli(*shared.command(*needs, "--until", "build"))
+    assert done.code == 6
+    assert "this machine cannot build for target orin-jp6" in done.stderr and "fix: run `" in done.stderr
+    words = shared.command("--set", "seed=7", "--until", "train")
+    done = cli(*words, environment={"WORLD_SIZE": "2"})
+    assert done.code == 6 and "started as one of 2 processes" in done.stderr
+
+
+# Interrupted (130) and busy (7) runs need a live process: test_pipeline.py.
+
+
+def test_a_file_where_the_runs_should_go_is_2(shared: Project, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = cli("run", shared.recipe, "--out", tmp_path / "file")
+    assert done.code == 2 and "a file is where a folder should be" in done.stderr
+
+
+# check --------------------------------------------------------------------------------------------
+
+
+def test_check_shows_layers_formats_phases_and_what_is_reused(shared: Project) -> None:
+    done = cli("check", shared.recipe, "--out", shared.out)
+    assert done.code == 0
+    assert f"{NAME}: gpt2, 0.12 M parameters, 2 blocks; method quadapter, target rtx-ada" in done.stdout
+    assert "transformer.h.0.attn.c_attn and 7 more" in done.stdout
+    assert "phases of blockwise-then-end-to-end: calibrate, finetune" in done.stdout
+    assert [line.split() for line in done.stdout.splitlines()[-7:]] == [[name, "reused"] for name in STAGES]
+
+
+def test_check_says_why_a_stage_runs(shared: Project) -> None:
+    change = "train.phases.finetune.steps=41"
+    done = cli("check", shared.recipe, "--out", shared.out, "--set", change)
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()[-7:]}
+    assert "runs: train.phases.finetune.steps changed (40 -> 41)" in lines["train"]
+    assert "runs: fold runs again" in lines["export"] and "reused" in lines["load"]
+
+
+def test_check_counts_what_a_pattern_matches_and_prints_it_as_it_is(shared: Project) -> None:
+    pattern = "transformer.h.[01].[am]*.c_proj"
+    done = cli("check", shared.recipe, "--set", f'format.layers."{pattern}"=float')
+    assert done.code == 0, done.stderr
+    assert f"format.layers '{pattern}' matches 4 layers" in done.stdout
+
+
+def test_check_json_has_every_layer_and_every_stage(shared: Project) -> None:
+    found = strict(cli("check", shared.recipe, "--out", shared.out, "--json"))
+    assert len(found["layers"]) == 11 and [item["stage"] for item in found["stages"]] == list(STAGES)
+    assert found["layers"][0] == {"name": "transformer.wte", "weights": "int8", "inputs": "float"}
+    assert found["recipe"]["name"] == NAME
+
+
+FIVE = """\
+name: Five Mistakes
+model: {family: gpt2, source: model}
+task: {name: causal-lm, context: 32}
+data:
+  calibration: {text: [absent.txt]}
+  evaluate: {test: {text: [text.txt]}}
+format: w9a9
+train: {batchsize: 4}
+gate:
+  recovery: {test.perplexety: {threshold: 3}}
+"""
+
+
+def test_five_mistakes_are_named_at_once_each_with_its_line(shared: Project) -> None:
+    file = shared.folder / "five.yaml"
+    file.write_text(FIVE)
+    done = cli("check", file)
+    assert done.code == 2 and done.stdout == ""
+    assert "the recipe has 5 mistakes:" in done.stderr
+    found = strict(cli("check", file, "--json"))["mistakes"]
+    assert [(item["line"], item["key"]) for item in found] == [
+        (1, "name"), (5, "data.calibration.text[0]"), (7, "format"), (8, "train.batchsize"),
+        (10, 'gate.recovery."test.perplexety"'),
+    ]  # fmt: skip
+    assert all(item["fix"] and item["message"] for item in found)
+    assert all(f"{file}:{item['line']}: {item['key']}: " in done.stderr for item in found)
+    again = cli("run", file, "--out", shared.out)
+    assert again.code == 2 and "mistakes:" in again.stderr
+
+
+# show, gate, verify -------------------------------------------------------------------------------
+
+
+def test_show_is_what_run_showed(shared: Project) -> None:
+    shown, run = cli("show", shared.out / NAME / "latest"), cli(*shared.command())
+    assert shown.code == 0 and shown.stderr == ""
+    assert shown.stdout.splitlines()[:-1] == run.stdout.splitlines()[:-1]
+    found = strict(cli("show", shared.latest, "--json"))
+    assert found["parity"] == json.loads((shared.latest / "parity.json").read_text())
+
+
+def test_gate_judges_by_the_recipe_that_the_run_holds(project: Project, tmp_path: Path) -> None:
+    mine = project.copy(tmp_path / "mine")
+    assert cli("gate", "--candidate", mine.latest).code == 0
+    resolved = mine.latest / "recipe.resolved.yaml"
+    text = resolved.read_text()
+    assert text.count("percent-max-degradation: 50.0") == 1
+    resolved.write_text(text.replace("percent-max-degradation: 50.0", "threshold: 2.0").replace(
+        "    threshold: null\n", ""))  # fmt: skip
+    done = cli("gate", "--candidate", mine.latest, "--json")
+    assert done.code in (2, 3), done.stderr
+    if done.code == 3:
+        assert strict(done)["verdict"]["verdict"] == "regression"
+
+
+def test_verify_measures_again_and_finds_the_same(project: Project, tmp_path: Path) -> None:
+    mine = project.copy(tmp_path / "mine")
+    before = (mine.latest / "parity.json").read_bytes()
+    done = cli("verify", mine.latest)
+    assert done.code == 0, done.stderr
+    assert (mine.latest / "parity.json").read_bytes() == before
+    assert done.stdout.splitlines()[-1].startswith(f"accept  {NAME}  ")
+
+
+# list, lint, build, predict -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_list_has_a_line_for_each(what: str) -> None:
+    expected = {
+        "methods": set(METHODS),
+        "axes": {f"{axis}: {one.model_fields['name'].default}" for axis in AXES for one in AXES[axis]},
+        "models": set(FAMILIES),
+        "tasks": {"causal-lm"},
+        "targets": set(TARGETS),
+    }
+    found = strict(cli("list", what, "--json"))
+    names = [item["name"] for item in found]
+    if what == "recipes":
+        assert any(name.endswith("quickstart.yaml") for name in names)
+    else:
+        assert set(names) == expected[what] and len(names) == len(expected[what])
+    assert all(item["about"] and not item["about"].endswith(",") for item in found)
+    shown = cli("list", what)
+    assert shown.code == 0 and all(name.split("/")[-1] in shown.stdout for name in names)
+
+
+def test_there_is_nothing_to_list_under_another_word() -> None:
+    done = cli("list", "nonsense")
+    assert done.code == 2 and "nothing to list under 'nonsense'" in done.stderr and "methods" in done.stderr
+
+
+def test_lint_says_what_a_target_refuses(shared: Project, tmp_path: Path) -> None:
+    model = shared.latest / "model.onnx"
+    good = cli("lint", model, "--target", "rtx-ada")
+    assert good.code == 0 and good.stdout.splitlines()[-1] == f"0 findings  rtx-ada  {model}"
+    broken = onnx.load(str(model))
+    (tensor,) = [item for item in broken.graph.initializer if item.name == "lm_head.input.scale"]
+    tensor.CopyFrom(numpy_helper.from_array(np.array(-1.0, np.float32), tensor.name))
+    onnx.save(broken, str(tmp_path / "broken.onnx"))
+    bad = cli("lint", tmp_path / "broken.onnx", "--target", "rtx-ada", "--json")
+    assert bad.code == 5
+    assert any("lm_head.input" in item["layer"] for item in strict(bad)["findings"])
+
+
+def test_predict_continues_a_text_greedily(shared: Project) -> None:
+    text = (shared.folder / "text.txt").read_text().split()[0]
+    done = cli("predict", shared.latest, text, "--tokens", "5")
+    assert done.code == 0 and done.stdout.startswith(text) and len(done.stdout) > len(text) + 1
+    assert cli("predict", shared.latest, text, "--tokens", "5").stdout == done.stdout
+    long = cli("predict", shared.latest, text, "--tokens", "500")
+    assert long.code == 2 and "exceed the context of 32" in long.stderr
+    assert cli("predict", shared.latest, "").code == 2
+
+
+# Without torch ------------------------------------------------------------------------------------
+
+HEAVY = ("torch", "transformers", "onnxruntime", "accelerate", "datasets", "onnxscript", "modelopt")
+
+WITHOUT = f"""
+import json, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        root = name.partition(".")[0]
+        if root in {HEAVY!r}:
+            raise ModuleNotFoundError(f"refused: {{name}}", name=root)
+
+sys.meta_path.insert(0, Refuse())
+from typer.testing import CliRunner
+import qcompress.cli
+
+found = []
+for words in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(qcompress.cli.app, words)
+    crash = repr(done.exception) if done.exception and not isinstance(done.exception, SystemExit) else None
+    found.append([done.exit_code, done.stdout, done.stderr, crash])
+assert not set(sys.modules) & set({HEAVY!r})
+print(json.dumps(found))
+"""
+
+
+def without_torch(*commands: list[str]) -> list[Result]:
+    """Commands in a process where torch and its like cannot be imported."""
+    asked = python(WITHOUT, json.dumps([[str(word) for word in words] for words in commands]))
+    assert asked.code == 0, asked.stderr
+    results = []
+    for code, stdout, stderr, crash in json.loads(asked.stdout):
+        assert crash is None, crash
+        results.append(Result(code, stdout, stderr))
+    assert len(results) == len(commands)
+    return results
+
+
+def test_much_works_where_torch_is_not_installed(shared: Project) -> None:
+    run = shared.latest
+    commands = [
+        ["check", shared.recipe, "--out", shared.out],
+        ["show", run],
+        ["gate", "--candidate", run],
+        ["lint", run / "model.onnx", "--target", "rtx-ada"],
+        *(["list", what] for what in KINDS),
+    ]
+    assert [done.code for done in without_torch(*commands)] == [0] * len(commands)
+
+
+def test_a_run_that_reuses_everything_needs_no_torch(shared: Project) -> None:
+    again, judged = without_torch(shared.command(), shared.command("--set", THRESHOLD))
+    assert again.code == 0 and again.stderr.count("reused") == len(STAGES)
+    assert again.stdout.splitlines()[-1].startswith(f"accept  {NAME}  ")
+    assert judged.code == 3
+
+
+def test_a_stage_that_needs_torch_says_how_to_get_it(shared: Project) -> None:
+    for change in ("seed=5", "export.opset=23", "verify.samples=1"):
+        (done,) = without_torch(shared.command("--set", change))
+        assert done.code == 6, done
+        assert "this stage needs the package" in done.stderr
+        assert "fix: pip install 'qcompress[all]'" in done.stderr
+
+
+def test_the_command_is_installed_and_python_m_is_the_same(shared: Project) -> None:
+    done = python("import runpy, sys; sys.argv = ['qcompress', 'list', 'tasks']; "
+                  "runpy.run_module('qcompress', run_name='__main__')")  # fmt: skip
+    assert done.code == 0 and done.stdout.startswith("causal-lm")
+    helped = cli("--help")
+    assert helped.code == 0 and all(
+        word in helped.stdout for word in ("run", "check", "show", "verify", "gate", "list", "predict")
+    )
+
+
+@pytest.mark.slow
+def test_the_bundled_recipe_is_without_mistakes() -> None:
+    for item in strict(cli("list", "recipes", "--json")):
+        if item["name"].endswith("quickstart.yaml"):
+            assert cli("check", item["name"]).code == 0
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_gpu_refuses_to_train_on_one(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    other = make_project(tmp_path / "other", tiny_model, text_file)
+    done = cli(*other.command("--set", "train.device=cuda"))
+    assert done.code == 6 and "torch sees no CUDA device" in done.stderr
