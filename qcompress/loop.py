@@ -23,7 +23,7 @@ from qcompress.errors import ModelError
 from qcompress.methods.protocols import Group, Objective, Phase, Stepper
 from qcompress.models.architecture import Architecture
 from qcompress.prepare import Prepared
-from qcompress.progress import Reporter
+from qcompress.progress import Bar, Reporter
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.schema import LEARNING_RATES, Recipe
 
@@ -182,23 +182,29 @@ def run_block_phase(training: Training, phase: Phase, start: Position) -> None:
     reference = training.reference()
     inputs, rest = _block_inputs(training, reference, blocks[0])
     training.prepared.model.train(phase.dropout)
-    with training.reporter.bar(phase.name, len(blocks), done=start.block) as bar:
+    total = len(blocks) * phase.steps
+    with training.reporter.bar(phase.name, total, done=start.block * phase.steps) as bar:
         for index, name in enumerate(blocks):
             teacher = reference.get_submodule(name)
             with torch.no_grad():
                 outputs = [_output(teacher(x, **rest)) for x in inputs]
             if index >= start.block:
-                before, after = _fit_block(training, phase, start.phase, index, inputs, outputs, rest)
+                before, after = _fit_block(training, phase, start.phase, index, inputs, outputs, rest, bar)
                 training.facts.append({"name": phase.name, "block": name, "before": before, "after": after})
                 training.save(Position(start.phase, index + 1), None)
-                bar.advance(f"block {index + 1} of {len(blocks)}: error {before:.3g} -> {after:.3g}")
             inputs = outputs
 
 
 def _fit_block(
-    training: Training, phase: Phase, phase_index: int, index: int, inputs: list[Tensor], outputs:
-    list[Tensor], rest: dict[str, object],
-) -> tuple[float, float]:  # fmt: skip
+    training: Training,
+    phase: Phase,
+    phase_index: int,
+    index: int,
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    rest: dict[str, object],
+    bar: Bar,
+) -> tuple[float, float]:
     """Train one block; returns its mean squared error before and after. A state that is worse is not kept."""
     name = training.architecture.blocks[index]
     block = training.prepared.model.get_submodule(name)
@@ -223,6 +229,8 @@ def _fit_block(
         report = training.stepper.step(closure, optimizer, groups, (), training.accelerator)
         _refuse_nan(report.loss, f"phase {phase.name}, block {name}, step {step + 1}")
         advance(training.prepared)
+        where = f"block {index + 1} of {len(training.architecture.blocks)}"
+        bar.advance(f"{where}  error {before:.3g} -> {best:.3g}  loss {report.loss:.3g}")
         if (step + 1) % phase.evaluate_every == 0 or step + 1 == phase.steps:
             error = _error(block, inputs, outputs, rest)
             if error < best:

@@ -157,7 +157,7 @@ class Workspace:
         if self.fresh:
             if partial.exists():
                 shutil.rmtree(partial)
-            self.log(f"{stage}: made anew, as asked")
+            self.log(f"{stage}: runs (asked to make it anew)")
         else:
             why = would_reuse(self.cache, stage, parts)[1]
             if not why:  # whoever held the lock before us has finished it
@@ -169,7 +169,7 @@ class Workspace:
                 # The manifest is proof that only the rename was missing; the checkpoints are gone already.
                 _commit(partial, entry)
                 return True
-            self.log(f"{stage}: {why}")
+            self.log(f"{stage}: runs ({why})")
         partial.mkdir(exist_ok=True)
         (partial / MANIFEST).unlink(missing_ok=True)
         reset_peak()

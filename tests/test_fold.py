@@ -204,9 +204,7 @@ def test_codes_outside_their_format_are_refused(
     made = line(format="w4a8").train()
     codes = QuantizedWeight.codes
     monkeypatch.setattr(QuantizedWeight, "codes", lambda layer: (codes(layer)[0] + 1, codes(layer)[1]))
-    with pytest.raises(
-        ContractError, match=r"transformer.h.0.attn.c_attn: codes outside \[-8, 7\]"
-    ):
+    with pytest.raises(ContractError, match=r"transformer.h.0.attn.c_attn: codes outside \[-8, 7\]"):
         made.fold()
 
 

@@ -15,8 +15,15 @@ def ladder(report: dict[str, Any]) -> Table:
     It fits into 80 columns; the other metrics are in parity.json.
     """
     rows = report["rows"]
-    metrics = _main_metrics(rows)
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+    metrics = _main_metrics(rows, report.get("sets", []))
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        header_style="bold",
+        padding=(0, 1),
+        pad_edge=False,
+        caption="* as integer GEMMs" if any(row.get("deployed") for row in rows) else None,
+        caption_justify="left",
+    )
     table.add_column("row", no_wrap=True)
     for metric in metrics:
         table.add_column(metric.replace(".", "\n"), justify="right")
@@ -34,14 +41,15 @@ def ladder(report: dict[str, Any]) -> Table:
     return table
 
 
-def _main_metrics(rows: list[dict[str, Any]]) -> list[str]:
-    """The first metric of each evaluation set."""
+def _main_metrics(rows: list[dict[str, Any]], sets: list[str]) -> list[str]:
+    """The first metric of each evaluation set, in the recipe's order: JSON objects are sorted by name."""
     found: dict[str, str] = {}
     for row in rows:
         if row["status"] == "measured":
             for metric in row["metrics"]:
                 found.setdefault(metric.rpartition(".")[0], metric)
-    return list(found.values())
+    order = {name: place for place, name in enumerate(sets)}
+    return [found[name] for name in sorted(found, key=lambda name: order.get(name, len(order)))]
 
 
 def _far(distance: dict[str, Any] | None) -> tuple[str, ...]:
@@ -49,7 +57,7 @@ def _far(distance: dict[str, Any] | None) -> tuple[str, ...]:
         return ("", "", "", "")
     scale = distance["range"] or math.nan
     return (
-        distance["to"],
+        {"folded-integer": "folded*"}.get(distance["to"], distance["to"]),
         f"{distance['max_abs'] / scale:.1e}" if distance["max_abs"] else "0",
         f"{distance['mean_abs'] / scale:.1e}" if distance["mean_abs"] else "0",
         f"{distance['top1_agreement']:.4f}",

@@ -3,10 +3,10 @@
     python recipes/quickstart/study.py --out runs/study
 
 Arms: float, ptq, ptq with the adapter's untrained start, lsq, quadapter. lsq and quadapter get the same
-number of trials (two learning rates) chosen on the last tenth of the training text, which no final run is
-measured on, and the same number of passes over the whole model: lsq's updates equal quadapter's end-to-end
-updates plus one third of its block updates, since a block is one third of the model. Every run uses its last
-state. Results go to results.json beside this file; a run that is finished is not run again.
+number of trials (two learning rates, at W8A8) chosen on the last tenth of the training text, which no final
+run is measured on, and the same number of passes over the whole model: lsq's updates equal quadapter's
+end-to-end updates plus one third of its block updates, since a block is one third of the model. Every run
+uses its last state. Results go to results.json beside this file; a run that is finished is not run again.
 """
 
 from __future__ import annotations
@@ -105,9 +105,10 @@ def main() -> None:
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
+    rates = {arm: choose(arm, FORMATS[0], out) for arm in TRIALS}
     for form in FORMATS:
         for arm in ARMS:
-            rate = choose(arm, form, out) if arm in TRIALS else None
+            rate = rates.get(arm)
             seeds = SEEDS if arm in TRIALS else SEEDS[:1]  # nothing random happens without training
             runs = []
             for seed in seeds:
