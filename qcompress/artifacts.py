@@ -71,9 +71,11 @@ class FloatModel(Artifact):
 class TrainedModel(Artifact):
     """A model whose tensors still pass through quantizers.
 
-    trained.json: {"plan": [layer plans], "rescalings": [{"norm", "readers"}], "changed": [names of
-    tensors that differ from the float model], "phases": [{"name", "steps", "loss"}]}.
-    trained.safetensors: quantizer state, rescalings, and the tensors named in `changed`.
+    trained.json: {"family", "compute", "plan": [layer plans], "rescalings": [{"norm", "readers"}], "changed":
+    [names of tensors that differ from the float model], "weights_unchanged": {"sha256"} | null, "phases":
+    [one entry for a phase, or for each of its blocks]}.
+    trained.safetensors: `<layer>.weight.scale`, `<layer>.input.scale`, `<norm>.rescale`, and the tensors
+    named in `changed`.
     """
 
 
@@ -81,7 +83,7 @@ class TrainedModel(Artifact):
 class FoldedModel(Artifact):
     """Integers, scales in the compute type, and the float rest; no trace of how it was trained.
 
-    folded.json: {"compute", "layers": [layer plans], "codes": bits per layer, "flips"}.
+    folded.json: {"family", "compute", "plan": [layer plans], "codes": count of integers}.
     folded.safetensors: `<layer>.weight.codes` int8, `<layer>.weight.scale`, `<layer>.input.scale`, and every
     float tensor under its own name.
     """

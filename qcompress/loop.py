@@ -119,9 +119,11 @@ def set_rates(training: Training, optimizer, groups: Sequence[Group], step: int,
 
 
 def advance(prepared: Prepared) -> None:
-    """Let every quantizer restore what an update may have broken."""
+    """Let every quantizer and every rescaling restore what an update may have broken."""
     for _, quantizer in [*prepared.weight_quantizers(), *prepared.input_quantizers()]:
         quantizer.advance()
+    for norm in prepared.norms.values():
+        norm.rescale.advance()
 
 
 def taps_of(prepared: Prepared) -> list[QuantizedWeight]:

@@ -131,10 +131,10 @@ class Project:
         return found
 
 
-def make_project(folder: Path, model: Path, text: Path, **sections: Any) -> Project:
+def make_project(folder: Path, checkpoint: Path, text: Path, **sections: Any) -> Project:
     """A project that was never run."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(model, folder / "model")
+    shutil.copytree(checkpoint, folder / "model")
     shutil.copyfile(text, folder / "text.txt")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values(**sections), sort_keys=False))
     return Project(folder)

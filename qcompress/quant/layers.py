@@ -29,6 +29,11 @@ class ChannelScale(nn.Module):
     def forward(self) -> Tensor:
         return self.theta.clamp(-self.limit, self.limit).exp()
 
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Bring theta back to its bound, beyond which it has no gradient and would never return."""
+        self.theta.clamp_(-self.limit, self.limit)
+
 
 class FixedScale(nn.Module):
     """A channel scale after training. Shape [channels]."""

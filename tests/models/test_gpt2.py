@@ -272,9 +272,7 @@ def test_a_checkpoint_without_a_bias_is_refused_and_not_filled_at_random(copy: P
 def test_a_tied_config_with_another_head_in_the_file_is_refused(copy: Path) -> None:
     """transformers would untie them, and the one table would no longer be the model."""
     edit_tensors(copy, lambda t: t.update({"lm_head.weight": 1.5 * t["transformer.wte.weight"]}))
-    with pytest.raises(
-        ModelError, match="config.json ties lm_head to wte, and the checkpoint's lm_head"
-    ):
+    with pytest.raises(ModelError, match="config.json ties lm_head to wte, and the checkpoint's lm_head"):
         gpt2.load_float(copy)
     edit_tensors(copy, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone()}))
     model = gpt2.load_float(copy)

@@ -290,3 +290,13 @@ def test_no_forward_writes_to_a_parameter_or_a_buffer() -> None:
             layer(x)
     for name, tensor in modules.state_dict(keep_vars=True).items():
         assert tensor._version == state[name][0] and torch.equal(tensor, state[name][1]), name
+
+
+def test_a_theta_beyond_its_bound_returns_and_can_move_again() -> None:
+    scale = ChannelScale(2, bound=4.0)
+    scale.theta.data = torch.tensor([9.0, -9.0])
+    before = scale()
+    scale.advance()
+    assert torch.equal(scale(), before)
+    scale().log().sum().backward()
+    assert torch.equal(scale.theta.grad, torch.ones(2))

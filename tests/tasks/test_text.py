@@ -70,9 +70,7 @@ def test_a_column_that_holds_no_text_is_refused(
     tmp_path: Path, column: str, rows: list[str | None], found: str
 ) -> None:
     write_dataset(tmp_path / "corpus", "jsonl", rows=rows)
-    with pytest.raises(
-        UsageError, match=f"column '{column}' of dataset corpus is not all text: {found}"
-    ):
+    with pytest.raises(UsageError, match=f"column '{column}' of dataset corpus is not all text: {found}"):
         read_text(TextData(dataset="corpus", column=column), tmp_path)
 
 
