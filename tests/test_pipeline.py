@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -283,7 +284,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_bytes(
 
     again = ended(start(other.command()))
     assert again.code == 0, again.stderr
-    assert "train: unfinished: goes on from where it was stopped" in again.stderr
+    assert re.search("train: .*unfinished: goes on from where it was stopped", again.stderr)
     assert "train: resuming in phase" in again.stderr
     for name in ("model.onnx", "parity.json", "samples.json.gz"):
         assert sha256_file(other.latest / name) == sha256_file(project.latest / name), name
@@ -302,6 +303,6 @@ def test_a_killed_run_ends_with_the_same_bytes(
     assert not (other.latest / "verdict.json").exists()
     again = ended(start(other.command()))
     assert again.code == 0, again.stderr
-    assert f"{stage}: unfinished" in again.stderr
+    assert re.search(f"{stage}: .*unfinished: goes on from where it was stopped", again.stderr)
     for name in ("model.onnx", "parity.json", "samples.json.gz", "engine/model.plan"):
         assert sha256_file(other.latest / name) == sha256_file(project.latest / name), name

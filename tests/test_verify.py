@@ -172,31 +172,25 @@ def test_a_window_counts_each_of_its_targets_once(project: Project) -> None:
         assert sets[name]["tokens"] == [len(ids) - 1 for ids in windows(project, name)]
 
 
-def test_measuring_again_gives_the_same_files(
+def test_measuring_again_gives_the_same_files_and_leaves_no_logits(
     project: Project, measure: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     measure()
     for name in ("parity.json", "samples.json.gz", "probe/inputs.npz", "probe/reference.npz"):
         assert (tmp_path / name).read_bytes() == (project.latest / name).read_bytes(), name
+    assert {path.name for path in tmp_path.iterdir()} == {"parity.json", "samples.json.gz", "probe"}
 
 
 def test_only_so_many_samples_are_compared_logit_by_logit(measure: Callable[..., dict[str, Any]]) -> None:
     rows = measure(distance_samples=3)
     assert {rows[stage]["distance"]["positions"] for stage in ROWS[1:4]} == {3 * CONTEXT}
     assert rows["onnx"]["samples"] == sum(SETS.values())
-    more = measure(distance_samples=1000)
-    assert {more[stage]["distance"]["positions"] for stage in ROWS[1:4]} == {SETS["test"] * CONTEXT}
 
 
-def test_samples_and_batches_bound_what_is_measured(measure: Callable[..., dict[str, Any]]) -> None:
-    few, whole = measure(samples=2), measure(batch_size=1)
-    assert few["onnx"]["samples"] == 4 and few["onnx"]["distance"]["positions"] == 2 * CONTEXT
-    assert whole["float"]["samples"] == sum(SETS.values())
-
-
-def test_no_logits_stay_behind(measure: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    measure()
-    assert {path.name for path in tmp_path.iterdir()} == {"parity.json", "samples.json.gz", "probe"}
+def test_samples_bound_what_is_measured_whatever_the_batches(measure: Callable[..., dict[str, Any]]) -> None:
+    rows = measure(samples=4, distance_samples=1000, batch_size=3)
+    assert {rows[stage]["samples"] for stage in ROWS[:4]} == {8}
+    assert {rows[stage]["distance"]["positions"] for stage in ROWS[1:4]} == {4 * CONTEXT}
 
 
 # Rows that cannot run -----------------------------------------------------------------------------
@@ -225,7 +219,7 @@ def test_an_artifact_that_is_gone_is_a_row_that_was_not_run_with_its_reason(
 
 
 def test_a_reason_that_the_caller_knows_is_the_one_given(measure: Callable[..., dict[str, Any]]) -> None:
-    rows = measure(onnx=None, missing={"onnx": "export was not asked for"})
+    rows = measure(float_model=None, trained=None, onnx=None, missing={"onnx": "export was not asked for"})
     assert rows["onnx"]["reason"] == "export was not asked for"
 
 
@@ -235,7 +229,7 @@ def test_nothing_to_measure_is_said_and_does_not_crash(measure: Callable[..., di
 
 
 def test_a_bf16_graph_is_built_and_not_measured_here(measure: Callable[..., dict[str, Any]]) -> None:
-    rows = measure(compute="bf16")
+    rows = measure(compute="bf16", float_model=None, trained=None)
     assert rows["onnx"]["status"] == "not-run" and "bf16" in rows["onnx"]["reason"]
     assert rows["folded"]["status"] == "measured"
 
@@ -250,7 +244,7 @@ def test_the_engine_row_says_what_the_build_said(
     folder.mkdir()
     facts = {"status": status, "reason": "why", "command": "qcompress build", "backend": "tensorrt_rtx"}
     (folder / "build.json").write_text(json.dumps(facts))
-    row = measure(engine=Engine(folder))["engine"]
+    row = measure(float_model=None, trained=None, folded=None, engine=Engine(folder))["engine"]
     assert row["status"] == shown
     if status == "deferred":
         assert row["reason"] == "why" and row["command"] == "qcompress build"

@@ -1,0 +1,86 @@
+"""The recipes that ship, the table in the quickstart's header, and what the README says is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from qcompress.check import all_mistakes
+from qcompress.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study", ROOT / "recipes" / "quickstart" / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measured() -> dict[str, dict[str, Any]]:
+    file = ROOT / "recipes" / "quickstart" / "results.json"
+    return json.loads(file.read_text(encoding="utf-8"))["results"]
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 2
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_is_valid_and_named_as_its_file(file: Path) -> None:
+    assert load_recipe(file).recipe.name == file.stem
+    assert all_mistakes(file)[2] == []
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_says_what_it_shows_costs_and_gives(file: Path) -> None:
+    header = file.read_text(encoding="utf-8").split("\nname:")[0]
+    for word in ("Shows:", "Cost:", "Result:"):
+        assert f"# {word}" in header
+
+
+def test_the_table_in_the_header_is_made_of_the_results() -> None:
+    results = measured()
+    assert sum(len(result["runs"]) for result in results.values()) == 16
+    header = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    rows = study().table(results).split("\n")
+    assert len(rows) == 2 + 1 + 8
+    for row in rows:
+        assert f"#   {row}\n" in header
+
+
+def test_quadapter_wins_back_what_ptq_loses_and_loses_less_elsewhere_than_lsq() -> None:
+    """The claim of the paper on the bundled model, from the measured results."""
+    results = measured()
+
+    def mean(arm: str, text: str, row: str = "onnx") -> float:
+        runs = results[arm]["runs"]
+        return sum(run[f"{row}.{text}.perplexity"] for run in runs) / len(runs)
+
+    for form in ("w8a8", "w4a8"):
+        base = mean(f"{form} ptq", "shakespeare", "float")
+        lost = mean(f"{form} ptq", "shakespeare") - base
+        assert (mean(f"{form} quadapter", "shakespeare") - base) / lost < 0.1
+        assert mean(f"{form} quadapter", "wikitext2") < mean(f"{form} lsq", "wikitext2")
+
+
+def test_the_readme_names_files_and_commands_that_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("## Layout")[1].split("```")[1]
+    names = re.findall(r"[\w/]+\.(?:py|toml|txt)", tree)
+    assert len(names) >= 15
+    for name in names:
+        assert any((folder / name).is_file() for folder in (ROOT, ROOT / "qcompress", ROOT / "tests")), name
+    commands = set(re.findall(r"^qcompress (\w+)", text, flags=re.MULTILINE))
+    source = (ROOT / "qcompress" / "cli.py").read_text(encoding="utf-8")
+    assert len(commands) >= 7
+    for command in commands:
+        assert re.search(rf'def {command}\(|command\("{command}"\)', source), command
