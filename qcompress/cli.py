@@ -59,6 +59,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdou
 
 def main() -> None:
     """Entry point of the `qcompress` command."""
+    # threads that spin while they wait make a shared machine many times slower; torch reads this once
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 

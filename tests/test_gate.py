@@ -217,6 +217,12 @@ def test_limits_on_a_row_without_a_row_before_it_are_anomalous() -> None:
     assert "trained: mean_abs to None is not a number" in found["reasons"]
 
 
+def test_the_first_measured_row_has_nothing_to_be_compared_with() -> None:
+    first = row("folded", 30.4, 0.495)
+    first["distance"] = None
+    assert verdict(report(float=None, trained=None, folded=first), {}, [])["verdict"] == "accept"
+
+
 @pytest.mark.parametrize("field", ["max_abs", "mean_abs", "top1_agreement"])
 @pytest.mark.parametrize("value", [math.nan, "missing"])
 def test_a_distance_that_is_not_a_number_is_anomalous(field: str, value: float | str) -> None:
