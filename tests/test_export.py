@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime
 import pytest
 import torch
 from lines import NAME, QUICK, SLOW, Exported, Kind, exported, finished, plain_session, python
@@ -212,6 +213,19 @@ def test_the_onnx_reference_computes_the_folded_model(graph: Exported) -> None:
     found = ReferenceEvaluator(str(graph.file)).run(["logits"], feed(ids))[0]
     agree = close(found, folded_logits(graph, ids), graph)
     assert agree.mean() >= 0.5, agree
+
+
+def test_int8_layers_become_integer_matmuls_in_the_deployed_session(graph: Exported, tmp_path: Path) -> None:
+    """Or the deployed model is slower than float: ONNX Runtime fuses only the form it knows."""
+    if graph.kind.compute != "fp32":
+        pytest.skip("ONNX Runtime fuses integer matmuls with fp32 scales only")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(graph.file), options, providers=["CPUExecutionProvider"])
+    words = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    int8 = [item for item in graph.plan if item.activations and item.weights.stored_bits == 8]
+    assert words.count("MatMulIntegerToFloat") == len(int8)
 
 
 def test_tensorrt_rtx_builds_the_graph(graph: Exported, tmp_path: Path) -> None:
