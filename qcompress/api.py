@@ -15,12 +15,15 @@ from qcompress import pipeline
 from qcompress.artifacts import read_json, write_json
 from qcompress.errors import ExportError, RecipeError, UsageError
 from qcompress.progress import Reporter
-from qcompress.recipe import load_recipe, read
+from qcompress.recipe import Resolved, load_recipe, read
+from qcompress.report.seeds import summarise
 from qcompress.schema import Build, Recipe
+from qcompress.smoke import smoke as shorten
 from qcompress.stages.gate import judge
 from qcompress.structure import validate
 
 if TYPE_CHECKING:
+    from qcompress.stages.verify import Artifacts
     from qcompress.targets.lint import Finding
 
 
@@ -49,24 +52,73 @@ def run(
     until: str = "gate",
     fresh: bool = False,
     keep: Sequence[str] = (),
+    smoke: bool = False,
     reporter: Reporter | None = None,
 ) -> pipeline.Run:
     """Run a recipe; returns the run's folder and its verdict.
 
     `overrides` are `a.b=c` strings, `until` is the last stage, `keep` names stages whose whole folder is
-    copied into the run. Raises RecipeError, ModelError, ExportError, MachineError or BusyError.
+    copied into the run, `smoke` runs two blocks on little data (`qcompress/smoke.py`). Raises RecipeError,
+    ModelError, ExportError, MachineError or BusyError.
     """
-    resolved = load_recipe(Path(recipe), overrides)
-    folder = Path(out)
-    return pipeline.run(
-        resolved,
-        folder,
-        Path(cache) if cache is not None else folder / ".cache",
-        reporter or Reporter(silent=True),
-        until=until,
-        fresh=fresh,
-        keep=tuple(keep),
-    )
+    resolved, folder, store = _settings(recipe, out, cache, overrides, smoke)
+    reporter = reporter or Reporter(silent=True)
+    return pipeline.run(resolved, folder, store, reporter, until=until, fresh=fresh, keep=tuple(keep))
+
+
+def run_seeds(
+    recipe: str | os.PathLike[str],
+    seeds: Sequence[int],
+    out: str | os.PathLike[str] = "runs",
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    keep: Sequence[str] = (),
+    smoke: bool = False,
+    reporter: Reporter | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Run a recipe once for each seed, in `seed-N` folders side by side; options as for `run`.
+
+    Returns the folder that they share and the content of its seeds.json: verdicts, and mean and standard
+    deviation of each metric.
+    """
+    seeds = _checked_seeds(seeds, overrides)
+    reporter = reporter or Reporter(silent=True)
+    found: dict[int, LoadedRun] = {}
+    for seed in seeds:
+        reporter.say(f"seed {seed}")
+        again = [*overrides, f"seed={seed}"]
+        resolved, folder, store = _settings(recipe, out, cache, again, smoke)
+        made = pipeline.run(
+            resolved, folder, store, reporter, fresh=fresh, keep=tuple(keep), one_of_seeds=True
+        )
+        found[seed] = load(made.path)
+    first = found[seeds[0]]
+    summary = summarise(first.recipe.name, {seed: (run.parity, run.verdict) for seed, run in found.items()})
+    write_json(first.path.parent / "seeds.json", summary)
+    return first.path.parent, summary
+
+
+def _checked_seeds(seeds: Sequence[int], overrides: Sequence[str]) -> list[int]:
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UsageError(f"seeds must be different numbers, found {list(seeds)}", fix="--seeds 0,1,2")
+    if any(override.split("=")[0].strip() == "seed" for override in overrides):
+        raise UsageError("both --seeds and --set seed=... are given", fix="drop one of the two")
+    return list(seeds)
+
+
+def _settings(
+    recipe: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    cache: str | os.PathLike[str] | None,
+    overrides: Sequence[str],
+    smoke: bool,
+) -> tuple[Resolved, Path, Path]:
+    """The recipe to run, the folder of runs and the cache."""
+    resolved, folder = load_recipe(Path(recipe), overrides), Path(out)
+    store = Path(cache) if cache is not None else folder / ".cache"
+    return (shorten(resolved, store) if smoke else resolved), folder, store
 
 
 def load(path: str | os.PathLike[str]) -> LoadedRun:
@@ -146,15 +198,35 @@ def certify_run(loaded: LoadedRun) -> dict[str, Any]:
     return certificate
 
 
+def compare_layers(path: str | os.PathLike[str], *, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Where trained, folded and ONNX part, layer by layer; writes layers.json into the run and returns it."""
+    loaded = load(path)
+    certify_run(loaded)
+    from qcompress.layerwise import compare_layers as compare
+
+    reporter = reporter or Reporter(silent=True)
+    return compare(loaded.recipe, Path(loaded.manifest["base"]), _artifacts(loaded), loaded.path, reporter)
+
+
 def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:
     import tempfile
 
-    from qcompress.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel
-    from qcompress.stages.verify import Artifacts
     from qcompress.stages.verify import verify as measure
 
+    with tempfile.TemporaryDirectory(dir=loaded.path) as folder:
+        base = Path(loaded.manifest["base"])
+        measure(loaded.recipe, base, _artifacts(loaded), Path(folder), reporter)
+        for name in ("parity.json", "samples.json.gz"):
+            os.replace(Path(folder) / name, loaded.path / name)
+
+
+def _artifacts(loaded: LoadedRun) -> Artifacts:
+    """What is left of a run; the ONNX file is the one in its directory."""
+    from qcompress.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel
+    from qcompress.stages.verify import Artifacts
+
     source, stages = Path(loaded.manifest["source"]), loaded.stage
-    artifacts = Artifacts(
+    return Artifacts(
         float_model=FloatModel(stages("load"), source=source) if stages("load") and source.is_dir() else None,
         trained=TrainedModel(stages("train")) if stages("train") else None,
         folded=FoldedModel(stages("fold")) if stages("fold") else None,
@@ -162,10 +234,6 @@ def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:
         engine=Engine(stages("build")) if stages("build") else None,
         missing={},
     )
-    with tempfile.TemporaryDirectory(dir=loaded.path) as folder:
-        measure(loaded.recipe, Path(loaded.manifest["base"]), artifacts, Path(folder), reporter)
-        for name in ("parity.json", "samples.json.gz"):
-            os.replace(Path(folder) / name, loaded.path / name)
 
 
 def lint(model: Path, target: str) -> list[Finding]:

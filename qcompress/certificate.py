@@ -29,6 +29,7 @@ class Graph:
     initializers: dict[str, TensorProto]
     producer: dict[str, NodeProto]
     readers: dict[str, list[NodeProto]]
+    nodes: tuple[NodeProto, ...]
 
     @classmethod
     def read(cls, file: Path) -> Graph:
@@ -43,6 +44,7 @@ class Graph:
             initializers={tensor.name: tensor for tensor in graph.initializer},
             producer={name: node for node in graph.node for name in node.output},
             readers=readers,
+            nodes=tuple(graph.node),
         )
 
     def array(self, name: str) -> np.ndarray | None:
@@ -154,21 +156,27 @@ def _input_pairs(graph: Graph, decoders: list[NodeProto], tensors: Any, item: La
     for decoder in decoders:
         for matmul, own in _matmuls(graph, decoder.output[0]):
             other = next((name for name in matmul.input[:2] if name != own), None)
-            dequantize = graph.producer.get(other or "")
-            if dequantize is None or dequantize.op_type != "DequantizeLinear":
-                continue
-            quantize = graph.producer.get(dequantize.input[0])
-            if quantize is None or quantize.op_type != "QuantizeLinear":
+            pair = _input_pair(graph, other or "")
+            if pair is None:
                 continue
             pairs += 1
             if not item.activations:
                 continue
             reference = tensors.get_tensor(f"{item.name}.input.scale")
-            for node in (quantize, dequantize):
+            for node in pair:
                 scale = graph.array(node.input[1])
                 equal &= scale is not None and _same(scale, reference.astype(scale.dtype))
                 equal &= _zero_is_zero(graph, node)
     return pairs, equal
+
+
+def _input_pair(graph: Graph, value: str) -> tuple[NodeProto, NodeProto] | None:
+    """The QuantizeLinear and DequantizeLinear nodes that a value comes out of, None if it does not."""
+    dequantize = graph.producer.get(value)
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return None
+    quantize = graph.producer.get(dequantize.input[0])
+    return (quantize, dequantize) if quantize is not None and quantize.op_type == "QuantizeLinear" else None
 
 
 def _matmuls(graph: Graph, value: str) -> list[tuple[NodeProto, str]]:
@@ -180,6 +188,39 @@ def _matmuls(graph: Graph, value: str) -> list[tuple[NodeProto, str]]:
         elif node.op_type == "Transpose":
             found += _matmuls(graph, node.output[0])
     return found
+
+
+def matmul_inputs(graph: Graph, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[str, str | None]]:
+    """Layer -> names of the float input of its matmul and of that input's codes (None: not quantized).
+
+    In the order of the graph's nodes, which is a topological one. A layer whose weight no matmul reads under
+    its own name is left out.
+    """
+    order = {name: place for place, node in enumerate(graph.nodes) for name in node.output}
+    found: dict[str, tuple[str, str | None]] = {}
+    places: dict[str, int] = {}
+    for item in plan:
+        if item.layer.kind == "embedding":
+            continue
+        weight = f"{item.layer.tied_to or item.name}.weight"
+        decoders = [
+            node for node in graph.readers.get(f"{weight}.codes", []) if node.op_type.startswith("Dequ")
+        ]
+        sources = [node.output[0] for node in decoders] if item.weights else [weight]
+        for matmul, own in (pair for name in sources for pair in _matmuls(graph, name)):
+            value = next(name for name in matmul.input[:2] if name != own)
+            pair = _input_pair(graph, value)
+            found[item.name] = (pair[0].input[0], pair[0].output[0]) if pair else (value, None)
+            places[item.name] = order[matmul.output[0]]
+    return {name: found[name] for name in sorted(found, key=places.__getitem__)}
+
+
+def with_outputs(file: Path, names: list[str]) -> bytes:
+    """The graph with further values as outputs; their types are inferred. External data stays where it is."""
+    model = onnx.load(str(file), load_external_data=False)
+    known = {info.name for info in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+    return model.SerializeToString()
 
 
 def _float_copies(graph: Graph, plan: tuple[LayerPlan, ...]) -> list[str]:

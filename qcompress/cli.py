@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,6 +27,8 @@ from qcompress.listing import LISTS
 from qcompress.progress import Reporter
 from qcompress.report.checked import check_json, print_check
 from qcompress.report.ladder import ladder, not_measured
+from qcompress.report.layers import print_layers
+from qcompress.report.seeds import seeds_table
 from qcompress.schema import STAGES
 from qcompress.stages.gate import exit_code
 from qcompress.stages.load import locate
@@ -86,6 +88,8 @@ def run(
     until: Annotated[str, typer.Option(help=f"Last stage: {', '.join(STAGES)}.")] = "gate",
     keep: Annotated[list[str] | None, typer.Option(help="Copy a stage's whole folder into the run.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage anew.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two blocks, little data, a minute.")] = False,
+    seeds: Annotated[str | None, typer.Option(help="Once for each seed: 0,1,2.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe, from the float model to a verdict. What is finished is reused, what was killed goes
@@ -95,16 +99,13 @@ def run(
         for stage in (until, *(keep or ())):
             if stage not in STAGES:
                 raise UsageError(f"unknown stage {stage!r}", fix=f"choose one of {', '.join(STAGES)}")
-        result = api.run(
-            recipe,
-            out,
-            cache=cache,
-            overrides=overrides or (),
-            until=until,
-            fresh=fresh,
-            keep=keep or (),
-            reporter=Reporter(),
-        )
+        options = {"cache": cache, "overrides": overrides or (), "fresh": fresh, "keep": keep or ()}
+        options |= {"smoke": smoke, "reporter": Reporter()}
+        if seeds is not None:
+            if until != "gate":
+                raise UsageError("--seeds compares verdicts, and --until ends before them", fix="drop one")
+            _run_seeds(recipe, out, seeds, options, as_json)
+        result = api.run(recipe, out, until=until, **options)
         if until != "gate":
             _finish_early(result, as_json)
             return
@@ -114,6 +115,22 @@ def run(
         else:
             _show(loaded)
         raise typer.Exit(exit_code(result.verdict))
+
+
+def _run_seeds(recipe: Path, out: Path, seeds: str, options: dict[str, Any], as_json: bool) -> None:
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds {seeds!r} is not a list of numbers", fix="--seeds 0,1,2") from None
+    folder, found = api.run_seeds(recipe, numbers, out, **options)
+    if as_json:
+        _print_json({"path": str(folder), **found})
+    else:
+        _console().print(seeds_table(found))
+        for seed, verdict in found["verdicts"].items():
+            print(f"seed {seed}: {verdict}")
+        print(f"{found['verdict']}  {found['recipe']}  {folder}")
+    raise typer.Exit(exit_code(found["verdict"]))
 
 
 def _finish_early(result: pipeline.Run, as_json: bool) -> None:
@@ -186,10 +203,22 @@ def verify(
     engine: Annotated[
         Path | None, typer.Option(help="engine.json from the device.", show_default=False)
     ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Compare layer by layer instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run again from its files, or take in a measurement made on the device."""
     with _errors():
+        if layers:
+            if engine is not None:
+                raise UsageError(
+                    "--layers compares files of this run, not an engine", fix="drop one of the two"
+                )
+            found = api.compare_layers(folder, reporter=Reporter())
+            if as_json:
+                _print_json(found)
+            else:
+                print_layers(_console(), found)
+            raise typer.Exit(exit_code("regression" if found["unexplained"] else "accept"))
         verdict = api.verify(folder, engine=engine, reporter=Reporter())
         _report(folder, verdict["verdict"], as_json)
 

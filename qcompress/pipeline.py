@@ -112,11 +112,17 @@ def run(
     until: str = "gate",
     fresh: bool = False,
     keep: tuple[str, ...] = (),
+    one_of_seeds: bool = False,
 ) -> Run:
-    """Run the recipe's stages up to `until`, reusing what is finished."""
+    """Run the recipe's stages up to `until`, reusing what is finished.
+
+    `one_of_seeds`: the run's folder is `seed-N` inside a folder that all seeds of the recipe share.
+    """
     plan = prepare(resolved)
     steps: dict[str, Step] = {}
-    with Workspace(out, cache, plan.recipe.name, run_key(plan), fresh=fresh, log=reporter.say) as workspace:
+    with Workspace(
+        out, cache, plan.recipe.name, run_key(plan, one_of_seeds), fresh=fresh, log=reporter.say
+    ) as workspace:
         folder = workspace.run_dir
         (folder / "recipe.resolved.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
         reporter.log_to(folder / "log.jsonl")
@@ -134,9 +140,13 @@ def run(
         return Run(folder, verdict, tuple(steps.values()))
 
 
-def run_key(plan: Plan) -> str:
+def run_key(plan: Plan, one_of_seeds: bool = False) -> str:
     """Name of the run's folder: a digest of the recipe and of the content it names."""
-    return stage_key("run", {"values": plan.recipe.model_dump(mode="json"), "inputs": plan.digests})[:12]
+    values = plan.recipe.model_dump(mode="json")
+    if one_of_seeds:
+        del values["seed"]
+    key = stage_key("run", {"values": values, "inputs": plan.digests})[:12]
+    return f"{key}/seed-{plan.recipe.seed}" if one_of_seeds else key
 
 
 def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object]:

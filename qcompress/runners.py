@@ -38,6 +38,18 @@ class TorchRunner:
         return self.model(**inputs).logits.float().cpu().numpy()
 
 
+def open_session(file: Path, threads: int, optimized: bool) -> onnxruntime.InferenceSession:
+    """How every session of ours runs; `optimized` as `OnnxRunner` explains it."""
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_ENABLE_BASIC
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # idle threads that spin take the processor from whoever shares the machine
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
 class OnnxRunner:
     """An ONNX file on ONNX Runtime's CPU provider.
 
@@ -46,15 +58,8 @@ class OnnxRunner:
     """
 
     def __init__(self, file: Path, family: str, threads: int, optimized: bool) -> None:
-        options = onnxruntime.SessionOptions()
-        levels = onnxruntime.GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_ENABLE_BASIC
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        # idle threads that spin take the processor from whoever shares the machine
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.family = family
-        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.session = open_session(file, threads, optimized)
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         inputs = FAMILIES[self.family].graph_inputs(torch.from_numpy(ids), torch.from_numpy(mask))

@@ -40,8 +40,11 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("loops", {"loop"}),
     ("stages", {"stages", *STAGES}),
     ("workspace", {"workspace"}),
-    ("pipeline", {"pipeline"}),
-    ("what a user calls", {"api", "predict", "listing", "report", "report.checked", "report.ladder"}),
+    ("pipeline", {"pipeline", "smoke"}),
+    ("what a user calls", {
+        "api", "predict", "layerwise", "listing", "report", "report.checked", "report.ladder",
+        "report.layers", "report.seeds",
+    }),
     ("command line", {"cli", "__main__"}),
 )  # fmt: skip
 """Bottom first. A module imports from its own level and from those before it."""
@@ -54,6 +57,7 @@ DOORS: dict[str, set[str]] = {
         "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges", "methods.plain",
         "methods.protocols", "methods.quadapter", "models.gpt2", "tasks.causal_lm", "prepare", "checkpoint",
         "loop", "runners", "tensorfile", "train", "fold", "export", "verify",
+        "layerwise",
     },
     "transformers": {"models", "models.gpt2"},
     "accelerate": {"train", "loop", "methods.plain", "methods.protocols"},

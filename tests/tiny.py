@@ -60,12 +60,12 @@ def make_tokenizer(folder: Path, text: str) -> None:
 
 
 def make_model(*, tied: bool = True, inner: int | None = None, outliers: float = 1.0,
-               seed: int = 0) -> GPT2LMHeadModel:  # fmt: skip
+               seed: int = 0, blocks: int = BLOCKS) -> GPT2LMHeadModel:  # fmt: skip
     """Random weights that mean something. `outliers` multiplies one channel of every norm inside a block and
     divides the weights that read it: the same function, and much harder to quantize.
     """
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=WIDTH, n_layer=BLOCKS, n_head=HEADS, n_inner=inner,
+        vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=WIDTH, n_layer=blocks, n_head=HEADS, n_inner=inner,
         tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config).eval()

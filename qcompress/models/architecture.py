@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from qcompress.errors import ModelError
+
+CHUNK = 2**24
 
 HEADER_LIMIT = 100 * 2**20
 """Largest believable safetensors header; the format's own limit."""
@@ -67,6 +70,11 @@ class Architecture:
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, types and shapes of the tensors in a safetensors file, without reading the tensors."""
+    return {name: (value["dtype"], tuple(value["shape"])) for name, value in _header(file)[0].items()}
+
+
+def _header(file: Path) -> tuple[dict[str, dict], int]:
+    """The entries of a safetensors header, and where the tensors begin."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -77,7 +85,9 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         size = 8 + length + max((value["data_offsets"][1] for value in tensors.values()), default=0)
         if file.stat().st_size != size:
             raise ValueError(f"{file.stat().st_size} bytes, and its header promises {size}")
-        return {name: (value["dtype"], tuple(value["shape"])) for name, value in tensors.items()}
+        for value in tensors.values():
+            _ = value["dtype"], tuple(value["shape"])
+        return tensors, 8 + length
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{file} is not a readable safetensors file ({error})",
@@ -128,6 +138,36 @@ def read_tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise ModelError(f"{file} is missing", fix="copy the checkpoint again, with all its shards")
         tensors.update(read_header(file))
     return tensors
+
+
+def copy_tensors(source: Path, out: Path, keeps: Callable[[str], bool]) -> None:
+    """Write one safetensors file with those tensors of a checkpoint whose name `keeps` accepts, byte for
+    byte.
+    """
+    entries: dict[str, dict[str, object]] = {}
+    pieces: list[tuple[Path, int, int]] = []
+    offset = 0
+    for file in weight_files(source):
+        header, start = _header(file)
+        for name, value in header.items():
+            low, high = value["data_offsets"]
+            if keeps(name):
+                entries[name] = {**value, "data_offsets": [offset, offset + high - low]}
+                pieces.append((file, start + low, high - low))
+                offset += high - low
+    head = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with out.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(head)) + head)
+        for file, start, length in pieces:
+            with file.open("rb") as tensors:
+                tensors.seek(start)
+                while length:
+                    chunk = tensors.read(min(length, CHUNK))
+                    if not chunk:
+                        raise ModelError(f"{file} ended early: it was changed while it was read")
+                    stream.write(chunk)
+                    length -= len(chunk)
 
 
 def read_config(directory: Path) -> dict[str, object]:

@@ -9,6 +9,8 @@ Rescaling sites: ln_1 -> c_attn and ln_2 -> c_fc. Not foldable: mlp.c_proj (a GE
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +93,22 @@ def _check_shapes(layers: list[Layer], shapes: dict[str, tuple[int, ...]]) -> No
             )
 
 
+def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
+    """The config of the same model with its first blocks only, and which tensors such a model has."""
+    blocks = min(blocks, config["n_layer"])
+
+    def keeps(name: str) -> bool:
+        block = re.match(r"(?:transformer\.)?h\.(\d+)\.", name)
+        return block is None or int(block[1]) < blocks
+
+    return {**config, "n_layer": blocks}, keeps
+
+
 LINEAR_AXIS = 1
 """Output channels of a linear layer's weight: Conv1D stores [in, out]."""
+
+CAUSAL = True
+"""A token sees only those before it."""
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 """Inputs of the exported graph, each int64 [batch, sequence]. GPT-2 without a mask would export the detection

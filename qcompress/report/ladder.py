@@ -15,7 +15,7 @@ def ladder(report: dict[str, Any]) -> Table:
     It fits into 80 columns; the other metrics are in parity.json.
     """
     rows = report["rows"]
-    metrics = _main_metrics(rows, report.get("sets", []))
+    metrics = order_metrics(rows, report.get("sets", []))
     table = Table(
         box=box.SIMPLE_HEAD,
         header_style="bold",
@@ -41,7 +41,7 @@ def ladder(report: dict[str, Any]) -> Table:
     return table
 
 
-def _main_metrics(rows: list[dict[str, Any]], sets: list[str]) -> list[str]:
+def order_metrics(rows: list[dict[str, Any]], sets: list[str]) -> list[str]:
     """The first metric of each evaluation set, in the recipe's order: JSON objects are sorted by name."""
     found: dict[str, str] = {}
     for row in rows:

@@ -54,7 +54,7 @@ class Artifacts:
 
 
 @dataclass(frozen=True)
-class _Samples:
+class Samples:
     """Evaluation windows by set, and how many of the first set are compared logit by logit."""
 
     sets: dict[str, list[Any]]
@@ -76,7 +76,7 @@ class _Measured:
 
 def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter: Reporter) -> None:
     """Measure every row that can run."""
-    samples = _samples(recipe, base, artifacts)
+    samples = evaluation_samples(recipe, base, artifacts)
     device = _device(recipe)
     threads = torch.get_num_threads()
     family = recipe.model.family
@@ -113,7 +113,7 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
 
 
 def _deployed(
-    recipe: Recipe, artifacts: Artifacts, samples: _Samples, previous: str | None, out: Path,
+    recipe: Recipe, artifacts: Artifacts, samples: Samples, previous: str | None, out: Path,
     reporter: Reporter, device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """The graph as ONNX Runtime runs it by default: int8 layers as integer GEMMs.
@@ -124,7 +124,7 @@ def _deployed(
     if artifacts.folded is not None:
         runner = folded_runner(artifacts.folded, device, integer=True)
         compared = samples.sets[samples.first][: samples.compared]
-        few = _Samples({samples.first: compared}, samples.compared)
+        few = Samples({samples.first: compared}, samples.compared)
         _measure("folded-integer", runner, recipe, few, None, out, reporter)
         previous = "folded-integer"
     runner = OnnxRunner(artifacts.onnx.file, recipe.model.family, torch.get_num_threads(), optimized=True)
@@ -132,7 +132,8 @@ def _deployed(
     return {"metrics": found.metrics, "distance": found.distance}
 
 
-def _samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> _Samples:
+def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samples:
+    """What is measured, and how much of it is compared."""
     task = TASKS[recipe.task.name]
     folder = _checkpoint(artifacts)
     tokenizer = load_tokenizer(folder)
@@ -143,7 +144,7 @@ def _samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> _Samples:
     first = next(iter(sets.values()))
     vocabulary = read_json(folder / "config.json")["vocab_size"]
     affordable = max(1, LOGIT_BYTES // (recipe.task.context * vocabulary * 4))
-    return _Samples(sets, min(recipe.verify.distance_samples, affordable, len(first)))
+    return Samples(sets, min(recipe.verify.distance_samples, affordable, len(first)))
 
 
 def _checkpoint(artifacts: Artifacts) -> Path:
@@ -180,7 +181,7 @@ def _device(recipe: Recipe) -> torch.device:
 
 
 def _measure(
-    stage: str, runner: Runner, recipe: Recipe, samples: _Samples, previous: str | None, out: Path,
+    stage: str, runner: Runner, recipe: Recipe, samples: Samples, previous: str | None, out: Path,
     reporter: Reporter, keep: bool = True,
 ) -> _Measured:  # fmt: skip
     """Run all samples; compare the first ones with the logits that the row before left on disk."""

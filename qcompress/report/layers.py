@@ -1,0 +1,77 @@
+"""layers.json as a table for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def print_layers(console: Console, found: dict[str, Any]) -> None:
+    """One line for each layer, then the first that differs and the first that has no excuse."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+    table.add_column("input of", no_wrap=True)
+    for column in ("trained\nmax |d|", "folded to onnx\nmax |d| / range", "SNR\ndB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in (
+        "codes\ndiffer",
+        "of\ncodes",
+        "in clean\nplaces",
+        "ties\namong them",
+        "farthest\nfrom a tie",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in found["layers"]:
+        table.add_row(layer["name"], *_far(layer), *_codes(layer))
+    console.print(table)
+    console.print(*summary(found), sep="\n", markup=False, soft_wrap=True)
+
+
+def summary(found: dict[str, Any]) -> list[str]:
+    """The finding in words, one sentence a line."""
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    lines = []
+    torch_apart = [
+        name for name, layer in layers.items() if (layer["folded_to_trained"] or {}).get("max_abs")
+    ]
+    if torch_apart:
+        lines.append(f"trained and folded differ first at the input of {torch_apart[0]}")
+    first = found["first_difference"]
+    if first is None:
+        return [*lines, "folded and onnx agree in every code of every layer"]
+    if layers[first]["codes"] is None:
+        lines.append(f"folded and onnx differ first at the input of {first}")
+        return lines
+    clean, ties = (sum(layer.get(name) or 0 for layer in layers.values()) for name in ("clean", "ties"))
+    lines.append(f"folded and onnx differ first at the input of {first}: {layers[first]['differ']} codes")
+    lines.append(
+        f"{clean} codes differ before anything upstream did; {ties} of them lie on a tie between two codes "
+        f"(within {found['tie_limit']:g} of a step). The rest of the differences follow from these."
+    )
+    if found["first_unexplained"]:
+        lines.append(
+            f"no rounding explains {found['unexplained']} of them, first at the input of "
+            f"{found['first_unexplained']}"
+        )
+    return lines
+
+
+def _far(layer: dict[str, Any]) -> tuple[str, str, str]:
+    trained, onnx = layer["folded_to_trained"], layer["onnx_to_folded"]
+    snr = onnx["snr_db"]
+    return (
+        "-" if trained is None else f"{trained['max_abs']:.1e}" if trained["max_abs"] else "0",
+        f"{onnx['max_abs'] / onnx['range']:.1e}" if onnx["max_abs"] else "0",
+        "" if snr is None else f"{snr:.0f}",
+    )
+
+
+def _codes(layer: dict[str, Any]) -> tuple[str, ...]:
+    if layer["codes"] is None:
+        return ("", "", "", "", "")
+    return (
+        *(str(layer[name]) for name in ("differ", "codes", "clean", "ties")),
+        f"{layer['farthest']:.1e}" if layer["clean"] else "",
+    )

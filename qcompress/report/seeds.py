@@ -1,0 +1,62 @@
+"""Several runs of one recipe that differ in their seed: mean and spread."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from qcompress.report.ladder import order_metrics, spell
+
+SEVERITY = ("accept", "regression", "anomalous")
+"""Verdicts, from best to worst."""
+
+
+def summarise(recipe: str, runs: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """seeds.json from each seed's parity.json and verdict.json.
+
+    {"recipe", "verdict": the worst, "verdicts": {seed: verdict}, "sets", "rows": [{"stage", "metrics": {name:
+    {"mean", "sd", "values"}}}]}. sd is the sample's standard deviation (n - 1), None for one seed. Only rows
+    that every seed measured are there.
+    """
+    verdicts = {str(seed): verdict["verdict"] for seed, (_, verdict) in runs.items()}
+    reports = [parity for parity, _ in runs.values()]
+    rows = []
+    for stage in [row["stage"] for row in reports[0]["rows"]]:
+        found = [next(row for row in report["rows"] if row["stage"] == stage) for report in reports]
+        if all(row["status"] == "measured" for row in found):
+            names = [name for name in found[0]["metrics"] if all(name in row["metrics"] for row in found)]
+            metrics = {name: _spread([row["metrics"][name] for row in found]) for name in names}
+            rows.append({"stage": stage, "status": "measured", "metrics": metrics})
+    return {
+        "recipe": recipe,
+        "verdict": max(verdicts.values(), key=SEVERITY.index),
+        "verdicts": verdicts,
+        "rows": rows,
+        "sets": reports[0].get("sets", []),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": deviation, "values": values}
+
+
+def seeds_table(found: dict[str, Any]) -> Table:
+    """One line for each row of the ladder, mean and standard deviation of the main metric of each set."""
+    metrics = order_metrics(found["rows"], found["sets"])
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+    table.add_column("row", no_wrap=True)
+    for metric in metrics:
+        table.add_column(metric.replace(".", "\n"), justify="right", no_wrap=True)
+    for row in found["rows"]:
+        table.add_row(row["stage"], *(_shown(row["metrics"].get(name)) for name in metrics))
+    return table
+
+
+def _shown(value: dict[str, Any] | None) -> str:
+    if value is None or value["sd"] is None:
+        return spell(value and value["mean"])
+    return f"{spell(value['mean'])} ± {value['sd']:.2g}"

@@ -1,0 +1,125 @@
+"""`run --smoke`: the whole line on two blocks of the model and a handful of data, in a minute. No torch.
+
+It answers whether a recipe runs from end to end on this machine (data, tokenizer, target, builder) before
+hours of training. The two blocks are the checkpoint's first, copied into the cache as a checkpoint of their
+own, so everything after that is an ordinary run, under the name `<recipe>-smoke`.
+
+Its accuracy means nothing, so the float floor and the recovery goals are dropped, and so is top-1 agreement,
+which a few hundred tokens cannot measure to its limit. The rest of parity holds as for the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qcompress.axes import PHASES
+from qcompress.check import check_model
+from qcompress.codekey import stage_key
+from qcompress.models import FAMILIES
+from qcompress.models.architecture import copy_tensors, read_config
+from qcompress.plan import matches
+from qcompress.recipe import Resolved
+from qcompress.schema import Data, PhaseOptions, Recipe
+from qcompress.stages.gate import PARITY
+from qcompress.stages.load import TOKENIZER_FILES, fingerprint, locate
+from qcompress.system import machine_errors
+
+BLOCKS = 2
+CONTEXT = 128
+SEQUENCES = 8
+"""Of each part of the data, and of each evaluation set."""
+BATCH = 4
+STEPS = 2
+"""Updates of each phase (of each block)."""
+
+
+def smoke(resolved: Resolved, cache: Path) -> Resolved:
+    """The same recipe for two blocks and little data. The whole recipe is checked first (RecipeError)."""
+    recipe = resolved.recipe
+    source = locate(recipe.model, resolved.base)
+    check_model(resolved, source)
+    short = shorten(recipe.model.family, source, cache / "smoke")
+    return replace(resolved, recipe=_small(recipe, short))
+
+
+def shorten(family: str, source: Path, folder: Path) -> Path:
+    """A checkpoint with the first `BLOCKS` blocks of another one; made once for each content."""
+    digests = fingerprint(source)
+    whole = folder / stage_key("smoke", {"inputs": digests, "values": {"blocks": BLOCKS}})[:16]
+    if (whole / "config.json").is_file():
+        return whole
+    config, keeps = FAMILIES[family].shorten(read_config(source), BLOCKS)
+    partial = whole.with_name(f"{whole.name}.{os.getpid()}.tmp")
+    with machine_errors(folder):
+        partial.mkdir(parents=True, exist_ok=True)
+        copy_tensors(source, partial / "model.safetensors", keeps)
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        try:
+            os.rename(partial, whole)
+        except OSError:  # another process was faster; what it made is the same
+            shutil.rmtree(partial)
+            if not (whole / "config.json").is_file():
+                raise
+    return whole
+
+
+def _small(recipe: Recipe, source: Path) -> Recipe:
+    """The recipe on that checkpoint, with little of everything."""
+    from qcompress.models import describe
+
+    context = min(recipe.task.context, CONTEXT)
+    names = [layer.name for layer in describe(recipe.model.family, source).layers]
+    patterns = {
+        pattern: form
+        for pattern, form in recipe.format.layers.items()
+        if any(matches(pattern, name) for name in names)
+    }
+    sections: dict[str, Any] = {
+        "name": f"{recipe.name[:94].rstrip('.-')}-smoke",
+        "model": {"source": str(source.absolute()), "revision": None, "run": None},
+        "task": {"context": context, "stride": min(recipe.task.stride or context, context)},
+        "format": {"layers": patterns},
+        "train": {"batch_size": min(recipe.train.batch_size, BATCH), "phases": _phases(recipe)},
+        "build": {"profiles": [_within(profile, context) for profile in recipe.build.profiles]},
+        "verify": {"samples": min(recipe.verify.samples or SEQUENCES, SEQUENCES)},
+        "gate": {"float_floor": {}, "recovery": {}, "parity": _parity(recipe)},
+    }
+    update: dict[str, Any] = {"data": _little(recipe.data)}
+    for section, values in sections.items():
+        old = getattr(recipe, section)
+        update[section] = old.model_copy(update=values) if isinstance(values, dict) else values
+    return recipe.model_copy(update=update)
+
+
+def _little(data: Data) -> Data:
+    def few(part):
+        return part and part.model_copy(update={"limit": min(part.limit or SEQUENCES, SEQUENCES)})
+
+    evaluate = {name: few(part) for name, part in data.evaluate.items()}
+    return Data(train=few(data.train), calibration=few(data.calibration), evaluate=evaluate)
+
+
+def _phases(recipe: Recipe) -> dict[str, PhaseOptions]:
+    found = {}
+    for name in PHASES[recipe.schedule.name]:
+        phase = recipe.train.phases.get(name, PhaseOptions(steps=STEPS))
+        found[name] = phase.model_copy(update={"steps": min(phase.steps, STEPS)})
+    return found
+
+
+def _within(profile, context: int):
+    return profile.model_copy(update={"sequence": [min(length, context) for length in profile.sequence]})
+
+
+def _parity(recipe: Recipe) -> dict[str, Any]:
+    limits = {**PARITY[recipe.format.compute], **recipe.gate.parity}
+    return {row: goal.model_copy(update={"top1_agreement": None}) for row, goal in limits.items()
+            if row != "engine"}  # fmt: skip

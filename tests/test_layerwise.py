@@ -1,0 +1,120 @@
+"""`verify --layers`: what differs between torch and ONNX, where first, and whether rounding is it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from lines import Project, cli, finished
+from onnx import numpy_helper
+
+from qcompress import api
+from qcompress.errors import ExportError
+from qcompress.layerwise import _compare, _Layer
+from qcompress.report.layers import summary
+
+LAYERS = [
+    f"transformer.h.{block}.{name}"
+    for block in (0, 1)
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+] + ["lm_head"]
+
+
+@pytest.fixture(scope="module")
+def project(tiny_model: Path, text_file: Path) -> Project:
+    return finished(tiny_model, text_file)
+
+
+@pytest.fixture
+def copy(project: Project, tmp_path: Path) -> Project:
+    return project.copy(tmp_path / "copy")
+
+
+def edit(run: Path, name: str, change) -> None:
+    """Replace one initializer of the run's graph."""
+    model = onnx.load(str(run / "model.onnx"))
+    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor).copy()), name))
+    onnx.save(model, str(run / "model.onnx"))
+
+
+def test_an_untouched_file_differs_at_ties_only(copy: Project) -> None:
+    found = api.compare_layers(copy.latest)
+    assert [layer["name"] for layer in found["layers"]] == LAYERS
+    assert found["unexplained"] == 0 and found["first_unexplained"] is None
+    for layer in found["layers"]:
+        assert layer["folded_to_trained"]["max_abs"] == 0
+        assert layer["codes"] == 6 * 32 * (256 if layer["name"].endswith("mlp.c_proj") else 64)
+        assert layer["clean"] == layer["ties"] <= layer["differ"]
+    assert (copy.latest / "layers.json").is_file()
+    assert not list(copy.latest.glob(".layers-*"))
+
+
+def test_a_norm_that_no_certificate_covers_is_found_and_named(copy: Project) -> None:
+    edit(copy.latest, "transformer.h.1.ln_2.weight", lambda values: values * np.float32(1.01))
+    done = cli("verify", copy.latest, "--layers")
+    found = done.stdout
+    assert done.code == 3
+    assert "first at the input of transformer.h.1.mlp.c_fc" in found.splitlines()[-1]
+    layers = {layer["name"]: layer for layer in api.compare_layers(copy.latest)["layers"]}
+    assert all(
+        layers[name]["unexplained"] == 0 for name in LAYERS[: LAYERS.index("transformer.h.1.mlp.c_fc")]
+    )
+
+
+def test_a_changed_code_is_the_certificates_business(copy: Project) -> None:
+    edit(copy.latest, "transformer.h.0.mlp.c_fc.weight.codes", lambda codes: np.bitwise_xor(codes, 1))
+    with pytest.raises(ExportError, match="transformer.h.0.mlp.c_fc"):
+        api.compare_layers(copy.latest)
+
+
+def test_engine_and_layers_exclude_each_other(project: Project) -> None:
+    done = cli("verify", project.latest, "--layers", "--engine", "x.json")
+    assert done.code == 2 and "--layers" in done.stderr
+
+
+# By hand ------------------------------------------------------------------------------------------
+
+
+def layer(name: str) -> _Layer:
+    """A layer whose input has scale 2."""
+    return _Layer(name, np.array(2.0, np.float32))
+
+
+def test_a_tie_is_one_step_and_near_the_middle() -> None:
+    one = layer("a")
+    # 3.0001 / 2 = 1.50005 -> 2, found 1: a tie. 3.2 / 2 = 1.6 -> 2, found 1: none. 8 / 2 = 4, found 2: none
+    x = np.array([[3.0001, 3.2, 8.0, 4.0]], np.float32)
+    one.count(x, np.array([[1, 1, 2, 2]], np.int16), 1e-3, np.ones(1, bool))
+    assert (one.codes, one.differ, one.clean, one.ties, one.unexplained) == (4, 3, 3, 1, 2)
+    assert one.farthest == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("causal", "clean"), [(True, [1, 1]), (False, [1, 0])])
+def test_what_follows_a_flip_is_not_counted(causal: bool, clean: list[int]) -> None:
+    x = np.full((3, 1), 4.0, np.float32)
+    layers = [layer("first"), layer("second")]
+    reference = {"first": x, "second": x}
+    # position 1 differs in the first layer; in the second all three do, and only position 0 comes before it
+    codes = {"first": np.array([[2], [1], [2]], np.int16), "second": np.ones((3, 1), np.int16)}
+    _compare(layers, reference, reference, codes, 1e-3, causal)
+    assert [one.differ for one in layers] == [1, 3]
+    assert [one.clean for one in layers] == clean
+
+
+def test_the_words_say_what_differs_first() -> None:
+    same = {"name": "a", "codes": 4, "differ": 0, "clean": 0, "ties": 0, "folded_to_trained": None}
+    other = {**same, "name": "b", "differ": 3, "clean": 2, "ties": 1}
+    quiet = {"layers": [same], "first_difference": None, "first_unexplained": None, "tie_limit": 1e-3}
+    assert summary(quiet) == ["folded and onnx agree in every code of every layer"]
+    found = {
+        **quiet,
+        "layers": [same, other],
+        "first_difference": "b",
+        "first_unexplained": "b",
+        "unexplained": 1,
+    }
+    lines = summary(found)
+    assert lines[0].endswith("input of b: 3 codes") and lines[-1].endswith("first at the input of b")

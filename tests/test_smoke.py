@@ -1,0 +1,149 @@
+"""`run --smoke` and `run --seeds`: a small run that is whole, and several runs side by side."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from lines import NAME, cli, finished, make_project
+from safetensors.torch import load_file
+from tiny import make_checkpoint
+from transformers import GPT2LMHeadModel
+
+from qcompress import api
+from qcompress.artifacts import read_json
+from qcompress.errors import UsageError
+from qcompress.models import describe
+from qcompress.report.seeds import summarise
+from qcompress.smoke import BLOCKS, SEQUENCES, shorten
+
+
+@pytest.fixture(scope="module")
+def deep(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with more blocks than a smoke run has."""
+    return make_checkpoint(tmp_path_factory.mktemp("deep") / "model", text_file, blocks=12)
+
+
+# A checkpoint with fewer blocks -------------------------------------------------------------------
+
+
+def test_the_short_model_is_the_long_one_without_its_last_blocks(deep: Path, tmp_path: Path) -> None:
+    short = shorten("gpt2", deep, tmp_path)
+    ids = torch.arange(20)[None]
+    long = GPT2LMHeadModel.from_pretrained(deep).eval()
+    long.transformer.h = long.transformer.h[:BLOCKS]
+    with torch.no_grad():
+        assert torch.equal(GPT2LMHeadModel.from_pretrained(short).eval()(ids).logits, long(ids).logits)
+    before, after = load_file(deep / "model.safetensors"), load_file(short / "model.safetensors")
+    blocks = {int(name.split(".")[2]) for name in after if ".h." in name}
+    assert blocks == {0, 1}  # and not 10 and 11, whose names begin with the same digit
+    assert len(before) - len(after) == 10 * 12
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    assert len(describe("gpt2", short).blocks) == BLOCKS
+
+
+def test_it_is_made_once_and_read_from_shards(deep: Path, tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    model = GPT2LMHeadModel.from_pretrained(deep)
+    model.save_pretrained(sharded, max_shard_size="200KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    short = shorten("gpt2", sharded, tmp_path / "cache")
+    stamp = (short / "config.json").stat().st_mtime_ns
+    assert shorten("gpt2", sharded, tmp_path / "cache") == short
+    assert (short / "config.json").stat().st_mtime_ns == stamp
+    alone = load_file(shorten("gpt2", deep, tmp_path / "cache") / "model.safetensors")
+    both = load_file(short / "model.safetensors")
+    assert both.keys() == alone.keys() and all(torch.equal(both[name], alone[name]) for name in both)
+
+
+# A run --------------------------------------------------------------------------------------------
+
+
+def test_a_smoke_run_is_the_whole_line_on_little(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    layers = {"transformer.h.11.*": "float", "*.mlp.c_fc": {"activations": "float"}}
+    project = make_project(
+        tmp_path / "project", deep, text_file, format={"preset": "w8a8", "layers": layers},
+        gate={"float_floor": {"test.perplexity": 1.0}, "parity": {"onnx": {"mean_abs": 0.05}}},
+    )  # fmt: skip
+    done = cli(*project.command("--smoke", "--json"))
+    found = done.json()
+    assert done.code == 0 and found["verdict"]["verdict"] == "accept"
+    assert found["recipe"] == f"{NAME}-smoke"
+    run = api.load(found["path"])
+    assert run.recipe.train.phases["calibrate"].steps == 2
+    assert list(run.recipe.format.layers) == ["*.mlp.c_fc"]  # what only dropped blocks match is gone
+    rows = {row["stage"]: row for row in run.parity["rows"]}
+    assert rows["onnx"]["samples"] == SEQUENCES + 5
+    assert (run.path / "engine" / "model.plan").is_file()
+    phases = read_json(run.stage("train") / "trained.json")["phases"]
+    assert [(phase["name"], phase.get("block")) for phase in phases] == [
+        ("calibrate", "transformer.h.0"), ("calibrate", "transformer.h.1"), ("finetune", None),
+    ]  # fmt: skip
+    assert cli("verify", run.path).code == 0
+
+
+def test_the_whole_recipe_is_checked_before(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    project = make_project(
+        tmp_path / "project", deep, text_file, format={"preset": "w8a8", "layers": {"*.h.12.*": "float"}}
+    )
+    done = cli(*project.command("--smoke"))
+    assert done.code == 2 and "*.h.12.*" in done.stderr
+    assert not project.out.exists()
+
+
+# Seeds --------------------------------------------------------------------------------------------
+
+
+def test_seeds_lie_side_by_side_with_mean_and_spread(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    project = finished(tiny_model, text_file).copy(tmp_path / "copy")
+    done = cli(*project.command("--seeds", "0,3", "--json"))
+    found = done.json()
+    folder = Path(found["path"])
+    assert done.code == 0 and found["verdicts"] == {"0": "accept", "3": "accept"}
+    assert sorted(path.name for path in folder.iterdir()) == ["seed-0", "seed-3", "seeds.json"]
+    assert (project.out / NAME / "latest").resolve() == folder.resolve()
+    values = []
+    for seed in (0, 3):
+        run = api.load(folder / f"seed-{seed}")
+        assert run.recipe.seed == seed
+        row = next(row for row in run.parity["rows"] if row["stage"] == "onnx")
+        values.append(row["metrics"]["test.perplexity"])
+    assert values[0] != values[1]
+    metric = next(row for row in found["rows"] if row["stage"] == "onnx")["metrics"]["test.perplexity"]
+    assert metric["values"] == values
+    assert metric["sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert "engine" not in [row["stage"] for row in found["rows"]]
+    assert json.loads((folder / "seeds.json").read_text())["verdicts"] == found["verdicts"]
+    table = cli(*project.command("--seeds", "0,3"))
+    assert f"{statistics.fmean(values):.5g} ± {metric['sd']:.2g}" in table.stdout
+    assert "train: reused" in table.stderr
+
+
+def test_the_worst_verdict_counts() -> None:
+    def run(verdict: str, value: float) -> tuple[dict, dict]:
+        row = {"stage": "float", "status": "measured", "metrics": {"a.perplexity": value}}
+        return {"rows": [row], "sets": ["a"]}, {"verdict": verdict}
+
+    found = summarise("x", {0: run("accept", 2.0), 1: run("anomalous", 4.0), 2: run("regression", 6.0)})
+    assert found["verdict"] == "anomalous"
+    assert found["rows"][0]["metrics"]["a.perplexity"] == {"mean": 4.0, "sd": 2.0, "values": [2.0, 4.0, 6.0]}
+    assert summarise("x", {0: run("accept", 2.0)})["rows"][0]["metrics"]["a.perplexity"]["sd"] is None
+
+
+@pytest.mark.parametrize(
+    "words", [["--seeds", "0,x"], ["--seeds", "1,1"], ["--seeds", "0,1", "--set", "seed=3"],
+              ["--seeds", "0", "--until", "fold"]]
+)  # fmt: skip
+def test_wrong_seeds_are_refused(tiny_model: Path, text_file: Path, words: list[str]) -> None:
+    done = cli(*finished(tiny_model, text_file).command(*words))
+    assert done.code == 2 and "fix" in done.stderr.lower()
+
+
+def test_seeds_need_different_numbers() -> None:
+    with pytest.raises(UsageError, match="different"):
+        api.run_seeds("unused.yaml", [])
