@@ -1,146 +1,27 @@
-"""The five axes a method is made of: options of every value, presets, and what does not combine. No torch.
+"""The five axes a method is made of: their values, presets, phases, and what does not combine. No torch.
 
-    quantizer   how does a tensor become integers while training?
-    adapter     what function-preserving rescaling comes first, to be folded later?
-    objective   what is minimised?
-    stepper     how is one update made?
-    schedule    what is trained when?
-
-`methods/` holds the class that does the work of each value.
+The options of each value are in `options.py`; `methods/` holds the class that does its work.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator, Field
+from typing import Any
 
 from qcompress.formats import Options
-
-Role = Literal["weight", "scale", "adapter", "centroid", "other"]
-"""What a trainable tensor is; each role has its own learning rate."""
-
-
-def named(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
-# Axis 1: quantizers -------------------------------------------------------------------------------
-
-
-class MinMax(Options):
-    """Range from observed values; nothing is learned."""
-
-    name: Literal["minmax"] = "minmax"
-    range: Literal["absmax", "percentile", "mse"] = "absmax"
-    """absmax: the largest magnitude; percentile: clip the rarest magnitudes; mse: least squared error."""
-    percentile: float = Field(default=99.99, gt=50, le=100)
-    """Share of magnitudes (in %) that `range: percentile` keeps."""
-
-
-class Lsq(Options):
-    """Learned step size (LSQ, arXiv:1902.08153)."""
-
-    name: Literal["lsq"] = "lsq"
-    init: Literal["lsq", "absmax", "percentile", "mse"] = "lsq"
-    """Where the scale starts; lsq: 2 * mean|x| / sqrt(qmax), section 2.1 of the paper."""
-    percentile: float = Field(default=99.99, gt=50, le=100)
-    """Share of magnitudes (in %) that `init: percentile` keeps."""
-    floor: float = Field(default=1e-3, gt=0, lt=1)
-    """After each update a scale is at least this fraction of where it started."""
-
-
-Quantizer = Annotated[MinMax | Lsq, Field(discriminator="name"), BeforeValidator(named)]
-
-
-class Quantizers(Options):
-    """One quantizer for each role."""
-
-    weights: Quantizer = MinMax()
-    activations: Quantizer = MinMax()
-    embeddings: Quantizer = MinMax()
-
-
-def quantizers(value: object) -> object:
-    """`quantizer: lsq` is lsq for weights and activations, and minmax for the embedding tables."""
-    if isinstance(value, str) or (isinstance(value, dict) and "name" in value):
-        return {"weights": value, "activations": value}
-    return value
-
-
-# Axis 2: adapters ---------------------------------------------------------------------------------
-
-
-class NoAdapter(Options):
-    """No rescaling."""
-
-    name: Literal["none"] = "none"
-
-
-class QuadapterOptions(Options):
-    """Channel-wise rescaling before the activation quantizer, folded later (Quadapter, arXiv:2211.16912)."""
-
-    name: Literal["quadapter"] = "quadapter"
-    init: Literal["identity", "balanced"] = "balanced"
-    """identity: every scale 1; balanced: sqrt(max|W_i| / max|x_i|), normalised to geometric mean 1."""
-    bound: float = Field(default=100.0, gt=1)
-    """Scales stay within [1/bound, bound]."""
-
-
-Adapter = Annotated[NoAdapter | QuadapterOptions, Field(discriminator="name"), BeforeValidator(named)]
-
-
-# Axes 3 and 4: objectives and steppers ------------------------------------------------------------
-
-
-class TaskObjective(Options):
-    """The loss of the task itself."""
-
-    name: Literal["task"] = "task"
-
-
-Objective = Annotated[TaskObjective, BeforeValidator(named)]
-
-
-class PlainStepper(Options):
-    """One forward, one backward, one update."""
-
-    name: Literal["plain"] = "plain"
-    clip_norm: float | None = Field(default=1.0, gt=0)
-    """Largest gradient norm of one role; none: no clipping."""
-
-
-Stepper = Annotated[PlainStepper, BeforeValidator(named)]
-
-
-# Axis 5: schedules --------------------------------------------------------------------------------
-
-
-class Calibrate(Options):
-    """Observe ranges on the calibration data; train nothing."""
-
-    name: Literal["calibrate"] = "calibrate"
-
-
-class PlainSchedule(Options):
-    """Observe ranges (if anything is quantized), then train everything together. Phase: finetune."""
-
-    name: Literal["plain"] = "plain"
-
-
-class BlockwiseThenEndToEnd(Options):
-    """Quadapter's two phases. calibrate: one transformer block after another learns to reproduce its float
-    output; finetune: adapter and quantizer scales learn the task's loss, every model weight frozen.
-    """
-
-    name: Literal["blockwise-then-end-to-end"] = "blockwise-then-end-to-end"
-    evaluate_every: int = Field(default=25, ge=1)
-    """Steps between two looks at a block's error on all calibration data; the best state is kept."""
-
-
-Schedule = Annotated[
-    Calibrate | PlainSchedule | BlockwiseThenEndToEnd, Field(discriminator="name"), BeforeValidator(named)
-]
+from qcompress.options import (
+    BlockwiseThenEndToEnd,
+    Calibrate,
+    Lsq,
+    MinMax,
+    NoAdapter,
+    PlainSchedule,
+    PlainStepper,
+    QuadapterOptions,
+    Quantizers,
+    TaskObjective,
+    named,
+    quantizers,
+)
 
 
 class PhaseDefaults(Options):

@@ -35,9 +35,10 @@ from qcompress.prepare import assemble, rebuild
 from qcompress.progress import Reporter
 from qcompress.quant.affine import to_codes
 from qcompress.quant.folded import INT8
-from qcompress.runners import open_session
+from qcompress.runners import complete, open_session
 from qcompress.schema import Recipe
 from qcompress.stages.verify import Artifacts, evaluation_samples
+from qcompress.tasks import TASKS
 
 TIE = {"fp32": 1e-3, "fp16": 0.25}
 """How far from the middle between two codes, in steps, a tie may lie: the noise of the compute type at code
@@ -48,7 +49,7 @@ NOISE = {"fp32": 1e-4, "fp16": 1e-2}
 range; for layers without codes."""
 
 Inputs = dict[str, np.ndarray]
-"""Layer name -> its float input, fp32 [positions, features]."""
+"""Arrays by name: inputs of a model, or layer name -> its float input, fp32 [positions, features]."""
 
 
 @dataclass
@@ -138,12 +139,13 @@ def compare_layers(
         layers = [_Layer(name, scales.get(name)) for name in order]
         with reporter.bar("compare layers", len(windows)) as bar:
             for window in windows:
-                reference = run_folded(window.ids)
+                inputs = TASKS[recipe.task.name].collate([window])
+                reference = run_folded(inputs)
                 if run_trained is not None:
-                    trained = run_trained(window.ids)
+                    trained = run_trained(inputs)
                     for layer in layers:
                         layer.trained.add(trained[layer.name], reference[layer.name])
-                _compare(layers, reference, *run_onnx(window.ids), TIE[compute], family.CAUSAL)
+                _compare(layers, reference, *run_onnx(inputs), TIE[compute], family.CAUSAL)
                 bar.advance(samples.first)
     return _write(layers, compute, len(windows), out)
 
@@ -158,8 +160,10 @@ def _compare(
         layer.onnx.add(x, found[layer.name])
         if layer.scale is None:
             continue
-        differ = layer.count(x, codes[layer.name], limit, clean)
-        reached = np.logical_or.accumulate(differ) if causal else np.full_like(differ, differ.any())
+        pooled = len(x) != len(clean)  # one vector for the whole sequence
+        local = np.full(len(x), clean.all()) if pooled else clean
+        differ = layer.count(x, codes[layer.name], limit, local)
+        reached = np.logical_or.accumulate(differ) if causal and not pooled else differ.any()
         clean &= ~reached
 
 
@@ -177,8 +181,8 @@ def _write(layers: list[_Layer], compute: str, windows: int, out: Path) -> dict[
     return result
 
 
-def _torch_inputs(model: torch.nn.Module, names: list[str], family: str) -> Callable[[np.ndarray], Inputs]:
-    """A function from token ids [positions] to the input of each named layer."""
+def _torch_inputs(model: torch.nn.Module, names: list[str], family: str) -> Callable[[Inputs], Inputs]:
+    """A function from the inputs of one sample to the input of each named layer."""
     seen: Inputs = {}
 
     def watch(name: str):
@@ -191,9 +195,9 @@ def _torch_inputs(model: torch.nn.Module, names: list[str], family: str) -> Call
         model.get_submodule(name).register_forward_pre_hook(watch(name))
 
     @torch.inference_mode()
-    def run(ids: np.ndarray) -> Inputs:
+    def run(inputs: Inputs) -> Inputs:
         seen.clear()
-        model(**FAMILIES[family].graph_inputs(torch.from_numpy(ids)[None]))
+        model(**complete(family, inputs))
         return dict(seen)
 
     return run
@@ -202,9 +206,9 @@ def _torch_inputs(model: torch.nn.Module, names: list[str], family: str) -> Call
 @contextmanager
 def _onnx_inputs(
     model: OnnxModel, plan: tuple[LayerPlan, ...], family: str
-) -> Iterator[tuple[list[str], Callable[[np.ndarray], tuple[Inputs, Inputs]]]]:
-    """The layers that the graph computes, in its order, and a function from token ids to their inputs and
-    codes.
+) -> Iterator[tuple[list[str], Callable[[Inputs], tuple[Inputs, Inputs]]]]:
+    """The layers that the graph computes, in its order, and a function from the inputs of one sample to
+    theirs and their codes.
     """
     values = matmul_inputs(Graph.read(model.file), plan)
     wanted = list(dict.fromkeys(name for pair in values.values() for name in pair if name))
@@ -214,9 +218,8 @@ def _onnx_inputs(
         file.flush()
         session = open_session(Path(file.name), torch.get_num_threads(), optimized=False)
 
-        def run(ids: np.ndarray) -> tuple[Inputs, Inputs]:
-            inputs = FAMILIES[family].graph_inputs(torch.from_numpy(ids)[None])
-            feed = {name: tensor.numpy() for name, tensor in inputs.items()}
+        def run(inputs: Inputs) -> tuple[Inputs, Inputs]:
+            feed = {name: tensor.numpy() for name, tensor in complete(family, inputs).items()}
             found = dict(zip(wanted, session.run(wanted, feed), strict=True))
             floats = {layer: _rows(found[name].astype(np.float32)) for layer, (name, _) in values.items()}
             codes = {

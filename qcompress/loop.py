@@ -6,11 +6,12 @@ bit for bit, and neither knows which method it serves.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from qcompress.prepare import Prepared
 from qcompress.progress import Bar, Reporter
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.schema import LEARNING_RATES, Recipe
+from qcompress.tasks.examples import Batch, Examples, inputs_of
 
 
 @dataclass
@@ -40,8 +42,8 @@ class Training:
     accelerator: Accelerator
     checkpoints: Checkpoints
     reporter: Reporter
-    train_data: Tensor | None
-    calibration_data: Tensor | None
+    train_data: Examples | None
+    calibration_data: Examples | None
     reference: Callable[[], nn.Module]
     moving: set[str]
     facts: list[dict[str, object]]
@@ -57,14 +59,54 @@ def reseed(*where: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(where).generate_state(1, np.uint64)[0]))
 
 
-def batch_rows(count: int, size: int, step: int, seed: int) -> Tensor:
-    """Which of `count` sequences update `step` sees: shuffled epochs, one after another without a gap."""
-    places = np.arange(step * size, (step + 1) * size)
-    order = {
-        int(epoch): np.random.default_rng([seed, int(epoch)]).permutation(count)
-        for epoch in np.unique(places // count)
-    }
-    return torch.tensor([int(order[int(place // count)][place % count]) for place in places])
+BUCKET = 32
+"""Batches of an epoch that are sorted by length together."""
+
+
+def batch_rows(lengths: np.ndarray, size: int, step: int, seed: int) -> list[int]:
+    """Which examples update `step` sees: shuffled epochs, one after another without a gap.
+
+    Where examples differ in length, those of `BUCKET` batches are sorted by it, so that a batch holds little
+    padding, and these batches are shuffled again.
+    """
+    count = len(lengths)
+    places = range(step * size, (step + 1) * size)
+    order = {epoch: _epoch(lengths, size, seed, epoch) for epoch in {place // count for place in places}}
+    return [int(order[place // count][place % count]) for place in places]
+
+
+@functools.lru_cache(maxsize=4)
+def _cached_epoch(lengths: bytes, dtype: str, size: int, seed: int, epoch: int) -> np.ndarray:
+    known = np.frombuffer(lengths, dtype)
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(known))
+    if len(known) == 0 or known.min() == known.max():
+        return order
+    for start in range(0, len(order), BUCKET * size):
+        piece = order[start : start + BUCKET * size]
+        piece = piece[np.argsort(known[piece], kind="stable")]
+        whole = len(piece) // size * size
+        batches = piece[:whole].reshape(-1, size)
+        order[start : start + len(piece)] = np.concatenate(
+            [batches[random.permutation(len(batches))].ravel(), piece[whole:]]
+        )
+    return order
+
+
+def _epoch(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Order of the examples in one epoch."""
+    return _cached_epoch(lengths.tobytes(), lengths.dtype.str, size, seed, epoch)
+
+
+def in_order(examples: Examples, size: int) -> Iterator[Batch]:
+    """All examples, one batch after another."""
+    for start in range(0, len(examples), size):
+        yield examples.batch(range(start, min(start + size, len(examples))))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch, where the model is."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def role_of(name: str, architecture: Architecture) -> str:
@@ -149,13 +191,14 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
     recipe, data, model = training.recipe, training.train_data, training.prepared.model
     model.train(phase.dropout)
     taps, position = taps_of(training.prepared), start
-    began = time.monotonic()
+    began, tokens = time.monotonic(), 0
     with training.reporter.bar(phase.name, phase.steps, done=start.step) as bar:
         for step in range(start.step, phase.steps):
-            rows = batch_rows(len(data), recipe.train.batch_size, step, recipe.seed)
-            batch = data[rows].to(training.accelerator.device)
+            rows = batch_rows(data.lengths, recipe.train.batch_size, step, recipe.seed)
+            batch = to_device(data.batch(rows), training.accelerator.device)
+            tokens += batch["input_ids"].numel()
 
-            def closure(step: int = step, batch: Tensor = batch) -> Tensor:
+            def closure(step: int = step, batch: Batch = batch) -> Tensor:
                 reseed(recipe.seed, start.phase, 0, step)
                 return training.objective.loss(batch, step / phase.steps)
 
@@ -167,7 +210,7 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
             position = replace(position, step=step + 1, passes=position.passes + report.passes)
             if training.checkpoints.due():
                 training.save(position, optimizer)
-            speed = (step + 1 - start.step) * batch.numel() / (time.monotonic() - began)
+            speed = tokens / (time.monotonic() - began)
             bar.advance(f"loss {report.loss:.4f}  {speed:.0f} tokens/s")
     last = sum(training.recent) / len(training.recent) if training.recent else None
     training.facts.append(
@@ -221,9 +264,9 @@ def _fit_block(
     before = best = _error(block, inputs, outputs, rest)
     kept = _snapshot(training.prepared.model, names)
     for step in range(phase.steps):
-        rows = batch_rows(len(everything_in), size, step, recipe.seed)
+        rows = batch_rows(np.ones(len(everything_in)), size, step, recipe.seed)
 
-        def closure(step: int = step, rows: Tensor = rows) -> Tensor:
+        def closure(step: int = step, rows: list[int] = rows) -> Tensor:
             reseed(recipe.seed, phase_index, index, step)
             return (_output(block(everything_in[rows], **rest)) - everything_out[rows]).square().mean()
 
@@ -281,9 +324,9 @@ def _block_inputs(training: Training, model: nn.Module, first: str) -> tuple[lis
 
     handle = model.get_submodule(first).register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        for batch in training.calibration_data.split(training.recipe.train.batch_size):
+        for batch in in_order(training.calibration_data, training.recipe.train.batch_size):
             try:
-                model(input_ids=batch.to(training.accelerator.device))
+                model(**inputs_of(to_device(batch, training.accelerator.device)))
             except _Reached:
                 continue
     finally:

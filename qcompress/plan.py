@@ -5,9 +5,9 @@ from __future__ import annotations
 import fnmatch
 from dataclasses import asdict, dataclass
 
-from qcompress.axes import Lsq, MinMax
 from qcompress.formats import ActivationFormat, WeightFormat
 from qcompress.models.architecture import Architecture, Layer
+from qcompress.options import Lsq, MinMax
 from qcompress.schema import Recipe
 
 

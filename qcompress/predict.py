@@ -34,7 +34,7 @@ def continue_text(run: LoadedRun, text: str, tokens: int) -> str:
     )
     for _ in range(tokens):
         array = np.array([ids], np.int64)
-        ids.append(int(runner(array, np.ones_like(array))[0, -1].argmax()))
+        ids.append(int(runner({"input_ids": array})[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:
             break
     return tokenizer.decode(ids, skip_special_tokens=True)

@@ -36,6 +36,7 @@ from qcompress.quant.quantizers import (
     FrozenWeight,
 )
 from qcompress.quant.ranges import Statistics
+from qcompress.tasks.examples import Batch, inputs_of
 
 ROWS = 512
 """Token vectors kept of each layer's input when a range needs a distribution."""
@@ -122,47 +123,52 @@ def _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer
 
 @torch.no_grad()
 def observe(
-    model: nn.Module, plan: tuple[LayerPlan, ...], batches: Iterable[Tensor], tokens: int
+    model: nn.Module, plan: tuple[LayerPlan, ...], batches: Iterable[Batch], tokens: int
 ) -> dict[str, Statistics]:
     """Statistics of the inputs of all layers whose activations are quantized, from the float model.
 
-    batches: token ids [batch, sequence]; `tokens` is how many there are in all.
+    `tokens` is how many tokens the batches have in all. Padding is left out.
     """
     watched = [item for item in plan if item.weights and item.activations]
     largest: dict[str, Tensor] = {}
     total: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = {item.name: [] for item in watched}
-    seen = 0
     stride = max(1, tokens // ROWS)
+    counts = dict.fromkeys(rows, 0)
+    real: list[Tensor | None] = [None]
 
     def watch(item: LayerPlan):
         options = item.activation_quantizer
         keep = getattr(options, "range", getattr(options, "init", "")) in ("percentile", "mse")
 
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0].detach().float().flatten(0, -2)
+            x, name = arguments[0].detach().float(), item.name
+            mask = real[0]
+            # a pooled input has one vector for each sequence, and no padding
+            x = x.flatten(0, -2) if mask is None or x.shape[:-1] != mask.shape else x[mask]
             magnitude = x.abs()
             peak = magnitude.amax(0)
-            name = item.name
             largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
             total[name] = total.get(name, 0) + magnitude.sum(0, dtype=torch.float64)
             if keep:
-                rows[name].append(x[-seen % stride :: stride].clone())
+                rows[name].append(x[-counts[name] % stride :: stride].clone())
+            counts[name] += len(x)
 
         return hook
 
     handles = [model.get_submodule(item.name).register_forward_pre_hook(watch(item)) for item in watched]
     try:
         for batch in batches:
-            model(input_ids=batch)
-            seen += batch.numel()
+            mask = batch.get("attention_mask")
+            real[0] = None if mask is None else mask.bool()
+            model(**inputs_of(batch))
     finally:
         for handle in handles:
             handle.remove()
     return {
         item.name: Statistics(
             largest=largest[item.name],
-            mean=(total[item.name] / seen).float(),
+            mean=(total[item.name] / counts[item.name]).float(),
             rows=torch.cat(rows[item.name]) if rows[item.name] else torch.empty(0, item.layer.in_features),
         )
         for item in watched

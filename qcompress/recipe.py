@@ -26,9 +26,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qcompress.axes import AXES, Quantizers, named, quantizers
+from qcompress.axes import AXES
 from qcompress.errors import Mistake, RecipeError
 from qcompress.formats import as_mapping
+from qcompress.options import Quantizers, named, quantizers
 from qcompress.rules import LOCAL, is_hub_id, judge
 from qcompress.schema import Recipe
 from qcompress.structure import validate

@@ -1,6 +1,7 @@
-"""Any artifact as one callable: token ids and mask -> logits. A runner knows nothing of metrics.
+"""Any artifact as one callable: inputs -> logits. A runner knows nothing of metrics.
 
-ids and mask: int64 [batch, sequence]; logits: fp32 [batch, sequence, vocabulary].
+inputs: `input_ids`, `attention_mask` and what else the task has, int64 [batch, sequence].
+logits: fp32 [batch, sequence, vocabulary] of a language model or a tagger, [batch, labels] of a classifier.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from qcompress.prepare import assemble, rebuild
 class Runner(Protocol):
     """inputs -> outputs."""
 
-    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Logits for token ids and mask."""
+    def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Logits for inputs."""
 
 
 class TorchRunner:
@@ -32,10 +33,9 @@ class TorchRunner:
         self.model, self.family, self.device = model.to(device), family, device
 
     @torch.inference_mode()
-    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        tensors = (torch.from_numpy(array).to(self.device) for array in (ids, mask))
-        inputs = FAMILIES[self.family].graph_inputs(*tensors)
-        return self.model(**inputs).logits.float().cpu().numpy()
+    def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        tensors = {name: tensor.to(self.device) for name, tensor in complete(self.family, inputs).items()}
+        return self.model(**tensors).logits.float().cpu().numpy()
 
 
 def open_session(file: Path, threads: int, optimized: bool) -> onnxruntime.InferenceSession:
@@ -61,9 +61,8 @@ class OnnxRunner:
         self.family = family
         self.session = open_session(file, threads, optimized)
 
-    def __call__(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        inputs = FAMILIES[self.family].graph_inputs(torch.from_numpy(ids), torch.from_numpy(mask))
-        feed = {name: tensor.numpy() for name, tensor in inputs.items()}
+    def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        feed = {name: tensor.numpy() for name, tensor in complete(self.family, inputs).items()}
         return self.session.run(["logits"], feed)[0].astype(np.float32)
 
 
@@ -83,3 +82,8 @@ def folded_runner(folded: FoldedModel, device: torch.device, integer: bool = Fal
     """Integers and scales in torch, fp32 arithmetic; `integer`: int8 layers as exact integer sums."""
     family = read_json(folded.path / "folded.json")["family"]
     return TorchRunner(assemble(folded, integer=integer), family, device)
+
+
+def complete(family: str, inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """The inputs of the family's graph, as tensors."""
+    return FAMILIES[family].graph_inputs(**{name: torch.from_numpy(array) for name, array in inputs.items()})

@@ -10,22 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
-from qcompress.axes import (
-    METHODS,
-    Adapter,
-    Calibrate,
-    NoAdapter,
-    Objective,
-    PlainStepper,
-    Quantizers,
-    Role,
-    Schedule,
-    Stepper,
-    TaskObjective,
-    beside_preset,
-    named,
-    quantizers,
-)
+from qcompress.axes import METHODS, beside_preset
 from qcompress.formats import (
     ACTIVATION_WORDS,
     FORMAT_PRESETS,
@@ -36,6 +21,20 @@ from qcompress.formats import (
     over_preset,
 )
 from qcompress.goals import Gate
+from qcompress.options import (
+    Adapter,
+    Calibrate,
+    NoAdapter,
+    Objective,
+    PlainStepper,
+    Quantizers,
+    Role,
+    Schedule,
+    Stepper,
+    TaskObjective,
+    named,
+    quantizers,
+)
 
 Stage = Literal["load", "train", "fold", "export", "build", "verify", "gate"]
 STAGES: tuple[str, ...] = ("load", "train", "fold", "export", "build", "verify", "gate")

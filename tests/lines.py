@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -244,10 +245,19 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    """A command in a process of its own."""
+    """A command in a process of its own, which Ctrl-C reaches: a job in the background ignores it, and its
+    children would, too.
+    """
+
+    def hear_interrupts() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
-        [sys.executable, "-m", "qcompress", *arguments], env=environment(), **{**pipes, **options}
+        [sys.executable, "-m", "qcompress", *arguments],
+        env=environment(),
+        preexec_fn=hear_interrupts,
+        **{**pipes, **options},
     )
 
 

@@ -23,16 +23,18 @@ STAGES = ("load", "train", "fold", "export", "build", "verify", "gate")
 
 LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("plain values", {
-        "errors", "formats", "axes", "schema", "artifacts", "plan", "models.architecture", "codekey",
-        "system", "host", "progress", "yamlfile", "distance", "tensorfile", "goals",
+        "errors", "formats", "axes", "options", "schema", "artifacts", "plan", "models.architecture",
+        "codekey", "system", "host", "progress", "yamlfile", "distance", "tensorfile", "goals",
     }),
     ("numerics", {
         "quant", "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges",
     }),
     ("families, tasks, targets", {
-        "models", "models.gpt2", "tasks", "tasks.causal_lm", "tasks.text", "targets", "targets.builder",
-        "targets.checks", "targets.device", "targets.graph", "targets.lint", "targets.process",
-        "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes", "targets.table",
+        "models", "models.gpt2",
+        "tasks", "tasks.causal_lm", "tasks.examples", "tasks.text",
+        "targets", "targets.builder", "targets.checks", "targets.device", "targets.graph", "targets.lint",
+        "targets.process", "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes",
+        "targets.table",
     }),
     ("recipes", {"wording", "structure", "rules", "recipe", "check"}),
     ("models in three forms", {"prepare", "checkpoint", "certificate", "sizes", "probe", "runners"}),
@@ -55,7 +57,8 @@ APART = {"", "probe_kit.measure_engine"}
 DOORS: dict[str, set[str]] = {
     "torch": {
         "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges", "methods.plain",
-        "methods.protocols", "methods.quadapter", "models.gpt2", "tasks.causal_lm", "prepare", "checkpoint",
+        "methods.protocols", "methods.quadapter", "models.gpt2", "tasks.causal_lm", "tasks.examples",
+        "prepare", "checkpoint",
         "loop", "runners", "tensorfile", "train", "fold", "export", "verify",
         "layerwise",
     },
@@ -75,7 +78,7 @@ DOORS: dict[str, set[str]] = {
 CALLED_BY_NAME = {"importlib.import_module": {"targets.builder"}, "__import__": {"probe_kit.measure_engine"}}
 """TensorRT is imported by name, because there are two of it; nothing else is."""
 
-LAZY = {"models", "models.gpt2", "tasks.causal_lm"}
+LAZY = {"models", "models.gpt2", "tasks.causal_lm", "tasks.examples"}
 """Modules that torch-free commands import, and that need torch or transformers only inside functions."""
 
 DISTRIBUTIONS = {"yaml": "PyYAML", "onnx_ir": "onnxscript", "google": "onnx", "pydantic_core": "pydantic",

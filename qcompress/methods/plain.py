@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qcompress.axes import PHASES, Calibrate, NoAdapter, PlainSchedule, PlainStepper, TaskObjective
+from qcompress.axes import PHASES
 from qcompress.methods.protocols import Group, Phase, Report
 from qcompress.models.architecture import Architecture, Site
+from qcompress.options import Calibrate, NoAdapter, PlainSchedule, PlainStepper, TaskObjective
 from qcompress.plan import LayerPlan
 from qcompress.prepare import Prepared
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
 from qcompress.schema import Train
-from qcompress.tasks import TaskLoss
+from qcompress.tasks.examples import Batch, inputs_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,7 +42,7 @@ class NoRescaling:
 class TaskLossObjective:
     """The task's own loss."""
 
-    def __init__(self, options: TaskObjective, task_loss: TaskLoss) -> None:
+    def __init__(self, options: TaskObjective, task_loss: Callable[[Tensor, Batch], Tensor]) -> None:
         self.task_loss = task_loss
         self.student: nn.Module | None = None
 
@@ -49,9 +50,9 @@ class TaskLossObjective:
         """Remember the model."""
         self.student = student
 
-    def loss(self, batch: Tensor, progress: float) -> Tensor:
+    def loss(self, batch: Batch, progress: float) -> Tensor:
         """Mean loss over the batch, []."""
-        return self.task_loss(self.student, batch)
+        return self.task_loss(self.student(**inputs_of(batch)).logits, batch)
 
     def detach(self) -> None:
         """No hook was installed."""

@@ -20,6 +20,7 @@ from qcompress.plan import LayerPlan
 from qcompress.prepare import Prepared
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
+from qcompress.tasks.examples import Batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,10 +60,8 @@ class Objective(Protocol):
     def attach(self, student: nn.Module) -> None:
         """Called once, with the model as the trainer runs it."""
 
-    def loss(self, batch: Tensor, progress: float) -> Tensor:
-        """Loss of token ids [batch, sequence]; `progress` in [0, 1) is the share of the phase that is
-        done.
-        """
+    def loss(self, batch: Batch, progress: float) -> Tensor:
+        """Loss of a batch; `progress` in [0, 1) is the share of the phase that is done."""
 
     def detach(self) -> None:
         """Remove every hook."""

@@ -25,9 +25,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qcompress.axes import PHASES, BlockwiseThenEndToEnd, QuadapterOptions
+from qcompress.axes import PHASES
 from qcompress.methods.protocols import Phase
 from qcompress.models.architecture import Architecture, Site
+from qcompress.options import BlockwiseThenEndToEnd, QuadapterOptions
 from qcompress.plan import LayerPlan
 from qcompress.prepare import Prepared
 from qcompress.quant.layers import ChannelScale, QuantizedWeight

@@ -163,9 +163,9 @@ def tie(model: GPT2LMHeadModel) -> None:
         model.lm_head.weight = model.transformer.wte.weight
 
 
-def graph_inputs(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+def graph_inputs(input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
     """Inputs of the exported graph for token ids [batch, sequence]; padding has mask 0."""
     import torch
 
-    mask = torch.ones_like(ids) if mask is None else mask
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}

@@ -16,6 +16,9 @@ from qcompress.quant.layers import matmul
 
 INT8 = (-128, 127)
 
+EXACT = 1024
+"""Products of two int8 codes whose sum fp32 holds without rounding: 2**24 / 2**14."""
+
 
 class Rounding(nn.Module):
     """QuantizeLinear and DequantizeLinear of an activation: int8, scale [], zero point 0."""
@@ -118,9 +121,11 @@ class FoldedTiedHead(nn.Module):
 def integer_matmul(rounding: Rounding, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """What an int8 GEMM computes: an exact sum of integer products, times both scales.
 
-    codes [in, out], scale [out]. Sums of fp64 are exact here: |sum| <= in * 2**14.
+    codes [in, out], scale [out]. The sum is exact: of 1024 products it is at most 2**24, which fp32 holds,
+    and fp64 adds these up.
     """
-    total = rounding.codes(x).double() @ codes.double()
+    pieces = zip(rounding.codes(x).float().split(EXACT, -1), codes.split(EXACT), strict=True)
+    total = sum((a @ b.float()).double() for a, b in pieces)
     return (total.float() * (rounding.scale.float() * scale.float())).to(x.dtype)
 
 

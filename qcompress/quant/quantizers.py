@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qcompress.axes import Lsq, MinMax
+from qcompress.options import Lsq, MinMax
 from qcompress.quant.affine import Grid, fake_quantize
 from qcompress.quant.ranges import Statistics, activation_ratio, start_scale, weight_ratio
 

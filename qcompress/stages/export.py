@@ -49,10 +49,8 @@ class _Logits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        return self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
-        ).logits
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.model(**inputs).logits
 
 
 def export(folded: FoldedModel, options: Export, target: str, provenance: dict[str, str], out: Path) -> None:
@@ -120,10 +118,10 @@ def _trace(folded: FoldedModel, family: str, dtype: torch.dtype, options: Export
         try:
             return torch.onnx.export(
                 model,
-                kwargs=example,
+                kwargs={"inputs": example},
                 dynamo=True,
                 opset_version=options.opset,
-                dynamic_shapes={name: dynamic for name in example},
+                dynamic_shapes={"inputs": {name: dynamic for name in example}},
                 input_names=list(example),
                 output_names=["logits"],
                 optimize=True,

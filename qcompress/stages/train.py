@@ -7,10 +7,12 @@ nobody can tell which paper trained the model.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,17 +22,25 @@ from torch import Tensor, nn
 from qcompress.artifacts import FloatModel, write_json
 from qcompress.checkpoint import Checkpoints, Position
 from qcompress.errors import ContractError, MachineError, ModelError
-from qcompress.loop import Training, frozen_digest, run_block_phase, run_model_phase
+from qcompress.loop import (
+    Training,
+    frozen_digest,
+    in_order,
+    run_block_phase,
+    run_model_phase,
+    to_device,
+)
 from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 from qcompress.methods.protocols import Adapter, Phase
 from qcompress.models import FAMILIES, load_tokenizer
-from qcompress.models.architecture import Architecture
+from qcompress.models.architecture import Architecture, read_config
 from qcompress.plan import LayerPlan, plans_to_json
 from qcompress.prepare import initialise, observe, quantize
 from qcompress.progress import Reporter
 from qcompress.quant.ranges import Statistics
 from qcompress.schema import Recipe
 from qcompress.tasks import TASKS
+from qcompress.tasks.examples import Examples
 from qcompress.tensorfile import save_tensors
 
 LOGITS = 2**26
@@ -41,8 +51,8 @@ COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class _Data:
-    train: Tensor | None
-    calibration: Tensor | None
+    train: Examples | None
+    calibration: Examples | None
 
 
 def train(
@@ -67,7 +77,7 @@ def train(
     statistics = {}
     if data.calibration is not None and not resuming:
         statistics = _observe(
-            model, plan, data.calibration, recipe, architecture.vocabulary, accelerator, reporter
+            model, plan, data.calibration, recipe, read_config(float_model.path), accelerator, reporter
         )
     prepared = quantize(model, architecture.family, plan)
     adapter = ADAPTERS[recipe.adapter.name](recipe.adapter)
@@ -128,20 +138,20 @@ def _read(
     phases: tuple[Phase, ...],
     plan: tuple[LayerPlan, ...],
 ) -> _Data:
-    """The sequences that the phases need; calibration falls back to the training data."""
+    """The examples that the phases need; calibration falls back to the training data."""
     task = TASKS[recipe.task.name]
     tokenizer = load_tokenizer(float_model.path)
     section = recipe.data
 
-    def sequences(data) -> Tensor | None:
-        return None if data is None else task.sequences(data, base, tokenizer, recipe.task)
+    def examples(data) -> Examples | None:
+        return None if data is None else task.examples(data, base, tokenizer, recipe.task)
 
     trains = any(phase.scope == "model" and phase.steps for phase in phases)
     calibrates = any(item.weights and item.activations for item in plan)
     calibrates |= any(phase.scope == "blocks" and phase.steps for phase in phases)
     data = _Data(
-        train=sequences(section.train) if trains else None,
-        calibration=sequences(section.calibration or section.train) if calibrates else None,
+        train=examples(section.train) if trains else None,
+        calibration=examples(section.calibration or section.train) if calibrates else None,
     )
     if (trains and data.train is None) or (calibrates and data.calibration is None):
         raise ContractError("the recipe was accepted without the data that its schedule needs")
@@ -149,21 +159,22 @@ def _read(
 
 
 def _observe(
-    model: nn.Module, plan: tuple[LayerPlan, ...], data: Tensor, recipe: Recipe, vocabulary: int,
+    model: nn.Module, plan: tuple[LayerPlan, ...], data: Examples, recipe: Recipe, config: dict[str, Any],
     accelerator: Accelerator, reporter: Reporter,
 ) -> dict[str, Statistics]:  # fmt: skip
     """Statistics of the float model on the calibration data."""
     # every position has a row of logits, although nobody looks at them here
-    room = LOGITS // (recipe.task.context * vocabulary)
-    batches = data.split(max(1, min(recipe.train.batch_size, room)))
-    with reporter.bar("calibrate ranges", len(batches)) as bar:
+    room = LOGITS // math.prod(TASKS[recipe.task.name].logits_of(recipe.task, config))
+    size = max(1, min(recipe.train.batch_size, room))
+    total = -(-len(data) // size)
+    with reporter.bar("calibrate ranges", total) as bar:
 
         def counted():
-            for index, batch in enumerate(batches):
-                yield batch.to(accelerator.device)
-                bar.advance(f"batch {index + 1} of {len(batches)}")
+            for index, batch in enumerate(in_order(data, size)):
+                yield to_device(batch, accelerator.device)
+                bar.advance(f"batch {index + 1} of {total}")
 
-        return observe(model, plan, counted(), data.numel())
+        return observe(model, plan, counted(), int(data.lengths.sum()))
 
 
 def _reference(

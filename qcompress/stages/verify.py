@@ -31,6 +31,7 @@ from qcompress.artifacts import (
 from qcompress.distance import Distance
 from qcompress.errors import UsageError
 from qcompress.models import load_tokenizer
+from qcompress.plan import plans_from_json
 from qcompress.probe import read_measurement, write_probe
 from qcompress.progress import Reporter
 from qcompress.runners import OnnxRunner, Runner, float_runner, folded_runner, trained_runner
@@ -59,6 +60,8 @@ class Samples:
 
     sets: dict[str, list[Any]]
     compared: int
+    positions: int
+    """Most positions of one sample that have logits."""
 
     @property
     def first(self) -> str:
@@ -119,17 +122,23 @@ def _deployed(
     """The graph as ONNX Runtime runs it by default: int8 layers as integer GEMMs.
 
     It is compared with the folded model computed the same way where that is there; comparing integer sums
-    with fp32 products shows flipped roundings and nothing about the file.
+    with fp32 products shows flipped roundings and nothing about the file. Without int8 activations there are
+    no integer sums.
     """
-    if artifacts.folded is not None:
+    if artifacts.folded is not None and _rounds_activations(artifacts.folded):
         runner = folded_runner(artifacts.folded, device, integer=True)
         compared = samples.sets[samples.first][: samples.compared]
-        few = Samples({samples.first: compared}, samples.compared)
+        few = Samples({samples.first: compared}, samples.compared, samples.positions)
         _measure("folded-integer", runner, recipe, few, None, out, reporter)
         previous = "folded-integer"
     runner = OnnxRunner(artifacts.onnx.file, recipe.model.family, torch.get_num_threads(), optimized=True)
     found = _measure("onnx-deployed", runner, recipe, samples, previous, out, reporter, keep=False)
     return {"metrics": found.metrics, "distance": found.distance}
+
+
+def _rounds_activations(folded: FoldedModel) -> bool:
+    plan = plans_from_json(read_json(folded.path / "folded.json")["plan"])
+    return any(item.activations for item in plan)
 
 
 def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samples:
@@ -138,13 +147,13 @@ def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samp
     folder = _checkpoint(artifacts)
     tokenizer = load_tokenizer(folder)
     sets = {
-        name: task.windows(data, base, tokenizer, recipe.task, recipe.verify.samples)
+        name: task.samples(data, base, tokenizer, recipe.task, recipe.verify.samples)
         for name, data in recipe.data.evaluate.items()
     }
     first = next(iter(sets.values()))
-    vocabulary = read_json(folder / "config.json")["vocab_size"]
-    affordable = max(1, LOGIT_BYTES // (recipe.task.context * vocabulary * 4))
-    return Samples(sets, min(recipe.verify.distance_samples, affordable, len(first)))
+    positions, logits = task.logits_of(recipe.task, read_json(folder / "config.json"))
+    affordable = max(1, LOGIT_BYTES // (positions * logits * 4))
+    return Samples(sets, min(recipe.verify.distance_samples, affordable, len(first)), positions)
 
 
 def _checkpoint(artifacts: Artifacts) -> Path:
@@ -194,16 +203,17 @@ def _measure(
             results[name] = []
             for start in range(0, len(windows), size):
                 batch = windows[start : start + size]
-                logits = runner(*task.collate(batch))
+                logits = runner(task.collate(batch))
                 results[name] += task.measure(batch, logits)
                 bar.advance(name)
                 few = batch[: max(0, samples.compared - start)] if name == samples.first else []
-                lengths = [len(window.ids) for window in few]
+                pairs = zip(few, logits, strict=False)
+                found = [task.compared(sample, sample_logits) for sample, sample_logits in pairs]
                 if distance is not None:
-                    _compare(distance, out / f"logits-{previous}.npy", start, lengths, logits)
+                    _compare(distance, out / f"logits-{previous}.npy", start, found)
                 if keep:
-                    shape = (samples.compared, recipe.task.context, logits.shape[-1])
-                    _keep(out / f"logits-{stage}.npy", shape, start, lengths, logits)
+                    shape = (samples.compared, samples.positions, logits.shape[-1])
+                    _keep(out / f"logits-{stage}.npy", shape, start, found)
     metrics = {
         f"{name}.{metric}": value
         for name, found in results.items()
@@ -212,23 +222,23 @@ def _measure(
     return _Measured(metrics, results, distance.to_json() if distance else None)
 
 
-def _compare(distance: Distance, file: Path, start: int, lengths: list[int], logits: np.ndarray) -> None:
+def _compare(distance: Distance, file: Path, start: int, found: list[np.ndarray]) -> None:
     """Hold some logits against those on disk. The file is opened each time: mapped pages count as memory."""
-    if lengths:
+    if found:
         reference = np.load(file, mmap_mode="r")
-        for place, length in enumerate(lengths):
-            distance.add(reference[start + place, :length], logits[place, :length])
+        for place, logits in enumerate(found):
+            distance.add(reference[start + place, : len(logits)], logits)
 
 
-def _keep(file: Path, shape: tuple[int, ...], start: int, lengths: list[int], logits: np.ndarray) -> None:
+def _keep(file: Path, shape: tuple[int, ...], start: int, found: list[np.ndarray]) -> None:
     """Leave some logits on disk for the next row."""
-    if not lengths:
+    if not found:
         return
     if start == 0:
         np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
     kept = np.lib.format.open_memmap(file, mode="r+")
-    for place, length in enumerate(lengths):
-        kept[start + place, :length] = logits[place, :length]
+    for place, logits in enumerate(found):
+        kept[start + place, : len(logits)] = logits
 
 
 def take_engine_row(run: Path, task: str, measurement: Path) -> None:

@@ -3,8 +3,5 @@
 from __future__ import annotations
 
 from qcompress.tasks import causal_lm
-from qcompress.tasks.causal_lm import TaskLoss
 
 TASKS = {"causal-lm": causal_lm}
-
-__all__ = ["TASKS", "TaskLoss"]

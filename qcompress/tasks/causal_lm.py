@@ -12,7 +12,7 @@ Shapes: token ids [batch, sequence] int64; logits [batch, sequence, vocabulary].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,14 @@ import numpy as np
 
 from qcompress.errors import UsageError
 from qcompress.schema import CausalLm, TextData
+from qcompress.tasks.examples import Batch
 from qcompress.tasks.text import read_text
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 STEP = 64
 """Positions measured at once: a vocabulary is wide."""
-
-TaskLoss = Callable[["nn.Module", "Tensor"], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,33 @@ class Window:
     first: int
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences of one length, int64 [sequences, context]."""
+
+    ids: Tensor
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The context, once for each sequence."""
+        return np.full(len(self.ids), self.ids.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Some sequences; they need no mask."""
+        return {"input_ids": self.ids[list(rows)]}
+
+
 def tokenize(data: TextData, base: Path, tokenizer: Any) -> np.ndarray:
     """All token ids of the text, int64 [tokens]; no special tokens are added."""
     encoded = tokenizer(read_text(data, base), add_special_tokens=False, verbose=False)
     return np.asarray(encoded["input_ids"], dtype=np.int64)
 
 
-def sequences(data: TextData, base: Path, tokenizer: Any, task: CausalLm) -> Tensor:
-    """Training or calibration sequences, int64 [sequences, context], one after another without overlap.
+def examples(data: TextData, base: Path, tokenizer: Any, task: CausalLm) -> Sequences:
+    """Training or calibration sequences of `context` tokens, one after another without overlap.
 
     With a limit, they are spread evenly over the text: its beginning alone is rarely typical.
     """
@@ -62,12 +80,12 @@ def sequences(data: TextData, base: Path, tokenizer: Any, task: CausalLm) -> Ten
         )
     whole = torch.from_numpy(ids[: count * task.context]).view(count, task.context)
     if data.limit is None or data.limit >= count:
-        return whole
-    return whole[torch.arange(data.limit) * count // data.limit]
+        return Sequences(whole)
+    return Sequences(whole[torch.arange(data.limit) * count // data.limit])
 
 
-def windows(data: TextData, base: Path, tokenizer: Any, task: CausalLm, samples: int | None) -> list[Window]:
-    """Evaluation windows in the order of the text, at most `samples` and `data.limit` of them."""
+def samples(data: TextData, base: Path, tokenizer: Any, task: CausalLm, limit: int | None) -> list[Window]:
+    """Evaluation windows in the order of the text, at most `limit` and `data.limit` of them."""
     ids = tokenize(data, base, tokenizer)
     stride = task.stride or task.context
     found, counted = [], 0
@@ -81,19 +99,29 @@ def windows(data: TextData, base: Path, tokenizer: Any, task: CausalLm, samples:
             break
     if not found:
         raise UsageError(f"the text has {len(ids)} tokens: nothing to measure", fix="name more text")
-    limits = [limit for limit in (samples, data.limit) if limit is not None]
+    limits = [number for number in (limit, data.limit) if number is not None]
     return found[: min(limits)] if limits else found
 
 
-def loss(model: nn.Module, ids: Tensor) -> Tensor:
+def loss(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy of each next token, []."""
     import torch.nn.functional as F
 
-    logits = model(input_ids=ids).logits
+    ids = batch["input_ids"]
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def collate(batch: list[Window]) -> tuple[np.ndarray, np.ndarray]:
+def logits_of(task: CausalLm, config: dict[str, Any]) -> tuple[int, int]:
+    """Most positions of one sample, and logits of each; `config` is the model's config.json."""
+    return task.context, config["vocab_size"]
+
+
+def compared(window: Window, logits: np.ndarray) -> np.ndarray:
+    """The logits of a sample that rows are compared by, [positions, vocabulary]: those of no padding."""
+    return logits[: len(window.ids)]
+
+
+def collate(batch: list[Window]) -> dict[str, np.ndarray]:
     """Ids and mask, int64 [batch, longest]; shorter windows are padded on the right with token 0, mask 0."""
     longest = max(len(window.ids) for window in batch)
     ids = np.zeros((len(batch), longest), np.int64)
@@ -101,7 +129,7 @@ def collate(batch: list[Window]) -> tuple[np.ndarray, np.ndarray]:
     for row, window in enumerate(batch):
         ids[row, : len(window.ids)] = window.ids
         mask[row, : len(window.ids)] = 1
-    return ids, mask
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def measure(batch: list[Window], logits: np.ndarray) -> list[dict[str, float]]:

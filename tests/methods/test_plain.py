@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from qcompress.axes import PlainStepper
 from qcompress.methods.plain import OneUpdate
 from qcompress.methods.protocols import Group
+from qcompress.options import PlainStepper
 
 START = {"weight": [3.0, 4.0], "scale": [300.0, 400.0], "other": [0.003, 0.004]}
 """The gradient of each role is its own value: norms 5, 500 and 0.005."""

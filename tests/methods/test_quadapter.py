@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 import qcompress.stages.train
-from qcompress.axes import QuadapterOptions
 from qcompress.methods import STEPPERS
 from qcompress.methods.plain import OneUpdate
 from qcompress.methods.quadapter import Quadapter, balanced
 from qcompress.models import load_tokenizer
+from qcompress.options import QuadapterOptions
 from qcompress.prepare import Prepared, initialise, observe, quantize, rebuild
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
@@ -47,7 +47,7 @@ def stock(source: Path) -> GPT2LMHeadModel:
 def adapted(made: Line, theta: float = 0.0, **options: object) -> tuple[Prepared, Quadapter]:
     """The model with quantizers and adapters, theta drawn from N(0, theta^2)."""
     model = stock(made.source)
-    statistics = observe(model, made.plan, [token_ids(8)], 8 * 32)
+    statistics = observe(model, made.plan, [{"input_ids": token_ids(8)}], 8 * 32)
     prepared = quantize(model, "gpt2", made.plan)
     adapter = Quadapter(QuadapterOptions(**{"init": "identity", **options}))
     adapter.attach(prepared, made.architecture.sites, statistics)
@@ -69,7 +69,7 @@ def without_rounding(prepared: Prepared) -> nn.Module:
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    return TASKS["causal-lm"].loss(model, ids)
+    return TASKS["causal-lm"].loss(model(input_ids=ids).logits, {"input_ids": ids})
 
 
 # What may not change ---------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_neither_phase_moves_a_weight_and_only_adapters_and_scales_get_gradients
 
 def calibration_ids(made: Line) -> Tensor:
     recipe, tokenizer = made.recipe, load_tokenizer(made.source)
-    return TASKS["causal-lm"].sequences(recipe.data.calibration, made.text.parent, tokenizer, recipe.task)
+    return TASKS["causal-lm"].examples(recipe.data.calibration, made.text.parent, tokenizer, recipe.task).ids
 
 
 def block_errors(made: Line) -> list[float]:

@@ -126,7 +126,7 @@ def test_the_float_runner_gives_the_logits_of_an_independently_loaded_model(
     mask[1, 20:] = 0
     with torch.no_grad():
         expected = independent(ids, attention_mask=mask).logits
-    found = torch.from_numpy(runner(ids.numpy(), mask.numpy()))
+    found = torch.from_numpy(runner({"input_ids": ids.numpy(), "attention_mask": mask.numpy()}))
     assert torch.equal(found[mask.bool()], expected[mask.bool()])
 
 

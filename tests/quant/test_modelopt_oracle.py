@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompress.axes import MinMax
+from qcompress.options import MinMax
 from qcompress.quant.affine import Grid, to_codes
 from qcompress.quant.quantizers import MinMaxActivation, MinMaxWeight
 from qcompress.quant.ranges import Statistics

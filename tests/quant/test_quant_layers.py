@@ -11,10 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcompress.axes import Lsq, MinMax
 from qcompress.formats import WeightFormat
+from qcompress.options import Lsq, MinMax
 from qcompress.quant.affine import Grid
-from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, FoldedWeight, Rounding
+from qcompress.quant.folded import (
+    FoldedEmbedding,
+    FoldedLinear,
+    FoldedTiedHead,
+    FoldedWeight,
+    Rounding,
+    integer_matmul,
+)
 from qcompress.quant.layers import (
     ChannelScale,
     FixedScale,
@@ -300,3 +307,22 @@ def test_a_theta_beyond_its_bound_returns_and_can_move_again() -> None:
     assert torch.equal(scale(), before)
     scale().log().sum().backward()
     assert torch.equal(scale.theta.grad, torch.ones(2))
+
+
+# What an int8 GEMM computes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", [1, 1024, 1025, 3072])
+@pytest.mark.parametrize("extreme", [True, False])
+def test_integer_sums_are_exact_however_long_they_are(inputs: int, extreme: bool) -> None:
+    random = np.random.default_rng(inputs)
+    x = np.full((2, 3, inputs), 127) if extreme else random.integers(-128, 128, (2, 3, inputs))
+    codes = np.full((inputs, 5), 127) if extreme else random.integers(-128, 128, (inputs, 5))
+    if extreme:
+        codes[0, 1] = 126  # sums of odd products, beyond 2**24: adding them in fp32 rounds at every step
+    rounding = Rounding(torch.tensor(1.0))
+    found = integer_matmul(
+        rounding, torch.from_numpy(x).float(), torch.from_numpy(codes).to(torch.int8), torch.ones(5)
+    )
+    expected = (x.astype(np.int64) @ codes.astype(np.int64)).astype(np.float32)
+    np.testing.assert_array_equal(found.numpy(), expected)

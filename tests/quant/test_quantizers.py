@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompress.axes import AXES, Lsq, MinMax
+from qcompress.axes import AXES
+from qcompress.options import Lsq, MinMax
 from qcompress.quant.affine import Grid, fake_quantize
 from qcompress.quant.layers import ChannelScale
 from qcompress.quant.quantizers import (

@@ -18,7 +18,7 @@ from qcompress.goals import METRICS
 from qcompress.models import FAMILIES, load_tokenizer
 from qcompress.schema import CausalLm, TextData
 from qcompress.tasks import TASKS
-from qcompress.tasks.causal_lm import Window, collate, loss, measure, metrics, sequences, tokenize, windows
+from qcompress.tasks.causal_lm import Window, collate, examples, loss, measure, metrics, samples, tokenize
 
 
 class Words:
@@ -70,12 +70,12 @@ def by_the_recipe(
 
 @torch.no_grad()
 def by_the_task(model: GPT2LMHeadModel, found: list[Window], batch: int) -> list[dict[str, float]]:
-    samples: list[dict[str, float]] = []
+    results: list[dict[str, float]] = []
     for start in range(0, len(found), batch):
-        ids, mask = collate(found[start : start + batch])
+        ids, mask = collate(found[start : start + batch]).values()
         logits = model(**FAMILIES["gpt2"].graph_inputs(torch.from_numpy(ids), torch.from_numpy(mask))).logits
-        samples += measure(found[start : start + batch], logits.numpy())
-    return samples
+        results += measure(found[start : start + batch], logits.numpy())
+    return results
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -87,11 +87,11 @@ def test_perplexity_is_that_of_the_sliding_window_recipe(
     tmp_path: Path, model: GPT2LMHeadModel, context: int, stride: int | None, count: int, batch: int
 ) -> None:
     data, ids = write_ids(tmp_path, count)
-    found = windows(data, tmp_path, Words(), CausalLm(context=context, stride=stride), None)
-    samples = by_the_task(model, found, batch)
-    result = metrics(samples)
+    found = samples(data, tmp_path, Words(), CausalLm(context=context, stride=stride), None)
+    results = by_the_task(model, found, batch)
+    result = metrics(results)
     nll, targets, correct = by_the_recipe(model, ids, context, stride or context)
-    assert sum(sample["tokens"] for sample in samples) == targets > 0
+    assert sum(sample["tokens"] for sample in results) == targets > 0
     assert result["perplexity"] == pytest.approx(math.exp(nll / targets), rel=1e-5)
     assert result["token_accuracy"] == correct / targets
     assert set(result) == set(METRICS)
@@ -104,7 +104,7 @@ def test_every_token_but_the_first_of_the_text_counts_once_where_windows_overlap
 ) -> None:
     """Without overlap (stride 32) the first token of each window has no context and does not count."""
     data, ids = write_ids(tmp_path, count)
-    found = windows(data, tmp_path, Words(), CausalLm(context=32, stride=stride), None)
+    found = samples(data, tmp_path, Words(), CausalLm(context=32, stride=stride), None)
     start, counted = 0, []
     for window in found:
         assert len(window.ids) <= 32 and window.first >= 1
@@ -118,11 +118,11 @@ def test_every_token_but_the_first_of_the_text_counts_once_where_windows_overlap
 def test_limits_keep_the_first_windows_and_the_smaller_one_wins(tmp_path: Path) -> None:
     data, _ = write_ids(tmp_path, 200)
     task = CausalLm(context=32)
-    whole = windows(data, tmp_path, Words(), task, None)
+    whole = samples(data, tmp_path, Words(), task, None)
     assert len(whole) == 7
-    for limit, samples, count in ((3, None, 3), (None, 2, 2), (5, 2, 2), (2, 5, 2), (50, 60, 7)):
-        limited = data.model_copy(update={"limit": limit})
-        found = windows(limited, tmp_path, Words(), task, samples)
+    for own, limit, count in ((3, None, 3), (None, 2, 2), (5, 2, 2), (2, 5, 2), (50, 60, 7)):
+        limited = data.model_copy(update={"limit": own})
+        found = samples(limited, tmp_path, Words(), task, limit)
         assert len(found) == count
         assert all(np.array_equal(a.ids, b.ids) for a, b in zip(found, whole, strict=False))
 
@@ -131,7 +131,7 @@ def test_limits_keep_the_first_windows_and_the_smaller_one_wins(tmp_path: Path) 
 def test_a_text_without_a_target_is_refused(tmp_path: Path, count: int) -> None:
     data, _ = write_ids(tmp_path, count)
     with pytest.raises(UsageError, match=f"the text has {count} tokens: nothing to measure"):
-        windows(data, tmp_path, Words(), CausalLm(context=32), None)
+        samples(data, tmp_path, Words(), CausalLm(context=32), None)
 
 
 # Training sequences ----------------------------------------------------------------------------------
@@ -139,32 +139,36 @@ def test_a_text_without_a_target_is_refused(tmp_path: Path, count: int) -> None:
 
 def test_training_sequences_follow_one_another_without_overlap(tmp_path: Path) -> None:
     data, ids = write_ids(tmp_path, 205)
-    found = sequences(data, tmp_path, Words(), CausalLm(context=20))
-    assert found.dtype == torch.int64
-    np.testing.assert_array_equal(found.numpy(), ids[:200].reshape(10, 20))
+    found = examples(data, tmp_path, Words(), CausalLm(context=20))
+    assert len(found) == 10 and found.lengths.tolist() == [20] * 10
+    batch = found.batch([3, 0])
+    assert list(batch) == ["input_ids"] and batch["input_ids"].dtype == torch.int64
+    np.testing.assert_array_equal(found.ids.numpy(), ids[:200].reshape(10, 20))
+    np.testing.assert_array_equal(batch["input_ids"].numpy(), ids[:200].reshape(10, 20)[[3, 0]])
 
 
 @pytest.mark.parametrize("limit", [1, 3, 9, 10, 11])
 def test_a_limit_spreads_them_evenly_over_the_text(tmp_path: Path, limit: int) -> None:
     data, ids = write_ids(tmp_path, 205)
-    found = sequences(data.model_copy(update={"limit": limit}), tmp_path, Words(), CausalLm(context=20))
+    found = examples(data.model_copy(update={"limit": limit}), tmp_path, Words(), CausalLm(context=20))
     rows = ids[:200].reshape(10, 20)
     expected = (
         [int(np.floor(index * 10 / limit)) for index in range(min(limit, 10))] if limit < 10 else range(10)
     )
-    np.testing.assert_array_equal(found.numpy(), rows[list(expected)])
+    np.testing.assert_array_equal(found.ids.numpy(), rows[list(expected)])
 
 
 def test_a_text_shorter_than_one_sequence_is_refused(tmp_path: Path) -> None:
     data, _ = write_ids(tmp_path, 19)
     with pytest.raises(UsageError, match="19 tokens, fewer than one sequence of 20"):
-        sequences(data, tmp_path, Words(), CausalLm(context=20))
+        examples(data, tmp_path, Words(), CausalLm(context=20))
 
 
 def test_the_loss_is_the_one_transformers_computes(model: GPT2LMHeadModel) -> None:
     ids = torch.randint(0, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        torch.testing.assert_close(loss(model, ids), model(input_ids=ids, labels=ids).loss, rtol=1e-6, atol=0)
+        found = loss(model(input_ids=ids).logits, {"input_ids": ids})
+        torch.testing.assert_close(found, model(input_ids=ids, labels=ids).loss, rtol=1e-6, atol=0)
 
 
 def test_a_real_tokenizer_adds_nothing_to_the_text(tiny_model: Path, text_file: Path) -> None:
@@ -178,7 +182,7 @@ def test_a_real_tokenizer_adds_nothing_to_the_text(tiny_model: Path, text_file: 
 
 
 def test_shorter_windows_are_padded_on_the_right() -> None:
-    ids, mask = collate([Window(np.array([5, 6, 7]), 1), Window(np.array([8, 9]), 1)])
+    ids, mask = collate([Window(np.array([5, 6, 7]), 1), Window(np.array([8, 9]), 1)]).values()
     assert ids.tolist() == [[5, 6, 7], [8, 9, 0]] and mask.tolist() == [[1, 1, 1], [1, 1, 0]]
     assert ids.dtype == mask.dtype == np.int64
 
@@ -233,5 +237,5 @@ def test_perplexity_of_a_uniform_model_is_the_size_of_its_vocabulary() -> None:
 
 
 def test_every_task_offers_what_the_stages_ask_for() -> None:
-    asked = {"sequences", "windows", "loss", "collate", "measure", "metrics"}
+    asked = {"examples", "samples", "loss", "collate", "compared", "logits_of", "measure", "metrics"}
     assert TASKS and all(asked <= set(dir(task)) for task in TASKS.values())

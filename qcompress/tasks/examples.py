@@ -1,0 +1,39 @@
+"""What a task hands to training and to calibration, whatever the task.
+
+A batch is a mapping of tensors: the model's inputs under their own names (`input_ids` int64 [batch,
+sequence], `attention_mask` of the same shape where sequences are padded, ...), and `labels`, which only a
+loss reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Batch = dict[str, "Tensor"]
+
+LABELS = "labels"
+"""The one key of a batch that is no input of the model."""
+
+
+class Examples(Protocol):
+    """Examples that were read and tokenized."""
+
+    lengths: np.ndarray
+    """Tokens of each example, [examples]."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The examples of these rows, padded on the right to the longest of them."""
+
+
+def inputs_of(batch: Batch) -> Batch:
+    """What the model sees of a batch."""
+    return {name: tensor for name, tensor in batch.items() if name != LABELS}
