@@ -52,6 +52,44 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """One self-attention with separate query, key and value layers, by module names."""
+
+    module: str
+    """The module whose attention function runs; probes and points hang on it."""
+    query: str
+    key: str
+    value: str
+    output: str
+    """The linear layer after the attention: its output is the attention block's, before dropout, residual and
+    norm."""
+    norm: str
+    """The LayerNorm after the residual."""
+    block: str
+    """The block it belongs to, whose output is a hidden state."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """An activation that may be rounded without being the input of a weight's layer."""
+
+    name: str
+    kind: Literal["attention", "residual"]
+    """attention: an operand of one of the two matmuls; residual: an input of a residual addition."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a task needs at the end of a model."""
+
+    task: str = "causal-lm"
+    labels: tuple[str, ...] | None = None
+    """Names of the outputs, in order; None: those of the checkpoint's config.json (or none at all)."""
+    problem: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
+    """transformers' `problem_type`."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A model, as far as compression goes. Blocks are in the order of the forward pass."""
 
@@ -62,6 +100,13 @@ class Architecture:
     context: int
     vocabulary: int
     parameters: int
+    attentions: tuple[Attention, ...] = ()
+    """Empty where query, key and value are one fused layer."""
+    points: tuple[Point, ...] = ()
+    embeddings: str = ""
+    """Module whose output is the first hidden state."""
+    new_head: tuple[str, ...] = ()
+    """Tensors of the task's head that the checkpoint lacks; training has to make them."""
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""
