@@ -77,11 +77,11 @@ def run_seeds(
     keep: Sequence[str] = (),
     smoke: bool = False,
     reporter: Reporter | None = None,
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, dict[str, Any], bool]:
     """Run a recipe once for each seed, in `seed-N` folders side by side; options as for `run`.
 
-    Returns the folder that they share and the content of its seeds.json: verdicts, and mean and standard
-    deviation of each metric.
+    Returns the folder that they share, the content of its seeds.json (verdicts, and mean and standard
+    deviation of each metric), and whether this process is the one that speaks.
     """
     seeds = _checked_seeds(seeds, overrides)
     reporter = reporter or Reporter(silent=True)
@@ -96,8 +96,9 @@ def run_seeds(
         found[seed] = load(made.path)
     first = found[seeds[0]]
     summary = summarise(first.recipe.name, {seed: (run.parity, run.verdict) for seed, run in found.items()})
-    write_json(first.path.parent / "seeds.json", summary)
-    return first.path.parent, summary
+    if made.first:
+        write_json(first.path.parent / "seeds.json", summary)
+    return first.path.parent, summary, made.first
 
 
 def _checked_seeds(seeds: Sequence[int], overrides: Sequence[str]) -> list[int]:

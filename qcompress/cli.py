@@ -106,6 +106,8 @@ def run(
                 raise UsageError("--seeds compares verdicts, and --until ends before them", fix="drop one")
             _run_seeds(recipe, out, seeds, options, as_json)
         result = api.run(recipe, out, until=until, **options)
+        if not result.first:
+            raise typer.Exit(exit_code(result.verdict) if until == "gate" else 0)
         if until != "gate":
             _finish_early(result, as_json)
             return
@@ -122,7 +124,9 @@ def _run_seeds(recipe: Path, out: Path, seeds: str, options: dict[str, Any], as_
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise UsageError(f"--seeds {seeds!r} is not a list of numbers", fix="--seeds 0,1,2") from None
-    folder, found = api.run_seeds(recipe, numbers, out, **options)
+    folder, found, first = api.run_seeds(recipe, numbers, out, **options)
+    if not first:
+        raise typer.Exit(exit_code(found["verdict"]))
     if as_json:
         _print_json({"path": str(folder), **found})
     else:

@@ -24,6 +24,7 @@ from qcompress.errors import ModelError
 from qcompress.methods.protocols import Group, Objective, Phase, Stepper
 from qcompress.models.architecture import Architecture
 from qcompress.prepare import Prepared
+from qcompress.processes import Processes
 from qcompress.progress import Bar, Reporter
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.schema import LEARNING_RATES, Recipe
@@ -40,6 +41,7 @@ class Training:
     objective: Objective
     stepper: Stepper
     accelerator: Accelerator
+    processes: Processes
     checkpoints: Checkpoints
     reporter: Reporter
     train_data: Examples | None
@@ -50,12 +52,16 @@ class Training:
     recent: list[float]
 
     def save(self, position: Position, optimizer: torch.optim.Optimizer | None) -> None:
-        """Write a checkpoint."""
-        self.checkpoints.save(position, self.prepared.model, self.moving, optimizer, self.facts, self.recent)
+        """Write a checkpoint; the first process does it for all."""
+        if self.processes.first:
+            self.checkpoints.save(
+                position, self.prepared.model, self.moving, optimizer, self.facts, self.recent
+            )
 
 
-def reseed(*where: int) -> None:
-    """Set torch's generators to a function of (seed, phase, block, step)."""
+def reseed(processes: Processes, *where: int) -> None:
+    """Set torch's generators to a function of (seed, phase, block, step), another one in each process."""
+    where = (*where, processes.rank) if processes.rank else where
     torch.manual_seed(int(np.random.SeedSequence(where).generate_state(1, np.uint64)[0]))
 
 
@@ -137,12 +143,17 @@ def groups_of(training: Training, phase: Phase, scope: str = "") -> list[Group]:
 
 
 def optimizer_of(training: Training, groups: Sequence[Group]) -> torch.optim.Optimizer:
-    """AdamW with one parameter group a role; learning rates are set before each update."""
+    """One parameter group a role; learning rates are set before each update."""
     parameters = [
         {"params": list(group.parameters), "lr": group.lr, "weight_decay": group.weight_decay}
         for group in groups
     ]
-    return training.accelerator.prepare(torch.optim.AdamW(parameters))
+    train = training.recipe.train
+    if train.optimizer == "sgd":
+        made = torch.optim.SGD(parameters, momentum=train.momentum, nesterov=train.momentum > 0)
+    else:
+        made = torch.optim.AdamW(parameters)
+    return training.accelerator.prepare(made)
 
 
 def set_rates(training: Training, optimizer, groups: Sequence[Group], step: int, steps: int) -> None:
@@ -188,6 +199,7 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
     groups = groups_of(training, phase)
     optimizer = optimizer_of(training, groups)
     restore(optimizer, moments)
+    training.objective.begin(phase.name)
     recipe, data, model = training.recipe, training.train_data, training.prepared.model
     model.train(phase.dropout)
     taps, position = taps_of(training.prepared), start
@@ -195,11 +207,11 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
     with training.reporter.bar(phase.name, phase.steps, done=start.step) as bar:
         for step in range(start.step, phase.steps):
             rows = batch_rows(data.lengths, recipe.train.batch_size, step, recipe.seed)
-            batch = to_device(data.batch(rows), training.accelerator.device)
+            batch = to_device(data.batch(training.processes.share(rows)), training.accelerator.device)
             tokens += batch["input_ids"].numel()
 
             def closure(step: int = step, batch: Batch = batch) -> Tensor:
-                reseed(recipe.seed, start.phase, 0, step)
+                reseed(training.processes, recipe.seed, start.phase, 0, step)
                 return training.objective.loss(batch, step / phase.steps)
 
             set_rates(training, optimizer, groups, step, phase.steps)
@@ -208,7 +220,7 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
             advance(training.prepared)
             training.recent = [*training.recent, report.loss][-10:]
             position = replace(position, step=step + 1, passes=position.passes + report.passes)
-            if training.checkpoints.due():
+            if training.processes.first and training.checkpoints.due():
                 training.save(position, optimizer)
             speed = tokens / (time.monotonic() - began)
             bar.advance(f"loss {report.loss:.4f}  {speed:.0f} tokens/s")
@@ -261,13 +273,13 @@ def _fit_block(
     optimizer = optimizer_of(training, groups)
     recipe, size = training.recipe, training.recipe.train.batch_size
     everything_in, everything_out = torch.cat(inputs), torch.cat(outputs)
-    before = best = _error(block, inputs, outputs, rest)
+    before = best = training.processes.agree(_error(block, inputs, outputs, rest))
     kept = _snapshot(training.prepared.model, names)
     for step in range(phase.steps):
-        rows = batch_rows(np.ones(len(everything_in)), size, step, recipe.seed)
+        rows = training.processes.share(batch_rows(np.ones(len(everything_in)), size, step, recipe.seed))
 
         def closure(step: int = step, rows: list[int] = rows) -> Tensor:
-            reseed(recipe.seed, phase_index, index, step)
+            reseed(training.processes, recipe.seed, phase_index, index, step)
             return (_output(block(everything_in[rows], **rest)) - everything_out[rows]).square().mean()
 
         set_rates(training, optimizer, groups, step, phase.steps)
@@ -277,7 +289,7 @@ def _fit_block(
         where = f"block {index + 1} of {len(training.architecture.blocks)}"
         bar.advance(f"{where}  error {before:.3g} -> {best:.3g}  loss {report.loss:.3g}")
         if (step + 1) % phase.evaluate_every == 0 or step + 1 == phase.steps:
-            error = _error(block, inputs, outputs, rest)
+            error = training.processes.agree(_error(block, inputs, outputs, rest))
             if error < best:
                 best, kept = error, _snapshot(training.prepared.model, names)
     own = training.prepared.model.state_dict(keep_vars=True)

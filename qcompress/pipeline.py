@@ -30,6 +30,7 @@ from qcompress.check import Report, check_model
 from qcompress.codekey import code_digest, stage_key
 from qcompress.errors import MachineError
 from qcompress.host import describe_host, device_kind, threads
+from qcompress.processes import Processes, announced, join
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, dump_recipe
 from qcompress.schema import STAGES, Recipe
@@ -81,6 +82,8 @@ class Run:
     path: Path
     verdict: str
     steps: tuple[Step, ...]
+    first: bool = True
+    """False in a process that only trained along, and has nothing to say."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,15 @@ def run(
     keep: tuple[str, ...] = (),
     one_of_seeds: bool = False,
 ) -> Run:
-    """Run the recipe's stages up to `until`, reusing what is finished.
+    """Run the recipe's stages up to `until`, reusing what is finished. Where a launcher started several
+    processes, the first one does this and the others train along.
 
     `one_of_seeds`: the run's folder is `seed-N` inside a folder that all seeds of the recipe share.
     """
     plan = prepare(resolved)
+    processes = join(cpu=resolved.recipe.train.device == "cpu" or device_kind("auto") == "cpu")
+    if not processes.first:
+        return _follow(plan, processes)
     steps: dict[str, Step] = {}
     with Workspace(
         out, cache, plan.recipe.name, run_key(plan, one_of_seeds), fresh=fresh, log=reporter.say
@@ -132,12 +139,26 @@ def run(
                 place["folded.safetensors"] = "model.safetensors"  # a checkpoint for `model: {run: ...}`
             if stage in keep:
                 place["*"] = f"{stage}/"
-            make = _makers(plan, steps, reporter)[stage]
+            make = _makers(plan, steps, reporter, processes)[stage]
             reporter.stage(stage)
             steps[stage] = workspace.step(stage, parts(plan, stage, steps), make, place=place)
         write_json(folder / "manifest.json", _manifest(plan, steps))
         verdict = read_json(folder / "verdict.json")["verdict"] if "gate" in steps else "unfinished"
+        processes.agree({"run": (folder, verdict)})
         return Run(folder, verdict, tuple(steps.values()))
+
+
+def _follow(plan: Plan, processes: Processes) -> Run:
+    """What the other processes do: train along when the first one trains, and leave when it is done."""
+    while True:
+        asked = processes.agree(None)
+        if "run" in asked:
+            return Run(*asked["run"], (), first=False)
+        from qcompress.stages.train import train
+
+        report, silent = plan.report, Reporter(silent=True)
+        train(asked["model"], plan.recipe, plan.resolved.base, report.architecture, report.plan, asked["out"],
+              silent, processes)  # fmt: skip
 
 
 def run_key(plan: Plan, one_of_seeds: bool = False) -> str:
@@ -173,6 +194,8 @@ def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object
     }
     if stage in ("train", "fold", "export", "verify"):
         found["device"] = {"kind": device_kind(recipe.train.device), "threads": threads()}
+    if stage == "train" and announced() > 1:  # sums in another order give other bits
+        found["device"]["processes"] = announced()
     if stage == "build":
         found["device"] = {"machine": platform.machine()} | describe_host()["gpu"]
     return found
@@ -248,15 +271,18 @@ def _versions(stage: str) -> dict[str, str]:
     return found
 
 
-def _makers(plan: Plan, steps: Mapping[str, Step], reporter: Reporter) -> dict[str, Callable[[Path], None]]:
+def _makers(
+    plan: Plan, steps: Mapping[str, Step], reporter: Reporter, processes: Processes
+) -> dict[str, Callable[[Path], None]]:
     """For each stage the call that fills its folder."""
     recipe, base = plan.recipe, plan.resolved.base
 
     def make_train(folder: Path) -> None:
         from qcompress.stages.train import train
 
-        report = plan.report
-        train(_float(plan, steps), recipe, base, report.architecture, report.plan, folder, reporter)
+        report, model = plan.report, _float(plan, steps)
+        processes.agree({"model": model, "out": folder})
+        train(model, recipe, base, report.architecture, report.plan, folder, reporter, processes)
 
     def make_fold(folder: Path) -> None:
         from qcompress.stages.fold import fold

@@ -231,8 +231,12 @@ class Train(Options):
     """Shape of the learning rate after the warm-up."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of a phase's steps with a rising learning rate."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd: with `momentum`, in Nesterov's form."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of sgd; 0: none."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decay of the role `weight`; scales and adapters never decay."""
+    """Decay of the role `weight`; scales and adapters never decay."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of accelerate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,17 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A checkpoint of a tiny GPT-2 with its tokenizer. Read only: copy it before changing it."""
     return make_checkpoint(tmp_path_factory.mktemp("tiny"), text_file)
+
+
+@pytest.fixture(scope="session")
+def without_dropout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The same without dropout. Read only."""
+    folder = tmp_path_factory.mktemp("calm") / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="session")

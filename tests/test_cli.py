@@ -162,7 +162,7 @@ def test_what_this_machine_lacks_is_6(shared: Project, run: Path, tmp_path: Path
     assert "this machine cannot build for target orin-jp6" in done.stderr and "fix: run `" in done.stderr
     words = shared.command("--set", "seed=7", "--until", "train")
     done = cli(*words, environment={"WORLD_SIZE": "2"})
-    assert done.code == 6 and "started as one of 2 processes" in done.stderr
+    assert done.code == 6 and "WORLD_SIZE says 2 processes, and RANK" in done.stderr
 
 
 # Interrupted (130) and busy (7) runs need a live process: test_pipeline.py.

@@ -24,7 +24,7 @@ STAGES = ("load", "train", "fold", "export", "build", "verify", "gate")
 LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("plain values", {
         "errors", "formats", "axes", "options", "schema", "artifacts", "plan", "models.architecture",
-        "codekey", "system", "host", "progress", "yamlfile", "distance", "tensorfile", "goals",
+        "codekey", "system", "host", "processes", "progress", "yamlfile", "distance", "tensorfile", "goals",
     }),
     ("numerics", {
         "quant", "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges",
@@ -58,12 +58,11 @@ DOORS: dict[str, set[str]] = {
     "torch": {
         "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges", "methods.plain",
         "methods.protocols", "methods.quadapter", "models.gpt2", "tasks.causal_lm", "tasks.examples",
-        "prepare", "checkpoint",
-        "loop", "runners", "tensorfile", "train", "fold", "export", "verify",
+        "prepare", "processes", "checkpoint", "loop", "runners", "tensorfile", "train", "fold", "export", "verify",
         "layerwise",
     },
     "transformers": {"models", "models.gpt2"},
-    "accelerate": {"train", "loop", "methods.plain", "methods.protocols"},
+    "accelerate": {"processes", "train", "loop", "methods.plain", "methods.protocols"},
     "onnxruntime": {"runners", "probe_kit.measure_engine"},
     "onnx": {"export", "certificate", "sizes", "targets.checks", "targets.graph", "targets.quantizers",
              "targets.sizes"},
@@ -78,7 +77,7 @@ DOORS: dict[str, set[str]] = {
 CALLED_BY_NAME = {"importlib.import_module": {"targets.builder"}, "__import__": {"probe_kit.measure_engine"}}
 """TensorRT is imported by name, because there are two of it; nothing else is."""
 
-LAZY = {"models", "models.gpt2", "tasks.causal_lm", "tasks.examples"}
+LAZY = {"processes", "models", "models.gpt2", "tasks.causal_lm", "tasks.examples"}
 """Modules that torch-free commands import, and that need torch or transformers only inside functions."""
 
 DISTRIBUTIONS = {"yaml": "PyYAML", "onnx_ir": "onnxscript", "google": "onnx", "pydantic_core": "pydantic",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -41,16 +40,6 @@ def loss_on_training_data(made: Line) -> float:
     ids = train_ids(made)
     logits = made.logits("train", ids)
     return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
-
-
-@pytest.fixture
-def without_dropout(tmp_path: Path, tiny_model: Path) -> Path:
-    folder = tmp_path / "no-dropout"
-    shutil.copytree(tiny_model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def changed_checkpoint(source: Path, folder: Path, **changes: Callable[[Tensor], Tensor]) -> Path:
@@ -429,17 +418,6 @@ def test_a_block_whose_loss_is_not_a_number_ends_the_run_and_says_which(
     made = line(source=source, method="quadapter", format="w8a16")
     with pytest.raises(ModelError, match="the loss is nan at phase calibrate, block transformer.h.1, step 1"):
         made.train()
-
-
-def test_one_of_several_processes_is_refused(
-    line: Callable[..., Line], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(MachineError, match="one of 2 processes") as caught:
-        line().train()
-    assert "torchrun" in caught.value.fix
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    line().train()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

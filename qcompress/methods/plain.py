@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qcompress.axes import PHASES
-from qcompress.methods.protocols import Group, Phase, Report
+from qcompress.methods.protocols import Group, Phase, Report, Scene
 from qcompress.models.architecture import Architecture, Site
 from qcompress.options import Calibrate, NoAdapter, PlainSchedule, PlainStepper, TaskObjective
 from qcompress.plan import LayerPlan
 from qcompress.prepare import Prepared
+from qcompress.processes import Processes
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
 from qcompress.schema import Train
@@ -46,9 +47,12 @@ class TaskLossObjective:
         self.task_loss = task_loss
         self.student: nn.Module | None = None
 
-    def attach(self, student: nn.Module) -> None:
+    def attach(self, student: nn.Module, scene: Scene) -> None:
         """Remember the model."""
         self.student = student
+
+    def begin(self, phase: str) -> None:
+        """Every phase has the same loss."""
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
         """Mean loss over the batch, []."""
@@ -80,6 +84,8 @@ class OneUpdate:
         """One update, one pass."""
         loss = closure()
         accelerator.backward(loss)
+        processes = Processes(accelerator.process_index, accelerator.num_processes)
+        processes.mean_gradients(parameter for group in groups for parameter in group.parameters)
         if self.options.clip_norm is not None:
             # once for all roles: accelerate's own clipping would remove the loss scale of fp16 at every call
             accelerator.unscale_gradients(optimizer)

@@ -54,11 +54,24 @@ class Adapter(Protocol):
         """The final scale of each norm, [channels], by norm name."""
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What an objective may look at beside the batches."""
+
+    model: nn.Module
+    architecture: Architecture
+    teacher: Callable[[], nn.Module]
+    """Loads the float model, in evaluation mode, on the training's device."""
+
+
 class Objective(Protocol):
     """What is minimised."""
 
-    def attach(self, student: nn.Module) -> None:
-        """Called once, with the model as the trainer runs it."""
+    def attach(self, student: nn.Module, scene: Scene) -> None:
+        """Called once, with the model as the trainer runs it; `scene.model` is the same model unwrapped."""
+
+    def begin(self, phase: str) -> None:
+        """Called when a phase begins, also when it goes on after an interruption."""
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
         """Loss of a batch; `progress` in [0, 1) is the share of the phase that is done."""
@@ -96,8 +109,9 @@ class Stepper(Protocol):
         taps: Sequence[QuantizedWeight],
         accelerator: Accelerator,
     ) -> Report:
-        """One update. `closure()` is the loss, with the same randomness at each call of this step; `taps` are
-        the quantized weights, for steppers that perturb them.
+        """One update. `closure()` is the loss on this process's share of the batch, with the same randomness
+        at each call of this step; `taps` are the quantized weights, for steppers that perturb them. The
+        gradients of the update itself are averaged over the processes before they are clipped.
         """
 
 

@@ -8,7 +8,6 @@ nobody can tell which paper trained the model.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from qcompress.artifacts import FloatModel, write_json
-from qcompress.checkpoint import Checkpoints, Position
+from qcompress.checkpoint import Checkpoints, Position, moving
 from qcompress.errors import ContractError, MachineError, ModelError
 from qcompress.loop import (
     Training,
@@ -31,11 +30,12 @@ from qcompress.loop import (
     to_device,
 )
 from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
-from qcompress.methods.protocols import Adapter, Phase
+from qcompress.methods.protocols import Adapter, Phase, Scene
 from qcompress.models import FAMILIES, load_tokenizer
 from qcompress.models.architecture import Architecture, read_config
 from qcompress.plan import LayerPlan, plans_to_json
 from qcompress.prepare import initialise, observe, quantize
+from qcompress.processes import Processes
 from qcompress.progress import Reporter
 from qcompress.quant.ranges import Statistics
 from qcompress.schema import Recipe
@@ -45,6 +45,8 @@ from qcompress.tensorfile import save_tensors
 
 LOGITS = 2**26
 """Most logits of one calibration batch."""
+
+ALONE = Processes()
 
 COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -63,16 +65,20 @@ def train(
     plan: tuple[LayerPlan, ...],
     out: Path,
     reporter: Reporter,
+    processes: Processes = ALONE,
 ) -> None:
-    """Train as the recipe says, going on from the checkpoint in `out` if there is one."""
-    accelerator = _accelerator(recipe)
+    """Train as the recipe says, going on from the checkpoint in `out` if there is one.
+
+    Where there are several `processes`, each calls this with the same arguments; the first one writes.
+    """
+    accelerator = _accelerator(recipe, processes)
     phases = SCHEDULES[recipe.schedule.name](recipe.schedule, recipe.train).phases(architecture, plan)
     data = _read(float_model, recipe, base, phases, plan)
     family = FAMILIES[architecture.family]
     model = family.load_float(float_model.source).to(accelerator.device)
     float_names = set(model.state_dict())
     checkpoints = Checkpoints(out, recipe.train.checkpoint_every_s)
-    resuming = checkpoints.file.is_file()
+    resuming = processes.agree(checkpoints.file.is_file())
 
     statistics = {}
     if data.calibration is not None and not resuming:
@@ -95,6 +101,7 @@ def train(
         objective=OBJECTIVES[recipe.objective.name](recipe.objective, TASKS[recipe.task.name].loss),
         stepper=STEPPERS[recipe.stepper.name](recipe.stepper),
         accelerator=accelerator,
+        processes=processes,
         checkpoints=checkpoints,
         reporter=reporter,
         train_data=data.train,
@@ -108,14 +115,16 @@ def train(
     _run(training, phases)
     if frozen and frozen_digest(prepared.model, architecture) != before:
         raise ContractError("a phase that trains only scales and adapters has changed a weight")
-    _save(training, adapter, float_names, frozen, before, out)
+    if processes.first:
+        _save(training, adapter, float_names, frozen, before, out)
+    processes.agree(None)  # the others leave when everything is written
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+def _accelerator(recipe: Recipe, processes: Processes) -> Accelerator:
+    if recipe.train.batch_size % processes.size:
         raise MachineError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes, and this version trains in one",
-            fix="start `qcompress run` by itself, without torchrun or accelerate launch",
+            f"train.batch_size is {recipe.train.batch_size}, which {processes.size} processes cannot share",
+            fix="start fewer processes, or set train.batch_size to a multiple of their number",
         )
     wanted = recipe.train.device
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -127,7 +136,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
             fix="set train.mixed_precision: bf16, or no",
         )
     # accelerate keeps one state a process, and would refuse a second run with another precision or device
-    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=processes.size == 1)
     return Accelerator(cpu=cpu, mixed_precision=recipe.train.mixed_precision)
 
 
@@ -201,7 +210,13 @@ def _run(training: Training, phases: tuple[Phase, ...]) -> None:
         )
     elif phases:
         training.save(position, None)  # a run that is killed now is not calibrated a second time
-    training.objective.attach(training.accelerator.prepare(training.prepared.model))
+    training.processes.agree(None)  # nobody trains, and so writes a checkpoint, before all have read it
+    training.processes.equalise(moving(training.prepared.model, training.moving).values())
+    scene = Scene(training.prepared.model, training.architecture, training.reference)
+    # in evaluation mode accelerate adds autocast and no wrapper that averages gradients: steppers do that
+    # themselves, because a pass that only looks for a perturbation must not
+    wrapped = training.accelerator.prepare_model(training.prepared.model, evaluation_mode=True)
+    training.objective.attach(wrapped, scene)
     for index, phase in enumerate(phases):
         if index < position.phase or phase.steps == 0:
             continue
