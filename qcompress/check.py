@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from qcompress.axes import PHASES
 from qcompress.errors import Mistake, ModelError, RecipeError
 from qcompress.formats import WeightFormat
-from qcompress.models import describe
-from qcompress.models.architecture import Architecture, Layer
-from qcompress.plan import LayerPlan, matches, plan_layers
+from qcompress.models import FAMILIES, describe
+from qcompress.models.architecture import Architecture, Head, Layer
+from qcompress.plan import LayerPlan, PointPlan, matches, plan_layers, plan_points
 from qcompress.recipe import Resolved, base_of, examine, resolved
 from qcompress.rules import judge_profiles
 from qcompress.schema import Recipe
+from qcompress.tasks import TASKS
 from qcompress.yamlfile import Document, Key
 
 What = Literal["weights", "activations"]
@@ -39,14 +41,20 @@ class Report:
     architecture: Architecture
     plan: tuple[LayerPlan, ...]
     matches: dict[str, int]
-    """Layers that each pattern of `format.layers` matches."""
+    """Layers and points that each pattern of `format.layers` matches."""
+    points: tuple[PointPlan, ...] = ()
+
+
+def head_of(recipe: Recipe) -> Head:
+    """What the recipe's task needs at the end of the model."""
+    return TASKS[recipe.task.name].head(recipe.task)
 
 
 def check_model(recipe: Resolved, directory: Path) -> Report:
     """Hold a recipe against a checkpoint. Raises RecipeError with every mistake, or ModelError."""
     document = recipe.document()
-    report = _judge(recipe.recipe, document, describe(recipe.recipe.model.family, directory))
-    if document.mistakes:
+    report = _describe_and_judge(recipe.recipe, document, directory, strict=True)
+    if document.mistakes or report is None:
         raise RecipeError(document.mistakes)
     return report
 
@@ -73,11 +81,23 @@ def all_mistakes(
     return whole, report, []
 
 
-def _describe_and_judge(recipe: Recipe, document: Document, directory: Path) -> Report | None:
+def _describe_and_judge(
+    recipe: Recipe, document: Document, directory: Path, strict: bool = False
+) -> Report | None:
+    """None where the model cannot be looked at; `strict`: what keeps us from it is raised as it is."""
+    carried, task = FAMILIES[recipe.model.family].TASKS, recipe.task.name
+    if task not in carried:
+        key: Key = ("task", "name")
+        if document.sound(key, ("model", "family")):
+            message = f"a {recipe.model.family} model cannot carry the task {task}"
+            document.report(key, message, f"write one of: {', '.join(carried)}")
+        return None
     try:
-        architecture = describe(recipe.model.family, directory)
+        architecture = describe(recipe.model.family, directory, head_of(recipe))
     except (ModelError, OSError) as error:
-        key: Key = ("model", "source" if recipe.model.source else "run")
+        if strict:
+            raise
+        key = ("model", "source" if recipe.model.source else "run")
         fix = error.fix if isinstance(error, ModelError) else "check the permissions of the model's files"
         document.report(key, error.message if isinstance(error, ModelError) else str(error), fix)
         return None
@@ -86,13 +106,15 @@ def _describe_and_judge(recipe: Recipe, document: Document, directory: Path) -> 
 
 def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Report:
     counts = _patterns(recipe, document, architecture)
-    plan = plan_layers(recipe, architecture)
+    plan, points = plan_layers(recipe, architecture), plan_points(recipe, architecture)
     settled = tuple(layer for layer in plan if _is_settled(recipe, document, layer.layer))
     _blocks(recipe, document, settled)
     _tied_head(recipe, document, settled)
     _target(recipe, document, settled)
     _context(recipe, document, architecture)
-    return Report(architecture, plan, counts)
+    _new_head(recipe, document, architecture)
+    _points(recipe, document, points)
+    return Report(architecture, plan, counts, points)
 
 
 def _is_settled(recipe: Recipe, document: Document, layer: Layer) -> bool:
@@ -104,12 +126,16 @@ def _is_settled(recipe: Recipe, document: Document, layer: Layer) -> bool:
 
 
 def _patterns(recipe: Recipe, document: Document, architecture: Architecture) -> dict[str, int]:
-    names = [layer.name for layer in architecture.layers]
+    names = [item.name for item in (*architecture.layers, *architecture.points)]
     counts = {pattern: sum(matches(pattern, name) for name in names) for pattern in recipe.format.layers}
     for pattern, count in counts.items():
         key: Key = ("format", "layers", pattern)
         if not count and document.present(key):
-            document.report(key, f"matches none of the {len(names)} layers", _nearest_pattern(pattern, names))
+            document.report(
+                key,
+                f"matches none of the {len(architecture.layers)} layers",
+                _nearest_pattern(pattern, names),
+            )
     return counts
 
 
@@ -199,3 +225,32 @@ def _context(recipe: Recipe, document: Document, architecture: Architecture) -> 
     elif recipe.task.context > limit:
         message = f"is {recipe.task.context} tokens, and the model has {limit} positions"
         document.report(key, message, f"write `context: {limit}` or less")
+
+
+def _new_head(recipe: Recipe, document: Document, architecture: Architecture) -> None:
+    """A head that is drawn at random has to be trained before anything else is done with it."""
+    if not architecture.new_head or not document.sound(("schedule",), ("train", "phases")):
+        return
+    defaults = PHASES[recipe.schedule.name]
+    chosen = {name: recipe.train.phases.get(name, phase) for name, phase in defaults.items()}
+    if any(chosen[name].steps and "weight" in phase.roles for name, phase in defaults.items()):
+        return
+    key: Key = ("model", "source" if recipe.model.source else "run")
+    lacking = f"{architecture.new_head[0]} and {len(architecture.new_head) - 1} more"
+    message = f"lacks the head of the task {recipe.task.name} ({lacking}), and no phase trains weights"
+    document.report(key, message, "fine-tune first with `method: float`, and name that run under `model.run`")
+
+
+def _points(recipe: Recipe, document: Document, points: tuple[PointPlan, ...]) -> None:
+    """Report rounding that the family has no points for, and formats that no Q/DQ pair has."""
+    for kind in ("attention", "residual"):
+        key: Key = ("format", kind)
+        own = [item for item in points if item.point.kind == kind]
+        form = getattr(recipe.format, kind)
+        if not document.sound(key) or form is None:
+            continue
+        if not own:
+            message = f"a {recipe.model.family} model has no points of this kind"
+            document.report(key, message, "drop the line, or write float")
+        elif form.bits != 8 or form.granularity != "tensor" or not form.symmetric:
+            document.report(key, f"is {form}, and points are rounded to int8 alone", "write int8, or float")

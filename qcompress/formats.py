@@ -94,7 +94,7 @@ ACTIVATION_WORDS: dict[str, ActivationFormat | None] = {
     "int8": ActivationFormat(bits=8),
     "int4": ActivationFormat(bits=4),
 }
-"""Short forms of `format.activations`."""
+"""Short forms of `format.activations`, `format.attention` and `format.residual`."""
 
 FORMAT_PRESETS: dict[str, dict[str, Any]] = {
     "float": {"weights": "float", "activations": "float", "embeddings": "float"},
@@ -114,7 +114,8 @@ def as_mapping(key: str, value: object) -> object:
     >>> as_mapping("weights", "int4")
     {'bits': 4, 'block': 128, 'container': None}
     """
-    words: dict[str, Any] = ACTIVATION_WORDS if key == "activations" else WEIGHT_WORDS
+    rounded = ("activations", "attention", "residual")
+    words: dict[str, Any] = ACTIVATION_WORDS if key in rounded else WEIGHT_WORDS
     form = words.get(value) if isinstance(value, str) else None
     return value if form is None else form.model_dump()
 

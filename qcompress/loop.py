@@ -117,7 +117,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def role_of(name: str, architecture: Architecture) -> str:
     """The role of a parameter, by its name."""
-    if name.endswith("_quantizer.ratio"):
+    if name.endswith(("_quantizer.ratio", "_point.ratio")):
         return "scale"
     if name.endswith(".theta"):
         return "adapter"
@@ -173,7 +173,7 @@ def set_rates(training: Training, optimizer, groups: Sequence[Group], step: int,
 
 def advance(prepared: Prepared) -> None:
     """Let every quantizer and every rescaling restore what an update may have broken."""
-    for _, quantizer in [*prepared.weight_quantizers(), *prepared.input_quantizers()]:
+    for _, quantizer in [*prepared.weight_quantizers(), *prepared.activation_quantizers()]:
         quantizer.advance()
     for norm in prepared.norms.values():
         norm.rescale.advance()

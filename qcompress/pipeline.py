@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from qcompress.artifacts import (
     read_json,
     write_json,
 )
-from qcompress.check import Report, check_model
+from qcompress.check import Report, check_model, head_of
 from qcompress.codekey import code_digest, stage_key
 from qcompress.errors import MachineError
 from qcompress.host import describe_host, device_kind, threads
@@ -176,6 +176,8 @@ def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object
     values, data, inputs = _values(recipe)[stage], {}, {}
     if stage == "load":
         inputs = plan.digests
+        new = plan.report.architecture.new_head
+        values["new_head"] = {"seed": recipe.seed, "tensors": list(new)} if new else None
     if stage == "train":
         sections = {"train": recipe.data.train, "calibration": recipe.data.calibration}
         data = {name: text_fingerprint(section, base) for name, section in sections.items() if section}
@@ -220,7 +222,7 @@ def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
     learned = {key: whole[key] for key in ("seed", "task", "format", "train", *axes)}
     learned["data"] = {key: whole["data"][key] for key in ("train", "calibration")}
     return {
-        "load": {"family": recipe.model.family},
+        "load": {"family": recipe.model.family, "head": asdict(head_of(recipe))},
         "train": learned,
         "fold": {},
         "export": {
@@ -322,7 +324,9 @@ def _makers(
         gate(steps["verify"].path / "parity.json", recipe, folder)
 
     return {
-        "load": lambda folder: load(recipe.model, plan.directory, plan.digests, folder),
+        "load": lambda folder: load(
+            recipe.model, plan.directory, plan.digests, folder, head_of(recipe), recipe.seed
+        ),
         "train": _needs_torch(make_train),
         "fold": _needs_torch(make_fold),
         "export": _needs_torch(make_export),

@@ -6,7 +6,7 @@ import fnmatch
 from dataclasses import asdict, dataclass
 
 from qcompress.formats import ActivationFormat, WeightFormat
-from qcompress.models.architecture import Architecture, Layer
+from qcompress.models.architecture import Architecture, Layer, Point
 from qcompress.options import Lsq, MinMax
 from qcompress.schema import Recipe
 
@@ -30,6 +30,20 @@ class LayerPlan:
     def block(self) -> int | None:
         """Input channels that share a weight scale, None for one scale per output channel."""
         return self.weights.block if self.weights else None
+
+
+@dataclass(frozen=True)
+class PointPlan:
+    """One point with its format and quantizer; None means float."""
+
+    point: Point
+    activations: ActivationFormat | None
+    activation_quantizer: MinMax | Lsq = MinMax()
+
+    @property
+    def name(self) -> str:
+        """The point's name in the model."""
+        return self.point.name
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -67,6 +81,49 @@ def _plan_layer(recipe: Recipe, layer: Layer) -> LayerPlan:
         activations=activations,
         weight_quantizer=quantizers.weights if linear else quantizers.embeddings,
         activation_quantizer=quantizers.activations,
+    )
+
+
+def plan_points(recipe: Recipe, architecture: Architecture) -> tuple[PointPlan, ...]:
+    """One plan for each point, in the architecture's order. Patterns match points as they match layers; of
+    an exception only the activations count. A pattern rounds a point that is float only if it ends in
+    `point`: `transformer.h.0.*: {activations: int8}` is about the layers of a block.
+    """
+    formats = {"attention": recipe.format.attention, "residual": recipe.format.residual}
+    plans = []
+    for point in architecture.points:
+        form = formats[point.kind]
+        for pattern, exception in recipe.format.layers.items():
+            meant = exception.activations != "inherit" and (form or pattern.endswith("point"))
+            if meant and matches(pattern, point.name):
+                form = exception.activations
+        plans.append(PointPlan(point, form, recipe.quantizer.activations))
+    return tuple(plans)
+
+
+def rounded(points: tuple[PointPlan, ...]) -> tuple[PointPlan, ...]:
+    """The points that are not float."""
+    return tuple(item for item in points if item.activations is not None)
+
+
+def points_to_json(points: tuple[PointPlan, ...]) -> list[dict[str, object]]:
+    """Plain values, as they stand in trained.json and folded.json; float points too, since the certificate
+    counts all of them.
+    """
+    return [
+        {"point": asdict(item.point), "activations": item.activations and item.activations.model_dump()}
+        for item in points
+    ]
+
+
+def points_from_json(values: list[dict[str, object]]) -> tuple[PointPlan, ...]:
+    """Inverse of `points_to_json`."""
+    return tuple(
+        PointPlan(
+            point=Point(**value["point"]),
+            activations=ActivationFormat(**value["activations"]) if value["activations"] else None,
+        )
+        for value in values
     )
 
 

@@ -9,8 +9,9 @@ Train, fold, export and the runners share these, so there is one way to build ea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
 from qcompress.errors import ContractError
 from qcompress.models import FAMILIES
-from qcompress.plan import LayerPlan, plans_from_json
+from qcompress.models.attention import token_vectors
+from qcompress.plan import LayerPlan, PointPlan, plans_from_json, points_from_json, rounded
 from qcompress.quant.affine import Grid
 from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, FoldedWeight, Rounding
 from qcompress.quant.layers import (
@@ -46,13 +48,15 @@ QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedTiedHead
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model with quantizers. `layers` by layer name, `norms` by norm name."""
+    """A model with quantizers. `layers` by layer name, `norms` by norm name, `rounding` by point name."""
 
     family: str
     model: nn.Module
     plan: tuple[LayerPlan, ...]
     layers: dict[str, QuantizedLayer]
     norms: dict[str, RescaledNorm] = field(default_factory=dict)
+    points: tuple[PointPlan, ...] = ()
+    rounding: dict[str, nn.Module] = field(default_factory=dict)
 
     def weight_quantizers(self) -> Iterable[tuple[str, nn.Module]]:
         """Every weight quantizer with its layer's name."""
@@ -65,6 +69,14 @@ class Prepared:
         for name, layer in self.layers.items():
             if getattr(layer, "input_quantizer", None) is not None:
                 yield name, layer.input_quantizer
+
+    def activation_quantizers(self) -> Iterable[tuple[str, nn.Module]]:
+        """Every quantizer of an activation, with the name under which its scale is stored: a layer's input's
+        `<layer>.input`, a point's `<point>`.
+        """
+        for name, quantizer in self.input_quantizers():
+            yield f"{name}.input", quantizer
+        yield from self.rounding.items()
 
     def rescale(self, norm: str, readers: Iterable[str], scale: nn.Module) -> None:
         """Multiply a norm's output by `scale` and divide the rows of its readers' weights by it."""
@@ -84,7 +96,9 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def quantize(model: nn.Module, family: str, plan: tuple[LayerPlan, ...]) -> Prepared:
+def quantize(
+    model: nn.Module, family: str, plan: tuple[LayerPlan, ...], points: tuple[PointPlan, ...] = ()
+) -> Prepared:
     """Install trainable quantizers; they still have to be initialised."""
     linear_axis = FAMILIES[family].LINEAR_AXIS
 
@@ -98,7 +112,26 @@ def quantize(model: nn.Module, family: str, plan: tuple[LayerPlan, ...]) -> Prep
         kind = ACTIVATION_QUANTIZERS[item.activation_quantizer.name]
         return kind(item.activation_quantizer, item.activations.bounds, item.layer.in_features)
 
-    return _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer)
+    def point_quantizer(item: PointPlan) -> nn.Module:
+        kind = ACTIVATION_QUANTIZERS[item.activation_quantizer.name]
+        return kind(item.activation_quantizer, item.activations.bounds, item.point.features)
+
+    prepared = _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer)
+    return _round(prepared, points, point_quantizer)
+
+
+def _round(
+    prepared: Prepared, points: tuple[PointPlan, ...], quantizer: Callable[[PointPlan], nn.Module]
+) -> Prepared:
+    """The same with quantizers at its points."""
+    rounding = {item.name: quantizer(item) for item in rounded(points)}
+    FAMILIES[prepared.family].install_points(prepared.model, rounding)
+    return replace(prepared, points=points, rounding=rounding)
+
+
+def open_points(model: nn.Module, family: str, points: tuple[PointPlan, ...]) -> None:
+    """Let `observe` see what points round: modules at their places that change nothing."""
+    FAMILIES[family].install_points(model, {item.name: nn.Identity() for item in rounded(points)})
 
 
 def _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer) -> Prepared:
@@ -123,40 +156,27 @@ def _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer
 
 @torch.no_grad()
 def observe(
-    model: nn.Module, plan: tuple[LayerPlan, ...], batches: Iterable[Batch], tokens: int
-) -> dict[str, Statistics]:
-    """Statistics of the inputs of all layers whose activations are quantized, from the float model.
+    model: nn.Module, plan: tuple[LayerPlan, ...], batches: Iterable[Batch], tokens: int,
+    points: tuple[PointPlan, ...] = (),
+) -> dict[str, Statistics]:  # fmt: skip
+    """Statistics of the inputs of all layers whose activations are quantized, and of what points round, by
+    the names of layers and points.
 
-    `tokens` is how many tokens the batches have in all. Padding is left out.
+    `tokens` is how many tokens the batches have in all. Padding is left out. Points need a module at their
+    place (`open_points`, or quantizers).
     """
     watched = [item for item in plan if item.weights and item.activations]
-    largest: dict[str, Tensor] = {}
-    total: dict[str, Tensor] = {}
-    rows: dict[str, list[Tensor]] = {item.name: [] for item in watched}
-    stride = max(1, tokens // ROWS)
-    counts = dict.fromkeys(rows, 0)
+    seen = {item.name: _Seen(max(1, tokens // ROWS), item) for item in [*watched, *rounded(points)]}
     real: list[Tensor | None] = [None]
 
-    def watch(item: LayerPlan):
-        options = item.activation_quantizer
-        keep = getattr(options, "range", getattr(options, "init", "")) in ("percentile", "mse")
-
+    def watch(name: str, vectors: Callable[[Tensor, Tensor | None], Tensor]):
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x, name = arguments[0].detach().float(), item.name
-            mask = real[0]
-            # a pooled input has one vector for each sequence, and no padding
-            x = x.flatten(0, -2) if mask is None or x.shape[:-1] != mask.shape else x[mask]
-            magnitude = x.abs()
-            peak = magnitude.amax(0)
-            largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
-            total[name] = total.get(name, 0) + magnitude.sum(0, dtype=torch.float64)
-            if keep:
-                rows[name].append(x[-counts[name] % stride :: stride].clone())
-            counts[name] += len(x)
+            seen[name].add(vectors(arguments[0].detach().float(), real[0]))
 
-        return hook
+        return model.get_submodule(name).register_forward_pre_hook(hook)
 
-    handles = [model.get_submodule(item.name).register_forward_pre_hook(watch(item)) for item in watched]
+    handles = [watch(item.name, _layer_vectors) for item in watched]
+    handles += [watch(item.name, partial(token_vectors, item.name)) for item in rounded(points)]
     try:
         for batch in batches:
             mask = batch.get("attention_mask")
@@ -165,21 +185,48 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        item.name: Statistics(
-            largest=largest[item.name],
-            mean=(total[item.name] / counts[item.name]).float(),
-            rows=torch.cat(rows[item.name]) if rows[item.name] else torch.empty(0, item.layer.in_features),
-        )
-        for item in watched
-    }
+    return {name: found.statistics() for name, found in seen.items()}
+
+
+def _layer_vectors(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Token vectors of a layer's input, [tokens, channels]: those of padding left out."""
+    # a pooled input has one vector for each sequence, and no padding
+    return x.flatten(0, -2) if mask is None or x.shape[:-1] != mask.shape else x[mask]
+
+
+class _Seen:
+    """Gathers the statistics of one activation, whose vectors come in pieces [vectors, channels]."""
+
+    def __init__(self, stride: int, item: LayerPlan | PointPlan) -> None:
+        options = item.activation_quantizer
+        self.stride = stride
+        self.keep = getattr(options, "range", getattr(options, "init", "")) in ("percentile", "mse")
+        self.largest: Tensor | None = None
+        self.total: Tensor | None = None
+        self.rows: list[Tensor] = []
+        self.count = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in some vectors."""
+        magnitude = x.abs()
+        peak, total = magnitude.amax(0), magnitude.sum(0, dtype=torch.float64)
+        self.largest = peak if self.largest is None else torch.maximum(self.largest, peak)
+        self.total = total if self.total is None else self.total + total
+        if self.keep:
+            self.rows.append(x[-self.count % self.stride :: self.stride].clone())
+        self.count += len(x)
+
+    def statistics(self) -> Statistics:
+        """What was seen."""
+        rows = torch.cat(self.rows) if self.rows else self.largest.new_empty(0, len(self.largest))
+        return Statistics(self.largest, (self.total / self.count).float(), rows)
 
 
 def initialise(prepared: Prepared, statistics: dict[str, Statistics]) -> None:
     """Starting scales of all quantizers, after adapters are in place: they see rescaled tensors."""
     for name, quantizer in prepared.weight_quantizers():
         quantizer.init(prepared.layers[name].rescaled_weight().detach())
-    for name, quantizer in prepared.input_quantizers():
+    for name, quantizer in [*prepared.input_quantizers(), *prepared.rounding.items()]:
         quantizer.init(statistics[name])
 
 
@@ -189,7 +236,8 @@ def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
     tensors = load_file(trained.path / "trained.safetensors")
     family = facts["family"]
     plan = plans_from_json(facts["plan"])
-    model = FAMILIES[family].load_float(float_model.source)
+    points = points_from_json(facts.get("points", []))
+    model = FAMILIES[family].load_float(float_model.source, float_model.path)
     with torch.no_grad():
         own = dict(model.named_parameters())
         for name in facts["changed"]:
@@ -204,8 +252,12 @@ def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
             return None
         return FrozenActivation(tensors[f"{item.name}.input.scale"], item.activations.bounds)
 
+    def point_quantizer(item: PointPlan) -> nn.Module:
+        return FrozenActivation(tensors[f"{item.name}.scale"], item.activations.bounds)
+
     axis = FAMILIES[family].LINEAR_AXIS
     prepared = _install(model, family, plan, axis, weight_quantizer, input_quantizer)
+    prepared = _round(prepared, points, point_quantizer)
     for site in facts["rescalings"]:
         prepared.rescale(site["norm"], site["readers"], FixedScale(tensors[f"{site['norm']}.rescale"]))
     prepared.model.requires_grad_(False).eval()
@@ -240,6 +292,9 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: b
             layer = FoldedEmbedding(weight) if table else FoldedLinear(weight, bias, rounding, integer)
         replace_module(model, item.name, layer)
         layers[item.name] = layer
+    points = rounded(points_from_json(facts.get("points", [])))
+    rounding = {item.name: Rounding(tensors.pop(f"{item.name}.scale").to(dtype)) for item in points}
+    FAMILIES[facts["family"]].install_points(model, rounding)
     own = dict(model.named_parameters())
     if set(own) != set(tensors):
         raise ContractError(

@@ -25,7 +25,8 @@ TASK_LOSS_PHASES = ("finetune",)
 """Phases that train with the task's loss, on the training data; the others use the calibration data."""
 
 FORMATS: tuple[Key, ...] = tuple(
-    ("format", key) for key in ("preset", "weights", "activations", "embeddings", "layers")
+    ("format", key)
+    for key in ("preset", "weights", "activations", "embeddings", "attention", "residual", "layers")
 )
 """Keys that decide what is quantized."""
 
@@ -68,9 +69,10 @@ def quantizes(form: Format) -> bool:
 
 
 def quantizes_activations(form: Format) -> bool:
-    """Whether a format makes the input of any layer an integer."""
+    """Whether a format makes the input of any layer, or any point, an integer."""
     exceptions = [exception.activations for exception in form.layers.values()]
-    return any(value not in (None, "inherit") for value in [form.activations, *exceptions])
+    own = [form.activations, form.attention, form.residual]
+    return any(value not in (None, "inherit") for value in [*own, *exceptions])
 
 
 # Method and training ------------------------------------------------------------------------------

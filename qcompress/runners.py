@@ -69,7 +69,7 @@ class OnnxRunner:
 def float_runner(model: FloatModel, device: torch.device) -> TorchRunner:
     """Stock transformers with nothing of ours in it."""
     family = read_json(model.path / "float.json")["family"]
-    return TorchRunner(FAMILIES[family].load_float(model.source), family, device)
+    return TorchRunner(FAMILIES[family].load_float(model.source, model.path), family, device)
 
 
 def trained_runner(model: FloatModel, trained: TrainedModel, device: torch.device) -> TorchRunner:

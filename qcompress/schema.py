@@ -71,7 +71,7 @@ Activations = Annotated[ActivationFormat | None, _word(ACTIVATION_WORDS, "{bits:
 class Model(Options):
     """Where the float model comes from."""
 
-    family: Literal["gpt2"]
+    family: Literal["gpt2", "bert", "roberta", "distilbert"]
     """Architecture; `qcompress list models`."""
     source: str | None = None
     """A directory (relative to the recipe) in transformers' layout with safetensors weights, or a hub id."""
@@ -180,10 +180,15 @@ class Format(Options):
     """Inputs of quantized linear layers: int8, float."""
     embeddings: Weights = None
     """Embedding tables, and an output head tied to one."""
+    attention: Activations = None
+    """Operands of both matmuls of an attention (query, key, probabilities, value): int8, float."""
+    residual: Activations = None
+    """Both inputs of each residual addition: int8, float."""
     compute: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of everything that is not an integer, and of the scales."""
     layers: dict[str, Annotated[LayerFormat, BeforeValidator(_layer_format)]] = {}
-    """Exceptions by layer name: globs, the last match wins, a glob that matches nothing is a mistake."""
+    """Exceptions by name of a layer or a point (`*.query_point`): globs, the last match wins, a glob that
+    matches nothing is a mistake."""
 
     @model_validator(mode="before")
     @classmethod
@@ -199,14 +204,15 @@ class Format(Options):
             **{key: over_preset(key, preset[key], value.get(key, preset[key])) for key in preset},
         }
 
-    @field_serializer("weights", "activations", "embeddings")
+    @field_serializer("weights", "activations", "embeddings", "attention", "residual")
     def _spell_float(self, value: Options | None) -> object:
         return _spelled(value)
 
     @property
     def is_float(self) -> bool:
         """Nothing is quantized anywhere."""
-        return not (self.weights or self.activations or self.embeddings or self.layers)
+        own = (self.weights, self.activations, self.embeddings, self.attention, self.residual, self.layers)
+        return not any(own)
 
 
 class PhaseOptions(Options):

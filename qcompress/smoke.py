@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompress.axes import PHASES
-from qcompress.check import check_model
+from qcompress.check import check_model, head_of
 from qcompress.codekey import stage_key
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import copy_tensors, read_config
@@ -76,7 +76,7 @@ def _small(recipe: Recipe, source: Path) -> Recipe:
     from qcompress.models import describe
 
     context = min(recipe.task.context, CONTEXT)
-    names = [layer.name for layer in describe(recipe.model.family, source).layers]
+    names = [layer.name for layer in describe(recipe.model.family, source, head_of(recipe)).layers]
     patterns = {
         pattern: form
         for pattern, form in recipe.format.layers.items()

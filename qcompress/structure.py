@@ -35,6 +35,8 @@ WORDS: tuple[tuple[Key, list[str], tuple[type, ...]], ...] = (
     (("format", "weights"), list(WEIGHT_WORDS), (str, dict)),
     (("format", "embeddings"), list(WEIGHT_WORDS), (str, dict)),
     (("format", "activations"), list(ACTIVATION_WORDS), (str, dict)),
+    (("format", "attention"), list(ACTIVATION_WORDS), (str, dict)),
+    (("format", "residual"), list(ACTIVATION_WORDS), (str, dict)),
     (("format", "layers", "*"), _LAYER_WORDS, (str, dict)),
     (("format", "layers", "*", "weights"), [*WEIGHT_WORDS, "inherit"], (str, dict)),
     (("format", "layers", "*", "activations"), [*ACTIVATION_WORDS, "inherit"], (str, dict)),

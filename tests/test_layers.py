@@ -58,7 +58,8 @@ DOORS: dict[str, set[str]] = {
     "torch": {
         "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges", "methods.plain",
         "methods.protocols", "methods.quadapter", "models.gpt2", "tasks.causal_lm", "tasks.examples",
-        "prepare", "processes", "checkpoint", "loop", "runners", "tensorfile", "train", "fold", "export", "verify",
+        "prepare", "processes", "checkpoint", "loop", "runners", "tensorfile", "train", "fold", "export",
+        "verify",
         "layerwise",
     },
     "transformers": {"models", "models.gpt2"},

@@ -17,6 +17,9 @@ from qcompress.errors import ModelError
 
 CHUNK = 2**24
 
+OPERANDS = ("query_point", "key_point", "probability_point", "value_point")
+"""Points of an attention module: the four operands of its two matmuls, in the order of their use."""
+
 HEADER_LIMIT = 100 * 2**20
 """Largest believable safetensors header; the format's own limit."""
 
@@ -76,6 +79,8 @@ class Point:
     name: str
     kind: Literal["attention", "residual"]
     """attention: an operand of one of the two matmuls; residual: an input of a residual addition."""
+    features: int
+    """Values of one token: the model's width (for probabilities as well, whose number is the sequence's)."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,10 @@ class Head:
     """Names of the outputs, in order; None: those of the checkpoint's config.json (or none at all)."""
     problem: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
     """transformers' `problem_type`."""
+
+
+CAUSAL_LM = Head()
+"""The head of a language model."""
 
 
 @dataclass(frozen=True)

@@ -3,28 +3,33 @@
 Layers (Conv1D stores [in, out]): per block `attn.c_attn` (fused Q, K, V), `attn.c_proj`, `mlp.c_fc`,
 `mlp.c_proj`; the tables `transformer.wte` and `transformer.wpe`; `lm_head`, usually tied to `wte`.
 Rescaling sites: ln_1 -> c_attn and ln_2 -> c_fc. Not foldable: mlp.c_proj (a GELU in between) and lm_head
-(the table is shared with wte).
+(the table is shared with wte). Points: the operands of both attention matmuls; the residual stream has none.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import ModelError
-from qcompress.models.architecture import Architecture, Layer, Site
+from qcompress.models.architecture import CAUSAL_LM, OPERANDS, Architecture, Head, Layer, Point, Site
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import GPT2LMHeadModel
 
 CONFIG_KEYS = ("n_layer", "n_embd", "n_positions", "vocab_size")
 
 
-def describe(config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Architecture:
+TASKS = ("causal-lm",)
+
+
+def describe(
+    config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head = CAUSAL_LM
+) -> Architecture:
     """The architecture of a checkpoint; its tensors are checked against its config.
 
     Checkpoints of `GPT2Model` (names without `transformer.`, no head: the hub's openai-community/gpt2) and of
@@ -34,6 +39,10 @@ def describe(config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ..
         raise ModelError(
             f"config.json says model_type {config.get('model_type')!r}, and the recipe says family gpt2",
             fix="name the family of this checkpoint, or another checkpoint",
+        )
+    if head.task not in TASKS:
+        raise ModelError(
+            f"a gpt2 model cannot carry the task {head.task}", fix=f"choose one of {', '.join(TASKS)}"
         )
     for key in CONFIG_KEYS:
         if type(config.get(key)) is not int or config[key] < 1:
@@ -74,7 +83,18 @@ def describe(config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ..
         context=context,
         vocabulary=vocabulary,
         parameters=sum(math.prod(shape) for shape in counted),
+        points=tuple(
+            Point(f"{block}.attn.{operand}", "attention", width) for block in blocks for operand in OPERANDS
+        ),
+        embeddings="transformer.drop",
     )
+
+
+def task_config(
+    config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head
+) -> dict[str, Any]:
+    """The checkpoint's own config.json: its head is the model's."""
+    return config
 
 
 def _check_shapes(layers: list[Layer], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -115,11 +135,12 @@ INPUTS = ("input_ids", "attention_mask", "position_ids")
 of packed sequences instead."""
 
 
-def load_float(source: Path) -> GPT2LMHeadModel:
+def load_float(source: Path, directory: Path | None = None) -> GPT2LMHeadModel:
     """The stock model in fp32, in evaluation mode, from safetensors in a local directory.
 
     transformers fills missing tensors at random and unties a head that differs from its table; both would be
-    another model than the one that `describe` described, so both are refused.
+    another model than the one that `describe` described, so both are refused. `directory`, the load stage's
+    folder, has the same config.json.
     """
     from transformers import GPT2LMHeadModel, logging
 
@@ -161,6 +182,17 @@ def tie(model: GPT2LMHeadModel) -> None:
 
     if model.config.tie_word_embeddings and isinstance(model.transformer.wte, Embedding):
         model.lm_head.weight = model.transformer.wte.weight
+
+
+def install_points(model: GPT2LMHeadModel, points: Mapping[str, nn.Module]) -> None:
+    """Put modules at points, by name: each is called with what it may round."""
+    from qcompress.models.attention import open_attention
+
+    if points:
+        open_attention(model)
+    for name, module in points.items():
+        place, _, child = name.rpartition(".")
+        setattr(model.get_submodule(place), child, module)
 
 
 def graph_inputs(input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:

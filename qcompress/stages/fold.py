@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcompress.artifacts import FloatModel, TrainedModel, read_json, write_json
 from qcompress.errors import ContractError
-from qcompress.plan import plans_to_json
+from qcompress.plan import plans_to_json, points_to_json
 from qcompress.prepare import Prepared, rebuild
 from qcompress.quant.layers import QuantizedLinear, QuantizedWeight
 from qcompress.tensorfile import save_tensors
@@ -37,6 +37,7 @@ def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> None:
             "family": prepared.family,
             "compute": compute,
             "plan": plans_to_json(prepared.plan),
+            "points": points_to_json(prepared.points),
             "codes": sum(tensor.numel() for tensor in quantized.values() if tensor.dtype == torch.int8),
         },
     )
@@ -63,6 +64,9 @@ def _codes(prepared: Prepared) -> dict[str, Tensor]:
             scale = layer.input_quantizer.scale_of()
             check_scale(scale, f"{name}.input")
             found[f"{name}.input.scale"] = scale
+    for name, point in prepared.rounding.items():
+        check_scale(point.scale_of(), name)
+        found[f"{name}.scale"] = point.scale_of()
     return found
 
 

@@ -2,7 +2,8 @@
 is.
 
 Reads: a directory in transformers' layout, a hub id, or the folder of an earlier `method: float` run.
-Writes: float.json, config.json, tokenizer files. The weights stay where they are. No torch.
+Writes: float.json, config.json of the task's model, tokenizer files. The weights stay where they are. No
+torch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from qcompress.artifacts import sha256_file, write_json
 from qcompress.errors import MachineError, ModelError
-from qcompress.models import describe
-from qcompress.models.architecture import weight_files
+from qcompress.models import FAMILIES, describe
+from qcompress.models.architecture import CAUSAL_LM, Head, read_config, read_tensors, weight_files
 from qcompress.schema import Model
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -93,12 +94,22 @@ def fingerprint(directory: Path) -> dict[str, str]:
     return {name: sha256_file(file) for name, file in sorted(checkpoint_files(directory).items())}
 
 
-def load(model: Model, directory: Path, digests: dict[str, str], out: Path) -> None:
-    """Record the checkpoint in `directory`, whose files have these digests."""
-    architecture = describe(model.family, directory)
+def load(
+    model: Model, directory: Path, digests: dict[str, str], out: Path, head: Head = CAUSAL_LM, seed: int = 0
+) -> None:
+    """Record the checkpoint in `directory`, whose files have these digests, with the head that a task needs.
+
+    float.json says which tensors of the head are new and the seed they are drawn with, so that every stage
+    and every process draws the same ones; config.json names the task's class and labels.
+    """
+    architecture = describe(model.family, directory, head)
+    config = read_config(directory)
+    own = FAMILIES[model.family].task_config(config, read_tensors(directory), head)
     for name, file in checkpoint_files(directory).items():
         if name in TOKENIZER_FILES or name == "config.json":
             shutil.copyfile(file, out / name)
+    if own != config:
+        write_json(out / "config.json", own)
     if not any((out / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ModelError(
             f"{directory} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt)",
@@ -106,5 +117,12 @@ def load(model: Model, directory: Path, digests: dict[str, str], out: Path) -> N
         )
     write_json(
         out / "float.json",
-        {"family": model.family, "files": digests, "parameters": architecture.parameters},
+        {
+            "family": model.family,
+            "files": digests,
+            "parameters": architecture.parameters,
+            "new_head": {"seed": seed, "tensors": list(architecture.new_head)}
+            if architecture.new_head
+            else None,
+        },
     )

@@ -33,8 +33,8 @@ from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 from qcompress.methods.protocols import Adapter, Phase, Scene
 from qcompress.models import FAMILIES, load_tokenizer
 from qcompress.models.architecture import Architecture, read_config
-from qcompress.plan import LayerPlan, plans_to_json
-from qcompress.prepare import initialise, observe, quantize
+from qcompress.plan import LayerPlan, PointPlan, plan_points, plans_to_json, points_to_json, rounded
+from qcompress.prepare import initialise, observe, open_points, quantize
 from qcompress.processes import Processes
 from qcompress.progress import Reporter
 from qcompress.quant.ranges import Statistics
@@ -73,19 +73,28 @@ def train(
     """
     accelerator = _accelerator(recipe, processes)
     phases = SCHEDULES[recipe.schedule.name](recipe.schedule, recipe.train).phases(architecture, plan)
-    data = _read(float_model, recipe, base, phases, plan)
+    points = plan_points(recipe, architecture)
+    data = _read(float_model, recipe, base, phases, plan, points)
     family = FAMILIES[architecture.family]
-    model = family.load_float(float_model.source).to(accelerator.device)
+    model = family.load_float(float_model.source, float_model.path).to(accelerator.device)
     float_names = set(model.state_dict())
     checkpoints = Checkpoints(out, recipe.train.checkpoint_every_s)
     resuming = processes.agree(checkpoints.file.is_file())
 
     statistics = {}
     if data.calibration is not None and not resuming:
+        open_points(model, architecture.family, points)
         statistics = _observe(
-            model, plan, data.calibration, recipe, read_config(float_model.path), accelerator, reporter
+            model,
+            plan,
+            points,
+            data.calibration,
+            recipe,
+            read_config(float_model.path),
+            accelerator,
+            reporter,
         )
-    prepared = quantize(model, architecture.family, plan)
+    prepared = quantize(model, architecture.family, plan, points)
     adapter = ADAPTERS[recipe.adapter.name](recipe.adapter)
     adapter.attach(prepared, architecture.sites, statistics)
     prepared.model.to(accelerator.device)
@@ -146,6 +155,7 @@ def _read(
     base: Path,
     phases: tuple[Phase, ...],
     plan: tuple[LayerPlan, ...],
+    points: tuple[PointPlan, ...],
 ) -> _Data:
     """The examples that the phases need; calibration falls back to the training data."""
     task = TASKS[recipe.task.name]
@@ -156,7 +166,7 @@ def _read(
         return None if data is None else task.examples(data, base, tokenizer, recipe.task)
 
     trains = any(phase.scope == "model" and phase.steps for phase in phases)
-    calibrates = any(item.weights and item.activations for item in plan)
+    calibrates = any(item.weights and item.activations for item in plan) or bool(rounded(points))
     calibrates |= any(phase.scope == "blocks" and phase.steps for phase in phases)
     data = _Data(
         train=examples(section.train) if trains else None,
@@ -168,8 +178,8 @@ def _read(
 
 
 def _observe(
-    model: nn.Module, plan: tuple[LayerPlan, ...], data: Examples, recipe: Recipe, config: dict[str, Any],
-    accelerator: Accelerator, reporter: Reporter,
+    model: nn.Module, plan: tuple[LayerPlan, ...], points: tuple[PointPlan, ...], data: Examples,
+    recipe: Recipe, config: dict[str, Any], accelerator: Accelerator, reporter: Reporter,
 ) -> dict[str, Statistics]:  # fmt: skip
     """Statistics of the float model on the calibration data."""
     # every position has a row of logits, although nobody looks at them here
@@ -183,7 +193,7 @@ def _observe(
                 yield to_device(batch, accelerator.device)
                 bar.advance(f"batch {index + 1} of {total}")
 
-        return observe(model, plan, counted(), int(data.lengths.sum()))
+        return observe(model, plan, counted(), int(data.lengths.sum()), points)
 
 
 def _reference(
@@ -192,7 +202,7 @@ def _reference(
     """The stock float model, loaded only by the schedules that look at it."""
 
     def load() -> nn.Module:
-        model = FAMILIES[architecture.family].load_float(float_model.source)
+        model = FAMILIES[architecture.family].load_float(float_model.source, float_model.path)
         return model.requires_grad_(False).to(accelerator.device)
 
     return load
@@ -241,8 +251,8 @@ def _save(
     for name, quantizer in prepared.weight_quantizers():
         scale = quantizer.scale_of(prepared.layers[name].rescaled_weight())
         tensors[f"{name}.weight.scale"] = snap(scale, compute, f"{name}.weight")
-    for name, quantizer in prepared.input_quantizers():
-        tensors[f"{name}.input.scale"] = snap(quantizer.scale_of(), compute, f"{name}.input")
+    for name, quantizer in prepared.activation_quantizers():
+        tensors[f"{name}.scale"] = snap(quantizer.scale_of(), compute, name)
     rescalings = adapter.fold()
     tensors |= {f"{norm}.rescale": scale for norm, scale in rescalings.items()}
     changed = []
@@ -258,6 +268,7 @@ def _save(
             "family": prepared.family,
             "compute": recipe.format.compute,
             "plan": plans_to_json(prepared.plan),
+            "points": points_to_json(prepared.points),
             "rescalings": [{"norm": norm, "readers": list(sites[norm])} for norm in rescalings],
             "changed": changed,
             "weights_unchanged": {"sha256": digest} if frozen else None,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qcompress.errors import UsageError
+from qcompress.models.architecture import CAUSAL_LM, Head
 from qcompress.schema import CausalLm, TextData
 from qcompress.tasks.examples import Batch
 from qcompress.tasks.text import read_text
@@ -101,6 +102,11 @@ def samples(data: TextData, base: Path, tokenizer: Any, task: CausalLm, limit: i
         raise UsageError(f"the text has {len(ids)} tokens: nothing to measure", fix="name more text")
     limits = [number for number in (limit, data.limit) if number is not None]
     return found[: min(limits)] if limits else found
+
+
+def head(task: CausalLm) -> Head:
+    """The model's own head, which has no labels."""
+    return CAUSAL_LM
 
 
 def loss(logits: Tensor, batch: Batch) -> Tensor:

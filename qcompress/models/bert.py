@@ -1,0 +1,36 @@
+"""BERT and its smaller relatives (MiniLM): an encoder with token types, a pooler and a linear classifier."""
+
+from __future__ import annotations
+
+from qcompress.models.encoder import CAUSAL, LINEAR_AXIS, TASKS, Encoder
+from qcompress.models.stock import Stock
+
+__all__ = ["CAUSAL", "LINEAR_AXIS", "TASKS"]
+
+NAMES = Encoder(
+    family="bert",
+    title="Bert",
+    width="hidden_size",
+    heads="num_attention_heads",
+    blocks="num_hidden_layers",
+    inner="intermediate_size",
+    types=True,
+    type_table=True,
+    stack="encoder.layer",
+    attention="attention.self",
+    operands=("query", "key", "value"),
+    output="attention.output.dense",
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    linears=("intermediate.dense", "output.dense"),
+    additions=("attention.output.", "output."),
+    head={
+        "sequence-classification": ("bert.pooler.dense", "classifier"),
+        "token-classification": ("classifier",),
+    },
+)
+STOCK = Stock(NAMES)
+
+INPUTS = NAMES.inputs
+describe, task_config, shorten = NAMES.describe, NAMES.task_config, NAMES.shorten
+load_float, empty, tie = STOCK.load_float, STOCK.empty, STOCK.tie
+graph_inputs, install_points = STOCK.graph_inputs, STOCK.install_points

@@ -1,0 +1,274 @@
+"""What BERT, RoBERTa and DistilBERT share: one encoder with bidirectional attention, and a head for a task.
+
+Layers, in the order of the forward pass: the tables, per block query, key, value, attention output and the
+two linear layers after it, then the head. The last layer of the head is of kind "head", like a table it takes
+`format.embeddings`. Every norm feeds the residual as well as its readers, so there is no rescaling site.
+
+Points: the operands of both attention matmuls, and of each residual addition the branch and the skip.
+
+A checkpoint is one of the bare model (names without the prefix), of the task's model, or of another task's:
+what lies in it beside the task's model is left alone, and what the head lacks is `new_head`, drawn with the
+seed that the load stage recorded. No torch outside the functions that make a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qcompress.errors import ModelError
+from qcompress.models.architecture import CAUSAL_LM, OPERANDS, Architecture, Attention, Head, Layer, Point
+
+Shapes = dict[str, tuple[int, ...]]
+
+CLASSES = {
+    "sequence-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+}
+"""Tasks, and how the names of their models end in transformers."""
+
+TASKS = tuple(CLASSES)
+
+LINEAR_AXIS = 0
+"""Output channels of a linear layer's weight: nn.Linear stores [out, in]."""
+
+CAUSAL = False
+"""A token sees all tokens."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How one family spells what all of them have. Module names are relative to the model or to a block."""
+
+    family: str
+    title: str
+    """How the names of its classes begin."""
+    width: str
+    heads: str
+    blocks: str
+    inner: str
+    """Keys of config.json, these four."""
+    types: bool
+    """Whether the graph is given token types."""
+    type_table: bool
+    stack: str
+    """List of the blocks."""
+    attention: str
+    operands: tuple[str, str, str]
+    """Query, key and value, in the attention."""
+    output: str
+    norms: tuple[str, str]
+    """After the attention and after the block's linear layers."""
+    linears: tuple[str, str]
+    """The linear layers after the attention."""
+    additions: tuple[str, str]
+    """Where the two residual additions are made: what the names of their points begin with."""
+    head: Mapping[str, tuple[str, ...]]
+    """Layers after the encoder for each task; the last one gives the logits."""
+    padding: int | None = None
+    """Positions start after the padding token's id, of which this is the default."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Inputs of the exported graph, each int64 [batch, sequence]."""
+        return ("input_ids", "attention_mask", *(("token_type_ids",) if self.types else ()))
+
+    def describe(
+        self, config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head = CAUSAL_LM
+    ) -> Architecture:
+        """The architecture of a checkpoint with the head of a task; its tensors are checked against it."""
+        self._check_config(config, head)
+        shapes = self._shapes(tensors)
+        labels = self.labels(config, tensors, head)
+        layers = self._layers(config, head.task, len(labels))
+        blocks = tuple(f"{self.family}.{self.stack}.{index}" for index in range(config[self.blocks]))
+        new = self._check_shapes(layers, self._norms(config), shapes, head.task)
+        width = config[self.width]
+        norms = sum(2 * width for _ in self._norms(config))
+        biases = sum(layer.out_features for layer in layers if layer.kind != "embedding")
+        return Architecture(
+            family=self.family,
+            layers=tuple(layers),
+            blocks=blocks,
+            sites=(),
+            context=config["max_position_embeddings"] - self._first_position(config),
+            vocabulary=config["vocab_size"],
+            parameters=sum(layer.weights for layer in layers) + norms + biases,
+            attentions=tuple(self._attention(block) for block in blocks),
+            points=tuple(Point(name, kind, width) for block in blocks for name, kind in self._points(block)),
+            embeddings=f"{self.family}.embeddings",
+            new_head=new,
+        )
+
+    def labels(
+        self, config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head
+    ) -> tuple[str, ...]:
+        """Names of the logits: those of the task, or else those of config.json."""
+        last = self._shapes(tensors).get(f"{self.head[head.task][-1]}.weight")
+        named = config.get("id2label")
+        own: tuple[str, ...] | None = None
+        if isinstance(named, dict) and named:
+            try:
+                own = tuple(str(named[key]) for key in sorted(named, key=int))
+            except ValueError:
+                raise ModelError(f"config.json: id2label has keys that are no numbers: {named}") from None
+        elif last:
+            own = tuple(f"LABEL_{index}" for index in range(last[0]))
+        if own is not None and last and len(own) != last[0]:
+            raise ModelError(
+                f"config.json names {len(own)} labels ({_listed(own)}), and the checkpoint's head has "
+                f"{last[0]}",
+                fix="take config.json and model.safetensors from the same checkpoint",
+            )
+        wanted = head.labels or own or (("LABEL_0",) if head.problem == "regression" else None)
+        if wanted is None:
+            raise ModelError(
+                "neither the task nor config.json names the labels",
+                fix="write the task's labels into the recipe",
+            )
+        if last and own and (len(own) != len(wanted) or (own != wanted and set(own) == set(wanted))):
+            what = "number" if len(own) != len(wanted) else "order"
+            raise ModelError(
+                f"the labels of checkpoint and recipe differ in {what}: the checkpoint has {len(own)} "
+                f"({_listed(own)}), the recipe {len(wanted)} ({_listed(wanted)})",
+                fix="name the checkpoint's labels in the recipe, or start from a checkpoint without a head",
+            )
+        return tuple(wanted)
+
+    def task_config(
+        self, config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head
+    ) -> dict[str, Any]:
+        """config.json of the task's model: its class, its labels, and what its loss is."""
+        labels = self.labels(config, tensors, head)
+        rest = {key: value for key, value in config.items() if key != "num_labels"}
+        return {
+            **rest,
+            "architectures": [self.title + CLASSES[head.task]],
+            "id2label": {str(index): label for index, label in enumerate(labels)},
+            "label2id": {label: index for index, label in enumerate(labels)},
+            "problem_type": head.problem or config.get("problem_type"),
+        }
+
+    def shorten(self, config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
+        """The config of the same model with its first blocks only, and which tensors such a model has."""
+        blocks = min(blocks, config[self.blocks])
+        pattern = re.compile(rf"(?:{self.family}\.)?{re.escape(self.stack)}\.(\d+)\.")
+
+        def keeps(name: str) -> bool:
+            block = pattern.match(name)
+            return block is None or int(block[1]) < blocks
+
+        return {**config, self.blocks: blocks}, keeps
+
+    def _check_config(self, config: dict[str, Any], head: Head) -> None:
+        if config.get("model_type") != self.family:
+            raise ModelError(
+                f"config.json says model_type {config.get('model_type')!r}, and the recipe says family "
+                f"{self.family}",
+                fix="name the family of this checkpoint, or another checkpoint",
+            )
+        if head.task not in CLASSES:
+            raise ModelError(
+                f"a {self.family} model cannot carry the task {head.task}",
+                fix=f"choose one of {', '.join(CLASSES)}",
+            )
+        keys = [self.width, self.heads, self.blocks, self.inner, "max_position_embeddings", "vocab_size"]
+        for key in [*keys, *(["type_vocab_size"] if self.type_table else [])]:
+            if type(config.get(key)) is not int or config[key] < 1:
+                raise ModelError(f"config.json: {key} must be a positive integer, found {config.get(key)!r}")
+        if config[self.width] % config[self.heads]:
+            raise ModelError(
+                f"config.json: {config[self.heads]} heads do not divide a width of {config[self.width]}"
+            )
+        kind = config.get("position_embedding_type", "absolute")
+        if kind != "absolute" or config.get("is_decoder") or config.get("add_cross_attention"):
+            raise ModelError(
+                "config.json asks for relative positions, a decoder or cross-attention, and this family is "
+                "an encoder with absolute positions",
+                fix="name another checkpoint",
+            )
+
+    def _first_position(self, config: dict[str, Any]) -> int:
+        """The position of a sequence's first token."""
+        return 0 if self.padding is None else config.get("pad_token_id", self.padding) + 1
+
+    def _shapes(self, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Shapes:
+        """Shapes by names without the prefix; norms of the first BERTs are called gamma and beta."""
+        ends = {"gamma": "weight", "beta": "bias"}
+        return {
+            re.sub(r"(?<=\.LayerNorm\.)(gamma|beta)$", lambda end: ends[end[0]], self._bare(name)): shape
+            for name, (_, shape) in tensors.items()
+        }
+
+    def _bare(self, name: str) -> str:
+        return name.removeprefix(f"{self.family}.")
+
+    def _layers(self, config: dict[str, Any], task: str, labels: int) -> list[Layer]:
+        width, inner, table = config[self.width], config[self.inner], f"{self.family}.embeddings"
+        layers = [Layer(f"{table}.word_embeddings", "embedding", width, config["vocab_size"])]
+        positions = config["max_position_embeddings"]
+        layers.append(Layer(f"{table}.position_embeddings", "embedding", width, positions))
+        if self.type_table:
+            types = Layer(f"{table}.token_type_embeddings", "embedding", width, config["type_vocab_size"])
+            layers.append(types)
+        for index in range(config[self.blocks]):
+            block = f"{self.family}.{self.stack}.{index}"
+            names = [*(f"{self.attention}.{operand}" for operand in self.operands), self.output]
+            layers += [Layer(f"{block}.{name}", "linear", width, width) for name in names]
+            layers.append(Layer(f"{block}.{self.linears[0]}", "linear", width, inner))
+            layers.append(Layer(f"{block}.{self.linears[1]}", "linear", inner, width))
+        *before, last = self.head[task]
+        layers += [Layer(name, "linear", width, width) for name in before]
+        return [*layers, Layer(last, "head", width, labels)]
+
+    def _norms(self, config: dict[str, Any]) -> list[str]:
+        blocks = [f"{self.family}.{self.stack}.{index}" for index in range(config[self.blocks])]
+        after = [f"{block}.{norm}" for block in blocks for norm in self.norms]
+        return [f"{self.family}.embeddings.LayerNorm", *after]
+
+    def _attention(self, block: str) -> Attention:
+        module = f"{block}.{self.attention}"
+        query, key, value = (f"{module}.{name}" for name in self.operands)
+        output, norm = f"{block}.{self.output}", f"{block}.{self.norms[0]}"
+        return Attention(module, query, key, value, output, norm, block)
+
+    def _points(self, block: str) -> list[tuple[str, str]]:
+        first, second = self.additions
+        sides = ("branch_point", "skip_point")
+        return [
+            *((f"{block}.{self.attention}.{operand}", "attention") for operand in OPERANDS),
+            *((f"{block}.{place}{side}", "residual") for place in (first, second) for side in sides),
+        ]
+
+    def _check_shapes(
+        self, layers: list[Layer], norms: list[str], shapes: Shapes, task: str
+    ) -> tuple[str, ...]:
+        """Refuse a checkpoint that is not this model's; returns the tensors of the head that it lacks."""
+        expected: Shapes = {}
+        for layer in layers:
+            expected[f"{layer.name}.weight"] = (layer.out_features, layer.in_features)
+            if layer.kind != "embedding":
+                expected[f"{layer.name}.bias"] = (layer.out_features,)
+        for norm in norms:
+            expected |= dict.fromkeys((f"{norm}.weight", f"{norm}.bias"), (layers[0].in_features,))
+        new = tuple(
+            f"{layer}.{part}"
+            for layer in self.head[task]
+            if self._bare(f"{layer}.weight") not in shapes and self._bare(f"{layer}.bias") not in shapes
+            for part in ("weight", "bias")
+        )
+        for name, shape in expected.items():
+            found = shapes.get(self._bare(name))
+            if found != shape and name not in new:
+                raise ModelError(
+                    f"{name}: config.json asks for shape {list(shape)}, the checkpoint has "
+                    f"{list(found) if found else 'no such tensor'}",
+                    fix="take config.json and model.safetensors from the same checkpoint",
+                )
+        return new
+
+
+def _listed(labels: tuple[str, ...]) -> str:
+    return ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")

@@ -1,0 +1,54 @@
+"""Residual additions whose two inputs can be rounded, in the place of the stock modules that add.
+
+What comes out of the sublayer is the *branch*, what comes past it the *skip*: y = norm(branch + skip). The
+stock modules add inside their `forward`, where no hook reaches, so a module with points is replaced by one of
+these. They keep the children of the module that they replace, and so the names of its parameters.
+
+Shapes: [batch, tokens, width] throughout.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.models.distilbert.modeling_distilbert import TransformerBlock
+
+
+class RoundedOutput(nn.Module):
+    """BertSelfOutput, BertOutput and their RoBERTa twins: norm(dropout(dense(x)) + skip)."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.dense, self.dropout, self.LayerNorm = stock.dense, stock.dropout, stock.LayerNorm
+        self.branch_point: nn.Module = nn.Identity()
+        self.skip_point: nn.Module = nn.Identity()
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        branch = self.branch_point(self.dropout(self.dense(hidden_states)))
+        return self.LayerNorm(branch + self.skip_point(input_tensor))
+
+
+class RoundedBlock(TransformerBlock):
+    """DistilBERT's block, which makes both of its additions itself."""
+
+    def __init__(self, stock: TransformerBlock) -> None:
+        nn.Module.__init__(self)
+        self.attention, self.ffn = stock.attention, stock.ffn
+        self.sa_layer_norm, self.output_layer_norm = stock.sa_layer_norm, stock.output_layer_norm
+        self.attention_branch_point: nn.Module = nn.Identity()
+        self.attention_skip_point: nn.Module = nn.Identity()
+        self.ffn_branch_point: nn.Module = nn.Identity()
+        self.ffn_skip_point: nn.Module = nn.Identity()
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **rest: object) -> Tensor:
+        attended, _ = self.attention(hidden_states, attention_mask=attention_mask, **rest)
+        attended = self.attention_branch_point(attended) + self.attention_skip_point(hidden_states)
+        attended = self.sa_layer_norm(attended)
+        out = self.ffn_branch_point(self.ffn(attended)) + self.ffn_skip_point(attended)
+        return self.output_layer_norm(out)
+
+
+def open_additions(parent: nn.Module) -> nn.Module:
+    """The module that has points and adds as `parent` does; `parent` itself if it already has them."""
+    if isinstance(parent, RoundedOutput | RoundedBlock):
+        return parent
+    return RoundedBlock(parent) if isinstance(parent, TransformerBlock) else RoundedOutput(parent)
