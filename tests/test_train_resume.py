@@ -207,13 +207,17 @@ def test_a_checkpoint_restores_tensors_moments_position_and_facts(tmp_path: Path
         optimizer.step()
     checkpoints = Checkpoints(tmp_path, 3600)
     position, facts = Position(phase=1, block=2, step=3, passes=4), [{"name": "calibrate", "before": 0.1}]
-    checkpoints.save(position, model, {"moves", "shared"}, optimizer, facts, [1.5, 0.1])
+    kept = {"offset:0": torch.tensor([0.5, -2.0])}
+    checkpoints.save(position, model, {"moves", "shared"}, optimizer, facts, [1.5, 0.1], kept)
     other = Two()
     with torch.no_grad():
         other.still.fill_(7.0)
     resumed = Checkpoints(tmp_path, 3600).load(other)
     assert torch.equal(other.moves, model.moves) and torch.equal(other.still, torch.full((2,), 7.0))
     assert (resumed.position, resumed.facts, resumed.recent) == (position, facts, [1.5, 0.1])
+    assert list(resumed.stepper) == ["offset:0"] and torch.equal(
+        resumed.stepper["offset:0"], kept["offset:0"]
+    )
     again = torch.optim.AdamW([other.moves], lr=0.1)
     restore(again, resumed.moments)
     for each in (model, other):
@@ -237,5 +241,5 @@ def test_a_checkpoint_is_due_when_its_time_has_come_and_not_before(
     assert not checkpoints.due()
     now = 160.0
     assert checkpoints.due()
-    checkpoints.save(Position(), Two(), {"moves"}, None, [], [])
+    checkpoints.save(Position(), Two(), {"moves"}, None, [], [], {})
     assert not checkpoints.due()

@@ -7,6 +7,7 @@ nobody can tell which paper trained the model.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -24,8 +25,8 @@ from qcompress.checkpoint import Checkpoints, Position
 from qcompress.errors import ContractError, MachineError, ModelError
 from qcompress.loop import (
     Training,
-    frozen_digest,
     in_order,
+    role_of,
     run_block_phase,
     run_model_phase,
     to_device,
@@ -189,19 +190,34 @@ def _reference(
     return load
 
 
+def frozen_digest(model: nn.Module, architecture: Architecture) -> str:
+    """Digest of every parameter with the role weight or other: proof that a phase left them alone."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if role_of(name, architecture) in ("weight", "other"):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _run(training: Training, phases: tuple[Phase, ...]) -> None:
     resumed = training.checkpoints.load(training.prepared.model)
     position, moments = Position(), {}
     if resumed is not None:
         position, moments = resumed.position, resumed.moments
         training.facts, training.recent = resumed.facts, resumed.recent
+        training.stepper.load_state_dict(
+            {name: tensor.to(training.accelerator.device) for name, tensor in resumed.stepper.items()}
+        )
         training.reporter.say(
             f"train: resuming in phase {min(position.phase + 1, len(phases))} of {len(phases)}, "
             f"block {position.block}, step {position.step}"
         )
     elif phases:
         training.save(position, None)  # a run that is killed now is not calibrated a second time
-    training.objective.attach(training.accelerator.prepare(training.prepared.model))
+    model = training.accelerator.prepare(training.prepared.model)
+    training.objective.attach(model)
+    training.stepper.attach(model)
     for index, phase in enumerate(phases):
         if index < position.phase or phase.steps == 0:
             continue
