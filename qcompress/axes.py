@@ -18,6 +18,8 @@ from qcompress.options import (
     PlainStepper,
     QuadapterOptions,
     Quantizers,
+    Saq,
+    Squat,
     TaskObjective,
     named,
     quantizers,
@@ -48,6 +50,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "adapter": "quadapter",
         "schedule": "blockwise-then-end-to-end",
     },
+    "saq": {"quantizer": "lsq", "stepper": "saq", "schedule": "plain"},
+    "squat": {"quantizer": "lsq", "stepper": "squat", "schedule": "plain"},
 }
 """A paper is a row of this table; axes written in the recipe override it."""
 
@@ -55,10 +59,12 @@ AXES: dict[str, tuple[type[Options], ...]] = {
     "quantizer": (MinMax, Lsq),
     "adapter": (NoAdapter, QuadapterOptions),
     "objective": (TaskObjective,),
-    "stepper": (PlainStepper,),
+    "stepper": (PlainStepper, Saq, Squat),
     "schedule": (Calibrate, PlainSchedule, BlockwiseThenEndToEnd),
 }
 """Values of each axis; `methods/` holds the class that does the work, a test holds the two together."""
+
+_NOTHING = "calibration trains nothing, so it would never be used: use `schedule: plain`, or drop it"
 
 ILLEGAL: tuple[tuple[dict[str, str], str], ...] = (
     (
@@ -69,6 +75,12 @@ ILLEGAL: tuple[tuple[dict[str, str], str], ...] = (
         {"adapter": "quadapter", "schedule": "plain"},
         "the plain schedule trains the weights, which would move together with the adapter's scales: "
         "use `schedule: blockwise-then-end-to-end` or `schedule: calibrate`",
+    ),
+    *(({"stepper": stepper, "schedule": "calibrate"}, _NOTHING) for stepper in ("saq", "squat")),
+    (
+        {"stepper": "squat", "schedule": "blockwise-then-end-to-end"},
+        "this schedule trains no weight, and SQuAT's sharpness objective moves nothing else: "
+        "use `stepper: plain` or `stepper: saq`",
     ),
 )
 """Combinations of axis values that do not work; each with its reason, a colon, and what to write instead."""

@@ -1,7 +1,8 @@
 """Checkpoints of a training run: everything that moves, in one safetensors file, written in one step.
 
 Randomness is a function of (seed, phase, step), so no random state is stored; learning rates are a function
-of the step. What is stored is the model's moving tensors, the optimizer's moments, and where the run was.
+of the step. What is stored is the model's moving tensors, the optimizer's moments, what the stepper keeps
+from one update to the next, and where the run was.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +39,7 @@ class Resumed:
 
     position: Position
     moments: dict[str, Tensor]
+    stepper: dict[str, Tensor]
     facts: list[dict[str, object]]
     recent: list[float]
 
@@ -55,15 +58,16 @@ class Checkpoints:
 
     def save(
         self, position: Position, model: nn.Module, names: set[str], optimizer: torch.optim.Optimizer | None,
-        facts: list[dict[str, object]], recent: list[float],
+        facts: list[dict[str, object]], recent: list[float], stepper: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
-        """Write a checkpoint; a reader sees the old one or this one."""
+        """Write a checkpoint; a reader sees the old one or this one. `stepper` is the stepper's state."""
         tensors = {f"model:{name}": tensor for name, tensor in moving(model, names).items()}
         if optimizer is not None:
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {
                     f"optimizer:{index}:{key}": torch.as_tensor(value) for key, value in state.items()
                 }
+        tensors |= {f"stepper:{name}": tensor for name, tensor in stepper.items()}
         metadata = {"position": json.dumps(asdict(position)), "facts": json.dumps(facts)}
         metadata["recent"] = json.dumps(recent)
         partial = self.file.with_name(NAME + ".tmp")
@@ -92,6 +96,11 @@ class Checkpoints:
         return Resumed(
             position=Position(**json.loads(metadata["position"])),
             moments={name: tensor for name, tensor in tensors.items() if name.startswith("optimizer:")},
+            stepper={
+                name.removeprefix("stepper:"): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("stepper:")
+            },
             facts=json.loads(metadata["facts"]),
             recent=json.loads(metadata["recent"]),
         )

@@ -7,7 +7,6 @@ bit for bit, and neither knows which method it serves.
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import math
 import time
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 
 from qcompress.checkpoint import Checkpoints, Position, moving, restore
 from qcompress.errors import ModelError
-from qcompress.methods.protocols import Group, Objective, Phase, Stepper
+from qcompress.methods.protocols import Group, Moment, Objective, Phase, Stepper
 from qcompress.models.architecture import Architecture
-from qcompress.prepare import Prepared
+from qcompress.prepare import Prepared, kind_of
 from qcompress.processes import Processes
 from qcompress.progress import Bar, Reporter
 from qcompress.quant.layers import QuantizedWeight
@@ -52,11 +51,10 @@ class Training:
     recent: list[float]
 
     def save(self, position: Position, optimizer: torch.optim.Optimizer | None) -> None:
-        """Write a checkpoint; the first process does it for all."""
+        """Write a checkpoint, in the first process; without an optimizer a phase or a block is to begin."""
         if self.processes.first:
-            self.checkpoints.save(
-                position, self.prepared.model, self.moving, optimizer, self.facts, self.recent
-            )
+            model, kept = self.prepared.model, self.stepper.state_dict() if optimizer is not None else {}
+            self.checkpoints.save(position, model, self.moving, optimizer, self.facts, self.recent, kept)
 
 
 def reseed(processes: Processes, *where: int) -> None:
@@ -126,19 +124,26 @@ def role_of(name: str, architecture: Architecture) -> str:
 
 def groups_of(training: Training, phase: Phase, scope: str = "") -> list[Group]:
     """The phase's parameters by role, those under `scope` only; all others stop requiring gradients."""
-    chosen: dict[str, list[nn.Parameter]] = {role: [] for role in phase.roles}
-    for name, parameter in training.prepared.model.named_parameters():
+    chosen: dict[str, dict[str, nn.Parameter]] = {role: {} for role in phase.roles}
+    model = training.prepared.model
+    for name, parameter in model.named_parameters():
         role = role_of(name, training.architecture)
         wanted = role in chosen and name.startswith(scope)
         parameter.requires_grad_(wanted)
         if wanted:
-            chosen[role].append(parameter)
+            chosen[role][name] = parameter
     train, options = training.recipe.train, training.recipe.train.phases.get(phase.name)
     rates = {**LEARNING_RATES, **train.lr, **(options.lr if options else {})}
     return [
-        Group(role, tuple(parameters), rates[role], train.weight_decay if role == "weight" else 0.0)
-        for role, parameters in chosen.items()
-        if parameters
+        Group(
+            role,
+            tuple(members.values()),
+            rates[role],
+            train.weight_decay if role == "weight" else 0.0,
+            kinds=tuple(kind_of(model, name) for name in members),
+        )
+        for role, members in chosen.items()
+        if members
     ]
 
 
@@ -179,19 +184,9 @@ def advance(prepared: Prepared) -> None:
         norm.rescale.advance()
 
 
-def taps_of(prepared: Prepared) -> list[QuantizedWeight]:
-    """The quantized weights, for steppers that perturb them."""
-    return [layer for layer in prepared.layers.values() if isinstance(layer, QuantizedWeight)]
-
-
-def frozen_digest(model: nn.Module, architecture: Architecture) -> str:
-    """Digest of every parameter with the role weight or other: proof that a phase left them alone."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if role_of(name, architecture) in ("weight", "other"):
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def taps_of(prepared: Prepared, scope: str = "") -> list[QuantizedWeight]:
+    """The quantized weights under `scope`, for steppers that perturb them; a tied head taps its table."""
+    return [prepared.layers[name] for name, _ in prepared.weight_quantizers() if name.startswith(scope)]
 
 
 def run_model_phase(training: Training, phase: Phase, start: Position, moments: dict[str, Tensor]) -> None:
@@ -215,7 +210,8 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
                 return training.objective.loss(batch, step / phase.steps)
 
             set_rates(training, optimizer, groups, step, phase.steps)
-            report = training.stepper.step(closure, optimizer, groups, taps, training.accelerator)
+            moment = Moment(recipe.seed, start.phase, 0, step)
+            report = training.stepper.step(closure, optimizer, groups, taps, training.accelerator, moment)
             _refuse_nan(report.loss, f"phase {phase.name}, step {step + 1}")
             advance(training.prepared)
             training.recent = [*training.recent, report.loss][-10:]
@@ -271,7 +267,11 @@ def _fit_block(
         error = _error(block, inputs, outputs, rest)
         return error, error
     optimizer = optimizer_of(training, groups)
-    recipe, size = training.recipe, training.recipe.train.batch_size
+    taps, recipe, size = (
+        taps_of(training.prepared, f"{name}."),
+        training.recipe,
+        training.recipe.train.batch_size,
+    )
     everything_in, everything_out = torch.cat(inputs), torch.cat(outputs)
     before = best = training.processes.agree(_error(block, inputs, outputs, rest))
     kept = _snapshot(training.prepared.model, names)
@@ -283,7 +283,8 @@ def _fit_block(
             return (_output(block(everything_in[rows], **rest)) - everything_out[rows]).square().mean()
 
         set_rates(training, optimizer, groups, step, phase.steps)
-        report = training.stepper.step(closure, optimizer, groups, (), training.accelerator)
+        moment = Moment(recipe.seed, phase_index, index, step)
+        report = training.stepper.step(closure, optimizer, groups, taps, training.accelerator, moment)
         _refuse_nan(report.loss, f"phase {phase.name}, block {name}, step {step + 1}")
         advance(training.prepared)
         where = f"block {index + 1} of {len(training.architecture.blocks)}"

@@ -1,4 +1,4 @@
-"""The options of every value of the five axes. No torch.
+"""The options of every value of the five axes, and of measured sharpness. No torch.
 
     quantizer   how does a tensor become integers while training?
     adapter     what function-preserving rescaling comes first, to be folded later?
@@ -111,7 +111,56 @@ class PlainStepper(Options):
     """Largest gradient norm of one role; none: no clipping."""
 
 
-Stepper = Annotated[PlainStepper, BeforeValidator(named)]
+Ball = Literal["weight", "embedding", "bias", "norm", "weight-scale", "activation-scale"]
+"""Kinds of tensors that a sharpness-aware stepper may perturb: quantized weights of layers, quantized
+embedding tables, biases, weights and biases of norms, learned scales. Tables are in no ball by default: the
+gradient of a large one would take up most of the norm.
+"""
+
+
+class Saq(Options):
+    """Sharpness-aware quantization (SAQ, arXiv:2111.12273): the update descends at the worst point near the
+    quantized weights. Two passes an update. Its published code quantizes with LIQ, whose levels are odd
+    multiples of half a step: there is no zero, and no symmetric integer grid holds it, so it is not offered.
+    """
+
+    name: Literal["saq"] = "saq"
+    case: Literal[1, 2, 3] = 3
+    """Where the perturbation is made: 1 Q(w) + e(w), 2 Q(w + e(w)), 3 Q(w) + e(Q(w)), the paper's choice."""
+    rho: float = Field(default=0.05, ge=0)
+    """Norm of the perturbation, over everything in the ball together."""
+    ball: list[Ball] = Field(default=["weight", "bias", "norm"], min_length=1)
+    """What is perturbed; weights, biases and norms as in the published code."""
+    every: int = Field(default=1, ge=1)
+    """Compute the perturbation at every k-th update and use it again in between (after LookSAM,
+    arXiv:2203.02714; the paper's own efficient variant is not public)."""
+    subset: float = Field(default=1.0, gt=0, le=1)
+    """Share of the elements that is perturbed, drawn for each update, its perturbation divided by the share
+    (ESAM, arXiv:2110.03141)."""
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Largest gradient norm of one role; none: no clipping."""
+
+
+class Squat(Options):
+    """SQuAT (arXiv:2210.07171): alternates a sharpness objective for the weights with the step-size objective
+    for the scales. Of the paper only the abstract was available: every option below is a reading of it.
+    """
+
+    name: Literal["squat"] = "squat"
+    alternate: Literal["batch", "iteration", "fused"] = "batch"
+    """batch: both objectives on each batch (three passes); iteration: weights and scales in turn; fused: the
+    scales take the gradient of the first, unperturbed pass (two passes)."""
+    perturb: Literal["quantized", "latent"] = "quantized"
+    """Q(w) + e or Q(w + e); a small latent perturbation is mostly rounded away."""
+    rho: float = Field(default=0.05, ge=0)
+    """Norm of the perturbation, over everything in the ball together."""
+    ball: list[Literal["weight", "embedding", "bias", "norm"]] = Field(default=["weight"], min_length=1)
+    """What is perturbed; scales are frozen in the sharpness objective."""
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Largest gradient norm of one role; none: no clipping."""
+
+
+Stepper = Annotated[PlainStepper | Saq | Squat, Field(discriminator="name"), BeforeValidator(named)]
 
 
 # Axis 5: schedules --------------------------------------------------------------------------------
@@ -144,3 +193,21 @@ Schedule = Annotated[
     Field(discriminator="name"),
     BeforeValidator(named),
 ]
+
+
+# A measurement ------------------------------------------------------------------------------------
+
+
+class Sharpness(Options):
+    """How steeply the loss rises around the trained weights (`sharpness.py`)."""
+
+    directions: int = Field(default=20, ge=1)
+    """Random directions over which the rise of the loss is averaged."""
+    rho: float = Field(default=0.05, gt=0)
+    """Norm of a direction, over all quantized weights together."""
+    samples: int = Field(default=64, ge=1)
+    """Samples of the first evaluation set whose loss is looked at."""
+    iterations: int = Field(default=100, ge=1)
+    """Most iterations in search of the largest eigenvalue of the loss's Hessian."""
+    tolerance: float = Field(default=1e-2, gt=0, lt=1)
+    """The search ends when ||Hv - av|| is at most this share of |a|."""

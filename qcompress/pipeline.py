@@ -260,6 +260,11 @@ def _unselected(recipe: Recipe, stage: str) -> set[str]:
     unselected = {"qcompress"}
     if stage == "train" and "quadapter" not in (recipe.adapter.name, recipe.method):
         unselected.add("qcompress.methods.quadapter")
+    if stage == "train":
+        unselected |= {
+            f"qcompress.methods.{name}" for name in ("saq", "squat") if name != recipe.stepper.name
+        }
+        unselected |= {"qcompress.methods.ball"} if recipe.stepper.name == "plain" else set()
     return unselected
 
 

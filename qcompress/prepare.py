@@ -222,6 +222,19 @@ class _Seen:
         return Statistics(self.largest, (self.total / self.count).float(), rows)
 
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, RescaledNorm)
+
+
+def kind_of(model: nn.Module, name: str) -> str:
+    """What a parameter of a prepared model is: weight-scale, activation-scale, norm, bias or other."""
+    if name.endswith("_quantizer.ratio"):
+        return "weight-scale" if name.endswith(".weight_quantizer.ratio") else "activation-scale"
+    owner, _, own_name = name.rpartition(".")
+    if isinstance(model.get_submodule(owner), NORMS):
+        return "norm"
+    return "bias" if own_name == "bias" else "other"
+
+
 def initialise(prepared: Prepared, statistics: dict[str, Statistics]) -> None:
     """Starting scales of all quantizers, after adapters are in place: they see rescaled tensors."""
     for name, quantizer in prepared.weight_quantizers():

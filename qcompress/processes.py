@@ -66,22 +66,6 @@ class Processes:
                 distributed.broadcast(held, src=0)
                 tensor.copy_(held)
 
-    def mean_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace each gradient by its mean over the processes; one that no process has stays away."""
-        if self.size == 1:
-            return
-        import torch
-        import torch.distributed as distributed
-
-        held = [parameter for parameter in parameters if parameter.grad is not None]
-        if not held:
-            return
-        flat = torch.cat([parameter.grad.flatten() for parameter in held])
-        distributed.all_reduce(flat)
-        pieces = (flat / self.size).split([parameter.numel() for parameter in held])
-        for parameter, piece in zip(held, pieces, strict=True):
-            parameter.grad.copy_(piece.view_as(parameter.grad))
-
 
 def announced() -> int:
     """How many processes the launcher says there are."""

@@ -30,6 +30,7 @@ from qcompress.options import (
     Quantizers,
     Role,
     Schedule,
+    Sharpness,
     Stepper,
     TaskObjective,
     named,
@@ -313,6 +314,8 @@ class Verify(Options):
     """Samples of one forward pass."""
     distance_samples: int = Field(default=64, ge=1)
     """Samples of the first evaluation set whose logits are compared between rows."""
+    sharpness: Sharpness | None = None
+    """Measure the sharpness of the trained model as well (`{}`: with the defaults); none: do not."""
 
 
 class Recipe(Options):

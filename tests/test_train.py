@@ -180,9 +180,9 @@ def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[..., None]) -> None:
         return prepared
 
     class Watching(OneUpdate):
-        def step(self, closure, optimizer, groups, taps, accelerator):
+        def step(self, closure, optimizer, groups, taps, accelerator, moment):
             see(models[-1], optimizer, groups)
-            return super().step(closure, optimizer, groups, taps, accelerator)
+            return super().step(closure, optimizer, groups, taps, accelerator, moment)
 
     monkeypatch.setattr(qcompress.stages.train, "quantize", remember)
     monkeypatch.setitem(STEPPERS, "plain", Watching)

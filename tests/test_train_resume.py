@@ -20,7 +20,6 @@ import qcompress.checkpoint
 import qcompress.stages.train
 from qcompress.checkpoint import Checkpoints, Position, restore
 from qcompress.methods import STEPPERS
-from qcompress.methods.plain import OneUpdate
 from qcompress.schema import Recipe
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL and a fork server")
@@ -50,11 +49,14 @@ def kill_at(moment: Moment) -> None:
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    class Killing(OneUpdate):
-        def step(self, *arguments):
-            report = super().step(*arguments)
-            count()
-            return report
+    def killing(kind: type) -> type:
+        class Killing(kind):
+            def step(self, *arguments):
+                report = super().step(*arguments)
+                count()
+                return report
+
+        return Killing
 
     rename, save = os.replace, qcompress.checkpoint.save_tensors
 
@@ -76,7 +78,7 @@ def kill_at(moment: Moment) -> None:
         save(file, tensors, metadata)
 
     if what == "update":
-        STEPPERS["plain"] = Killing
+        STEPPERS.update({name: killing(kind) for name, kind in STEPPERS.items()})
     elif what == "half a checkpoint":
         qcompress.checkpoint.save_tensors = dying_save
     else:
@@ -111,6 +113,18 @@ def outcome(made: Line) -> dict[str, bytes]:
 RECIPES = {
     "lsq": {"method": "lsq", "steps": 5, "train": {"lr": {"weight": 1e-3}}},
     "quadapter": {"method": "quadapter", "steps": 3, "train": {"lr": {"adapter": 0.05}}},
+    "saq": {
+        "method": "saq",
+        "steps": 6,
+        "stepper": {"every": 3, "rho": 0.5, "subset": 0.5},
+        "train": {"lr": {"weight": 1e-3}},
+    },
+    "squat": {
+        "method": "squat",
+        "steps": 4,
+        "stepper": {"alternate": "iteration", "rho": 0.5},
+        "train": {"lr": {"weight": 1e-3}},
+    },
 }
 
 
@@ -158,6 +172,9 @@ def uninterrupted(
             [("checkpoint in place", 3), ("update", 2)],
         ),  # after the blocks, then in the model phase
         ("quadapter", 3600, [("checkpoint written", 4)]),  # leaving the first phase
+        ("saq", 0, [("update", 2)]),  # its perturbation is used twice more
+        ("saq", 0, [("update", 4), ("update", 1)]),  # at a new search, then between two
+        ("squat", 0, [("update", 3)]),  # the scales' turn is next
     ],
     ids=str,
 )
@@ -207,13 +224,17 @@ def test_a_checkpoint_restores_tensors_moments_position_and_facts(tmp_path: Path
         optimizer.step()
     checkpoints = Checkpoints(tmp_path, 3600)
     position, facts = Position(phase=1, block=2, step=3, passes=4), [{"name": "calibrate", "before": 0.1}]
-    checkpoints.save(position, model, {"moves", "shared"}, optimizer, facts, [1.5, 0.1])
+    kept = {"offset:0": torch.tensor([0.5, -2.0])}
+    checkpoints.save(position, model, {"moves", "shared"}, optimizer, facts, [1.5, 0.1], kept)
     other = Two()
     with torch.no_grad():
         other.still.fill_(7.0)
     resumed = Checkpoints(tmp_path, 3600).load(other)
     assert torch.equal(other.moves, model.moves) and torch.equal(other.still, torch.full((2,), 7.0))
     assert (resumed.position, resumed.facts, resumed.recent) == (position, facts, [1.5, 0.1])
+    assert list(resumed.stepper) == ["offset:0"] and torch.equal(
+        resumed.stepper["offset:0"], kept["offset:0"]
+    )
     again = torch.optim.AdamW([other.moves], lr=0.1)
     restore(again, resumed.moments)
     for each in (model, other):
@@ -237,5 +258,5 @@ def test_a_checkpoint_is_due_when_its_time_has_come_and_not_before(
     assert not checkpoints.due()
     now = 160.0
     assert checkpoints.due()
-    checkpoints.save(Position(), Two(), {"moves"}, None, [], [])
+    checkpoints.save(Position(), Two(), {"moves"}, None, [], [], {})
     assert not checkpoints.due()

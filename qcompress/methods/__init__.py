@@ -13,10 +13,12 @@ from qcompress.methods.plain import (
     TrainEverything,
 )
 from qcompress.methods.quadapter import BlocksThenModel, Quadapter
+from qcompress.methods.saq import SharpnessAwareUpdate
+from qcompress.methods.squat import AlternatingUpdate
 
 ADAPTERS = {"none": NoRescaling, "quadapter": Quadapter}
 OBJECTIVES = {"task": TaskLossObjective}
-STEPPERS = {"plain": OneUpdate}
+STEPPERS = {"plain": OneUpdate, "saq": SharpnessAwareUpdate, "squat": AlternatingUpdate}
 SCHEDULES = {
     "calibrate": CalibrateOnly,
     "plain": TrainEverything,

@@ -7,16 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qcompress.axes import PHASES
-from qcompress.methods.protocols import Group, Phase, Report, Scene
+from qcompress.methods.protocols import Group, Moment, Phase, Report, Scene
 from qcompress.models.architecture import Architecture, Site
 from qcompress.options import Calibrate, NoAdapter, PlainSchedule, PlainStepper, TaskObjective
 from qcompress.plan import LayerPlan
 from qcompress.prepare import Prepared
-from qcompress.processes import Processes
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
 from qcompress.schema import Train
@@ -63,15 +63,44 @@ class TaskLossObjective:
         self.student = None
 
 
-class OneUpdate:
-    """One forward, one backward, one update; the gradient of each role is clipped by itself.
+def apply_gradients(
+    optimizer: Optimizer, groups: Sequence[Group], clip_norm: float | None, accelerator: Accelerator
+) -> None:
+    """The end of every update: average over the processes, clip each role by itself, move what has a
+    gradient, drop the gradients.
 
     Per role, because the gradient of a scale sums over a whole tensor and would drown the weights' in a
-    common norm.
+    common norm. A parameter whose gradient is None is left alone entirely: no momentum, no weight decay.
     """
+    _average([parameter for group in groups for parameter in group.parameters], accelerator)
+    if clip_norm is not None:
+        # once for all roles: accelerate's own clipping would remove the loss scale of fp16 at every call
+        accelerator.unscale_gradients(optimizer)
+        for group in groups:
+            nn.utils.clip_grad_norm_(group.parameters, clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _average(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
+    """Replace each gradient by its mean over the processes, in one message; who has none stays without."""
+    held = [parameter for parameter in parameters if parameter.grad is not None]
+    if accelerator.num_processes == 1 or not held:
+        return
+    together = accelerator.reduce(torch.cat([one.grad.flatten() for one in held]), reduction="mean")
+    parts = together.split([parameter.numel() for parameter in held])
+    for parameter, part in zip(held, parts, strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.grad.dtype)
+
+
+class OneUpdate:
+    """One forward, one backward, one update."""
 
     def __init__(self, options: PlainStepper) -> None:
         self.options = options
+
+    def attach(self, model: nn.Module) -> None:
+        """Nothing to remember."""
 
     def step(
         self,
@@ -80,20 +109,20 @@ class OneUpdate:
         groups: Sequence[Group],
         taps: Sequence[QuantizedWeight],
         accelerator: Accelerator,
+        moment: Moment,
     ) -> Report:
         """One update, one pass."""
         loss = closure()
         accelerator.backward(loss)
-        processes = Processes(accelerator.process_index, accelerator.num_processes)
-        processes.mean_gradients(parameter for group in groups for parameter in group.parameters)
-        if self.options.clip_norm is not None:
-            # once for all roles: accelerate's own clipping would remove the loss scale of fp16 at every call
-            accelerator.unscale_gradients(optimizer)
-            for group in groups:
-                nn.utils.clip_grad_norm_(group.parameters, self.options.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        apply_gradients(optimizer, groups, self.options.clip_norm, accelerator)
         return Report(loss=loss.item(), passes=1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """No update depends on another."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing to take up."""
 
 
 class CalibrateOnly:

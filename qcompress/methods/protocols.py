@@ -88,18 +88,35 @@ class Group:
     parameters: tuple[nn.Parameter, ...]
     lr: float
     weight_decay: float = 0.0
+    kinds: tuple[str, ...] = ()
+    """What each parameter is (`prepare.kind_of`), for steppers that perturb some kinds."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Which update this is. Everything random in it is a function of these four numbers."""
+
+    seed: int
+    phase: int
+    block: int
+    step: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """One update: its loss and how many forward/backward passes it took."""
+    """One update: the loss whose gradient moved the weights, and how many forward/backward passes it took."""
 
     loss: float
     passes: int
 
 
 class Stepper(Protocol):
-    """How one update is made. Gradient clipping lives here and nowhere else."""
+    """How one update is made. Gradient clipping, the loss scale of fp16 and what processes exchange live here
+    and nowhere else.
+    """
+
+    def attach(self, model: nn.Module) -> None:
+        """Called once, with the model as the trainer runs it."""
 
     def step(
         self,
@@ -108,11 +125,18 @@ class Stepper(Protocol):
         groups: Sequence[Group],
         taps: Sequence[QuantizedWeight],
         accelerator: Accelerator,
+        moment: Moment,
     ) -> Report:
         """One update. `closure()` is the loss on this process's share of the batch, with the same randomness
         at each call of this step; `taps` are the quantized weights, for steppers that perturb them. The
         gradients of the update itself are averaged over the processes before they are clipped.
         """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next update of the phase needs from the ones before; it goes into the checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state_dict` gave."""
 
 
 @dataclass(frozen=True)

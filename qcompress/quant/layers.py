@@ -7,6 +7,11 @@ the weight quantizer, and multiplies the norm's output: what is trained is the f
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,6 +69,45 @@ class RescaledNorm(nn.Module):
         return self.weight * scale, self.bias * scale
 
 
+Place = Literal["latent", "rounded"]
+"""Where a weight can be tapped: latent, as it enters its quantizer; rounded, as it leaves it."""
+
+
+@dataclass
+class Tap:
+    """What happens to a weight at one place while it is tapped; all tensors have the weight's shape."""
+
+    place: Place
+    offset: Tensor | None = None
+    """Added to the weight."""
+    listens: bool = False
+    gradient: Tensor | None = None
+    """Of the loss with respect to the weight at this place, summed over all uses in a forward pass."""
+
+    def through(self, weight: Tensor) -> Tensor:
+        if self.offset is not None:
+            weight = weight + self.offset
+        if self.listens and weight.requires_grad:
+            weight = weight.view_as(weight)  # a hook on the parameter itself would outlive the pass
+            weight.register_hook(self._collect)
+        return weight
+
+    def _collect(self, gradient: Tensor) -> None:
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+
+@contextmanager
+def tapped(layers: Sequence[QuantizedWeight], taps: Sequence[Tap]) -> Iterator[None]:
+    """Each layer with its tap, and none of them with any afterwards, whatever is raised."""
+    try:
+        for layer, tap in zip(layers, taps, strict=True):
+            layer.tap = tap
+        yield
+    finally:
+        for layer in layers:
+            layer.tap = None
+
+
 class QuantizedWeight(nn.Module):
     """Base of the layers below: a weight, its quantizer, and the rounded weight, kept while nothing moves."""
 
@@ -73,6 +117,7 @@ class QuantizedWeight(nn.Module):
         self.channel_axis = channel_axis
         self.weight_quantizer = quantizer
         self.rescale: nn.Module | None = None
+        self.tap: Tap | None = None
         self._kept: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
 
     def rescaled_weight(self) -> Tensor:
@@ -82,7 +127,15 @@ class QuantizedWeight(nn.Module):
         return self.weight / self.rescale().unsqueeze(self.channel_axis)
 
     def quantized_weight(self) -> Tensor:
-        """The rounded weight. It is computed once while neither the weight nor a scale can change."""
+        """The rounded weight, and what a tap makes of it."""
+        if self.tap is None:
+            return self._rounded_weight()
+        if self.tap.place == "latent" and self.weight_quantizer is not None:
+            return self.weight_quantizer(self.tap.through(self.rescaled_weight()))
+        return self.tap.through(self._rounded_weight())
+
+    def _rounded_weight(self) -> Tensor:
+        """Untapped. It is computed once while neither the weight nor a scale can change."""
         if self.weight_quantizer is None:
             return self.rescaled_weight()
         tensors = [*self.parameters(), *self.buffers()]

@@ -47,7 +47,9 @@ def order_metrics(rows: list[dict[str, Any]], sets: list[str]) -> list[str]:
     for row in rows:
         if row["status"] == "measured":
             for metric in row["metrics"]:
-                found.setdefault(metric.rpartition(".")[0], metric)
+                section = metric.rpartition(".")[0]
+                if not sets or section in sets:  # sharpness is a metric of no set
+                    found.setdefault(section, metric)
     order = {name: place for place, name in enumerate(sets)}
     return [found[name] for name in sorted(found, key=lambda name: order.get(name, len(order)))]
 

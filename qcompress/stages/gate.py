@@ -137,7 +137,7 @@ def _float_floor(reference: dict[str, float], goals: Gate, judgement: _Judgement
 def _recovery(row: dict[str, Any], reference: dict[str, float], goals: Gate, judgement: _Judgement) -> None:
     metrics = row["metrics"]
     for metric, value in metrics.items():
-        if _gain(metric, value, reference.get(metric, math.nan)) > IMPLAUSIBLE_GAIN:
+        if metric in reference and _gain(metric, value, reference[metric]) > IMPLAUSIBLE_GAIN:
             judgement.anomalies.append(
                 f"{row['stage']}: {metric} is {value:.6g} against {reference[metric]:.6g} in float: too good"
             )

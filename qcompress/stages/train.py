@@ -7,6 +7,7 @@ nobody can tell which paper trained the model.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from qcompress.checkpoint import Checkpoints, Position, moving
 from qcompress.errors import ContractError, MachineError, ModelError
 from qcompress.loop import (
     Training,
-    frozen_digest,
     in_order,
+    role_of,
     run_block_phase,
     run_model_phase,
     to_device,
@@ -208,12 +209,25 @@ def _reference(
     return load
 
 
+def frozen_digest(model: nn.Module, architecture: Architecture) -> str:
+    """Digest of every parameter with the role weight or other: proof that a phase left them alone."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if role_of(name, architecture) in ("weight", "other"):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _run(training: Training, phases: tuple[Phase, ...]) -> None:
     resumed = training.checkpoints.load(training.prepared.model)
     position, moments = Position(), {}
     if resumed is not None:
         position, moments = resumed.position, resumed.moments
         training.facts, training.recent = resumed.facts, resumed.recent
+        training.stepper.load_state_dict(
+            {name: tensor.to(training.accelerator.device) for name, tensor in resumed.stepper.items()}
+        )
         training.reporter.say(
             f"train: resuming in phase {min(position.phase + 1, len(phases))} of {len(phases)}, "
             f"block {position.block}, step {position.step}"
@@ -227,6 +241,7 @@ def _run(training: Training, phases: tuple[Phase, ...]) -> None:
     # themselves, because a pass that only looks for a perturbation must not
     wrapped = training.accelerator.prepare_model(training.prepared.model, evaluation_mode=True)
     training.objective.attach(wrapped, scene)
+    training.stepper.attach(wrapped)
     for index, phase in enumerate(phases):
         if index < position.phase or phase.steps == 0:
             continue

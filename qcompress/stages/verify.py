@@ -36,6 +36,7 @@ from qcompress.probe import read_measurement, write_probe
 from qcompress.progress import Reporter
 from qcompress.runners import OnnxRunner, Runner, float_runner, folded_runner, trained_runner
 from qcompress.schema import ROWS, Recipe
+from qcompress.sharpness import trained_sharpness
 from qcompress.tasks import TASKS
 
 LOGIT_BYTES = 2**30
@@ -102,6 +103,10 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
         measured[stage] = result
         row = {"stage": stage, "status": "measured", "reason": None, "metrics": result.metrics}
         row |= {"samples": sum(map(len, samples.sets.values())), "distance": result.distance}
+        if stage == "trained" and recipe.verify.sharpness is not None:
+            row["metrics"] |= trained_sharpness(
+                recipe, base, artifacts.float_model, artifacts.trained, device, reporter
+            )
         if stage == "onnx":
             row["deployed"] = _deployed(recipe, artifacts, samples, previous, out, reporter, device)
             logits = out / "logits-onnx.npy"

@@ -62,7 +62,7 @@ def test_every_preset_names_values_that_exist_and_may_be_combined() -> None:
 
 
 def test_every_refusal_names_values_that_exist_a_reason_and_a_way_out() -> None:
-    assert len(ILLEGAL) == 2
+    assert len(ILLEGAL) == 5
     for pair, reason in ILLEGAL:
         assert len(pair) > 1 and all(name in NAMES[axis] for axis, name in pair.items())
         why, colon, fix = reason.partition(": ")
@@ -79,7 +79,7 @@ def options_of(choice: dict[str, str]) -> dict[str, Any]:
 def test_every_legal_combination_trains_folds_and_is_the_same_model_afterwards(
     line: Callable[..., Line], choice: dict[str, str]
 ) -> None:
-    assert len(LEGAL) == 8
+    assert len(LEGAL) == 14
     made = line(**options_of(choice)).train().fold()
     ids = token_ids()
     trained = made.logits("train", ids)

@@ -11,9 +11,10 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from qcompress.methods.plain import OneUpdate
-from qcompress.methods.protocols import Group
+from qcompress.methods.protocols import Group, Moment
 from qcompress.options import PlainStepper
 
+MOMENT = Moment(seed=0, phase=0, block=0, step=0)
 START = {"weight": [3.0, 4.0], "scale": [300.0, 400.0], "other": [0.003, 0.004]}
 """The gradient of each role is its own value: norms 5, 500 and 0.005."""
 
@@ -52,7 +53,7 @@ def test_each_role_is_clipped_to_the_norm_by_itself(
     accelerator: Accelerator, clip: float | None, expected: dict[str, float]
 ) -> None:
     groups, optimizer, closure = setting(accelerator)
-    report = OneUpdate(PlainStepper(clip_norm=clip)).step(closure, optimizer, groups, (), accelerator)
+    report = OneUpdate(PlainStepper(clip_norm=clip)).step(closure, optimizer, groups, (), accelerator, MOMENT)
     assert moves(groups) == pytest.approx(expected, rel=1e-4)
     assert report.passes == 1 and report.loss == pytest.approx((5**2 + 500**2 + 0.005**2) / 2)
     assert all(parameter.grad is None for group in groups for parameter in group.parameters)
@@ -68,7 +69,7 @@ def test_under_a_loss_scale_the_unscaled_gradient_is_clipped(
     setting(accelerator)  # the optimizer of an earlier phase
     groups, optimizer, closure = setting(accelerator)
     stepper = OneUpdate(PlainStepper(clip_norm=1.0))
-    stepper.step(closure, optimizer, groups, (), accelerator)
+    stepper.step(closure, optimizer, groups, (), accelerator, MOMENT)
     assert moves(groups) == pytest.approx({"weight": 1.0, "scale": 1.0, "other": 0.005}, rel=1e-4)
-    stepper.step(closure, optimizer, groups, (), accelerator)
+    stepper.step(closure, optimizer, groups, (), accelerator, MOMENT)
     assert moves(groups) == pytest.approx({"weight": 2.0, "scale": 2.0, "other": 0.005}, rel=1e-2)

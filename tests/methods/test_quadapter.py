@@ -136,14 +136,14 @@ def test_neither_phase_moves_a_weight_and_only_adapters_and_scales_get_gradients
         return prepared[-1]
 
     class Watching(OneUpdate):
-        def step(self, closure, optimizer, groups, taps, accelerator):
+        def step(self, closure, optimizer, groups, taps, accelerator, moment):
             closure().backward()
             parameters = dict(prepared[0].model.named_parameters())
             touched.append({name for name, parameter in parameters.items() if parameter.grad is not None})
             wanted = {name for name, parameter in parameters.items() if parameter.requires_grad}
             assert wanted == touched[-1]  # nothing else may keep a graph either
             optimizer.zero_grad()
-            return super().step(closure, optimizer, groups, taps, accelerator)
+            return super().step(closure, optimizer, groups, taps, accelerator, moment)
 
     monkeypatch.setattr(qcompress.stages.train, "quantize", remember)
     monkeypatch.setitem(STEPPERS, "plain", Watching)
