@@ -11,6 +11,7 @@ from qcompress.formats import Options
 from qcompress.options import (
     BlockwiseThenEndToEnd,
     Calibrate,
+    Distillation,
     Lsq,
     MinMax,
     NoAdapter,
@@ -21,6 +22,8 @@ from qcompress.options import (
     Saq,
     Squat,
     TaskObjective,
+    TeacherIntervention,
+    TwoStep,
     named,
     quantizers,
 )
@@ -38,6 +41,10 @@ PHASES: dict[str, dict[str, PhaseDefaults]] = {
         "calibrate": PhaseDefaults(steps=200, roles=("adapter", "scale")),
         "finetune": PhaseDefaults(steps=300, roles=("adapter", "scale")),
     },
+    "two-step": {
+        "intervention": PhaseDefaults(steps=60, roles=("weight", "scale", "other")),
+        "finetune": PhaseDefaults(steps=240, roles=("weight", "scale", "other")),
+    },
 }
 """Phases of each schedule, in order: default steps and the roles that train."""
 
@@ -45,6 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "float": {"schedule": "plain"},
     "ptq": {"quantizer": "minmax", "schedule": "calibrate"},
     "lsq": {"quantizer": "lsq", "schedule": "plain"},
+    "distillation": {"quantizer": "lsq", "objective": "distillation", "schedule": "plain"},
     "quadapter": {
         "quantizer": {"name": "lsq", "init": "mse"},
         "adapter": "quadapter",
@@ -58,9 +66,9 @@ METHODS: dict[str, dict[str, Any]] = {
 AXES: dict[str, tuple[type[Options], ...]] = {
     "quantizer": (MinMax, Lsq),
     "adapter": (NoAdapter, QuadapterOptions),
-    "objective": (TaskObjective,),
+    "objective": (TaskObjective, Distillation, TeacherIntervention),
     "stepper": (PlainStepper, Saq, Squat),
-    "schedule": (Calibrate, PlainSchedule, BlockwiseThenEndToEnd),
+    "schedule": (Calibrate, PlainSchedule, BlockwiseThenEndToEnd, TwoStep),
 }
 """Values of each axis; `methods/` holds the class that does the work, a test holds the two together."""
 
@@ -71,10 +79,33 @@ ILLEGAL: tuple[tuple[dict[str, str], str], ...] = (
         {"adapter": "none", "schedule": "blockwise-then-end-to-end"},
         "this schedule trains an adapter block by block, and there is none: set `adapter: quadapter`",
     ),
-    (
-        {"adapter": "quadapter", "schedule": "plain"},
-        "the plain schedule trains the weights, which would move together with the adapter's scales: "
-        "use `schedule: blockwise-then-end-to-end` or `schedule: calibrate`",
+    *(
+        (
+            {"adapter": "quadapter", "schedule": schedule},
+            "this schedule trains the weights, which would move together with the adapter's scales: "
+            "use `schedule: blockwise-then-end-to-end` or `schedule: calibrate`",
+        )
+        for schedule in ("plain", "two-step")
+    ),
+    *(
+        (
+            {"objective": "teacher-intervention", "schedule": schedule},
+            "this schedule has no phase in which the teacher intervenes: "
+            "use `schedule: two-step`, or `objective: distillation`",
+        )
+        for schedule in ("plain", "blockwise-then-end-to-end")
+    ),
+    *(
+        (
+            {"objective": objective, "schedule": "two-step"},
+            "the first of the two steps is the teacher's intervention, and this objective has none: "
+            "use `schedule: plain`, or `objective: teacher-intervention`",
+        )
+        for objective in ("task", "distillation")
+    ),
+    *(
+        ({"objective": objective, "schedule": "calibrate"}, _NOTHING)
+        for objective in ("distillation", "teacher-intervention")
     ),
     *(({"stepper": stepper, "schedule": "calibrate"}, _NOTHING) for stepper in ("saq", "squat")),
     (

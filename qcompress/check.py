@@ -112,6 +112,7 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
     _tied_head(recipe, document, settled)
     _target(recipe, document, settled)
     _context(recipe, document, architecture)
+    _attentions(recipe, document, architecture)
     _new_head(recipe, document, architecture)
     _points(recipe, document, points)
     return Report(architecture, plan, counts, points)
@@ -254,3 +255,17 @@ def _points(recipe: Recipe, document: Document, points: tuple[PointPlan, ...]) -
             document.report(key, message, "drop the line, or write float")
         elif form.bits != 8 or form.granularity != "tensor" or not form.symmetric:
             document.report(key, f"is {form}, and points are rounded to int8 alone", "write int8, or float")
+
+
+def _attentions(recipe: Recipe, document: Document, architecture: Architecture) -> None:
+    """Report what looks into attentions where query, key and value are one layer."""
+    if architecture.attentions or not document.sound(("objective",)):
+        return
+    objective = recipe.objective
+    fused = f"{architecture.family} computes query, key and value in one layer"
+    key: Key = ("objective",) if ("objective",) in document.places else ("method",)
+    if objective.name == "teacher-intervention":
+        document.report(key, f"the teacher cannot intervene: {fused}", "choose another objective")
+    elif getattr(objective, "attention", 0):
+        message = f"compares attention scores, and {fused}"
+        document.report(key, message, "write `objective: {name: distillation, attention: 0}`")

@@ -100,7 +100,53 @@ class TaskObjective(Options):
     name: Literal["task"] = "task"
 
 
-Objective = Annotated[TaskObjective, BeforeValidator(named)]
+class Distillation(Options):
+    """Losses of TernaryBERT (arXiv:2009.12812) against the float model: soft labels, attention scores, hidden
+    states. Its paper weighs them equally and uses no labels.
+    """
+
+    name: Literal["distillation"] = "distillation"
+    logits: float = Field(default=1.0, ge=0)
+    """Weight of the soft cross-entropy (mean squared error for a regression)."""
+    attention: float = Field(default=1.0, ge=0)
+    """Weight of the mean squared error of the attention scores, summed over the layers."""
+    hidden: float = Field(default=1.0, ge=0)
+    """Weight of the mean squared error of the hidden states, summed over embeddings and layers."""
+    task: float = Field(default=0.0, ge=0)
+    """Weight of the task's own loss."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the soft labels."""
+
+
+class TeacherIntervention(Options):
+    """Teacher Intervention (TI, arXiv:2302.11812): in the phase `intervention` the float model's signals
+    replace the student's in every layer, so that the error of earlier layers does not reach later ones.
+    """
+
+    name: Literal["teacher-intervention"] = "teacher-intervention"
+    mode: Literal["output", "context", "attention", "gradual", "inverted", "stochastic"] = "gradual"
+    """What is replaced: output of the attention block (TI-O), context (TI-C), attention map (TI-M), or all
+    three in turn: gradual O, C, M (TI-G), inverted M, C, O, stochastic one of them for each update."""
+    logits: float = Field(default=1.0, ge=0)
+    """Weight of the soft cross-entropy (mean squared error for a regression)."""
+    attention: float = Field(default=1.0, ge=0)
+    """Weight of the mean squared error of the attention scores."""
+    hidden: float = Field(default=1.0, ge=0)
+    """Weight of the mean squared error of the hidden states."""
+    output: float = Field(default=1.0, ge=0)
+    """Weight of the mean squared error of the attention blocks' outputs."""
+    out_loss: Literal["post_ln", "pre_residual"] = "post_ln"
+    """Where those outputs are compared: after LayerNorm (the published code, where TI-O gives V and the
+    output projection no gradient) or before the residual (the paper's figure 3)."""
+    task: float = Field(default=0.0, ge=0)
+    """Weight of the task's own loss."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the soft labels."""
+
+
+Objective = Annotated[
+    TaskObjective | Distillation | TeacherIntervention, Field(discriminator="name"), BeforeValidator(named)
+]
 
 
 class PlainStepper(Options):
@@ -188,8 +234,16 @@ class BlockwiseThenEndToEnd(Options):
     """Steps between two looks at a block's error on all calibration data; the best state is kept."""
 
 
+class TwoStep(Options):
+    """Teacher Intervention's two steps (arXiv:2302.11812): `intervention`, a short phase in which the teacher
+    intervenes, then `finetune` without it, with an optimizer and a learning-rate schedule of its own.
+    """
+
+    name: Literal["two-step"] = "two-step"
+
+
 Schedule = Annotated[
-    Calibrate | PlainSchedule | BlockwiseThenEndToEnd,
+    Calibrate | PlainSchedule | BlockwiseThenEndToEnd | TwoStep,
     Field(discriminator="name"),
     BeforeValidator(named),
 ]

@@ -21,7 +21,7 @@ from qcompress.yamlfile import Document, Key, dotted
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
 """Names that become part of a path or of a metric's name."""
 
-TASK_LOSS_PHASES = ("finetune",)
+TASK_LOSS_PHASES = ("finetune", "intervention")
 """Phases that train with the task's loss, on the training data; the others use the calibration data."""
 
 FORMATS: tuple[Key, ...] = tuple(

@@ -41,8 +41,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "prepare", "checkpoint", "certificate", "sizes", "probe", "runners", "sharpness",
     }),
     ("methods", {
-        "methods", "methods.ball", "methods.plain", "methods.protocols", "methods.quadapter", "methods.saq",
-        "methods.squat",
+        "methods", "methods.ball", "methods.distillation", "methods.plain", "methods.protocols",
+        "methods.quadapter", "methods.saq", "methods.signals", "methods.squat", "methods.teacher_intervention",
     }),
     ("loops", {"loop"}),
     ("stages", {"stages", *STAGES}),
@@ -63,6 +63,7 @@ DOORS: dict[str, set[str]] = {
     "torch": {
         "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges", "methods.plain",
         "methods.protocols", "methods.quadapter", "methods.ball", "methods.saq", "methods.squat",
+        "methods.distillation", "methods.signals", "methods.teacher_intervention",
         "models.gpt2", "tasks.causal_lm", "tasks.examples", "prepare", "processes", "checkpoint",
         "loop", "runners", "tensorfile", "train", "fold", "export", "verify",
         "layerwise", "sharpness",

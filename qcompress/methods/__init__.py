@@ -5,6 +5,7 @@ Their options are in `qcompress/axes.py`, which needs no torch; a test holds the
 
 from __future__ import annotations
 
+from qcompress.methods.distillation import DistillationLoss
 from qcompress.methods.plain import (
     CalibrateOnly,
     NoRescaling,
@@ -15,12 +16,18 @@ from qcompress.methods.plain import (
 from qcompress.methods.quadapter import BlocksThenModel, Quadapter
 from qcompress.methods.saq import SharpnessAwareUpdate
 from qcompress.methods.squat import AlternatingUpdate
+from qcompress.methods.teacher_intervention import InterveneThenTrain, Intervention
 
 ADAPTERS = {"none": NoRescaling, "quadapter": Quadapter}
-OBJECTIVES = {"task": TaskLossObjective}
+OBJECTIVES = {
+    "task": TaskLossObjective,
+    "distillation": DistillationLoss,
+    "teacher-intervention": Intervention,
+}
 STEPPERS = {"plain": OneUpdate, "saq": SharpnessAwareUpdate, "squat": AlternatingUpdate}
 SCHEDULES = {
     "calibrate": CalibrateOnly,
     "plain": TrainEverything,
     "blockwise-then-end-to-end": BlocksThenModel,
+    "two-step": InterveneThenTrain,
 }
