@@ -30,14 +30,16 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "quant", "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges",
     }),
     ("families, tasks, targets", {
-        "models", "models.gpt2",
+        "models", "models.attention", "models.bert", "models.distilbert", "models.encoder", "models.gpt2",
+        "models.residual", "models.roberta", "models.stock",
         "tasks", "tasks.causal_lm", "tasks.examples", "tasks.text",
         "targets", "targets.builder", "targets.checks", "targets.device", "targets.graph", "targets.lint",
         "targets.process", "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes",
         "targets.table",
     }),
     ("recipes", {"wording", "structure", "rules", "recipe", "check"}),
-    ("models in three forms", {"prepare", "checkpoint", "certificate", "sizes", "probe", "runners"}),
+    ("models in three forms", {"prepare", "checkpoint", "certificate", "certificate_points", "sizes", "probe",
+                                "runners"}),
     ("methods", {"methods", "methods.plain", "methods.protocols", "methods.quadapter"}),
     ("loops", {"loop"}),
     ("stages", {"stages", *STAGES}),
@@ -57,16 +59,17 @@ APART = {"", "probe_kit.measure_engine"}
 DOORS: dict[str, set[str]] = {
     "torch": {
         "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges", "methods.plain",
-        "methods.protocols", "methods.quadapter", "models.gpt2", "tasks.causal_lm", "tasks.examples",
+        "methods.protocols", "methods.quadapter", "models.attention", "models.gpt2", "models.residual",
+        "models.stock", "tasks.causal_lm", "tasks.examples",
         "prepare", "checkpoint",
         "loop", "runners", "tensorfile", "train", "fold", "export", "verify",
         "layerwise",
     },
-    "transformers": {"models", "models.gpt2"},
+    "transformers": {"models", "models.attention", "models.gpt2", "models.residual", "models.stock"},
     "accelerate": {"train", "loop", "methods.plain", "methods.protocols"},
     "onnxruntime": {"runners", "probe_kit.measure_engine"},
-    "onnx": {"export", "certificate", "sizes", "targets.checks", "targets.graph", "targets.quantizers",
-             "targets.sizes"},
+    "onnx": {"export", "certificate", "certificate_points", "sizes", "targets.checks", "targets.graph",
+             "targets.quantizers", "targets.sizes"},
     "onnx_ir": {"export"},
     "datasets": {"tasks.text"},
     "huggingface_hub": {"load"},
@@ -78,7 +81,7 @@ DOORS: dict[str, set[str]] = {
 CALLED_BY_NAME = {"importlib.import_module": {"targets.builder"}, "__import__": {"probe_kit.measure_engine"}}
 """TensorRT is imported by name, because there are two of it; nothing else is."""
 
-LAZY = {"models", "models.gpt2", "tasks.causal_lm", "tasks.examples"}
+LAZY = {"models", "models.gpt2", "models.stock", "tasks.causal_lm", "tasks.examples"}
 """Modules that torch-free commands import, and that need torch or transformers only inside functions."""
 
 DISTRIBUTIONS = {"yaml": "PyYAML", "onnx_ir": "onnxscript", "google": "onnx", "pydantic_core": "pydantic",
