@@ -175,8 +175,8 @@ def verify(
 
 def certify_run(loaded: LoadedRun) -> dict[str, Any]:
     """Hold the run's ONNX file against its folded model; needs the cache."""
-    from qcompress.certificate import certify
-    from qcompress.plan import plans_from_json
+    from qcompress.certificate_points import certify_all
+    from qcompress.plan import plans_from_json, points_from_json
 
     folded = loaded.stage("fold")
     if folded is None:
@@ -184,13 +184,14 @@ def certify_run(loaded: LoadedRun) -> dict[str, Any]:
             f"the folded model of {loaded.path} is gone from the cache",
             fix="run the recipe again: what is still there is reused",
         )
-    plan = plans_from_json(read_json(folded / "folded.json")["plan"])
-    certificate = certify(loaded.path / "model.onnx", folded, plan)
+    facts = read_json(folded / "folded.json")
+    plan, points = plans_from_json(facts["plan"]), points_from_json(facts.get("points", []))
+    certificate = certify_all(loaded.path / "model.onnx", folded, plan, points)
     if not certificate["complete"]:
         broken = "\n".join(
-            f"  {layer['name']}: {'; '.join(layer['reasons'])}"
-            for layer in certificate["layers"]
-            if not layer["passed"]
+            f"  {item['name']}: {'; '.join(item['reasons'])}"
+            for item in (*certificate["layers"], *certificate["points"])
+            if not item["passed"]
         )
         raise ExportError(
             f"{loaded.path / 'model.onnx'} is not what was folded:\n{broken or certificate['float_copies']}",

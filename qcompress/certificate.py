@@ -18,6 +18,8 @@ from safetensors import safe_open
 
 from qcompress.plan import LayerPlan
 
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
 DTYPES = {8: TensorProto.INT8, 4: TensorProto.INT4}
 
 
@@ -69,7 +71,7 @@ def _certify_layer(graph: Graph, tensors: Any, item: LayerPlan) -> dict[str, Any
     codes_name, scale_name = f"{owner}.weight.codes", f"{owner}.weight.scale"
     reasons: list[str] = []
     codes = graph.array(codes_name)
-    codes_equal = codes is not None and _same(codes.astype(np.int8), tensors.get_tensor(codes_name))
+    codes_equal = codes is not None and same(codes.astype(np.int8), tensors.get_tensor(codes_name))
     if codes is None:
         reasons.append(f"no initializer {codes_name}")
     elif not codes_equal:
@@ -109,14 +111,14 @@ def _wrong_scales(graph: Graph, decoders: list[NodeProto], reference: np.ndarray
         scale = graph.array(node.input[1])
         if scale is None:
             found.append(f"{node.name}: no initializer {node.input[1]}")
-        elif not _same(scale, reference.astype(scale.dtype)):
+        elif not same(scale, reference.astype(scale.dtype)):
             found.append(_first_difference(scale, reference.astype(scale.dtype), "scale"))
-        if not _zero_is_zero(graph, node):
+        if not zero_is_zero(graph, node):
             found.append(f"{node.name}: the zero point is not 0")
     return found
 
 
-def _zero_is_zero(graph: Graph, node: NodeProto) -> bool:
+def zero_is_zero(graph: Graph, node: NodeProto) -> bool:
     """Whether a Q or DQ node has no zero point, or one of zeros."""
     if len(node.input) < 3 or not node.input[2]:
         return True
@@ -156,7 +158,7 @@ def _input_pairs(graph: Graph, decoders: list[NodeProto], tensors: Any, item: La
     for decoder in decoders:
         for matmul, own in _matmuls(graph, decoder.output[0]):
             other = next((name for name in matmul.input[:2] if name != own), None)
-            pair = _input_pair(graph, other or "")
+            pair = input_pair(graph, other or "")
             if pair is None:
                 continue
             pairs += 1
@@ -165,12 +167,12 @@ def _input_pairs(graph: Graph, decoders: list[NodeProto], tensors: Any, item: La
             reference = tensors.get_tensor(f"{item.name}.input.scale")
             for node in pair:
                 scale = graph.array(node.input[1])
-                equal &= scale is not None and _same(scale, reference.astype(scale.dtype))
-                equal &= _zero_is_zero(graph, node)
+                equal &= scale is not None and same(scale, reference.astype(scale.dtype))
+                equal &= zero_is_zero(graph, node)
     return pairs, equal
 
 
-def _input_pair(graph: Graph, value: str) -> tuple[NodeProto, NodeProto] | None:
+def input_pair(graph: Graph, value: str) -> tuple[NodeProto, NodeProto] | None:
     """The QuantizeLinear and DequantizeLinear nodes that a value comes out of, None if it does not."""
     dequantize = graph.producer.get(value)
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
@@ -209,7 +211,7 @@ def matmul_inputs(graph: Graph, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[
         sources = [node.output[0] for node in decoders] if item.weights else [weight]
         for matmul, own in (pair for name in sources for pair in _matmuls(graph, name)):
             value = next(name for name in matmul.input[:2] if name != own)
-            pair = _input_pair(graph, value)
+            pair = input_pair(graph, value)
             found[item.name] = (pair[0].input[0], pair[0].output[0]) if pair else (value, None)
             places[item.name] = order[matmul.output[0]]
     return {name: found[name] for name in sorted(found, key=places.__getitem__)}
@@ -232,15 +234,24 @@ def _float_copies(graph: Graph, plan: tuple[LayerPlan, ...]) -> list[str]:
             shapes |= {shape, shape[::-1]}
     kept = {(item.layer.in_features, item.layer.out_features) for item in plan if not item.weights}
     shapes -= kept | {shape[::-1] for shape in kept}
-    integers = (TensorProto.INT8, TensorProto.INT4, TensorProto.UINT8)
     return sorted(
         name
         for name, tensor in graph.initializers.items()
-        if tensor.data_type not in integers and tuple(tensor.dims) in shapes
+        if tensor.data_type in FLOATS and tuple(tensor.dims) in shapes and not _is_scale(graph, name)
     )
 
 
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
+def _is_scale(graph: Graph, name: str) -> bool:
+    """Whether a tensor is nothing but a scale: those of blocks, [in // block, out], may have a weight's."""
+    readers = graph.readers.get(name, [])
+    return bool(readers) and all(
+        node.op_type in ("QuantizeLinear", "DequantizeLinear") and list(node.input).index(name) == 1
+        for node in readers
+    )
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays agree in shape, type and every bit."""
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 

@@ -18,7 +18,7 @@ from qcompress.errors import Mistake, ModelError, RecipeError
 from qcompress.formats import WeightFormat
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture, Head, Layer
-from qcompress.plan import LayerPlan, PointPlan, matches, plan_layers, plan_points
+from qcompress.plan import LayerPlan, PointPlan, matches, plan_layers, plan_points, rounded
 from qcompress.recipe import Resolved, base_of, examine, resolved
 from qcompress.rules import judge_profiles
 from qcompress.schema import Recipe
@@ -41,7 +41,7 @@ class Report:
     architecture: Architecture
     plan: tuple[LayerPlan, ...]
     matches: dict[str, int]
-    """Layers and points that each pattern of `format.layers` matches."""
+    """Layers that each pattern of `format.layers` matches, or points where it matches no layer."""
     points: tuple[PointPlan, ...] = ()
 
 
@@ -127,16 +127,19 @@ def _is_settled(recipe: Recipe, document: Document, layer: Layer) -> bool:
 
 
 def _patterns(recipe: Recipe, document: Document, architecture: Architecture) -> dict[str, int]:
-    names = [item.name for item in (*architecture.layers, *architecture.points)]
-    counts = {pattern: sum(matches(pattern, name) for name in names) for pattern in recipe.format.layers}
+    """Layers that each pattern matches, or points where it matches no layer."""
+    names = [layer.name for layer in architecture.layers]
+    points = [point.name for point in architecture.points]
+    counts = {
+        pattern: sum(matches(pattern, name) for name in names)
+        or sum(matches(pattern, name) for name in points)
+        for pattern in recipe.format.layers
+    }
     for pattern, count in counts.items():
         key: Key = ("format", "layers", pattern)
         if not count and document.present(key):
-            document.report(
-                key,
-                f"matches none of the {len(architecture.layers)} layers",
-                _nearest_pattern(pattern, names),
-            )
+            near = [*names, *points] if pattern.endswith("point") else names
+            document.report(key, f"matches none of the {len(names)} layers", _nearest_pattern(pattern, near))
     return counts
 
 
@@ -243,18 +246,30 @@ def _new_head(recipe: Recipe, document: Document, architecture: Architecture) ->
 
 
 def _points(recipe: Recipe, document: Document, points: tuple[PointPlan, ...]) -> None:
-    """Report rounding that the family has no points for, and formats that no Q/DQ pair has."""
+    """Report rounding that the family has no points for, and formats that no point can have."""
     for kind in ("attention", "residual"):
         key: Key = ("format", kind)
-        own = [item for item in points if item.point.kind == kind]
-        form = getattr(recipe.format, kind)
-        if not document.sound(key) or form is None:
-            continue
-        if not own:
+        none = not any(item.point.kind == kind for item in points)
+        if none and getattr(recipe.format, kind) is not None and document.sound(key):
             message = f"a {recipe.model.family} model has no points of this kind"
             document.report(key, message, "drop the line, or write float")
-        elif form.bits != 8 or form.granularity != "tensor" or not form.symmetric:
-            document.report(key, f"is {form}, and points are rounded to int8 alone", "write int8, or float")
+    wrong: dict[Key, PointPlan] = {}
+    for item in rounded(points):
+        form = item.activations
+        if form.bits != 8 or form.granularity != "tensor" or not form.symmetric:
+            wrong.setdefault(_point_origin(recipe, item), item)
+    for key, item in wrong.items():
+        if document.sound(key):
+            message = f"rounds {item.name} to {item.activations}, and a point takes int8 alone"
+            document.report(key, message, "write int8, or float")
+
+
+def _point_origin(recipe: Recipe, item: PointPlan) -> Key:
+    """The key that decides about a point."""
+    for pattern, exception in reversed(recipe.format.layers.items()):
+        if exception.activations == item.activations and matches(pattern, item.name):
+            return ("format", "layers", pattern)
+    return ("format", item.point.kind)
 
 
 def _attentions(recipe: Recipe, document: Document, architecture: Architecture) -> None:

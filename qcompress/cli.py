@@ -281,14 +281,15 @@ def _report(folder: Path, verdict: str, as_json: bool) -> None:
 @app.command()
 def predict(
     folder: RunFolder,
-    text: Annotated[str, typer.Argument(help="A prompt.", show_default=False)],
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 32,
+    text: Annotated[str, typer.Argument(help="A prompt, or what to classify.", show_default=False)],
+    pair: Annotated[str | None, typer.Option(help="Second text, for a task about pairs.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that a language model adds.")] = 32,
 ) -> None:
-    """Continue a text with the run's ONNX file, greedily."""
+    """Continue a text with the run's ONNX file, greedily, or classify it."""
     with _errors():
-        from qcompress.predict import continue_text
+        from qcompress.predict import answer
 
-        print(continue_text(api.load(folder), text, tokens))
+        print(answer(api.load(folder), text, pair, tokens))
 
 
 @app.command("list")

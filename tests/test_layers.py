@@ -30,7 +30,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "quant", "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges",
     }),
     ("families, tasks, targets", {
-        "models", "models.gpt2",
+        "models", "models.attention", "models.bert", "models.distilbert", "models.encoder", "models.gpt2",
+        "models.residual", "models.roberta", "models.stock",
         "tasks", "tasks.causal_lm", "tasks.examples", "tasks.text",
         "targets", "targets.builder", "targets.checks", "targets.device", "targets.graph", "targets.lint",
         "targets.process", "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes",
@@ -38,11 +39,13 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     }),
     ("recipes", {"wording", "structure", "rules", "recipe", "check"}),
     ("models in three forms", {
-        "prepare", "checkpoint", "certificate", "sizes", "probe", "runners", "sharpness",
+        "prepare", "checkpoint", "certificate", "certificate_points", "sizes", "probe", "runners",
+        "sharpness",
     }),
     ("methods", {
         "methods", "methods.ball", "methods.distillation", "methods.plain", "methods.protocols",
-        "methods.quadapter", "methods.saq", "methods.signals", "methods.squat", "methods.teacher_intervention",
+        "methods.quadapter", "methods.saq", "methods.signals", "methods.squat",
+        "methods.teacher_intervention",
     }),
     ("loops", {"loop"}),
     ("stages", {"stages", *STAGES}),
@@ -64,16 +67,17 @@ DOORS: dict[str, set[str]] = {
         "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges", "methods.plain",
         "methods.protocols", "methods.quadapter", "methods.ball", "methods.saq", "methods.squat",
         "methods.distillation", "methods.signals", "methods.teacher_intervention",
-        "models.gpt2", "tasks.causal_lm", "tasks.examples", "prepare", "processes", "checkpoint",
+        "models.attention", "models.gpt2", "models.residual", "models.stock",
+        "tasks.causal_lm", "tasks.examples", "prepare", "processes", "checkpoint",
         "loop", "runners", "tensorfile", "train", "fold", "export", "verify",
         "layerwise", "sharpness",
     },
-    "transformers": {"models", "models.gpt2"},
+    "transformers": {"models", "models.attention", "models.gpt2", "models.residual", "models.stock"},
     "accelerate": {"processes", "train", "loop", "methods.ball", "methods.plain", "methods.protocols",
                    "methods.saq", "methods.squat"},
     "onnxruntime": {"runners", "probe_kit.measure_engine"},
-    "onnx": {"export", "certificate", "sizes", "targets.checks", "targets.graph", "targets.quantizers",
-             "targets.sizes"},
+    "onnx": {"export", "certificate", "certificate_points", "sizes", "targets.checks", "targets.graph",
+             "targets.quantizers", "targets.sizes"},
     "onnx_ir": {"export"},
     "datasets": {"tasks.text"},
     "huggingface_hub": {"load"},
@@ -85,7 +89,7 @@ DOORS: dict[str, set[str]] = {
 CALLED_BY_NAME = {"importlib.import_module": {"targets.builder"}, "__import__": {"probe_kit.measure_engine"}}
 """TensorRT is imported by name, because there are two of it; nothing else is."""
 
-LAZY = {"processes", "models", "models.gpt2", "tasks.causal_lm", "tasks.examples"}
+LAZY = {"processes", "models", "models.gpt2", "models.stock", "tasks.causal_lm", "tasks.examples"}
 """Modules that torch-free commands import, and that need torch or transformers only inside functions."""
 
 DISTRIBUTIONS = {"yaml": "PyYAML", "onnx_ir": "onnxscript", "google": "onnx", "pydantic_core": "pydantic",

@@ -93,7 +93,7 @@ class Encoder:
             layers=tuple(layers),
             blocks=blocks,
             sites=(),
-            context=config["max_position_embeddings"] - self._first_position(config),
+            context=self.positions(config),
             vocabulary=config["vocab_size"],
             parameters=sum(layer.weights for layer in layers) + norms + biases,
             attentions=tuple(self._attention(block) for block in blocks),
@@ -101,6 +101,11 @@ class Encoder:
             embeddings=f"{self.family}.embeddings",
             new_head=new,
         )
+
+    def positions(self, config: dict[str, Any]) -> int:
+        """Most tokens of a sequence."""
+        first = 0 if self.padding is None else config.get("pad_token_id", self.padding) + 1
+        return config["max_position_embeddings"] - first
 
     def labels(
         self, config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head
@@ -189,10 +194,6 @@ class Encoder:
                 "an encoder with absolute positions",
                 fix="name another checkpoint",
             )
-
-    def _first_position(self, config: dict[str, Any]) -> int:
-        """The position of a sequence's first token."""
-        return 0 if self.padding is None else config.get("pad_token_id", self.padding) + 1
 
     def _shapes(self, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Shapes:
         """Shapes by names without the prefix; norms of the first BERTs are called gamma and beta."""

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.artifacts import FoldedModel, read_json, write_json
-from qcompress.certificate import certify
+from qcompress.certificate_points import certify_all
 from qcompress.errors import ExportError
 from qcompress.models import FAMILIES
-from qcompress.plan import LayerPlan, plans_from_json
+from qcompress.plan import LayerPlan, plans_from_json, points_from_json
 from qcompress.prepare import assemble
 from qcompress.schema import Export
 from qcompress.sizes import measure_sizes
@@ -80,7 +80,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     onnx.checker.check_model(str(file), full_check=True)
 
     write_json(out / "sizes.json", measure_sizes(file, plan))
-    certificate = certify(file, folded.path, plan)
+    certificate = certify_all(file, folded.path, plan, points_from_json(facts.get("points", [])))
     write_json(out / "certificate.json", certificate)
     findings = lint(file, TARGETS[target])
     write_json(out / "lint.json", {"target": target, "findings": [asdict(finding) for finding in findings]})
@@ -88,7 +88,8 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
         if name.suffix in (".json", ".txt") and name.name not in ("folded.json", "manifest.json"):
             shutil.copyfile(name, out / name.name)
     if not certificate["complete"]:
-        broken = [layer["name"] for layer in certificate["layers"] if not layer["passed"]]
+        everything = [*certificate["layers"], *certificate["points"]]
+        broken = [item["name"] for item in everything if not item["passed"]]
         raise ExportError(
             f"the ONNX file does not hold what was folded: {broken or certificate['float_copies']}",
             fix="this is a defect of the exporter: please report it with certificate.json",
