@@ -1,0 +1,153 @@
+"""What `check` says about encoders, their heads and their points, before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from good_recipe import prepare, write
+from test_check import save_model, shown
+from tiny_bert import LABELS, SEQUENCE, StandIn, StandInTask, save_encoder
+
+from qcompress.check import Report, check_model, head_of
+from qcompress.errors import ModelError, RecipeError
+from qcompress.pipeline import Plan, parts
+from qcompress.recipe import load_recipe
+from qcompress.stages.load import fingerprint
+from qcompress.tasks import TASKS
+
+RECIPE = """\
+name: encoder
+model: {family: bert, source: whole}
+task: {name: causal-lm, context: 16}
+data:
+  train: {text: [train.txt]}
+  evaluate: {test: {text: [test.txt]}}
+format:
+  preset: w8a8
+method: ptq
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    folder = prepare(tmp_path_factory.mktemp("recipes"))
+    save_model(folder / "model")
+    save_encoder(folder / "whole", text_file, "bert")
+    save_encoder(folder / "bare", text_file, "bert", bare=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, SEQUENCE, StandInTask)
+
+
+def with_task(file: Path) -> Plan:
+    """A recipe of the file with the stand-in's task, and its model."""
+    resolved = load_recipe(file)
+    resolved = replace(resolved, recipe=resolved.recipe.model_copy(update={"task": StandIn("bert")}))
+    source = resolved.base / resolved.recipe.model.source
+    return Plan(resolved, source, fingerprint(source), check_model(resolved, source))
+
+
+def said(file: Path) -> str:
+    with pytest.raises(RecipeError) as refused:
+        with_task(file)
+    (mistake,) = refused.value.mistakes
+    return str(mistake).replace(f"{file.parent}/", "")
+
+
+def test_a_task_that_a_family_cannot_carry_is_named_with_those_it_can(made: Path) -> None:
+    assert shown(write(made, RECIPE)) == [
+        "recipe.yaml:3: task.name: a bert model cannot carry the task causal-lm "
+        "(fix: write one of: sequence-classification, token-classification)"
+    ]
+
+
+def test_a_good_encoder_recipe_has_points_and_patterns_may_name_them(made: Path) -> None:
+    text = RECIPE.replace(
+        "  preset: w8a8\n",
+        "  preset: w8a8\n  attention: int8\n  layers:\n    '*.query_point': {activations: float}\n"
+        "    'bert.encoder.layer.0.*': float\n",
+    )
+    report = with_task(write(made, text)).report
+    assert isinstance(report, Report) and len(report.points) == 16
+    assert report.matches == {"*.query_point": 2, "bert.encoder.layer.0.*": 6}
+    rounded = [item.name for item in report.points if item.activations]
+    assert len(rounded) == 3 and all(".layer.1.attention.self." in name for name in rounded)
+
+
+@pytest.mark.parametrize(
+    ("method", "accepted"),
+    [
+        ("ptq", False),
+        ("quadapter", False),
+        ("lsq", True),
+        ("float", True),
+        ("lsq\ntrain: {phases: {finetune: {steps: 0}}}", False),
+    ],
+)
+def test_a_new_head_needs_a_phase_that_trains_weights(made: Path, method: str, accepted: bool) -> None:
+    text = RECIPE.replace("whole", "bare").replace("method: ptq", f"method: {method}")
+    text = text.replace("w8a8", "float") if method == "float" else text
+    file = write(made, text)
+    if accepted:
+        assert with_task(file).report.architecture.new_head
+        return
+    assert said(file) == (
+        "recipe.yaml:2: model.source: lacks the head of the task sequence-classification (classifier.weight "
+        "and 1 more), and no phase trains weights (fix: fine-tune first with `method: float`, and name that "
+        "run under `model.run`)"
+    )
+    assert with_task(write(made, text.replace("bare", "whole"))).report.architecture.new_head == ()
+
+
+def test_the_load_stage_depends_on_the_head_and_on_its_seed(made: Path) -> None:
+    def key(source: str, seed: int) -> dict[str, object]:
+        text = RECIPE.replace("whole", source).replace("method: ptq", f"method: lsq\nseed: {seed}")
+        return parts(with_task(write(made, text)), "load", {})["values"]
+
+    head = {"task": SEQUENCE, "labels": LABELS, "problem": "single_label_classification"}
+    assert key("whole", 0) == key("whole", 1) == {"family": "bert", "head": head, "new_head": None}
+    assert key("bare", 0) != key("bare", 1)
+    assert key("bare", 1)["new_head"] == {
+        "seed": 1, "tensors": ["classifier.weight", "classifier.bias"],
+    }  # fmt: skip
+
+
+def test_labels_of_another_number_are_the_models_mistake(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = replace(head_of(with_task(write(made, RECIPE)).recipe), labels=("a", "b"))
+    monkeypatch.setattr(StandInTask, "head", staticmethod(lambda task: head))
+    with pytest.raises(ModelError, match=r"3 \(no, yes, maybe\), the recipe 2 \(a, b\)"):
+        with_task(write(made, RECIPE))
+
+
+def test_points_that_a_family_lacks_and_formats_that_no_point_has_are_refused(made: Path) -> None:
+    residual = RECIPE.replace("bert, source: whole", "gpt2, source: model").replace(
+        "  preset: w8a8\n", "  preset: w8a8\n  residual: int8\n"
+    )
+    assert shown(write(made, residual)) == [
+        "recipe.yaml:9: format.residual: a gpt2 model has no points of this kind (fix: drop the line, or "
+        "write float)"
+    ]
+    narrow = RECIPE.replace("  preset: w8a8\n", "  preset: w8a8\n  attention: int4\n")
+    assert said(write(made, narrow)) == (
+        "recipe.yaml:9: format.attention: rounds bert.encoder.layer.0.attention.self.query_point to int4, "
+        "and a point takes int8 alone (fix: write int8, or float)"
+    )
+    pattern = RECIPE.replace(
+        "  preset: w8a8\n", "  preset: w8a8\n  layers: {'*.key_point': {activations: int4}}\n"
+    )
+    assert said(write(made, pattern)).startswith(
+        'recipe.yaml:9: format.layers."*.key_point": rounds bert.encoder.layer.0.attention.self.key_point to'
+    )
+    words = RECIPE.replace("  preset: w8a8\n", "  preset: w8a8\n  attention: int7\n")
+    assert any("format.attention: must be one of" in line for line in shown(write(made, words)))
+
+
+def test_a_float_method_with_rounded_points_is_a_contradiction(made: Path) -> None:
+    text = RECIPE.replace("method: ptq", "method: float").replace("preset: w8a8", "attention: int8")
+    found = shown(write(made, text))
+    assert any("trains the float model, and the format quantizes it" in line for line in found)
