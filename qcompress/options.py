@@ -256,7 +256,7 @@ class Sharpness(Options):
     """How steeply the loss rises around the trained weights (`sharpness.py`)."""
 
     directions: int = Field(default=20, ge=1)
-    """Random directions over which the rise of the loss is averaged."""
+    """Random directions over which the rise of the loss is averaged, each gone both ways."""
     rho: float = Field(default=0.05, gt=0)
     """Norm of a direction, over all quantized weights together."""
     samples: int = Field(default=64, ge=1)

@@ -4,7 +4,8 @@ Two numbers, both with respect to Q(w), the weights as they enter the matmuls, o
 (embedding tables are left out, as they are from the steppers' ball by default):
 
     loss_rise     mean over random directions d with ||d||_2 = rho of L(Q(w) + d) - L(Q(w)). The directions
-                  are normal draws scaled to the norm as one vector, with no per-filter normalisation.
+                  are normal draws scaled to the norm as one vector, with no per-filter normalisation. Each
+                  is gone both ways, d and -d: what is linear in d has mean 0 and would be most of the noise.
     eigenvalue    the largest (most positive) eigenvalue of the Hessian of L with respect to Q(w)
 
 Activations pass through their quantizers. Differentiated twice, straight through, a rounding is x -> x + c
@@ -62,7 +63,7 @@ def measure_sharpness(
     # of the attention kernels only the plain one can be differentiated twice
     with sdpa_kernel(SDPBackend.MATH):
         loss = landscape.loss()
-        rise = sum(landscape.loss(landscape.direction(options.rho)) - loss for _ in range(options.directions))
+        rises = [landscape.loss_around(options.rho) - loss for _ in range(options.directions)]
         top = _power_iteration(landscape, 0.0, options)
         iterations = top.iterations
         if top.value < 0:
@@ -70,7 +71,7 @@ def measure_sharpness(
             top, iterations = shifted, iterations + shifted.iterations
     return {
         "loss": loss,
-        "loss_rise": rise / options.directions,
+        "loss_rise": sum(rises) / options.directions,
         "eigenvalue": top.value,
         "iterations": float(iterations),
         "residual": top.residual,
@@ -92,6 +93,11 @@ class _Landscape:
         return [
             (draw * factor).to(layer.weight.device) for draw, layer in zip(draws, self.layers, strict=True)
         ]
+
+    def loss_around(self, norm: float) -> float:
+        """Mean of the losses at a random offset and at its opposite."""
+        offsets = self.direction(norm)
+        return (self.loss(offsets) + self.loss([-offset for offset in offsets])) / 2
 
     @torch.no_grad()
     def loss(self, offsets: Vector | None = None) -> float:

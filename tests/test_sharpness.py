@@ -147,8 +147,8 @@ def test_it_is_the_hessian_that_torch_finds_with_respect_to_the_rounded_weights(
 # As a metric of a run -----------------------------------------------------------------------------
 
 
-def measured(made: Line, **options: Any) -> dict[str, float]:
-    recipe = made.recipe.model_copy(update={"verify": Verify(sharpness=options, batch_size=3)})
+def measured(made: Line, batch_size: int = 3, **options: Any) -> dict[str, float]:
+    recipe = made.recipe.model_copy(update={"verify": Verify(sharpness=options, batch_size=batch_size)})
     return trained_sharpness(
         recipe, made.text.parent, made.float_model, made.trained, torch.device("cpu"), Reporter(silent=True)
     )
@@ -179,7 +179,8 @@ def test_a_float_run_is_measured_at_its_float_weights(line: Callable[..., Line])
         for _ in range(3):
             draws = [torch.randn(weight.shape, generator=random) for weight in weights]
             norm = math.sqrt(sum(float(draw.square().sum()) for draw in draws))
-            rises.append(float(loss([0.5 * draw / norm for draw in draws]) - loss()))
+            moves = [0.5 * draw / norm for draw in draws]
+            rises += [float(loss(moves) - loss()), float(loss([-move for move in moves]) - loss())]
     assert found["sharpness.loss_rise"] == pytest.approx(statistics.mean(rises), rel=1e-3, abs=1e-6)
     offsets = [torch.zeros_like(weight, requires_grad=True) for weight in weights]
     gradients = torch.autograd.grad(loss(offsets), offsets, create_graph=True)
@@ -233,13 +234,15 @@ STUDY = {
 
 @pytest.mark.slow
 def test_saq_and_squat_end_flatter_than_lsq(line: Callable[..., Line]) -> None:
-    """Three seeds, 300 updates each, 4-bit weights: means over the seeds, on the evaluation text."""
+    """Three seeds, 300 updates each, 4-bit weights: means over the seeds, on the evaluation text. Directions
+    have about a tenth of the weights' norm: in 98,304 dimensions a shorter one meets hardly any curvature.
+    """
     found: dict[str, list[dict[str, float]]] = {}
     for name, axes in STUDY.items():
         for seed in range(3):
             train = {"lr": {"weight": 2e-3, "other": 2e-3}, "batch_size": 8}
             made = line(**axes, seed=seed, steps=300, format="w4a8", train=train).train()
-            values = measured(made, samples=16, rho=0.5, directions=20, iterations=60, tolerance=0.03)
+            values = measured(made, 16, samples=16, rho=4.0, directions=20, iterations=60, tolerance=0.1)
             found.setdefault(name, []).append(values)
     mean = {
         name: {

@@ -44,7 +44,8 @@ OPTIONS = {
 
 def training(folder: Path, text: Path, batch: dict[str, Tensor]) -> Training:
     logging.disable_progress_bar()
-    config = GPT2Config(vocab_size=1000, n_positions=64, n_embd=384, n_layer=6, n_head=12)
+    config = GPT2Config(vocab_size=1000, n_positions=64, n_embd=384, n_layer=6, n_head=12,
+                        bos_token_id=0, eos_token_id=0)  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
     recipe, architecture = make_recipe(text, method="lsq", format="w4a8"), describe("gpt2", folder)
     plan = plan_layers(recipe, architecture)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,11 +23,17 @@ from small_net import (
     squat,
     wrap,
 )
+from tiny import Line, make_recipe
 from torch import Tensor
+from transformers import GPT2LMHeadModel
 
 from qcompress.errors import ModelError
+from qcompress.loop import taps_of
+from qcompress.methods import STEPPERS
 from qcompress.methods.ball import Perturbation, random_share
 from qcompress.methods.protocols import Moment
+from qcompress.pipeline import _unselected
+from qcompress.prepare import kind_of, quantize
 from qcompress.quant.layers import Tap, tapped
 
 FULL = ["weight", "bias", "norm", "weight-scale", "activation-scale"]
@@ -442,3 +451,60 @@ def test_each_role_is_clipped_as_the_plain_stepper_clips_it(clip: float | None) 
     theirs.run(plain(clip_norm=clip), 2)
     other.run(plain(clip_norm=1e-2), 2)
     assert same(ours.state(), theirs.state()) and not same(ours.state(), other.state())
+
+
+# In a run -----------------------------------------------------------------------------------------
+
+
+def test_a_run_reports_its_passes_and_trains_under_bf16(line: Callable[..., Line]) -> None:
+    for stepper, passes in (({"every": 3}, 8), ({}, 12)):
+        made = line(method="saq", stepper=stepper, steps=6, train={"mixed_precision": "bf16"}).train()
+        assert [fact["passes"] for fact in made.facts()["phases"]] == [passes]
+
+
+def test_each_block_is_calibrated_in_the_ball_of_its_own_weights(
+    line: Callable[..., Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments, sizes = [], []
+
+    class Watching(STEPPERS["saq"]):
+        def step(self, closure, optimizer, groups, taps, accelerator, moment):
+            moments.append((moment.phase, moment.block, moment.step))
+            sizes.append(len(taps))
+            return super().step(closure, optimizer, groups, taps, accelerator, moment)
+
+    monkeypatch.setitem(STEPPERS, "saq", Watching)
+    made = line(method="quadapter", stepper="saq", steps=2).train()
+    assert moments == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)]
+    assert sizes == [4, 4, 4, 4, 10, 10]  # linear layers of a block; of the model, and its two tables
+    assert made.facts()["weights_unchanged"]
+
+
+def test_the_kinds_of_a_models_parameters(line: Callable[..., Line]) -> None:
+    """By counts that can be read off GPT-2's architecture: two blocks of four linear layers, tied head."""
+    made = line(format="w8a8", quantizer="lsq", schedule="plain", adapter="none")
+    model = GPT2LMHeadModel.from_pretrained(made.source)
+    prepared = quantize(model, "gpt2", made.plan)
+    kinds = Counter(kind_of(model, name) for name, _ in model.named_parameters())
+    assert kinds == {"norm": 10, "bias": 8, "other": 10, "weight-scale": 8, "activation-scale": 9}
+    assert len(taps_of(prepared)) == 10 and len(taps_of(prepared, "transformer.h.1.")) == 4
+
+
+def test_a_weight_that_stays_float_is_no_tap(line: Callable[..., Line]) -> None:
+    made = line(format={"preset": "w8a8", "layers": {"*.mlp.*": "float"}})
+    prepared = quantize(GPT2LMHeadModel.from_pretrained(made.source), "gpt2", made.plan)
+    assert len(taps_of(prepared)) == 6
+    assert all(layer.weight_quantizer is not None for layer in taps_of(prepared))
+
+
+def test_another_methods_code_is_no_part_of_the_key(text_file: Path) -> None:
+    own = {
+        "lsq": set(),
+        "saq": {"qcompress.methods.ball", "qcompress.methods.saq"},
+        "squat": {"qcompress.methods.ball", "qcompress.methods.squat"},
+    }
+    every = set.union(*own.values())
+    for method, modules in own.items():
+        left_out = _unselected(make_recipe(text_file, method=method), "train")
+        assert left_out & every == every - modules
+    assert not _unselected(make_recipe(text_file, method="lsq"), "verify") & every
