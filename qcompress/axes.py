@@ -11,6 +11,7 @@ from qcompress.formats import Options
 from qcompress.options import (
     BlockwiseThenEndToEnd,
     Calibrate,
+    Dynamic,
     Lsq,
     MinMax,
     NoAdapter,
@@ -19,6 +20,7 @@ from qcompress.options import (
     QuadapterOptions,
     Quantizers,
     TaskObjective,
+    Ternary,
     named,
     quantizers,
 )
@@ -52,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """A paper is a row of this table; axes written in the recipe override it."""
 
 AXES: dict[str, tuple[type[Options], ...]] = {
-    "quantizer": (MinMax, Lsq),
+    "quantizer": (MinMax, Lsq, Ternary, Dynamic),
     "adapter": (NoAdapter, QuadapterOptions),
     "objective": (TaskObjective,),
     "stepper": (PlainStepper,),

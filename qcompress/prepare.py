@@ -21,6 +21,7 @@ from qcompress.errors import ContractError
 from qcompress.models import FAMILIES
 from qcompress.plan import LayerPlan, plans_from_json
 from qcompress.quant.affine import Grid
+from qcompress.quant.dynamic import DynamicActivation
 from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, FoldedWeight, Rounding
 from qcompress.quant.layers import (
     FixedScale,
@@ -90,7 +91,7 @@ def quantize(model: nn.Module, family: str, plan: tuple[LayerPlan, ...]) -> Prep
 
     def weight_quantizer(item: LayerPlan, weight: Tensor, axis: int) -> nn.Module:
         kind = WEIGHT_QUANTIZERS[item.weight_quantizer.name]
-        return kind(item.weight_quantizer, Grid(axis, item.block), item.weights.bounds, weight.shape)
+        return kind(item.weight_quantizer, _grid(item, axis), item.weights.bounds, weight.shape)
 
     def input_quantizer(item: LayerPlan) -> nn.Module | None:
         if item.activations is None:
@@ -99,6 +100,11 @@ def quantize(model: nn.Module, family: str, plan: tuple[LayerPlan, ...]) -> Prep
         return kind(item.activation_quantizer, item.activations.bounds, item.layer.in_features)
 
     return _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer)
+
+
+def _grid(item: LayerPlan, axis: int) -> Grid:
+    """How the scales of a layer's weight lie over it while training; `axis` is its output channels'."""
+    return Grid(axis, item.block, item.weights.granularity)
 
 
 def _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer) -> Prepared:
@@ -142,10 +148,7 @@ def observe(
         keep = getattr(options, "range", getattr(options, "init", "")) in ("percentile", "mse")
 
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x, name = arguments[0].detach().float(), item.name
-            mask = real[0]
-            # a pooled input has one vector for each sequence, and no padding
-            x = x.flatten(0, -2) if mask is None or x.shape[:-1] != mask.shape else x[mask]
+            x, name = real_rows(arguments[0].detach().float(), real[0]), item.name
             magnitude = x.abs()
             peak = magnitude.amax(0)
             largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
@@ -159,8 +162,7 @@ def observe(
     handles = [model.get_submodule(item.name).register_forward_pre_hook(watch(item)) for item in watched]
     try:
         for batch in batches:
-            mask = batch.get("attention_mask")
-            real[0] = None if mask is None else mask.bool()
+            real[0] = batch.get("attention_mask")
             model(**inputs_of(batch))
     finally:
         for handle in handles:
@@ -183,6 +185,62 @@ def initialise(prepared: Prepared, statistics: dict[str, Statistics]) -> None:
         quantizer.init(statistics[name])
 
 
+@torch.no_grad()
+def make_static(prepared: Prepared, batches: Iterable[Batch]) -> dict[str, dict[str, float]]:
+    """Replace every dynamic activation quantizer by one with a static scale: the largest range that the
+    calibration data calls for, at most the clip.
+
+    The range is that of the *quantized* model, whose weights training has moved, and not of the float one.
+    One pass observes all layers, each with dynamic ranges before it: that is the model that was trained, and
+    a pass for each layer would only add the static rounding of the layers before it, which no value leaves
+    the range by. Padding is left out. Called when training has ended; the result is the same at every call.
+
+    Returns for each layer its range, the largest magnitude seen, and the scale. Empty if none is dynamic.
+    """
+    dynamic = {
+        name: quantizer
+        for name, quantizer in prepared.input_quantizers()
+        if isinstance(quantizer, DynamicActivation)
+    }
+    if not dynamic:
+        return {}
+    largest: dict[str, Tensor] = {}
+    mask: list[Tensor | None] = [None]
+
+    def watch(name: str):
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            peak = real_rows(arguments[0].detach(), mask[0]).float().abs().amax()
+            largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
+
+        return hook
+
+    handles = [quantizer.register_forward_pre_hook(watch(name)) for name, quantizer in dynamic.items()]
+    training = prepared.model.training
+    prepared.model.eval()
+    try:
+        for batch in batches:
+            mask[0] = batch.get("attention_mask")
+            prepared.model(**inputs_of(batch))
+    finally:
+        prepared.model.train(training)
+        for handle in handles:
+            handle.remove()
+    facts = {}
+    for name, quantizer in dynamic.items():
+        scale = quantizer.scale_for(largest[name])
+        prepared.layers[name].input_quantizer = FrozenActivation(scale, quantizer.bounds)
+        facts[name] = {"range": float(largest[name]), "scale": float(scale)}
+    return facts
+
+
+def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Token vectors [rows, channels] without padding; `mask` [batch, sequence], 0 where it is.
+
+    A pooled input has one vector for each sequence, and no padding.
+    """
+    return x.flatten(0, -2) if mask is None or x.shape[:-1] != mask.shape else x[mask.bool()]
+
+
 def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
     """The trained model from its artifact: rounding with the final scales, nothing trainable."""
     facts = read_json(trained.path / "trained.json")
@@ -197,7 +255,8 @@ def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
 
     def weight_quantizer(item: LayerPlan, weight: Tensor, axis: int) -> nn.Module:
         scale = tensors[f"{item.name}.weight.scale"]
-        return FrozenWeight(scale, Grid(axis, item.block), item.weights.bounds)
+        threshold = tensors.get(f"{item.name}.weight.threshold")
+        return FrozenWeight(scale, _grid(item, axis), item.weights.bounds, threshold)
 
     def input_quantizer(item: LayerPlan) -> nn.Module | None:
         if item.activations is None:

@@ -224,8 +224,11 @@ def _save(
     compute = COMPUTE[recipe.format.compute]
     tensors: dict[str, Tensor] = {}
     for name, quantizer in prepared.weight_quantizers():
-        scale = quantizer.scale_of(prepared.layers[name].rescaled_weight())
-        tensors[f"{name}.weight.scale"] = snap(scale, compute, f"{name}.weight")
+        weight = prepared.layers[name].rescaled_weight()
+        tensors[f"{name}.weight.scale"] = snap(quantizer.scale_of(weight), compute, f"{name}.weight")
+        threshold = quantizer.threshold_of(weight)
+        if threshold is not None:
+            tensors[f"{name}.weight.threshold"] = threshold
     for name, quantizer in prepared.input_quantizers():
         tensors[f"{name}.input.scale"] = snap(quantizer.scale_of(), compute, f"{name}.input")
     rescalings = adapter.fold()
