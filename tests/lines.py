@@ -158,6 +158,9 @@ MIXED = {
         "*.0.attn.c_proj": {"weights": {"bits": 4, "container": "int8"}},
         "*.0.mlp.c_fc": {"weights": {"bits": 4, "block": 32}, "activations": "float"},
         "*.1.mlp.c_fc": {"activations": "float"},
+        "*.1.attn.c_proj": {
+            "weights": {"bits": 2, "ternary": True, "granularity": "tensor", "container": "int8"}
+        },
     },
 }
 """Every kind of layer in one graph, and the rest W8A8."""
@@ -168,6 +171,11 @@ FORMATS: dict[str, object] = {
     "w8a16": "w8a16",
     "w4a16": "w4a16-g32",
     "w4a8": "w4a8",
+    "w3a8": "w3a8",
+    "w2a8": "w2a8",
+    "w3a16": {"weights": {"bits": 3, "block": 32}, "embeddings": "int8"},
+    "w2a16": {"weights": "int2", "embeddings": "int2"},
+    "ternary-a8": "ternary-a8",
     "w4a8-blocks": {"weights": {"bits": 4, "block": 32}, "activations": "int8", "embeddings": "int8"},
     "float-table": {"weights": "int8", "activations": "int8"},
     "float": "float",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,12 @@ from qcompress.methods.protocols import Adapter, Phase
 from qcompress.models import FAMILIES, load_tokenizer
 from qcompress.models.architecture import Architecture, read_config
 from qcompress.plan import LayerPlan, plans_to_json
-from qcompress.prepare import initialise, observe, quantize
+from qcompress.prepare import initialise, make_static, observe, quantize
 from qcompress.progress import Reporter
 from qcompress.quant.ranges import Statistics
 from qcompress.schema import Recipe
 from qcompress.tasks import TASKS
-from qcompress.tasks.examples import Examples
+from qcompress.tasks.examples import Batch, Examples
 from qcompress.tensorfile import save_tensors
 
 LOGITS = 2**26
@@ -108,7 +108,9 @@ def train(
     _run(training, phases)
     if frozen and frozen_digest(prepared.model, architecture) != before:
         raise ContractError("a phase that trains only scales and adapters has changed a weight")
-    _save(training, adapter, float_names, frozen, before, out)
+    batches = () if data.calibration is None else _batches(data.calibration, training, float_model)
+    ranges = make_static(prepared, batches)
+    _save(training, adapter, float_names, frozen, before, ranges, out)
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
@@ -163,9 +165,7 @@ def _observe(
     accelerator: Accelerator, reporter: Reporter,
 ) -> dict[str, Statistics]:  # fmt: skip
     """Statistics of the float model on the calibration data."""
-    # every position has a row of logits, although nobody looks at them here
-    room = LOGITS // math.prod(TASKS[recipe.task.name].logits_of(recipe.task, config))
-    size = max(1, min(recipe.train.batch_size, room))
+    size = _calibration_size(recipe, config)
     total = -(-len(data) // size)
     with reporter.bar("calibrate ranges", total) as bar:
 
@@ -175,6 +175,19 @@ def _observe(
                 bar.advance(f"batch {index + 1} of {total}")
 
         return observe(model, plan, counted(), int(data.lengths.sum()))
+
+
+def _calibration_size(recipe: Recipe, config: dict[str, Any]) -> int:
+    """Examples of a calibration batch."""
+    # every position has a row of logits, although nobody looks at them here
+    room = LOGITS // math.prod(TASKS[recipe.task.name].logits_of(recipe.task, config))
+    return max(1, min(recipe.train.batch_size, room))
+
+
+def _batches(data: Examples, training: Training, float_model: FloatModel) -> Iterator[Batch]:
+    """The calibration data, on the device."""
+    size = _calibration_size(training.recipe, read_config(float_model.path))
+    return (to_device(batch, training.accelerator.device) for batch in in_order(data, size))
 
 
 def _reference(
@@ -218,8 +231,9 @@ def _run(training: Training, phases: tuple[Phase, ...]) -> None:
 
 @torch.no_grad()
 def _save(
-    training: Training, adapter: Adapter, float_names: set[str], frozen: bool, digest: str | None, out: Path
-) -> None:
+    training: Training, adapter: Adapter, float_names: set[str], frozen: bool, digest: str | None,
+    ranges: dict[str, dict[str, float]], out: Path,
+) -> None:  # fmt: skip
     recipe, prepared = training.recipe, training.prepared
     compute = COMPUTE[recipe.format.compute]
     tensors: dict[str, Tensor] = {}
@@ -249,6 +263,7 @@ def _save(
             "rescalings": [{"norm": norm, "readers": list(sites[norm])} for norm in rescalings],
             "changed": changed,
             "weights_unchanged": {"sha256": digest} if frozen else None,
+            "static_ranges": ranges,
             "phases": training.facts,
         },
     )
