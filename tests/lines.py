@@ -182,6 +182,10 @@ FORMATS: dict[str, object] = {
 }
 
 
+METHODS: dict[str, dict[str, object]] = {"ternary-a8": {"quantizer": "ternary"}}
+"""What a format needs besides observed ranges; ternary brings dynamic activations along."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """What to export: a format, and what else shapes the graph."""
@@ -222,7 +226,7 @@ class Exported:
 def exported(kind: Kind, model: Path, text: Path) -> Exported:
     """A checkpoint (tied as `kind` says), quantized with observed ranges, folded and exported. Read only."""
     folder = model.parent / f"{model.name}-{kind}"
-    sections = {"format": FORMATS[kind.format], "method": "ptq"}
+    sections = {"format": FORMATS[kind.format], "method": "ptq", **METHODS.get(kind.format, {})}
     if kind.format == "float":
         sections = {"format": "float", "method": "float", "train": {"phases": {"finetune": {"steps": 0}}}}
     recipe = make_recipe(text, **sections)

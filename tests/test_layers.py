@@ -27,7 +27,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "codekey", "system", "host", "progress", "yamlfile", "distance", "tensorfile", "goals",
     }),
     ("numerics", {
-        "quant", "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges",
+        "quant", "quant.affine", "quant.coding", "quant.dynamic", "quant.folded", "quant.layers",
+        "quant.quantizers", "quant.ranges", "quant.ternary",
     }),
     ("families, tasks, targets", {
         "models", "models.gpt2",
@@ -56,9 +57,9 @@ APART = {"", "probe_kit.measure_engine"}
 
 DOORS: dict[str, set[str]] = {
     "torch": {
-        "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges", "methods.plain",
-        "methods.protocols", "methods.quadapter", "models.gpt2", "tasks.causal_lm", "tasks.examples",
-        "prepare", "checkpoint",
+        "quant.affine", "quant.coding", "quant.dynamic", "quant.folded", "quant.layers", "quant.quantizers",
+        "quant.ranges", "quant.ternary", "methods.plain", "methods.protocols", "methods.quadapter",
+        "models.gpt2", "tasks.causal_lm", "tasks.examples", "prepare", "checkpoint",
         "loop", "runners", "tensorfile", "train", "fold", "export", "verify",
         "layerwise",
     },
