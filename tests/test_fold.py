@@ -33,6 +33,11 @@ FORMATS: dict[str, Any] = {
     "float tables": {"preset": "w8a8", "embeddings": "float"},
     "tables only": {"embeddings": "int8"},
     "int4 tables": {"preset": "w8a8", "embeddings": BLOCK},
+    "int3 in int8": "w3a8",
+    "int2 in int8": "w2a8",
+    "int2 blocks": {"weights": {"bits": 2, "block": 32}, "embeddings": {"bits": 3}},
+    "ternary, one scale": "ternary-a8",
+    "int8, one scale": {"preset": "w8a8", "weights": {"granularity": "tensor"}},
     "one float layer, one int4": {
         "preset": "w8a8",
         "layers": {"transformer.h.0.mlp.*": "float", "transformer.h.1.mlp.c_fc": {"weights": BLOCK}},
@@ -101,7 +106,11 @@ def test_the_file_holds_codes_scales_and_the_float_rest_and_nothing_else(
         )
         assert tuple(scale.shape) == (blocked or (layer.out_features,))
         low, high = item.weights.bounds
-        assert low <= int(codes.min()) and int(codes.max()) == high  # absmax uses the whole range
+        assert low <= int(codes.min()) and int(codes.max()) <= high
+        if item.weights.granularity == "tensor":
+            assert len(scale.unique()) == 1 and int(codes.abs().max()) == high  # the largest may be negative
+        else:
+            assert int(codes.max()) == high and len(scale.unique()) > 1  # absmax uses the whole range
     assert set(tensors) == expected
     for name in expected & set(checkpoint):
         assert torch.equal(tensors[name], checkpoint[name]), name

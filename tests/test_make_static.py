@@ -16,7 +16,7 @@ from qcompress.quant.dynamic import DynamicActivation
 from qcompress.quant.quantizers import FrozenActivation
 from qcompress.schema import Recipe
 
-CLIP, WIDE = 2.5, 6.0
+CLIP, WIDE = 2.5, 4.0
 """The default, which all ranges of the tiny model exceed, and one that some do."""
 
 PADDING = 7

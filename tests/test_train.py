@@ -66,9 +66,14 @@ def changed_checkpoint(source: Path, folder: Path, **changes: Callable[[Tensor],
 # It learns -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantizer", ["lsq", "minmax"])
-def test_training_through_the_quantizers_lowers_the_loss(line: Callable[..., Line], quantizer: str) -> None:
-    options = {"quantizer": quantizer, "format": "w4a8"}
+@pytest.mark.parametrize(
+    ("quantizer", "form"),
+    [("lsq", "w4a8"), ("minmax", "w4a8"), ("lsq", "w2a8"), ("dynamic", "w4a8"), ("ternary", "ternary-a8")],
+)
+def test_training_through_the_quantizers_lowers_the_loss(
+    line: Callable[..., Line], quantizer: str, form: str
+) -> None:
+    options = {"quantizer": quantizer, "format": form}
     rates = {"lr": {"weight": 3e-3, "other": 3e-3}}
     before = loss_on_training_data(line(method="lsq", steps=0, **options).train())
     made = line(method="lsq", steps=60, **options, train=rates).train()

@@ -24,6 +24,7 @@ from qcompress.quant.ranges import Statistics
 OPTIONS = {"minmax": MinMax, "lsq": Lsq}
 INT8, INT4 = (-128, 127), (-8, 7)
 GRIDS = [Grid(axis, block) for axis, block in itertools.product((0, 1), (None, 32))]
+GRIDS.append(Grid(1, None, "tensor"))
 SHAPE = torch.Size((64, 96))
 
 
