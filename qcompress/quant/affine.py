@@ -136,17 +136,17 @@ class _FakeQuantize(torch.autograd.Function):
             through = mask_gradient.grad_input(upstream, v, qmin, qmax, grad_input=v)
         scale_gradient = None
         if ctx.needs_input_grad[1]:
-            # sum(g * vbar) - sum over the inside of (g * v), both as products with what is already in memory
-            terms = _sum_like(upstream, y, scale) - _sum_like(through, x, scale)
+            # sum(g * vbar) - sum over the inside of (g * v), times the scale, of what is already in memory
+            terms = _sum_of_differences(upstream, y, through, x, scale)
             scale_gradient = terms * (ctx.slope / scale)
         return (through if ctx.needs_input_grad[0] else None), scale_gradient, None, None, None
 
 
-def _sum_like(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """sum(a * b) over everything that shares an element of `scale`, in the shape of `scale`."""
+def _sum_of_differences(a: Tensor, b: Tensor, c: Tensor, d: Tensor, scale: Tensor) -> Tensor:
+    """sum(a * b - c * d) over everything that shares an element of `scale`, in the shape of `scale`."""
     if scale.numel() == 1:
-        return torch.dot(a.flatten(), b.flatten()).reshape(scale.shape)
+        return (torch.dot(a.flatten(), b.flatten()) - torch.dot(c.flatten(), d.flatten())).reshape(
+            scale.shape
+        )
     dims = [axis for axis in range(a.dim()) if scale.shape[axis] == 1 and a.shape[axis] != 1]
-    if len(dims) == 1:
-        return torch.linalg.vecdot(a, b, dim=dims[0]).unsqueeze(dims[0])
-    return (a * b).sum(dim=dims, keepdim=True)
+    return torch.mul(a, b).addcmul_(c, d, value=-1).sum(dim=dims, keepdim=True)
