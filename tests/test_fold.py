@@ -118,6 +118,34 @@ def test_the_file_holds_codes_scales_and_the_float_rest_and_nothing_else(
     assert facts["codes"] == sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.int8)
 
 
+def test_ternary_codes_are_folded_by_the_threshold_that_training_left_and_not_by_rounding(
+    line: Callable[..., Line],
+) -> None:
+    options = {"format": "ternary-a8", "method": "lsq", "quantizer": "ternary", "steps": 4}
+    made = line(**options, train={"lr": {"weight": 3e-3}}).train().fold()
+    trained, folded = made.tensors("train"), made.tensors("fold")
+    names = [item.name for item in made.plan if item.weights and not item.layer.tied_to]
+    assert len(names) == 10
+    assert {name for name in trained if name.endswith(".threshold")} == {
+        f"{n}.weight.threshold" for n in names
+    }
+    assert not any("threshold" in name for name in folded)
+    differ = 0
+    for name in names:
+        weight, codes = trained[f"{name}.weight"], folded[f"{name}.weight.codes"]
+        scale, threshold = trained[f"{name}.weight.scale"], trained[f"{name}.weight.threshold"]
+        table = name in ("transformer.wte", "transformer.wpe")
+        assert scale.shape == threshold.shape == ((len(weight),) if table else ())
+        aligned = [values[:, None] if table else values for values in (scale, threshold)]
+        expected = weight.sign() * (weight.abs() > aligned[1])
+        assert torch.equal(codes.float(), expected)
+        assert (folded[f"{name}.weight.scale"] == scale).all()
+        differ += int(((weight / aligned[0]).round().clamp(-1, 1) != expected).sum())
+    assert differ > 100
+    plain = line(format="ternary-a8", method="lsq", steps=1).train().tensors("train")
+    assert not any("threshold" in name for name in plain)
+
+
 def test_a_weight_is_its_codes_times_its_scales_within_half_a_step(
     line: Callable[..., Line], source: Path
 ) -> None:
