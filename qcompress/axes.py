@@ -12,6 +12,7 @@ from qcompress.options import (
     BlockwiseThenEndToEnd,
     Calibrate,
     Distillation,
+    Dynamic,
     Lsq,
     MinMax,
     NoAdapter,
@@ -23,6 +24,7 @@ from qcompress.options import (
     Squat,
     TaskObjective,
     TeacherIntervention,
+    Ternary,
     TwoStep,
     named,
     quantizers,
@@ -64,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """A paper is a row of this table; axes written in the recipe override it."""
 
 AXES: dict[str, tuple[type[Options], ...]] = {
-    "quantizer": (MinMax, Lsq),
+    "quantizer": (MinMax, Lsq, Ternary, Dynamic),
     "adapter": (NoAdapter, QuadapterOptions),
     "objective": (TaskObjective, Distillation, TeacherIntervention),
     "stepper": (PlainStepper, Saq, Squat),

@@ -110,6 +110,7 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
     settled = tuple(layer for layer in plan if _is_settled(recipe, document, layer.layer))
     _blocks(recipe, document, settled)
     _tied_head(recipe, document, settled)
+    _ternary(recipe, document, settled)
     _target(recipe, document, settled)
     _context(recipe, document, architecture)
     _attentions(recipe, document, architecture)
@@ -200,6 +201,23 @@ def _tied_head(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) 
         formats = [f"{layer.name} {layer.weights or 'float'}" for layer in (head, table)]
         message = f"gives one tensor two formats: {' and '.join(formats)} are tied, and stored once"
         document.report(key, message, f"name both layers, or neither: {head.name}, {table.name}")
+
+
+def _ternary(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
+    """Report the formats that would count more bits than the codes of the quantizer `ternary` have."""
+    if not document.sound(("quantizer",), ("method",)):
+        return
+    wrong: dict[Key, list[LayerPlan]] = {}
+    for layer in plan:
+        if layer.weights and not layer.weights.ternary and layer.weight_quantizer.name == "ternary":
+            wrong.setdefault(_origin(recipe, document, layer.layer, "weights"), []).append(layer)
+    for origin, layers in wrong.items():
+        role = "weights" if layers[0].layer.kind == "linear" else "embeddings"
+        message = (
+            f"is {layers[0].weights} for {layers[0].name}, and the quantizer `ternary` has the codes -1, 0, 1"
+        )
+        fix = f"write `ternary`, or another quantizer such as `quantizer: {{{role}: lsq}}`"
+        document.report(_narrowed(origin, "weights", "bits", document), message, fix)
 
 
 def _target(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:

@@ -1,12 +1,15 @@
 """Number formats of weights, activations and embeddings, as plain values. No torch.
 
-A weight is stored per channel (one scale for each output channel) or per block (one scale for `block`
-consecutive input channels of one output channel). Activations that TensorRT accepts are int8, symmetric, one
-scale per tensor; the other granularities can be written down so that a target can refuse them by name.
+A weight is stored per channel (one scale for each output channel), per block (one scale for `block`
+consecutive input channels of one output channel) or per tensor. A scale of the whole tensor is written into
+files as equal scales of its channels: a deployed weight looks the same either way. Activations that TensorRT
+accepts are int8, symmetric, one scale per tensor; the other granularities can be written down so that a
+target can refuse them by name.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -23,39 +26,59 @@ class Options(BaseModel):
 class WeightFormat(Options):
     """How one weight is stored."""
 
-    bits: Literal[8, 4] = 8
+    bits: Literal[8, 4, 3, 2] = 8
     """Bits of one code."""
+    ternary: bool = False
+    """Codes -1, 0 and 1 alone; `bits` is 2."""
+    granularity: Literal["channel", "tensor"] = "channel"
+    """One scale for each output channel (row of a table), or one for the whole tensor."""
     block: Literal[32, 64, 128] | None = None
     """Input channels that share a scale; none: one scale per output channel."""
     container: Literal["int8", "int4"] | None = None
-    """Integer type in the ONNX file; none: int8 for 8 bits; for 4 bits int4. TensorRT computes int4 as
+    """Integer type in the ONNX file; none: int8 for 8 bits, int4 for fewer. TensorRT computes int4 as
     weight-only, so with int8 activations `int8` is what gives an int8 GEMM."""
 
     @model_validator(mode="after")
     def _container_holds_the_codes(self) -> WeightFormat:
         if self.bits == 8 and self.container == "int4":
             raise ValueError("8-bit codes do not fit into an int4 container")
-        if self.bits == 4 and self.block and self.container == "int8":
+        if self.bits < 8 and self.block and self.container == "int8":
             raise ValueError("an int8 GEMM has no blocks: drop `block` for one scale per output channel")
+        if self.ternary and self.bits != 2:
+            raise ValueError("ternary codes are 2-bit codes: write `bits: 2`")
+        if self.block and self.granularity == "tensor":
+            raise ValueError("one scale for the whole tensor leaves no blocks: drop `block` or `granularity`")
         return self
 
     @property
     def stored_bits(self) -> int:
         """Bits that one code takes in the file."""
-        return {"int8": 8, "int4": 4}[self.container] if self.container else self.bits
+        return {"int8": 8, "int4": 4}[self.container or ("int8" if self.bits == 8 else "int4")]
+
+    @property
+    def information_bits(self) -> float:
+        """Bits that one code needs, whatever it is stored in.
+
+        >>> WeightFormat(bits=3).information_bits
+        3
+        >>> round(WeightFormat(bits=2, ternary=True).information_bits, 3)
+        1.585
+        """
+        return math.log2(3) if self.ternary else self.bits
 
     @property
     def bounds(self) -> tuple[int, int]:
         """Smallest and largest code.
 
-        >>> WeightFormat(bits=4).bounds
-        (-8, 7)
+        >>> WeightFormat(bits=4).bounds, WeightFormat(bits=2, ternary=True).bounds
+        ((-8, 7), (-1, 1))
         """
-        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return (-1, 1) if self.ternary else (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
 
     def __str__(self) -> str:
-        block = f"-g{self.block}" if self.block else ""
-        return f"int{self.bits}{block}" + (f" in {self.container}" if self.stored_bits != self.bits else "")
+        name = ("ternary" if self.ternary else f"int{self.bits}") + (f"-g{self.block}" if self.block else "")
+        name += f" in int{self.stored_bits}" if self.stored_bits != self.bits else ""
+        return name + (" per tensor" if self.granularity == "tensor" else "")
 
 
 class ActivationFormat(Options):
@@ -86,6 +109,9 @@ WEIGHT_WORDS: dict[str, WeightFormat | None] = {
     "float": None,
     "int8": WeightFormat(bits=8),
     "int4": WeightFormat(bits=4, block=128),
+    "int3": WeightFormat(bits=3),
+    "int2": WeightFormat(bits=2),
+    "ternary": WeightFormat(bits=2, ternary=True),
 }
 """Short forms of `format.weights` and `format.embeddings`."""
 
@@ -104,6 +130,13 @@ FORMAT_PRESETS: dict[str, dict[str, Any]] = {
     "w4a16-g64": {"weights": {"bits": 4, "block": 64}, "activations": "float", "embeddings": "int8"},
     "w4a16-g128": {"weights": {"bits": 4, "block": 128}, "activations": "float", "embeddings": "int8"},
     "w4a8": {"weights": {"bits": 4, "container": "int8"}, "activations": "int8", "embeddings": "int8"},
+    "w3a8": {"weights": {"bits": 3, "container": "int8"}, "activations": "int8", "embeddings": "int8"},
+    "w2a8": {"weights": {"bits": 2, "container": "int8"}, "activations": "int8", "embeddings": "int8"},
+    "ternary-a8": {
+        "weights": {"bits": 2, "ternary": True, "granularity": "tensor", "container": "int8"},
+        "activations": "int8",
+        "embeddings": {"bits": 2, "ternary": True},
+    },
 }
 """`format: w8a8` is this table's row; the keys beside `preset:` override it."""
 
@@ -112,7 +145,7 @@ def as_mapping(key: str, value: object) -> object:
     """The mapping that a short form of `format.<key>` stands for; anything else as it is.
 
     >>> as_mapping("weights", "int4")
-    {'bits': 4, 'block': 128, 'container': None}
+    {'bits': 4, 'ternary': False, 'granularity': 'channel', 'block': 128, 'container': None}
     """
     rounded = ("activations", "attention", "residual")
     words: dict[str, Any] = ACTIVATION_WORDS if key in rounded else WEIGHT_WORDS

@@ -50,8 +50,30 @@ class Lsq(Options):
     """After each update a scale is at least this fraction of where it started."""
 
 
-WeightQuantizer = Annotated[MinMax | Lsq, Field(discriminator="name"), BeforeValidator(named)]
-ActivationQuantizer = Annotated[MinMax | Lsq, Field(discriminator="name"), BeforeValidator(named)]
+class Ternary(Options):
+    """Ternary weights (TWN, arXiv:1605.04711): -a, 0, a with a threshold at 0.7 of the mean magnitude. As
+    TernaryBERT (arXiv:2009.12812) and Teacher Intervention (arXiv:2302.11812) use it.
+    """
+
+    name: Literal["ternary"] = "ternary"
+    threshold: float = Field(default=0.7, gt=0, lt=1)
+    """Weights below this share of the mean magnitude become 0."""
+    clip: float = Field(default=2.5, gt=0)
+    """Weights are clamped to [-clip, clip] first; no gradient passes outside."""
+
+
+class Dynamic(Options):
+    """Range of the tensor at hand while training (TernaryBERT, arXiv:2009.12812); a static range, observed
+    on the calibration data when training has ended, is what is deployed.
+    """
+
+    name: Literal["dynamic"] = "dynamic"
+    clip: float | None = Field(default=2.5, gt=0)
+    """Activations are clamped to [-clip, clip] first; no gradient passes outside. none: no clamping."""
+
+
+WeightQuantizer = Annotated[MinMax | Lsq | Ternary, Field(discriminator="name"), BeforeValidator(named)]
+ActivationQuantizer = Annotated[MinMax | Lsq | Dynamic, Field(discriminator="name"), BeforeValidator(named)]
 
 
 class Quantizers(Options):
@@ -63,10 +85,17 @@ class Quantizers(Options):
 
 
 def quantizers(value: object) -> object:
-    """`quantizer: lsq` is lsq for weights and activations, and minmax for the embedding tables."""
-    if isinstance(value, str) or (isinstance(value, dict) and "name" in value):
-        return {"weights": value, "activations": value}
-    return value
+    """`quantizer: lsq` is lsq for weights and activations, and minmax for the embedding tables; ternary and
+    dynamic belong together, as in TernaryBERT, tables included.
+    """
+    if not isinstance(value, str) and not (isinstance(value, dict) and "name" in value):
+        return value
+    name = value if isinstance(value, str) else value["name"]
+    if name == "ternary":
+        return {"weights": value, "activations": "dynamic", "embeddings": value}
+    if name == "dynamic":
+        return {"activations": value}
+    return {"weights": value, "activations": value}
 
 
 # Axis 2: adapters ---------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from qcompress.formats import ActivationFormat, WeightFormat
 from qcompress.models.architecture import Architecture, Layer, Point
-from qcompress.options import Lsq, MinMax
+from qcompress.options import Dynamic, Lsq, MinMax, Ternary
 from qcompress.schema import Recipe
 
 
@@ -18,8 +18,8 @@ class LayerPlan:
     layer: Layer
     weights: WeightFormat | None
     activations: ActivationFormat | None
-    weight_quantizer: MinMax | Lsq = MinMax()
-    activation_quantizer: MinMax | Lsq = MinMax()
+    weight_quantizer: MinMax | Lsq | Ternary = MinMax()
+    activation_quantizer: MinMax | Lsq | Dynamic = MinMax()
 
     @property
     def name(self) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from safetensors.torch import load_file
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
 from qcompress.errors import ContractError
 from qcompress.models import FAMILIES
-from qcompress.models.attention import token_vectors
 from qcompress.plan import LayerPlan, PointPlan, plans_from_json, points_from_json, rounded
 from qcompress.quant.affine import Grid
 from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, FoldedWeight, Rounding
@@ -38,10 +36,6 @@ from qcompress.quant.quantizers import (
     FrozenWeight,
 )
 from qcompress.quant.ranges import Statistics
-from qcompress.tasks.examples import Batch, inputs_of
-
-ROWS = 512
-"""Token vectors kept of each layer's input when a range needs a distribution."""
 
 QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedTiedHead
 
@@ -104,7 +98,7 @@ def quantize(
 
     def weight_quantizer(item: LayerPlan, weight: Tensor, axis: int) -> nn.Module:
         kind = WEIGHT_QUANTIZERS[item.weight_quantizer.name]
-        return kind(item.weight_quantizer, Grid(axis, item.block), item.weights.bounds, weight.shape)
+        return kind(item.weight_quantizer, _grid(item, axis), item.weights.bounds, weight.shape)
 
     def input_quantizer(item: LayerPlan) -> nn.Module | None:
         if item.activations is None:
@@ -134,6 +128,11 @@ def open_points(model: nn.Module, family: str, points: tuple[PointPlan, ...]) ->
     FAMILIES[family].install_points(model, {item.name: nn.Identity() for item in rounded(points)})
 
 
+def _grid(item: LayerPlan, axis: int) -> Grid:
+    """How the scales of a layer's weight lie over it while training; `axis` is its output channels'."""
+    return Grid(axis, item.block, item.weights.granularity)
+
+
 def _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer) -> Prepared:
     layers: dict[str, QuantizedLayer] = {}
     for item in plan:
@@ -154,80 +153,12 @@ def _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer
     return Prepared(family=family, model=model, plan=plan, layers=layers)
 
 
-@torch.no_grad()
-def observe(
-    model: nn.Module, plan: tuple[LayerPlan, ...], batches: Iterable[Batch], tokens: int,
-    points: tuple[PointPlan, ...] = (),
-) -> dict[str, Statistics]:  # fmt: skip
-    """Statistics of the inputs of all layers whose activations are quantized, and of what points round, by
-    the names of layers and points.
-
-    `tokens` is how many tokens the batches have in all. Padding is left out. Points need a module at their
-    place (`open_points`, or quantizers).
-    """
-    watched = [item for item in plan if item.weights and item.activations]
-    seen = {item.name: _Seen(max(1, tokens // ROWS), item) for item in [*watched, *rounded(points)]}
-    real: list[Tensor | None] = [None]
-
-    def watch(name: str, vectors: Callable[[Tensor, Tensor | None], Tensor]):
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen[name].add(vectors(arguments[0].detach().float(), real[0]))
-
-        return model.get_submodule(name).register_forward_pre_hook(hook)
-
-    handles = [watch(item.name, _layer_vectors) for item in watched]
-    handles += [watch(item.name, partial(token_vectors, item.name)) for item in rounded(points)]
-    try:
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            real[0] = None if mask is None else mask.bool()
-            model(**inputs_of(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: found.statistics() for name, found in seen.items()}
-
-
-def _layer_vectors(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Token vectors of a layer's input, [tokens, channels]: those of padding left out."""
-    # a pooled input has one vector for each sequence, and no padding
-    return x.flatten(0, -2) if mask is None or x.shape[:-1] != mask.shape else x[mask]
-
-
-class _Seen:
-    """Gathers the statistics of one activation, whose vectors come in pieces [vectors, channels]."""
-
-    def __init__(self, stride: int, item: LayerPlan | PointPlan) -> None:
-        options = item.activation_quantizer
-        self.stride = stride
-        self.keep = getattr(options, "range", getattr(options, "init", "")) in ("percentile", "mse")
-        self.largest: Tensor | None = None
-        self.total: Tensor | None = None
-        self.rows: list[Tensor] = []
-        self.count = 0
-
-    def add(self, x: Tensor) -> None:
-        """Take in some vectors."""
-        magnitude = x.abs()
-        peak, total = magnitude.amax(0), magnitude.sum(0, dtype=torch.float64)
-        self.largest = peak if self.largest is None else torch.maximum(self.largest, peak)
-        self.total = total if self.total is None else self.total + total
-        if self.keep:
-            self.rows.append(x[-self.count % self.stride :: self.stride].clone())
-        self.count += len(x)
-
-    def statistics(self) -> Statistics:
-        """What was seen."""
-        rows = torch.cat(self.rows) if self.rows else self.largest.new_empty(0, len(self.largest))
-        return Statistics(self.largest, (self.total / self.count).float(), rows)
-
-
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, RescaledNorm)
 
 
 def kind_of(model: nn.Module, name: str) -> str:
     """What a parameter of a prepared model is: weight-scale, activation-scale, norm, bias or other."""
-    if name.endswith("_quantizer.ratio"):
+    if name.endswith(("_quantizer.ratio", "_point.ratio")):
         return "weight-scale" if name.endswith(".weight_quantizer.ratio") else "activation-scale"
     owner, _, own_name = name.rpartition(".")
     if isinstance(model.get_submodule(owner), NORMS):
@@ -258,7 +189,8 @@ def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
 
     def weight_quantizer(item: LayerPlan, weight: Tensor, axis: int) -> nn.Module:
         scale = tensors[f"{item.name}.weight.scale"]
-        return FrozenWeight(scale, Grid(axis, item.block), item.weights.bounds)
+        threshold = tensors.get(f"{item.name}.weight.threshold")
+        return FrozenWeight(scale, _grid(item, axis), item.weights.bounds, threshold)
 
     def input_quantizer(item: LayerPlan) -> nn.Module | None:
         if item.activations is None:

@@ -176,7 +176,8 @@ class Format(Options):
     preset: str | None = None
     """A row of the presets (`w8a8`, `w4a16-g64`...), overridden by the keys beside it."""
     weights: Weights = None
-    """Linear layers: int8, int4, float, or {bits, block, container}."""
+    """Linear layers: int8, int4, int3, int2, ternary, float, or {bits, ternary, granularity, block,
+    container}."""
     activations: Activations = None
     """Inputs of quantized linear layers: int8, float."""
     embeddings: Weights = None

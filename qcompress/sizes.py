@@ -41,7 +41,7 @@ def measure_sizes(file: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
                 "name": item.name,
                 "weights": item.layer.weights,
                 "stored_bits": item.weights.stored_bits,
-                "information_bits": item.weights.bits,
+                "information_bits": item.weights.information_bits,
                 "bytes": size,
             }
         )

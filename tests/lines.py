@@ -158,6 +158,9 @@ MIXED = {
         "*.0.attn.c_proj": {"weights": {"bits": 4, "container": "int8"}},
         "*.0.mlp.c_fc": {"weights": {"bits": 4, "block": 32}, "activations": "float"},
         "*.1.mlp.c_fc": {"activations": "float"},
+        "*.1.attn.c_proj": {
+            "weights": {"bits": 2, "ternary": True, "granularity": "tensor", "container": "int8"}
+        },
     },
 }
 """Every kind of layer in one graph, and the rest W8A8."""
@@ -168,10 +171,19 @@ FORMATS: dict[str, object] = {
     "w8a16": "w8a16",
     "w4a16": "w4a16-g32",
     "w4a8": "w4a8",
+    "w3a8": "w3a8",
+    "w2a8": "w2a8",
+    "w3a16": {"weights": {"bits": 3, "block": 32}, "embeddings": "int8"},
+    "w2a16": {"weights": "int2", "embeddings": "int2"},
+    "ternary-a8": "ternary-a8",
     "w4a8-blocks": {"weights": {"bits": 4, "block": 32}, "activations": "int8", "embeddings": "int8"},
     "float-table": {"weights": "int8", "activations": "int8"},
     "float": "float",
 }
+
+
+METHODS: dict[str, dict[str, object]] = {"ternary-a8": {"quantizer": "ternary"}}
+"""What a format needs besides observed ranges; ternary brings dynamic activations along."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +226,7 @@ class Exported:
 def exported(kind: Kind, model: Path, text: Path) -> Exported:
     """A checkpoint (tied as `kind` says), quantized with observed ranges, folded and exported. Read only."""
     folder = model.parent / f"{model.name}-{kind}"
-    sections = {"format": FORMATS[kind.format], "method": "ptq"}
+    sections = {"format": FORMATS[kind.format], "method": "ptq", **METHODS.get(kind.format, {})}
     if kind.format == "float":
         sections = {"format": "float", "method": "float", "train": {"phases": {"finetune": {"steps": 0}}}}
     recipe = make_recipe(text, **sections)

@@ -200,6 +200,28 @@ def test_a_target_without_int4_and_a_block_that_does_not_divide_are_two_mistakes
     ]
 
 
+def test_ternary_codes_under_a_format_of_more_bits_are_a_mistake_of_the_format(made: Path) -> None:
+    """sizes.json would count 8 bits for three values; one mistake for each key that says so."""
+    narrow = "transformer.h.1.mlp.c_fc: {weights: {bits: 4, container: int8}}"
+    found = shown(write(made), "quantizer=ternary")
+    assert [line.split(": ")[1] for line in found] == [
+        "format.weights",
+        "format.embeddings",
+        'format.layers."transformer.h.1.mlp.c_fc".weights.bits',
+    ]
+    what = "for transformer.h.1.attn.c_attn, and the quantizer `ternary` has the codes -1, 0, 1"
+    assert f"is int8 {what} (fix: write `ternary`, or another quantizer such as" in found[0]
+    assert "`quantizer: {weights: lsq}`" in found[0] and "`quantizer: {embeddings: lsq}`" in found[1]
+    ternary = edited("  weights: int8\n  activations: int8\n  embeddings: int8", "  preset: ternary-a8")
+    assert len(shown(write(made, ternary), "quantizer=ternary")) == 1
+    assert (
+        shown(write(made, edited(narrow, "lm_head: {activations: float}", ternary)), "quantizer=ternary")
+        == []
+    )
+    mixed = "quantizer={weights: ternary, activations: dynamic, embeddings: minmax}"
+    assert len(shown(write(made, edited(narrow, "lm_head: {activations: float}")), mixed)) == 1
+
+
 def test_a_head_with_weights_of_its_own_may_be_float(tmp_path: Path) -> None:
     folder = prepare(tmp_path)
     save_model(folder / "model", tied=False)
@@ -216,7 +238,7 @@ def test_a_layer_is_judged_unless_its_own_format_is_in_doubt(made: Path) -> None
         "format.weights: blocks of 128 do not divide the 192 inputs of transformer.h.1.attn.c_attn, and 1",
         'format.layers."transformer.h.0.*".wieghts: unknown key',
         "format.layers.lm_hed: matches none of the 11 layers",
-        "format.layers.lm_hed.weights: must be one of float, int8, int4, inherit (or a mapping), found text",
+        "format.layers.lm_hed.weights: must be one of float, int8, int4, int3, int2, ternary, inherit (or",
     ]
     found = shown(write(made, text))
     assert len(found) == 4, found

@@ -33,6 +33,11 @@ FORMATS: dict[str, Any] = {
     "float tables": {"preset": "w8a8", "embeddings": "float"},
     "tables only": {"embeddings": "int8"},
     "int4 tables": {"preset": "w8a8", "embeddings": BLOCK},
+    "int3 in int8": "w3a8",
+    "int2 in int8": "w2a8",
+    "int2 blocks": {"weights": {"bits": 2, "block": 32}, "embeddings": {"bits": 3}},
+    "ternary, one scale": "ternary-a8",
+    "int8, one scale": {"preset": "w8a8", "weights": {"granularity": "tensor"}},
     "one float layer, one int4": {
         "preset": "w8a8",
         "layers": {"transformer.h.0.mlp.*": "float", "transformer.h.1.mlp.c_fc": {"weights": BLOCK}},
@@ -101,12 +106,44 @@ def test_the_file_holds_codes_scales_and_the_float_rest_and_nothing_else(
         )
         assert tuple(scale.shape) == (blocked or (layer.out_features,))
         low, high = item.weights.bounds
-        assert low <= int(codes.min()) and int(codes.max()) == high  # absmax uses the whole range
+        assert low <= int(codes.min()) and int(codes.max()) <= high
+        if item.weights.granularity == "tensor":
+            assert len(scale.unique()) == 1 and int(codes.abs().max()) == high  # the largest may be negative
+        else:
+            assert int(codes.max()) == high and len(scale.unique()) > 1  # absmax uses the whole range
     assert set(tensors) == expected
     for name in expected & set(checkpoint):
         assert torch.equal(tensors[name], checkpoint[name]), name
     facts = json.loads((made.folded.path / "folded.json").read_text())
     assert facts["codes"] == sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.int8)
+
+
+def test_ternary_codes_are_folded_by_the_threshold_that_training_left_and_not_by_rounding(
+    line: Callable[..., Line],
+) -> None:
+    options = {"format": "ternary-a8", "method": "lsq", "quantizer": "ternary", "steps": 4}
+    made = line(**options, train={"lr": {"weight": 3e-3}}).train().fold()
+    trained, folded = made.tensors("train"), made.tensors("fold")
+    names = [item.name for item in made.plan if item.weights and not item.layer.tied_to]
+    assert len(names) == 10
+    assert {name for name in trained if name.endswith(".threshold")} == {
+        f"{n}.weight.threshold" for n in names
+    }
+    assert not any("threshold" in name for name in folded)
+    differ = 0
+    for name in names:
+        weight, codes = trained[f"{name}.weight"], folded[f"{name}.weight.codes"]
+        scale, threshold = trained[f"{name}.weight.scale"], trained[f"{name}.weight.threshold"]
+        table = name in ("transformer.wte", "transformer.wpe")
+        assert scale.shape == threshold.shape == ((len(weight),) if table else ())
+        aligned = [values[:, None] if table else values for values in (scale, threshold)]
+        expected = weight.sign() * (weight.abs() > aligned[1])
+        assert torch.equal(codes.float(), expected)
+        assert (folded[f"{name}.weight.scale"] == scale).all()
+        differ += int(((weight / aligned[0]).round().clamp(-1, 1) != expected).sum())
+    assert differ > 100
+    plain = line(format="ternary-a8", method="lsq", steps=1).train().tensors("train")
+    assert not any("threshold" in name for name in plain)
 
 
 def test_a_weight_is_its_codes_times_its_scales_within_half_a_step(

@@ -27,7 +27,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "codekey", "system", "host", "processes", "progress", "yamlfile", "distance", "tensorfile", "goals",
     }),
     ("numerics", {
-        "quant", "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges",
+        "quant", "quant.affine", "quant.coding", "quant.dynamic", "quant.folded", "quant.layers",
+        "quant.quantizers", "quant.ranges", "quant.ternary",
     }),
     ("families, tasks, targets", {
         "models", "models.attention", "models.bert", "models.distilbert", "models.encoder", "models.gpt2",
@@ -39,7 +40,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     }),
     ("recipes", {"wording", "structure", "rules", "recipe", "check"}),
     ("models in three forms", {
-        "prepare", "checkpoint", "certificate", "certificate_points", "sizes", "probe", "runners",
+        "prepare", "observe", "checkpoint", "certificate", "certificate_points", "sizes", "probe", "runners",
         "sharpness",
     }),
     ("methods", {
@@ -64,11 +65,12 @@ APART = {"", "probe_kit.measure_engine"}
 
 DOORS: dict[str, set[str]] = {
     "torch": {
-        "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges", "methods.plain",
+        "quant.affine", "quant.coding", "quant.dynamic", "quant.folded", "quant.layers", "quant.quantizers",
+        "quant.ranges", "quant.ternary", "methods.plain",
         "methods.protocols", "methods.quadapter", "methods.ball", "methods.saq", "methods.squat",
         "methods.distillation", "methods.signals", "methods.teacher_intervention",
         "models.attention", "models.gpt2", "models.residual", "models.stock",
-        "tasks.causal_lm", "tasks.examples", "prepare", "processes", "checkpoint",
+        "tasks.causal_lm", "tasks.examples", "prepare", "observe", "processes", "checkpoint",
         "loop", "runners", "tensorfile", "train", "fold", "export", "verify",
         "layerwise", "sharpness",
     },

@@ -37,10 +37,11 @@ from qcompress.errors import ContractError
 from qcompress.loop import role_of
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import OPERANDS
+from qcompress.observe import observe
 from qcompress.options import MinMax
 from qcompress.pipeline import provenance
 from qcompress.plan import PointPlan, plan_points, points_from_json, points_to_json, rounded
-from qcompress.prepare import assemble, observe, open_points, quantize
+from qcompress.prepare import assemble, open_points, quantize
 from qcompress.schema import Build
 from qcompress.stages.build import build_file
 from qcompress.stages.export import export

@@ -146,7 +146,15 @@ LAID_OVER = {
         "format: {weights: int4}",
         "format: {weights: {block: 64}}",
         "format",
-        {"weights": {"bits": 4, "block": 64, "container": None}},
+        {
+            "weights": {
+                "bits": 4,
+                "ternary": False,
+                "granularity": "channel",
+                "block": 64,
+                "container": None,
+            }
+        },
     ),
     "other bits": (
         "format: {weights: {bits: 4, block: 64}}",

@@ -57,7 +57,7 @@ def test_each_layer_is_its_codes_scales_and_zero_points(
         own = [size for name, size in stored.items() if name.startswith(f"{item.name}.weight.")]
         assert layer["bytes"] == sum(own) and 2 <= len(own) <= 3
         assert layer["weights"] == item.layer.in_features * item.layer.out_features
-        assert layer["information_bits"] == item.weights.bits
+        assert layer["information_bits"] == (math.log2(3) if item.weights.ternary else item.weights.bits)
         assert stored[f"{item.name}.weight.codes"] * 8 == layer["weights"] * layer["stored_bits"]
     assert sizes["quantized_bytes"] == sum(layer["bytes"] for layer in sizes["layers"])
 
@@ -68,6 +68,8 @@ def test_four_bits_take_half_of_eight_where_the_container_is_int4(graph: Exporte
     narrow = layers["transformer.h.0.attn.c_proj"]
     assert (int4["stored_bits"], int8["stored_bits"], narrow["stored_bits"]) == (4, 8, 8)
     assert (int4["information_bits"], narrow["information_bits"]) == (4, 4)
+    ternary = layers["transformer.h.1.attn.c_proj"]
+    assert (ternary["stored_bits"], ternary["information_bits"]) == (8, math.log2(3))
     weights, width = 64 * 256, 4 if graph.kind.compute == "fp32" else 2
     assert int4["bytes"] == weights // 2 + weights // 32 * width  # a scale for every 32 inputs of a channel
     assert int8["bytes"] in (weights + 256 * width, weights + 256 * width + 256)  # zero points may be shared

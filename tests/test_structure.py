@@ -121,8 +121,8 @@ ONE_MISTAKE = {
         r':17: format\.layers\."transformer.*`float`',
     ),
     "impossible bits": (
-        ("{bits: 4, ", "{bits: 3, "),
-        r":18: format\.layers\..*\.weights\.bits: must be one of 8, 4, found 3",
+        ("{bits: 4, ", "{bits: 5, "),
+        r":18: format\.layers\..*\.weights\.bits: must be one of 8, 4, 3, 2, found 5",
     ),
     "bits in quotes": (
         ("{bits: 4, ", '{bits: "4", '),
@@ -130,7 +130,7 @@ ONE_MISTAKE = {
     ),
     "a huge number for bits": (
         ("{bits: 4, ", f"{{bits: {10**30}, "),
-        r":18: .*bits: must be one of 8, 4, found 1000",
+        r":18: .*bits: must be one of 8, 4, 3, 2, found 1000",
     ),
     "a container that does not hold the codes": (
         ("bits: 4, container: int8", "bits: 8, container: int4"),

@@ -22,7 +22,8 @@ from qcompress.loop import batch_rows
 from qcompress.methods import STEPPERS
 from qcompress.methods.plain import OneUpdate
 from qcompress.models import load_tokenizer
-from qcompress.prepare import observe, quantize, rebuild
+from qcompress.observe import observe
+from qcompress.prepare import quantize, rebuild
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
 from qcompress.schema import TextData
 from qcompress.stages.train import snap
@@ -55,9 +56,14 @@ def changed_checkpoint(source: Path, folder: Path, **changes: Callable[[Tensor],
 # It learns -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantizer", ["lsq", "minmax"])
-def test_training_through_the_quantizers_lowers_the_loss(line: Callable[..., Line], quantizer: str) -> None:
-    options = {"quantizer": quantizer, "format": "w4a8"}
+@pytest.mark.parametrize(
+    ("quantizer", "form"),
+    [("lsq", "w4a8"), ("minmax", "w4a8"), ("lsq", "w2a8"), ("dynamic", "w4a8"), ("ternary", "ternary-a8")],
+)
+def test_training_through_the_quantizers_lowers_the_loss(
+    line: Callable[..., Line], quantizer: str, form: str
+) -> None:
+    options = {"quantizer": quantizer, "format": form}
     rates = {"lr": {"weight": 3e-3, "other": 3e-3}}
     before = loss_on_training_data(line(method="lsq", steps=0, **options).train())
     made = line(method="lsq", steps=60, **options, train=rates).train()
@@ -311,7 +317,7 @@ def test_observed_statistics_are_those_of_every_token_however_the_data_is_batche
 def test_kept_rows_are_spread_evenly_over_all_batches(
     line: Callable[..., Line], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qcompress.prepare.ROWS", 50)
+    monkeypatch.setattr("qcompress.observe.ROWS", 50)
     made = line(method="ptq", quantizer={"name": "minmax", "range": "percentile"})
     ids = token_ids(11)  # 352 tokens: every 7th is kept
     model = GPT2LMHeadModel.from_pretrained(made.source, attn_implementation="eager").eval()

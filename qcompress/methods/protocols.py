@@ -41,7 +41,9 @@ class Quantizer(Protocol):
         """Called after each update: restore whatever the update may have broken."""
 
     def scale_of(self, *weight: Tensor) -> Tensor:
-        """The scale that is deployed; called when training has ended."""
+        """The scale that is deployed; called when training has ended. A weight's quantizer is a `CodedWeight`
+        (`quant/coding.py`), which says how its codes are made as well.
+        """
 
 
 class Adapter(Protocol):

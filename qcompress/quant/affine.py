@@ -10,6 +10,7 @@ Source of the gradient: LSQ (arXiv:1902.08153), equations 1 to 3. With v = x / s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,17 +18,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """How the scales of a weight lie over it.
+    """How the scales of a weight lie over it: per block, per channel, or one for the whole tensor.
 
     >>> grid = Grid(channel_axis=1, block=64)
     >>> grid.scale_shape(torch.Size([192, 576]))
     (3, 576)
     >>> Grid(channel_axis=0, block=None).scale_shape(torch.Size([10, 4]))
     (10,)
+    >>> Grid(channel_axis=0, granularity="tensor").scale_shape(torch.Size([10, 4]))
+    ()
     """
 
     channel_axis: int
     block: int | None = None
+    granularity: Literal["channel", "tensor"] = "channel"
 
     @property
     def axis(self) -> int:
@@ -36,6 +40,8 @@ class Grid:
 
     def scale_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """Shape of the scale of a weight with this shape."""
+        if self.granularity == "tensor":
+            return ()
         if self.block is None:
             return (shape[self.channel_axis],)
         return tuple(size // self.block if axis == self.axis else size for axis, size in enumerate(shape))
@@ -52,25 +58,48 @@ class Grid:
 
     def align(self, scale: Tensor) -> Tensor:
         """The scale in a shape that broadcasts against `divide(weight)`."""
+        if self.granularity == "tensor":
+            return scale
         if self.block is not None:
             return scale.unsqueeze(self.axis + 1)
         return scale.unsqueeze(1 - self.channel_axis)
 
+    def spread(self, scale: Tensor, channels: int) -> Tensor:
+        """The scale as it is deployed: one of the whole tensor becomes equal ones of its channels."""
+        return scale.expand(channels) if self.granularity == "tensor" else scale
+
     def largest(self, weight: Tensor) -> Tensor:
         """max|w| of the weights that share a scale, in the scale's shape."""
-        magnitude = self.divide(weight).abs()
-        return magnitude.amax(dim=self.axis + 1 if self.block is not None else 1 - self.channel_axis)
+        return self.divide(weight).abs().amax(dim=self._shared)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of the values that share a scale, in the scale's shape; `values` has the weight's shape."""
-        return self.divide(values).mean(
-            dim=self.axis + 1 if self.block is not None else 1 - self.channel_axis
-        )
+        return self.divide(values).mean(dim=self._shared)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of the values that share a scale, in the scale's shape; `values` has the weight's shape."""
+        return self.divide(values).sum(dim=self._shared)
+
+    @property
+    def _shared(self) -> tuple[int, ...]:
+        """Axes of `divide(weight)` along which the scale is the same."""
+        if self.granularity == "tensor":
+            return (0, 1)
+        return (self.axis + 1 if self.block is not None else 1 - self.channel_axis,)
 
 
 def to_codes(x: Tensor, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
     """Integers of x as int8; `scale` broadcasts against x."""
     return (x.float() / scale.float()).round_().clamp_(*bounds).to(torch.int8)
+
+
+def to_ternary(x: Tensor, threshold: Tensor) -> Tensor:
+    """Codes -1, 0 and 1 as int8: the sign of what is larger than the threshold, which broadcasts against x.
+
+    >>> to_ternary(torch.tensor([-2.0, -0.5, 0.5, 0.6]), torch.tensor(0.5)).tolist()
+    [-1, 0, 0, 1]
+    """
+    return (x > threshold).to(torch.int8) - (x < -threshold).to(torch.int8)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bounds: tuple[int, int], slope: float = 1.0) -> Tensor:
@@ -97,22 +126,27 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale = ctx.saved_tensors
         qmin, qmax = ctx.bounds
-        low, high = qmin * scale, qmax * scale
+        mask_gradient = torch.ops.aten.hardtanh_backward  # one kernel; it passes strictly between its bounds
         if scale.numel() == 1:
-            through = torch.ops.aten.hardtanh_backward(upstream, x, low.item(), high.item())
+            through = mask_gradient(upstream, x, (qmin * scale).item(), (qmax * scale).item())
         else:
-            through = torch.where((x > low) & (x < high), upstream, 0.0)
+            # bounds that differ are made equal by a division, into whose memory the gradient goes: at these
+            # sizes a fresh tensor costs more than the arithmetic
+            v = torch.div(x, scale)
+            through = mask_gradient.grad_input(upstream, v, qmin, qmax, grad_input=v)
         scale_gradient = None
         if ctx.needs_input_grad[1]:
-            # sum(g * vbar) - sum over the inside of (g * v), both as products with what is already in memory
-            terms = _sum_like(upstream, y, scale) - _sum_like(through, x, scale)
+            # sum(g * vbar) - sum over the inside of (g * v), times the scale, of what is already in memory
+            terms = _sum_of_differences(upstream, y, through, x, scale)
             scale_gradient = terms * (ctx.slope / scale)
         return (through if ctx.needs_input_grad[0] else None), scale_gradient, None, None, None
 
 
-def _sum_like(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """sum(a * b) over everything that shares an element of `scale`, in the shape of `scale`."""
+def _sum_of_differences(a: Tensor, b: Tensor, c: Tensor, d: Tensor, scale: Tensor) -> Tensor:
+    """sum(a * b - c * d) over everything that shares an element of `scale`, in the shape of `scale`."""
     if scale.numel() == 1:
-        return torch.dot(a.flatten(), b.flatten()).reshape(scale.shape)
+        return (torch.dot(a.flatten(), b.flatten()) - torch.dot(c.flatten(), d.flatten())).reshape(
+            scale.shape
+        )
     dims = [axis for axis in range(a.dim()) if scale.shape[axis] == 1 and a.shape[axis] != 1]
-    return (a * b).sum(dim=dims, keepdim=True)
+    return torch.mul(a, b).addcmul_(c, d, value=-1).sum(dim=dims, keepdim=True)

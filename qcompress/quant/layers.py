@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcompress.quant.affine import to_codes
-
 
 class ChannelScale(nn.Module):
     """A positive scale for each channel, exp(theta) with theta within log(bound). Shape [channels].
@@ -154,10 +152,7 @@ class QuantizedWeight(nn.Module):
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor]:
         """Integers of the weight (int8, the weight's shape) and their scale, in the grid's shape."""
-        weight, quantizer = self.rescaled_weight(), self.weight_quantizer
-        scale = quantizer.scale_of(weight)
-        grid = quantizer.grid
-        return grid.join(to_codes(grid.divide(weight), grid.align(scale), quantizer.bounds)), scale
+        return self.weight_quantizer.codes_of(self.rescaled_weight())
 
 
 class QuantizedLinear(QuantizedWeight):

@@ -1,9 +1,10 @@
-"""The quantizers `minmax` and `lsq`, for weights and for activations.
+"""The quantizers `minmax` and `lsq`, for weights and for activations, and the table of all quantizers.
 
-A quantizer lives through `init` (a starting scale from a weight or from statistics), calls during training,
-`advance` after each update, and `freeze`, after which only its scale matters. Learned scales are stored as a
-ratio to their start, scale = start * ratio: an optimizer's learning rate is then relative, whatever the
-magnitude of the tensor, and LSQ's gradient is unchanged up to the constant `start`.
+A quantizer lives through `init` (a starting scale from a weight or from statistics), calls during training
+and `advance` after each update. Of a weight's only its scale and, for ternary codes, its threshold go into
+the trained artifact, of an activation's only its scale: the frozen forms below are all that is left. Learned
+scales are stored as a ratio to their start, scale = start * ratio: an optimizer's learning rate is then
+relative, whatever the magnitude of the tensor, and LSQ's gradient is unchanged up to the constant `start`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.options import Lsq, MinMax
-from qcompress.quant.affine import Grid, fake_quantize
+from qcompress.quant.affine import Grid, fake_quantize, to_ternary
+from qcompress.quant.coding import CodedWeight
+from qcompress.quant.dynamic import DynamicActivation
 from qcompress.quant.ranges import Statistics, activation_ratio, start_scale, weight_ratio
+from qcompress.quant.ternary import TernaryWeight
 
 ChannelScale = Callable[[], Tensor]
 """Returns the current rescaling of the channels of an activation, [channels]."""
 
 
-class MinMaxWeight(nn.Module):
+class MinMaxWeight(CodedWeight):
     """Scale of the current weight: it follows a weight or an adapter that moves.
 
     `percentile` and `mse` choose a ratio to max|w| once, in `init`; the ratio is kept while max|w| moves.
@@ -50,7 +54,7 @@ class MinMaxWeight(nn.Module):
         """Nothing is learned."""
 
 
-class LsqWeight(nn.Module):
+class LsqWeight(CodedWeight):
     """Learned scale (LSQ, arXiv:1902.08153, section 2)."""
 
     def __init__(self, options: Lsq, grid: Grid, bounds: tuple[int, int], shape: torch.Size) -> None:
@@ -146,21 +150,31 @@ class LsqActivation(nn.Module):
         self.ratio.clamp_(min=self.options.floor)
 
 
-class FrozenWeight(nn.Module):
-    """A weight quantizer after training: nothing but its scale."""
+class FrozenWeight(CodedWeight):
+    """A weight quantizer after training: nothing but its scale and, for ternary codes, its threshold."""
 
-    def __init__(self, scale: Tensor, grid: Grid, bounds: tuple[int, int]) -> None:
+    def __init__(
+        self, scale: Tensor, grid: Grid, bounds: tuple[int, int], threshold: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.grid, self.bounds = grid, bounds
         self.register_buffer("scale", scale)
+        self.register_buffer("threshold", threshold)
 
     def scale_of(self, weight: Tensor) -> Tensor:
         """The scale, in the grid's shape."""
         return self.scale
 
+    def threshold_of(self, weight: Tensor) -> Tensor | None:
+        """The threshold, in the grid's shape."""
+        return self.threshold
+
     def forward(self, weight: Tensor) -> Tensor:
-        aligned = self.grid.align(self.scale)
-        return self.grid.join(fake_quantize(self.grid.divide(weight), aligned, self.bounds))
+        grid, scale = self.grid, self.grid.align(self.scale)
+        if self.threshold is None:
+            return grid.join(fake_quantize(grid.divide(weight), scale, self.bounds))
+        codes = to_ternary(grid.divide(weight), grid.align(self.threshold))
+        return grid.join(codes.to(scale.dtype) * scale)
 
 
 class FrozenActivation(nn.Module):
@@ -179,5 +193,13 @@ class FrozenActivation(nn.Module):
         return fake_quantize(x, self.scale, self.bounds)
 
 
-WEIGHT_QUANTIZERS: dict[str, type[nn.Module]] = {"minmax": MinMaxWeight, "lsq": LsqWeight}
-ACTIVATION_QUANTIZERS: dict[str, type[nn.Module]] = {"minmax": MinMaxActivation, "lsq": LsqActivation}
+WEIGHT_QUANTIZERS: dict[str, type[nn.Module]] = {
+    "minmax": MinMaxWeight,
+    "lsq": LsqWeight,
+    "ternary": TernaryWeight,
+}
+ACTIVATION_QUANTIZERS: dict[str, type[nn.Module]] = {
+    "minmax": MinMaxActivation,
+    "lsq": LsqActivation,
+    "dynamic": DynamicActivation,
+}

@@ -16,6 +16,9 @@ from qcompress.quant.affine import Grid
 TINY = 1e-8
 """Smallest starting scale: an all-zero channel must not get scale 0, which TensorRT refuses."""
 
+QUANTILE_LIMIT = 2**24
+"""Most values that torch.quantile takes."""
+
 SHRINKS = 80
 """Candidates of the least-squares search: ratios 1, 1 - 1/100 ... 1 - 79/100."""
 
@@ -46,7 +49,7 @@ def weight_ratio(weight: Tensor, grid: Grid, bounds: tuple[int, int], how: str, 
         return (2 * grid.mean(weight.abs()) * bounds[1] ** 0.5 / largest).clamp_min(TINY)
     rows = _rows_of(weight, grid)
     if how == "percentile":
-        ratio = torch.quantile(rows.abs(), percentile / 100, dim=1) / rows.abs().amax(1).clamp_min(TINY)
+        ratio = _percentile(rows.abs(), percentile) / rows.abs().amax(1).clamp_min(TINY)
         return ratio.clamp_min(1e-3).reshape(largest.shape)
     return _least_squares(rows, bounds).reshape(largest.shape)
 
@@ -60,9 +63,7 @@ def activation_ratio(seen: Statistics, bounds: tuple[int, int], how: str, percen
         return (2 * seen.mean.mean() * bounds[1] ** 0.5 / largest).clamp_min(TINY)
     rows = seen.rows.reshape(1, -1)
     if how == "percentile":
-        # torch.quantile stops at 2**24 elements; kthvalue does not
-        k = max(1, round(rows.numel() * percentile / 100))
-        kept = rows.abs().kthvalue(min(k, rows.numel()), dim=1).values[0]
+        kept = _kth(rows.abs(), percentile)[0]
         return (kept / largest).clamp(1e-3, 1.0)
     sample = rows.abs().amax(1).clamp_min(TINY)[0]
     return (_least_squares(rows, bounds)[0] * sample / largest).clamp(1e-3, 1.0)
@@ -75,9 +76,24 @@ def start_scale(largest: Tensor, ratio: Tensor, bounds: tuple[int, int]) -> Tens
 
 def _rows_of(weight: Tensor, grid: Grid) -> Tensor:
     """The weight as [scales, weights per scale], scales in the order of the flattened scale tensor."""
+    if grid.granularity == "tensor":
+        return weight.reshape(1, -1)
     divided = grid.divide(weight)
     shared = grid.axis + 1 if grid.block is not None else 1 - grid.channel_axis
     return divided.movedim(shared, -1).flatten(0, -2)
+
+
+def _percentile(rows: Tensor, percentile: float) -> Tensor:
+    """Percentile of each row, [rows]: between two values where torch can, else one of the values."""
+    if rows.shape[1] > QUANTILE_LIMIT:
+        return _kth(rows, percentile)
+    return torch.quantile(rows, percentile / 100, dim=1)
+
+
+def _kth(rows: Tensor, percentile: float) -> Tensor:
+    """The value of each row that so many percent do not exceed, [rows]."""
+    k = max(1, round(rows.shape[1] * percentile / 100))
+    return rows.kthvalue(min(k, rows.shape[1]), dim=1).values
 
 
 def _least_squares(rows: Tensor, bounds: tuple[int, int]) -> Tensor:

@@ -53,6 +53,7 @@ def _codes(prepared: Prepared) -> dict[str, Tensor]:
     for name, layer in prepared.layers.items():
         if isinstance(layer, QuantizedWeight):
             codes, scale = layer.codes()
+            scale = layer.weight_quantizer.grid.spread(scale, codes.shape[layer.channel_axis])
             check_scale(scale, f"{name}.weight")
             low, high = plans[name].weights.bounds
             if int(codes.min()) < low or int(codes.max()) > high:

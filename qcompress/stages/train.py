@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,15 @@ from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 from qcompress.methods.protocols import Adapter, Phase, Scene
 from qcompress.models import FAMILIES, load_tokenizer
 from qcompress.models.architecture import Architecture, read_config
+from qcompress.observe import make_static, observe
 from qcompress.plan import LayerPlan, PointPlan, plan_points, plans_to_json, points_to_json, rounded
-from qcompress.prepare import initialise, observe, open_points, quantize
+from qcompress.prepare import initialise, open_points, quantize
 from qcompress.processes import Processes
 from qcompress.progress import Reporter
 from qcompress.quant.ranges import Statistics
 from qcompress.schema import Recipe
 from qcompress.tasks import TASKS
-from qcompress.tasks.examples import Examples
+from qcompress.tasks.examples import Batch, Examples
 from qcompress.tensorfile import save_tensors
 
 LOGITS = 2**26
@@ -125,8 +126,10 @@ def train(
     _run(training, phases)
     if frozen and frozen_digest(prepared.model, architecture) != before:
         raise ContractError("a phase that trains only scales and adapters has changed a weight")
+    batches = () if data.calibration is None else _batches(data.calibration, training, float_model)
+    ranges = make_static(prepared, batches)
     if processes.first:
-        _save(training, adapter, float_names, frozen, before, out)
+        _save(training, adapter, float_names, frozen, before, ranges, out)
     processes.agree(None)  # the others leave when everything is written
 
 
@@ -183,9 +186,7 @@ def _observe(
     recipe: Recipe, config: dict[str, Any], accelerator: Accelerator, reporter: Reporter,
 ) -> dict[str, Statistics]:  # fmt: skip
     """Statistics of the float model on the calibration data."""
-    # every position has a row of logits, although nobody looks at them here
-    room = LOGITS // math.prod(TASKS[recipe.task.name].logits_of(recipe.task, config))
-    size = max(1, min(recipe.train.batch_size, room))
+    size = _calibration_size(recipe, config)
     total = -(-len(data) // size)
     with reporter.bar("calibrate ranges", total) as bar:
 
@@ -195,6 +196,19 @@ def _observe(
                 bar.advance(f"batch {index + 1} of {total}")
 
         return observe(model, plan, counted(), int(data.lengths.sum()), points)
+
+
+def _calibration_size(recipe: Recipe, config: dict[str, Any]) -> int:
+    """Examples of a calibration batch."""
+    # every position has a row of logits, although nobody looks at them here
+    room = LOGITS // math.prod(TASKS[recipe.task.name].logits_of(recipe.task, config))
+    return max(1, min(recipe.train.batch_size, room))
+
+
+def _batches(data: Examples, training: Training, float_model: FloatModel) -> Iterator[Batch]:
+    """The calibration data, on the device."""
+    size = _calibration_size(training.recipe, read_config(float_model.path))
+    return (to_device(batch, training.accelerator.device) for batch in in_order(data, size))
 
 
 def _reference(
@@ -258,14 +272,18 @@ def _run(training: Training, phases: tuple[Phase, ...]) -> None:
 
 @torch.no_grad()
 def _save(
-    training: Training, adapter: Adapter, float_names: set[str], frozen: bool, digest: str | None, out: Path
-) -> None:
+    training: Training, adapter: Adapter, float_names: set[str], frozen: bool, digest: str | None,
+    ranges: dict[str, dict[str, float]], out: Path,
+) -> None:  # fmt: skip
     recipe, prepared = training.recipe, training.prepared
     compute = COMPUTE[recipe.format.compute]
     tensors: dict[str, Tensor] = {}
     for name, quantizer in prepared.weight_quantizers():
-        scale = quantizer.scale_of(prepared.layers[name].rescaled_weight())
-        tensors[f"{name}.weight.scale"] = snap(scale, compute, f"{name}.weight")
+        weight = prepared.layers[name].rescaled_weight()
+        tensors[f"{name}.weight.scale"] = snap(quantizer.scale_of(weight), compute, f"{name}.weight")
+        threshold = quantizer.threshold_of(weight)
+        if threshold is not None:
+            tensors[f"{name}.weight.threshold"] = threshold
     for name, quantizer in prepared.activation_quantizers():
         tensors[f"{name}.scale"] = snap(quantizer.scale_of(), compute, name)
     rescalings = adapter.fold()
@@ -287,6 +305,7 @@ def _save(
             "rescalings": [{"norm": norm, "readers": list(sites[norm])} for norm in rescalings],
             "changed": changed,
             "weights_unchanged": {"sha256": digest} if frozen else None,
+            "static_ranges": ranges,
             "phases": training.facts,
         },
     )

@@ -329,9 +329,11 @@ def lost_quantization(view: View, target: Target) -> Iterator[Broken]:
 
 
 def _says_quantized(formats: object) -> bool:
-    """Whether any value, however deep, is an integer format: `int8`, `w8a8`, or a mapping with `bits`."""
+    """Whether any value, however deep, is an integer format: `int8`, `ternary`, `w8a8`, or a mapping with
+    `bits`.
+    """
     if isinstance(formats, dict):
         return isinstance(formats.get("bits"), int) or any(map(_says_quantized, formats.values()))
     if isinstance(formats, list):
         return any(map(_says_quantized, formats))
-    return isinstance(formats, str) and re.match(r"u?int\d|w\da\d", formats) is not None
+    return isinstance(formats, str) and re.match(r"u?int\d|ternary|w\da\d", formats) is not None

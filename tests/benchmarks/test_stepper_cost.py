@@ -25,9 +25,10 @@ from qcompress.loop import Training, groups_of, optimizer_of, reseed, taps_of
 from qcompress.methods import STEPPERS
 from qcompress.methods.protocols import Moment, Phase
 from qcompress.models import FAMILIES, describe
+from qcompress.observe import observe
 from qcompress.options import PlainStepper, Saq, Squat
 from qcompress.plan import plan_layers
-from qcompress.prepare import initialise, observe, quantize
+from qcompress.prepare import initialise, quantize
 from qcompress.tasks import causal_lm
 
 ROUNDS = 20

@@ -20,8 +20,9 @@ from qcompress.methods import STEPPERS
 from qcompress.methods.plain import OneUpdate
 from qcompress.methods.quadapter import Quadapter, balanced
 from qcompress.models import load_tokenizer
+from qcompress.observe import observe
 from qcompress.options import QuadapterOptions
-from qcompress.prepare import Prepared, initialise, observe, quantize, rebuild
+from qcompress.prepare import Prepared, initialise, quantize, rebuild
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
 from qcompress.tasks import TASKS

@@ -10,9 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from qcompress.quant.affine import Grid, fake_quantize, to_codes
+from qcompress.quant.affine import Grid, fake_quantize, to_codes, to_ternary
 
-INT8, INT4 = (-128, 127), (-8, 7)
+INT8, INT4, INT2 = (-128, 127), (-8, 7), (-2, 1)
 LAYOUTS = {
     "int8 tensor": (INT8, None, (48, 64)),
     "int8 channel, [in, out]": (INT8, Grid(1), (48, 20)),
@@ -20,6 +20,8 @@ LAYOUTS = {
     "int4 channel, [in, out]": (INT4, Grid(1), (48, 20)),
     "int4 block, [in, out]": (INT4, Grid(1, 32), (96, 20)),
     "int4 block, [out, in]": (INT4, Grid(0, 32), (20, 96)),
+    "int8 whole weight": (INT8, Grid(1, None, "tensor"), (48, 20)),
+    "int4 whole weight": (INT4, Grid(0, None, "tensor"), (48, 20)),
 }
 """Name -> bounds, grid (None: one scale) and the shape of the tensor."""
 
@@ -46,7 +48,7 @@ def ours(x: Tensor, scale: Tensor, layout: str, slope: float = 1.0) -> Tensor:
 def onnx_reference(x: Tensor, scale: Tensor, layout: str) -> np.ndarray:
     """QuantizeLinear and DequantizeLinear of opset 21, evaluated by onnx itself."""
     bounds, grid, _ = LAYOUTS[layout]
-    attributes = {} if grid is None else {"axis": grid.axis}
+    attributes = {} if scale.dim() == 0 else {"axis": grid.axis}
     if grid is not None and grid.block:
         attributes["block_size"] = grid.block
     kind = TensorProto.INT8 if bounds == INT8 else TensorProto.INT4
@@ -72,7 +74,7 @@ def by_hand(x: Tensor, scale: Tensor, layout: str) -> np.ndarray:
     """The formula in double precision; the quotient is rounded to fp32 first, which decides the ties."""
     bounds, grid, shape = LAYOUTS[layout]
     values, s = x.double().numpy(), scale.double().numpy()
-    if grid is not None:
+    if grid is not None and grid.granularity == "channel":
         s = (
             np.expand_dims(s, 1 - grid.channel_axis)
             if grid.block is None
@@ -106,6 +108,26 @@ def test_ties_go_to_the_even_integer_and_large_values_to_the_bounds() -> None:
     expected = [-2.0, -2.0, 0.0, 0.0, 2.0, 2.0, 126.0, 127.0, 127.0, -128.0, -128.0, -128.0]
     assert fake_quantize(x, torch.tensor(1.0), INT8).tolist() == expected
     assert to_codes(x, torch.tensor(1.0), INT8).tolist() == expected
+
+
+@pytest.mark.parametrize("bounds", [(-4, 3), INT2, (-1, 1)])
+def test_narrow_codes_stay_within_their_bounds_and_use_all_of_them(bounds: tuple[int, int]) -> None:
+    """A hand example: s = 1/2, values from -3 to 3 in steps of 1/8; ties go to the even code."""
+    x = torch.arange(-24, 25) / 8
+    codes = to_codes(x, torch.tensor(0.5), bounds).tolist()
+    expected = []
+    for value in x.tolist():
+        low, rest = divmod(2 * value, 1)
+        nearest = low + (rest > 0.5 or (rest == 0.5 and low % 2 == 1))
+        expected.append(min(max(nearest, bounds[0]), bounds[1]))
+    assert codes == expected and set(codes) == set(range(bounds[0], bounds[1] + 1))
+    assert (fake_quantize(x, torch.tensor(0.5), bounds) * 2).tolist() == expected
+
+
+def test_ternary_codes_are_the_sign_beyond_the_threshold() -> None:
+    x = torch.tensor([[-2.0, -0.5, -0.4, 0.0, 0.5, 0.6], [-2.0, -0.5, -0.4, 0.0, 0.5, 0.6]])
+    codes = to_ternary(x, torch.tensor([[0.5], [0.3]]))
+    assert codes.tolist() == [[-1, 0, 0, 0, 0, 1], [-1, -1, -1, 0, 1, 1]]
 
 
 def test_values_are_divided_by_the_scale_and_not_multiplied_by_its_reciprocal() -> None:

@@ -12,6 +12,7 @@ from qcompress.quant.affine import Grid
 
 SHAPES = [(64, 32), (32, 64), (96, 160), (128, 128)]
 GRIDS = [Grid(axis, block) for axis, block in itertools.product((0, 1), (None, 32))]
+GRIDS += [Grid(axis, None, "tensor") for axis in (0, 1)]
 CASES = [(grid, shape) for grid, shape in itertools.product(GRIDS, SHAPES)]
 
 
@@ -20,7 +21,9 @@ def element_scales(grid: Grid, scale: np.ndarray, shape: tuple[int, int]) -> np.
     found = np.empty(shape, scale.dtype)
     for row, column in np.ndindex(*shape):
         out, into = (column, row) if grid.channel_axis == 1 else (row, column)
-        if grid.block is None:
+        if grid.granularity == "tensor":
+            found[row, column] = scale
+        elif grid.block is None:
             found[row, column] = scale[out]
         else:
             part = into // grid.block
@@ -55,7 +58,23 @@ def test_largest_and_mean_are_over_the_weights_that_share_a_scale(grid: Grid, sh
     mean = np.array([magnitude[owner == number].mean() for number in numbers.flat]).reshape(scale_shape)
     assert len(np.unique(owner)) == numbers.size
     np.testing.assert_array_equal(grid.largest(weight).numpy(), largest)
+    total = np.array([magnitude[owner == number].sum() for number in numbers.flat]).reshape(scale_shape)
     np.testing.assert_allclose(grid.mean(weight.abs()).numpy(), mean, rtol=1e-6)
+    np.testing.assert_allclose(grid.sum(weight.abs()).numpy(), total, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("grid", "shape"), CASES)
+def test_a_scale_that_is_spread_over_its_channels_decodes_the_same_values(
+    grid: Grid, shape: tuple[int, int]
+) -> None:
+    """A file knows scales per channel and per block alone."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    scale = torch.rand(grid.scale_shape(torch.Size(shape)), generator=torch.Generator().manual_seed(6))
+    channels = shape[grid.channel_axis]
+    spread, deployed = grid.spread(scale, channels), Grid(grid.channel_axis, grid.block)
+    assert tuple(spread.shape) == deployed.scale_shape(torch.Size(shape))
+    ours = grid.join(grid.divide(weight) * grid.align(scale))
+    assert torch.equal(deployed.join(deployed.divide(weight) * deployed.align(spread)), ours)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ FORMATS = {
     "int4 blocks": WeightFormat(bits=4, block=32),
     "int4": WeightFormat(bits=4),
     "int4 in int8": WeightFormat(bits=4, container="int8"),
+    "int2 in int8": WeightFormat(bits=2, container="int8"),
+    "int3 blocks": WeightFormat(bits=3, block=32),
 }
 INPUTS, OUTPUTS = 96, 40
 

@@ -6,10 +6,11 @@ import itertools
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from qcompress.axes import AXES
-from qcompress.options import Lsq, MinMax
+from qcompress.options import Lsq, MinMax, Quantizers
 from qcompress.quant.affine import Grid, fake_quantize
 from qcompress.quant.layers import ChannelScale
 from qcompress.quant.quantizers import (
@@ -23,6 +24,7 @@ from qcompress.quant.ranges import Statistics
 OPTIONS = {"minmax": MinMax, "lsq": Lsq}
 INT8, INT4 = (-128, 127), (-8, 7)
 GRIDS = [Grid(axis, block) for axis, block in itertools.product((0, 1), (None, 32))]
+GRIDS.append(Grid(1, None, "tensor"))
 SHAPE = torch.Size((64, 96))
 
 
@@ -44,9 +46,21 @@ def activation_quantizer(name: str, channels: int = 16, **options) -> nn.Module:
     return ACTIVATION_QUANTIZERS[name](OPTIONS[name](**options), INT8, channels)
 
 
-def test_every_quantizer_of_the_axis_has_a_class_for_weights_and_one_for_activations() -> None:
+def test_every_quantizer_of_the_axis_has_a_class_for_each_role_that_a_recipe_may_give_it() -> None:
     names = {options.model_fields["name"].default for options in AXES["quantizer"]}
-    assert names == set(WEIGHT_QUANTIZERS) == set(ACTIVATION_QUANTIZERS) == set(OPTIONS)
+    assert names == set(WEIGHT_QUANTIZERS) | set(ACTIVATION_QUANTIZERS)
+    for role, table in (("weights", WEIGHT_QUANTIZERS), ("activations", ACTIVATION_QUANTIZERS)):
+        refused = 0
+        for name in names:
+            try:
+                Quantizers.model_validate({role: name})
+            except ValidationError:
+                refused += 1
+                assert name not in table
+            else:
+                assert name in table
+        assert refused == len(names) - len(table) == 1
+    assert set(WEIGHT_QUANTIZERS) & set(ACTIVATION_QUANTIZERS) == set(OPTIONS)
 
 
 # Weights ---------------------------------------------------------------------------------------------

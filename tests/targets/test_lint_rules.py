@@ -154,7 +154,9 @@ def test_a_finding_is_one_line_and_plain_json(folder: Path) -> None:
     [
         ('{"h.0": {"weights": "int8", "activations": "float"}}', True),
         ('{"h.0": {"weights": "int4-g64", "activations": "float"}}', True),
+        ('{"h.0": {"weights": "ternary in int8 per tensor", "activations": "float"}}', True),
         ('{"preset": "w8a8"}', True),
+        ('{"preset": "ternary-a8"}', True),
         ('[{"layer": "h.0", "weights": {"bits": 4, "block": 64}}]', True),
         ('{"h.0": {"weights": "float", "activations": "float"}}', False),
         ("{}", False),

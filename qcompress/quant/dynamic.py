@@ -1,0 +1,76 @@
+"""The quantizer `dynamic` for activations: the range of the tensor at hand, until training has ended.
+
+    s  = max|x| / 127 of x clamped to [-2.5, 2.5]
+    x^ = s * round(x / s)
+
+Source: TernaryBERT (arXiv:2009.12812) and the published code of Teacher Intervention (arXiv:2302.11812),
+which deploy it that way. TensorRT takes static scales only, so a static one takes its place when training has
+ended (`observe.make_static`); that step is ours. So is the code -128 for what lies below -2.5: QuantizeLinear
+saturates there, the published code at -127.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.errors import ContractError
+from qcompress.options import Dynamic
+from qcompress.quant.ranges import Statistics, start_scale
+
+
+class DynamicActivation(nn.Module):
+    """Scale [] of each activation by itself; nothing is learned and nothing is stored.
+
+    The range is that of the whole tensor, padding among it, as in the published code. The gradient passes
+    straight through inside the clip, is 0 outside, and the range is not differentiated.
+    """
+
+    def __init__(self, options: Dynamic, bounds: tuple[int, int], channels: int) -> None:
+        super().__init__()
+        self.options, self.bounds = options, bounds
+        self.rescale: Callable[[], Tensor] | None = None
+        """Not needed: the tensor at hand is rescaled already."""
+
+    def init(self, seen: Statistics) -> None:
+        """Nothing to choose."""
+
+    def scale_of(self) -> Tensor:
+        """There is none as long as the range is dynamic."""
+        raise ContractError(
+            "a dynamic activation has no scale to deploy",
+            fix="call observe.make_static when training has ended, before the scales are written",
+        )
+
+    def scale_for(self, largest: Tensor) -> Tensor:
+        """The scale [] of activations whose magnitude goes up to `largest` []: at most clip / 127."""
+        limit = largest if self.options.clip is None else largest.clamp(max=self.options.clip)
+        return start_scale(limit, torch.ones_like(limit), self.bounds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            low, high = x.aminmax()
+            scale = self.scale_for(torch.maximum(-low, high).float())
+        return _RoundToRange.apply(x, scale, *self.bounds, self.options.clip)
+
+    def advance(self) -> None:
+        """Nothing is learned."""
+
+
+class _RoundToRange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int, clip: float | None) -> Tensor:
+        ctx.clip = clip
+        ctx.save_for_backward(*(() if clip is None else (x,)))
+        # what the clip would cut off is beyond the largest code: one clamp serves both
+        y = torch.div(x.to(scale.dtype), scale).round_().clamp_(qmin, qmax).mul_(scale)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.clip is not None:
+            (x,) = ctx.saved_tensors
+            upstream = torch.ops.aten.hardtanh_backward(upstream, x, -ctx.clip, ctx.clip)
+        return upstream, None, None, None, None

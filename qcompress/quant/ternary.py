@@ -1,0 +1,69 @@
+"""The quantizer `ternary` for weights: Ternary Weight Networks (TWN, arXiv:1605.04711, section 2.2).
+
+    D  = 0.7 * mean|w|           over the weights that share a scale
+    a  = mean of |w| over |w| > D
+    w^ = a * sign(w) where |w| > D, and 0 elsewhere
+
+As TernaryBERT (arXiv:2009.12812) and Teacher Intervention (arXiv:2302.11812) use it: w is clamped to [-2.5,
+2.5] first, the gradient passes straight through inside and is 0 outside, and neither D nor a is
+differentiated. The granularity is the format's: they take the whole tensor for a linear layer, and a row for
+the word embeddings.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompress.options import Ternary
+from qcompress.quant.affine import Grid, to_ternary
+from qcompress.quant.coding import CodedWeight
+from qcompress.quant.ranges import TINY
+
+
+class TernaryWeight(CodedWeight):
+    """Threshold and scale of the current weight; nothing is learned and nothing is stored."""
+
+    def __init__(self, options: Ternary, grid: Grid, bounds: tuple[int, int], shape: torch.Size) -> None:
+        super().__init__()
+        self.options, self.grid, self.bounds = options, grid, bounds
+
+    def init(self, weight: Tensor) -> None:
+        """Nothing to choose."""
+
+    def threshold_of(self, weight: Tensor) -> Tensor:
+        """Threshold for this weight, in the grid's shape."""
+        return self._measure(weight)[0]
+
+    def scale_of(self, weight: Tensor) -> Tensor:
+        """Scale for this weight, in the grid's shape; weights that are all 0 get a tiny one."""
+        return self._measure(weight)[1]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        threshold, scale = (self.grid.align(values) for values in self._measure(weight))
+        return self.grid.join(_Ternary.apply(self.grid.divide(weight), scale, threshold, self.options.clip))
+
+    def advance(self) -> None:
+        """Nothing is learned."""
+
+    @torch.no_grad()
+    def _measure(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        grid, magnitude = self.grid, weight.clamp(-self.options.clip, self.options.clip).abs()
+        threshold = self.options.threshold * grid.mean(magnitude)
+        kept = grid.join(grid.divide(magnitude) > grid.align(threshold))
+        # a row of zeros keeps nothing, and 0 / 0 would make NaN of it
+        scale = grid.sum(magnitude * kept) / grid.sum(kept).clamp_min(1)
+        return threshold, scale.clamp_min(TINY)
+
+
+class _Ternary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, threshold: Tensor, clip: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.clip = clip
+        return to_ternary(x, threshold).to(scale.dtype) * scale
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(upstream, x, -ctx.clip, ctx.clip), None, None, None
