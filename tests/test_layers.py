@@ -24,7 +24,8 @@ STAGES = ("load", "train", "fold", "export", "build", "verify", "gate")
 LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("plain values", {
         "errors", "formats", "axes", "options", "glue", "task_options", "schema", "artifacts", "plan",
-        "models.architecture", "codekey", "system", "host", "progress", "yamlfile", "distance", "tensorfile", "goals",
+        "models.architecture", "codekey", "system", "host", "progress", "yamlfile", "distance",
+        "tensorfile", "goals",
     }),
     ("numerics", {
         "quant", "quant.affine", "quant.folded", "quant.layers", "quant.quantizers", "quant.ranges",
