@@ -38,11 +38,14 @@ def named_outputs(config: dict[str, Any]) -> tuple[str, ...]:
 def settle(wanted: Sequence[str] | None, config: dict[str, Any]) -> list[str]:
     """The names of a model's outputs, in their order, for a task that wants these labels.
 
-    Case does not tell labels apart: hub checkpoints write ENTAILMENT where GLUE writes entailment.
+    Case does not tell labels apart: hub checkpoints write ENTAILMENT where GLUE writes entailment. A config
+    without `id2label` is of two outputs or of no head at all; the head's shape is the family's to check.
     """
     known = named_outputs(config)
     if wanted is None:
         return list(known)
+    if not config.get("id2label"):
+        return list(wanted)
     if all(PLACEHOLDER.fullmatch(name) for name in known) and len(known) == len(wanted):
         return list(wanted)
     if sorted(map(str.casefold, known)) != sorted(map(str.casefold, wanted)):
