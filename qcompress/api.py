@@ -167,7 +167,7 @@ def verify(
     if engine is not None:
         from qcompress.stages.verify import take_engine_row
 
-        take_engine_row(loaded.path, loaded.recipe.task.name, Path(engine))
+        take_engine_row(loaded.path, loaded.recipe.task, Path(engine))
     else:
         _measure_again(loaded, reporter)
     return gate(path)
@@ -274,6 +274,12 @@ def gate(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Judge a run's parity.json by the goals of its recipe; writes and returns verdict.json."""
     loaded = load(path)
     recipe = loaded.recipe
-    verdict = judge(loaded.parity, recipe.gate, recipe.verify.require, recipe.format.compute)
+    verdict = judge(
+        loaded.parity,
+        recipe.gate,
+        recipe.verify.require,
+        recipe.format.compute,
+        float_trains=recipe.format.is_float,
+    )
     write_json(loaded.path / "verdict.json", verdict)
     return verdict

@@ -20,7 +20,8 @@ class Distance:
 
     `range` is the largest minus the smallest logit of the reference; cosine and snr_db are over all logits
     together, so that a few positions with small logits do not dominate. snr_db is None where there is no
-    error, because JSON knows no infinity.
+    error, because JSON knows no infinity; top1_agreement is None where a position has one logit, which is
+    always its best.
     """
 
     to: str
@@ -77,7 +78,7 @@ class Distance:
             "range": self.high - self.low,
             "cosine": self.dot / norm if norm else math.nan,
             "snr_db": decibels(self.square_reference, error),
-            "top1_agreement": self.agree / self.positions,
+            "top1_agreement": self.agree / self.positions if self.count > self.positions else None,
             "positions": self.positions,
         }
 

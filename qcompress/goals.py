@@ -8,8 +8,20 @@ from pydantic import Field, model_validator
 
 from qcompress.formats import Options
 
-METRICS: dict[str, Literal["lower", "higher"]] = {"perplexity": "lower", "token_accuracy": "higher"}
-"""Every metric a task reports, and which way is better."""
+METRICS: dict[str, Literal["lower", "higher"]] = {
+    "perplexity": "lower",
+    "token_accuracy": "higher",
+    "accuracy": "higher",
+    "f1": "higher",
+    "f1_macro": "higher",
+    "f1_micro": "higher",
+    "mcc": "higher",
+    "pearson": "higher",
+    "spearman": "higher",
+    "span_f1": "higher",
+    "agreement": "higher",
+}
+"""Every metric a task reports, and which way is better. All of them are 1 at best."""
 
 
 class Goal(Options):
@@ -43,7 +55,7 @@ class ParityGoal(Options):
     mean_abs: float | None = Field(default=None, ge=0)
     """Mean difference of the logits, as a fraction of the logits' range."""
     top1_agreement: float | None = Field(default=None, ge=0, le=1)
-    """Least share of positions with the same best token."""
+    """Least share of positions with the same best token or label; a regression has none."""
 
 
 class Gate(Options):

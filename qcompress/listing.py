@@ -11,6 +11,7 @@ from qcompress.axes import AXES, METHODS
 from qcompress.models import FAMILIES
 from qcompress.schema import Task
 from qcompress.targets.table import TARGETS
+from qcompress.wording import sections_of
 
 
 def _methods() -> list[tuple[str, str]]:
@@ -38,7 +39,7 @@ def _models() -> list[tuple[str, str]]:
 
 
 def _tasks() -> list[tuple[str, str]]:
-    options = (Task.__origin__,)
+    options = sections_of(Task)
     return [(item.model_fields["name"].default, _first_paragraph(item)) for item in options]
 
 

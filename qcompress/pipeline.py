@@ -65,7 +65,16 @@ TOOLS: dict[str, tuple[str, ...]] = {
     "fold": ("torch", "transformers"),
     "export": ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"),
     "build": ("tensorrt", "tensorrt_rtx"),
-    "verify": ("torch", "transformers", "tokenizers", "onnxruntime", "onnxruntime-gpu", "numpy"),
+    "verify": (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "numpy",
+        "scikit-learn",
+        "scipy",
+    ),  # fmt: skip
     "gate": (),
 }
 """Packages whose version can change a stage's result."""
@@ -237,7 +246,12 @@ def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
             "verify": {key: value for key, value in whole["verify"].items() if key != "require"},
             "compute": recipe.format.compute,
         },
-        "gate": {"gate": whole["gate"], "require": recipe.verify.require, "compute": recipe.format.compute},
+        "gate": {
+            "gate": whole["gate"],
+            "require": recipe.verify.require,
+            "compute": recipe.format.compute,
+            "is_float": recipe.format.is_float,
+        },
     }
 
 

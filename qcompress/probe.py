@@ -1,16 +1,19 @@
 """The probe kit: what a device needs to measure its engine, and how its answer is taken in again. No torch.
 
-probe/inputs.npz     ids int32 [samples, longest], length, first, set (index into `sets`)
-probe/reference.npz  logits [compared, positions, vocabulary] of the onnx row, and which positions these are:
+probe/inputs.npz     length [samples], set (index into `sets`), and the task's own kit, all int32: ids and
+                     first of a language model, the graph's inputs [samples, longest] of any other
+probe/reference.npz  logits [compared, positions, outputs] of the onnx row, and which positions these are:
                      all of them, or as many as fit into 20 MB, spread over the sequence
-probe/probe.json     names of the sets, hashes of the graph and the plan
+probe/probe.json     names of the sets, hashes of the graph and the plan, what is written of each sample
 probe/measure_engine.py
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,34 +43,36 @@ SCRIPT = Path(__file__).parent / "probe_kit" / "measure_engine.py"
 
 @dataclass(frozen=True)
 class EngineMeasurement:
-    """What a device measured: per-sample results by evaluation set, the distance to onnx, and where."""
+    """What a device measured: the distance to onnx, where, and by evaluation set either `samples`, results of
+    a language model, or `logits` [samples, ...] of any other model, which its task makes results of.
+    """
 
-    samples: dict[str, list[dict[str, float]]]
+    samples: dict[str, list[dict[str, float]]] | None
+    logits: dict[str, np.ndarray] | None
     distance: dict[str, object]
     facts: dict[str, object]
 
 
 def write_probe(
-    folder: Path, sets: dict[str, list[Any]], logits: Path, onnx: OnnxModel, engine: Engine | None
+    folder: Path,
+    sets: Mapping[str, int],
+    arrays: dict[str, np.ndarray],
+    logits: Path,
+    onnx: OnnxModel,
+    engine: Engine | None,
 ) -> None:
-    """Fill `folder` with the kit; `logits` is the .npy file of the onnx row."""
+    """Fill `folder` with the kit.
+
+    `sets`: how many samples each has; `arrays`: the task's kit of all samples, in that order; `logits`: the
+    .npy file of the onnx row.
+    """
     folder.mkdir(exist_ok=True)
-    windows = [(index, window) for index, found in enumerate(sets.values()) for window in found]
-    longest = max(len(window.ids) for _, window in windows)
-    ids = np.zeros((len(windows), longest), np.int32)
-    for row, (_, window) in enumerate(windows):
-        ids[row, : len(window.ids)] = window.ids
-    _save_npz(
-        folder / "inputs.npz",
-        ids=ids,
-        length=np.array([len(window.ids) for _, window in windows], np.int32),
-        first=np.array([window.first for _, window in windows], np.int32),
-        set=np.array([index for index, _ in windows], np.int32),
-    )
+    place = np.repeat(np.arange(len(sets), dtype=np.int32), list(sets.values()))
+    np.savez_compressed(folder / "inputs.npz", **arrays, set=place)  # equal arrays give equal files
     reference = np.load(logits, mmap_mode="r")
     room = KIT_BYTES - (folder / "inputs.npz").stat().st_size - SPARE_BYTES
     count, positions = _affordable(*reference.shape[:2], room // int(reference[0, 0].nbytes))
-    _save_npz(folder / "reference.npz", logits=reference[:count][:, positions], positions=positions)
+    np.savez(folder / "reference.npz", logits=reference[:count][:, positions], positions=positions)
     build = read_json(engine.path / "build.json") if engine else {}
     plan = engine.plan if engine else None
     write_json(
@@ -77,6 +82,7 @@ def write_probe(
             "onnx_sha256": sha256_file(onnx.file),
             "plan_sha256": sha256_file(plan) if plan else None,
             "backend": build.get("backend") or "tensorrt",
+            "per_sample": "nll" if "first" in arrays else "logits",
         },
     )
     shutil.copyfile(SCRIPT, folder / SCRIPT.name)
@@ -93,15 +99,10 @@ def _affordable(samples: int, context: int, room: int) -> tuple[int, np.ndarray]
     return count, np.linspace(0, context - 1, each).astype(np.int32)
 
 
-def _save_npz(file: Path, **arrays: np.ndarray) -> None:
-    """Uncompressed, without time stamps: equal arrays give equal files."""
-    np.savez(file, **arrays)
-
-
 def read_measurement(file: Path, probe: Path, onnx: Path) -> EngineMeasurement:
     """engine.json, held against the kit and the graph it claims to belong to."""
-    found = _parse(file)
     facts = read_json(probe / "probe.json")
+    found = _parse(file, facts["per_sample"])
     plan = facts["plan_sha256"] if found["measured"] == "plan" else None
     for what, claimed, own in (
         ("graph", found["onnx_sha256"], sha256_file(onnx)),
@@ -114,28 +115,38 @@ def read_measurement(file: Path, probe: Path, onnx: Path) -> EngineMeasurement:
                 fix="copy probe/ and engine/ of this run to the device and measure again",
             )
     with np.load(probe / "inputs.npz") as archive:
-        inputs = {name: archive[name] for name in ("length", "first", "set")}
+        inputs = {name: archive[name] for name in ("length", "first", "set") if name in archive.files}
     count = len(inputs["length"])
-    for name in ("nll", "correct"):
+    fields = ("nll", "correct") if facts["per_sample"] == "nll" else ("logits",)
+    for name in fields:
         if len(found[name]) != count:
             raise UsageError(
                 f"{file} has {len(found[name])} samples under {name!r}, the probe has {count}",
                 fix="copy probe/ of this run to the device and measure again",
             )
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in facts["sets"]}
-    for row in range(count):
-        samples[facts["sets"][int(inputs["set"][row])]].append(
-            {
-                "nll": found["nll"][row],
-                "correct": found["correct"][row],
-                "tokens": int(inputs["length"][row] - inputs["first"][row]),
-            }
-        )
     kept = {key: found.get(key) for key in ("versions", "machine", "seconds", "measured", "file_sha256")}
-    return EngineMeasurement(samples, found["distance"], kept)
+    samples = logits = None
+    if facts["per_sample"] == "nll":
+        samples = _results(found, inputs, facts["sets"])
+    else:
+        logits = {name: found["logits"][inputs["set"] == place] for place, name in enumerate(facts["sets"])}
+    return EngineMeasurement(samples, logits, found["distance"], kept)
 
 
-def _parse(file: Path) -> dict[str, Any]:
+def _results(
+    found: dict[str, Any], inputs: dict[str, np.ndarray], sets: list[str]
+) -> dict[str, list[dict[str, float]]]:
+    """Results of a language model, by set."""
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in sets}
+    for row, place in enumerate(inputs["set"]):
+        tokens = int(inputs["length"][row] - inputs["first"][row])
+        samples[sets[int(place)]].append(
+            {"nll": found["nll"][row], "correct": found["correct"][row], "tokens": tokens}
+        )
+    return samples
+
+
+def _parse(file: Path, per_sample: str) -> dict[str, Any]:
     """Content of engine.json, as far as it is used here."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -143,8 +154,11 @@ def _parse(file: Path) -> dict[str, Any]:
             raise ValueError(f"format {found['format']!r}, and this version reads {FORMAT}")
         if missing := FAR - found["distance"].keys():
             raise KeyError(*missing)
-        found["nll"] = [float(value) for value in found["nll"]]
-        found["correct"] = [int(value) for value in found["correct"]]
+        if per_sample == "nll":
+            found["nll"] = [float(value) for value in found["nll"]]
+            found["correct"] = [int(value) for value in found["correct"]]
+        else:
+            found["logits"] = _unpacked(found["logits"])
         for key in ("measured", "file_sha256", "onnx_sha256", "inputs_sha256"):
             str(found[key])
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
@@ -152,3 +166,9 @@ def _parse(file: Path) -> dict[str, Any]:
             f"{file} is not a measurement ({error!r})", fix="name the file that measure_engine.py wrote"
         ) from None
     return found
+
+
+def _unpacked(value: dict[str, Any]) -> np.ndarray:
+    """Logits as the script packs them, fp32."""
+    content = base64.b64decode(value["float32"], validate=True)
+    return np.frombuffer(content, "<f4").reshape(value["shape"])

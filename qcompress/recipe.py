@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from qcompress.axes import AXES
+from qcompress.data_rules import LOCAL
 from qcompress.errors import Mistake, RecipeError
 from qcompress.formats import as_mapping
 from qcompress.options import Quantizers, named, quantizers
-from qcompress.rules import LOCAL, is_hub_id, judge
+from qcompress.rules import is_hub_id, judge
 from qcompress.schema import Recipe
 from qcompress.structure import validate
 from qcompress.yamlfile import Document, Key, Place, dotted, dump_yaml, parse_value, read_yaml, split_key
@@ -45,7 +46,11 @@ CHOICES: tuple[tuple[tuple[str, ...], tuple[str, ...] | None], ...] = (
     (("name",), None),
     (("bits",), None),
     (("source", "run"), ("source", "run", "revision")),
-    (("text", "dataset"), ("text", "dataset", "config", "split", "revision", "column")),
+    (
+        ("text", "dataset"),
+        ("text", "table", "columns", "dataset", "config", "split", "revision", "column"),
+    ),
+    (("table",), ("text", "dataset", "config", "split", "revision", "column")),
     (
         ("threshold", "max-degradation", "percent-max-degradation"),
         ("threshold", "max-degradation", "percent-max-degradation"),
@@ -198,10 +203,12 @@ def _move_paths(values: dict[str, Any], folder: Path, base: Path) -> None:
         model["source"] = os.path.join(way, model["source"]) if local else model["source"]
     for section in (data.get("train"), data.get("calibration"), *_mapping(data.get("evaluate")).values()):
         texts = _mapping(section)
-        if isinstance(texts.get("text"), list):
-            texts["text"] = [
-                os.path.join(way, name) if isinstance(name, str) and name else name for name in texts["text"]
-            ]
+        for origin in ("text", "table"):
+            if isinstance(texts.get(origin), list):
+                texts[origin] = [
+                    os.path.join(way, name) if isinstance(name, str) and name else name
+                    for name in texts[origin]
+                ]
         dataset = texts.get("dataset")
         if not isinstance(dataset, str) or not dataset:
             continue

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from qcompress.axes import AXES, ILLEGAL, PHASES
+from qcompress.data_rules import also, judge_directory, judge_files, judge_origins
 from qcompress.goals import METRICS
-from qcompress.schema import Format, Recipe, Role, TextData
+from qcompress.schema import CausalLm, Format, Recipe, Role
+from qcompress.task_options import AGREEMENT
 from qcompress.wording import choose, found
-from qcompress.yamlfile import Document, Key, dotted
+from qcompress.yamlfile import Document, Key
 
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
 """Names that become part of a path or of a metric's name."""
@@ -30,9 +32,6 @@ FORMATS: tuple[Key, ...] = tuple(
 )
 """Keys that decide what is quantized."""
 
-LOCAL = ("/", "./", "../")
-"""How the name of a dataset begins that can only be a directory."""
-
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 
 
@@ -45,6 +44,7 @@ def judge(recipe: Recipe, document: Document, base: Path) -> None:
     _phases(recipe, document)
     _roles(recipe, document)
     _evaluation_sets(recipe, document)
+    judge_origins(recipe, document)
     _metrics(recipe, document)
     _training_data(recipe, document)
     _calibration_data(recipe, document)
@@ -54,7 +54,7 @@ def judge(recipe: Recipe, document: Document, base: Path) -> None:
     if document.sound(("task", "context")):
         judge_profiles(recipe, document, recipe.task.context, f"`task.context` is {recipe.task.context}")
     _model(recipe, document, base)
-    _data(recipe, document, base)
+    judge_files(recipe, document, base)
 
 
 def is_hub_id(source: str) -> bool:
@@ -155,7 +155,7 @@ def _metrics(recipe: Recipe, document: Document) -> None:
     """A set that does not exist is one mistake, however many goals name it."""
     if not document.present(("data", "evaluate")):
         return
-    known = [f"{name}.{metric}" for name in recipe.data.evaluate for metric in METRICS]
+    known = [f"{name}.{metric}" for name in recipe.data.evaluate for metric in _measured(recipe, document)]
     wrong: dict[str, list[Key]] = {}
     for goals in ("float_floor", "recovery"):
         for name in getattr(recipe.gate, goals):
@@ -164,12 +164,15 @@ def _metrics(recipe: Recipe, document: Document) -> None:
                 section = name.rpartition(".")[0]
                 wrong.setdefault(name if section in recipe.data.evaluate else section, []).append(key)
     for keys in wrong.values():
-        message = f"is no metric of an evaluation set (`<set>.<metric>`){_also(keys)}"
+        message = f"is no metric of an evaluation set (`<set>.<metric>`){also(keys)}"
         document.report(keys[0], message, choose(keys[0][-1], known, these=", ".join(known[:6])))
 
 
-def _also(keys: Sequence[Key]) -> str:
-    return f" (also {', '.join(dotted(key) for key in keys[1:])})" if keys[1:] else ""
+def _measured(recipe: Recipe, document: Document) -> list[str]:
+    """The metrics of the task; every metric there is where the task is wrong itself."""
+    if not document.sound(("task",)):
+        return list(METRICS)
+    return [*recipe.task.metrics, *([] if isinstance(recipe.task, CausalLm) else [AGREEMENT])]
 
 
 def _steps(recipe: Recipe, phase: str) -> int:
@@ -257,7 +260,7 @@ def judge_profiles(recipe: Recipe, document: Document, limit: int, reason: str) 
 def _model(recipe: Recipe, document: Document, base: Path) -> None:
     model = recipe.model
     if model.run is not None and document.sound(("model", "run")):
-        _directory(("model", "run"), model.run, "the directory of an earlier run", document, base)
+        judge_directory(("model", "run"), model.run, "the directory of an earlier run", document, base)
     if model.source is None or not document.sound(("model", "source")):
         return
     is_directory = os.path.isdir(base / model.source)
@@ -265,44 +268,4 @@ def _model(recipe: Recipe, document: Document, base: Path) -> None:
         message = "belongs to a hub id, and `source` is a directory"
         document.report(("model", "revision"), message, "drop it")
     if not is_directory and not is_hub_id(model.source):
-        _directory(("model", "source"), model.source, "a directory or a hub id", document, base)
-
-
-def _directory(key: Key, name: str, wanted: str, document: Document, base: Path) -> None:
-    if os.path.isdir(base / name):
-        return
-    what = "is no directory" if os.path.exists(base / name) else "does not exist"
-    document.report(key, f"{name[:200]!r} {what}", f"write {wanted}; paths are relative to the recipe")
-
-
-def _texts(recipe: Recipe) -> Iterator[tuple[Key, TextData]]:
-    for name in ("train", "calibration"):
-        if (text := getattr(recipe.data, name)) is not None:
-            yield ("data", name), text
-    for name, text in recipe.data.evaluate.items():
-        yield ("data", "evaluate", name), text
-
-
-def _data(recipe: Recipe, document: Document, base: Path) -> None:
-    """Each file is judged once: one that is missing is one mistake, however many sets name it."""
-    wrong: dict[str, tuple[str, list[Key]]] = {}
-    for section, data in _texts(recipe):
-        for index, name in enumerate(data.text or ()):
-            if (problem := _unreadable(base / name)) is not None:
-                keys = wrong.setdefault(os.path.normpath(base / name), (problem, []))[1]
-                keys.append((*section, "text", index))
-        if data.dataset is not None and data.dataset.startswith(LOCAL):
-            _directory((*section, "dataset"), data.dataset, "a dataset's directory or name", document, base)
-    for name, (problem, keys) in wrong.items():
-        document.report(
-            keys[0], f"{name} {problem}{_also(keys)}", "check the path; it is relative to the recipe"
-        )
-
-
-def _unreadable(file: Path) -> str | None:
-    """What keeps a file from being read, None if nothing does."""
-    if not os.path.exists(file):
-        return "does not exist"
-    if not os.path.isfile(file):
-        return "is a directory" if os.path.isdir(file) else "is not a regular file"
-    return None if os.access(file, os.R_OK) else "cannot be read: no permission"
+        judge_directory(("model", "source"), model.source, "a directory or a hub id", document, base)

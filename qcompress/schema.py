@@ -33,9 +33,13 @@ from qcompress.options import (
     Sharpness,
     Stepper,
     TaskObjective,
-    named,
     quantizers,
 )
+from qcompress.task_options import CausalLm as CausalLm  # what a recipe is made of is found here
+from qcompress.task_options import Data, Task
+from qcompress.task_options import SequenceClassification as SequenceClassification
+from qcompress.task_options import TextData as TextData
+from qcompress.task_options import TokenClassification as TokenClassification
 
 Stage = Literal["load", "train", "fold", "export", "build", "verify", "gate"]
 STAGES: tuple[str, ...] = ("load", "train", "fold", "export", "build", "verify", "gate")
@@ -88,66 +92,6 @@ class Model(Options):
         if self.run is not None and self.revision is not None:
             raise ValueError("`revision` belongs to a hub id, and `run` is a directory")
         return self
-
-
-class CausalLm(Options):
-    """Next-token prediction. Metrics: perplexity, token_accuracy."""
-
-    name: Literal["causal-lm"] = "causal-lm"
-    context: int = Field(default=1024, ge=2)
-    """Tokens of one sequence."""
-    stride: int | None = Field(default=None, ge=1)
-    """Evaluation windows start this many tokens apart and only count what no earlier window counted; none:
-    the context, so that windows do not overlap."""
-
-    @model_validator(mode="after")
-    def _stride_covers_the_text(self) -> CausalLm:
-        if self.stride is not None and self.stride > self.context:
-            raise ValueError(
-                f"stride {self.stride} is longer than context {self.context}: it would skip tokens"
-            )
-        return self
-
-
-Task = Annotated[CausalLm, BeforeValidator(named)]
-
-
-class TextData(Options):
-    """Text from files or from a `datasets` name."""
-
-    text: list[str] | None = None
-    """UTF-8 files, relative to the recipe, joined in this order."""
-    dataset: str | None = None
-    """A dataset's name on the hub, or a local directory that `datasets` can load."""
-    config: str | None = None
-    """Configuration of the dataset."""
-    split: str = "train"
-    """Split of the dataset."""
-    revision: str | None = None
-    """Commit of a hub dataset."""
-    column: str = "text"
-    """The dataset's column that holds the text."""
-    limit: int | None = Field(default=None, ge=1)
-    """At most this many sequences of `task.context` tokens."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> TextData:
-        if (self.text is None) == (self.dataset is None):
-            raise ValueError("give exactly one of `text` and `dataset`")
-        if self.text is not None and not self.text:
-            raise ValueError("`text` names no file")
-        return self
-
-
-class Data(Options):
-    """What is read, and for what."""
-
-    train: TextData | None = None
-    """For phases that train with the task's loss."""
-    calibration: TextData | None = None
-    """For ranges and for block-wise calibration."""
-    evaluate: dict[str, TextData] = Field(min_length=1)
-    """Named evaluation sets; the first is the one a ladder shows first."""
 
 
 class LayerFormat(Options):

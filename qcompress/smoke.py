@@ -85,7 +85,7 @@ def _small(recipe: Recipe, source: Path) -> Recipe:
     sections: dict[str, Any] = {
         "name": f"{recipe.name[:94].rstrip('.-')}-smoke",
         "model": {"source": str(source.absolute()), "revision": None, "run": None},
-        "task": {"context": context, "stride": min(recipe.task.stride or context, context)},
+        "task": recipe.task.within(CONTEXT),
         "format": {"layers": patterns},
         "train": {"batch_size": min(recipe.train.batch_size, BATCH), "phases": _phases(recipe)},
         "build": {"profiles": [_within(profile, context) for profile in recipe.build.profiles]},

@@ -47,7 +47,7 @@ STANDINS: tuple[tuple[Key, Any], ...] = (
     (("name",), "unnamed"),
     (("model",), {"family": next(iter(FAMILIES)), "source": "."}),
     (("model", "family"), next(iter(FAMILIES))),
-    (("task",), {}),
+    (("task",), {"name": "causal-lm"}),
     (("data",), {"evaluate": {"unnamed": {"dataset": "unnamed"}}}),
     (("data", "evaluate"), {"unnamed": {"dataset": "unnamed"}}),
     (("data", "evaluate", "*"), {"dataset": "unnamed"}),
@@ -128,7 +128,8 @@ def _judge(detail: ErrorDetails, spot: Spot, document: Document) -> Key:
         key = (*key, str(detail["loc"][-1]))
     shown = (*key, "name") if kind.startswith("union_tag") and isinstance(spot.value, dict) else key
     follows = kind in ("missing", "value_error") and not document.sound(key)
-    follows = follows or (kind == "union_tag_not_found" and not document.present(("method",)))
+    by_method = kind == "union_tag_not_found" and key[0] in AXES
+    follows = follows or (by_method and not document.present(("method",)))
     if document.present(shown) and not follows:
         message, fix, meant = explain(detail, spot)
         document.report(shown, message, fix)

@@ -23,8 +23,9 @@ STAGES = ("load", "train", "fold", "export", "build", "verify", "gate")
 
 LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("plain values", {
-        "errors", "formats", "axes", "options", "schema", "artifacts", "plan", "models.architecture",
-        "codekey", "system", "host", "processes", "progress", "yamlfile", "distance", "tensorfile", "goals",
+        "errors", "formats", "axes", "options", "glue", "task_options", "schema", "artifacts", "plan",
+        "models.architecture", "codekey", "system", "host", "processes", "progress", "yamlfile",
+        "distance", "tensorfile", "goals",
     }),
     ("numerics", {
         "quant", "quant.affine", "quant.coding", "quant.dynamic", "quant.folded", "quant.layers",
@@ -33,15 +34,16 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("families, tasks, targets", {
         "models", "models.attention", "models.bert", "models.distilbert", "models.encoder", "models.gpt2",
         "models.residual", "models.roberta", "models.stock",
-        "tasks", "tasks.causal_lm", "tasks.examples", "tasks.text",
+        "tasks", "tasks.causal_lm", "tasks.examples", "tasks.labels", "tasks.padded", "tasks.scores",
+        "tasks.sequence_classification", "tasks.table", "tasks.text", "tasks.token_classification",
         "targets", "targets.builder", "targets.checks", "targets.device", "targets.graph", "targets.lint",
         "targets.process", "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes",
         "targets.table",
     }),
-    ("recipes", {"wording", "structure", "rules", "recipe", "check"}),
+    ("recipes", {"wording", "structure", "data_rules", "rules", "recipe", "check"}),
     ("models in three forms", {
         "prepare", "observe", "checkpoint", "certificate", "certificate_points", "sizes", "probe", "runners",
-        "sharpness",
+        "samples", "sharpness",
     }),
     ("methods", {
         "methods", "methods.ball", "methods.distillation", "methods.plain", "methods.protocols",
@@ -70,7 +72,8 @@ DOORS: dict[str, set[str]] = {
         "methods.protocols", "methods.quadapter", "methods.ball", "methods.saq", "methods.squat",
         "methods.distillation", "methods.signals", "methods.teacher_intervention",
         "models.attention", "models.gpt2", "models.residual", "models.stock",
-        "tasks.causal_lm", "tasks.examples", "prepare", "observe", "processes", "checkpoint",
+        "tasks.causal_lm", "tasks.examples", "tasks.padded", "tasks.sequence_classification",
+        "tasks.token_classification", "prepare", "observe", "processes", "checkpoint",
         "loop", "runners", "tensorfile", "train", "fold", "export", "verify",
         "layerwise", "sharpness",
     },
@@ -82,6 +85,8 @@ DOORS: dict[str, set[str]] = {
              "targets.quantizers", "targets.sizes"},
     "onnx_ir": {"export"},
     "datasets": {"tasks.text"},
+    "pyarrow": {"tasks.table"},
+    "sklearn": {"tasks.scores"},
     "huggingface_hub": {"load"},
     "typer": {"cli"},
     "yaml": {"yamlfile"},
@@ -91,11 +96,14 @@ DOORS: dict[str, set[str]] = {
 CALLED_BY_NAME = {"importlib.import_module": {"targets.builder"}, "__import__": {"probe_kit.measure_engine"}}
 """TensorRT is imported by name, because there are two of it; nothing else is."""
 
-LAZY = {"processes", "models", "models.gpt2", "models.stock", "tasks.causal_lm", "tasks.examples"}
+LAZY = {"processes", "models", "models.gpt2", "models.stock", "tasks.causal_lm", "tasks.examples",
+        "tasks.sequence_classification", "tasks.token_classification", "tasks.scores",
+        "tasks.table"}  # fmt: skip
 """Modules that torch-free commands import, and that need torch or transformers only inside functions."""
 
 DISTRIBUTIONS = {"yaml": "PyYAML", "onnx_ir": "onnxscript", "google": "onnx", "pydantic_core": "pydantic",
-                 "huggingface_hub": "transformers", "ml_dtypes": "ml-dtypes"}  # fmt: skip
+                 "huggingface_hub": "transformers", "ml_dtypes": "ml-dtypes",
+                 "sklearn": "scikit-learn", "pyarrow": "datasets"}  # fmt: skip
 """What brings a package that has another name than its distribution, or comes with one."""
 
 BANNED = {"eval", "exec", "pickle", "cPickle", "marshal", "shelve", "torch.load", "joblib", "dill"}
@@ -277,7 +285,16 @@ def test_what_torch_free_commands_import_needs_torch_only_inside_functions() -> 
             if found.own:
                 queue.append(found.name)
             else:
-                heavy = ("torch", "transformers", "onnxruntime", "accelerate", "datasets", "onnx_ir")
+                heavy = (
+                    "torch",
+                    "transformers",
+                    "onnxruntime",
+                    "accelerate",
+                    "datasets",
+                    "onnx_ir",
+                    "sklearn",
+                    "pyarrow",
+                )
                 assert found.name.partition(".")[0] not in heavy, f"{name}:{found.line} imports {found.name}"
         queue += [parent for parent in parents if parent in SOURCES]
     assert LAZY | {"gate", "load", "build", "workspace", "tasks"} <= reached

@@ -32,7 +32,7 @@ from qcompress.artifacts import OnnxModel, read_json
 from qcompress.distance import Distance
 from qcompress.errors import UsageError
 from qcompress.probe import KIT_BYTES, SCRIPT, read_measurement, write_probe
-from qcompress.tasks.causal_lm import Window
+from qcompress.tasks.causal_lm import Window, kit
 
 SAMPLES = sum(SETS.values())
 KIT = {"inputs.npz", "reference.npz", "probe.json", "measure_engine.py"}
@@ -75,7 +75,8 @@ def test_the_kit_has_its_four_files_and_names_the_graph_and_the_plan(project: Pr
     facts = read_json(kit / "probe.json")
     build = read_json(project.latest / "engine" / "build.json")
     assert facts == {"sets": list(SETS), "onnx_sha256": build["onnx"]["sha256"],
-                     "plan_sha256": build["plan"]["sha256"], "backend": "tensorrt_rtx"}  # fmt: skip
+                     "plan_sha256": build["plan"]["sha256"], "backend": "tensorrt_rtx",
+                     "per_sample": "nll"}  # fmt: skip
     assert (kit / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()
 
 
@@ -112,7 +113,8 @@ def write(folder: Path, compared: int, context: int, vocabulary: int, count: int
     logits.flush()
     onnx = OnnxModel(folder)
     onnx.file.write_bytes(b"a graph")
-    write_probe(folder / "probe", {"test": windows(count, context)}, folder / "logits.npy", onnx, None)
+    arrays = kit({}, windows(count, context))
+    write_probe(folder / "probe", {"test": count}, arrays, folder / "logits.npy", onnx, None)
     return folder / "probe"
 
 

@@ -5,14 +5,16 @@
     qcompress verify RUN --engine engine.json                       (back on the machine that holds the run)
 
 Runs every sample of inputs.npz, compares the first ones with the logits that ONNX Runtime gave for the same
-graph (reference.npz), and writes engine.json: per-sample results, distances, and the hashes that tie the
-measurement to this run. With --onnx it measures the ONNX file through onnxruntime instead, on a device
+graph (reference.npz), and writes engine.json: per-sample results of a language model, or the logits of any
+other model, whose metrics are computed where the run is; distances; and the hashes that tie the measurement
+to this run. With --onnx it measures the ONNX file through onnxruntime instead, on a device
 without TensorRT.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import ctypes
 import hashlib
 import json
@@ -215,7 +217,10 @@ def distance(parts):
         "range": max(part["high"] for part in parts) - min(part["low"] for part in parts),
         "cosine": total["dot"] / norm if norm else math.nan,
         "snr_db": decibels(total["rr"], error),
-        "top1_agreement": total["agree"] / total["positions"],
+        # one logit is always the best: a regression has no agreement
+        "top1_agreement": total["agree"] / total["positions"]
+        if total["count"] > total["positions"]
+        else None,
         "positions": total["positions"],
     }
 
@@ -273,6 +278,38 @@ def run(runner, inputs, reference, positions, limit):
     return nll, correct, distance(parts), seconds
 
 
+def run_logits(runner, inputs, reference, positions, limit):
+    """All samples of a model that is no language model: its logits, the distance, and seconds in the engine.
+
+    Logits of a sample: [labels], or [longest, labels] with zeros behind the sample's length.
+    """
+    lengths = inputs["length"]
+    names = [name for name in inputs if name.startswith("input.")]
+    found, parts, seconds = None, [], 0.0
+    for rows in batches(lengths, runner, limit):
+        length = int(lengths[rows[0]])
+        feed = {name[len("input.") :]: inputs[name][rows, :length] for name in names}
+        began = time.perf_counter()
+        logits = runner(feed)
+        seconds += time.perf_counter() - began
+        if found is None:
+            longest = (inputs[names[0]].shape[1],) if logits.ndim == 3 else ()
+            found = np.zeros((len(lengths), *longest, logits.shape[-1]), np.float32)
+        for place, row in enumerate(rows):
+            whole = logits[place] if logits.ndim == 3 else logits[place][None]
+            found[(row, slice(0, length)) if logits.ndim == 3 else row] = logits[place]
+            if row < len(reference):
+                known = positions[positions < len(whole)]
+                parts.append(compare(reference[row, : len(known)], whole[known]))
+    return found, distance(parts), seconds
+
+
+def packed(logits):
+    """An array as JSON that keeps every bit."""
+    data = np.ascontiguousarray(logits, dtype="<f4").tobytes()
+    return {"shape": list(logits.shape), "float32": base64.b64encode(data).decode("ascii")}
+
+
 def main(arguments=None):
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -296,30 +333,37 @@ def main(arguments=None):
             f"{expected[:12]}): copy probe/ and engine/ from the same run"
         )
     runner = OnnxRunner(file) if options.onnx else TensorRTRunner(file, options.module or facts["backend"])
-    inputs = np.load(HERE / "inputs.npz")
+    with np.load(HERE / "inputs.npz") as archive:
+        inputs = {name: archive[name] for name in archive.files}
     reference = np.load(HERE / "reference.npz")
-    nll, correct, far, seconds = run(
-        runner, inputs, reference["logits"], reference["positions"], options.batch
-    )
+    compared = (reference["logits"], reference["positions"], options.batch)
+    if facts["per_sample"] == "logits":
+        logits, far, seconds = run_logits(runner, inputs, *compared)
+        found = {"logits": packed(logits)}
+    else:
+        nll, correct, far, seconds = run(runner, inputs, *compared)
+        found = {"nll": nll, "correct": correct}
     result = {
         "format": FORMAT,
         "measured": "plan" if options.plan else "onnx",
         "file_sha256": digest,
         "onnx_sha256": facts["onnx_sha256"],
         "inputs_sha256": sha256(HERE / "inputs.npz"),
-        "nll": nll,
-        "correct": correct,
+        **found,
         "distance": far,
         "seconds": seconds,
         "versions": {**runner.version(), "numpy": np.__version__, "python": platform.python_version()},
         "machine": platform.machine(),
     }
     options.out.write_text(json.dumps(result, indent=1))
-    tokens = int((inputs["length"] - inputs["first"]).sum())
-    print(
-        f"{len(nll)} samples, perplexity {math.exp(sum(nll) / tokens):.4f}, top-1 agreement with ONNX "
-        f"{far['top1_agreement']:.5f}, {seconds:.1f} s -> {options.out}"
-    )
+    words = [f"{len(inputs['length'])} samples"]
+    if "nll" in found:
+        tokens = int((inputs["length"] - inputs["first"]).sum())
+        words.append(f"perplexity {math.exp(sum(nll) / tokens):.4f}")
+    if far["top1_agreement"] is not None:
+        words.append(f"top-1 agreement with ONNX {far['top1_agreement']:.5f}")
+    words.append(f"largest difference to ONNX {far['max_abs']:.3g}")
+    print(", ".join(words) + f", {seconds:.1f} s -> {options.out}")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from rich.table import Table
 
 
 def ladder(report: dict[str, Any]) -> Table:
-    """One line for each row of parity.json: the main metric of each set, the distance to the row before.
+    """One line for each row of parity.json: the main metrics of each set, the distance to the row before.
 
     It fits into 80 columns; the other metrics are in parity.json.
     """
     rows = report["rows"]
-    metrics = order_metrics(rows, report.get("sets", []))
+    metrics = order_metrics(rows, report.get("sets", []), report.get("main", {}))
     table = Table(
         box=box.SIMPLE_HEAD,
         header_style="bold",
@@ -41,17 +41,23 @@ def ladder(report: dict[str, Any]) -> Table:
     return table
 
 
-def order_metrics(rows: list[dict[str, Any]], sets: list[str]) -> list[str]:
-    """The first metric of each evaluation set, in the recipe's order: JSON objects are sorted by name."""
-    found: dict[str, str] = {}
+def order_metrics(rows: list[dict[str, Any]], sets: list[str], main: dict[str, list[str]]) -> list[str]:
+    """The main metrics of each evaluation set, in the recipe's order: JSON objects are sorted by name.
+
+    Of several sets the first metric of each; where the main metrics are not known the first that there is.
+    """
+    found: dict[str, list[str]] = {}
     for row in rows:
         if row["status"] == "measured":
             for metric in row["metrics"]:
                 section = metric.rpartition(".")[0]
                 if not sets or section in sets:  # sharpness is a metric of no set
-                    found.setdefault(section, metric)
+                    found.setdefault(section, [metric])
+    for name in found.keys() & main.keys():
+        found[name] = [f"{name}.{metric}" for metric in main[name]]
     order = {name: place for place, name in enumerate(sets)}
-    return [found[name] for name in sorted(found, key=lambda name: order.get(name, len(order)))]
+    names = sorted(found, key=lambda name: order.get(name, len(order)))
+    return [metric for name in names for metric in (found[name] if len(names) == 1 else found[name][:1])]
 
 
 def _far(distance: dict[str, Any] | None) -> tuple[str, ...]:
@@ -62,7 +68,7 @@ def _far(distance: dict[str, Any] | None) -> tuple[str, ...]:
         {"folded-integer": "folded*"}.get(distance["to"], distance["to"]),
         f"{distance['max_abs'] / scale:.1e}" if distance["max_abs"] else "0",
         f"{distance['mean_abs'] / scale:.1e}" if distance["mean_abs"] else "0",
-        f"{distance['top1_agreement']:.4f}",
+        "-" if distance["top1_agreement"] is None else f"{distance['top1_agreement']:.4f}",
     )
 
 

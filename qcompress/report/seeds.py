@@ -17,7 +17,7 @@ SEVERITY = ("accept", "regression", "anomalous")
 def summarise(recipe: str, runs: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
     """seeds.json from each seed's parity.json and verdict.json.
 
-    {"recipe", "verdict": the worst, "verdicts": {seed: verdict}, "sets", "rows": [{"stage", "metrics": {name:
+    {"recipe", "verdict": the worst, "verdicts": {seed: verdict}, "sets", "main" (as in parity.json), "rows":
     {"mean", "sd", "values"}}}]}. sd is the sample's standard deviation (n - 1), None for one seed. Only rows
     that every seed measured are there.
     """
@@ -36,6 +36,7 @@ def summarise(recipe: str, runs: dict[int, tuple[dict[str, Any], dict[str, Any]]
         "verdicts": verdicts,
         "rows": rows,
         "sets": reports[0].get("sets", []),
+        "main": reports[0].get("main", {}),
     }
 
 
@@ -46,7 +47,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 def seeds_table(found: dict[str, Any]) -> Table:
     """One line for each row of the ladder, mean and standard deviation of the main metric of each set."""
-    metrics = order_metrics(found["rows"], found["sets"])
+    metrics = order_metrics(found["rows"], found["sets"], found["main"])
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     table.add_column("row", no_wrap=True)
     for metric in metrics:

@@ -28,8 +28,8 @@ from qcompress.schema import Recipe
 EXIT_CODES = {"accept": 0, "regression": 3, "anomalous": 4}
 
 IMPLAUSIBLE_GAIN = 0.5
-"""A compressed model whose perplexity is less than this share of float's, or whose error rate is, is a
-mistake in the measurement until somebody has looked."""
+"""A compressed model that gains more than this share of float's distance to a perfect metric (1, for
+perplexity, rates and correlations alike) is a mistake in the measurement until somebody has looked."""
 
 PARITY: dict[str, dict[str, ParityGoal]] = {
     "fp32": {
@@ -67,11 +67,24 @@ class _Judgement:
 def gate(parity: Path, recipe: Recipe, out: Path) -> None:
     """Judge the measurement in `parity` (parity.json) and write `out`/verdict.json."""
     report = read_json(parity)
-    write_json(out / "verdict.json", judge(report, recipe.gate, recipe.verify.require, recipe.format.compute))
+    verdict = judge(
+        report,
+        recipe.gate,
+        recipe.verify.require,
+        recipe.format.compute,
+        float_trains=recipe.format.is_float,
+    )
+    write_json(out / "verdict.json", verdict)
 
 
-def judge(report: dict[str, Any], goals: Gate, require: list[str], compute: str) -> dict[str, Any]:
-    """The verdict on a parity report, as it stands in verdict.json."""
+def judge(
+    report: dict[str, Any], goals: Gate, require: list[str], compute: str, *, float_trains: bool = False
+) -> dict[str, Any]:
+    """The verdict on a parity report, as it stands in verdict.json.
+
+    `float_trains`: nothing is quantized, so the float row is the model before training, and no gain over it
+    is too large to be true.
+    """
     rows = {row["stage"]: row for row in report["rows"]}
     judgement = _Judgement()
     _require(rows, require, judgement)
@@ -85,6 +98,8 @@ def judge(report: dict[str, Any], goals: Gate, require: list[str], compute: str)
             _sound(f"{row['stage']} (deployed)", row["deployed"]["metrics"], reference, judgement)
     _float_floor(reference, goals, judgement)
     if measured and measured[-1]["stage"] != "float":
+        if not float_trains:
+            _implausible(measured[-1], reference, judgement)
         _recovery(measured[-1], reference, goals, judgement)
     elif goals.recovery:
         judgement.anomalies.append("recovery goals are set, and no row after float was measured")
@@ -134,13 +149,16 @@ def _float_floor(reference: dict[str, float], goals: Gate, judgement: _Judgement
             )
 
 
-def _recovery(row: dict[str, Any], reference: dict[str, float], goals: Gate, judgement: _Judgement) -> None:
-    metrics = row["metrics"]
-    for metric, value in metrics.items():
+def _implausible(row: dict[str, Any], reference: dict[str, float], judgement: _Judgement) -> None:
+    for metric, value in row["metrics"].items():
         if metric in reference and _gain(metric, value, reference[metric]) > IMPLAUSIBLE_GAIN:
             judgement.anomalies.append(
                 f"{row['stage']}: {metric} is {value:.6g} against {reference[metric]:.6g} in float: too good"
             )
+
+
+def _recovery(row: dict[str, Any], reference: dict[str, float], goals: Gate, judgement: _Judgement) -> None:
+    metrics = row["metrics"]
     for metric, goal in goals.recovery.items():
         if metric not in metrics or metric not in reference:
             judgement.anomalies.append(f"recovery.{metric}: not measured in both float and {row['stage']}")
@@ -164,7 +182,7 @@ def _limit(metric: str, goal: Goal, base: float) -> float:
 
 
 def _gain(metric: str, value: float, base: float) -> float:
-    """Share of the metric's distance to perfection that was gained; perplexity ends at 1, accuracy at 1."""
+    """Share of the metric's distance to perfection that was gained; every metric is 1 at best."""
     if _lower(metric):
         return (base - value) / (base - 1) if base > 1 else 0.0
     return (value - base) / (1 - base) if base < 1 else 0.0
@@ -182,7 +200,10 @@ def _parity(row: dict[str, Any], limits: ParityGoal, judgement: _Judgement) -> N
             continue
         value = distance.get(name, math.nan) / scale if scale > 0 else math.nan
         _judge_distance(row, name, value, limit, value <= limit, judgement)
-    if limits.top1_agreement is not None:
+    without = (
+        "top1_agreement" in distance and distance["top1_agreement"] is None
+    )  # a regression has one logit
+    if limits.top1_agreement is not None and not without:
         value = distance.get("top1_agreement", math.nan)
         _judge_distance(
             row, "top1_agreement", value, limits.top1_agreement, value >= limits.top1_agreement, judgement

@@ -77,6 +77,9 @@ def train(
     phases = SCHEDULES[recipe.schedule.name](recipe.schedule, recipe.train).phases(architecture, plan)
     points = plan_points(recipe, architecture)
     data = _read(float_model, recipe, base, phases, plan, points)
+    for name, part in (("training", data.train), ("calibration", data.calibration)):
+        for note in part.notes if part is not None else ():
+            reporter.say(f"train: {name} data: {note}")
     family = FAMILIES[architecture.family]
     model = family.load_float(float_model.source, float_model.path).to(accelerator.device)
     float_names = set(model.state_dict())
@@ -164,10 +167,11 @@ def _read(
     """The examples that the phases need; calibration falls back to the training data."""
     task = TASKS[recipe.task.name]
     tokenizer = load_tokenizer(float_model.path)
+    options = task.settled(recipe.task, read_config(float_model.path))
     section = recipe.data
 
     def examples(data) -> Examples | None:
-        return None if data is None else task.examples(data, base, tokenizer, recipe.task)
+        return None if data is None else task.examples(data, base, tokenizer, options)
 
     trains = any(phase.scope == "model" and phase.steps for phase in phases)
     calibrates = any(item.weights and item.activations for item in plan) or bool(rounded(points))

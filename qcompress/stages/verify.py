@@ -1,18 +1,16 @@
 """Stage `verify`: every artifact -> ParityReport. Measures all rows on the same data; judges nothing.
 
-Reads the five artifacts and the evaluation text. Writes parity.json (a row for each stage: metrics, and the
-distance of its logits to the row before), samples.json.gz (per-sample results with ids) and probe/ (the same
-measurement for a device). Rows run one after another, so that one model is in memory at a time; the logits
-that a distance needs wait on disk.
+Reads the five artifacts and the evaluation data. Writes parity.json (a row for each stage: metrics, and the
+distance of its logits to the row before; which metrics are a set's main ones), samples.json.gz (per-sample
+results with ids) and probe/ (the same measurement for a device). Rows run one after another, so that one
+model is in memory at a time; the logits that a distance needs wait on disk.
 """
 
 from __future__ import annotations
 
 import gc
-import gzip
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,18 @@ from qcompress.models import load_tokenizer
 from qcompress.plan import plans_from_json
 from qcompress.probe import read_measurement, write_probe
 from qcompress.progress import Reporter
-from qcompress.runners import OnnxRunner, Runner, float_runner, folded_runner, trained_runner
+from qcompress.runners import OnnxRunner, Runner, complete, float_runner, folded_runner, trained_runner
+from qcompress.samples import (
+    fields_of,
+    known_of,
+    pack_samples,
+    read_samples,
+    results_of,
+    write_samples,
+)
 from qcompress.schema import ROWS, Recipe
 from qcompress.sharpness import trained_sharpness
+from qcompress.task_options import AGREEMENT, Task
 from qcompress.tasks import TASKS
 
 LOGIT_BYTES = 2**30
@@ -57,8 +64,10 @@ class Artifacts:
 
 @dataclass(frozen=True)
 class Samples:
-    """Evaluation windows by set, and how many of the first set are compared logit by logit."""
+    """Evaluation samples by set, and how many of the first set are compared logit by logit."""
 
+    task: Task
+    """The recipe's, with the checkpoint's labels."""
     sets: dict[str, list[Any]]
     compared: int
     positions: int
@@ -74,13 +83,16 @@ class _Measured:
     """One row: metrics, per-sample results by set, distance to the row before, and where its logits wait."""
 
     metrics: dict[str, float]
-    samples: dict[str, list[dict[str, float]]]
+    samples: dict[str, list[dict[str, Any]]]
     distance: dict[str, object] | None
 
 
 def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter: Reporter) -> None:
     """Measure every row that can run."""
     samples = evaluation_samples(recipe, base, artifacts)
+    for name, found in samples.sets.items():
+        for note in TASKS[recipe.task.name].notes(found):
+            reporter.say(f"verify: {name}: {note}")
     device = _device(recipe)
     threads = torch.get_num_threads()
     family = recipe.model.family
@@ -99,7 +111,8 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
             rows.append({"stage": stage, **reason})
             continue
         gc.collect()  # the row before is not needed any more, and a model refers to itself
-        result = _measure(stage, factories[stage](), recipe, samples, previous, out, reporter)
+        reference = measured["float"].samples if "float" in measured else None
+        result = _measure(stage, factories[stage](), recipe, samples, reference, previous, out, reporter)
         measured[stage] = result
         row = {"stage": stage, "status": "measured", "reason": None, "metrics": result.metrics}
         row |= {"samples": sum(map(len, samples.sets.values())), "distance": result.distance}
@@ -108,21 +121,44 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
                 recipe, base, artifacts.float_model, artifacts.trained, device, reporter
             )
         if stage == "onnx":
-            row["deployed"] = _deployed(recipe, artifacts, samples, previous, out, reporter, device)
-            logits = out / "logits-onnx.npy"
-            write_probe(out / "probe", samples.sets, logits, artifacts.onnx, artifacts.engine)
+            row["deployed"] = _deployed(
+                recipe, artifacts, samples, reference, previous, out, reporter, device
+            )
+            _write_kit(out, recipe, samples, artifacts)
         rows.append(row)
         previous = stage
     for file in out.glob("logits-*.npy"):
         file.unlink()
-    facts = {"sets": list(samples.sets), "threads": threads, "device": str(device)}
+    main = _main_metrics(samples.task, rows)
+    facts = {"sets": list(samples.sets), "main": main, "threads": threads, "device": str(device)}
     write_json(out / "parity.json", {"rows": rows, **facts})
-    write_samples(out / "samples.json.gz", {stage: result.samples for stage, result in measured.items()})
+    results = {stage: result.samples for stage, result in measured.items()}
+    write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN)
+
+
+def _main_metrics(task: Task, rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """What a ladder shows of each set: the task's main metrics, or agreement where there are no labels."""
+    names = {name for row in rows for name in row.get("metrics", ())}
+    sets = {name.rpartition(".")[0] for name in names}
+    order = (*task.main, *task.metrics, AGREEMENT)
+    found = {name: [metric for metric in order if f"{name}.{metric}" in names] for name in sets}
+    shown = max(1, len(task.main))
+    return {name: metrics[:shown] for name, metrics in found.items()}
+
+
+def _write_kit(out: Path, recipe: Recipe, samples: Samples, artifacts: Artifacts) -> None:
+    """The same measurement for a device."""
+    task = TASKS[recipe.task.name]
+    every = [sample for found in samples.sets.values() for sample in found]
+    inputs = complete(recipe.model.family, task.collate(every))
+    sizes = {name: len(found) for name, found in samples.sets.items()}
+    arrays = task.kit({name: tensor.numpy() for name, tensor in inputs.items()}, every)
+    write_probe(out / "probe", sizes, arrays, out / "logits-onnx.npy", artifacts.onnx, artifacts.engine)
 
 
 def _deployed(
-    recipe: Recipe, artifacts: Artifacts, samples: Samples, previous: str | None, out: Path,
-    reporter: Reporter, device: torch.device,
+    recipe: Recipe, artifacts: Artifacts, samples: Samples, reference: dict[str, list[dict[str, Any]]] | None,
+    previous: str | None, out: Path, reporter: Reporter, device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """The graph as ONNX Runtime runs it by default: int8 layers as integer GEMMs.
 
@@ -133,11 +169,11 @@ def _deployed(
     if artifacts.folded is not None and _rounds_activations(artifacts.folded):
         runner = folded_runner(artifacts.folded, device, integer=True)
         compared = samples.sets[samples.first][: samples.compared]
-        few = Samples({samples.first: compared}, samples.compared, samples.positions)
-        _measure("folded-integer", runner, recipe, few, None, out, reporter)
+        few = replace(samples, sets={samples.first: compared})
+        _measure("folded-integer", runner, recipe, few, None, None, out, reporter)
         previous = "folded-integer"
     runner = OnnxRunner(artifacts.onnx.file, recipe.model.family, torch.get_num_threads(), optimized=True)
-    found = _measure("onnx-deployed", runner, recipe, samples, previous, out, reporter, keep=False)
+    found = _measure("onnx-deployed", runner, recipe, samples, reference, previous, out, reporter, keep=False)
     return {"metrics": found.metrics, "distance": found.distance}
 
 
@@ -150,15 +186,16 @@ def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samp
     """What is measured, and how much of it is compared."""
     task = TASKS[recipe.task.name]
     folder = _checkpoint(artifacts)
-    tokenizer = load_tokenizer(folder)
+    tokenizer, config = load_tokenizer(folder), read_json(folder / "config.json")
+    options = task.settled(recipe.task, config)
     sets = {
-        name: task.samples(data, base, tokenizer, recipe.task, recipe.verify.samples)
+        name: task.samples(data, base, tokenizer, options, recipe.verify.samples)
         for name, data in recipe.data.evaluate.items()
     }
     first = next(iter(sets.values()))
-    positions, logits = task.logits_of(recipe.task, read_json(folder / "config.json"))
+    positions, logits = task.logits_of(options, config)
     affordable = max(1, LOGIT_BYTES // (positions * logits * 4))
-    return Samples(sets, min(recipe.verify.distance_samples, affordable, len(first)), positions)
+    return Samples(options, sets, min(recipe.verify.distance_samples, affordable, len(first)), positions)
 
 
 def _checkpoint(artifacts: Artifacts) -> Path:
@@ -195,13 +232,17 @@ def _device(recipe: Recipe) -> torch.device:
 
 
 def _measure(
-    stage: str, runner: Runner, recipe: Recipe, samples: Samples, previous: str | None, out: Path,
-    reporter: Reporter, keep: bool = True,
+    stage: str, runner: Runner, recipe: Recipe, samples: Samples,
+    reference: dict[str, list[dict[str, Any]]] | None, previous: str | None, out: Path, reporter: Reporter,
+    keep: bool = True,
 ) -> _Measured:  # fmt: skip
-    """Run all samples; compare the first ones with the logits that the row before left on disk."""
+    """Run all samples; compare the first ones with the logits that the row before left on disk.
+
+    `reference`: the float row's results, which agreement is measured against; None for the float row itself.
+    """
     task, size = TASKS[recipe.task.name], recipe.verify.batch_size
     distance = Distance(to=previous) if previous else None
-    results: dict[str, list[dict[str, float]]] = {}
+    results: dict[str, list[dict[str, Any]]] = {}
     total = sum(-(-len(windows) // size) for windows in samples.sets.values())
     with reporter.bar(f"verify {stage}", total) as bar:
         for name, windows in samples.sets.items():
@@ -219,10 +260,11 @@ def _measure(
                 if keep:
                     shape = (samples.compared, samples.positions, logits.shape[-1])
                     _keep(out / f"logits-{stage}.npy", shape, start, found)
+    against = reference or (results if stage == "float" else {})
     metrics = {
         f"{name}.{metric}": value
         for name, found in results.items()
-        for metric, value in task.metrics(found).items()
+        for metric, value in task.metrics(found, samples.task, against.get(name)).items()
     }
     return _Measured(metrics, results, distance.to_json() if distance else None)
 
@@ -246,59 +288,33 @@ def _keep(file: Path, shape: tuple[int, ...], start: int, found: list[np.ndarray
         kept[start + place, : len(logits)] = logits
 
 
-def take_engine_row(run: Path, task: str, measurement: Path) -> None:
+def take_engine_row(run: Path, task: Task, measurement: Path) -> None:
     """Fill the engine row of a run's parity.json and samples.json.gz from what a device measured."""
     found = read_measurement(measurement, run / "probe", run / "model.onnx")
     report = read_json(run / "parity.json")
     samples = read_samples(run / "samples.json.gz")
-    metrics = TASKS[task].metrics
+    module = TASKS[task.name]
+    options = module.settled(task, read_json(run / "config.json"))
+    by_set = found.samples or {
+        name: module.results(known_of(samples[name]), logits, options)
+        for name, logits in found.logits.items()
+    }
+    metrics = {
+        f"{name}.{metric}": value
+        for name, results in by_set.items()
+        for metric, value in module.metrics(results, options, results_of(samples[name], "float")).items()
+    }
     row = {
         "stage": "engine",
         "status": "measured",
         "reason": None,
-        "metrics": {
-            f"{name}.{metric}": value
-            for name, results in found.samples.items()
-            for metric, value in metrics(results).items()
-        },
-        "samples": sum(map(len, found.samples.values())),
+        "metrics": metrics,
+        "samples": sum(map(len, by_set.values())),
         "distance": found.distance,
         "measured_on": found.facts,
     }
     report["rows"] = [row if old["stage"] == "engine" else old for old in report["rows"]]
-    for name, results in found.samples.items():
-        samples[name]["rows"]["engine"] = {
-            "nll": [result["nll"] for result in results],
-            "correct": [result["correct"] for result in results],
-        }
-    (run / "samples.json.gz").write_bytes(_pack(samples))
+    for name, results in by_set.items():
+        samples[name]["rows"]["engine"] = fields_of(results, module.KNOWN)
+    pack_samples(run / "samples.json.gz", samples)
     write_json(run / "parity.json", report)
-
-
-def write_samples(file: Path, rows: dict[str, dict[str, list[dict[str, float]]]]) -> None:
-    """Per-sample results: {set: {"ids": [...], "tokens": [...], "rows": {stage: {"nll", "correct"}}}}."""
-    sets: dict[str, dict[str, Any]] = {}
-    for stage, by_set in rows.items():
-        for name, found in by_set.items():
-            entry = sets.setdefault(
-                name,
-                {
-                    "ids": [f"{name}:{index}" for index in range(len(found))],
-                    "tokens": [sample["tokens"] for sample in found],
-                    "rows": {},
-                },
-            )
-            entry["rows"][stage] = {
-                "nll": [sample["nll"] for sample in found],
-                "correct": [sample["correct"] for sample in found],
-            }
-    file.write_bytes(_pack(sets))
-
-
-def _pack(sets: dict[str, dict[str, Any]]) -> bytes:
-    return gzip.compress(json.dumps({"sets": sets}, sort_keys=True).encode(), mtime=0)
-
-
-def read_samples(file: Path) -> dict[str, dict[str, Any]]:
-    """Inverse of `write_samples`: the sets."""
-    return json.loads(gzip.decompress(file.read_bytes()))["sets"]

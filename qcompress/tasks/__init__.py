@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from qcompress.tasks import causal_lm
+from qcompress.tasks import causal_lm, sequence_classification, token_classification
 
-TASKS = {"causal-lm": causal_lm}
+TASKS = {
+    "causal-lm": causal_lm,
+    "sequence-classification": sequence_classification,
+    "token-classification": token_classification,
+}

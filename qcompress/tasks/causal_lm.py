@@ -51,12 +51,26 @@ class Sequences:
         """The context, once for each sequence."""
         return np.full(len(self.ids), self.ids.shape[1])
 
+    @property
+    def notes(self) -> list[str]:
+        """Nothing is done to sequences that a user should know."""
+        return []
+
     def __len__(self) -> int:
         return len(self.ids)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Some sequences; they need no mask."""
         return {"input_ids": self.ids[list(rows)]}
+
+
+KNOWN = ("tokens",)
+"""Fields of a result that no model changes."""
+
+
+def settled(task: CausalLm, config: dict[str, Any]) -> CausalLm:
+    """The task as it is: no labels are to be found in a checkpoint."""
+    return task
 
 
 def tokenize(data: TextData, base: Path, tokenizer: Any) -> np.ndarray:
@@ -156,8 +170,27 @@ def measure(batch: list[Window], logits: np.ndarray) -> list[dict[str, float]]:
     return results
 
 
-def metrics(samples: list[dict[str, float]]) -> dict[str, float]:
-    """perplexity = exp(sum nll / sum tokens) and token_accuracy; NaN stays NaN, overflow becomes inf."""
+def kit(inputs: dict[str, np.ndarray], batch: list[Window]) -> dict[str, np.ndarray]:
+    """Arrays of a probe kit, int32: `ids` [samples, longest], `length` and `first` [samples]."""
+    return {
+        "ids": collate(batch)["input_ids"].astype(np.int32),
+        "length": np.array([len(window.ids) for window in batch], np.int32),
+        "first": np.array([window.first for window in batch], np.int32),
+    }
+
+
+def notes(samples: list[Window]) -> list[str]:
+    """Nothing is done to windows that a user should know."""
+    return []
+
+
+def metrics(
+    samples: list[dict[str, float]], task: CausalLm | None = None, reference: object = None
+) -> dict[str, float]:
+    """perplexity = exp(sum nll / sum tokens) and token_accuracy; NaN stays NaN, overflow becomes inf.
+
+    Neither the task nor the float model's results change them.
+    """
     tokens = sum(sample["tokens"] for sample in samples)
     mean = sum(sample["nll"] for sample in samples) / tokens
     perplexity = math.inf if mean > 700 else math.exp(mean)

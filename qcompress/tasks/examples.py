@@ -26,6 +26,8 @@ class Examples(Protocol):
 
     lengths: np.ndarray
     """Tokens of each example, [examples]."""
+    notes: list[str]
+    """What was done to the examples that a user should know, such as how many were cut."""
 
     def __len__(self) -> int:
         """How many there are."""

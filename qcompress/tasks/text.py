@@ -1,12 +1,18 @@
-"""Text from files or from `datasets`, and the fingerprint that identifies it. Torch-free."""
+"""Text from files or from `datasets`, and the fingerprint that identifies data. Torch-free."""
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qcompress.artifacts import sha256_file
 from qcompress.errors import MachineError, UsageError
 from qcompress.schema import TextData
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def read_text(data: TextData, base: Path) -> str:
@@ -15,21 +21,7 @@ def read_text(data: TextData, base: Path) -> str:
     """
     if data.text is not None:
         return "".join(_read_file(base / name) for name in data.text)
-    try:
-        import datasets
-    except ImportError as error:
-        raise MachineError(
-            f"reading the dataset {data.dataset} needs `datasets` ({error})", fix=INSTALL
-        ) from None
-    path = base / data.dataset
-    name = str(path) if path.exists() else data.dataset
-    try:
-        rows = datasets.load_dataset(name, data.config, split=data.split, revision=data.revision)
-    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(
-            f"dataset {data.dataset} (config {data.config}, split {data.split}) cannot be read: {error}",
-            fix="check the name, or name local files under `text:`",
-        ) from None
+    rows = open_dataset(data, base)
     if data.column not in rows.column_names:
         raise UsageError(
             f"dataset {data.dataset} has the columns {', '.join(rows.column_names)}, not {data.column!r}",
@@ -44,20 +36,53 @@ def read_text(data: TextData, base: Path) -> str:
     return "\n\n".join(texts)
 
 
+def read_lines(data: TextData, base: Path) -> list[str]:
+    """One example a line, of all files; empty lines are none."""
+    lines = [line for name in data.text or () for line in re.split(r"\r\n|\n|\r", _read_file(base / name))]
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UsageError(f"{', '.join(data.text or ())} has no line of text", fix="name more text")
+    return found
+
+
 INSTALL = "pip install 'qcompress[train]'"
 
 
+def open_dataset(data: TextData, base: Path) -> datasets.Dataset:
+    """The rows of a dataset on the hub or in a local directory."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MachineError(
+            f"reading the dataset {data.dataset} needs `datasets` ({error})", fix=INSTALL
+        ) from None
+    path = base / data.dataset
+    name = str(path) if path.exists() else data.dataset
+    try:
+        return datasets.load_dataset(name, data.config, split=data.split, revision=data.revision)
+    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        raise UsageError(
+            f"dataset {data.dataset} (config {data.config}, split {data.split}) cannot be read: {error}",
+            fix="check the name, or name local files under `text:` or `table:`",
+        ) from None
+
+
 def fingerprint(data: TextData, base: Path) -> dict[str, str]:
-    """What identifies the text: content digests of files, or the coordinates of a dataset."""
-    if data.text is not None:
+    """What identifies the data: content digests of files, or the coordinates of a dataset."""
+    if data.files:
         return {
-            f"{index}:{Path(name).name}": sha256_file(base / name) for index, name in enumerate(data.text)
+            f"{index}:{Path(name).name}": sha256_file(base / name) for index, name in enumerate(data.files)
         }
     path = base / data.dataset
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return {str(file.relative_to(path)): sha256_file(file) for file in files}
     return {"dataset": f"{data.dataset}/{data.config}/{data.split}@{data.revision}"}
+
+
+def open_text(file: Path) -> io.StringIO:
+    """The lines of a file, ends kept as they are; a byte-order mark is dropped."""
+    return io.StringIO(_read_file(file).removeprefix("\ufeff"), newline="")
 
 
 def _read_file(path: Path) -> str:

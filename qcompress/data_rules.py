@@ -1,0 +1,99 @@
+"""What a recipe's data must keep to: what fits the task, and what is there to be read. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from qcompress.schema import CausalLm, Recipe, TextData
+from qcompress.task_options import COLUMNS, SUFFIXES
+from qcompress.yamlfile import Document, Key, dotted
+
+LOCAL = ("/", "./", "../")
+"""How the name of a dataset begins that can only be a directory."""
+
+
+def judge_origins(recipe: Recipe, document: Document) -> None:
+    """Text is for language models, a table of examples for every other task."""
+    if not document.sound(("task", "name")):
+        return
+    task = recipe.task.name
+    for section, data in _texts(recipe):
+        for key, message, fix in _misplaced(recipe, section, data):
+            if document.present((*section, key)):
+                document.report((*section, key), message, fix)
+                document.tainted.add((*section, key))
+        for index, name in enumerate(data.table or ()):
+            key = (*section, "table", index)
+            if task != "causal-lm" and not name.endswith(SUFFIXES) and document.sound(key):
+                message = f"{name} ends in none of {', '.join(SUFFIXES)}, so it is not known how to read it"
+                document.report(key, message, "rename it, or write it as one of these")
+
+
+def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[str, str, str]]:
+    """Keys of some data that the task cannot use: key, what is wrong, what to write."""
+    task = recipe.task
+    if isinstance(task, CausalLm):
+        for key in ("table", "columns"):
+            if getattr(data, key) is not None:
+                message = f"belongs to a classification, and the task is {task.name}"
+                yield key, message, "write `text: [FILE, ...]`, or `dataset:` with `column:`"
+        return
+    if data.text is not None and section == ("data", "train"):
+        message = f"has no labels, and {task.name} trains on them"
+        yield "text", message, "write `table: [FILE, ...]` (.tsv, .csv, .jsonl, .parquet) with `columns:`"
+    role = COLUMNS[task.name][0]
+    if "column" in data.model_fields_set:
+        yield "column", "belongs to causal-lm", f"write `columns: {{{role}: {data.column}}}`"
+    for name, column in (data.columns.model_dump() if data.columns else {}).items():
+        if column is not None and name not in COLUMNS[task.name]:
+            message = f"names the column `{name}`, and {task.name} reads {', '.join(COLUMNS[task.name])}"
+            yield "columns", message, f"drop `{name}`"
+
+
+def _texts(recipe: Recipe) -> Iterator[tuple[Key, TextData]]:
+    for name in ("train", "calibration"):
+        if (text := getattr(recipe.data, name)) is not None:
+            yield ("data", name), text
+    for name, text in recipe.data.evaluate.items():
+        yield ("data", "evaluate", name), text
+
+
+def judge_files(recipe: Recipe, document: Document, base: Path) -> None:
+    """Each file is judged once: one that is missing is one mistake, however many sets name it."""
+    wrong: dict[str, tuple[str, list[Key]]] = {}
+    for section, data in _texts(recipe):
+        origin = "table" if data.text is None else "text"
+        for index, name in enumerate(data.files):
+            key = (*section, origin, index)
+            if document.sound(key) and (problem := _unreadable(base / name)) is not None:
+                wrong.setdefault(os.path.normpath(base / name), (problem, []))[1].append(key)
+        if data.dataset is not None and data.dataset.startswith(LOCAL):
+            judge_directory(
+                (*section, "dataset"), data.dataset, "a dataset's directory or name", document, base
+            )
+    for name, (problem, keys) in wrong.items():
+        document.report(
+            keys[0], f"{name} {problem}{also(keys)}", "check the path; it is relative to the recipe"
+        )
+
+
+def _unreadable(file: Path) -> str | None:
+    """What keeps a file from being read, None if nothing does."""
+    if not os.path.exists(file):
+        return "does not exist"
+    if not os.path.isfile(file):
+        return "is a directory" if os.path.isdir(file) else "is not a regular file"
+    return None if os.access(file, os.R_OK) else "cannot be read: no permission"
+
+
+def judge_directory(key: Key, name: str, wanted: str, document: Document, base: Path) -> None:
+    if os.path.isdir(base / name):
+        return
+    what = "is no directory" if os.path.exists(base / name) else "does not exist"
+    document.report(key, f"{name[:200]!r} {what}", f"write {wanted}; paths are relative to the recipe")
+
+
+def also(keys: Sequence[Key]) -> str:
+    return f" (also {', '.join(dotted(key) for key in keys[1:])})" if keys[1:] else ""

@@ -1,0 +1,61 @@
+"""Per-sample results, samples.json.gz: what tables are rebuilt from without a model. No torch.
+
+{"sets": {name: {"ids": [...], <known>: [...], "rows": {stage: {<field>: [...]}}}}}
+
+<known> are the fields that no model changes (tokens of a window, label), one value a sample; a row's fields
+are what its model made of each sample (nll and correct of a language model, loss and prediction otherwise).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_samples(
+    file: Path, rows: dict[str, dict[str, list[dict[str, Any]]]], known: tuple[str, ...]
+) -> None:
+    """Write the results of each stage and set; `known` names the fields that no model changes."""
+    sets: dict[str, dict[str, Any]] = {}
+    for stage, by_set in rows.items():
+        for name, found in by_set.items():
+            if name not in sets:
+                ids = [f"{name}:{index}" for index in range(len(found))]
+                constant = {key: [sample[key] for sample in found] for key in known if key in found[0]}
+                sets[name] = {"ids": ids, **constant, "rows": {}}
+            sets[name]["rows"][stage] = fields_of(found, known)
+    pack_samples(file, sets)
+
+
+def fields_of(found: list[dict[str, Any]], known: tuple[str, ...]) -> dict[str, list[Any]]:
+    """What a row has of its own of each sample."""
+    return {key: [sample[key] for sample in found] for key in found[0] if key not in known}
+
+
+def known_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is known of each sample of a set of samples.json.gz, whatever the row."""
+    names = [name for name in entry if name not in ("ids", "rows")]
+    return [{name: entry[name][place] for name in names} for place in range(len(entry["ids"]))]
+
+
+def results_of(entry: dict[str, Any], stage: str) -> list[dict[str, Any]] | None:
+    """A row's results of a set, as the task's `metrics` takes them; None where there is no such row."""
+    fields = entry["rows"].get(stage)
+    if fields is None:
+        return None
+    return [
+        {**known, **{name: values[place] for name, values in fields.items()}}
+        for place, known in enumerate(known_of(entry))
+    ]
+
+
+def pack_samples(file: Path, sets: dict[str, dict[str, Any]]) -> None:
+    """Write the sets as they are in the file; equal sets give equal bytes."""
+    file.write_bytes(gzip.compress(json.dumps({"sets": sets}, sort_keys=True).encode(), mtime=0))
+
+
+def read_samples(file: Path) -> dict[str, dict[str, Any]]:
+    """The sets of a file."""
+    return json.loads(gzip.decompress(file.read_bytes()))["sets"]

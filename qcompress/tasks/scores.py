@@ -1,0 +1,95 @@
+"""Metrics of classification and regression, from per-sample answers. Torch-free.
+
+accuracy, f1 and mcc are scikit-learn's, correlations are scipy's; both come with the extra `train`. An answer
+of None, given for logits that are not finite, makes every metric NaN: a broken model must not get a score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def scores(names: Sequence[str], labels: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
+    """The named metrics of some answers.
+
+    Shapes: ints [samples] for one label, 0/1 [samples, labels] for several, floats [samples] for a number.
+    """
+    return {name: _finite(name, labels, answers) for name in names}
+
+
+def _finite(name: str, labels: Sequence[Any], answers: Sequence[Any]) -> float:
+    if any(answer is None for answer in answers):
+        return math.nan
+    return score(name, labels, answers)
+
+
+def score(name: str, labels: Sequence[Any], answers: Sequence[Any]) -> float:
+    """One metric."""
+    if name in ("pearson", "spearman"):
+        return correlation(name, labels, answers)
+    from sklearn import metrics
+
+    if name == "accuracy":  # of several labels: all of a sample's labels are right
+        return float(metrics.accuracy_score(labels, answers))
+    if name == "mcc":
+        return float(metrics.matthews_corrcoef(labels, answers))
+    average = {"f1": "binary", "f1_macro": "macro", "f1_micro": "micro"}[name]
+    return float(metrics.f1_score(labels, answers, average=average, zero_division=0.0))
+
+
+def correlation(name: str, labels: Sequence[float], answers: Sequence[float]) -> float:
+    """Pearson's or Spearman's; NaN where one side is constant, which scipy would only warn about."""
+    from scipy import stats
+
+    if len(labels) < 2 or len(set(labels)) == 1 or len(set(answers)) == 1:
+        return math.nan
+    compute = stats.pearsonr if name == "pearson" else stats.spearmanr
+    return float(compute(labels, answers).statistic)
+
+
+def agreement(reference: Sequence[Any], answers: Sequence[Any]) -> float:
+    """Share of answers that equal the reference's; Pearson's correlation for numbers.
+
+    >>> agreement([1, 0, 2, 2], [1, 1, 2, 2])
+    0.75
+    """
+    if any(answer is None for answer in (*reference, *answers)):
+        return math.nan
+    if any(isinstance(answer, float) for answer in answers):
+        return 1.0 if list(reference) == list(answers) else correlation("pearson", reference, answers)
+    return sum(a == b for a, b in zip(reference, answers, strict=True)) / len(answers)
+
+
+Span = tuple[int, int, str]
+"""Start, end (exclusive) and type of an entity."""
+
+
+def spans(tags: Sequence[str]) -> set[Span]:
+    """Entities of a sequence of IOB2 tags. Source: conlleval (CoNLL-2000), whose reading of broken sequences
+    is taken: an `I-` after `O`, or of another type than the tag before it, begins an entity.
+
+    >>> sorted(spans(["B-PER", "I-PER", "B-PER", "O", "I-LOC", "I-ORG"]))
+    [(0, 2, 'PER'), (2, 3, 'PER'), (4, 5, 'LOC'), (5, 6, 'ORG')]
+    """
+    found: set[Span] = set()
+    start, kind = 0, ""
+    for place, tag in enumerate([*tags, "O"]):
+        mark, _, name = tag.partition("-")
+        if kind and not (mark == "I" and name == kind):
+            found.add((start, place, kind))
+            kind = ""
+        if mark in ("B", "I") and not kind:
+            start, kind = place, name
+    return found
+
+
+def span_f1(labels: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> float:
+    """F1 of whole entities over all sequences together: right where both ends and the type are; 0 without
+    any.
+    """
+    pairs = [(spans(label), spans(answer)) for label, answer in zip(labels, answers, strict=True)]
+    right = sum(len(label & answer) for label, answer in pairs)
+    total = sum(len(label) + len(answer) for label, answer in pairs)
+    return 2 * right / total if total else 0.0

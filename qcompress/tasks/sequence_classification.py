@@ -1,0 +1,260 @@
+"""One answer to each text or pair of texts: a label, several labels, or a number.
+
+Torch is imported only where tensors are made.
+
+Shapes: inputs int64 [batch, longest]; logits [batch, labels], [batch, 1] for a regression.
+
+A result of one sample: `prediction` (index of the largest logit; for several labels a 0 or 1 each, 1 where
+the logit is above 0; for a regression the number itself; None where a logit is not finite), and, where the
+data have labels, `label` of the same form and `loss`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qcompress.errors import UsageError
+from qcompress.glue import GLUE
+from qcompress.models.architecture import Head
+from qcompress.schema import SequenceClassification, TextData
+from qcompress.task_options import AGREEMENT, Columns
+from qcompress.tasks import padded
+from qcompress.tasks.examples import Batch
+from qcompress.tasks.labels import MISSING, both_sets, dataset_names, labels_of, named_outputs, settle
+from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, notes
+from qcompress.tasks.scores import agreement, scores
+from qcompress.tasks.table import Table, Wanted, read_table
+from qcompress.tasks.text import read_lines
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["collate", "kit", "notes"]  # of a task's interface, and the same for all padded samples
+
+KNOWN = ("label",)
+"""Fields of a result that no model changes."""
+
+PROBLEMS = {
+    "single": "single_label_classification",
+    "multi": "multi_label_classification",
+    "regression": "regression",
+}
+
+AT_ONCE = 1000
+"""Texts tokenized together."""
+
+
+def head(task: SequenceClassification) -> Head:
+    """One output for each label, one for a regression."""
+    if task.kind == "regression":
+        return Head(task.name, ("score",), PROBLEMS["regression"])
+    names = labels_of(task).names
+    return Head(task.name, names, PROBLEMS[task.kind])
+
+
+def settled(task: SequenceClassification, config: dict[str, Any]) -> SequenceClassification:
+    """The task with the labels of a checkpoint, in the order of its outputs."""
+    if task.kind == "regression":
+        return task
+    return task.model_copy(update={"labels": settle(labels_of(task).names, config)})
+
+
+def examples(data: TextData, base: Path, tokenizer: Any, task: SequenceClassification) -> PaddedExamples:
+    """Examples for training or calibration; with a limit spread evenly over the whole."""
+    found = _read(data, base, task)
+    chosen = padded.spread(list(range(len(found))), data.limit)
+    return PaddedExamples(_tokenize([found[row] for row in chosen], tokenizer, task), label_array)
+
+
+def samples(
+    data: TextData, base: Path, tokenizer: Any, task: SequenceClassification, limit: int | None
+) -> list[Sample]:
+    """Evaluation samples in the order of the data, at most `limit` and `data.limit` of them."""
+    found = padded.first(_read(data, base, task), limit, data.limit)
+    return _tokenize(found, tokenizer, task)
+
+
+def label_array(samples: Sequence[Sample], longest: int) -> np.ndarray:
+    """Labels of some samples: int64 [batch], fp32 [batch, labels] or, for a regression, fp32 [batch]."""
+    labels = [sample.known["label"] for sample in samples]
+    return np.array(labels, np.int64 if isinstance(labels[0], int) else np.float32)
+
+
+def loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean loss, [], as transformers has it for each problem type; the form of the labels says which."""
+    import torch.nn.functional as F
+
+    labels, logits = padded.labels_in(batch), logits.float()
+    if not labels.is_floating_point():
+        return F.cross_entropy(logits, labels)
+    if labels.ndim == 2:
+        return F.binary_cross_entropy_with_logits(logits, labels)
+    return F.mse_loss(logits.squeeze(-1), labels)
+
+
+def logits_of(task: SequenceClassification, config: dict[str, Any]) -> tuple[int, int]:
+    """One position, and an output for each label; `config` is the model's config.json."""
+    return 1, 1 if task.kind == "regression" else len(labels_of(task).names or named_outputs(config))
+
+
+def compared(sample: Sample, logits: np.ndarray) -> np.ndarray:
+    """The logits of a sample that rows are compared by, [1, labels]."""
+    return logits[None]
+
+
+def measure(batch: Sequence[Sample], logits: np.ndarray) -> list[dict[str, Any]]:
+    """Result of each sample; logits [batch, labels]."""
+    return [_result(one.known, row, one.kind) for one, row in zip(batch, logits, strict=True)]
+
+
+def results(
+    known: Sequence[Mapping[str, Any]], logits: Sequence[np.ndarray], task: SequenceClassification
+) -> list[dict[str, Any]]:
+    """The same, from what is known of each sample and its logits [labels]."""
+    return [_result(one, row, task.kind) for one, row in zip(known, logits, strict=True)]
+
+
+def _result(known: Mapping[str, Any], logits: np.ndarray, kind: str) -> dict[str, Any]:
+    label, scored = known.get("label"), logits.astype(np.float64)
+    finite, error = bool(np.isfinite(scored).all()), math.nan
+    answer: Any = None
+    if finite and kind == "regression":
+        answer = float(scored[0])
+        error = math.nan if label is None else (answer - label) ** 2
+    elif finite and kind == "multi":
+        answer = [int(logit > 0) for logit in scored]
+        error = math.nan if label is None else _binary_cross_entropy(scored, np.array(label))
+    elif finite:
+        answer = int(scored.argmax())
+        error = math.nan if label is None else _cross_entropy(scored, label)
+    result = {**known, "prediction": answer}
+    return result if label is None else {**result, "loss": error}
+
+
+def _cross_entropy(logits: np.ndarray, label: int) -> float:
+    """-log softmax(logits)[label]."""
+    top = logits.max()
+    return float(np.log(np.exp(logits - top).sum()) + top - logits[label])
+
+
+def _binary_cross_entropy(logits: np.ndarray, label: np.ndarray) -> float:
+    """Mean of log(1 + exp(-x)) where the label is 1 and log(1 + exp(x)) where it is 0."""
+    return float(np.logaddexp(0, np.where(label == 1, -logits, logits)).mean())
+
+
+def metrics(
+    found: Sequence[Mapping[str, Any]],
+    task: SequenceClassification,
+    reference: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, float]:
+    """Metrics of some results; without labels, agreement with the results of the float model."""
+    answers = [result["prediction"] for result in found]
+    if "label" in found[0]:
+        return scores(task.metrics, [result["label"] for result in found], answers)
+    if reference is None:
+        return {}
+    return {AGREEMENT: agreement([result["prediction"] for result in reference], answers)}
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def _read(data: TextData, base: Path, task: SequenceClassification) -> list[dict[str, Any]]:
+    """Examples as {"text", "pair", "label"}, the latter two where there are any."""
+    if data.text is not None:
+        return [{"text": line} for line in read_lines(data, base)]
+    table = read_table(data, base, wanted(data, task))
+    columns = dict(table.columns)
+    if "label" in columns and all(value in (MISSING, None, "") for value in columns["label"]):
+        del columns["label"]
+    if "label" in columns:
+        columns["label"] = _labels(table, task)
+    for role in ("text", "pair"):
+        for place, cell in zip(table.places, columns.get(role, ()), strict=False):
+            if not isinstance(cell, str):
+                raise UsageError(
+                    f"{place}: the {role} is no text but {cell!r:.60}", fix="mend or remove that row"
+                )
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def wanted(data: TextData, task: SequenceClassification) -> Wanted:
+    """The columns that are read: those that the recipe names, those of GLUE, or `text` and `label`."""
+    named = {role: name for role, name in (data.columns or Columns()).model_dump().items() if name}
+    if task.glue is None:
+        optional = frozenset() if "label" in named else frozenset({"label"})
+        return Wanted({"text": "text", "label": "label", **named}, optional)
+    glue = GLUE[task.glue]
+    published = data.columns is None and all(name.endswith(".tsv") for name in data.table or ("",))
+    return Wanted(
+        {**(glue.tsv if published else glue.hub), **named},
+        frozenset() if "label" in named else frozenset({"label"}),
+        header=glue.header if published else None,
+        incomplete=published,
+    )
+
+
+def _labels(table: Table, task: SequenceClassification) -> list[Any]:
+    if task.kind == "regression":
+        return [
+            _number(cell, place) for cell, place in zip(table.columns["label"], table.places, strict=True)
+        ]
+    labels, cells = labels_of(task), table.columns["label"]
+    if task.kind == "multi":
+        cells = [_several(cell, place) for cell, place in zip(cells, table.places, strict=True)]
+    cells = dataset_names(table.names, labels, cells) if task.glue is None else cells
+    spelled = [name for cell in cells for name in (cell if isinstance(cell, list) else [cell])]
+    both_sets(
+        sorted({name.strip() for name in spelled if isinstance(name, str) and name.strip()}),
+        labels,
+        "the data",
+    )
+    if task.kind == "single":
+        return [labels.index(cell, place) for cell, place in zip(cells, table.places, strict=True)]
+    if labels.names is None:
+        raise UsageError("the model's labels have no names", fix="name them under `task.labels`")
+    found = []
+    for cell, place in zip(cells, table.places, strict=True):
+        chosen = {labels.index(one, place) for one in cell}
+        found.append([int(index in chosen) for index in range(len(labels.names))])
+    return found
+
+
+def _number(cell: Any, place: str) -> float:
+    try:
+        number = math.nan if cell is None or isinstance(cell, bool) else float(cell)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"{place}: the label {cell!r:.60} is no number", fix="mend or remove that row")
+    return number
+
+
+def _several(cell: Any, place: str) -> list[Any]:
+    """The labels of one example: a list, or text with `|` between them."""
+    if isinstance(cell, str):
+        return [name for name in cell.split("|") if name.strip()]
+    if isinstance(cell, list):
+        return cell
+    raise UsageError(f"{place}: the labels {cell!r:.60} are no list", fix="write a list of names or indices")
+
+
+def _tokenize(found: list[dict[str, Any]], tokenizer: Any, task: SequenceClassification) -> list[Sample]:
+    fills, result = padded.padding_of(tokenizer), []
+    for start in range(0, len(found), AT_ONCE):
+        some = found[start : start + AT_ONCE]
+        texts = [one["text"] for one in some]
+        pairs = [one["pair"] for one in some] if "pair" in some[0] else None
+        options = {"return_attention_mask": True, "verbose": False}
+        whole = tokenizer(texts, pairs, **options)["input_ids"]
+        encoded = tokenizer(texts, pairs, truncation=True, max_length=task.context, **options)
+        for row, one in enumerate(some):
+            inputs = {name: np.array(encoded[name][row], np.int64) for name in fills}
+            known = {"label": one["label"]} if "label" in one else {}
+            result.append(Sample(inputs, fills, known, task.kind, cut=len(whole[row]) > task.context))
+    return result

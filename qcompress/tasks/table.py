@@ -1,0 +1,195 @@
+"""Tables of examples: .tsv, .csv, .jsonl and .parquet files, and rows of `datasets`. Torch-free.
+
+Only the columns that a task asks for are kept. Every cell knows the place it came from, so that a wrong one
+can be named.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qcompress.errors import UsageError
+from qcompress.schema import TextData
+from qcompress.tasks.text import open_dataset, open_text
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row stands (`train.tsv:17`), and its cells by the name of their column."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a task reads of a table: columns by role, and the roles that may be missing.
+
+    `header`: names of the columns of files without a header line. `incomplete`: rows without all columns are
+    left out, as the hub's GLUE does with the broken lines of its files, rather than refused.
+    """
+
+    columns: Mapping[str, str]
+    optional: frozenset[str] = frozenset()
+    header: tuple[str, ...] | None = None
+    incomplete: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns by role, all of one length, and where each row stands."""
+
+    columns: dict[str, list[Any]]
+    places: list[str]
+    left_out: int = 0
+    names: tuple[str, ...] | None = None
+    """What a dataset itself calls the integers of its labels."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def read_table(data: TextData, base: Path, wanted: Wanted) -> Table:
+    """The table of a recipe's section; a role that may be missing is so in all files or in none."""
+    if data.table is not None:
+        parts = [_read_file(base / name, wanted) for name in data.table]
+    else:
+        parts = [_read_dataset(data, base, wanted)]
+    roles = [set(part.columns) for part in parts]
+    if any(found != roles[0] for found in roles):
+        names = ", ".join(
+            sorted(wanted.columns[role] for role in set.union(*roles) - set.intersection(*roles))
+        )
+        raise UsageError(f"only some of {', '.join(data.table or ())} have the column {names}",
+                         fix="give all tables of one list the same columns")  # fmt: skip
+    columns = {role: [cell for part in parts for cell in part.columns[role]] for role in parts[0].columns}
+    places = [place for part in parts for place in part.places]
+    table = Table(columns, places, sum(part.left_out for part in parts), parts[0].names)
+    if not len(table):
+        raise UsageError(
+            f"{', '.join(data.table or [str(data.dataset)])} has no row", fix="name a larger table"
+        )
+    return table
+
+
+def _read_file(file: Path, wanted: Wanted) -> Table:
+    readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+    return _collect(file.name, *readers[file.suffix](file, wanted), wanted)
+
+
+def _collect(name: str, header: Sequence[str], rows: Iterator[Row], wanted: Wanted) -> Table:
+    """The wanted columns of some rows; `header`: all columns of the file."""
+    roles = {role: column for role, column in wanted.columns.items()
+             if column in header or role not in wanted.optional}  # fmt: skip
+    for role, column in roles.items():
+        if column not in header:
+            shown = ", ".join(header[:20]) or "none"
+            raise UsageError(f"{name} has the columns {shown}, and not {column!r}",
+                             fix=f"name the right one with `columns: {{{role}: ...}}`")  # fmt: skip
+    columns: dict[str, list[Any]] = {role: [] for role in roles}
+    places, left_out = [], 0
+    for place, cells in rows:
+        if missing := [column for column in roles.values() if column not in cells]:
+            if wanted.incomplete:
+                left_out += 1
+                continue
+            raise UsageError(f"{place}: the column {missing[0]!r} is missing", fix="mend or remove that row")
+        for role, column in roles.items():
+            columns[role].append(cells[column])
+        places.append(place)
+    return Table(columns, places, left_out)
+
+
+def _tsv(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
+    """Tab-separated values as IANA registered them: without quotes, so that no cell can hold a tab."""
+    return _separated(file, wanted, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _csv(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
+    """Comma-separated values with RFC 4180's quotes."""
+    return _separated(file, wanted, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+
+
+def _separated(
+    file: Path, wanted: Wanted, *, delimiter: str, quoting: Any
+) -> tuple[list[str], Iterator[Row]]:
+    lines = _parsed(file, delimiter, quoting)
+    header = list(wanted.header) if wanted.header is not None else next(lines, ("", []))[1]
+    twice = sorted({name for name in header if name in wanted.columns.values() and header.count(name) > 1})
+    if twice:
+        raise UsageError(f"{file.name} has the column {twice[0]!r} more than once", fix="rename one of them")
+
+    def rows() -> Iterator[Row]:
+        for place, cells in lines:
+            if len(cells) > len(header) and not wanted.incomplete:
+                raise UsageError(
+                    f"{place}: {len(cells)} cells, and the header names {len(header)} columns",
+                    fix="quote a cell that holds the separator, or remove the row",
+                )
+            yield place, dict(zip(header, cells, strict=False))
+
+    return header, rows()
+
+
+def _parsed(file: Path, delimiter: str, quoting: Any) -> Iterator[tuple[str, list[str]]]:
+    """Rows of cells with their places; empty lines are skipped, a byte-order mark is dropped."""
+    reader = csv.reader(open_text(file), delimiter=delimiter, quoting=quoting, strict=True)
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UsageError(
+                f"{file.name}:{reader.line_num}: {error}", fix="mend or remove that row"
+            ) from None
+        if cells:
+            yield f"{file.name}:{reader.line_num}", cells
+
+
+def _jsonl(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
+    """One JSON object a line."""
+    rows: list[Row] = []
+    for number, line in enumerate(open_text(file), 1):
+        if not line.strip():
+            continue
+        try:
+            cells = json.loads(line)
+        except ValueError as error:
+            raise UsageError(
+                f"{file.name}:{number} is not JSON ({error})", fix="write one object a line"
+            ) from None
+        if not isinstance(cells, dict):
+            raise UsageError(f"{file.name}:{number} is no JSON object", fix="write one object a line")
+        rows.append((f"{file.name}:{number}", cells))
+    return list(dict.fromkeys(name for _, cells in rows for name in cells)), iter(rows)
+
+
+def _parquet(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
+    """Apache Parquet, through what `datasets` reads it with."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        header = parquet.read_schema(file).names
+        names = [name for name in wanted.columns.values() if name in header]
+        cells = parquet.read_table(file, columns=names).to_pydict() if names else {}
+    except (OSError, ArrowException) as error:
+        raise UsageError(f"{file.name} cannot be read as parquet: {error}", fix="write it again") from None
+    return header, _by_row(file.name, cells)
+
+
+def _read_dataset(data: TextData, base: Path, wanted: Wanted) -> Table:
+    found = open_dataset(data, base)
+    columns = [name for name in wanted.columns.values() if name in found.column_names]
+    rows = _by_row(str(data.dataset), {name: list(found[name]) for name in columns})
+    table = _collect(f"dataset {data.dataset}", found.column_names, rows, wanted)
+    label = next(
+        (found.features[wanted.columns[role]] for role in ("label", "tags") if role in table.columns), None
+    )
+    names = getattr(getattr(label, "feature", label), "names", None)
+    return replace(table, names=tuple(names) if names else None)
+
+
+def _by_row(name: str, cells: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
+    for number, row in enumerate(zip(*cells.values(), strict=True), 1):
+        yield f"{name}, row {number}", dict(zip(cells, row, strict=True))

@@ -1,0 +1,228 @@
+"""One label for each word: names, parts of speech.
+
+Torch is imported only where tensors are made. The first sub-token of a word carries the word's label; the
+others, and special tokens, are -100, which no loss and no metric counts.
+
+Shapes: inputs int64 [batch, longest]; logits [batch, longest, labels].
+
+A result of one sample: `positions` (of the first sub-tokens of the words that count), `prediction` (a label
+of each; None where a logit is not finite), and, where the data have labels, `label` of the same form and
+`loss`, summed over them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qcompress.errors import UsageError
+from qcompress.models.architecture import Head
+from qcompress.schema import TextData, TokenClassification
+from qcompress.task_options import AGREEMENT, Columns
+from qcompress.tasks import padded
+from qcompress.tasks.examples import Batch
+from qcompress.tasks.labels import IGNORED, both_sets, dataset_names, labels_of, named_outputs, settle
+from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, notes
+from qcompress.tasks.scores import agreement, span_f1
+from qcompress.tasks.table import Table, Wanted, read_table
+from qcompress.tasks.text import read_lines
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["collate", "kit", "notes"]  # of a task's interface, and the same for all padded samples
+
+KNOWN = ("label", "positions")
+"""Fields of a result that no model changes."""
+
+
+def head(task: TokenClassification) -> Head:
+    """One output for each label, at every position. transformers has no problem type for it."""
+    return Head(task.name, labels_of(task).names)
+
+
+def settled(task: TokenClassification, config: dict[str, Any]) -> TokenClassification:
+    """The task with the labels of a checkpoint, in the order of its outputs."""
+    return task.model_copy(update={"labels": settle(task.labels, config)})
+
+
+def examples(data: TextData, base: Path, tokenizer: Any, task: TokenClassification) -> PaddedExamples:
+    """Examples for training or calibration; with a limit spread evenly over the whole."""
+    chosen = padded.spread(_read(data, base, task), data.limit)
+    return PaddedExamples(_tokenize(chosen, tokenizer, task), label_array)
+
+
+def samples(
+    data: TextData, base: Path, tokenizer: Any, task: TokenClassification, limit: int | None
+) -> list[Sample]:
+    """Evaluation samples in the order of the data, at most `limit` and `data.limit` of them."""
+    return _tokenize(padded.first(_read(data, base, task), limit, data.limit), tokenizer, task)
+
+
+def label_array(samples: Sequence[Sample], longest: int) -> np.ndarray:
+    """Labels of some samples, int64 [batch, longest], -100 where nothing counts."""
+    labels = np.full((len(samples), longest), IGNORED, np.int64)
+    for row, sample in enumerate(samples):
+        labels[row, sample.known["positions"]] = sample.known["label"]
+    return labels
+
+
+def loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy over all words of the batch, []; logits [batch, longest, labels]."""
+    import torch.nn.functional as F
+
+    labels = padded.labels_in(batch)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+
+
+def logits_of(task: TokenClassification, config: dict[str, Any]) -> tuple[int, int]:
+    """Most positions of one sample, and logits of each; `config` is the model's config.json."""
+    return task.context, len(task.labels or named_outputs(config))
+
+
+def compared(sample: Sample, logits: np.ndarray) -> np.ndarray:
+    """The logits of a sample that rows are compared by, [positions, labels]: those of no padding."""
+    return logits[: sample.length]
+
+
+def measure(batch: Sequence[Sample], logits: np.ndarray) -> list[dict[str, Any]]:
+    """Result of each sample; logits [batch, longest, labels]."""
+    return [_result(sample.known, row) for sample, row in zip(batch, logits, strict=True)]
+
+
+def results(
+    known: Sequence[Mapping[str, Any]], logits: Sequence[np.ndarray], task: TokenClassification
+) -> list[dict[str, Any]]:
+    """The same, from what is known of each sample and its logits [positions, labels]."""
+    return [_result(one, row) for one, row in zip(known, logits, strict=True)]
+
+
+def _result(known: Mapping[str, Any], logits: np.ndarray) -> dict[str, Any]:
+    scored = logits[list(known["positions"])].astype(np.float64)
+    finite = bool(np.isfinite(scored).all())
+    result = {**known, "prediction": scored.argmax(-1).tolist() if finite else None}
+    if "label" in known:
+        result["loss"] = _cross_entropy(scored, known["label"]) if finite else math.nan
+    return result
+
+
+def _cross_entropy(logits: np.ndarray, labels: Sequence[int]) -> float:
+    """Sum of -log softmax(logits)[label] over the words; logits [words, labels]."""
+    if not len(labels):
+        return 0.0
+    top = logits.max(axis=-1, keepdims=True)
+    log_sum = np.log(np.exp(logits - top).sum(axis=-1)) + top[:, 0]
+    return float((log_sum - logits[np.arange(len(labels)), list(labels)]).sum())
+
+
+def metrics(
+    found: Sequence[Mapping[str, Any]],
+    task: TokenClassification,
+    reference: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, float]:
+    """Metrics of some results; without labels, agreement with the results of the float model, by words."""
+    answers = [result["prediction"] for result in found]
+    labelled = "label" in found[0]
+    if not labelled and reference is None:
+        return {}
+    truth = [result["label" if labelled else "prediction"] for result in (found if labelled else reference)]
+    if any(answer is None for answer in (*answers, *truth)):
+        return dict.fromkeys(_names(task) if labelled else (AGREEMENT,), math.nan)
+    words = [word for answer in answers for word in answer]
+    share = agreement([word for label in truth for word in label], words) if words else math.nan
+    if not labelled:
+        return {AGREEMENT: share}
+    values = {"token_accuracy": share}
+    if task.spans:
+        values["span_f1"] = span_f1(_spelled(truth, task), _spelled(answers, task))
+    return {name: values[name] for name in _names(task)}
+
+
+def _names(task: TokenClassification) -> list[str]:
+    return [name for name in task.metrics if name != "span_f1" or task.spans]
+
+
+def _spelled(labels: Sequence[Sequence[int]], task: TokenClassification) -> list[list[str]]:
+    return [[task.labels[index] for index in sequence] for sequence in labels]
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def _read(data: TextData, base: Path, task: TokenClassification) -> list[dict[str, Any]]:
+    """Examples as {"tokens", "tags"}, tags where there are any: indices, or -100 for a word without one."""
+    if data.text is not None:
+        return [{"tokens": line.split()} for line in read_lines(data, base)]
+    table = read_table(data, base, wanted(data))
+    columns = {role: [_list(cell, place) for cell, place in zip(cells, table.places, strict=True)]
+               for role, cells in table.columns.items()}  # fmt: skip
+    for place, words in zip(table.places, columns["tokens"], strict=True):
+        if not words or not all(isinstance(word, str) for word in words):
+            raise UsageError(f"{place}: the words are no list of texts", fix="mend or remove that row")
+    if "tags" in columns:
+        columns["tags"] = _tags(table, columns, task)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def wanted(data: TextData) -> Wanted:
+    """The columns that are read: those that the recipe names, or `tokens` and `tags`."""
+    named = {role: name for role, name in (data.columns or Columns()).model_dump().items() if name}
+    optional = frozenset() if "tags" in named else frozenset({"tags"})
+    return Wanted({"tokens": "tokens", "tags": "tags", **named}, optional)
+
+
+def _list(cell: Any, place: str) -> list[Any]:
+    if not isinstance(cell, list):
+        raise UsageError(f"{place}: {cell!r:.60} is no list", fix="write words and tags as lists, in .jsonl")
+    return cell
+
+
+def _tags(table: Table, columns: dict[str, list[Any]], task: TokenClassification) -> list[list[int]]:
+    labels = labels_of(task)
+    cells = dataset_names(table.names, labels, columns["tags"])
+    names = {name for cell in cells for name in cell if isinstance(name, str)}
+    both_sets(sorted(names), labels, "the data")
+    found = []
+    for place, words, tags in zip(table.places, columns["tokens"], cells, strict=True):
+        if len(words) != len(tags):
+            raise UsageError(
+                f"{place}: {len(words)} words and {len(tags)} tags", fix="mend or remove that row"
+            )
+        found.append([IGNORED if tag == IGNORED else labels.index(tag, place) for tag in tags])
+    return found
+
+
+def _tokenize(found: list[dict[str, Any]], tokenizer: Any, task: TokenClassification) -> list[Sample]:
+    fills = padded.padding_of(tokenizer)
+    if not tokenizer.is_fast:
+        raise UsageError("this tokenizer cannot say which word a token is of", fix="add its tokenizer.json")
+    if not getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", True):
+        raise UsageError(
+            "this tokenizer marks blanks, and words have none: it would take each for the middle of one",
+            fix="set `add_prefix_space` to true in tokenizer.json and tokenizer_config.json",
+        )
+    result = []
+    for one in found:
+        words = one["tokens"]
+        whole = tokenizer(words, is_split_into_words=True, return_attention_mask=True, verbose=False)
+        cut = len(whole["input_ids"]) > task.context
+        encoded = whole
+        if cut:
+            encoded = tokenizer(words, is_split_into_words=True, return_attention_mask=True, truncation=True,
+                                max_length=task.context)  # fmt: skip
+        places: dict[int, int] = {}
+        for place, word in enumerate(encoded.word_ids()):
+            if word is not None:
+                places.setdefault(word, place)
+        tags = one.get("tags")
+        counted = [word for word in places if tags is None or tags[word] != IGNORED]
+        known: dict[str, Any] = {"positions": [places[word] for word in counted]}
+        if tags is not None:
+            known["label"] = [tags[word] for word in counted]
+        inputs = {name: np.array(encoded[name], np.int64) for name in fills}
+        result.append(Sample(inputs, fills, known, "tokens", cut))
+    return result

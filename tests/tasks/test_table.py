@@ -1,0 +1,195 @@
+"""Tables of each kind, GLUE's own files, and what is said of a table that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from pyarrow import Table, parquet
+
+from qcompress.errors import UsageError
+from qcompress.glue import GLUE
+from qcompress.schema import SequenceClassification, TextData
+from qcompress.tasks import sequence_classification
+from qcompress.tasks.table import Wanted, read_table
+from qcompress.tasks.text import fingerprint
+
+ROWS = [
+    {"text": 'He said "no, never"', "label": "bad", "number": 1},
+    {"text": "caf\u00e9, \u2028 fine", "label": "good", "number": 2},
+    {"text": "plain", "label": "bad", "number": 3},
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`datasets` keeps what it has read; a test must not find what another one left."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def write_table(file: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    """The same rows in the form that the suffix says, written by hand."""
+    names = list(rows[0])
+    if file.suffix == ".parquet":
+        parquet.write_table(Table.from_pylist(rows), file)
+    elif file.suffix == ".jsonl":
+        file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    elif file.suffix == ".csv":
+
+        def quote(cell: Any) -> str:
+            return '"' + str(cell).replace('"', '""') + '"'
+
+        lines = [",".join(names), *(",".join(quote(row[name]) for name in names) for row in rows)]
+        file.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+    else:
+        lines = ["\t".join(names), *("\t".join(str(row[name]) for name in names) for row in rows)]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+WANTED = Wanted({"text": "text", "label": "label"}, frozenset({"label"}))
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
+def test_the_same_rows_come_out_of_every_kind_of_table(suffix: str, tmp_path: Path) -> None:
+    write_table(tmp_path / f"data{suffix}")
+    found = read_table(TextData(table=[f"data{suffix}"]), tmp_path, WANTED)
+    assert found.columns == {"text": [row["text"] for row in ROWS], "label": ["bad", "good", "bad"]}
+    assert len(found.places) == 3 and all(f"data{suffix}" in place for place in found.places)
+
+
+def test_a_csv_cell_may_hold_line_ends_and_a_tsv_cell_keeps_its_quotes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,label\n"two\nlines, one cell",1\n')
+    assert read_table(TextData(table=["a.csv"]), tmp_path, WANTED).columns["text"] == ["two\nlines, one cell"]
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"open\t1\n"\t0\n')
+    assert read_table(TextData(table=["a.tsv"]), tmp_path, WANTED).columns["text"] == ['"open', '"']
+
+
+def test_several_tables_are_one_after_another_and_have_the_same_columns(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.csv")
+    write_table(tmp_path / "b.jsonl", ROWS[:1])
+    found = read_table(TextData(table=["b.jsonl", "a.csv"]), tmp_path, WANTED)
+    assert found.columns["text"] == [row["text"] for row in [ROWS[0], *ROWS]]
+    write_table(tmp_path / "c.jsonl", [{"text": "no label"}])
+    with pytest.raises(UsageError, match="only some of a.csv, c.jsonl have the column label"):
+        read_table(TextData(table=["a.csv", "c.jsonl"]), tmp_path, WANTED)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "sentence,label\nx,1\n", "a.csv has the columns sentence, label, and not 'text'"),
+        ("a.csv", "", "a.csv has the columns none, and not 'text'"),
+        ("a.csv", "text,label\n", "a.csv has no row"),
+        ("a.csv", "text,label\nx,1\ny\n", "a.csv:3: the column 'label' is missing"),
+        ("a.csv", "text,label\nx,1,2\n", "a.csv:2: 3 cells, and the header names 2 columns"),
+        ("a.csv", 'text,label\n"x"y,1\n', "a.csv:2: "),
+        ("a.csv", "text,label,text\nx,1,y\n", "a.csv has the column 'text' more than once"),
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2 is not JSON"),
+        ("a.jsonl", '["x"]\n', "a.jsonl:1 is no JSON object"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "x"}\n', "a.jsonl:2: the column 'label' is missing"),
+        ("a.parquet", "no parquet", "a.parquet cannot be read as parquet"),
+    ],
+)
+def test_a_table_that_is_broken_is_refused_with_the_place(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=message) as refused:
+        read_table(TextData(table=[name]), tmp_path, WANTED)
+    assert refused.value.fix
+
+
+def test_the_rows_of_a_dataset_are_read_with_the_names_of_its_labels(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["n", "p"])}
+    )
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    (tmp_path / "corpus").mkdir()
+    rows.to_parquet(tmp_path / "corpus" / "train.parquet")
+    found = read_table(TextData(dataset="corpus"), tmp_path, WANTED)
+    assert found.columns == {"text": ["a", "b"], "label": [1, 0]} and found.names == ("n", "p")
+
+
+def test_the_fingerprint_of_tables_is_their_content_and_their_order(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.csv")
+    write_table(tmp_path / "b.csv", ROWS[:1])
+    first = fingerprint(TextData(table=["a.csv", "b.csv"]), tmp_path)
+    assert len(first) == 2 and fingerprint(TextData(table=["b.csv", "a.csv"]), tmp_path) != first
+    write_table(tmp_path / "b.csv", ROWS[:2])
+    assert fingerprint(TextData(table=["a.csv", "b.csv"]), tmp_path) != first
+
+
+# GLUE ---------------------------------------------------------------------------------------------
+
+HEADERS = {
+    "cola": None,
+    "sst2": "sentence\tlabel",
+    "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+    "rte": "index\tsentence1\tsentence2\tlabel",
+    "qnli": "index\tquestion\tsentence\tlabel",
+    "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+    "mnli": "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\t"
+    "sentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+    "wnli": "index\tsentence1\tsentence2\tlabel",
+}
+"""First line of each published file."""
+
+LABEL = {"rte": "not_entailment", "qnli": "not_entailment", "mnli": "contradiction", "stsb": "3.8"}
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_each_published_file_is_read_by_the_name_of_its_task(name: str, tmp_path: Path) -> None:
+    assert HEADERS.keys() == GLUE.keys()
+    header, label = HEADERS[name], LABEL.get(name, "1")
+    cells = {"text": 'one "quote', "pair": "two", "label": label}
+    columns = list(GLUE[name].header or header.lstrip("\ufeff").split("\t"))
+    of_role = {column: role for role, column in GLUE[name].tsv.items()}
+    row = "\t".join(cells[of_role[column]] if column in of_role else "x" for column in columns)
+    (tmp_path / "dev.tsv").write_text(
+        "".join(line + "\n" for line in (header, row, "short") if line), "utf-8"
+    )
+    task = SequenceClassification.model_validate({"glue": name})
+    (found,) = sequence_classification._read(TextData(table=["dev.tsv"]), tmp_path, task)
+    assert found["text"] == 'one "quote' and found.get("pair") == (
+        None if name in ("cola", "sst2") else "two"
+    )
+    assert found["label"] == {"stsb": 3.8, "mnli": 2}.get(name, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "train", "dev"),
+    [("cola", "CoLA", 8551, 1043), ("sst2", "SST-2", 67349, 872), ("mrpc", "MRPC", 3668, 408),
+     ("rte", "RTE", 2490, 277), ("stsb", "STS-B", 5749, 1500)],
+)  # fmt: skip
+def test_glue_as_it_was_published_is_read_whole(
+    name: str, folder: str, train: int, dev: int, assets: Path
+) -> None:
+    task = SequenceClassification.model_validate({"glue": name})
+    for part, count in (("train", train), ("dev", dev)):
+        data = TextData(table=[f"{part}.tsv"])
+        found = sequence_classification._read(data, assets / "glue" / folder, task)
+        assert len(found) == count
+        labels = {one["label"] for one in found}
+        assert labels == {0, 1} if name != "stsb" else (min(labels), max(labels)) == (0.0, 5.0)
+        assert all(one["text"].strip() for one in found)
+
+
+def test_files_of_ones_own_may_stand_beside_glue(tmp_path: Path) -> None:
+    """The hub's column names, for any other kind of file or where columns are named."""
+    write_table(tmp_path / "dev.jsonl", [{"sentence": "a", "label": 1}])
+    write_table(tmp_path / "dev.tsv", [{"words": "a", "label": 0}])
+    task = SequenceClassification(glue="cola")
+    (one,) = sequence_classification._read(TextData(table=["dev.jsonl"]), tmp_path, task)
+    (two,) = sequence_classification._read(
+        TextData.model_validate({"table": ["dev.tsv"], "columns": {"text": "words"}}), tmp_path, task
+    )
+    assert (one, two) == ({"text": "a", "label": 1}, {"text": "a", "label": 0})
