@@ -144,16 +144,35 @@ def _name(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:
             value.name = name
             if value.const_value is not None:
                 value.const_value.name = name
+    heads = {table: head for head, table in tied.items()}
     counts: dict[str, int] = {}
     for node in model.graph:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        read = node.inputs[0].name  # codes first: the exporter stores equal scales of two layers once
-        what = (read if read.endswith(".codes") else node.inputs[1].name).rpartition(".")[0]
+        # the exporter stores equal scales of two layers once, so a scale's name may be another layer's
+        read, layer = node.inputs[0].name, _reader(node, heads)
+        scale = f"{layer}.input.scale" if layer else node.inputs[1].name
+        what = (read if read.endswith(".codes") else scale).rpartition(".")[0]
         name = f"{what}/{node.op_type}"
         counts[name] = counts.get(name, 0) + 1
         node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
         node.outputs[0].name = node.name + "_output"
+
+
+def _reader(node: ir.Node, heads: dict[str, str]) -> str | None:
+    """The layer whose matmul reads an activation's Q or DQ node; `heads` by the table they share."""
+    for user, place in node.outputs[0].uses():
+        if user.op_type == "DequantizeLinear":
+            return _reader(user, heads)
+        if user.op_type in ("MatMul", "Gemm") and place < 2:
+            other = user.inputs[1 - place].producer()
+            while other is not None and other.op_type == "Transpose":
+                other = other.inputs[0].producer()
+            codes = other.inputs[0].name if other is not None and other.inputs else ""
+            if codes.endswith(".weight.codes"):
+                owner = codes.removesuffix(".weight.codes")
+                return heads.get(owner, owner)
+    return None
 
 
 def _store_narrow(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:
