@@ -351,7 +351,9 @@ SHAPES = [(24, 12, ""), (24, 12, "right"), (24, 12, "left"), (1, 1, ""), (1, 32,
 def test_onnxruntime_computes_the_folded_model(graph: Graph, rows: int, length: int, pad: str) -> None:
     """Sums in another order flip a rounding here and there, and a flip moves its row visibly: most rows agree
     to 1e-5 of the range, and all do where no activation is rounded. In fp16 roundings flip in every row; there
-    ONNX Runtime is no further from torch than torch's own halves are from fp32, twice over.
+    ONNX Runtime is at most twice as far from torch as torch in fp16 is from torch in fp32.
+
+    Tokens of padding are left out: a causal model has nothing that they could attend to.
     """
     assert length <= CONTEXT
     inputs = graph.inputs(rows, length, "")
@@ -367,6 +369,7 @@ def test_onnxruntime_computes_the_folded_model(graph: Graph, rows: int, length: 
             logits = assemble(graph.made.folded, compute[1])(**inputs).logits.float().numpy()
         expected[compute[0]] = logits
     wanted = expected[graph.kind.compute]
+    real = inputs["attention_mask"].numpy()[:, :, None] if wanted.ndim == 3 else 1
     feed = {name: tensor.numpy() for name, tensor in inputs.items()}
     rounds = any(item.activations for item in (*graph.made.plan, *graph.points))
     for optimized in (False, True):
@@ -374,10 +377,10 @@ def test_onnxruntime_computes_the_folded_model(graph: Graph, rows: int, length: 
             continue  # there ONNX Runtime rounds the inputs of int4 layers to int8
         found = plain_session(graph.file, optimized=optimized).run(["logits"], feed)[0].astype(np.float32)
         assert found.shape == wanted.shape and np.isfinite(found).all() and np.ptp(wanted) > 0.1
-        error = np.abs(found - wanted)
+        error = np.abs(found - wanted) * real
         far = error.reshape(len(found), -1).max(1) / np.ptp(wanted)
         if graph.kind.compute == "fp16":
-            halves = np.abs(expected["fp16"] - expected["fp32"]).mean()
+            halves = (np.abs(expected["fp16"] - expected["fp32"]) * real).mean()
             assert rows < 24 or error.mean() <= 2 * halves
         elif rounds:
             assert far.max() <= 0.1 and (rows < 7 or np.median(far) <= 1e-5)
