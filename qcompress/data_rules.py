@@ -35,10 +35,10 @@ def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[s
     """Keys of some data that the task cannot use: key, what is wrong, what to write."""
     task = recipe.task
     if isinstance(task, CausalLm):
-        for key in ("table", "columns"):
-            if getattr(data, key) is not None:
-                message = f"belongs to a classification, and the task is {task.name}"
-                yield key, message, "write `text: [FILE, ...]`, or `dataset:` with `column:`"
+        key = "columns" if data.table is None else "table"
+        if getattr(data, key) is not None:
+            message = f"belongs to a classification, and the task is {task.name}"
+            yield key, message, "write `text: [FILE, ...]`, or `dataset:` with `column:`"
         return
     if data.text is not None and section == ("data", "train"):
         message = f"has no labels, and {task.name} trains on them"

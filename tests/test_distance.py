@@ -115,3 +115,11 @@ def test_a_reference_of_zeros_has_no_range_and_no_signal() -> None:
 
 def test_decibels() -> None:
     assert decibels(100.0, 1.0) == 20.0 and decibels(1.0, 0.0) is None and math.isnan(decibels(0.0, 1.0))
+
+
+def test_one_logit_is_always_the_best_and_has_no_agreement() -> None:
+    distance = Distance(to="float")
+    distance.add(np.array([[1.0], [2.0]], np.float32), np.array([[1.5], [0.0]], np.float32))
+    found = distance.to_json()
+    assert found["top1_agreement"] is None and found["positions"] == 2
+    assert found["max_abs"] == 2.0 and found["range"] == 1.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -383,3 +385,67 @@ def test_the_stage_reads_parity_json_and_writes_verdict_json(tmp_path) -> None:
     )
     gate(tmp_path / "parity.json", recipe, tmp_path)
     assert read_json(tmp_path / "verdict.json")["verdict"] == "anomalous"
+
+
+# Tasks other than language models -----------------------------------------------------------------
+
+
+def scored(stage: str, metrics: dict[str, float], **distance: Any) -> dict[str, Any]:
+    """A row with these metrics of the set `dev`."""
+    return {**row(stage, **distance), "metrics": {f"dev.{name}": value for name, value in metrics.items()}}
+
+
+GAINS = {
+    "accuracy": (0.6, 0.85),
+    "mcc": (-0.1, 0.5),
+    "f1": (0.0, 0.55),
+    "spearman": (0.5, 0.8),
+    "pearson": (0.5, 0.8),
+    "span_f1": (0.2, 0.7),
+}
+"""A float value and one that is too good to be true beside it, by metric: all end at 1."""
+
+
+@pytest.mark.parametrize("metric", GAINS)
+def test_a_gain_too_large_to_be_true_is_found_in_every_metric_that_ends_at_1(metric: str) -> None:
+    base, value = GAINS[metric]
+    found = verdict({"rows": [scored("float", {metric: base}), scored("trained", {metric: value})]}, {}, [])
+    assert found["verdict"] == "anomalous" and one_reason(found).endswith("too good")
+    smaller = base + 0.4 * (1 - base)
+    rows = [scored("float", {metric: base}), scored("trained", {metric: smaller})]
+    assert verdict({"rows": rows}, {}, [])["verdict"] == "accept"
+
+
+@pytest.mark.parametrize("metric", GAINS)
+def test_a_run_that_trains_the_float_model_may_gain_anything(metric: str) -> None:
+    base, value = GAINS[metric]
+    rows = [scored("float", {metric: base}), scored("trained", {metric: value})]
+    found = judge({"rows": rows}, Gate(), [], "fp32", float_trains=True)
+    assert found["verdict"] == "accept" and found["reasons"] == []
+
+
+def test_the_stage_gate_knows_a_float_run_by_its_format(tmp_path: Path, line: Callable[..., Any]) -> None:
+    rows = [scored("float", {"mcc": 0.0}), scored("trained", {"mcc": 0.6})]
+    write_json(tmp_path / "parity.json", {"rows": rows})
+    for options, expected in (({"method": "float", "format": "float"}, "accept"), ({}, "anomalous")):
+        recipe = line(**options, verify={"require": []}).recipe
+        gate(tmp_path / "parity.json", recipe, tmp_path)
+        assert read_json(tmp_path / "verdict.json")["verdict"] == expected
+
+
+def test_agreement_of_the_float_row_with_itself_is_no_baseline_for_a_gain() -> None:
+    rows = [scored("float", {"agreement": 1.0}), scored("trained", {"agreement": 0.97})]
+    goals = {"recovery": {"dev.agreement": {"max-degradation": 0.05}}}
+    assert verdict({"rows": rows}, goals, [])["verdict"] == "accept"
+    goals = {"recovery": {"dev.agreement": {"max-degradation": 0.02}}}
+    assert verdict({"rows": rows}, goals, [])["verdict"] == "regression"
+
+
+def test_a_regression_has_no_top_1_agreement_and_the_gate_asks_for_none() -> None:
+    rows = [scored("float", {"spearman": 0.8}), scored("onnx", {"spearman": 0.8}, top1_agreement=None)]
+    found = verdict({"rows": rows}, {}, [])
+    assert found["verdict"] == "accept"
+    assert [goal["metric"] for goal in found["goals"]] == ["parity.onnx.mean_abs"]
+    missing = scored("onnx", {"spearman": 0.8})
+    del missing["distance"]["top1_agreement"]
+    assert verdict({"rows": [rows[0], missing]}, {}, [])["verdict"] == "anomalous"

@@ -199,10 +199,11 @@ def _tags(table: Table, columns: dict[str, list[Any]], task: TokenClassification
 def _tokenize(found: list[dict[str, Any]], tokenizer: Any, task: TokenClassification) -> list[Sample]:
     fills = padded.padding_of(tokenizer)
     if not tokenizer.is_fast:
-        raise UsageError("this tokenizer cannot say which word a token is of", fix="add its tokenizer.json")
+        what = "this tokenizer cannot say which word a token is of"
+        raise UsageError(what, fix="add its tokenizer.json")
     if not getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", True):
         raise UsageError(
-            "this tokenizer marks blanks, and words have none: it would take each for the middle of one",
+            "this tokenizer would take every word for the middle of one: it needs the blanks between them",
             fix="set `add_prefix_space` to true in tokenizer.json and tokenizer_config.json",
         )
     result = []

@@ -1,0 +1,160 @@
+"""Tasks and their data as a recipe writes them: what is wrong, where, and what to write instead."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from good_recipe import mistakes, write
+
+from qcompress.recipe import load_recipe
+from qcompress.task_options import COLUMNS, Columns
+
+GOOD = """\
+name: good
+model: {family: gpt2, source: model}
+task: {name: sequence-classification, labels: [neg, pos], context: 64}
+data:
+  train: {table: [train.csv], columns: {text: sentence, label: stars}}
+  calibration: {text: [lines.txt], limit: 8}
+  evaluate:
+    dev: {table: [dev.tsv]}
+    live: {text: [lines.txt]}
+format: w8a8
+method: lsq
+gate: {recovery: {dev.accuracy: {max-degradation: 0.01}, live.agreement: {threshold: 0.9}}}
+"""
+
+COLUMNS_OF_TRAIN = Columns(text="sentence", label="stars")
+
+ONE_MISTAKE = {
+    "a task without a name": (
+        ("name: sequence-classification, ", ""),
+        r":3: task\.name: must be one of causal-lm, sequence-classification, token-classification, found",
+    ),
+    "a task that is none": (
+        ("name: sequence-classification", "name: sequence-clasification"),
+        r":3: task\.name: must be one of .*\(fix: did you mean `sequence-classification`\?\)",
+    ),
+    "a key of another task": (
+        ("context: 64", "stride: 64"),
+        r":3: task\.stride: unknown key \(fix: drop it, or write one of: name, glue, kind, labels, context",
+    ),
+    "a misspelt key": (("context: 64", "contxt: 64"), r":3: task\.contxt: unknown key .*`context`"),
+    "a kind that is none": (
+        ("context: 64", "kind: many"),
+        r":3: task\.kind: must be one of single, multi, regression",
+    ),
+    "a task of GLUE that is none": (("labels: [neg, pos]", "glue: colla"), r":3: task\.glue: .*`cola`"),
+    "a kind that is not GLUE's": (
+        ("labels: [neg, pos]", "glue: cola, kind: regression"),
+        r":3: task: `glue: cola` is of the kind single, and `kind` is regression",
+    ),
+    "labels that are not GLUE's": (
+        ("labels: [neg, pos]", "glue: cola, labels: [neg, pos]"),
+        r":3: task: `glue: cola` has labels of its own: drop `labels`",
+    ),
+    "labels of a regression": (
+        ("context: 64", "kind: regression"),
+        r":3: task: a regression gives a number and has no labels: drop `labels`",
+    ),
+    "one label": (("[neg, pos]", "[neg]"), r":3: task\.labels: must be 2 or more entries long"),
+    "a label twice": (("[neg, pos]", "[neg, neg]"), r":3: task: `labels` names neg more than once"),
+    "two origins": (
+        ("dev: {table: [dev.tsv]}", "dev: {table: [dev.tsv], text: [lines.txt]}"),
+        r":8: data\.evaluate\.dev: give exactly one of `text`, `table` and `dataset`",
+    ),
+    "no file": (("dev: {table: [dev.tsv]}", "dev: {table: []}"), r":8: .*dev: `table` names no file"),
+    "text with columns": (
+        ("live: {text: [lines.txt]}", "live: {text: [lines.txt], columns: {text: a}}"),
+        r":9: data\.evaluate\.live: `columns` belong to `table` or `dataset`",
+    ),
+    "a column that is none": (("stars}", "stars, lable: x}"), r":5: data\.train\.columns\.lable: .*`label`"),
+    "text to train on": (
+        ("{table: [train.csv], columns: {text: sentence, label: stars}}", "{text: [lines.txt]}"),
+        r":5: data\.train\.text: has no labels, and sequence-classification .*\(fix: write `table: ",
+    ),
+    "a column of language models": (
+        ("dev: {table: [dev.tsv]}", "dev: {dataset: org/name, column: line}"),
+        r":8: data\.evaluate\.dev\.column: belongs to causal-lm \(fix: write `columns: \{text: line\}`\)",
+    ),
+    "a column of another task": (
+        ("stars}", "stars, tags: x}"),
+        r":5: data\.train\.columns: names the column `tags`, and sequence-classification reads text, pai",
+    ),
+    "a suffix that is none": (
+        ("[dev.tsv]", "[lines.txt]"),
+        r":8: data\.evaluate\.dev\.table\[0\]: lines\.txt ends in none of \.tsv, \.csv, \.jsonl, \.parquet",
+    ),
+    "a table that is not there": (
+        ("[dev.tsv]", "[dve.tsv]"),
+        r":8: data\.evaluate\.dev\.table\[0\]: dve\.tsv does not exist",
+    ),
+    "a metric of another task": (
+        ("dev.accuracy", "dev.perplexity"),
+        r':12: gate\.recovery\."dev\.perplexity": is no metric of an evaluation set',
+    ),
+    "tables for a language model": (
+        ("task: {name: sequence-classification, labels: [neg, pos], context: 64}", "task: {name: causal-lm}"),
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    for name in ("train.csv", "dev.tsv", "lines.txt"):
+        (tmp_path / name).write_text("text\n")
+    return tmp_path
+
+
+def test_the_good_recipe_is_good(folder: Path) -> None:
+    recipe = load_recipe(write(folder, GOOD), ()).recipe
+    assert recipe.task.labels == ["neg", "pos"]
+    assert recipe.data.train.columns == COLUMNS_OF_TRAIN
+    assert set(Columns.model_fields) == {column for columns in COLUMNS.values() for column in columns}
+
+
+@pytest.mark.parametrize("what", [what for what, (_, expected) in ONE_MISTAKE.items() if expected])
+def test_one_mistake_is_reported_once_where_it_is(what: str, folder: Path) -> None:
+    (old, new), expected = ONE_MISTAKE[what]
+    assert GOOD.count(old) == 1
+    found = mistakes(write(folder, GOOD.replace(old, new)))
+    assert len(found) == 1, found
+    assert re.match("recipe.yaml" + expected, found[0]), found
+
+
+def test_a_language_model_reads_no_table(folder: Path) -> None:
+    (old, new), _ = ONE_MISTAKE["tables for a language model"]
+    found = mistakes(write(folder, GOOD.replace(old, new)), "gate=")
+    keys = [line.partition(": ")[2].partition(": ")[0] for line in found]
+    assert keys == ["data.train.table", "data.evaluate.dev.table"]
+    assert all("and the task is causal-lm" in line and "`text: [FILE, ...]`" in line for line in found)
+
+
+def test_glue_gives_the_kind(folder: Path) -> None:
+    file = write(folder, GOOD.replace("labels: [neg, pos], context: 64", "glue: stsb"))
+    task = load_recipe(file, ["gate="]).recipe.task
+    assert (task.kind, task.labels, task.context) == ("regression", None, 128)
+    assert task.within(32).context == 32 and task.within(500) == task
+
+
+def test_columns_stay_with_another_table_and_go_with_another_origin(folder: Path) -> None:
+    file = write(folder, GOOD)
+    (folder / "other.csv").write_text("text\n")
+    train = load_recipe(file, ["data.train={table: [other.csv]}"]).recipe.data.train
+    assert train.table == ["other.csv"] and train.columns == COLUMNS_OF_TRAIN
+    live = load_recipe(file, ["data.evaluate.live={table: [other.csv]}"]).recipe.data.evaluate["live"]
+    assert live.text is None and live.table == ["other.csv"]
+    train = load_recipe(file, ["data.train={dataset: org/name}"]).recipe.data.train
+    assert train.table is None and train.columns is None
+
+
+def test_tables_of_a_recipe_that_is_extended_are_relative_to_it(folder: Path) -> None:
+    write(folder, GOOD, "base.yaml")
+    (folder / "sub").mkdir()
+    child = write(folder, "extends: ../base.yaml\nname: child\n", "sub/child.yaml")
+    data = load_recipe(child, ()).recipe.data
+    assert data.train.table == ["../train.csv"] and data.evaluate["dev"].table == ["../dev.tsv"]
