@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import gc
 import gzip
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,23 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
         previous = stage
     for file in out.glob("logits-*.npy"):
         file.unlink()
-    facts = {"sets": list(samples.sets), "threads": threads, "device": str(device)}
+    task = TASKS[recipe.task.name]
+    inputs = {
+        name: _digest(task.collate([sample]) for sample in found) for name, found in samples.sets.items()
+    }
+    facts = {"sets": list(samples.sets), "inputs": inputs, "threads": threads, "device": str(device)}
     write_json(out / "parity.json", {"rows": rows, **facts})
     write_samples(out / "samples.json.gz", {stage: result.samples for stage, result in measured.items()})
+
+
+def _digest(samples: Iterable[dict[str, np.ndarray]]) -> str:
+    """Of the model inputs of all samples of a set: what runs that are compared have in common."""
+    digest = hashlib.sha256()
+    for inputs in samples:
+        for name, array in sorted(inputs.items()):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _deployed(
