@@ -16,8 +16,10 @@ from qcompress.artifacts import read_json, write_json
 from qcompress.errors import ExportError, RecipeError, UsageError
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, load_recipe, read
+from qcompress.report.compare import compare as compare_measured
+from qcompress.report.measured import measured
 from qcompress.report.seeds import summarise
-from qcompress.schema import Build, Recipe
+from qcompress.schema import ROWS, Build, Recipe
 from qcompress.smoke import smoke as shorten
 from qcompress.stages.gate import judge
 from qcompress.structure import validate
@@ -208,6 +210,43 @@ def compare_layers(path: str | os.PathLike[str], *, reporter: Reporter | None = 
 
     reporter = reporter or Reporter(silent=True)
     return compare(loaded.recipe, Path(loaded.manifest["base"]), _artifacts(loaded), loaded.path, reporter)
+
+
+def compare(
+    runs: Sequence[str | os.PathLike[str]],
+    *,
+    row: str = "onnx",
+    metric: str | None = None,
+    baseline: str | None = None,
+) -> dict[str, Any]:
+    """Runs against each other, aligned by task, seed and sample (`report/compare.py` has the document).
+
+    Each of `runs` is a run directory or a folder of seeds, optionally as `ARM=RUN`; without, the arm is the
+    recipe's name. `metric` is `set.metric`, `metric` (of the first set) or the task's first one; `baseline`
+    is an arm, the first unless given.
+    """
+    if row not in ROWS:
+        raise UsageError(f"unknown row {row!r}", fix=f"choose one of {', '.join(ROWS)}")
+    found = []
+    for run in runs:
+        arm, folder = _arm_and_folder(os.fspath(run))
+        found += [measured(load(path), row, arm) for path in _runs_in(folder)]
+    return compare_measured(found, row, metric, baseline)
+
+
+def _arm_and_folder(text: str) -> tuple[str | None, Path]:
+    arm, equals, folder = text.partition("=")
+    named = equals and not Path(text).exists()
+    if named and not (arm and folder):
+        raise UsageError(f"{text!r} is not of the form ARM=RUN", fix="such as lsq=runs/lsq/latest")
+    return (arm, Path(folder)) if named else (None, Path(text))
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """A run directory itself, or the runs of a folder of seeds."""
+    if (folder / "seeds.json").is_file():
+        return [folder / f"seed-{seed}" for seed in read_json(folder / "seeds.json")["verdicts"]]
+    return [folder]
 
 
 def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:

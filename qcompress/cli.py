@@ -26,9 +26,10 @@ from qcompress.errors import INTERRUPTED, ExportError, QcompressError, RecipeErr
 from qcompress.listing import LISTS
 from qcompress.progress import Reporter
 from qcompress.report.checked import check_json, print_check
-from qcompress.report.ladder import ladder, not_measured
+from qcompress.report.compared import print_comparison
 from qcompress.report.layers import print_layers
 from qcompress.report.seeds import seeds_table
+from qcompress.report.shown import print_run, summary
 from qcompress.schema import STAGES
 from qcompress.stages.gate import exit_code
 from qcompress.stages.load import locate
@@ -113,9 +114,9 @@ def run(
             return
         loaded = api.load(result.path)
         if as_json:
-            _print_json(_summary(loaded))
+            _print_json(summary(loaded))
         else:
-            _show(loaded)
+            print_run(_console(), loaded)
         raise typer.Exit(exit_code(result.verdict))
 
 
@@ -196,9 +197,32 @@ def show(folder: RunFolder, as_json: AsJson = False) -> None:
     with _errors():
         loaded = api.load(folder)
         if as_json:
-            _print_json(_summary(loaded))
+            _print_json(summary(loaded))
         else:
-            _show(loaded)
+            print_run(_console(), loaded)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(help="Runs or folders of seeds; ARM=RUN names an arm.", show_default=False)
+    ],
+    row: Annotated[str, typer.Option(help="Row of the ladder.")] = "onnx",
+    metric: Annotated[
+        str | None, typer.Option(help="set.metric; default: the task's first.", show_default=False)
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="An arm; default: the first.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare arms: mean, spread, paired differences with intervals, what could have been seen, and cost."""
+    with _errors():
+        found = api.compare(runs, row=row, metric=metric, baseline=baseline)
+        if as_json:
+            _print_json(found)
+        else:
+            print_comparison(_console(), found)
 
 
 @app.command()
@@ -272,9 +296,9 @@ def build(
 def _report(folder: Path, verdict: str, as_json: bool) -> None:
     loaded = api.load(folder)
     if as_json:
-        _print_json(_summary(loaded))
+        _print_json(summary(loaded))
     else:
-        _show(loaded)
+        print_run(_console(), loaded)
     raise typer.Exit(exit_code(verdict))
 
 
@@ -311,35 +335,10 @@ def list_(
         _console().print(table)
 
 
-def _summary(loaded: api.LoadedRun) -> dict[str, object]:
-    return {
-        "recipe": loaded.recipe.name,
-        "path": str(loaded.path),
-        "verdict": loaded.verdict,
-        "parity": loaded.parity,
-        "stages": loaded.manifest["stages"],
-    }
-
-
-def _show(loaded: api.LoadedRun) -> None:
-    console = _console()
-    console.print(ladder(loaded.parity))
-    for reason in loaded.verdict["reasons"]:
-        console.print(reason, markup=False, soft_wrap=True)
-    for line in not_measured(loaded.parity):
-        console.print(f"not measured: {line}", markup=False, style="dim", soft_wrap=True)
-    print(f"{loaded.verdict['verdict']}  {loaded.recipe.name}  {loaded.path}" + _names(loaded.parity))
-
-
 def _console() -> Console:
     """Stdout; as wide as a table wants where it is no terminal, so that a log has every digit."""
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(highlight=False, width=None if known else LOG_COLUMNS)
-
-
-def _names(parity: dict[str, object]) -> str:
-    rows = [row["stage"] for row in parity["rows"] if row["status"] != "measured"]
-    return f"  (not measured: {', '.join(rows)})" if rows else ""
 
 
 def _print_json(value: object) -> None:

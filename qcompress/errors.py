@@ -4,6 +4,7 @@
     |- UsageError             2   the command line or an argument of the Python API
     |- RecipeError            2   one or more mistakes in a recipe, all reported together
     |- ModelError             2   a checkpoint that cannot be used as asked
+    |- IncomparableError      4   runs that were not measured on the same thing, or not measured at all
     |- ExportError            5   export, lint or build refused the model
     |- MachineError           6   this machine lacks what the command requires (package, disk, device)
     |- BusyError              7   another live run holds the directory
@@ -67,6 +68,10 @@ class RecipeError(QcompressError):
 
 class ModelError(QcompressError):
     exit_code = 2
+
+
+class IncomparableError(QcompressError):
+    exit_code = 4
 
 
 class ExportError(QcompressError):

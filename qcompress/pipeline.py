@@ -381,6 +381,7 @@ def _manifest(plan: Plan, steps: Mapping[str, Step]) -> dict[str, object]:
         "versions": {"qcompress": qcompress.__version__}
         | {package: version for stage in STAGES for package, version in _versions(stage).items()},
         "host": describe_host(),
+        "phases": read_json(steps["train"].path / "trained.json")["phases"] if "train" in steps else [],
         "stages": {
             name: {
                 "key": step.key,

@@ -55,8 +55,9 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("workspace", {"workspace"}),
     ("pipeline", {"pipeline", "smoke"}),
     ("what a user calls", {
-        "api", "predict", "layerwise", "listing", "report", "report.checked", "report.ladder",
-        "report.layers", "report.seeds",
+        "api", "predict", "layerwise", "listing", "report", "report.checked", "report.compare",
+        "report.compared", "report.ladder", "report.layers", "report.measured", "report.paired",
+        "report.replicates", "report.seeds", "report.shown",
     }),
     ("command line", {"cli", "__main__"}),
 )  # fmt: skip

@@ -9,7 +9,8 @@ model is in memory at a time; the logits that a distance needs wait on disk.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,17 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
         previous = stage
     for file in out.glob("logits-*.npy"):
         file.unlink()
-    main = _main_metrics(samples.task, rows)
-    facts = {"sets": list(samples.sets), "main": main, "threads": threads, "device": str(device)}
+    task = TASKS[recipe.task.name]
+    inputs = {
+        name: _digest(task.collate([sample]) for sample in found) for name, found in samples.sets.items()
+    }
+    facts = {
+        "sets": list(samples.sets),
+        "main": _main_metrics(samples.task, rows),
+        "inputs": inputs,
+        "threads": threads,
+        "device": str(device),
+    }
     write_json(out / "parity.json", {"rows": rows, **facts})
     results = {stage: result.samples for stage, result in measured.items()}
     write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN)
@@ -154,6 +164,16 @@ def _write_kit(out: Path, recipe: Recipe, samples: Samples, artifacts: Artifacts
     sizes = {name: len(found) for name, found in samples.sets.items()}
     arrays = task.kit({name: tensor.numpy() for name, tensor in inputs.items()}, every)
     write_probe(out / "probe", sizes, arrays, out / "logits-onnx.npy", artifacts.onnx, artifacts.engine)
+
+
+def _digest(samples: Iterable[dict[str, np.ndarray]]) -> str:
+    """Of the model inputs of all samples of a set: what runs that are compared have in common."""
+    digest = hashlib.sha256()
+    for inputs in samples:
+        for name, array in sorted(inputs.items()):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _deployed(

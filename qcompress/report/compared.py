@@ -1,0 +1,121 @@
+"""A comparison as tables for the terminal; they fit into 80 columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qcompress.report.ladder import spell
+
+
+def print_comparison(console: Console, found: dict[str, Any]) -> None:
+    """Scores, cost, differences, then what they say in words."""
+    console.print(*title(found), sep="\n", markup=False, soft_wrap=True)
+    console.print(scores(found))
+    console.print(costs(found))
+    if found["differences"]:
+        console.print(differences(found))
+    lines = [finding(found, item) for item in found["differences"]]
+    lines += [f"note: {note}" for note in found["notes"]]
+    if lines:
+        console.print(*lines, sep="\n", markup=False, soft_wrap=True)
+
+
+def title(found: dict[str, Any]) -> list[str]:
+    """What was measured on what."""
+    measured = [f"{task['task']}: {task['metric']} of {task['samples']} samples" for task in found["tasks"]]
+    return [f"row {found['row']}, {found['better']} is better", *measured]
+
+
+def scores(found: dict[str, Any]) -> Table:
+    """One line for each arm and task; with several tasks, one over them all."""
+    table = _table("arm")
+    several = len(found["tasks"]) > 1
+    if several:
+        table.add_column("task", no_wrap=True)
+    for column in ("seeds", "mean", "sd", "min", "max"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for arm in found["arms"]:
+        lines = [(task["task"], task) for task in arm["tasks"]]
+        if several and arm["pooled"]:
+            lines.append(("all", arm["pooled"]))
+        for place, (task, item) in enumerate(lines):
+            cells = [arm["arm"] if place == 0 else "", *([task] if several else [])]
+            cells += [str(len(item["seeds"])), *(spell(item[key]) for key in ("mean",))]
+            cells += [
+                "-" if item["sd"] is None else f"{item['sd']:.2g}",
+                spell(item["min"]),
+                spell(item["max"]),
+            ]
+            table.add_row(*cells, end_section=place == len(lines) - 1 and several)
+    return table
+
+
+def costs(found: dict[str, Any]) -> Table:
+    """What one run of each arm takes, mean over its runs."""
+    table = _table("arm")
+    blocks = any(task["block_updates"] for arm in found["arms"] for task in arm["tasks"])
+    columns = [
+        "updates",
+        *(["updates\nof a block"] if blocks else []),
+        "passes\n(fwd + bwd)",
+        "training\nseconds",
+    ]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for arm in found["arms"]:
+        keys = ("updates", *(("block_updates",) if blocks else ()), "passes", "seconds")
+        means = [sum(task[key] for task in arm["tasks"]) / len(arm["tasks"]) for key in keys]
+        table.add_row(arm["arm"], *(f"{mean:.0f}" if mean >= 100 else f"{mean:.4g}" for mean in means))
+    return table
+
+
+def differences(found: dict[str, Any]) -> Table:
+    """One line for each arm against the baseline."""
+    level = f"{100 * found['level']:.0f} % interval"
+    table = _table(f"against\n{found['baseline']}")
+    for column in ("pairs", "difference", f"{level}\npaired t", f"{level}\nbootstrap", "could have\nseen"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for item in found["differences"]:
+        table.add_row(
+            item["arm"],
+            str(len(item["pairs"])),
+            f"{item['mean']:+.3g}",
+            interval(item["t_interval"]),
+            interval(item["bootstrap_interval"]),
+            "-" if item["detectable"] is None else f"{item['detectable']:.2g}",
+        )
+    return table
+
+
+def interval(limits: list[float] | tuple[float, float] | None) -> str:
+    """Both limits with their signs, or a dash.
+
+    >>> interval((-0.01234, 0.5))
+    '-0.0123 +0.5'
+    """
+    return "-" if limits is None else " ".join(f"{limit:+.3g}" for limit in limits)
+
+
+def finding(found: dict[str, Any], item: dict[str, Any]) -> str:
+    """What a difference says, in one sentence; it must leave 0 outside both intervals to say anything."""
+    arm, baseline = item["arm"], found["baseline"]
+    limits = [limits for limits in (item["t_interval"], item["bootstrap_interval"]) if limits is not None]
+    if item["t_interval"] is None:
+        return f"{arm}: one pair has no spread, so no interval: run more seeds"
+    if all(low > 0 for low, _ in limits) or all(high < 0 for _, high in limits):
+        good = (item["mean"] > 0) == (found["better"] == "higher")
+        return f"{arm}: {'better' if good else 'worse'} than {baseline} by {abs(item['mean']):.3g}"
+    return (
+        f"{arm}: no difference from {baseline} seen; one of {item['detectable']:.2g} would have been, "
+        f"{100 * found['power']:.0f} times in 100"
+    )
+
+
+def _table(first: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+    table.add_column(first, overflow="fold")
+    return table

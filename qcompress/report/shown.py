@@ -1,0 +1,35 @@
+"""A run as a person or a program sees it: the ladder and the verdict. No torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from qcompress.report.ladder import ladder, not_measured
+
+if TYPE_CHECKING:
+    from qcompress.api import LoadedRun
+
+
+def summary(loaded: LoadedRun) -> dict[str, object]:
+    """The JSON document of a run."""
+    return {
+        "recipe": loaded.recipe.name,
+        "path": str(loaded.path),
+        "verdict": loaded.verdict,
+        "parity": loaded.parity,
+        "stages": loaded.manifest["stages"],
+    }
+
+
+def print_run(console: Console, loaded: LoadedRun) -> None:
+    """The ladder, why the verdict is what it is, and the verdict in the last line."""
+    console.print(ladder(loaded.parity))
+    for reason in loaded.verdict["reasons"]:
+        console.print(reason, markup=False, soft_wrap=True)
+    for line in not_measured(loaded.parity):
+        console.print(f"not measured: {line}", markup=False, style="dim", soft_wrap=True)
+    rows = [row["stage"] for row in loaded.parity["rows"] if row["status"] != "measured"]
+    missing = f"  (not measured: {', '.join(rows)})" if rows else ""
+    print(f"{loaded.verdict['verdict']}  {loaded.recipe.name}  {loaded.path}{missing}")
