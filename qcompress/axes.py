@@ -54,6 +54,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "float": {"schedule": "plain"},
     "ptq": {"quantizer": "minmax", "schedule": "calibrate"},
     "lsq": {"quantizer": "lsq", "schedule": "plain"},
+    "teacher-intervention": {
+        "quantizer": "ternary",
+        "objective": "teacher-intervention",
+        "schedule": "two-step",
+    },
     "distillation": {"quantizer": "lsq", "objective": "distillation", "schedule": "plain"},
     "quadapter": {
         "quantizer": {"name": "lsq", "init": "mse"},

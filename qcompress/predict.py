@@ -13,6 +13,7 @@ from qcompress.errors import UsageError
 from qcompress.models import FAMILIES, load_tokenizer
 from qcompress.models.architecture import read_config
 from qcompress.runners import OnnxRunner
+from qcompress.schema import CausalLm
 
 if TYPE_CHECKING:
     from qcompress.api import LoadedRun
@@ -86,6 +87,11 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 def continue_text(run: LoadedRun, text: str, tokens: int) -> str:
     """The text with `tokens` more tokens, or fewer where the model ends it; the context bounds its length."""
+    if not isinstance(run.recipe.task, CausalLm):
+        raise UsageError(
+            f"only a model of the task causal-lm continues a text, and this one is of {run.recipe.task.name}",
+            fix="measure it with `qcompress verify`, or run model.onnx with onnxruntime",
+        )
     tokenizer = load_tokenizer(run.path)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     context = run.recipe.task.context

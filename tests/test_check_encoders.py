@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from good_recipe import prepare, write
 from test_check import save_model, shown
-from tiny_bert import LABELS, SEQUENCE, StandIn, StandInTask, save_encoder
+from tiny_bert import LABELS, SEQUENCE, save_encoder
 
-from qcompress.check import Report, check_model, head_of
+from qcompress.check import Report, check_model
 from qcompress.errors import ModelError, RecipeError
 from qcompress.pipeline import Plan, parts
 from qcompress.recipe import load_recipe
 from qcompress.stages.load import fingerprint
-from qcompress.tasks import TASKS
+from qcompress.task_options import SequenceClassification
 
 RECIPE = """\
 name: encoder
@@ -30,6 +30,9 @@ method: ptq
 """
 
 
+TASK = SequenceClassification(labels=list(LABELS), context=16)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     folder = prepare(tmp_path_factory.mktemp("recipes"))
@@ -39,15 +42,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TASKS, SEQUENCE, StandInTask)
-
-
 def with_task(file: Path) -> Plan:
-    """A recipe of the file with the stand-in's task, and its model."""
+    """A recipe of the file with a task of labels, and its model."""
     resolved = load_recipe(file)
-    resolved = replace(resolved, recipe=resolved.recipe.model_copy(update={"task": StandIn("bert")}))
+    resolved = replace(resolved, recipe=resolved.recipe.model_copy(update={"task": TASK}))
     source = resolved.base / resolved.recipe.model.source
     return Plan(resolved, source, fingerprint(source), check_model(resolved, source))
 
@@ -118,8 +116,7 @@ def test_the_load_stage_depends_on_the_head_and_on_its_seed(made: Path) -> None:
 
 
 def test_labels_of_another_number_are_the_models_mistake(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = replace(head_of(with_task(write(made, RECIPE)).recipe), labels=("a", "b"))
-    monkeypatch.setattr(StandInTask, "head", staticmethod(lambda task: head))
+    monkeypatch.setattr(f"{__name__}.TASK", SequenceClassification(labels=["a", "b"], context=16))
     with pytest.raises(ModelError, match=r"3 \(no, yes, maybe\), the recipe 2 \(a, b\)"):
         with_task(write(made, RECIPE))
 

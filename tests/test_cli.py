@@ -16,6 +16,7 @@ from qcompress.axes import AXES, METHODS
 from qcompress.models import FAMILIES
 from qcompress.schema import STAGES
 from qcompress.targets.table import TARGETS
+from qcompress.tasks import TASKS
 
 KINDS = ("methods", "axes", "models", "tasks", "targets", "recipes")
 
@@ -271,7 +272,7 @@ def test_list_has_a_line_for_each(what: str) -> None:
         "methods": set(METHODS),
         "axes": {f"{axis}: {one.model_fields['name'].default}" for axis in AXES for one in AXES[axis]},
         "models": set(FAMILIES),
-        "tasks": {"causal-lm"},
+        "tasks": set(TASKS),
         "targets": set(TARGETS),
     }
     found = strict(cli("list", what, "--json"))

@@ -351,7 +351,7 @@ SHAPES = [(24, 12, ""), (24, 12, "right"), (24, 12, "left"), (1, 1, ""), (1, 32,
 @pytest.mark.parametrize(("rows", "length", "pad"), SHAPES)
 def test_onnxruntime_computes_the_folded_model(graph: Graph, rows: int, length: int, pad: str) -> None:
     """Sums in another order flip a rounding here and there, and a flip moves its row visibly: most rows agree
-    to 1e-5 of the range, and all do where no activation is rounded. In fp16 roundings flip in every row; there
+    to 1e-5 of the range, and all do where no activation is rounded. In fp16 roundings flip in every row:
     ONNX Runtime is at most twice as far from torch as torch in fp16 is from torch in fp32.
 
     Tokens of padding are left out: a causal model has nothing that they could attend to.

@@ -215,7 +215,7 @@ def test_it_stands_in_the_trained_row_and_harms_neither_gate_nor_ladder(
     assert len(own) == 4 and metrics["trained"] - own == metrics["float"]
     verdict = judge(report, made.recipe.gate, ["float", "trained"], "fp32")
     assert verdict["verdict"] == "accept", verdict["reasons"]
-    assert order_metrics(report["rows"], report["sets"]) == ["test.perplexity"]
+    assert order_metrics(report["rows"], report["sets"], {}) == ["test.perplexity"]
 
 
 def test_it_is_not_measured_unless_asked_for(text_file: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from word_tokenizer import FIRST, WORDS, word_tokenizer
 from qcompress.artifacts import FloatModel, OnnxModel, read_json
 from qcompress.errors import UsageError
 from qcompress.goals import Gate
+from qcompress.predict import continue_text
 from qcompress.probe import SCRIPT, read_measurement
 from qcompress.progress import Reporter
 from qcompress.report.ladder import ladder, order_metrics
@@ -337,3 +339,9 @@ def test_broken_logits_are_anomalous(measure: Callable[..., Measured]) -> None:
     gates = Gate.model_validate({"parity": {"onnx": {"mean_abs": 1.0}}})
     judged = judge(report, gates, ["float", "onnx"], "fp32", float_trains=True)
     assert judged["verdict"] == "anomalous" and "onnx: dev.accuracy is nan" in judged["reasons"]
+
+
+def test_only_a_language_model_continues_a_text(measure: Callable[..., Measured]) -> None:
+    run = SimpleNamespace(recipe=measure("single").recipe)
+    with pytest.raises(UsageError, match="and this one is of sequence-classification"):
+        continue_text(run, "good", 3)

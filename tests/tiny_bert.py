@@ -135,7 +135,7 @@ class StandInExamples:
     """32 sequences of several lengths."""
 
     def __init__(self, task: StandIn) -> None:
-        self.task = task
+        self.task, self.notes = task, []
         self.inputs = token_inputs(task.family, 32, 16, seed=5)
         self.lengths = np.random.default_rng(0).integers(4, 17, 32)
         mask = torch.arange(16) < torch.from_numpy(self.lengths)[:, None]
@@ -159,6 +159,10 @@ class StandInTask:
     @staticmethod
     def examples(data: Any, base: Path, tokenizer: Any, task: StandIn) -> StandInExamples:
         return StandInExamples(task)
+
+    @staticmethod
+    def settled(task: StandIn, config: dict[str, Any]) -> StandIn:
+        return task
 
     @staticmethod
     def head(task: StandIn) -> Head:

@@ -45,6 +45,9 @@ PROBLEMS = {
     "regression": "regression",
 }
 
+BROKEN = 1e-3
+"""Largest share of broken lines in a file that GLUE published."""
+
 AT_ONCE = 1000
 """Texts tokenized together."""
 
@@ -195,7 +198,7 @@ def wanted(data: TextData, task: SequenceClassification) -> Wanted:
         {**(glue.tsv if published else glue.hub), **named},
         frozenset() if "label" in named else frozenset({"label"}),
         header=glue.header if published else None,
-        incomplete=published,
+        broken=BROKEN if published else 0.0,
     )
 
 

@@ -25,14 +25,14 @@ Row = tuple[str, dict[str, Any]]
 class Wanted:
     """What a task reads of a table: columns by role, and the roles that may be missing.
 
-    `header`: names of the columns of files without a header line. `incomplete`: rows without all columns are
-    left out, as the hub's GLUE does with the broken lines of its files, rather than refused.
+    `header`: names of the columns of files without a header line. `broken`: share of rows that may lack a
+    column and are left out, as the hub's GLUE does with the few broken lines of QQP; any more are refused.
     """
 
     columns: Mapping[str, str]
     optional: frozenset[str] = frozenset()
     header: tuple[str, ...] | None = None
-    incomplete: bool = False
+    broken: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class Table:
 
     columns: dict[str, list[Any]]
     places: list[str]
-    left_out: int = 0
     names: tuple[str, ...] | None = None
     """What a dataset itself calls the integers of its labels."""
 
@@ -64,7 +63,7 @@ def read_table(data: TextData, base: Path, wanted: Wanted) -> Table:
                          fix="give all tables of one list the same columns")  # fmt: skip
     columns = {role: [cell for part in parts for cell in part.columns[role]] for role in parts[0].columns}
     places = [place for part in parts for place in part.places]
-    table = Table(columns, places, sum(part.left_out for part in parts), parts[0].names)
+    table = Table(columns, places, parts[0].names)
     if not len(table):
         raise UsageError(
             f"{', '.join(data.table or [str(data.dataset)])} has no row", fix="name a larger table"
@@ -87,17 +86,18 @@ def _collect(name: str, header: Sequence[str], rows: Iterator[Row], wanted: Want
             raise UsageError(f"{name} has the columns {shown}, and not {column!r}",
                              fix=f"name the right one with `columns: {{{role}: ...}}`")  # fmt: skip
     columns: dict[str, list[Any]] = {role: [] for role in roles}
-    places, left_out = [], 0
+    places, broken = [], []
     for place, cells in rows:
         if missing := [column for column in roles.values() if column not in cells]:
-            if wanted.incomplete:
-                left_out += 1
-                continue
-            raise UsageError(f"{place}: the column {missing[0]!r} is missing", fix="mend or remove that row")
+            broken.append(f"{place}: the column {missing[0]!r} is missing")
+            continue
         for role, column in roles.items():
             columns[role].append(cells[column])
         places.append(place)
-    return Table(columns, places, left_out)
+    if len(broken) > wanted.broken * (len(places) + len(broken)):
+        also = f", and of {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UsageError(f"{broken[0]}{also}", fix="mend or remove such rows")
+    return Table(columns, places)
 
 
 def _tsv(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
@@ -121,7 +121,7 @@ def _separated(
 
     def rows() -> Iterator[Row]:
         for place, cells in lines:
-            if len(cells) > len(header) and not wanted.incomplete:
+            if len(cells) > len(header) and not wanted.broken:
                 raise UsageError(
                     f"{place}: {len(cells)} cells, and the header names {len(header)} columns",
                     fix="quote a cell that holds the separator, or remove the row",

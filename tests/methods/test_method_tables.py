@@ -74,7 +74,7 @@ def options_of(choice: dict[str, str]) -> dict[str, Any]:
     """A recipe's keys for a choice on every axis, with few steps."""
     phases = {name: {"steps": 2} for name in PHASES[choice["schedule"]]}
     fused = {"objective": {"name": "distillation", "attention": 0.0}}
-    own = fused if choice["objective"] == "distillation" else {}
+    own = fused if choice.get("objective") == "distillation" else {}
     form = "ternary-a8" if choice["quantizer"] == "ternary" else "w8a8"
     return {**choice, **own, "format": form, "train": {"phases": phases}}
 
@@ -113,7 +113,13 @@ def test_every_legal_combination_trains_folds_and_is_the_same_model_afterwards(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_preset_trains_and_folds(line: Callable[..., Line], method: str) -> None:
+def test_every_preset_trains_and_folds(
+    line: Callable[..., Line], encoder: tuple[Path, Path, Path], method: str
+) -> None:
+    if method == "teacher-intervention":
+        taught = {"quantizer": "ternary", "schedule": "two-step"}
+        encoder_with({"method": method, **taught}, *encoder)
+        return
     own = {"format": "float"} if method == "float" else {}
     if method == "distillation":
         own = {"objective": {"attention": 0.0}}

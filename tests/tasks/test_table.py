@@ -154,11 +154,11 @@ def test_each_published_file_is_read_by_the_name_of_its_task(name: str, tmp_path
     columns = list(GLUE[name].header or header.lstrip("\ufeff").split("\t"))
     of_role = {column: role for role, column in GLUE[name].tsv.items()}
     row = "\t".join(cells[of_role[column]] if column in of_role else "x" for column in columns)
-    (tmp_path / "dev.tsv").write_text(
-        "".join(line + "\n" for line in (header, row, "short") if line), "utf-8"
-    )
+    lines = [line for line in (header, *[row] * 1000, "short") if line]
+    (tmp_path / "dev.tsv").write_text("\n".join(lines) + "\n", "utf-8")
     task = SequenceClassification.model_validate({"glue": name})
-    (found,) = sequence_classification._read(TextData(table=["dev.tsv"]), tmp_path, task)
+    found, *others = sequence_classification._read(TextData(table=["dev.tsv"]), tmp_path, task)
+    assert others == [found] * 999
     assert found["text"] == 'one "quote' and found.get("pair") == (
         None if name in ("cola", "sst2") else "two"
     )
@@ -193,3 +193,12 @@ def test_files_of_ones_own_may_stand_beside_glue(tmp_path: Path) -> None:
         TextData.model_validate({"table": ["dev.tsv"], "columns": {"text": "words"}}), tmp_path, task
     )
     assert (one, two) == ({"text": "a", "label": 1}, {"text": "a", "label": 0})
+
+
+def test_a_published_file_with_more_than_a_few_broken_lines_is_refused(tmp_path: Path) -> None:
+    rows = ["x\tone\ttwo\tentailment"] * 500
+    (tmp_path / "dev.tsv").write_text("\n".join([HEADERS["rte"], *rows, "short", "short"]))
+    with pytest.raises(UsageError, match="dev.tsv:502: the column 'sentence1' is missing, and of 1 more"):
+        sequence_classification._read(
+            TextData(table=["dev.tsv"]), tmp_path, SequenceClassification(glue="rte")
+        )
