@@ -114,6 +114,7 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
     _target(recipe, document, settled)
     _context(recipe, document, architecture)
     _attentions(recipe, document, architecture)
+    _sites(recipe, document, architecture)
     _new_head(recipe, document, architecture)
     _points(recipe, document, points)
     return Report(architecture, plan, counts, points)
@@ -302,3 +303,12 @@ def _attentions(recipe: Recipe, document: Document, architecture: Architecture) 
     elif getattr(objective, "attention", 0):
         message = f"compares attention scores, and {fused}"
         document.report(key, message, "write `objective: {name: distillation, attention: 0}`")
+
+
+def _sites(recipe: Recipe, document: Document, architecture: Architecture) -> None:
+    """Report an adapter where no rescaling can be folded."""
+    if recipe.adapter.name == "none" or architecture.sites or not document.sound(("adapter",)):
+        return
+    key: Key = ("adapter",) if ("adapter",) in document.places else ("method",)
+    message = f"the norms of a {architecture.family} model feed the residual as well as layers: nothing folds"
+    document.report(key, message, "drop the adapter, such as with `method: lsq`")

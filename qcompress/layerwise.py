@@ -30,7 +30,7 @@ from qcompress.certificate import Graph, matmul_inputs, with_outputs
 from qcompress.distance import Distance
 from qcompress.errors import UsageError
 from qcompress.models import FAMILIES
-from qcompress.plan import LayerPlan, plans_from_json
+from qcompress.plan import LayerPlan, plans_from_json, points_from_json, rounded
 from qcompress.prepare import assemble, rebuild
 from qcompress.progress import Reporter
 from qcompress.quant.affine import to_codes
@@ -120,7 +120,14 @@ def compare_layers(
     if artifacts.folded is None or artifacts.onnx is None:
         raise UsageError("--layers compares the ONNX file with the folded model, which is gone")
     family = FAMILIES[recipe.model.family]
-    plan = plans_from_json(read_json(artifacts.folded.path / "folded.json")["plan"])
+    facts = read_json(artifacts.folded.path / "folded.json")
+    if rounded(points_from_json(facts["points"])):
+        raise UsageError(
+            "--layers follows the inputs of layers, and this model rounds attention operands or residuals "
+            "too, whose flips would look unexplained",
+            fix="compare a run without format.attention and format.residual",
+        )
+    plan = plans_from_json(facts["plan"])
     samples = evaluation_samples(recipe, base, artifacts)
     windows = samples.sets[samples.first][: samples.compared]
     with _onnx_inputs(artifacts.onnx, plan, recipe.model.family) as (order, run_onnx):

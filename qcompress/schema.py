@@ -258,7 +258,7 @@ class Verify(Options):
     batch_size: int = Field(default=8, ge=1)
     """Samples of one forward pass."""
     distance_samples: int = Field(default=64, ge=1)
-    """Samples of the first evaluation set whose logits are compared between rows."""
+    """Samples of the first evaluation set whose logits are compared between rows; of a classifier all are."""
     sharpness: Sharpness | None = None
     """Measure the sharpness of the trained model as well (`{}`: with the defaults); none: do not."""
 

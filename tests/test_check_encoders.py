@@ -81,7 +81,6 @@ def test_a_good_encoder_recipe_has_points_and_patterns_may_name_them(made: Path)
     ("method", "accepted"),
     [
         ("ptq", False),
-        ("quadapter", False),
         ("lsq", True),
         ("float", True),
         ("lsq\ntrain: {phases: {finetune: {steps: 0}}}", False),
@@ -148,3 +147,38 @@ def test_a_float_method_with_rounded_points_is_a_contradiction(made: Path) -> No
     text = RECIPE.replace("method: ptq", "method: float").replace("preset: w8a8", "attention: int8")
     found = shown(write(made, text))
     assert any("trains the float model, and the format quantizes it" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "message"),
+    [
+        (
+            "teacher-intervention",
+            "method",
+            "the teacher cannot intervene: gpt2 computes query, key and value",
+        ),
+        ("distillation", "method", "compares attention scores, and gpt2 computes query, key and value"),
+    ],
+)
+def test_what_looks_into_attentions_wants_query_key_and_value_apart(
+    made: Path, method: str, key: str, message: str
+) -> None:
+    form = "ternary-a8" if method == "teacher-intervention" else "w8a8"
+    text = RECIPE.replace("bert, source: whole", "gpt2, source: model").replace(
+        "method: ptq", f"method: {method}"
+    )
+    (found,) = shown(write(made, text.replace("preset: w8a8", f"preset: {form}")))
+    assert f": {key}: {message}" in found
+
+
+def test_distillation_without_attention_scores_is_for_every_family(made: Path) -> None:
+    text = RECIPE.replace("bert, source: whole", "gpt2, source: model").replace(
+        "method: ptq", "method: distillation\nobjective: {attention: 0}"
+    )
+    assert shown(write(made, text)) == []
+
+
+def test_an_adapter_needs_a_norm_to_fold_into(made: Path) -> None:
+    assert "method: the norms of a bert model feed the residual" in said(
+        write(made, RECIPE.replace("method: ptq", "method: quadapter"))
+    )

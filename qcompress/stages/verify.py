@@ -215,7 +215,9 @@ def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samp
     first = next(iter(sets.values()))
     positions, logits = task.logits_of(options, config)
     affordable = max(1, LOGIT_BYTES // (positions * logits * 4))
-    return Samples(options, sets, min(recipe.verify.distance_samples, affordable, len(first)), positions)
+    # a classifier's sample is one position: of a few of them, one that flips would look like a regression
+    wanted = recipe.verify.distance_samples if positions > 1 else len(first)
+    return Samples(options, sets, min(wanted, affordable, len(first)), positions)
 
 
 def _checkpoint(artifacts: Artifacts) -> Path:

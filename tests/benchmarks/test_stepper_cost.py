@@ -29,6 +29,7 @@ from qcompress.observe import observe
 from qcompress.options import PlainStepper, Saq, Squat
 from qcompress.plan import plan_layers
 from qcompress.prepare import initialise, quantize
+from qcompress.processes import Processes
 from qcompress.tasks import causal_lm
 
 ROUNDS = 20
@@ -57,8 +58,8 @@ def training(folder: Path, text: Path, batch: dict[str, Tensor]) -> Training:
     AcceleratorState._reset_state(reset_partial_state=True)
     return Training(
         recipe=recipe, architecture=architecture, prepared=prepared, objective=None, stepper=None,
-        accelerator=Accelerator(cpu=True), checkpoints=None, reporter=None, train_data=None,
-        calibration_data=None, reference=None, moving=set(), facts=[], recent=[],
+        accelerator=Accelerator(cpu=True), processes=Processes(), checkpoints=None, reporter=None,
+        train_data=None, calibration_data=None, reference=None, moving=set(), facts=[], recent=[],
     )  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_two_passes_cost_two_passes_and_a_kept_perturbation_little(tmp_path: Pat
         stepper.attach(model)
 
     def closure() -> Tensor:
-        reseed(0, 0, 0, 0)
+        reseed(Processes(), 0, 0, 0, 0)
         return causal_lm.loss(model(**batch).logits, batch)
 
     def seconds(name: str, steps: int) -> float:
