@@ -21,7 +21,7 @@ quickstart: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/qcompress run recipes/quickstart.yaml --out runs
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m pip install -q 'ruff>=0.15'
