@@ -244,8 +244,9 @@ def exported(kind: Kind, model: Path, text: Path) -> Exported:
 
 
 def cli(*arguments: str | Path, environment: Mapping[str, str] = {}) -> Result:
-    """A command in this process."""
-    found = CliRunner().invoke(app, [str(word) for word in arguments], env={**ENVIRONMENT, **environment})
+    """A command in this process, whose output goes to no terminal of a known width."""
+    variables = {**ENVIRONMENT, "COLUMNS": None, **environment}
+    found = CliRunner().invoke(app, [str(word) for word in arguments], env=variables)
     if found.exception is not None and not isinstance(found.exception, SystemExit):
         raise found.exception
     return Result(found.exit_code, found.stdout, found.stderr)
