@@ -16,7 +16,6 @@ from qcompress.artifacts import read_json, write_json
 from qcompress.errors import ExportError, RecipeError, UsageError
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, load_recipe, read
-from qcompress.report.compare import compare as compare_measured
 from qcompress.report.measured import measured
 from qcompress.report.seeds import summarise
 from qcompress.schema import ROWS, Build, Recipe
@@ -225,6 +224,8 @@ def compare(
     recipe's name. `metric` is `set.metric`, `metric` (of the first set) or the task's first one; `baseline`
     is an arm, the first unless given.
     """
+    from qcompress.report.compare import compare as compare_measured  # scipy takes most of a second
+
     if row not in ROWS:
         raise UsageError(f"unknown row {row!r}", fix=f"choose one of {', '.join(ROWS)}")
     found = []

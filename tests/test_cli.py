@@ -316,7 +316,7 @@ def test_predict_continues_a_text_greedily(shared: Project, run: Path) -> None:
 
 # Without torch ------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "transformers", "onnxruntime", "accelerate", "datasets", "onnxscript", "modelopt")
+HEAVY = ("torch", "transformers", "onnxruntime", "accelerate", "datasets", "onnxscript", "modelopt", "scipy")
 
 WITHOUT = f"""
 import json, sys
