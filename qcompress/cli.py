@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qcompress import api, pipeline
+from qcompress import api, keys, pipeline
 from qcompress.check import all_mistakes
 from qcompress.errors import INTERRUPTED, ExportError, QcompressError, RecipeError, UsageError
 from qcompress.listing import LISTS
@@ -167,23 +167,23 @@ def check(
                     {"mistakes": [{name: getattr(item, name) for name in fields} for item in mistakes]}
                 )
             raise RecipeError(mistakes)
-        reuse = _reuse(pipeline.prepare(resolved), cache or out / ".cache")
+        reuse = _reuse(keys.prepare(resolved), cache or out / ".cache")
         if as_json:
             _print_json(check_json(resolved, report, reuse))
         else:
             print_check(_console(), resolved, report, reuse)
 
 
-def _reuse(plan: pipeline.Plan, cache: Path) -> list[tuple[str, bool, str]]:
+def _reuse(plan: keys.Plan, cache: Path) -> list[tuple[str, bool, str]]:
     """For each stage whether it would be reused, and why not; after the first that runs, all run."""
     found: list[tuple[str, bool, str]] = []
     steps: dict[str, object] = {}
     for stage in STAGES:
-        missing = [name for name in pipeline.INPUTS[stage] if name not in steps]
+        missing = [name for name in keys.INPUTS[stage] if name not in steps]
         if missing:
             found.append((stage, False, f"{missing[0]} runs again"))
             continue
-        parts = pipeline.parts(plan, stage, steps)
+        parts = keys.parts(plan, stage, steps)
         reused, why = would_reuse(cache, stage, parts)
         found.append((stage, reused, why))
         if reused:

@@ -2,18 +2,15 @@
 
     load -> train -> fold -> export -> build -> verify -> gate
 
-Each stage is a function that fills a folder; `Workspace.step` decides whether it has to run at all. What a
-stage depends on is written down here, in one place, as the parts of its key: the recipe's values that it
-reads, the digests of its inputs and its data, the code it uses, the versions of its tools. Torch is imported
-when a stage that needs it really runs, so a run that reuses everything never imports it.
+Each stage is a function that fills a folder; `Workspace.step` decides whether it has to run at all, by the
+key that `keys.py` makes of all it depends on. Torch is imported when a stage that needs it really runs, so a
+run that reuses everything never imports it.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 
 import qcompress
@@ -26,16 +23,16 @@ from qcompress.artifacts import (
     read_json,
     write_json,
 )
-from qcompress.check import Report, check_model, head_of
-from qcompress.codekey import code_digest, stage_key
+from qcompress.check import head_of
+from qcompress.codekey import stage_key
 from qcompress.errors import MachineError
-from qcompress.host import describe_host, device_kind, threads
-from qcompress.processes import Processes, announced, join
+from qcompress.host import describe_host, device_kind
+from qcompress.keys import Plan, parts, prepare, provenance, run_key, versions_of
+from qcompress.processes import Processes, join
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, dump_recipe
-from qcompress.schema import STAGES, Recipe
-from qcompress.stages.load import fingerprint, load, locate
-from qcompress.tasks.text import fingerprint as text_fingerprint
+from qcompress.schema import STAGES
+from qcompress.stages.load import load
 from qcompress.workspace import Step, Workspace
 
 PLACE: dict[str, dict[str, str]] = {
@@ -59,30 +56,6 @@ PLACE: dict[str, dict[str, str]] = {
 }
 """What of a stage's folder a user finds in the run directory."""
 
-TOOLS: dict[str, tuple[str, ...]] = {
-    "load": (),
-    "train": ("torch", "transformers", "tokenizers", "accelerate", "numpy"),
-    "fold": ("torch", "transformers"),
-    "export": ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"),
-    "build": ("tensorrt", "tensorrt_rtx"),
-    "verify": (
-        "torch",
-        "transformers",
-        "tokenizers",
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "numpy",
-        "scikit-learn",
-        "scipy",
-    ),  # fmt: skip
-    "gate": (),
-}
-"""Packages whose version can change a stage's result."""
-
-
-HIDDEN_CODE = {"build": ("qcompress.targets.builder",), "verify": ("qcompress.probe_kit.measure_engine",)}
-"""Code that a stage starts as a process or copies, and does not import."""
-
 
 @dataclass(frozen=True)
 class Run:
@@ -93,26 +66,6 @@ class Run:
     steps: tuple[Step, ...]
     first: bool = True
     """False in a process that only trained along, and has nothing to say."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe depends on, before anything runs."""
-
-    resolved: Resolved
-    directory: Path
-    digests: dict[str, str]
-    report: Report
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.resolved.recipe
-
-
-def prepare(resolved: Resolved) -> Plan:
-    """Find the checkpoint and check the recipe against it. Seconds, no torch."""
-    directory = locate(resolved.recipe.model, resolved.base)
-    return Plan(resolved, directory, fingerprint(directory), check_model(resolved, directory))
 
 
 def run(
@@ -168,128 +121,6 @@ def _follow(plan: Plan, processes: Processes) -> Run:
         report, silent = plan.report, Reporter(silent=True)
         train(asked["model"], plan.recipe, plan.resolved.base, report.architecture, report.plan, asked["out"],
               silent, processes)  # fmt: skip
-
-
-def run_key(plan: Plan, one_of_seeds: bool = False) -> str:
-    """Name of the run's folder: a digest of the recipe and of the content it names."""
-    values = plan.recipe.model_dump(mode="json")
-    if one_of_seeds:
-        del values["seed"]
-    key = stage_key("run", {"values": values, "inputs": plan.digests})[:12]
-    return f"{key}/seed-{plan.recipe.seed}" if one_of_seeds else key
-
-
-def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object]:
-    """Everything that the result of a stage depends on."""
-    recipe, base = plan.recipe, plan.resolved.base
-    values, data, inputs = _values(recipe)[stage], {}, {}
-    if stage == "load":
-        inputs = plan.digests
-        new = plan.report.architecture.new_head
-        values["new_head"] = {"seed": recipe.seed, "tensors": list(new)} if new else None
-    if stage == "train":
-        sections = {"train": recipe.data.train, "calibration": recipe.data.calibration}
-        data = {name: text_fingerprint(section, base) for name, section in sections.items() if section}
-    if stage == "verify":
-        data = {name: text_fingerprint(section, base) for name, section in recipe.data.evaluate.items()}
-    inputs = inputs or {name: steps[name].digest for name in INPUTS[stage] if name in steps}
-    found = {
-        "recipe": recipe.name,
-        "values": values,
-        "code": code_digest(
-            [f"qcompress.stages.{stage}", *HIDDEN_CODE.get(stage, ())], leave_out=_unselected(recipe, stage)
-        ),
-        "versions": _versions(stage),
-        "inputs": inputs,
-        "data": data,
-    }
-    if stage in ("train", "fold", "export", "verify"):
-        found["device"] = {"kind": device_kind(recipe.train.device), "threads": threads()}
-    if stage == "train" and announced() > 1:  # sums in another order give other bits
-        found["device"]["processes"] = announced()
-    if stage == "build":
-        found["device"] = {"machine": platform.machine()} | describe_host()["gpu"]
-    return found
-
-
-INPUTS: dict[str, tuple[str, ...]] = {
-    "load": (),
-    "train": ("load",),
-    "fold": ("load", "train"),
-    "export": ("fold",),
-    "build": ("export",),
-    "verify": ("load", "train", "fold", "export", "build"),
-    "gate": ("verify",),
-}
-"""Stages whose artifacts a stage reads."""
-
-
-def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
-    """The part of the recipe that each stage reads."""
-    whole = recipe.model_dump(mode="json", by_alias=True)
-    axes = ("quantizer", "adapter", "objective", "stepper", "schedule")
-    learned = {key: whole[key] for key in ("seed", "task", "format", "train", *axes)}
-    learned["data"] = {key: whole["data"][key] for key in ("train", "calibration")}
-    return {
-        "load": {"family": recipe.model.family, "head": asdict(head_of(recipe))},
-        "train": learned,
-        "fold": {},
-        "export": {
-            "export": whole["export"],
-            "target": recipe.build.target,
-            "provenance": provenance(recipe),
-        },
-        "build": {"build": whole["build"]},
-        "verify": {
-            "task": whole["task"],
-            "evaluate": whole["data"]["evaluate"],
-            "verify": {key: value for key, value in whole["verify"].items() if key != "require"},
-            "compute": recipe.format.compute,
-        },
-        "gate": {
-            "gate": whole["gate"],
-            "require": recipe.verify.require,
-            "compute": recipe.format.compute,
-            "is_float": recipe.format.is_float,
-        },
-    }
-
-
-def provenance(recipe: Recipe) -> dict[str, str]:
-    """Metadata of the ONNX file. The hash covers what shapes the file: not the gate, not the evaluation."""
-    whole = recipe.model_dump(mode="json", by_alias=True)
-    for section in ("gate", "verify", "build"):
-        del whole[section]
-    del whole["data"]["evaluate"]
-    return {
-        "recipe": recipe.name,
-        "recipe_sha256": stage_key("recipe", {"values": whole}),
-        "version": qcompress.__version__,
-        "method": recipe.method,
-    }
-
-
-def _unselected(recipe: Recipe, stage: str) -> set[str]:
-    """What must not re-run a stage: methods that the recipe does not use, and the version's number."""
-    unselected = {"qcompress"}
-    if stage == "train" and "quadapter" not in (recipe.adapter.name, recipe.method):
-        unselected.add("qcompress.methods.quadapter")
-    if stage == "train":
-        unselected |= {
-            f"qcompress.methods.{name}" for name in ("saq", "squat") if name != recipe.stepper.name
-        }
-        unselected |= {"qcompress.methods.ball"} if recipe.stepper.name == "plain" else set()
-    return unselected
-
-
-def _versions(stage: str) -> dict[str, str]:
-    found = {}
-    for package in TOOLS[stage]:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _makers(
@@ -379,7 +210,7 @@ def _manifest(plan: Plan, steps: Mapping[str, Step]) -> dict[str, object]:
         "source": str(plan.directory),
         "base": str(plan.resolved.base),
         "versions": {"qcompress": qcompress.__version__}
-        | {package: version for stage in STAGES for package, version in _versions(stage).items()},
+        | {package: version for stage in STAGES for package, version in versions_of(stage).items()},
         "host": describe_host(),
         "phases": read_json(steps["train"].path / "trained.json")["phases"] if "train" in steps else [],
         "stages": {

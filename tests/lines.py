@@ -24,7 +24,7 @@ import yaml
 from tiny import make_recipe, start_line
 from typer.testing import CliRunner
 
-from qcompress import api, pipeline
+from qcompress import api, keys, pipeline
 from qcompress.artifacts import FoldedModel, read_json
 from qcompress.cli import app
 from qcompress.plan import LayerPlan, plans_from_json
@@ -236,7 +236,7 @@ def exported(kind: Kind, model: Path, text: Path) -> Exported:
     # int4 blocks times int8 activations are what ONNX Runtime computes and TensorRT-RTX does not
     target = "cpu" if kind.format == "w4a8-blocks" else "rtx-ada"
     (folder / "export").mkdir()
-    export(line.folded, options, target, pipeline.provenance(recipe), folder / "export")
+    export(line.folded, options, target, keys.provenance(recipe), folder / "export")
     return Exported(kind, line.folded, folder / "export")
 
 

@@ -12,7 +12,7 @@ from tiny_bert import LABELS, SEQUENCE, save_encoder
 
 from qcompress.check import Report, check_model
 from qcompress.errors import ModelError, RecipeError
-from qcompress.pipeline import Plan, parts
+from qcompress.keys import Plan, parts
 from qcompress.recipe import load_recipe
 from qcompress.stages.load import fingerprint
 from qcompress.task_options import SequenceClassification

@@ -21,7 +21,7 @@ from tiny import VOCABULARY, WIDTH, make_recipe, start_line, token_ids
 from qcompress.artifacts import FoldedModel, read_json
 from qcompress.certificate import certify
 from qcompress.errors import ExportError
-from qcompress.pipeline import provenance
+from qcompress.keys import provenance
 from qcompress.prepare import assemble
 from qcompress.schema import Build
 from qcompress.stages.build import build_file

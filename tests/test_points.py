@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from qcompress.artifacts import read_json
 from qcompress.certificate_points import certify_all
 from qcompress.errors import ContractError
+from qcompress.keys import provenance
 from qcompress.loop import role_of
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import OPERANDS
 from qcompress.observe import observe
 from qcompress.options import MinMax
-from qcompress.pipeline import provenance
 from qcompress.plan import PointPlan, plan_points, points_from_json, points_to_json, rounded
 from qcompress.prepare import assemble, open_points, quantize
 from qcompress.schema import Build

@@ -15,8 +15,8 @@ from tiny import make_recipe
 from tiny_bert import LABELS, SEQUENCE, TOKEN, EncoderLine, encoder_line, save_encoder
 
 from qcompress.errors import UsageError
+from qcompress.keys import provenance
 from qcompress.models import load_tokenizer
-from qcompress.pipeline import provenance
 from qcompress.predict import answer, classify, tag
 from qcompress.schema import Recipe
 from qcompress.stages.export import export

@@ -20,13 +20,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from qcompress.artifacts import FloatModel, write_json
+from qcompress.blockwise import run_block_phase
 from qcompress.checkpoint import Checkpoints, Position, moving
 from qcompress.errors import ContractError, MachineError, ModelError
 from qcompress.loop import (
     Training,
     in_order,
     role_of,
-    run_block_phase,
     run_model_phase,
     to_device,
 )
@@ -80,6 +80,29 @@ def train(
     for name, part in (("training", data.train), ("calibration", data.calibration)):
         for note in part.notes if part is not None else ():
             reporter.say(f"train: {name} data: {note}")
+    training, adapter, float_names, frozen = _set_up(
+        float_model, recipe, architecture, plan, points, phases, data, out, reporter, accelerator, processes
+    )
+    prepared = training.prepared
+    before = frozen_digest(prepared.model, architecture) if frozen else None
+    _run(training, phases)
+    if frozen and frozen_digest(prepared.model, architecture) != before:
+        raise ContractError("a phase that trains only scales and adapters has changed a weight")
+    batches = () if data.calibration is None else _batches(data.calibration, training, float_model)
+    ranges = make_static(prepared, batches)
+    if processes.first:
+        _save(training, adapter, float_names, frozen, before, ranges, out)
+    processes.agree(None)  # the others leave when everything is written
+
+
+def _set_up(
+    float_model: FloatModel, recipe: Recipe, architecture: Architecture, plan: tuple[LayerPlan, ...],
+    points: tuple[PointPlan, ...], phases: tuple[Phase, ...], data: _Data, out: Path, reporter: Reporter,
+    accelerator: Accelerator, processes: Processes,
+) -> tuple[Training, Adapter, set[str], bool]:  # fmt: skip
+    """The model with its quantizers and adapter where training begins, what the float model's tensors are
+    called, and whether every weight stays frozen.
+    """
     family = FAMILIES[architecture.family]
     model = family.load_float(float_model.source, float_model.path).to(accelerator.device)
     float_names = set(model.state_dict())
@@ -125,15 +148,7 @@ def train(
         facts=[],
         recent=[],
     )
-    before = frozen_digest(prepared.model, architecture) if frozen else None
-    _run(training, phases)
-    if frozen and frozen_digest(prepared.model, architecture) != before:
-        raise ContractError("a phase that trains only scales and adapters has changed a weight")
-    batches = () if data.calibration is None else _batches(data.calibration, training, float_model)
-    ranges = make_static(prepared, batches)
-    if processes.first:
-        _save(training, adapter, float_names, frozen, before, ranges, out)
-    processes.agree(None)  # the others leave when everything is written
+    return training, adapter, float_names, frozen
 
 
 def _accelerator(recipe: Recipe, processes: Processes) -> Accelerator:

@@ -28,11 +28,11 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from qcompress.errors import ModelError
+from qcompress.keys import _unselected
 from qcompress.loop import taps_of
 from qcompress.methods import STEPPERS
 from qcompress.methods.ball import Perturbation, random_share
 from qcompress.methods.protocols import Moment
-from qcompress.pipeline import _unselected
 from qcompress.prepare import kind_of, quantize
 from qcompress.quant.layers import Tap, tapped
 

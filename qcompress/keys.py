@@ -1,0 +1,190 @@
+"""What a run and its stages depend on: the parts of their keys, in one place. No torch.
+
+A stage's key covers the recipe's values that it reads, the digests of its inputs and its data, the code it
+uses, and the versions of its tools.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import qcompress
+from qcompress.check import Report, check_model, head_of
+from qcompress.codekey import code_digest, stage_key
+from qcompress.host import describe_host, device_kind, threads
+from qcompress.processes import announced
+from qcompress.recipe import Resolved
+from qcompress.schema import Recipe
+from qcompress.stages.load import fingerprint, locate
+from qcompress.tasks.text import fingerprint as text_fingerprint
+from qcompress.workspace import Step
+
+TOOLS: dict[str, tuple[str, ...]] = {
+    "load": (),
+    "train": ("torch", "transformers", "tokenizers", "accelerate", "numpy"),
+    "fold": ("torch", "transformers"),
+    "export": ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"),
+    "build": ("tensorrt", "tensorrt_rtx"),
+    "verify": (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "numpy",
+        "scikit-learn",
+        "scipy",
+    ),  # fmt: skip
+    "gate": (),
+}
+"""Packages whose version can change a stage's result."""
+
+
+HIDDEN_CODE = {"build": ("qcompress.targets.builder",), "verify": ("qcompress.probe_kit.measure_engine",)}
+"""Code that a stage starts as a process or copies, and does not import."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe depends on, before anything runs."""
+
+    resolved: Resolved
+    directory: Path
+    digests: dict[str, str]
+    report: Report
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.resolved.recipe
+
+
+def prepare(resolved: Resolved) -> Plan:
+    """Find the checkpoint and check the recipe against it. Seconds, no torch."""
+    directory = locate(resolved.recipe.model, resolved.base)
+    return Plan(resolved, directory, fingerprint(directory), check_model(resolved, directory))
+
+
+def run_key(plan: Plan, one_of_seeds: bool = False) -> str:
+    """Name of the run's folder: a digest of the recipe and of the content it names."""
+    values = plan.recipe.model_dump(mode="json")
+    if one_of_seeds:
+        del values["seed"]
+    key = stage_key("run", {"values": values, "inputs": plan.digests})[:12]
+    return f"{key}/seed-{plan.recipe.seed}" if one_of_seeds else key
+
+
+def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object]:
+    """Everything that the result of a stage depends on."""
+    recipe, base = plan.recipe, plan.resolved.base
+    values, data, inputs = _values(recipe)[stage], {}, {}
+    if stage == "load":
+        inputs = plan.digests
+        new = plan.report.architecture.new_head
+        values["new_head"] = {"seed": recipe.seed, "tensors": list(new)} if new else None
+    if stage == "train":
+        sections = {"train": recipe.data.train, "calibration": recipe.data.calibration}
+        data = {name: text_fingerprint(section, base) for name, section in sections.items() if section}
+    if stage == "verify":
+        data = {name: text_fingerprint(section, base) for name, section in recipe.data.evaluate.items()}
+    inputs = inputs or {name: steps[name].digest for name in INPUTS[stage] if name in steps}
+    found = {
+        "recipe": recipe.name,
+        "values": values,
+        "code": code_digest(
+            [f"qcompress.stages.{stage}", *HIDDEN_CODE.get(stage, ())], leave_out=_unselected(recipe, stage)
+        ),
+        "versions": versions_of(stage),
+        "inputs": inputs,
+        "data": data,
+    }
+    if stage in ("train", "fold", "export", "verify"):
+        found["device"] = {"kind": device_kind(recipe.train.device), "threads": threads()}
+    if stage == "train" and announced() > 1:  # sums in another order give other bits
+        found["device"]["processes"] = announced()
+    if stage == "build":
+        found["device"] = {"machine": platform.machine()} | describe_host()["gpu"]
+    return found
+
+
+INPUTS: dict[str, tuple[str, ...]] = {
+    "load": (),
+    "train": ("load",),
+    "fold": ("load", "train"),
+    "export": ("fold",),
+    "build": ("export",),
+    "verify": ("load", "train", "fold", "export", "build"),
+    "gate": ("verify",),
+}
+"""Stages whose artifacts a stage reads."""
+
+
+def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
+    """The part of the recipe that each stage reads."""
+    whole = recipe.model_dump(mode="json", by_alias=True)
+    axes = ("quantizer", "adapter", "objective", "stepper", "schedule")
+    learned = {key: whole[key] for key in ("seed", "task", "format", "train", *axes)}
+    learned["data"] = {key: whole["data"][key] for key in ("train", "calibration")}
+    return {
+        "load": {"family": recipe.model.family, "head": asdict(head_of(recipe))},
+        "train": learned,
+        "fold": {},
+        "export": {
+            "export": whole["export"],
+            "target": recipe.build.target,
+            "provenance": provenance(recipe),
+        },
+        "build": {"build": whole["build"]},
+        "verify": {
+            "task": whole["task"],
+            "evaluate": whole["data"]["evaluate"],
+            "verify": {key: value for key, value in whole["verify"].items() if key != "require"},
+            "compute": recipe.format.compute,
+        },
+        "gate": {
+            "gate": whole["gate"],
+            "require": recipe.verify.require,
+            "compute": recipe.format.compute,
+            "is_float": recipe.format.is_float,
+        },
+    }
+
+
+def provenance(recipe: Recipe) -> dict[str, str]:
+    """Metadata of the ONNX file. The hash covers what shapes the file: not the gate, not the evaluation."""
+    whole = recipe.model_dump(mode="json", by_alias=True)
+    for section in ("gate", "verify", "build"):
+        del whole[section]
+    del whole["data"]["evaluate"]
+    return {
+        "recipe": recipe.name,
+        "recipe_sha256": stage_key("recipe", {"values": whole}),
+        "version": qcompress.__version__,
+        "method": recipe.method,
+    }
+
+
+def _unselected(recipe: Recipe, stage: str) -> set[str]:
+    """What must not re-run a stage: methods that the recipe does not use, and the version's number."""
+    unselected = {"qcompress"}
+    if stage == "train" and "quadapter" not in (recipe.adapter.name, recipe.method):
+        unselected.add("qcompress.methods.quadapter")
+    if stage == "train":
+        unselected |= {
+            f"qcompress.methods.{name}" for name in ("saq", "squat") if name != recipe.stepper.name
+        }
+        unselected |= {"qcompress.methods.ball"} if recipe.stepper.name == "plain" else set()
+    return unselected
+
+
+def versions_of(stage: str) -> dict[str, str]:
+    found = {}
+    for package in TOOLS[stage]:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
