@@ -6,7 +6,9 @@ Shapes: logits [positions, vocabulary] in fp32; sums are kept in fp64.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -37,6 +39,15 @@ class Distance:
     positions: int = 0
     count: int = 0
     broken: int = 0
+
+    def add_kept(self, file: Path, rows: Mapping[int, np.ndarray]) -> None:
+        """Hold logits [positions, vocabulary] by sample against what `keep_logits` left. The file is opened
+        each time: mapped pages count as memory.
+        """
+        if rows:
+            kept = np.load(file, mmap_mode="r")
+            for place, logits in rows.items():
+                self.add(kept[place, : len(logits)], logits)
 
     def add(self, reference: np.ndarray, row: np.ndarray) -> None:
         """Take in the logits of some positions, a few at a time: a vocabulary is wide."""
@@ -92,3 +103,16 @@ def decibels(signal: float, error: float) -> float | None:
     if error == 0:
         return None
     return 10 * math.log10(signal / error) if signal else math.nan
+
+
+def keep_logits(file: Path, shape: tuple[int, int, int], rows: Mapping[int, np.ndarray]) -> None:
+    """Leave logits [positions, vocabulary] on disk, each at its sample's place, in an array of `shape`
+    [samples, most positions, vocabulary]; what is there stays.
+    """
+    if not rows:
+        return
+    if not file.exists():
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    kept = np.lib.format.open_memmap(file, mode="r+")
+    for place, logits in rows.items():
+        kept[place, : len(logits)] = logits

@@ -202,6 +202,32 @@ def test_every_row_is_measured_and_compared(kind: str, measure: Callable[..., Me
     assert cut > 0 and f"verify: dev: {cut} of {COUNT} examples are cut at 8 tokens" in found.said
 
 
+def test_a_batch_holds_samples_of_like_length_and_results_stand_in_the_order_of_the_data(
+    measure: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "logits-float.npy", np.zeros((1, 1, 1), np.float32))  # a killed measurement left it
+    lengths: list[list[int]] = []
+    task = TASKS["sequence-classification"]
+    collate = task.collate
+
+    def spy(batch: list[Any]) -> dict[str, np.ndarray]:
+        lengths.append([sample.length for sample in batch])
+        return collate(batch)
+
+    monkeypatch.setattr(task, "collate", spy)
+    found = measure("single")
+    # the first row of the ladder: 23 samples of the first set, then 5 of the second, four in a batch
+    batches = [each for each in lengths if len(each) > 1][:8]
+    assert [len(each) for each in batches] == [4, 4, 4, 4, 4, 3, 4, 4]  # the fifth sample is alone
+    flat = sum(batches[:6], [])
+    assert flat == sorted(flat, reverse=True)
+    rows = read_samples(found.folder / "samples.json.gz")["dev"]["rows"]["onnx"]["prediction"]
+    settled = task.settled(found.recipe.task, read_json(found.folder / "config.json"))
+    samples = task.samples(found.recipe.data.evaluate["dev"], found.folder, word_tokenizer(), settled, None)
+    each = [logits_of(table("single"), "single", collate([one]))[0].argmax() for one in samples]
+    assert rows == [int(best) for best in each]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_per_sample_results_reproduce_every_metric(kind: str, measure: Callable[..., Measured]) -> None:
     found = measure(kind)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from qcompress.artifacts import (
     read_json,
     write_json,
 )
-from qcompress.distance import Distance
+from qcompress.distance import Distance, keep_logits
 from qcompress.errors import UsageError
 from qcompress.models import load_tokenizer
 from qcompress.plan import plans_from_json
@@ -90,6 +90,7 @@ class _Measured:
 
 def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter: Reporter) -> None:
     """Measure every row that can run."""
+    _forget_logits(out)
     samples = evaluation_samples(recipe, base, artifacts)
     for name, found in samples.sets.items():
         for note in TASKS[recipe.task.name].notes(found):
@@ -128,8 +129,7 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
             _write_kit(out, recipe, samples, artifacts)
         rows.append(row)
         previous = stage
-    for file in out.glob("logits-*.npy"):
-        file.unlink()
+    _forget_logits(out)
     task = TASKS[recipe.task.name]
     inputs = {
         name: _digest(task.collate([sample]) for sample in found) for name, found in samples.sets.items()
@@ -144,6 +144,12 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
     write_json(out / "parity.json", {"rows": rows, **facts})
     results = {stage: result.samples for stage, result in measured.items()}
     write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN)
+
+
+def _forget_logits(out: Path) -> None:
+    """Remove what rows left for each other: at the end, and what a killed measurement left at the start."""
+    for file in out.glob("logits-*.npy"):
+        file.unlink()
 
 
 def _main_metrics(task: Task, rows: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -268,20 +274,24 @@ def _measure(
     total = sum(-(-len(windows) // size) for windows in samples.sets.values())
     with reporter.bar(f"verify {stage}", total) as bar:
         for name, windows in samples.sets.items():
-            results[name] = []
-            for start in range(0, len(windows), size):
-                batch = windows[start : start + size]
+            measured: dict[int, dict[str, Any]] = {}
+            compared = samples.compared if name == samples.first else 0
+            for rows in _batches(task, windows, size):
+                batch = [windows[row] for row in rows]
                 logits = runner(task.collate(batch))
-                results[name] += task.measure(batch, logits)
+                measured |= zip(rows, task.measure(batch, logits), strict=True)
                 bar.advance(name)
-                few = batch[: max(0, samples.compared - start)] if name == samples.first else []
-                pairs = zip(few, logits, strict=False)
-                found = [task.compared(sample, sample_logits) for sample, sample_logits in pairs]
+                found = {
+                    row: task.compared(windows[row], row_logits)
+                    for row, row_logits in zip(rows, logits, strict=True)
+                    if row < compared
+                }
                 if distance is not None:
-                    _compare(distance, out / f"logits-{previous}.npy", start, found)
+                    distance.add_kept(out / f"logits-{previous}.npy", found)
                 if keep:
                     shape = (samples.compared, samples.positions, logits.shape[-1])
-                    _keep(out / f"logits-{stage}.npy", shape, start, found)
+                    keep_logits(out / f"logits-{stage}.npy", shape, found)
+            results[name] = [measured[row] for row in range(len(windows))]
     against = reference or (results if stage == "float" else {})
     metrics = {
         f"{name}.{metric}": value
@@ -291,23 +301,14 @@ def _measure(
     return _Measured(metrics, results, distance.to_json() if distance else None)
 
 
-def _compare(distance: Distance, file: Path, start: int, found: list[np.ndarray]) -> None:
-    """Hold some logits against those on disk. The file is opened each time: mapped pages count as memory."""
-    if found:
-        reference = np.load(file, mmap_mode="r")
-        for place, logits in enumerate(found):
-            distance.add(reference[start + place, : len(logits)], logits)
-
-
-def _keep(file: Path, shape: tuple[int, ...], start: int, found: list[np.ndarray]) -> None:
-    """Leave some logits on disk for the next row."""
-    if not found:
-        return
-    if start == 0:
-        np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-    kept = np.lib.format.open_memmap(file, mode="r+")
-    for place, logits in enumerate(found):
-        kept[start + place, : len(logits)] = logits
+def _batches(task: Any, windows: list[Any], size: int) -> Iterator[list[int]]:
+    """Places of the samples of each batch: the longest first, so that a batch pads little and what does not
+    fit into memory shows at once. Samples of one length stay in order.
+    """
+    lengths = [task.collate([window])["input_ids"].shape[1] for window in windows]
+    order = sorted(range(len(windows)), key=lambda row: -lengths[row])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def take_engine_row(run: Path, task: Task, measurement: Path) -> None:
