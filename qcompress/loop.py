@@ -156,7 +156,8 @@ def optimizer_of(training: Training, groups: Sequence[Group]) -> torch.optim.Opt
     if train.optimizer == "sgd":
         made = torch.optim.SGD(parameters, momentum=train.momentum, nesterov=train.momentum > 0)
     else:
-        made = torch.optim.AdamW(parameters)
+        # on a CPU the fused kernel is some three times as fast as the loop over tensors
+        made = torch.optim.AdamW(parameters, fused=training.accelerator.device.type == "cpu" or None)
     return training.accelerator.prepare(made)
 
 

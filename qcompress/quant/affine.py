@@ -38,6 +38,11 @@ class Grid:
         """Axis of the DequantizeLinear node: the channels', or the blocked one."""
         return self.channel_axis if self.block is None else 1 - self.channel_axis
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row [0] of the weight has one scale of its own."""
+        return self.channel_axis == 0 and self.block is None and self.granularity == "channel"
+
     def scale_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """Shape of the scale of a weight with this shape."""
         if self.granularity == "tensor":

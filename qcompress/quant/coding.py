@@ -5,6 +5,7 @@ Training, its artifact and folding share this one way, so that their integers ar
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.quant.affine import Grid, to_codes, to_ternary
@@ -19,6 +20,12 @@ class CodedWeight(nn.Module):
     def scale_of(self, weight: Tensor) -> Tensor:
         """Scale for this weight, in the grid's shape."""
         raise NotImplementedError
+
+    def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """Some rows [n] of the rounded weight, [n, width], for a grid `by_row`: the same values and
+        gradients, without rounding the rows that are not asked for.
+        """
+        return F.embedding(rows, self(weight))
 
     def threshold_of(self, weight: Tensor) -> Tensor | None:
         """Magnitude up to which a code is 0, in the grid's shape; beyond it the code is the sign. None: codes

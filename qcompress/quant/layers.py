@@ -136,14 +136,17 @@ class QuantizedWeight(nn.Module):
         """Untapped. It is computed once while neither the weight nor a scale can change."""
         if self.weight_quantizer is None:
             return self.rescaled_weight()
-        tensors = [*self.parameters(), *self.buffers()]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if self._moves():
             self._kept = None
             return self.weight_quantizer(self.rescaled_weight())
-        state = tuple((id(tensor), tensor._version) for tensor in tensors)
+        state = tuple((id(tensor), tensor._version) for tensor in (*self.parameters(), *self.buffers()))
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, self._laid_out(self.weight_quantizer(self.rescaled_weight())))
         return self._kept[1]
+
+    def _moves(self) -> bool:
+        """Whether a gradient reaches the weight or a scale."""
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     def _laid_out(self, weight: Tensor) -> Tensor:
         """The rounded weight in the memory layout of its folded form."""
@@ -180,12 +183,17 @@ class QuantizedLinear(QuantizedWeight):
 
 
 class QuantizedEmbedding(QuantizedWeight):
-    """Rows of a rounded table, [rows, width]; one scale per row."""
+    """Rows of a rounded table, [rows, width]."""
 
     def __init__(self, table: nn.Parameter, quantizer: nn.Module) -> None:
         super().__init__(table, quantizer, channel_axis=0)
 
     def forward(self, ids: Tensor) -> Tensor:
+        quantizer = self.weight_quantizer
+        if self.tap is None and quantizer is not None and quantizer.grid.by_row and self._moves():
+            # of a vocabulary a batch reads little, and rounding all of it costs as much as a small encoder
+            rows, places = ids.unique(return_inverse=True)
+            return F.embedding(places, quantizer.of_rows(self.rescaled_weight(), rows))
         return F.embedding(ids, self.quantized_weight())
 
 

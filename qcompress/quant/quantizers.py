@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.options import Lsq, MinMax
@@ -50,6 +51,12 @@ class MinMaxWeight(CodedWeight):
         scale = self.grid.align(self.scale_of(weight))
         return self.grid.join(fake_quantize(self.grid.divide(weight), scale, self.bounds))
 
+    def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """As the base says."""
+        picked = F.embedding(rows, weight)
+        scale = start_scale(self.grid.largest(picked), self.ratio[rows], self.bounds)
+        return fake_quantize(picked, self.grid.align(scale), self.bounds)
+
     def advance(self) -> None:
         """Nothing is learned."""
 
@@ -80,6 +87,11 @@ class LsqWeight(CodedWeight):
     def forward(self, weight: Tensor) -> Tensor:
         scale = self.grid.align(self.scale_of(weight))
         return self.grid.join(fake_quantize(self.grid.divide(weight), scale, self.bounds, self.slope))
+
+    def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """As the base says."""
+        scale = self.grid.align(self.start[rows] * self.ratio[rows])
+        return fake_quantize(F.embedding(rows, weight), scale, self.bounds, self.slope)
 
     @torch.no_grad()
     def advance(self) -> None:

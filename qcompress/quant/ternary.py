@@ -13,6 +13,7 @@ the word embeddings.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qcompress.options import Ternary
@@ -42,6 +43,10 @@ class TernaryWeight(CodedWeight):
     def forward(self, weight: Tensor) -> Tensor:
         threshold, scale = (self.grid.align(values) for values in self._measure(weight))
         return self.grid.join(_Ternary.apply(self.grid.divide(weight), scale, threshold, self.options.clip))
+
+    def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """As the base says."""
+        return self(F.embedding(rows, weight))  # nothing is stored, so a row is rounded as in its table
 
     def advance(self) -> None:
         """Nothing is learned."""

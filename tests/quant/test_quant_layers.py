@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.formats import WeightFormat
-from qcompress.options import Lsq, MinMax
+from qcompress.options import Lsq, MinMax, Ternary
 from qcompress.quant.affine import Grid
 from qcompress.quant.folded import (
     FoldedEmbedding,
@@ -32,6 +32,7 @@ from qcompress.quant.layers import (
     RescaledNorm,
 )
 from qcompress.quant.quantizers import (
+    WEIGHT_QUANTIZERS,
     FrozenActivation,
     FrozenWeight,
     LsqActivation,
@@ -49,6 +50,7 @@ FORMATS = {
     "int3 blocks": WeightFormat(bits=3, block=32),
 }
 INPUTS, OUTPUTS = 96, 40
+QUANTIZER_OPTIONS = {"minmax": MinMax, "lsq": Lsq, "ternary": Ternary}
 
 
 def random(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -299,6 +301,46 @@ def test_no_forward_writes_to_a_parameter_or_a_buffer() -> None:
             layer(x)
     for name, tensor in modules.state_dict(keep_vars=True).items():
         assert tensor._version == state[name][0] and torch.equal(tensor, state[name][1]), name
+
+
+@pytest.mark.parametrize("name", ["minmax", "lsq", "ternary"])
+def test_the_rows_of_a_table_that_a_batch_reads_are_rounded_as_in_the_whole_table(name: str) -> None:
+    """Values to the last bit; gradients of table and learned scales too, rows read twice among them."""
+    table = random((20, INPUTS))
+    table[7] = 0.0
+    quantizer = WEIGHT_QUANTIZERS[name](QUANTIZER_OPTIONS[name](), Grid(0), (-2, 1), table.shape)
+    quantizer.init(table)
+    layer = QuantizedEmbedding(nn.Parameter(table.clone()), quantizer)
+    if name != "ternary":  # so that a ratio of another row would be noticed
+        quantizer.ratio.data = 1 + random((20,), 3).abs()
+    ids, upstream = torch.tensor([[1, 7, 19], [1, 1, 0]]), random((2, 3, INPUTS), 4)
+    found = layer(ids)
+    (found * upstream).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    expected = F.embedding(ids, quantizer(layer.weight))
+    (expected * upstream).sum().backward()
+    assert torch.equal(found, expected)
+    for gradient, parameter in zip(gradients, layer.parameters(), strict=True):
+        assert parameter.grad.abs().sum() > 0
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_training_rounds_no_row_that_the_batch_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = random((500, INPUTS))
+    layer = QuantizedEmbedding(nn.Parameter(table), minmax(table, Grid(0), (-128, 127)))
+    seen: list[int] = []
+    largest = Grid.largest
+    monkeypatch.setattr(
+        Grid, "largest", lambda grid, weight: seen.append(len(weight)) or largest(grid, weight)
+    )
+    layer(torch.tensor([[5, 5, 6], [5, 499, 6]]))
+    with torch.no_grad():
+        layer(torch.tensor([[5]]))
+    assert seen == [3, 500]
+    table = random((500, INPUTS))
+    one = QuantizedEmbedding(nn.Parameter(table), minmax(table, Grid(0, granularity="tensor"), (-2, 1)))
+    torch.testing.assert_close(one(torch.tensor([5])), one.quantized_weight()[5:6], rtol=0, atol=0)
 
 
 def test_a_theta_beyond_its_bound_returns_and_can_move_again() -> None:
