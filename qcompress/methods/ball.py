@@ -18,7 +18,7 @@ the pass that finds them exchanges nothing, so that under data parallelism each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -70,6 +70,8 @@ class Ball:
     """Whose gradient eps follows."""
     move: Place
     """Where eps is added."""
+    outside: tuple[nn.Parameter, ...] = ()
+    """What the phase trains besides."""
 
     @classmethod
     def of(
@@ -82,14 +84,15 @@ class Ball:
             for layer in taps
             if ("embedding" if isinstance(layer, QuantizedEmbedding) else "weight") in kinds
         )
-        members = [
+        every = [
             (parameter, kind)
             for group in groups
             for parameter, kind in zip(group.parameters, group.kinds, strict=True)
-            if kind in kinds
         ]
+        members = [(parameter, kind) for parameter, kind in every if kind in kinds]
         parameters, own = (tuple(part) for part in zip(*members, strict=True)) if members else ((), ())
-        return cls(layers, parameters, own, rho, listen, move)
+        outside = tuple(parameter for parameter, kind in every if kind not in kinds)
+        return cls(layers, parameters, own, rho, listen, move, outside)
 
     def from_state(self, state: dict[str, Tensor]) -> Perturbation:
         """Inverse of `Perturbation.state_dict`; without any tensor nothing is perturbed."""
@@ -101,17 +104,23 @@ class Ball:
         )
 
     def climb(
-        self, closure: Callable[[], Tensor], model: nn.Module | None, accelerator: Accelerator
-    ) -> tuple[Tensor, Perturbation]:
-        """One pass at the unperturbed point: its loss and eps. The parameters keep its gradients.
+        self, closure: Callable[[], Tensor], model: nn.Module | None, accelerator: Accelerator,
+        others: Iterable[nn.Parameter] = (),
+    ) -> tuple[Tensor, Perturbation]:  # fmt: skip
+        """One pass at the unperturbed point: its loss and eps. The ball's parameters and `others` keep its
+        gradients; nothing else gets one, so that the backward pass ends at the rounded weights.
 
         Under fp16 the loss scale is taken out before the norm. A gradient that is not finite (the scale was
         too large, and will be lowered) gives no direction, and nothing is perturbed.
         """
         taps = [Tap(self.listen, listens=True) for _ in self.layers]
-        with tapped(self.layers, taps), accelerator.no_sync(model) if model is not None else nullcontext():
+        wanted = {id(parameter) for parameter in others}
+        unwanted = [parameter for parameter in self.outside if id(parameter) not in wanted]
+        alone = accelerator.no_sync(model) if model is not None else nullcontext()
+        with tapped(self.layers, taps), without_gradients(unwanted), alone:
             loss = closure()
-            accelerator.backward(loss)
+            if loss.requires_grad:  # else the ball is empty, which is refused below
+                accelerator.backward(loss)
         gradients = [tap.gradient for tap in taps] + [parameter.grad for parameter in self.parameters]
         known = [gradient.detach() for gradient in gradients if gradient is not None]
         if not known:
@@ -174,6 +183,18 @@ def random_share(eps: Perturbation, share: float, moment: Moment) -> Perturbatio
         return torch.where(random < share, tensor / share, 0.0)
 
     return Perturbation(tuple(map(draw, eps.offsets)), tuple(map(draw, eps.shifts)))
+
+
+@contextmanager
+def without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, these parameters get no gradient; all of them get one afterwards."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -91,7 +91,8 @@ class AlternatingUpdate:
         """Gradients of the sharpness objective; the scales have none, or that of the unperturbed pass."""
         options, place = self.options, PLACES[self.options.perturb]
         ball = Ball.of(options.ball, groups, taps, options.rho, place, place)
-        _, eps = ball.climb(closure, self.model, accelerator)
+        others = _parameters(scales) if fused else ()
+        _, eps = ball.climb(closure, self.model, accelerator, others)
         unperturbed = [parameter.grad for parameter in _parameters(scales)] if fused else []
         optimizer.zero_grad(set_to_none=True)
         with ball.perturbed(eps), fixed_statistics(self.model):

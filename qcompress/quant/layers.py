@@ -85,8 +85,10 @@ class Tap:
     def through(self, weight: Tensor) -> Tensor:
         if self.offset is not None:
             weight = weight + self.offset
-        if self.listens and weight.requires_grad:
-            weight = weight.view_as(weight)  # a hook on the parameter itself would outlive the pass
+        if self.listens and torch.is_grad_enabled():
+            # a view, since a hook on the parameter itself would outlive the pass; and where nothing before
+            # this place wants a gradient, the backward pass ends here
+            weight = weight.view_as(weight) if weight.requires_grad else weight.detach().requires_grad_()
             weight.register_hook(self._collect)
         return weight
 
@@ -136,7 +138,7 @@ class QuantizedWeight(nn.Module):
         """Untapped. It is computed once while neither the weight nor a scale can change."""
         if self.weight_quantizer is None:
             return self.rescaled_weight()
-        if self._moves():
+        if self._moves() or self.tap is not None:
             self._kept = None
             return self.weight_quantizer(self.rescaled_weight())
         state = tuple((id(tensor), tensor._version) for tensor in (*self.parameters(), *self.buffers()))

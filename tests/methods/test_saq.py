@@ -31,7 +31,7 @@ from qcompress.errors import ModelError
 from qcompress.keys import _unselected
 from qcompress.loop import taps_of
 from qcompress.methods import STEPPERS
-from qcompress.methods.ball import Perturbation, random_share
+from qcompress.methods.ball import Ball, Perturbation, random_share
 from qcompress.methods.protocols import Moment
 from qcompress.prepare import kind_of, quantize
 from qcompress.quant.layers import Tap, tapped
@@ -84,6 +84,34 @@ def test_the_perturbation_has_the_norm_rho_and_follows_the_gradient_of_the_round
     assert torch.sqrt(sum(move.square().sum() for move in found.values())) == pytest.approx(0.3, rel=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], 0.3 * gradient / norm, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("stepper", "scales"),
+    [(saq(), False), (saq(ball=["weight", "weight-scale"]), True), (squat(), False),
+     (squat(alternate="fused"), True)],
+    ids=["saq", "scales in the ball", "squat", "fused"],
+)  # fmt: skip
+def test_the_search_computes_the_gradients_that_are_asked_of_it_and_no_other(
+    stepper, scales: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights' gradients end at their rounded values, so that nothing goes back through a quantizer."""
+    made, found = small(activations=True), []
+    climb = Ball.climb
+
+    def spy(ball: Ball, *arguments: object) -> object:
+        result = climb(ball, *arguments)
+        found.append({name for name, tensor in made.net.named_parameters() if tensor.grad is not None})
+        return result
+
+    monkeypatch.setattr(Ball, "climb", spy)
+    made.run(stepper, 1)
+    trained = {name for name, tensor in made.net.named_parameters()}
+    assert all(tensor.requires_grad for tensor in made.net.parameters())
+    assert not {name for name in found[0] if name.endswith(".weight") and "norm" not in name}
+    assert {name for name in found[0] if "weight_quantizer" in name} == {
+        name for name in trained if "weight_quantizer" in name and scales
+    }
 
 
 @pytest.mark.parametrize(
