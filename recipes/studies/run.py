@@ -5,7 +5,9 @@
 One run after another: a float model for each task, then the trials (on the part held out of train), then the
 final runs (on the test file, once). A result whose recipe, data and float model are unchanged is not made
 again, and a run that was stopped goes on where it was. Results are a JSON file each in `results/`; what a
-table says is made of them alone. Data is found in the directory that QCOMPRESS_ASSETS names.
+table says is made of them alone. A run of which its result is kept is removed (some 300 MiB each), unless
+`--keep` is given; float models stay, and studies that share one share its training. Data is found in the
+directory that QCOMPRESS_ASSETS names.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 from collections.abc import Callable
@@ -34,8 +37,9 @@ from qcompress.report.measured import measured
 class Runner:
     """Runs the jobs of one study; float models are made when the first job needs them."""
 
-    def __init__(self, study: Study, place: Place, only: str, reporter: Reporter) -> None:
-        self.study, self.place, self.only, self.reporter = study, place, only, reporter
+    def __init__(self, study: Study, place: Place, only: str, keep: bool, reporter: Reporter) -> None:
+        self.study, self.place, self.only, self.keep, self.reporter = study, place, only, keep, reporter
+        self.cache = place.work.parent / ".cache"
         self.results = place.folder / "results"
         self.results.mkdir(exist_ok=True)
 
@@ -55,6 +59,7 @@ class Runner:
             document = result_of(loaded, arm, task, job.digest, self.study.row)
             write_document(file, document)
             check_size(file)
+            self.forget(loaded)
             after()
 
     def start(self, task: str) -> tuple[Job, Path] | None:
@@ -87,7 +92,9 @@ class Runner:
                 job = arm_job(study, arm, task, seed, self.place, self.start(task), settings, trial=number)
                 trial = known.get(job.digest)
                 if trial is None:
-                    found = measured(self.run(job), study.row)
+                    loaded = self.run(job)
+                    found = measured(loaded, study.row)
+                    self.forget(loaded)
                     name, metric = found.split(None)
                     trial = {"set": settings, "task": task, "seed": seed, "recipe_sha256": job.digest}
                     trial |= {"metric": metric, "score": found.metrics[f"{name}.{metric}"]}
@@ -101,8 +108,20 @@ class Runner:
     def run(self, job: Job) -> api.LoadedRun:
         """One run of the line."""
         self.reporter.say(f"{job.name}: running")
-        made = api.run(job.recipe, self.place.work, overrides=job.overrides, reporter=self.reporter)
+        made = api.run(
+            job.recipe, self.place.work, cache=self.cache, overrides=job.overrides, reporter=self.reporter
+        )
         return api.load(made.path)
+
+    def forget(self, loaded: api.LoadedRun) -> None:
+        """Remove a run and what its stages left in the cache."""
+        if self.keep:
+            return
+        for name in loaded.manifest["stages"]:
+            folder = loaded.stage(name)
+            if folder is not None and name != "load":
+                shutil.rmtree(folder)
+        shutil.rmtree(loaded.path.parent)
 
 
 def best(trials: list[dict[str, Any]]) -> dict[str, Any]:
@@ -122,6 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--only", default="*", help="glob over <arm>-<task>-<seed>")
     parser.add_argument("--table", action="store_true", help="rebuild the README, run nothing")
+    parser.add_argument("--keep", action="store_true", help="keep every run, not its result alone")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
     parser.add_argument("--data", type=Path, help="default: the directory that QCOMPRESS_ASSETS names")
     options = parser.parse_args(arguments)
@@ -134,7 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
                 raise UsageError("the data of this study is not here", fix="set QCOMPRESS_ASSETS, or --data")
             work = (options.out / folder.name).resolve()
             work.mkdir(parents=True, exist_ok=True)
-            runner = Runner(study, Place(folder, data.resolve(), work), options.only, Reporter())
+            place = Place(folder, data.resolve(), work)
+            runner = Runner(study, place, options.only, options.keep, Reporter())
             runner.all(lambda: rebuild(folder, study))
         print(rebuild(folder, study))
     except QcompressError as error:
