@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from qcompress import pipeline
+from qcompress import own, pipeline
 from qcompress.artifacts import read_json, write_json
 from qcompress.errors import ExportError, RecipeError, UsageError
 from qcompress.progress import Reporter
@@ -26,6 +26,10 @@ from qcompress.structure import validate
 if TYPE_CHECKING:
     from qcompress.stages.verify import Artifacts
     from qcompress.targets.lint import Finding
+
+
+Classes = Mapping[str, type] | None
+"""Classes of a user's own by name."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,27 @@ def run(
     fresh: bool = False,
     keep: Sequence[str] = (),
     smoke: bool = False,
+    quantizers: Classes = None,
+    adapters: Classes = None,
+    objectives: Classes = None,
+    steppers: Classes = None,
     reporter: Reporter | None = None,
 ) -> pipeline.Run:
     """Run a recipe; returns the run's folder and its verdict.
 
     `overrides` are `a.b=c` strings, `until` is the last stage, `keep` names stages whose whole folder is
-    copied into the run, `smoke` runs two blocks on little data (`qcompress/smoke.py`). Raises RecipeError,
-    ModelError, ExportError, MachineError or BusyError.
+    copied into the run, `smoke` runs two blocks on little data (`qcompress/smoke.py`). `quantizers` and the
+    three after it are classes of your own by the name that the recipe gives them (`qcompress/own.py`). Raises
+    RecipeError, ModelError, ExportError, MachineError, UsageError or BusyError.
     """
-    resolved, folder, store = _settings(recipe, out, cache, overrides, smoke)
     reporter = reporter or Reporter(silent=True)
-    return pipeline.run(resolved, folder, store, reporter, until=until, fresh=fresh, keep=tuple(keep))
+    with own.among(_by_axis(quantizers, adapters, objectives, steppers)):
+        resolved, folder, store = _settings(recipe, out, cache, overrides, smoke)
+        return pipeline.run(resolved, folder, store, reporter, until=until, fresh=fresh, keep=tuple(keep))
+
+
+def _by_axis(*classes: Classes) -> dict[str, Classes]:
+    return dict(zip(("quantizer", "adapter", "objective", "stepper"), classes, strict=True))
 
 
 def run_seeds(
@@ -77,6 +91,10 @@ def run_seeds(
     fresh: bool = False,
     keep: Sequence[str] = (),
     smoke: bool = False,
+    quantizers: Classes = None,
+    adapters: Classes = None,
+    objectives: Classes = None,
+    steppers: Classes = None,
     reporter: Reporter | None = None,
 ) -> tuple[Path, dict[str, Any], bool]:
     """Run a recipe once for each seed, in `seed-N` folders side by side; options as for `run`.
@@ -90,10 +108,11 @@ def run_seeds(
     for seed in seeds:
         reporter.say(f"seed {seed}")
         again = [*overrides, f"seed={seed}"]
-        resolved, folder, store = _settings(recipe, out, cache, again, smoke)
-        made = pipeline.run(
-            resolved, folder, store, reporter, fresh=fresh, keep=tuple(keep), one_of_seeds=True
-        )
+        with own.among(_by_axis(quantizers, adapters, objectives, steppers)):
+            resolved, folder, store = _settings(recipe, out, cache, again, smoke)
+            made = pipeline.run(
+                resolved, folder, store, reporter, fresh=fresh, keep=tuple(keep), one_of_seeds=True
+            )
         found[seed] = load(made.path)
     first = found[seeds[0]]
     summary = summarise(first.recipe.name, {seed: (run.parity, run.verdict) for seed, run in found.items()})
@@ -133,9 +152,11 @@ def load(path: str | os.PathLike[str]) -> LoadedRun:
                 fix="name the run directory that `qcompress run` printed, or let the run finish",
             )
     manifest = read_json(folder / "manifest.json")
+    with own.recorded(manifest.get("own", {})):
+        recipe = _recipe(folder / "recipe.resolved.yaml")
     return LoadedRun(
         path=folder,
-        recipe=_recipe(folder / "recipe.resolved.yaml"),
+        recipe=recipe,
         manifest=manifest,
         parity=read_json(folder / "parity.json"),
         verdict=read_json(folder / "verdict.json"),

@@ -16,6 +16,7 @@ import qcompress
 from qcompress.check import Report, check_model, head_of
 from qcompress.codekey import code_digest, stage_key
 from qcompress.host import describe_host, device_kind, threads
+from qcompress.own import active
 from qcompress.processes import announced
 from qcompress.recipe import Resolved
 from qcompress.schema import Recipe
@@ -105,6 +106,8 @@ def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object
         found["device"] = {"kind": device_kind(recipe.train.device), "threads": threads()}
     if stage == "train" and announced() > 1:  # sums in another order give other bits
         found["device"]["processes"] = announced()
+    if stage == "train":
+        found["code"] |= {f"own {name}": digest for name, digest in active().digests(recipe).items()}
     if stage == "build":
         found["device"] = {"machine": platform.machine()} | describe_host()["gpu"]
     return found
@@ -127,7 +130,7 @@ def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
     whole = recipe.model_dump(mode="json", by_alias=True)
     axes = ("quantizer", "adapter", "objective", "stepper", "schedule")
     learned = {key: whole[key] for key in ("seed", "task", "format", "train", *axes)}
-    learned["data"] = {key: whole["data"][key] for key in ("train", "calibration")}
+    learned["data"] = {key: _unplaced(whole["data"][key]) for key in ("train", "calibration")}
     return {
         "load": {"family": recipe.model.family, "head": asdict(head_of(recipe))},
         "train": learned,
@@ -140,7 +143,7 @@ def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
         "build": {"build": whole["build"]},
         "verify": {
             "task": whole["task"],
-            "evaluate": whole["data"]["evaluate"],
+            "evaluate": {name: _unplaced(data) for name, data in whole["data"]["evaluate"].items()},
             "verify": {key: value for key, value in whole["verify"].items() if key != "require"},
             "compute": recipe.format.compute,
         },
@@ -153,12 +156,26 @@ def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
     }
 
 
+def _unplaced(data: dict[str, object] | None) -> dict[str, object] | None:
+    """A section of `data` with the names of its files and not their folders: what counts is their content,
+    and that is a part of the key by itself.
+    """
+    if data is None:
+        return None
+    files = ("text", "table")
+    return {
+        key: [Path(name).name for name in value] if key in files and value else value
+        for key, value in data.items()
+    }
+
+
 def provenance(recipe: Recipe) -> dict[str, str]:
     """Metadata of the ONNX file. The hash covers what shapes the file: not the gate, not the evaluation."""
     whole = recipe.model_dump(mode="json", by_alias=True)
     for section in ("gate", "verify", "build"):
         del whole[section]
     del whole["data"]["evaluate"]
+    whole["data"] = {key: _unplaced(section) for key, section in whole["data"].items()}
     return {
         "recipe": recipe.name,
         "recipe_sha256": stage_key("recipe", {"values": whole}),

@@ -28,6 +28,7 @@ from qcompress.codekey import stage_key
 from qcompress.errors import MachineError
 from qcompress.host import describe_host, device_kind
 from qcompress.keys import Plan, parts, prepare, provenance, run_key, versions_of
+from qcompress.own import active
 from qcompress.processes import Processes, join
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, dump_recipe
@@ -204,7 +205,8 @@ def _float(plan: Plan, steps: Mapping[str, Step]) -> FloatModel:
 
 def _manifest(plan: Plan, steps: Mapping[str, Step]) -> dict[str, object]:
     """What made this run: versions, hashes, seeds, host, and the cost of each stage."""
-    return {
+    own = active().used(plan.recipe)
+    return ({"own": own} if own else {}) | {
         "recipe": plan.recipe.name,
         "seed": plan.recipe.seed,
         "source": str(plan.directory),

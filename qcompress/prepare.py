@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
 from qcompress.errors import ContractError
 from qcompress.models import FAMILIES
+from qcompress.own import class_of
 from qcompress.plan import LayerPlan, PointPlan, plans_from_json, points_from_json, rounded
 from qcompress.quant.affine import Grid
 from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, FoldedWeight, Rounding
@@ -97,17 +98,17 @@ def quantize(
     linear_axis = FAMILIES[family].LINEAR_AXIS
 
     def weight_quantizer(item: LayerPlan, weight: Tensor, axis: int) -> nn.Module:
-        kind = WEIGHT_QUANTIZERS[item.weight_quantizer.name]
+        kind = class_of("quantizer", item.weight_quantizer.name, WEIGHT_QUANTIZERS)
         return kind(item.weight_quantizer, _grid(item, axis), item.weights.bounds, weight.shape)
 
     def input_quantizer(item: LayerPlan) -> nn.Module | None:
         if item.activations is None:
             return None
-        kind = ACTIVATION_QUANTIZERS[item.activation_quantizer.name]
+        kind = class_of("quantizer", item.activation_quantizer.name, ACTIVATION_QUANTIZERS)
         return kind(item.activation_quantizer, item.activations.bounds, item.layer.in_features)
 
     def point_quantizer(item: PointPlan) -> nn.Module:
-        kind = ACTIVATION_QUANTIZERS[item.activation_quantizer.name]
+        kind = class_of("quantizer", item.activation_quantizer.name, ACTIVATION_QUANTIZERS)
         return kind(item.activation_quantizer, item.activations.bounds, item.point.features)
 
     prepared = _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer)

@@ -6,6 +6,7 @@ checks that need a model live in `recipe.py`; number formats live in `formats.py
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
@@ -300,3 +301,7 @@ class Recipe(Options):
             for axis, preset in METHODS[method].items()
         }
         return {**value, **written}
+
+
+RECIPE: ContextVar[type[Recipe]] = ContextVar("recipe", default=Recipe)
+"""The schema that recipes are validated by: `own.py` adds what a caller brings along."""

@@ -19,7 +19,7 @@ from qcompress.axes import AXES, METHODS
 from qcompress.errors import ContractError
 from qcompress.formats import ACTIVATION_WORDS, FORMAT_PRESETS, WEIGHT_WORDS
 from qcompress.models import FAMILIES
-from qcompress.schema import Recipe
+from qcompress.schema import RECIPE, Recipe
 from qcompress.wording import Spot, choose, explain, found, locate, spelling
 from qcompress.yamlfile import Document, Key
 
@@ -74,7 +74,7 @@ def validate(document: Document) -> Recipe | None:
     for _ in range(ROUNDS_LIMIT):
         _doubt_what_the_method_gives(document)
         try:
-            return Recipe.model_validate(values)
+            return RECIPE.get().model_validate(values)
         except ValidationError as error:
             details = error.errors(include_url=False)
         written = copy.deepcopy(values)

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from qcompress.axes import AXES
 from qcompress.formats import Options
 from qcompress.models import FAMILIES
-from qcompress.schema import Recipe
+from qcompress.schema import RECIPE
 from qcompress.yamlfile import Key, dotted
 
 EXAMPLES = {
@@ -74,7 +74,7 @@ class Spot:
 
 def locate(path: Sequence[str | int], values: dict[str, Any]) -> Spot:
     """The spot at the end of one of pydantic's paths."""
-    annotation: Any = Recipe
+    annotation: Any = RECIPE.get()
     value: Any = values
     key: Key = ()
     field, siblings, alternative = None, (), False
@@ -193,13 +193,13 @@ def _has(value: Any, part: str | int) -> bool:
 
 
 def _unknown_key(spot: Spot) -> tuple[str, str, Key | None]:
-    word, section = str(spot.key[-1]), spot.key[:-1]
+    word, section, recipe = str(spot.key[-1]), spot.key[:-1], RECIPE.get()
     homes = [
         (name,)
-        for name, field in Recipe.model_fields.items()
+        for name, field in recipe.model_fields.items()
         if name not in AXES and any(word in known.model_fields for known in sections_of(field.annotation))
     ]
-    homes += [()] if word in Recipe.model_fields else []
+    homes += [()] if word in recipe.model_fields else []
     if len(homes) == 1 and homes[0] != section:
         where = f"under `{dotted(homes[0])}`" if homes[0] else "at the top of the recipe"
         return "unknown key", f"it belongs {where}", (*homes[0], word)

@@ -23,7 +23,7 @@ STAGES = ("load", "train", "fold", "export", "build", "verify", "gate")
 
 LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("plain values", {
-        "errors", "formats", "axes", "options", "glue", "task_options", "schema", "artifacts", "plan",
+        "errors", "formats", "axes", "options", "glue", "task_options", "schema", "own", "artifacts", "plan",
         "models.architecture", "codekey", "system", "host", "processes", "progress", "yamlfile",
         "distance", "tensorfile", "goals",
     }),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lines import NAME, Project, Result, cli, finished, make_project, start, values
+from lines import NAME, SETS, Project, Result, cli, finished, make_project, start, values
 
 from qcompress.artifacts import read_json, sha256_file
 from qcompress.errors import BusyError
@@ -114,6 +115,19 @@ def test_a_changed_gate_is_judged_anew_and_nothing_else_runs(mine: Project) -> N
 
 def test_a_changed_evaluation_is_measured_anew_and_nothing_else_runs(mine: Project) -> None:
     assert made(mine, "data.evaluate.other.limit=3") == ["verify", "gate"]
+
+
+def test_the_same_data_in_another_folder_re_run_nothing(mine: Project, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere" / "text.txt"
+    elsewhere.parent.mkdir()
+    shutil.copyfile(mine.folder / "text.txt", elsewhere)
+    there = f"{{text: [{elsewhere}], limit: %d}}"
+    changes = [f"data.train={there % 64}", f"data.calibration={there % 12}",
+               f"data.evaluate={{test: {there % SETS['test']}, other: {there % SETS['other']}}}"]  # fmt: skip
+    assert made(mine, *changes) == []
+    with elsewhere.open("a") as file:
+        file.write("and more")
+    assert made(mine, *changes)[0] == "train"
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from qcompress.methods.protocols import Adapter, Phase, Scene
 from qcompress.models import FAMILIES, load_tokenizer
 from qcompress.models.architecture import Architecture, read_config
 from qcompress.observe import make_static, observe
+from qcompress.own import class_of
 from qcompress.plan import LayerPlan, PointPlan, plan_points, plans_to_json, points_to_json, rounded
 from qcompress.prepare import initialise, open_points, quantize
 from qcompress.processes import Processes
@@ -123,7 +124,7 @@ def _set_up(
             reporter,
         )
     prepared = quantize(model, architecture.family, plan, points)
-    adapter = ADAPTERS[recipe.adapter.name](recipe.adapter)
+    adapter = class_of("adapter", recipe.adapter.name, ADAPTERS)(recipe.adapter)
     adapter.attach(prepared, architecture.sites, statistics)
     prepared.model.to(accelerator.device)
     if not resuming:
@@ -135,8 +136,10 @@ def _set_up(
         recipe=recipe,
         architecture=architecture,
         prepared=prepared,
-        objective=OBJECTIVES[recipe.objective.name](recipe.objective, TASKS[recipe.task.name].loss),
-        stepper=STEPPERS[recipe.stepper.name](recipe.stepper),
+        objective=class_of("objective", recipe.objective.name, OBJECTIVES)(
+            recipe.objective, TASKS[recipe.task.name].loss
+        ),
+        stepper=class_of("stepper", recipe.stepper.name, STEPPERS)(recipe.stepper),
         accelerator=accelerator,
         processes=processes,
         checkpoints=checkpoints,

@@ -90,7 +90,7 @@ class Runner:
             for task in tasks:
                 seed = study.trials.seed
                 job = arm_job(study, arm, task, seed, self.place, self.start(task), settings, trial=number)
-                trial = known.get(job.digest)
+                trial = known.pop(job.digest, None)
                 if trial is None:
                     loaded = self.run(job)
                     found = measured(loaded, study.row)
@@ -99,6 +99,8 @@ class Runner:
                     trial = {"set": settings, "task": task, "seed": seed, "recipe_sha256": job.digest}
                     trial |= {"metric": metric, "score": found.metrics[f"{name}.{metric}"]}
                 trials.append(trial)
+                document[arm] = {"trials": [*trials, *known.values()]}  # the run is gone already
+                write_document(file, document)
                 self.reporter.say(f"{job.name}: {trial['metric']} {trial['score']:.5g} on the part held out")
         chosen = best(trials)
         document[arm] = {"trials": trials, "chosen": chosen}
@@ -108,8 +110,9 @@ class Runner:
     def run(self, job: Job) -> api.LoadedRun:
         """One run of the line."""
         self.reporter.say(f"{job.name}: running")
+        # a reporter of its own, which writes the log of a run that will be gone
         made = api.run(
-            job.recipe, self.place.work, cache=self.cache, overrides=job.overrides, reporter=self.reporter
+            job.recipe, self.place.work, cache=self.cache, overrides=job.overrides, reporter=Reporter()
         )
         return api.load(made.path)
 
