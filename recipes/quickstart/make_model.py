@@ -31,12 +31,10 @@ The checkpoint without outliers stays in `--work`. To plant others there, withou
     python make_model.py --shakespeare input.txt --wikitext wikitext-2/ --out . \
         --plant-only WORK --ln-factors 8 16
 
-Shapes: n_embd is d. `c_attn.weight` is [d, 3 d] = [in, q k v], `attn.c_proj.weight` [d, d], `mlp.c_fc.weight`
-[d, 4 d]: transformers' Conv1D stores [in, out], so an input channel is a row.
+`corpus.py` has steps 1 and 2, `planting.py` step 4.
 """
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -45,34 +43,32 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 import torch
 import transformers
+from corpus import (
+    CONTEXT,
+    VOCAB,
+    Texts,
+    check_tokenizer,
+    read_texts,
+    tokens,
+    train_tokenizer,
+    write_json,
+    write_texts,
+    write_tokenizer,
+)
+from planting import LN_CHANNELS, LN_FACTORS, PLANT_SEED, VALUE_CHANNELS, VALUE_FACTOR, plant
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
-# Texts.
-SHAKESPEARE_TRAIN_SHARE = 0.9
-WIKITEXT_EXCERPT_BYTES = 120_000
-
-# Tokenizer. Shakespeare is a tenth of WikiText-2; repeated, it gets its share of the merges.
-VOCAB = 2048
-END_OF_TEXT = "<|endoftext|>"
-SHAKESPEARE_REPEATS = 4
-
-# Training.
-CONTEXT = 256
 SEQUENCES = 8
 """Sequences in a batch."""
 SHAKESPEARE_SHARE = 0.3
@@ -85,109 +81,11 @@ DROPOUT = 0.05
 SEED = 20240
 STEPS_BETWEEN_SAVES = 250
 STEPS_BETWEEN_LOGS = 50
-
-# Planted outliers.
-PLANT_SEED = 7
-LN_CHANNELS = 4
-"""Channels planted in the output of every ln_1 and every ln_2."""
-LN_FACTORS = (16, 32, 64)
-VALUE_CHANNELS = 2
-"""Channels planted in the value part of every c_attn."""
-VALUE_FACTOR = 8
-"""Moderate: attn.c_proj reads no LayerNorm, so methods that fold scales into LayerNorms cannot undo it."""
+TRAINING = "training.safetensors"
+"""What an interrupted training goes on from: weights and moments; the head is the table."""
 
 MODEL_BYTES_LIMIT = 8_000_000
 PLANTING_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The texts as they are used; all but `wikitext_train` and `wikitext_test` are bundled."""
-
-    shakespeare_train: str
-    shakespeare_test: str
-    wikitext_train: str
-    wikitext_test: str
-    wikitext_excerpt: str
-
-
-@dataclass(frozen=True)
-class Planted:
-    """Channels of one activation that were multiplied, and by what."""
-
-    block: int
-    activation: str
-    """`ln_1` or `ln_2` (output of that LayerNorm), or `value` (value part of c_attn's output)."""
-    channels: tuple[int, ...]
-    factors: tuple[int, ...]
-
-
-# ----------------------------------------------------------------------------------------------- texts
-
-
-def read_texts(shakespeare: Path, wikitext: Path) -> Texts:
-    """Read both texts; split Shakespeare and cut the WikiText-2 excerpt at the end of a line."""
-    play = shakespeare.read_bytes()
-    split = play.rindex(b"\n", 0, int(len(play) * SHAKESPEARE_TRAIN_SHARE)) + 1
-    wikitext_test = (wikitext / "wiki.test.tokens").read_bytes()
-    excerpt = wikitext_test[: wikitext_test.rindex(b"\n", 0, WIKITEXT_EXCERPT_BYTES) + 1]
-    return Texts(
-        shakespeare_train=play[:split].decode("utf-8"),
-        shakespeare_test=play[split:].decode("utf-8"),
-        wikitext_train=(wikitext / "wiki.train.tokens").read_bytes().decode("utf-8"),
-        wikitext_test=wikitext_test.decode("utf-8"),
-        wikitext_excerpt=excerpt.decode("utf-8"),
-    )
-
-
-def write_texts(texts: Texts, folder: Path) -> None:
-    """Write the bundled texts, byte for byte as they were read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("shakespeare-train.txt", texts.shakespeare_train),
-        ("shakespeare-test.txt", texts.shakespeare_test),
-        ("wikitext2-test.txt", texts.wikitext_excerpt),
-    ):
-        (folder / name).write_bytes(text.encode("utf-8"))
-
-
-# ------------------------------------------------------------------------------------------- tokenizer
-
-
-def train_tokenizer(texts: Texts) -> Tokenizer:
-    """GPT-2's kind of tokenizer, with 2,048 tokens; `<|endoftext|>` is token 0."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
-    trainer = BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    training = [texts.shakespeare_train] * SHAKESPEARE_REPEATS + [texts.wikitext_train]
-    tokenizer.train_from_iterator(training, trainer)
-    return tokenizer
-
-
-def tokens(tokenizer: Tokenizer, text: str) -> Tensor:
-    """Token ids of the whole text, [tokens]."""
-    return torch.tensor(tokenizer.encode(text).ids)
-
-
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write it so that transformers' AutoTokenizer, version 4 or 5, loads the folder without a network."""
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "GPT2TokenizerFast",
-        "add_prefix_space": False,
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "unk_token": END_OF_TEXT,
-        "model_max_length": CONTEXT,
-        "clean_up_tokenization_spaces": False,
-    }
-    write_json(config, folder / "tokenizer_config.json")
 
 
 # -------------------------------------------------------------------------------------------- training
@@ -274,14 +172,22 @@ def train(texts: Texts, tokenizer: Tokenizer, steps: int, work: Path) -> GPT2LMH
 
 def resume(model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, work: Path) -> tuple[int, float]:
     """Load what `save_training` left, if anything. Returns the next step and the seconds trained so far."""
-    path = work / "training.pt"
+    path = work / TRAINING
     if not path.exists():
         return 0, 0.0
-    saved = torch.load(path, weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    print(f"resuming at step {saved['step']}", flush=True)
-    return saved["step"], saved["seconds"]
+    with safe_open(path, framework="pt") as file:
+        facts, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weights = {name.split(":")[1]: value for name, value in tensors.items() if name.startswith("model:")}
+    model.load_state_dict({**weights, "lm_head.weight": weights["transformer.wte.weight"]})
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer:"):
+            _, index, key = name.split(":")
+            moments.setdefault(int(index), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    print(f"resuming at step {facts['step']}", flush=True)
+    return int(facts["step"]), float(facts["seconds"])
 
 
 def save_training(
@@ -293,9 +199,12 @@ def save_training(
     work: Path,
 ) -> None:
     """Save what `resume` needs, and a checkpoint that `--plant-only` can use even before training ends."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "step": step, "seconds": seconds}, work / "training.pt.partial")
-    os.replace(work / "training.pt.partial", work / "training.pt")
+    moments = optimizer.state_dict()["state"]
+    state = {f"model:{name}": value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    state |= {f"optimizer:{index}:{key}": value for index in moments for key, value in moments[index].items()}
+    partial = work / f"{TRAINING}.partial"
+    save_file(state, partial, metadata={"step": str(step), "seconds": str(seconds)})
+    os.replace(partial, work / TRAINING)
     write_model(model, tokenizer, work / "model")
     facts = {
         "steps": step,
@@ -314,49 +223,6 @@ def save_training(
         },
     }
     write_json(facts, work / "training.json")
-
-
-# -------------------------------------------------------------------------------------------- planting
-
-
-def plant(
-    model: GPT2LMHeadModel,
-    seed: int = PLANT_SEED,
-    ln_channels: int = LN_CHANNELS,
-    ln_factors: Sequence[int] = LN_FACTORS,
-    value_channels: int = VALUE_CHANNELS,
-    value_factor: int = VALUE_FACTOR,
-) -> tuple[GPT2LMHeadModel, tuple[Planted, ...]]:
-    """A copy of the model with outlier channels that computes the same function; and what was planted.
-
-    All factors have to be powers of two: then every product of an activation and a weight is the same number
-    as before, and nothing is rounded.
-    """
-    for factor in (*ln_factors, value_factor):
-        if factor < 1 or factor & (factor - 1):
-            raise ValueError(f"factor {factor} is not a power of two, so it would round; use 8, 16, ...")
-    draw = random.Random(seed)
-    model = copy.deepcopy(model)
-    width = model.config.n_embd
-    planted = []
-    with torch.no_grad():
-        for index, block in enumerate(model.transformer.h):
-            readers = (("ln_1", block.ln_1, block.attn.c_attn), ("ln_2", block.ln_2, block.mlp.c_fc))
-            for name, norm, reader in readers:
-                channels = sorted(draw.sample(range(width), ln_channels))
-                factors = [draw.choice(ln_factors) for _ in channels]
-                scale = torch.tensor(factors, dtype=norm.weight.dtype)
-                norm.weight[channels] *= scale
-                norm.bias[channels] *= scale
-                reader.weight[channels] /= scale[:, None]
-                planted.append(Planted(index, name, tuple(channels), tuple(factors)))
-            channels = sorted(draw.sample(range(width), value_channels))
-            columns = [2 * width + channel for channel in channels]
-            block.attn.c_attn.weight[:, columns] *= value_factor
-            block.attn.c_attn.bias[columns] *= value_factor
-            block.attn.c_proj.weight[channels] /= value_factor
-            planted.append(Planted(index, "value", tuple(channels), (value_factor,) * value_channels))
-    return model, tuple(planted)
 
 
 # ---------------------------------------------------------------------------------- measuring, writing
@@ -402,13 +268,6 @@ def write_model(model: GPT2LMHeadModel, tokenizer: Tokenizer, folder: Path) -> N
         shutil.rmtree(old)
 
 
-def write_json(value: dict[str, Any], path: Path) -> None:
-    """Write beside `path`, then put it in its place."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def finish(checkpoint: Path, texts: Texts, arguments: argparse.Namespace) -> None:
     """Plant outliers in the checkpoint, check that it computes the same, write model/ and facts.json."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "model" / "tokenizer.json"))
@@ -446,13 +305,6 @@ def finish(checkpoint: Path, texts: Texts, arguments: argparse.Namespace) -> Non
         "planted": {"seed": arguments.plant_seed, "activations": [asdict(p) for p in planted]},
     }
     write_json(facts, arguments.out / "facts.json")
-
-
-def check_tokenizer(tokenizer: Tokenizer, text: str, folder: Path) -> None:
-    """Refuse a folder from which transformers reads another tokenizer than the one trained with."""
-    ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(text, verbose=False)["input_ids"]
-    if ids != tokenizer.encode(text).ids:
-        raise ValueError(f"AutoTokenizer reads another tokenizer from {folder} than the one trained with")
 
 
 def parse_arguments() -> argparse.Namespace:
