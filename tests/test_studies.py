@@ -128,7 +128,7 @@ def made(
     (data / "train.txt").write_text(text[: len(text) // 2])
     (data / "test.txt").write_text(text[len(text) // 2 :])
     study = Made(write_study(root / "letters", tools), data, root / "runs")
-    study.run(tools)
+    study.run(tools, "--keep")
     return study
 
 
@@ -144,7 +144,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs that are started, and none of them is."""
     names: list[str] = []
 
-    def refuse(recipe: Path, out: Path, *, overrides: tuple[str, ...], reporter: object) -> None:
+    def refuse(recipe: Path, out: Path, *, overrides: tuple[str, ...], **_: object) -> None:
         names.append(next(text for text in overrides if text.startswith("name=")))
         raise QcompressError("started")
 
@@ -183,6 +183,41 @@ def test_the_test_file_is_read_by_final_runs_and_the_part_held_out_by_trials(mad
         (path,) = evaluated[name]["text"]
         assert Path(path).stem == name
     assert len(list(made.out.glob("letters/letters-*/latest/recipe.resolved.yaml"))) == 1 + 2 + 4
+
+
+def test_a_run_goes_when_its_result_is_kept_and_an_interruption_loses_no_trial(
+    made: Made, tools: Machinery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Made(tmp_path / "letters", made.data, tmp_path / "runs")
+    shutil.copytree(made.folder, mine.folder)
+    shutil.copytree(made.out, mine.out, symlinks=True)  # so that every stage is reused, which is fast
+    shutil.rmtree(mine.folder / "results")
+    run, names = api.run, []
+
+    def counted(*arguments: Any, overrides: tuple[str, ...], **options: Any) -> Any:
+        names.append(next(text for text in overrides if text.startswith("name=")))
+        if len(names) == 2:
+            raise KeyboardInterrupt
+        return run(*arguments, overrides=overrides, **options)
+
+    monkeypatch.setattr(api, "run", counted)
+    with pytest.raises(SystemExit):
+        mine.run(tools)
+    assert len(mine.results()["trials"]["lsq"]["trials"]) == 1
+    mine.run(tools)
+    assert len(names) == 1 + 2 + 4 - 1 + 1  # one trial before the interruption, and it is not run again
+    assert mine.results()["trials"] == made.results()["trials"]
+    assert [folder.name for folder in mine.out.glob("letters/letters-*")] == ["letters-float-letters-0"]
+    assert len(list((mine.out / ".cache" / "train").glob("[!.]*"))) == 1
+
+
+def test_several_processes_are_refused(
+    made: Made, tools: Machinery, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        made.run(tools)
+    assert ended.value.code == 2 and "one process" in capsys.readouterr().err
 
 
 def test_every_run_trains_on_the_train_file_without_the_part_held_out(made: Made, tools: Machinery) -> None:

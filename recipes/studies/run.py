@@ -30,6 +30,7 @@ from table import rebuild
 from qcompress import api
 from qcompress.errors import INTERRUPTED, QcompressError, UsageError
 from qcompress.goals import METRICS
+from qcompress.processes import announced
 from qcompress.progress import Reporter
 from qcompress.report.measured import measured
 
@@ -149,6 +150,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="default: the directory that QCOMPRESS_ASSETS names")
     options = parser.parse_args(arguments)
     try:
+        if announced() > 1:
+            raise UsageError(
+                f"a study runs in one process, and this is one of {announced()}",
+                fix="start it without torchrun",
+            )
         folder = options.study.resolve()
         study = read_study(folder)
         if not options.table:
