@@ -143,6 +143,7 @@ def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
             "evaluate": whole["data"]["evaluate"],
             "verify": {key: value for key, value in whole["verify"].items() if key != "require"},
             "compute": recipe.format.compute,
+            "activations": whole["quantizer"]["activations"],
         },
         "gate": {
             "gate": whole["gate"],

@@ -4,6 +4,12 @@ Reads the five artifacts and the evaluation data. Writes parity.json (a row for 
 distance of its logits to the row before; which metrics are a set's main ones), samples.json.gz (per-sample
 results with ids) and probe/ (the same measurement for a device). Rows run one after another, so that one
 model is in memory at a time; the logits that a distance needs wait on disk.
+
+Two rows have another measurement in them, {"metrics", "distance"}, with which no later row is compared:
+
+    trained["dynamic"]   the model with dynamic ranges, if it was trained with them; its distance is to the
+                         row itself, and the difference is what making the ranges static cost
+    onnx["deployed"]     the graph as ONNX Runtime runs it by default
 """
 
 from __future__ import annotations
@@ -33,7 +39,16 @@ from qcompress.plan import plans_from_json
 from qcompress.probe import read_measurement, write_probe
 from qcompress.progress import Reporter
 from qcompress.rows import Measured, Samples, measure_row
-from qcompress.runners import OnnxRunner, Runner, complete, float_runner, folded_runner, trained_runner
+from qcompress.runners import (
+    OnnxRunner,
+    Runner,
+    complete,
+    dynamic_runner,
+    float_runner,
+    folded_runner,
+    made_static,
+    trained_runner,
+)
 from qcompress.samples import (
     fields_of,
     known_of,
@@ -97,6 +112,8 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
             row["metrics"] |= trained_sharpness(
                 recipe, base, artifacts.float_model, artifacts.trained, device, reporter
             )
+        if stage == "trained" and made_static(artifacts.trained):
+            row["dynamic"] = _dynamic(recipe, artifacts, samples, reference, out, reporter, device)
         if stage == "onnx":
             row["deployed"] = _deployed(
                 recipe, artifacts, samples, reference, previous, out, reporter, device
@@ -155,6 +172,24 @@ def _digest(samples: Iterable[dict[str, np.ndarray]]) -> str:
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def _dynamic(
+    recipe: Recipe, artifacts: Artifacts, samples: Samples, reference: dict[str, list[dict[str, Any]]] | None,
+    out: Path, reporter: Reporter, device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """The trained model with dynamic ranges again, compared with the trained row. Weights, samples and
+    batches are the same: all that differs is what static ranges changed.
+
+    A dynamic range is that of a whole batch, padding among it. These numbers, unlike the row's, therefore
+    depend on `verify.batch_size` and on which samples share a batch: those of like length.
+    """
+    gc.collect()  # as between rows
+    runner = dynamic_runner(artifacts.float_model, artifacts.trained, recipe.quantizer.activations, device)
+    found = measure_row(
+        "trained-dynamic", runner, recipe, samples, reference, "trained", out, reporter, keep=False
+    )
+    return {"metrics": found.metrics, "distance": found.distance}
 
 
 def _deployed(
