@@ -1,4 +1,4 @@
-"""What making dynamic ranges static cost: `dynamic` in the trained row.
+"""What making dynamic ranges static cost: `dynamic` in the trained row, and what the ladder says of it.
 
 The oracle is a BERT written out below, on weights rounded by hand; of ours it reads scales from the file.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import Line, make_recipe, token_ids
 from tiny_bert import BLOCKS, HEADS, LABELS, SEQUENCE, save_encoder
@@ -31,6 +32,8 @@ from qcompress.options import Dynamic, MinMax
 from qcompress.plan import plan_layers, plan_points
 from qcompress.prepare import initialise, quantize
 from qcompress.progress import Reporter
+from qcompress.report.ladder import cost_of_static, ladder
+from qcompress.report.shown import print_run
 from qcompress.runners import dynamic_runner, made_static
 from qcompress.samples import read_samples
 from qcompress.schema import Model, Recipe
@@ -276,12 +279,13 @@ def test_no_other_row_is_compared_with_the_dynamic_measurement(made: Made, tmp_p
 
 
 @pytest.mark.parametrize(("quantizer", "form"), [("minmax", "w8a8"), ("dynamic", "w8a16")])
-def test_without_dynamic_activations_nothing_is_measured_twice(
+def test_without_dynamic_activations_nothing_is_measured_twice_or_said(
     quantizer: str, form: str, text_file: Path, tmp_path: Path
 ) -> None:
     parity = make(tmp_path, text_file, quantizer, format=form).parity(tmp_path / "out")
     assert [one["stage"] for one in parity["rows"] if one["status"] == "measured"] == STAGES
     assert not any("dynamic" in one for one in parity["rows"])
+    assert cost_of_static(parity) == [] and list(ladder(parity).columns[0].cells)[:3] == STAGES
 
 
 def test_what_make_static_replaced_is_put_back(line: Callable[..., Line]) -> None:
@@ -326,3 +330,47 @@ def test_verify_runs_again_when_the_clip_changes(made: Made) -> None:
         return keys.parts(plan, "verify", {})["values"]
 
     assert values(2.5) == values(2.5) != values(3.0)
+
+
+# What is shown ------------------------------------------------------------------------------------
+
+
+def report() -> dict[str, Any]:
+    """As verify leaves it: two sets, of the first one two metrics."""
+    far = {"to": "float", "max_abs": 0.5, "mean_abs": 0.25, "range": 5.0, "top1_agreement": 0.75}
+
+    def metrics(*values: float) -> dict[str, float]:
+        return dict(zip(("dev.mcc", "dev.accuracy", "bare.agreement"), values, strict=True))
+
+    rows = [
+        {"stage": "float", "metrics": metrics(0.625, 0.75, 1.0), "distance": None},
+        {"stage": "trained", "metrics": metrics(0.5, 0.625, 0.9), "distance": far,
+         "dynamic": {"metrics": metrics(0.53125, 0.5, 0.9), "distance": {**far, "to": "trained"}}},
+        {"stage": "folded", "metrics": metrics(0.5, 0.625, 0.9), "distance": {**far, "to": "trained"}},
+    ]  # fmt: skip
+    main = {"dev": ["mcc"], "bare": ["agreement"]}
+    return {"rows": [{**one, "status": "measured"} for one in rows], "sets": ["dev", "bare"], "main": main}
+
+
+def test_the_ladder_has_a_line_below_trained_and_a_note_on_what_static_ranges_cost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = SimpleNamespace(parity=report(), verdict={"reasons": [], "verdict": "accept"},
+                          recipe=SimpleNamespace(name="tiny"), path="runs/tiny")  # fmt: skip
+    print_run(Console(width=80), run)
+    lines = capsys.readouterr().out.splitlines()
+    below = [line.split() for line in lines if line.split()[:1] in (["trained"], ["dynamic"], ["folded"])]
+    assert below == [
+        ["trained", "0.5", "0.9", "float", "1.0e-01", "5.0e-02", "0.7500"],
+        ["dynamic", "0.53125", "0.9", "trained", "1.0e-01", "5.0e-02", "0.7500"],
+        ["folded", "0.5", "0.9", "trained", "1.0e-01", "5.0e-02", "0.7500"],
+    ]
+    assert any(line.startswith("   dynamic ") for line in lines)
+    note = "static ranges in place of dynamic ones: dev.mcc -0.0312, bare.agreement +0 (trained - dynamic)"
+    assert lines[-2:] == [note, "accept  tiny  runs/tiny"]
+
+
+def test_a_single_set_has_all_its_main_metrics_in_the_note() -> None:
+    found = report() | {"sets": ["dev"], "main": {"dev": ["accuracy", "mcc"]}}
+    note = "static ranges in place of dynamic ones: dev.accuracy +0.125, dev.mcc -0.0312 (trained - dynamic)"
+    assert cost_of_static(found) == [note]
