@@ -72,8 +72,9 @@ class TrainedModel(Artifact):
     """A model whose tensors still pass through quantizers.
 
     trained.json: {"family", "compute", "plan": [layer plans], "rescalings": [{"norm", "readers"}], "changed":
-    [names of tensors that differ from the float model], "weights_unchanged": {"sha256"} | null, "phases":
-    [one entry for a phase, or for each of its blocks]}.
+    [names of tensors that differ from the float model], "weights_unchanged": {"sha256"} | null,
+    "static_ranges": {layer or point that was dynamic: {"range", "scale"}}, "phases": [one entry for a phase,
+    or for each of its blocks]}.
     trained.safetensors: `<layer>.weight.scale`, `<layer>.input.scale`, `<norm>.rescale`, and the tensors
     named in `changed`.
     """
@@ -117,7 +118,9 @@ class Engine(Artifact):
 
 @dataclass(frozen=True)
 class ParityReport(Artifact):
-    """parity.json: one row per stage. samples.json.gz: per-sample results with ids."""
+    """parity.json: one row per stage, the trained one with `dynamic` in it if its ranges were, the onnx one
+    with `deployed` (`stages/verify.py`). samples.json.gz: per-sample results with ids.
+    """
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
             "evaluate": {name: _unplaced(data) for name, data in whole["data"]["evaluate"].items()},
             "verify": {key: value for key, value in whole["verify"].items() if key != "require"},
             "compute": recipe.format.compute,
+            "activations": whole["quantizer"]["activations"],
         },
         "gate": {
             "gate": whole["gate"],

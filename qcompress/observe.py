@@ -101,6 +101,8 @@ def make_static(prepared: Prepared, batches: Iterable[Batch]) -> dict[str, dict[
     a pass for each layer would only add the static rounding of the layers before it, which no value leaves
     the range by. Padding is left out. Called when training has ended; the result is the same at every call.
 
+    What static ranges cost is measured by the stage verify, which puts the dynamic ones back.
+
     Returns for each layer and point its range, the largest magnitude seen, and the scale; empty if none is
     dynamic.
     """

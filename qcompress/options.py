@@ -64,7 +64,7 @@ class Ternary(Options):
 
 class Dynamic(Options):
     """Range of the tensor at hand while training (TernaryBERT, arXiv:2009.12812); a static range, observed
-    on the calibration data when training has ended, is what is deployed.
+    on the calibration data when training has ended, is what is deployed. The ladder shows both.
     """
 
     name: Literal["dynamic"] = "dynamic"

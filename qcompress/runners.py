@@ -15,8 +15,12 @@ import torch
 from torch import nn
 
 from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
+from qcompress.errors import ContractError
 from qcompress.models import FAMILIES
-from qcompress.prepare import assemble, rebuild
+from qcompress.options import Dynamic, Lsq, MinMax
+from qcompress.plan import rounded
+from qcompress.prepare import assemble, rebuild, replace_module
+from qcompress.quant.dynamic import DynamicActivation
 
 
 class Runner(Protocol):
@@ -75,6 +79,40 @@ def float_runner(model: FloatModel, device: torch.device) -> TorchRunner:
 def trained_runner(model: FloatModel, trained: TrainedModel, device: torch.device) -> TorchRunner:
     """The trained model, rounding as it did in training."""
     prepared = rebuild(model, trained)
+    return TorchRunner(prepared.model, prepared.family, device)
+
+
+def made_static(trained: TrainedModel) -> tuple[str, ...]:
+    """Layers and points whose activations had dynamic ranges until training had ended."""
+    return tuple(read_json(trained.path / "trained.json").get("static_ranges", ()))
+
+
+def dynamic_runner(
+    model: FloatModel, trained: TrainedModel, options: MinMax | Lsq | Dynamic, device: torch.device
+) -> TorchRunner:
+    """The trained model with its dynamic activations put back, at layers and points: what training ended with
+    before `observe.make_static`. `options` are those of the recipe's quantizer of activations.
+
+    Weights are rounded as in `trained_runner`. A range is that of the whole tensor at hand, padding among it:
+    logits of a sequence depend on what shares its batch.
+    """
+    if not isinstance(options, Dynamic):
+        raise ContractError(
+            f"{trained.path} was trained with dynamic activations, and the recipe says {options.name}",
+            fix="measure it with the recipe that it was trained with",
+        )
+    prepared = rebuild(model, trained)
+    layers = {item.name: item for item in prepared.plan}
+    points = {item.name: item for item in rounded(prepared.points)}
+    for name in made_static(trained):
+        if name in points:
+            item = points[name]
+            quantizer = DynamicActivation(options, item.activations.bounds, item.point.features)
+            replace_module(prepared.model, name, quantizer)
+        else:
+            item = layers[name]
+            quantizer = DynamicActivation(options, item.activations.bounds, item.layer.in_features)
+            prepared.layers[name].input_quantizer = quantizer
     return TorchRunner(prepared.model, prepared.family, device)
 
 

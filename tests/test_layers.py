@@ -42,8 +42,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     }),
     ("recipes", {"wording", "structure", "data_rules", "rules", "recipe", "check"}),
     ("models in three forms", {
-        "prepare", "observe", "checkpoint", "certificate", "certificate_points", "sizes", "probe", "runners",
-        "samples", "sharpness",
+        "prepare", "observe", "checkpoint", "certificate", "certificate_points", "sizes", "probe", "rows",
+        "runners", "samples", "sharpness",
     }),
     ("methods", {
         "methods", "methods.ball", "methods.distillation", "methods.plain", "methods.protocols",

@@ -165,6 +165,20 @@ def test_each_run_leaves_one_small_result(made: Made) -> None:
         assert (made.folder / "results" / f"{name}.json").stat().st_size < 200_000
 
 
+def test_a_result_keeps_what_was_measured_beside_a_row(tools: Machinery) -> None:
+    rows = [
+        {"stage": "trained", "status": "measured", "metrics": {"dev.mcc": 0.5},
+         "dynamic": {"metrics": {"dev.mcc": 0.625}}},
+        {"stage": "onnx", "status": "measured", "metrics": {"dev.mcc": 0.25},
+         "deployed": {"metrics": {"dev.mcc": 0.125}}},
+        {"stage": "engine", "status": "not-run", "reason": "no GPU"},
+    ]  # fmt: skip
+    found = tools.results.rows_of({"rows": rows})
+    assert {name: metrics["dev.mcc"] for name, metrics in found.items()} == {
+        "trained": 0.5, "trained (dynamic)": 0.625, "onnx": 0.25, "onnx (deployed)": 0.125,
+    }  # fmt: skip
+
+
 def test_the_samples_of_a_result_give_its_metric(made: Made) -> None:
     for name, result in made.results().items():
         if name != "trials":

@@ -8,9 +8,13 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+BESIDE = ("dynamic", "deployed")
+"""What else a row may have been measured as: its key in the row, and its line in the ladder."""
+
 
 def ladder(report: dict[str, Any]) -> Table:
     """One line for each row of parity.json: the main metrics of each set, the distance to the row before.
+    Below a row what was measured beside it: `dynamic` below trained, `deployed` below onnx.
 
     It fits into 80 columns; the other metrics are in parity.json.
     """
@@ -35,10 +39,24 @@ def ladder(report: dict[str, Any]) -> Table:
             continue
         values = (spell(row["metrics"].get(name)) for name in metrics)
         table.add_row(row["stage"], *values, *_far(row["distance"]))
-        if row.get("deployed"):
-            values = (spell(row["deployed"]["metrics"].get(name)) for name in metrics)
-            table.add_row("  deployed", *values, *_far(row["deployed"]["distance"]), style="dim")
+        for beside in BESIDE:
+            if row.get(beside):
+                values = (spell(row[beside]["metrics"].get(name)) for name in metrics)
+                table.add_row(f"  {beside}", *values, *_far(row[beside]["distance"]), style="dim")
     return table
+
+
+def cost_of_static(report: dict[str, Any]) -> list[str]:
+    """One line on what static ranges in place of dynamic ones changed in the metrics that the ladder shows,
+    with its sign: trained - dynamic. None where there were no dynamic ones.
+    """
+    metrics = order_metrics(report["rows"], report.get("sets", []), report.get("main", {}))
+    for row in report["rows"]:
+        if row.get("dynamic"):
+            static, dynamic = row["metrics"], row["dynamic"]["metrics"]
+            cost = [f"{name} {static[name] - dynamic[name]:+.3g}" for name in metrics if name in dynamic]
+            return [f"static ranges in place of dynamic ones: {', '.join(cost)} ({row['stage']} - dynamic)"]
+    return []
 
 
 def order_metrics(rows: list[dict[str, Any]], sets: list[str], main: dict[str, list[str]]) -> list[str]:

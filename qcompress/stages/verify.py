@@ -4,13 +4,19 @@ Reads the five artifacts and the evaluation data. Writes parity.json (a row for 
 distance of its logits to the row before; which metrics are a set's main ones), samples.json.gz (per-sample
 results with ids) and probe/ (the same measurement for a device). Rows run one after another, so that one
 model is in memory at a time; the logits that a distance needs wait on disk.
+
+Two rows have another measurement in them, {"metrics", "distance"}, with which no later row is compared:
+
+    trained["dynamic"]   the model with dynamic ranges, if it was trained with them; its distance is to the
+                         row itself, and the difference is what making the ranges static cost
+    onnx["deployed"]     the graph as ONNX Runtime runs it by default
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +33,22 @@ from qcompress.artifacts import (
     read_json,
     write_json,
 )
-from qcompress.distance import Distance, keep_logits
 from qcompress.errors import UsageError
 from qcompress.models import load_tokenizer
 from qcompress.plan import plans_from_json
 from qcompress.probe import read_measurement, write_probe
 from qcompress.progress import Reporter
-from qcompress.runners import OnnxRunner, Runner, complete, float_runner, folded_runner, trained_runner
+from qcompress.rows import Measured, Samples, measure_row
+from qcompress.runners import (
+    OnnxRunner,
+    Runner,
+    complete,
+    dynamic_runner,
+    float_runner,
+    folded_runner,
+    made_static,
+    trained_runner,
+)
 from qcompress.samples import (
     fields_of,
     known_of,
@@ -63,31 +78,6 @@ class Artifacts:
     missing: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Evaluation samples by set, and how many of the first set are compared logit by logit."""
-
-    task: Task
-    """The recipe's, with the checkpoint's labels."""
-    sets: dict[str, list[Any]]
-    compared: int
-    positions: int
-    """Most positions of one sample that have logits."""
-
-    @property
-    def first(self) -> str:
-        return next(iter(self.sets))
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """One row: metrics, per-sample results by set, distance to the row before, and where its logits wait."""
-
-    metrics: dict[str, float]
-    samples: dict[str, list[dict[str, Any]]]
-    distance: dict[str, object] | None
-
-
 def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter: Reporter) -> None:
     """Measure every row that can run."""
     _forget_logits(out)
@@ -105,7 +95,7 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
         "onnx": lambda: OnnxRunner(artifacts.onnx.file, family, threads, optimized=False),
     }
     rows: list[dict[str, Any]] = []
-    measured: dict[str, _Measured] = {}
+    measured: dict[str, Measured] = {}
     previous: str | None = None
     for stage in ROWS:
         reason = _not_run(stage, artifacts, recipe)
@@ -114,7 +104,7 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
             continue
         gc.collect()  # the row before is not needed any more, and a model refers to itself
         reference = measured["float"].samples if "float" in measured else None
-        result = _measure(stage, factories[stage](), recipe, samples, reference, previous, out, reporter)
+        result = measure_row(stage, factories[stage](), recipe, samples, reference, previous, out, reporter)
         measured[stage] = result
         row = {"stage": stage, "status": "measured", "reason": None, "metrics": result.metrics}
         row |= {"samples": sum(map(len, samples.sets.values())), "distance": result.distance}
@@ -122,6 +112,8 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
             row["metrics"] |= trained_sharpness(
                 recipe, base, artifacts.float_model, artifacts.trained, device, reporter
             )
+        if stage == "trained" and made_static(artifacts.trained):
+            row["dynamic"] = _dynamic(recipe, artifacts, samples, reference, out, reporter, device)
         if stage == "onnx":
             row["deployed"] = _deployed(
                 recipe, artifacts, samples, reference, previous, out, reporter, device
@@ -182,6 +174,24 @@ def _digest(samples: Iterable[dict[str, np.ndarray]]) -> str:
     return digest.hexdigest()
 
 
+def _dynamic(
+    recipe: Recipe, artifacts: Artifacts, samples: Samples, reference: dict[str, list[dict[str, Any]]] | None,
+    out: Path, reporter: Reporter, device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """The trained model with dynamic ranges again, compared with the trained row. Weights, samples and
+    batches are the same: all that differs is what static ranges changed.
+
+    A dynamic range is that of a whole batch, padding among it. These numbers, unlike the row's, therefore
+    depend on `verify.batch_size` and on which samples share a batch: those of like length.
+    """
+    gc.collect()  # as between rows
+    runner = dynamic_runner(artifacts.float_model, artifacts.trained, recipe.quantizer.activations, device)
+    found = measure_row(
+        "trained-dynamic", runner, recipe, samples, reference, "trained", out, reporter, keep=False
+    )
+    return {"metrics": found.metrics, "distance": found.distance}
+
+
 def _deployed(
     recipe: Recipe, artifacts: Artifacts, samples: Samples, reference: dict[str, list[dict[str, Any]]] | None,
     previous: str | None, out: Path, reporter: Reporter, device: torch.device,
@@ -196,10 +206,12 @@ def _deployed(
         runner = folded_runner(artifacts.folded, device, integer=True)
         compared = samples.sets[samples.first][: samples.compared]
         few = replace(samples, sets={samples.first: compared})
-        _measure("folded-integer", runner, recipe, few, None, None, out, reporter)
+        measure_row("folded-integer", runner, recipe, few, None, None, out, reporter)
         previous = "folded-integer"
     runner = OnnxRunner(artifacts.onnx.file, recipe.model.family, torch.get_num_threads(), optimized=True)
-    found = _measure("onnx-deployed", runner, recipe, samples, reference, previous, out, reporter, keep=False)
+    found = measure_row(
+        "onnx-deployed", runner, recipe, samples, reference, previous, out, reporter, keep=False
+    )
     return {"metrics": found.metrics, "distance": found.distance}
 
 
@@ -257,58 +269,6 @@ def _not_run(stage: str, artifacts: Artifacts, recipe: Recipe) -> dict[str, Any]
 def _device(recipe: Recipe) -> torch.device:
     wanted = recipe.train.device
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _measure(
-    stage: str, runner: Runner, recipe: Recipe, samples: Samples,
-    reference: dict[str, list[dict[str, Any]]] | None, previous: str | None, out: Path, reporter: Reporter,
-    keep: bool = True,
-) -> _Measured:  # fmt: skip
-    """Run all samples; compare the first ones with the logits that the row before left on disk.
-
-    `reference`: the float row's results, which agreement is measured against; None for the float row itself.
-    """
-    task, size = TASKS[recipe.task.name], recipe.verify.batch_size
-    distance = Distance(to=previous) if previous else None
-    results: dict[str, list[dict[str, Any]]] = {}
-    total = sum(-(-len(windows) // size) for windows in samples.sets.values())
-    with reporter.bar(f"verify {stage}", total) as bar:
-        for name, windows in samples.sets.items():
-            measured: dict[int, dict[str, Any]] = {}
-            compared = samples.compared if name == samples.first else 0
-            for rows in _batches(task, windows, size):
-                batch = [windows[row] for row in rows]
-                logits = runner(task.collate(batch))
-                measured |= zip(rows, task.measure(batch, logits), strict=True)
-                bar.advance(name)
-                found = {
-                    row: task.compared(windows[row], row_logits)
-                    for row, row_logits in zip(rows, logits, strict=True)
-                    if row < compared
-                }
-                if distance is not None:
-                    distance.add_kept(out / f"logits-{previous}.npy", found)
-                if keep:
-                    shape = (samples.compared, samples.positions, logits.shape[-1])
-                    keep_logits(out / f"logits-{stage}.npy", shape, found)
-            results[name] = [measured[row] for row in range(len(windows))]
-    against = reference or (results if stage == "float" else {})
-    metrics = {
-        f"{name}.{metric}": value
-        for name, found in results.items()
-        for metric, value in task.metrics(found, samples.task, against.get(name)).items()
-    }
-    return _Measured(metrics, results, distance.to_json() if distance else None)
-
-
-def _batches(task: Any, windows: list[Any], size: int) -> Iterator[list[int]]:
-    """Places of the samples of each batch: the longest first, so that a batch pads little and what does not
-    fit into memory shows at once. Samples of one length stay in order.
-    """
-    lengths = [task.collate([window])["input_ids"].shape[1] for window in windows]
-    order = sorted(range(len(windows)), key=lambda row: -lengths[row])
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
 
 
 def take_engine_row(run: Path, task: Task, measurement: Path) -> None:

@@ -1,7 +1,8 @@
 """results/<arm>-<task>-<seed>.json: what a study keeps of a run, and how it is read back.
 
 arm task seed recipe_sha256 verdict   which run, and the digest of what its result depends on
-rows        the metrics of every measured row of the ladder; `onnx (deployed)` as ONNX Runtime runs it
+rows        the metrics of every measured row of the ladder; `onnx (deployed)` as ONNX Runtime runs it, and,
+            where ranges were dynamic, `trained (dynamic)` before they were made static
 cost        updates, updates of a block alone, forward/backward passes, seconds of training
 machine     what the run was made on (not its name); versions of every tool
 samples     per-sample results of the compared row, six digits each, with the digest of the inputs
@@ -19,6 +20,7 @@ from typing import Any
 
 from qcompress import api
 from qcompress.errors import QcompressError
+from qcompress.report.ladder import BESIDE
 from qcompress.report.measured import Cost, Measured, measured
 
 BYTES_LIMIT = 200_000
@@ -28,19 +30,13 @@ BYTES_LIMIT = 200_000
 def result_of(loaded: api.LoadedRun, arm: str, task: str, digest: str, row: str) -> dict[str, Any]:
     """The document of a finished run."""
     found = measured(loaded, row, arm)
-    rows = {}
-    for item in loaded.parity["rows"]:
-        if item["status"] == "measured":
-            rows[item["stage"]] = item["metrics"]
-        if item.get("deployed"):
-            rows[f"{item['stage']} (deployed)"] = item["deployed"]["metrics"]
     return {
         "arm": arm,
         "task": task,
         "seed": found.seed,
         "recipe_sha256": digest,
         "verdict": loaded.verdict["verdict"],
-        "rows": rows,
+        "rows": rows_of(loaded.parity),
         "cost": asdict(found.cost),
         "machine": machine(loaded.manifest["host"]),
         "versions": loaded.manifest["versions"],
@@ -50,6 +46,16 @@ def result_of(loaded: api.LoadedRun, arm: str, task: str, digest: str, row: str)
         "settings": found.settings,
         "samples": {name: _compact(entry) for name, entry in found.samples.items()},
     }
+
+
+def rows_of(parity: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Metrics of each measured row, and of what was measured beside it."""
+    rows = {}
+    for item in parity["rows"]:
+        if item["status"] == "measured":
+            rows[item["stage"]] = item["metrics"]
+        rows |= {f"{item['stage']} ({name})": item[name]["metrics"] for name in BESIDE if item.get(name)}
+    return rows
 
 
 def machine(host: dict[str, Any]) -> dict[str, Any]:
