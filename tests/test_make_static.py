@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import Line, token_ids
+from tiny_bert import encoder_line, save_encoder, token_inputs
 from torch import Tensor, nn
 
 from qcompress.models import FAMILIES
@@ -122,6 +124,48 @@ def test_padding_does_not_widen_a_range(student: Callable[..., Prepared]) -> Non
     for batch in data:
         del batch["attention_mask"]  # now it is a token like any other
     assert make_static(loud(), data)[first]["range"] > 1.5 * padded
+
+
+def test_points_become_static_at_the_largest_value_that_real_tokens_have_there(
+    text_file: Path, tmp_path: Path
+) -> None:
+    """Q, K, V and the probabilities of an encoder; the masks of their shapes are written out here."""
+    source = save_encoder(tmp_path / "source", text_file, "bert")
+    form = {"preset": "ternary-a8", "attention": "int8", "residual": "int8"}
+    made = encoder_line(tmp_path / "line", source, text_file, "bert", format=form, quantizer="ternary")
+    data = [token_inputs("bert", 4, length, pad="right", seed=length) for length in (7, 12)]
+    one, twin = (quantize(made.model("float"), "bert", made.plan, made.points) for _ in range(2))
+    real = dict.fromkeys(twin.rounding, 0.0)
+    whole = dict(real)
+    masks: list[Tensor] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x, mask = arguments[0].detach().abs(), masks[-1]
+            shaped = {
+                "query_point": mask[:, None, :, None],
+                "value_point": mask[:, None, :, None],
+                "key_point": mask[:, None, None, :],
+                "probability_point": mask[:, None, :, None] & mask[:, None, None, :],
+            }.get(name.rpartition(".")[2], mask[:, :, None])
+            real[name] = max(real[name], float(torch.where(shaped, x, 0.0).max()))
+            whole[name] = max(whole[name], float(x.max()))
+
+        return hook
+
+    for name, quantizer in twin.rounding.items():
+        quantizer.register_forward_pre_hook(watch(name))
+    for batch in data:
+        masks.append(batch["attention_mask"].bool())
+        with torch.no_grad():
+            twin.model.eval()(**batch)
+    facts = make_static(one, data)
+    assert len(real) == 16 and sum(whole[name] > real[name] for name in real) >= 3  # padding would widen them
+    for name, largest in real.items():
+        module = one.model.get_submodule(name)
+        assert module is one.rounding[name] and isinstance(module, FrozenActivation)
+        assert facts[name]["range"] == largest
+        assert float(module.scale) == pytest.approx(min(largest, CLIP) / 127, rel=1e-6)
 
 
 def test_dropout_is_off_while_ranges_are_observed_and_the_mode_comes_back(

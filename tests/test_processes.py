@@ -12,12 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lines import ENVIRONMENT, Project, cli, make_project
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GPT2LMHeadModel
 
 from qcompress.errors import MachineError
+from qcompress.loop import batch_rows
+from qcompress.models import load_tokenizer
 from qcompress.processes import Processes, join
+from qcompress.quant.affine import Grid
+from qcompress.quant.ranges import start_scale, weight_ratio
+from qcompress.tasks import causal_lm
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "qcompress"],
@@ -82,6 +90,136 @@ def test_two_processes_make_the_updates_of_one(
     assert moved > 1e-2  # or equality would mean nothing
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+# Each process perturbs by itself ------------------------------------------------------------------------
+
+UPDATES, RHO = 6, 0.5
+RATES = {"weight": 0.05, "other": 0.05, "scale": 0.05}
+
+
+def sharp(stepper: str, **options: object) -> dict[str, object]:
+    """Attentions with 4-bit weights, all else float; plain SGD at a constant rate."""
+    return {
+        "method": stepper,
+        "stepper": {"rho": RHO, "clip_norm": None, **options},
+        "format": {"weights": {"bits": 4, "container": "int8"}, "layers": {"*.mlp.*": "float"}},
+        "train": {
+            "device": "cpu", "batch_size": 4, "optimizer": "sgd", "momentum": 0.0, "decay": "constant",
+            "warmup": 0.0, "lr": RATES, "phases": {"finetune": {"steps": UPDATES}},
+        },
+    }  # fmt: skip
+
+
+def batches(project: Project) -> list[Tensor]:
+    """Token ids of the whole batch of each update."""
+    recipe = api_recipe(project)
+    tokenizer = load_tokenizer(project.folder / "model")
+    data = causal_lm.examples(recipe.data.train, project.folder, tokenizer, recipe.task)
+    size = recipe.train.batch_size
+    rows = [batch_rows(data.lengths, size, step, recipe.seed) for step in range(UPDATES)]
+    return [data.ids[some] for some in rows]
+
+
+class ByHand:
+    """Sharpness-aware updates of a stock GPT-2: LSQ's formulas on leaves of its own, and plain SGD.
+
+    Scales start where the library's do, to the last bit: a weight that is rounded the other way would count.
+    """
+
+    def __init__(self, checkpoint: Path, weights_only: bool, unperturbed_scales: bool) -> None:
+        self.model = GPT2LMHeadModel.from_pretrained(checkpoint, attn_implementation="eager").eval()
+        self.values = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
+        self.starts, self.ratios = {}, {}
+        for name, weight in self.values.items():
+            if name.endswith(("attn.c_attn.weight", "attn.c_proj.weight")):
+                ratio = weight_ratio(weight, Grid(1), (-8, 7), "lsq", 100.0)
+                self.starts[name] = start_scale(weight.abs().amax(0), ratio, (-8, 7))
+                self.ratios[name] = torch.ones_like(self.starts[name])
+        shifted = [name for name in self.values if ".bias" in name or ".ln_" in name]
+        assert len(self.starts) == 4 and len(shifted) == 18 and len(self.values) == 28
+        self.ball = [*self.starts] if weights_only else [*self.starts, *shifted]
+        self.unperturbed_scales = unperturbed_scales
+
+    def quotient(self, name: str) -> Tensor:
+        return self.values[name] / (self.starts[name] * self.ratios[name])
+
+    def gradients(self, ids: Tensor, eps: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the loss, by the rounded weights and by all that is not rounded, at eps from where they are."""
+        leaves = {}
+        for name, value in self.values.items():
+            if name in self.starts:
+                scale = self.starts[name] * self.ratios[name]
+                value = self.quotient(name).round().clamp(-8, 7) * scale
+            leaves[name] = (value + eps.get(name, 0.0)).requires_grad_()
+        logits = torch.func.functional_call(self.model, leaves, (ids,)).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return dict(zip(leaves, torch.autograd.grad(loss, [*leaves.values()]), strict=True))
+
+    def update(self, shares: list[Tensor]) -> None:
+        """Each share of the batch has an eps and a gradient of its own; the mean of the gradients moves."""
+        totals = {name: torch.zeros_like(value) for name, value in self.values.items()}
+        scales = {name: torch.zeros_like(start) for name, start in self.starts.items()}
+        for ids in shares:
+            first = self.gradients(ids, {})
+            norm = sum(first[name].double().square().sum() for name in self.ball).sqrt().float()
+            second = self.gradients(ids, {name: RHO * first[name] / norm for name in self.ball})
+            for name, gradient in second.items():
+                if name in self.starts:
+                    v = self.quotient(name)
+                    inside = (v > -8) & (v < 7)
+                    heard = (first if self.unperturbed_scales else second)[name]
+                    terms = heard * torch.where(inside, v.round() - v, v.clamp(-8, 7))
+                    scales[name] += terms.sum(0) * self.starts[name] / (len(v) * 7) ** 0.5 / len(shares)
+                    gradient = gradient * inside
+                totals[name] += gradient / len(shares)
+        for name, total in totals.items():
+            self.values[name] -= RATES["weight"] * total
+        for name, total in scales.items():
+            self.ratios[name] -= RATES["scale"] * total
+
+    def result(self) -> dict[str, Tensor]:
+        return self.values | {f"{name}.scale": self.starts[name] * self.ratios[name] for name in self.starts}
+
+
+def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest difference in a tensor, relative to the tensor's largest value; of the worst tensor."""
+    assert found.keys() >= expected.keys() and len(expected) == 32
+    return max(
+        float((found[name] - value).abs().max() / value.abs().max()) for name, value in expected.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("stepper", "options"),
+    [("saq", {}), pytest.param("squat", {"alternate": "fused"}, marks=pytest.mark.slow)],
+    ids=["saq", "fused squat"],
+)
+def test_each_of_two_processes_perturbs_by_itself_and_the_mean_of_their_gradients_moves(
+    stepper: str, options: dict[str, str], without_dropout: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Sums in another order leave 2e-7; one eps of the whole batch, which one process has, is far off."""
+    sections = sharp(stepper, **options)
+    two, one = (make_project(tmp_path / name, without_dropout, text_file, **sections) for name in "21")
+    process = launch("torchrun", two, "--until", "train")
+    one.run(until="train")
+    expected = {}
+    for count in (1, 2):
+        made = ByHand(without_dropout, weights_only=bool(options), unperturbed_scales=bool(options))
+        for ids in batches(one):
+            made.update([ids[rank::count] for rank in range(count)])
+        expected[count] = made.result()
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
+    assert furthest(trained(two), expected[2]) < 1e-5
+    assert furthest(trained(one), expected[1]) < 1e-5
+    assert furthest(expected[1], expected[2]) > 1e-3
+    start = load_file(without_dropout / "model.safetensors")
+    moved = [float((value - start[name]).abs().max()) for name, value in made.values.items()]
+    assert min(moved) > 1e-3 and all(bool((ratio != 1).any()) for ratio in made.ratios.values())
+
+
+# Interruptions ------------------------------------------------------------------------------------------
 
 
 def updates(checkpoint: Path) -> int:

@@ -214,6 +214,15 @@ def test_a_tied_head_is_perturbed_with_its_table_by_the_gradient_of_both_uses() 
     assert torch.equal(made.net.head._embedding[0].quantized_weight(), made.net.table.quantized_weight())
 
 
+@pytest.mark.parametrize("stepper", [saq(ball=FULL), squat(alternate="fused")], ids=["saq", "squat"])
+def test_a_gradient_of_zero_perturbs_nothing_and_is_no_nan(stepper) -> None:
+    """0 / 0 without the 1e-12 of the formula."""
+    made = small(activations=True, sgd=True)
+    made.watch, made.factor, start = seen, 0.0, made.state()
+    assert [report.loss for report in made.run(stepper, 2)] == [0.0, 0.0]
+    assert moves(made) == {} and same(made.state(), start)
+
+
 def test_a_ball_of_which_nothing_trains_is_refused() -> None:
     made = small(roles=("scale",))
     with pytest.raises(ModelError, match="perturbs nothing: no member of stepper.ball") as error:
@@ -258,6 +267,26 @@ def test_cases_1_and_3_add_eps_to_the_rounded_weight_exactly(case: int) -> None:
     assert offsets[0] == [None] * 3 and len(offsets) == 2
     for name, offset in zip(("first", "second", "third"), offsets[1], strict=True):
         assert torch.equal(second[name], first[name] + offset) and bool(offset.any())
+
+
+@pytest.mark.parametrize(("case", "place"), [(1, "rounded"), (2, "latent")])
+def test_in_cases_1_and_2_eps_follows_the_gradient_of_the_latent_weights(case: int, place: str) -> None:
+    """dL/dw is dL/dQ, from stock layers, where a weight is not clipped, and 0 where it is."""
+    made, taps = small(bits=2), []
+    gradients, clipped = gradients_by_hand(made), 0
+    parts = ("first", "second", "third")
+    for name, layer in zip(parts, made.linears, strict=True):
+        outside = layer.weight.detach().abs() >= layer.weight_quantizer.start[:, None]  # codes -1, 0 and 1
+        gradients[name] = gradients[name].masked_fill(outside, 0.0)
+        clipped += int(outside.sum())
+    assert clipped > 30
+    norm = torch.sqrt(sum(gradient.square().sum() for gradient in gradients.values()))
+    made.watch = lambda made: taps.append([layer.tap for layer in made.linears])
+    made.run(saq(case=case, rho=0.3), 1)
+    for name, tap in zip(parts, taps[1], strict=True):
+        assert tap.place == place
+        torch.testing.assert_close(tap.offset, 0.3 * gradients[name] / norm, rtol=1e-4, atol=2e-6)
+        assert torch.equal(tap.offset == 0, gradients[name] == 0)
 
 
 def test_case_2_moves_rounded_weights_by_whole_steps() -> None:

@@ -121,6 +121,23 @@ def test_the_gradient_of_a_learned_weight_scale_has_the_slope_of_the_paper(
     torch.testing.assert_close(quantizer.ratio.grad, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_lsq_with_one_scale_for_16_weights_worked_by_hand() -> None:
+    """Codes -2 to 1. mean|w| is 1/2, so the scale starts at 2 * 1/2 / sqrt(1) = 1, and the slope is 1/4.
+
+    -10.25 = 2 * (0 - 0.25) + 3 * (-1 + 0.75), of what is rounded, + 5 * 1 + 7 * -2, of what is clipped.
+    """
+    first = [0.25, -0.75, 1.5, -2.5]
+    weight = torch.tensor([first, [0.25] * 4, [-0.25] * 4, [0.25] * 4]).requires_grad_()
+    quantizer = WEIGHT_QUANTIZERS["lsq"](Lsq(), Grid(1, None, "tensor"), (-2, 1), weight.shape)
+    quantizer.init(weight.detach())
+    assert quantizer.scale_of(weight).item() == 1.0
+    rounded = quantizer(weight)
+    assert rounded.tolist() == [[0.0, -1.0, 1.0, -2.0], [0.0] * 4, [0.0] * 4, [0.0] * 4]
+    (rounded[0] * torch.tensor([2.0, 3.0, 5.0, 7.0])).sum().backward()
+    assert weight.grad.tolist() == [[2.0, 3.0, 0.0, 0.0], [0.0] * 4, [0.0] * 4, [0.0] * 4]
+    assert quantizer.ratio.grad.item() == -10.25 / 4
+
+
 @pytest.mark.parametrize("lr", [0.1, 3.0])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_a_learned_scale_stays_positive_however_large_the_learning_rate(grid: Grid, lr: float) -> None:
