@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qcompress.methods.ball import Ball, fixed_statistics
+from qcompress.methods.ball import Ball, fixed_statistics, without_gradients
 from qcompress.methods.plain import apply_gradients
 from qcompress.methods.protocols import Group, Moment, Report
 from qcompress.options import Squat
@@ -95,10 +95,10 @@ class AlternatingUpdate:
         _, eps = ball.climb(closure, self.model, accelerator, others)
         unperturbed = [parameter.grad for parameter in _parameters(scales)] if fused else []
         optimizer.zero_grad(set_to_none=True)
-        with ball.perturbed(eps), fixed_statistics(self.model):
+        frozen = without_gradients([*_parameters(scales)])
+        with ball.perturbed(eps), fixed_statistics(self.model), frozen:
             loss = closure()
             accelerator.backward(loss)
-        _forget(scales)
         if fused:
             for parameter, gradient in zip(_parameters(scales), unperturbed, strict=True):
                 parameter.grad = gradient

@@ -23,6 +23,7 @@ from transformers import BertConfig, BertForSequenceClassification, logging
 from qcompress.methods.protocols import Scene
 from qcompress.methods.teacher_intervention import INTERVENTION, Intervention
 from qcompress.models import FAMILIES, describe
+from qcompress.models.architecture import Head
 from qcompress.options import TeacherIntervention
 from qcompress.plan import plan_layers, plan_points
 from qcompress.prepare import open_points, quantize
@@ -66,7 +67,7 @@ def taught(folder: Path, text: Path, mode: str | None, attention: str) -> Callab
         task={"name": "sequence-classification", "context": 64},
         format={**TERNARY_BERT, "attention": attention},
     )  # fmt: skip
-    architecture = describe("bert", folder)
+    architecture = describe("bert", folder, Head("sequence-classification"))
     points = plan_points(recipe, architecture)
     model, teacher = (FAMILIES["bert"].load_float(folder) for _ in range(2))
     open_points(model, "bert", points)
