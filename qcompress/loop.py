@@ -177,7 +177,12 @@ def set_rates(training: Training, optimizer, groups: Sequence[Group], step: int,
 
 
 def advance(prepared: Prepared) -> None:
-    """Let every quantizer and every rescaling restore what an update may have broken."""
+    """Let every quantizer and every rescaling restore what an update may have broken, and every layer forget
+    its rounded weight.
+    """
+    for layer in prepared.layers.values():
+        if isinstance(layer, QuantizedWeight):
+            layer.forget()
     for _, quantizer in [*prepared.weight_quantizers(), *prepared.activation_quantizers()]:
         quantizer.advance()
     for norm in prepared.norms.values():

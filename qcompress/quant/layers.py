@@ -146,6 +146,12 @@ class QuantizedWeight(nn.Module):
             self._kept = (state, self._laid_out(self.weight_quantizer(self.rescaled_weight())))
         return self._kept[1]
 
+    def forget(self) -> None:
+        """Let go of the rounded weight that is kept: an update changes weights, and fused optimizers do so
+        without counting up their versions.
+        """
+        self._kept = None
+
     def _moves(self) -> bool:
         """Whether a gradient reaches the weight or a scale."""
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
@@ -191,8 +197,8 @@ class QuantizedEmbedding(QuantizedWeight):
         super().__init__(table, quantizer, channel_axis=0)
 
     def forward(self, ids: Tensor) -> Tensor:
-        quantizer = self.weight_quantizer
-        if self.tap is None and quantizer is not None and quantizer.grid.by_row and self._moves():
+        quantizer, training = self.weight_quantizer, torch.is_grad_enabled()
+        if self.tap is None and quantizer is not None and quantizer.grid.by_row and training:
             # of a vocabulary a batch reads little, and rounding all of it costs as much as a small encoder
             rows, places = ids.unique(return_inverse=True)
             return F.embedding(places, quantizer.of_rows(self.rescaled_weight(), rows))
