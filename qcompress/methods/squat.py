@@ -76,10 +76,10 @@ class AlternatingUpdate:
             passes = 2
         if scales and options.alternate != "fused" and (not turns or moment.step % 2 == 1):
             # a batch counts once in the running statistics, whatever the number of its passes
-            with fixed_statistics(self.model if passes else None):
+            frozen = without_gradients([*_parameters(weights)])
+            with fixed_statistics(self.model if passes else None), frozen:
                 scale_loss = closure()
                 accelerator.backward(scale_loss)
-            _forget(weights)
             apply_gradients(optimizer, scales, options.clip_norm, accelerator)
             loss, passes = scale_loss if loss is None else loss, passes + 1
         return Report(loss=loss.item(), passes=passes)
@@ -114,9 +114,3 @@ class AlternatingUpdate:
 
 def _parameters(groups: Sequence[Group]) -> Iterable[nn.Parameter]:
     return (parameter for group in groups for parameter in group.parameters)
-
-
-def _forget(groups: Sequence[Group]) -> None:
-    """Take the gradients away: an optimizer moves a parameter whose gradient is 0, not one that has none."""
-    for parameter in _parameters(groups):
-        parameter.grad = None
