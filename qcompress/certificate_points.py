@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from qcompress.certificate import Graph, certify, input_pair, same, zero_is_zero
 from qcompress.models.architecture import OPERANDS
-from qcompress.plan import LayerPlan, PointPlan
+from qcompress.plan import LayerPlan, PointPlan, rounded
 
 PASSING = ("Add", "Mul", "Div", "Cast", "Where", "QuantizeLinear", "DequantizeLinear", "IsNaN")
 """Between the matmuls and the Softmax: scaling, mask, types, rounding, and the guard of fully masked rows."""
@@ -72,6 +72,13 @@ def _values(graph: Graph, points: tuple[PointPlan, ...]) -> dict[str, str]:
         if len(values) == len(by_kind[kind]):
             found |= dict(zip(by_kind[kind], values, strict=True))
     return found
+
+
+def point_inputs(graph: Graph, points: tuple[PointPlan, ...]) -> dict[str, tuple[str, str]]:
+    """Point that rounds -> names of the float value that it rounds and of its codes."""
+    values = _values(graph, points)
+    pairs = {item.name: input_pair(graph, values.get(item.name, "")) for item in rounded(points)}
+    return {name: (pair[0].input[0], pair[0].output[0]) for name, pair in pairs.items() if pair}
 
 
 def _attention_operands(graph: Graph) -> list[str]:

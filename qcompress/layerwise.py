@@ -1,14 +1,17 @@
-"""`verify --layers`: where trained, folded and ONNX part, layer by layer, and why.
+"""`verify --layers`: where trained, folded and ONNX part, place by place, and why.
 
-Every window runs through the trained and the folded model in torch, and through the ONNX file in ONNX Runtime
-at the basic level with the inputs of its matmuls as further outputs. For each layer: how far its inputs are
-apart, and how many of their int8 codes differ.
+A place is the input of a layer, or a point that rounds (an operand of attention, an input of a residual
+addition). Every window runs through the ONNX file in ONNX Runtime at the basic level, with the values at all
+places as further outputs, and through the folded model in torch.
 
 Two correct programs round differently where a value lies on a tie between two codes, since their fp32 sums
-differ in the last bits. Such a flip changes what follows, so later codes differ for no reason of their own.
-A place counts as clean until a code differs there in an earlier layer (a causal model carries a flip to later
-positions of its window, others to all of it). In clean places a difference must be a tie: one step, and
-within `TIE` of the middle between two codes. What is left is unexplained, and a defect.
+differ in the last bits, and one such flip changes all that follows. So the folded model is *held*: at each
+place it compares the codes that it makes with those of the graph, and goes on with the graph's. What it
+computes between two places therefore starts from the same integers as the graph, no flip reaches a later
+place, and every code of the model is judged: one that differs must be a tie, one step apart and within `TIE`
+of the middle between two codes. What is left is unexplained, a defect at this very place.
+
+Trained and folded are compared as they run by themselves: there, every bit must agree.
 
 Writes layers.json: {"layers": [...], "first_difference", "first_unexplained", "unexplained", "windows"...}.
 """
@@ -24,17 +27,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from qcompress.artifacts import OnnxModel, read_json, write_json
+from qcompress.artifacts import FoldedModel, OnnxModel, read_json, write_json
 from qcompress.certificate import Graph, matmul_inputs, with_outputs
+from qcompress.certificate_points import point_inputs
 from qcompress.distance import Distance
-from qcompress.errors import UsageError
-from qcompress.models import FAMILIES
-from qcompress.plan import LayerPlan, plans_from_json, points_from_json, rounded
-from qcompress.prepare import assemble, rebuild
+from qcompress.errors import ContractError, UsageError
+from qcompress.plan import plans_from_json, points_from_json
+from qcompress.prepare import assemble, rebuild, replace_module
 from qcompress.progress import Reporter
-from qcompress.quant.affine import to_codes
-from qcompress.quant.folded import INT8
+from qcompress.quant.folded import Rounding
 from qcompress.runners import complete, open_session
 from qcompress.schema import Recipe
 from qcompress.stages.verify import Artifacts, evaluation_samples
@@ -45,44 +48,38 @@ TIE = {"fp32": 1e-3, "fp16": 0.25}
 127 after a block's sums."""
 
 NOISE = {"fp32": 1e-4, "fp16": 1e-2}
-"""Largest difference of a layer's input that rounding of the compute type explains, as a fraction of its
-range; for layers without codes."""
+"""Largest difference of an input that rounding of the compute type explains, as a fraction of its range; for
+places without codes."""
 
 Inputs = dict[str, np.ndarray]
-"""Arrays by name: inputs of a model, or layer name -> its float input, fp32 [positions, features]."""
+"""Arrays by name: inputs of a model, or place -> its float input, fp32 [positions, features]."""
 
 
 @dataclass
-class _Layer:
-    """What was found at one layer's input."""
+class Place:
+    """What was found at one place."""
 
     name: str
-    scale: np.ndarray | None
+    limit: float
+    """Of ties, in steps."""
+    rounds: bool = False
     trained: Distance = field(default_factory=lambda: Distance(to="trained"))
     onnx: Distance = field(default_factory=lambda: Distance(to="folded"))
     codes: int = 0
     differ: int = 0
-    clean: int = 0
     ties: int = 0
     farthest: float = 0.0
 
-    def count(self, x: np.ndarray, found: np.ndarray, limit: float, clean: np.ndarray) -> np.ndarray:
-        """Compare the codes of x with those found in the graph; returns the positions where some differ.
-
-        x, found: [positions, features]; clean: bool [positions].
-        """
-        codes = to_codes(torch.from_numpy(x), torch.from_numpy(self.scale), INT8).numpy().astype(np.int16)
-        apart = np.abs(codes - found)
+    def count(self, x: Tensor, rounding: Rounding, found: Tensor) -> None:
+        """Compare the codes of x with those found in the graph; all of one shape."""
+        apart = (rounding.codes(x).short() - found).abs_()
         differ = apart > 0
-        first = differ & clean[:, None]
-        steps = x[first].astype(np.float64) / float(self.scale)
-        off = np.abs(steps - np.floor(steps) - 0.5)
-        self.codes += codes.size
+        steps = x[differ].double() / rounding.scale.double()
+        off = (steps - steps.floor() - 0.5).abs_()
+        self.codes += found.numel()
         self.differ += int(differ.sum())
-        self.clean += int(first.sum())
-        self.ties += int(((off <= limit) & (apart[first] == 1)).sum())
-        self.farthest = max(self.farthest, float(off.max(initial=0.0)))
-        return differ.any(1)
+        self.ties += int(((off <= self.limit) & (apart[differ] == 1)).sum())
+        self.farthest = max(self.farthest, float(off.max()) if off.numel() else 0.0)
 
     def to_json(self) -> dict[str, Any]:
         found = {
@@ -90,27 +87,46 @@ class _Layer:
             "folded_to_trained": self.trained.to_json() if self.trained.count else None,
             "onnx_to_folded": self.onnx.to_json(),
         }
-        if self.scale is None:
+        if not self.rounds:
             return {**found, "codes": None}
-        names = ("codes", "differ", "clean", "ties", "farthest")
+        names = ("codes", "differ", "ties", "farthest")
         return {**found, **{name: getattr(self, name) for name in names}, "unexplained": self.unexplained}
 
     @property
     def unexplained(self) -> int:
-        return self.clean - self.ties
+        return self.differ - self.ties
 
     def diverges(self, noise: float) -> bool:
         """Whether its input is another one than in the folded model."""
-        if self.scale is not None:
+        if self.rounds:
             return self.differ > 0
         found = self.onnx.to_json()
         return not found["max_abs"] <= noise * found["range"]
 
 
+class Held(nn.Module):
+    """In the place of a rounding: holds its codes against the graph's, and goes on with the graph's.
+
+    `graph` has the codes of the present window by place, integers of as many elements as x.
+    """
+
+    def __init__(self, rounding: Rounding, place: Place, graph: Inputs) -> None:
+        super().__init__()
+        self.rounding, self.place, self.graph = rounding, place, graph
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self.graph[self.place.name]
+        if codes.size != x.numel():
+            raise ContractError(f"{self.place.name}: {list(codes.shape)} codes for {list(x.shape)} values")
+        found = torch.from_numpy(codes).reshape(x.shape)
+        self.place.count(x, self.rounding, found)
+        return found.to(x.dtype) * self.rounding.scale
+
+
 def compare_layers(
     recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter: Reporter
 ) -> dict[str, Any]:
-    """Compare the layers' inputs on the windows that verify compares; writes and returns layers.json.
+    """Compare all places on the windows that verify compares; writes and returns layers.json.
 
     Raises UsageError where the folded model is gone or ONNX Runtime cannot compute the graph.
     """
@@ -119,68 +135,48 @@ def compare_layers(
         raise UsageError(f"--layers: ONNX Runtime's CPU provider does not compute {compute}")
     if artifacts.folded is None or artifacts.onnx is None:
         raise UsageError("--layers compares the ONNX file with the folded model, which is gone")
-    family = FAMILIES[recipe.model.family]
-    facts = read_json(artifacts.folded.path / "folded.json")
-    if rounded(points_from_json(facts["points"])):
-        raise UsageError(
-            "--layers follows the inputs of layers, and this model rounds attention operands or residuals "
-            "too, whose flips would look unexplained",
-            fix="compare a run without format.attention and format.residual",
-        )
-    plan = plans_from_json(facts["plan"])
     samples = evaluation_samples(recipe, base, artifacts)
     windows = samples.sets[samples.first][: samples.compared]
-    with _onnx_inputs(artifacts.onnx, plan, recipe.model.family) as (order, run_onnx):
-        watched = [item for name in order for item in plan if item.name == name]
-        folded = assemble(artifacts.folded)
-        scales = {
-            item.name: folded.get_submodule(item.name).input.scale.numpy()
-            for item in watched
-            if item.weights and item.activations
-        }
-        run_folded = _torch_inputs(folded, order, recipe.model.family)
-        run_trained = None
-        if artifacts.trained is not None and artifacts.float_model is not None:
-            prepared = rebuild(artifacts.float_model, artifacts.trained)
-            run_trained = _torch_inputs(prepared.model, order, recipe.model.family)
-        layers = [_Layer(name, scales.get(name)) for name in order]
+    with follow(artifacts.folded, artifacts.onnx, TIE[compute]) as (places, run_both):
+        run_folded, run_trained = _as_they_run(artifacts, list(places), recipe.model.family)
         with reporter.bar("compare layers", len(windows)) as bar:
             for window in windows:
                 inputs = TASKS[recipe.task.name].collate([window])
-                reference = run_folded(inputs)
+                order = run_both(inputs)
                 if run_trained is not None:
-                    trained = run_trained(inputs)
-                    for layer in layers:
-                        layer.trained.add(trained[layer.name], reference[layer.name])
-                _compare(layers, reference, *run_onnx(inputs), TIE[compute], family.CAUSAL)
+                    reference, trained = run_folded(inputs), run_trained(inputs)
+                    for name in places:
+                        places[name].trained.add(trained[name], reference[name])
                 bar.advance(samples.first)
-    return _write(layers, compute, len(windows), out)
+    return _write([places[name] for name in order], compute, len(windows), out)
 
 
-def _compare(
-    layers: list[_Layer], reference: Inputs, found: Inputs, codes: Inputs, limit: float, causal: bool
-) -> None:
-    """Take in one window."""
-    clean = np.ones(len(next(iter(reference.values()))), bool)
-    for layer in layers:
-        x = reference[layer.name]
-        layer.onnx.add(x, found[layer.name])
-        if layer.scale is None:
-            continue
-        pooled = len(x) != len(clean)  # one vector for the whole sequence
-        local = np.full(len(x), clean.all()) if pooled else clean
-        differ = layer.count(x, codes[layer.name], limit, local)
-        reached = np.logical_or.accumulate(differ) if causal and not pooled else differ.any()
-        clean &= ~reached
+@contextmanager
+def follow(
+    folded: FoldedModel, onnx: OnnxModel, limit: float
+) -> Iterator[tuple[dict[str, Place], Callable[[Inputs], list[str]]]]:
+    """The places of a model, and a function that runs one sample through the graph and through the held model
+    and takes in what it finds; it returns the places in the order in which the model comes by.
+
+    `limit` is how far from the middle between two codes a tie may lie, in steps.
+    """
+    facts = read_json(folded.path / "folded.json")
+    graph = Graph.read(onnx.file)
+    values = matmul_inputs(graph, plans_from_json(facts["plan"]))
+    values |= point_inputs(graph, points_from_json(facts.get("points", [])))
+    places = {name: Place(name, limit) for name in values}
+    run_held = _held(assemble(folded), places, facts["family"])
+    with _onnx_values(onnx, values, facts["family"]) as run_onnx:
+        yield places, lambda inputs: run_held(inputs, *run_onnx(inputs))
 
 
-def _write(layers: list[_Layer], compute: str, windows: int, out: Path) -> dict[str, Any]:
+def _write(places: list[Place], compute: str, windows: int, out: Path) -> dict[str, Any]:
     noise = NOISE[compute]
     result = {
-        "layers": [layer.to_json() for layer in layers],
-        "first_difference": next((layer.name for layer in layers if layer.diverges(noise)), None),
-        "first_unexplained": next((layer.name for layer in layers if layer.unexplained), None),
-        "unexplained": sum(layer.unexplained for layer in layers),
+        "layers": [place.to_json() for place in places],
+        "first_difference": next((place.name for place in places if place.diverges(noise)), None),
+        "first_unexplained": next((place.name for place in places if place.unexplained), None),
+        "unexplained": sum(place.unexplained for place in places),
         "windows": windows,
         "tie_limit": TIE[compute],
     }
@@ -188,12 +184,62 @@ def _write(layers: list[_Layer], compute: str, windows: int, out: Path) -> dict[
     return result
 
 
-def _torch_inputs(model: torch.nn.Module, names: list[str], family: str) -> Callable[[Inputs], Inputs]:
-    """A function from the inputs of one sample to the input of each named layer."""
+def _held(
+    model: nn.Module, places: dict[str, Place], family: str
+) -> Callable[[Inputs, Inputs, Inputs], list[str]]:
+    """A function that runs one sample, with the graph's floats and codes at hand."""
+    floats: Inputs = {}
+    codes: Inputs = {}
+    order: list[str] = []
+
+    def watch(place: Place) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            order.append(place.name)
+            x = arguments[0].float()
+            place.onnx.add(_rows(x.numpy()), _rows(floats[place.name].reshape(x.shape)))
+
+        return hook
+
+    for name, place in places.items():
+        module = model.get_submodule(name)
+        rounding = module if isinstance(module, Rounding) else getattr(module, "input", None)
+        if isinstance(rounding, Rounding):
+            place.rounds = True
+            held = Held(rounding, place, codes)
+            replace_module(model, name if rounding is module else f"{name}.input", held)
+            module = held if rounding is module else module
+        module.register_forward_pre_hook(watch(place))
+
+    @torch.inference_mode()
+    def run(inputs: Inputs, found: Inputs, found_codes: Inputs) -> list[str]:
+        for kept, new in ((floats, found), (codes, found_codes)):
+            kept.clear()
+            kept.update(new)
+        order.clear()
+        model(**complete(family, inputs))
+        return list(order)
+
+    return run
+
+
+def _as_they_run(
+    artifacts: Artifacts, names: list[str], family: str
+) -> tuple[Callable[[Inputs], Inputs], Callable[[Inputs], Inputs]] | tuple[None, None]:
+    """Functions from the inputs of one sample to the input of each place, of the folded and of the trained
+    model; None if the trained one is gone.
+    """
+    if artifacts.trained is None or artifacts.float_model is None:
+        return None, None
+    trained = rebuild(artifacts.float_model, artifacts.trained).model
+    folded = assemble(artifacts.folded)
+    return _torch_inputs(folded, names, family), _torch_inputs(trained, names, family)
+
+
+def _torch_inputs(model: nn.Module, names: list[str], family: str) -> Callable[[Inputs], Inputs]:
     seen: Inputs = {}
 
-    def watch(name: str):
-        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             seen[name] = _rows(arguments[0].float().numpy())
 
         return hook
@@ -211,13 +257,10 @@ def _torch_inputs(model: torch.nn.Module, names: list[str], family: str) -> Call
 
 
 @contextmanager
-def _onnx_inputs(
-    model: OnnxModel, plan: tuple[LayerPlan, ...], family: str
-) -> Iterator[tuple[list[str], Callable[[Inputs], tuple[Inputs, Inputs]]]]:
-    """The layers that the graph computes, in its order, and a function from the inputs of one sample to
-    theirs and their codes.
-    """
-    values = matmul_inputs(Graph.read(model.file), plan)
+def _onnx_values(
+    model: OnnxModel, values: dict[str, tuple[str, str | None]], family: str
+) -> Iterator[Callable[[Inputs], tuple[Inputs, Inputs]]]:
+    """A function from the inputs of one sample to the floats and the codes at each place of the graph."""
     wanted = list(dict.fromkeys(name for pair in values.values() for name in pair if name))
     # beside the graph, because external data is looked for there
     with tempfile.NamedTemporaryFile(dir=model.file.parent, prefix=".layers-", suffix=".onnx") as file:
@@ -228,13 +271,11 @@ def _onnx_inputs(
         def run(inputs: Inputs) -> tuple[Inputs, Inputs]:
             feed = {name: tensor.numpy() for name, tensor in complete(family, inputs).items()}
             found = dict(zip(wanted, session.run(wanted, feed), strict=True))
-            floats = {layer: _rows(found[name].astype(np.float32)) for layer, (name, _) in values.items()}
-            codes = {
-                layer: _rows(found[code]).astype(np.int16) for layer, (_, code) in values.items() if code
-            }
+            floats = {place: found[name].astype(np.float32) for place, (name, _) in values.items()}
+            codes = {place: found[code].astype(np.int16) for place, (_, code) in values.items() if code}
             return floats, codes
 
-        yield list(values), run
+        yield run
 
 
 def _rows(x: np.ndarray) -> np.ndarray:

@@ -31,10 +31,11 @@ from tiny_bert import (
 )
 from torch import Tensor, nn
 
-from qcompress.artifacts import read_json
+from qcompress.artifacts import OnnxModel, read_json
 from qcompress.certificate_points import certify_all
 from qcompress.errors import ContractError
 from qcompress.keys import provenance
+from qcompress.layerwise import TIE, follow
 from qcompress.loop import role_of
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import OPERANDS
@@ -408,6 +409,48 @@ def test_tensorrt_rtx_builds_the_graph(graph: Graph, tmp_path: Path) -> None:
     record = read_json(tmp_path / "build.json")
     assert record["status"] == "built"
     assert list(record["inputs"]) == sorted(FAMILIES[graph.kind.family].INPUTS)
+
+
+def followed(graph: Graph, file: Path) -> dict[str, Any]:
+    """What `follow` finds on 24 sequences, by place, in the order in which the model comes by."""
+    limit = TIE[graph.kind.compute]
+    with follow(graph.made.folded, OnnxModel(file.parent), limit) as (places, run):
+        inputs = {key: value.numpy() for key, value in graph.inputs(24, 12).items()}
+        for row in range(24):
+            order = run({key: value[row : row + 1] for key, value in inputs.items()})
+    return {name: places[name].to_json() for name in order}
+
+
+def test_every_code_is_that_of_the_folded_model_or_a_tie(graph: Graph) -> None:
+    found = followed(graph, graph.file)
+    points = [item.name for item in rounded(graph.points)]
+    layers = [item.name for item in graph.made.plan if item.layer.kind != "embedding"]
+    assert set(found) == {*layers, *points} and len(found) == len(layers) + len(points)
+    rounds = {item.name for item in graph.made.plan if item.weights and item.activations} | {*points}
+    assert {name for name, place in found.items() if place["codes"]} == rounds & set(found)
+    assert sum(place["codes"] or 0 for place in found.values()) > 0 or not rounds & set(found)
+    assert [name for name, place in found.items() if place["codes"] and place["unexplained"]] == []
+
+
+def test_scores_of_another_size_are_found_where_probabilities_are_rounded(
+    graph: Graph, tmp_path: Path
+) -> None:
+    if graph.kind.format != "some":
+        pytest.skip("one format is enough")
+    model = onnx.load(str(graph.file))
+    softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
+    makers = {name: node for node in model.graph.node for name in node.output}
+    scale = softmax
+    while scale.op_type != "Mul":
+        scale = makers[scale.input[0]]
+    (old,) = [tensor for tensor in model.graph.initializer if tensor.name == scale.input[1]]
+    new = numpy_helper.from_array(np.asarray(numpy_helper.to_array(old) * np.float32(1.1)), "another.size")
+    model.graph.initializer.append(new)
+    scale.input[1] = "another.size"
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    found = followed(graph, tmp_path / "model.onnx")
+    wrong = [name for name, place in found.items() if place["codes"] and place["unexplained"]]
+    assert wrong == ["bert.encoder.layer.0.attention.self.probability_point"]
 
 
 def recertified(graph: Graph, folder: Path, change: Callable[[onnx.ModelProto], object]) -> dict[str, Any]:

@@ -13,15 +13,8 @@ def print_layers(console: Console, found: dict[str, Any]) -> None:
     """One line for each layer, then the first that differs and the first that has no excuse."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     table.add_column("input of", no_wrap=True)
-    for column in ("trained\nmax |d|", "folded to onnx\nmax |d| / range", "SNR\ndB"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in (
-        "codes\ndiffer",
-        "of\ncodes",
-        "in clean\nplaces",
-        "ties\namong them",
-        "farthest\nfrom a tie",
-    ):
+    far = ("trained\nmax |d|", "folded to onnx\nmax |d| / range", "SNR\ndB")
+    for column in (*far, "codes\ndiffer", "of\ncodes", "ties\namong them", "farthest\nfrom a tie"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in found["layers"]:
         table.add_row(layer["name"], *_far(layer), *_codes(layer))
@@ -44,11 +37,13 @@ def summary(found: dict[str, Any]) -> list[str]:
     if layers[first]["codes"] is None:
         lines.append(f"folded and onnx differ first at the input of {first}")
         return lines
-    clean, ties = (sum(layer.get(name) or 0 for layer in layers.values()) for name in ("clean", "ties"))
+    differ, ties, codes = (
+        sum(layer.get(name) or 0 for layer in layers.values()) for name in ("differ", "ties", "codes")
+    )
     lines.append(f"folded and onnx differ first at the input of {first}: {layers[first]['differ']} codes")
     lines.append(
-        f"{clean} codes differ before anything upstream did; {ties} of them lie on a tie between two codes "
-        f"(within {found['tie_limit']:g} of a step). The rest of the differences follow from these."
+        f"every place starts from the codes of the graph: {differ} of {codes} differ, {ties} of them on "
+        f"a tie between two codes (within {found['tie_limit']:g} of a step)"
     )
     if found["first_unexplained"]:
         lines.append(
@@ -70,8 +65,8 @@ def _far(layer: dict[str, Any]) -> tuple[str, str, str]:
 
 def _codes(layer: dict[str, Any]) -> tuple[str, ...]:
     if layer["codes"] is None:
-        return ("", "", "", "", "")
+        return ("", "", "", "")
     return (
-        *(str(layer[name]) for name in ("differ", "codes", "clean", "ties")),
-        f"{layer['farthest']:.1e}" if layer["clean"] else "",
+        *(str(layer[name]) for name in ("differ", "codes", "ties")),
+        f"{layer['farthest']:.1e}" if layer["differ"] else "",
     )
