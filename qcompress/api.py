@@ -307,6 +307,13 @@ def lint(model: Path, target: str) -> list[Finding]:
     return find(model, find_target(target))
 
 
+def inspect(model: Path) -> dict[str, Any]:
+    """What an ONNX file stores, weight by weight (`targets/contents.py` has the document)."""
+    from qcompress.targets.contents import contents
+
+    return contents(model)
+
+
 def build(model: Path, target: str, out: Path, profiles: str | None, reporter: Reporter) -> dict[str, Any]:
     """Build an engine from an ONNX file; returns build.json. The folder must not hold anything yet."""
     from qcompress.stages.build import build_file

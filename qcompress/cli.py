@@ -27,6 +27,7 @@ from qcompress.listing import LISTS
 from qcompress.progress import Reporter
 from qcompress.report.checked import check_json, print_check
 from qcompress.report.compared import print_comparison
+from qcompress.report.inspected import print_contents
 from qcompress.report.layers import print_layers
 from qcompress.report.seeds import seeds_table
 from qcompress.report.shown import print_run, summary
@@ -275,6 +276,17 @@ def lint(model: OnnxFile, target: TargetName, as_json: AsJson = False) -> None:
             print(f"{len(findings)} finding{'s' if len(findings) != 1 else ''}  {target}  {model}")
         if any(finding.severity == "error" for finding in findings):
             raise typer.Exit(ExportError.exit_code)
+
+
+@app.command()
+def inspect(model: OnnxFile, as_json: AsJson = False) -> None:
+    """Say what an ONNX file stores: bits, scales and bytes of every weight."""
+    with _errors():
+        found = api.inspect(model)
+        if as_json:
+            _print_json(found)
+        else:
+            print_contents(_console(), found)
 
 
 @app.command()

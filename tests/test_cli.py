@@ -359,6 +359,7 @@ def test_much_works_where_torch_is_not_installed(shared: Project, run: Path) -> 
         ["show", run],
         ["gate", "--candidate", run],
         ["lint", run / "model.onnx", "--target", "rtx-ada"],
+        ["inspect", run / "model.onnx"],
         *(["list", what] for what in KINDS),
     ]
     assert [done.code for done in without_torch(*commands)] == [0] * len(commands)
