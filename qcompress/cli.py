@@ -29,6 +29,7 @@ from qcompress.report.checked import check_json, print_check
 from qcompress.report.compared import print_comparison
 from qcompress.report.inspected import print_contents
 from qcompress.report.layers import print_layers
+from qcompress.report.sarif import sarif
 from qcompress.report.seeds import seeds_table
 from qcompress.report.shown import print_run, summary
 from qcompress.schema import STAGES
@@ -264,11 +265,20 @@ def gate(
 
 
 @app.command()
-def lint(model: OnnxFile, target: TargetName, as_json: AsJson = False) -> None:
+def lint(
+    model: OnnxFile,
+    target: TargetName,
+    as_json: AsJson = False,
+    as_sarif: Annotated[bool, typer.Option("--sarif", help="SARIF 2.1.0 on stdout, for code hosts.")] = False,
+) -> None:
     """Say what TensorRT would refuse or silently change in an ONNX file, without building it."""
     with _errors():
+        if as_json and as_sarif:
+            raise UsageError("--json and --sarif are two documents", fix="drop one of the two")
         findings = api.lint(model, target)
-        if as_json:
+        if as_sarif:
+            _print_json(sarif(findings, model, target))
+        elif as_json:
             _print_json({"target": target, "findings": [finding.to_json() for finding in findings]})
         else:
             for finding in findings:

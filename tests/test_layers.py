@@ -58,7 +58,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "api", "predict", "layerwise", "listing", "report", "report.checked", "report.compare",
         "report.compared", "report.inspected", "report.ladder", "report.layers", "report.measured",
         "report.paired",
-        "report.replicates", "report.seeds", "report.shown",
+        "report.replicates", "report.sarif", "report.seeds", "report.shown",
     }),
     ("command line", {"cli", "__main__"}),
 )  # fmt: skip

@@ -32,13 +32,18 @@ class Finding:
         return f"{self.severity} {self.rule} {self.layer}: {self.found} ({self.consequence}); {self.fix}"
 
 
+def severity_of(consequence: Literal["refused", "changed", "slow"]) -> Literal["error", "warning"]:
+    """What runs slowly is a warning; what is refused or computes something else is an error."""
+    return "warning" if consequence == "slow" else "error"
+
+
 def lint(file: Path, target: Target) -> list[Finding]:
     """Hold an ONNX file against every rule, in their order. Reads scales and zero points, no weights."""
     view = read(file)
     return [
         Finding(
             rule=rule.id,
-            severity="warning" if rule.consequence == "slow" else "error",
+            severity=severity_of(rule.consequence),
             layer=broken.layer,
             found=broken.found,
             consequence=rule.consequence,

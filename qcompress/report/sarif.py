@@ -1,0 +1,61 @@
+"""Findings of the linter as SARIF 2.1.0, which code hosts and editors show beside a pull request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import qcompress
+from qcompress.targets.lint import Finding, severity_of
+from qcompress.targets.rules import RULES
+
+SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+
+
+def sarif(findings: list[Finding], file: Path, target: str) -> dict[str, Any]:
+    """One run of the linter. Paths below the current folder are relative to it, as code hosts want them."""
+    here = Path.cwd()
+    path = file.resolve()
+    uri = path.relative_to(here).as_posix() if path.is_relative_to(here) else path.as_uri()
+    places = {rule.id: index for index, rule in enumerate(RULES)}
+    return {
+        "$schema": SCHEMA,
+        "version": "2.1.0",
+        "runs": [
+            {
+                "tool": {
+                    "driver": {
+                        "name": "qcompress lint",
+                        "semanticVersion": qcompress.__version__,
+                        "rules": [
+                            {
+                                "id": rule.id,
+                                "shortDescription": {"text": rule.summary},
+                                "help": {"text": rule.fix},
+                                "defaultConfiguration": {"level": severity_of(rule.consequence)},
+                                "properties": {"consequence": rule.consequence, "evidence": rule.evidence},
+                            }
+                            for rule in RULES
+                        ],
+                    }
+                },
+                "properties": {"target": target},
+                "results": [
+                    {
+                        "ruleId": finding.rule,
+                        "ruleIndex": places[finding.rule],
+                        "level": finding.severity,
+                        "message": {"text": f"{finding.layer}: {finding.found}. Fix: {finding.fix}"},
+                        "locations": [
+                            {
+                                "physicalLocation": {"artifactLocation": {"uri": uri}},
+                                "logicalLocations": [{"name": finding.layer, "kind": "object"}],
+                            }
+                        ],
+                        "partialFingerprints": {"layer/v1": f"{finding.rule}:{finding.layer}"},
+                    }
+                    for finding in findings
+                ],
+            }
+        ],
+    }
