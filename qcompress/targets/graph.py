@@ -6,17 +6,19 @@ well: `nodes` holds the nodes of all of them. External data is taken from the fi
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 import numpy as np
 import onnx
-import onnx.inliner
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from qcompress.errors import ExportError
+from qcompress.targets.child import command, environment
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 DOMAINS = ("", "ai.onnx")
@@ -26,6 +28,9 @@ FLOATS = {
     TensorProto.BFLOAT16: "bf16",
 }
 """Types that a model computes in."""
+
+INLINER_MIB, INLINER_S = 4096, 120
+"""What the process may take that inlines functions."""
 
 Shape = tuple[int | str | None, ...]
 """Dimensions as numbers and names, None for one that has neither."""
@@ -44,7 +49,10 @@ class View:
     opset: int
     inputs: tuple[ValueInfoProto, ...]
     outputs: frozenset[str]
+    graphs: tuple[GraphProto, ...]
+    """The main graph, and those inside its nodes."""
     nodes: tuple[NodeProto, ...]
+    """Of all graphs."""
     constants: dict[str, TensorProto]
     """Initializers, and the values of Constant nodes, by name."""
     producers: dict[str, NodeProto]
@@ -130,8 +138,9 @@ def attribute(node: NodeProto, name: str, default: int) -> int:
 def read(file: Path) -> View:
     """Open an ONNX file, without its external data."""
     model = _load(file)
+    graphs = tuple(_graphs(model.graph))
     nodes, constants, declared = [], {}, {}
-    for graph in _graphs(model.graph):
+    for graph in graphs:
         nodes += graph.node
         constants |= {tensor.name: tensor for tensor in graph.initializer}
         declared |= {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
@@ -150,6 +159,7 @@ def read(file: Path) -> View:
         opset=max((item.version for item in model.opset_import if item.domain in DOMAINS), default=0),
         inputs=tuple(value for value in model.graph.input if value.name not in constants),
         outputs=frozenset(value.name for value in model.graph.output),
+        graphs=graphs,
         nodes=tuple(nodes),
         constants=constants,
         producers={name: node for node in nodes for name in node.output if name},
@@ -171,7 +181,28 @@ def _load(file: Path) -> ModelProto:
         raise ExportError(f"{file} is not a readable ONNX file ({error})", fix="export it again") from None
     if not model.graph.node:
         raise ExportError(f"{file} holds no graph", fix="name an ONNX file that an exporter has finished")
-    return onnx.inliner.inline_local_functions(model) if model.functions else model
+    return _inlined(file) if model.functions else model
+
+
+def _inlined(file: Path) -> ModelProto:
+    """The model with its functions in the places of their calls; made by a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="qcompress-inline-") as folder:
+        result = Path(folder) / "model.onnx"
+        words = command("qcompress.targets.inline", str(file.resolve()), str(result), str(INLINER_MIB))
+        try:
+            done = subprocess.run(
+                words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=INLINER_S
+            )
+            if done.returncode == 0:
+                return onnx.load(result, format="protobuf", load_external_data=False)
+            lines = done.stderr.strip().splitlines()
+            reason = lines[-1] if lines else f"exit code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            reason = f"not done after {INLINER_S} s"
+    raise ExportError(
+        f"{file}: its functions cannot be put in the places of their calls ({reason})",
+        fix="export the model without functions",
+    )
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
@@ -192,9 +223,7 @@ def _data_files(file: Path, constants: dict[str, TensorProto]) -> tuple[Path, ..
             location = next((item.value for item in tensor.external_data if item.key == "location"), "")
             locations.setdefault(location, name)
     for location, name in locations.items():
-        path = PurePath(location)
-        inside = (folder / location).resolve().is_relative_to(folder)
-        if not location or path.is_absolute() or ".." in path.parts or not inside:
+        if not _inside(folder, location):
             raise ExportError(
                 f"{file}: the data of tensor {name!r} lie outside the model's folder, at {location!r}",
                 fix="do not trust this file; export the model again with its data beside it",
@@ -205,6 +234,20 @@ def _data_files(file: Path, constants: dict[str, TensorProto]) -> tuple[Path, ..
                 fix=f"copy {location} beside {file.name}",
             )
     return tuple(file.parent / location for location in sorted(locations))
+
+
+def _inside(folder: Path, location: str) -> bool:
+    """Whether a place is a file name inside the folder; links are followed."""
+    path = PurePath(location)
+    if not location or path.is_absolute() or ".." in path.parts:
+        return False
+    try:
+        (folder / location).stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
+    return (folder / location).resolve().is_relative_to(folder)
 
 
 def _fixed(view: View) -> set[str]:

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qcompress.errors import ExportError
+from qcompress.targets.child import command, environment
 
 Progress = Callable[[str, float], None]
 """Called with the name of TensorRT's phase and how far the whole build is, 0 to 1."""
@@ -70,16 +70,14 @@ def run_builder(spec: dict[str, Any], timeout_s: int, progress: Progress | None 
 
 
 def _run(file: Path, stderr: BinaryIO, timeout_s: int, progress: Progress | None) -> Outcome:
-    """The child works in the folder of its specification, or Python would import from the user's folder."""
     outcome = Outcome()
-    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     process = subprocess.Popen(
-        [sys.executable, "-m", "qcompress.targets.builder", str(file)],
+        command("qcompress.targets.builder", str(file)),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=stderr,
         cwd=file.parent,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env=environment(),
         encoding="utf-8",
         errors="replace",
     )

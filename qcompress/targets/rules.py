@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from qcompress.targets import checks
+from qcompress.targets import checks, soundness
 from qcompress.targets.checks import Broken
 from qcompress.targets.graph import View
 from qcompress.targets.table import Target
@@ -35,6 +35,48 @@ class Rule:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "graph-empty", "refused", "builder",
+        "a graph has an output, and the file says which opset its operators are of",
+        "export the model again",
+        soundness.empty_graphs,
+    ),
+    Rule(
+        "value-missing", "refused", "parser",
+        "what a node reads is made by another one, or is an input or a constant",
+        "export the model again; something has removed a node or a tensor and not its readers",
+        soundness.missing_values,
+    ),
+    Rule(
+        "value-twice", "refused", "parser",
+        "every name of a graph is made once",
+        "give the results of different nodes different names",
+        soundness.repeated_values,
+    ),
+    Rule(
+        "node-order", "refused", "parser",
+        "nodes are sorted: what a node reads was made before, and nothing goes in circles",
+        "sort the nodes; no loop can be written without Loop or Scan",
+        soundness.unsorted_nodes,
+    ),
+    Rule(
+        "tensor-data", "refused", "parser",
+        "a stored tensor has as many values as its shape says",
+        "copy the file and its data again, or export the model again",
+        soundness.broken_tensors,
+    ),
+    Rule(
+        "operator-unknown", "refused", "parser",
+        "every operator exists in the opset of its graph",
+        "export for an opset that has the operator",
+        soundness.unknown_operators,
+    ),
+    Rule(
+        "operator-operands", "refused", "parser",
+        "every operator has the inputs and outputs that it needs",
+        "export the model again",
+        soundness.operands_out_of_number,
+    ),
     Rule(
         "zero-point", "refused", "parser",
         "TensorRT quantizes symmetrically: every zero point is 0",

@@ -10,11 +10,18 @@ from pathlib import Path
 import onnx
 import pytest
 from graphs import save
-from lint_cases import CASES, SOUND, Case, bf16, float_matmul, small
+from lines import cli
+from lint_cases import CASES as QUANTIZED
+from lint_cases import SOUND as SOUND_QUANTIZED
+from lint_cases import Case, bf16, float_matmul, small
+from unsound_cases import SOUND_GRAPHS, UNSOUND
 
 from qcompress.targets.lint import lint
 from qcompress.targets.rules import RULES, Rule
 from qcompress.targets.table import TARGETS
+
+CASES = (*UNSOUND, *QUANTIZED)
+SOUND = {**SOUND_GRAPHS, **SOUND_QUANTIZED}
 
 BY_ID = {rule.id: rule for rule in RULES}
 
@@ -42,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def answers(folder: Path) -> dict[str, dict[str, object]]:
     """What the real TensorRT-RTX says about each file; one child process for each compute capability."""
-    targets = {file_name(case.rule, case.name): case.target for case in CASES}
+    asked = [case for case in CASES if case.refused_by != "crash"]
+    targets = {file_name(case.rule, case.name): case.target for case in asked}
     targets |= {file_name("sound", rule): target for rule, (_, target) in SOUND.items()}
     found = {}
     for turing in (False, True):
@@ -54,12 +62,12 @@ def answers(folder: Path) -> dict[str, dict[str, object]]:
             if line.startswith("{"):
                 answer = json.loads(line)
                 found[Path(answer["file"]).name] = answer
-    assert len(found) == len(CASES) + len(SOUND)
+    assert len(found) == len(asked) + len(SOUND)
     return found
 
 
 def test_every_rule_has_a_graph_that_breaks_it_and_one_that_does_not() -> None:
-    assert len(BY_ID) == len(RULES) == 26
+    assert len(BY_ID) == len(RULES) == 33
     assert {case.rule for case in CASES} == set(SOUND) == set(BY_ID)
 
 
@@ -86,9 +94,23 @@ def test_a_graph_that_comes_close_is_valid_onnx(rule: str) -> None:
 @needs_rtx
 @each_case
 def test_tensorrt_refuses_what_the_table_says_it_refuses(case: Case, folder: Path, answers: dict) -> None:
+    if case.refused_by == "crash":
+        pytest.skip("the parser's process dies; see the next test")
     answer = answers[file_name(case.rule, case.name)]
     assert answer["parsed"] is (case.refused_by != "parser"), answer["messages"]
     assert (answer["bytes"] is None) is (case.refused_by in ("parser", "builder")), answer["messages"]
+
+
+@needs_rtx
+def test_a_parser_that_dies_ends_no_process_of_ours(folder: Path, tmp_path: Path) -> None:
+    crashes = [case for case in CASES if case.refused_by == "crash"]
+    assert len(crashes) == 1
+    for case in crashes:
+        file = folder / file_name(case.rule, case.name)
+        command = [sys.executable, str(Path(__file__).with_name("ask_tensorrt.py")), "86", str(file)]
+        assert subprocess.run(command, capture_output=True, timeout=300).returncode < 0
+        done = cli("build", file, "--target", case.target, "--out", tmp_path / "engine")
+        assert done.code == 5 and "was killed by SIGSEGV" in done.stderr
 
 
 @needs_rtx

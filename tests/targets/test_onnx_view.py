@@ -67,20 +67,36 @@ def test_data_that_end_too_early_are_told_with_the_tensor(tmp_path: Path) -> Non
         lint(file, ADA)
 
 
-def test_weights_are_not_read(tmp_path: Path) -> None:
-    """The file is cut behind its scales: a linter that reads codes would fail."""
+def with_codes_beside(folder: Path, size: int) -> Path:
+    """A graph whose codes of 65,536 bytes lie in a file of their own, of another size."""
     model = linear(shape=(256, 256))
-    names = [tensor.name for tensor in model.graph.initializer]
-    codes = model.graph.initializer[names.index("weight.codes")]
-    data = codes.raw_data
+    (codes,) = [tensor for tensor in model.graph.initializer if tensor.name == "weight.codes"]
     codes.ClearField("raw_data")
     codes.data_location = TensorProto.EXTERNAL
     codes.external_data.add(key="location", value="codes")
-    codes.external_data.add(key="length", value=str(len(data)))
-    (tmp_path / "codes").write_bytes(b"short")
-    assert lint(save(model, tmp_path / "model.onnx"), ADA) == []
+    (folder / "codes").write_bytes(bytes(size))
+    return save(model, folder / "model.onnx")
+
+
+def test_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, seen = with_codes_beside(tmp_path, 65_536), []
+    original = onnx.numpy_helper.to_array
+    monkeypatch.setattr(
+        onnx.numpy_helper,
+        "to_array",
+        lambda tensor, *rest: [seen.append(tensor.name), original(tensor, *rest)][1],
+    )
+    assert lint(file, ADA) == []
+    assert "weight.scale" in seen and "weight.codes" not in seen
+
+
+def test_data_that_are_cut_off_are_found_without_reading_them(tmp_path: Path) -> None:
+    file = with_codes_beside(tmp_path, 5)
+    (found,) = lint(file, ADA)
+    assert (found.rule, found.layer, found.severity) == ("tensor-data", "weight.codes", "error")
+    assert "of a file of 5" in found.found
     with pytest.raises(ExportError, match="'weight.codes' cannot be read"):
-        read(tmp_path / "model.onnx").values("weight.codes")
+        read(file).values("weight.codes")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\x01\x02 no protobuf", b"PK\x03\x04"])
