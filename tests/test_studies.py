@@ -368,6 +368,16 @@ def test_other_data_runs_again_and_another_folder_does_not(
     assert digest(there) != before
 
 
+def test_a_default_that_is_written_out_runs_nothing_again(copy: Made, tools: Machinery) -> None:
+    place = tools.study.Place(copy.folder, copy.data, copy.out / "letters")
+    digests = []
+    for opset in (None, 21, 22):
+        if opset is not None:
+            change(copy, tools, "start", "set", "export.opset", value=opset)
+        digests.append(tools.study.start_job(tools.study.read_study(copy.folder), "letters", place).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_only_chooses_runs_by_name(copy: Made, tools: Machinery, started: list[str]) -> None:
     for name in ("lsq-letters-1", "lsq-long-letters-0"):
         (copy.folder / "results" / f"{name}.json").unlink()

@@ -266,14 +266,15 @@ def _job(
     if start is not None:
         overrides.append(f"model.run={_written(str(start[1]), place)}")
     file = place.folder / recipe
-    values = load_recipe(file, overrides).recipe.model_dump(mode="json", by_alias=True)
+    # without what is as by default: a key that a later version adds changes no run that does not write it
+    values = load_recipe(file, overrides).recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     if start is not None:
         values["model"]["run"] = start[0].digest
     text = json.dumps(values, sort_keys=True)
     for path, stands in ((place.work, "{work}"), (place.data, "{data}"), (place.folder, "{study}")):
         text = text.replace(str(path), stands)
     contents: dict[str, Any] = {part: sha256_file(files[part]) for part in ("train", measured)}
-    source = values["model"]["source"]
+    source = values["model"].get("source")
     if source is not None and (file.parent / source).is_dir():
         contents["model"] = fingerprint(file.parent / source)
     return Job(name, file, tuple(overrides), stage_key("study", {"values": text, "data": contents}))
