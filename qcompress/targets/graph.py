@@ -20,6 +20,9 @@ from qcompress.errors import ExportError
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 DOMAINS = ("", "ai.onnx")
+RUNTIME = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
+
 FLOATS = {
     TensorProto.FLOAT: "fp32",
     TensorProto.FLOAT16: "fp16",
@@ -30,7 +33,10 @@ FLOATS = {
 Shape = tuple[int | str | None, ...]
 """Dimensions as numbers and names, None for one that has neither."""
 
-UNTYPED = ("Shape", "Size", "ArgMax", "ArgMin", "Equal", "Less", "Greater", "And", "Or", "Not", "IsNaN")
+UNTYPED = (
+    "Shape", "Size", "ArgMax", "ArgMin", "Equal", "Less", "Greater", "And", "Or", "Not", "IsNaN",
+    "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
+)  # fmt: skip
 """Operators whose output does not have the type of an input."""
 
 
