@@ -121,7 +121,7 @@ def _stored(view: View) -> dict[str, list[NodeProto]]:
                 found.setdefault(name, []).append(node)
         elif node.op_type in DECODERS:
             name = view.root(operand(node, DECODERS[node.op_type][0]))
-            if name in view.constants:
+            if name in view.constants and len(view.constants[name].dims) > 1:
                 found.setdefault(name, []).append(node)
         elif node.op_type in READERS:
             for index in (0, 1):
@@ -176,7 +176,7 @@ def _way(view: View, node: NodeProto | None) -> Iterator[NodeProto]:
 def _packed(view: View, node: NodeProto, name: str) -> int:
     """Bits of one code of those that ONNX Runtime packs into bytes by itself, 0 of what ONNX packs."""
     is_packed = node.op_type in ("MatMulNBits", "GatherBlockQuantized")
-    return attribute(node, "bits", 4) if is_packed and BITS[_word(view, name)] == 8 else 0
+    return attribute(node, "bits", 4) if is_packed and BITS.get(_word(view, name)) == 8 else 0
 
 
 def _shape(view: View, node: NodeProto, name: str) -> tuple[int, ...]:
@@ -221,7 +221,8 @@ def _bounds(view: View, node: NodeProto) -> float | None:
     for before in _way(view, node):
         if before.op_type == "Clip":
             ends = [view.values(operand(before, index)) for index in (1, 2)]
-            return _information(np.array(ends)) if all(end is not None for end in ends) else None
+            known = all(end is not None and end.size == 1 and end.dtype != object for end in ends)
+            return _information(np.array(ends)) if known else None
     return None
 
 

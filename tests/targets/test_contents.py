@@ -14,7 +14,7 @@ from lines import QUICK, Exported, cli, exported
 from onnx import TensorProto, helper
 
 from qcompress.artifacts import read_json
-from qcompress.targets.contents import contents
+from qcompress.targets.contents import DECODERS, contents
 
 WIDE = Shape(blocks=1, width=256, vocabulary=4096, context=64)
 
@@ -151,6 +151,22 @@ def test_bounds_of_codes_that_the_graph_rounds_are_their_information(
     (weight,) = found_in(graph.model(*ends), tmp_path)["weights"]
     assert (weight["stored"], weight["information_bits"]) == ("fp32", bits)
     assert weight["bytes"] == 128 * 64 * 4 + 5 + 2
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 0), (4, 4)])
+@pytest.mark.parametrize("kind", [TensorProto.INT8, TensorProto.STRING])
+def test_malformed_operators_on_codes_are_survived(tmp_path: Path, shape: tuple[int, ...], kind: int) -> None:
+    graph = Graph()
+    values = [b"a"] * math.prod(shape) if kind == TensorProto.STRING else [1] * math.prod(shape)
+    graph.tensors.append(helper.make_tensor("c", kind, shape, values))
+    graph.tensors.append(helper.make_tensor("w", TensorProto.FLOAT, (2, 2), [1.0] * 4))
+    for op in DECODERS:
+        graph.node(op, ["c"] * 6, op)
+    clipped = graph.node("Clip", [graph.node("QuantizeLinear", ["w", "c"], "q"), "c", "c"], "clip")
+    graph.node("MatMul", ["x", graph.node("DequantizeLinear", [clipped, "c"], "dq")], "y")
+    file = tmp_path / "model.onnx"
+    file.write_bytes(graph.model([tensor_value("x", TensorProto.FLOAT, 2, 2)], []).SerializeToString())
+    assert "w" in {weight["name"] for weight in contents(file)["weights"]}
 
 
 @pytest.mark.parametrize("kind", QUICK, ids=str)
