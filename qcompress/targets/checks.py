@@ -53,6 +53,9 @@ TAKEN = ("INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1")
 OWN_RULES = ("UINT8", "INT32")
 """Types with a rule of their own."""
 
+INTEGER_OPERATORS = ("MatMulInteger", "ConvInteger", "QGemm", "MatMulNBits", "GatherBlockQuantized")
+"""Operators of ONNX and ONNX Runtime that read or make codes, besides QLinear... and DynamicQuantize..."""
+
 
 class Broken(NamedTuple):
     """One place where a graph breaks a rule: the layer, and what was found there."""
@@ -317,6 +320,12 @@ def lone_quantizers(view: View, target: Target) -> Iterator[Broken]:
         for reader in users_of(view, result(node), CODE_MOVES):
             if reader.op_type != DEQUANTIZE:
                 yield Broken(node_name(node), f"codes read by {reader.op_type} {node_name(reader)}")
+
+
+def integer_operators(view: View, target: Target) -> Iterator[Broken]:
+    for node in view.nodes:
+        if node.op_type in INTEGER_OPERATORS or node.op_type.startswith(("QLinear", "DynamicQuantize")):
+            yield Broken(node_name(node), node.op_type)
 
 
 def lost_quantization(view: View, target: Target) -> Iterator[Broken]:

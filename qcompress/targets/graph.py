@@ -22,6 +22,9 @@ from qcompress.targets.child import command, environment
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 DOMAINS = ("", "ai.onnx")
+RUNTIME = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
+
 FLOATS = {
     TensorProto.FLOAT: "fp32",
     TensorProto.FLOAT16: "fp16",
@@ -35,7 +38,10 @@ INLINER_MIB, INLINER_S = 4096, 120
 Shape = tuple[int | str | None, ...]
 """Dimensions as numbers and names, None for one that has neither."""
 
-UNTYPED = ("Shape", "Size", "ArgMax", "ArgMin", "Equal", "Less", "Greater", "And", "Or", "Not", "IsNaN")
+UNTYPED = (
+    "Shape", "Size", "ArgMax", "ArgMin", "Equal", "Less", "Greater", "And", "Or", "Not", "IsNaN",
+    "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
+)  # fmt: skip
 """Operators whose output does not have the type of an input."""
 
 
@@ -66,8 +72,11 @@ class View:
     """Element types as far as they are known; a missing one may be anything."""
 
     def named(self, *ops: str) -> Iterator[NodeProto]:
-        """Nodes of these operators of ONNX itself."""
-        return (node for node in self.nodes if node.op_type in ops and node.domain in DOMAINS)
+        """Nodes of these operators of ONNX itself. ONNX Runtime writes QuantizeLinear and DequantizeLinear in
+        its own domain for opsets that lack a type; TensorRT reads them as ONNX's.
+        """
+        domains = {op: (*DOMAINS, RUNTIME) if op in (QUANTIZE, DEQUANTIZE) else DOMAINS for op in ops}
+        return (node for node in self.nodes if node.domain in domains.get(node.op_type, ()))
 
     def root(self, name: str) -> str:
         """The stored tensor at the start of a chain of first inputs, or where the chain ends."""
@@ -280,7 +289,7 @@ def _output_type(node: NodeProto, types: dict[str, int]) -> int:
         return attribute(node, "output_dtype", 0) or types.get(operand(node, 1), 0)
     if node.op_type == QUANTIZE:
         return types.get(operand(node, 2), 0) or attribute(node, "output_dtype", 0) or TensorProto.UINT8
-    if node.op_type in UNTYPED or node.domain not in DOMAINS:
+    if node.op_type in UNTYPED or (node.domain not in DOMAINS and not node.op_type.startswith("QLinear")):
         return 0
     if node.op_type == "Where":
         return types.get(operand(node, 1), 0)

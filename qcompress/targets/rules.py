@@ -97,8 +97,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "scale-not-positive", "refused", "parser",
-        "every scale is above 0",
-        "give dead channels a small positive scale, and project learned scales to a floor",
+        "every scale is above 0; the parser of TensorRT-RTX 1.7 does not look at those of blocks",
+        "give dead channels a small positive scale, and project learned scales to a floor; quantize 4-bit "
+        "weights with nvidia-modelopt, where ONNX Runtime has made negative scales",
         checks.scales_not_positive,
     ),
     Rule(
@@ -195,7 +196,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "constant-reader", "refused", "builder",
         "a stored integer tensor is read by DequantizeLinear only",
-        "put DequantizeLinear directly behind the tensor, and Gather or Transpose behind that",
+        "put DequantizeLinear directly behind the tensor, and Gather or Transpose behind that; leave out a "
+        "Clip of stored codes",
         checks.constant_readers,
     ),
     Rule(
@@ -209,6 +211,12 @@ RULES: tuple[Rule, ...] = (
         "what QuantizeLinear makes is read by DequantizeLinear: integer operators are not TensorRT's way",
         "write Q/DQ pairs in front of float operators",
         checks.lone_quantizers,
+    ),
+    Rule(
+        "integer-operator", "refused", "parser",
+        "TensorRT has no operators on codes, neither ONNX's nor ONNX Runtime's",
+        "write Q/DQ pairs in front of float operators; ONNX Runtime's tools do with `QuantFormat.QDQ`",
+        checks.integer_operators,
     ),
     Rule(
         "quantization-lost", "changed", "behaviour",

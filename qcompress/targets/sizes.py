@@ -13,7 +13,8 @@ from pathlib import Path
 from onnx import TensorProto
 
 from qcompress.errors import ExportError
-from qcompress.targets.graph import DEQUANTIZE, View, operand, read, result, type_word
+from qcompress.targets.graph import DEQUANTIZE, QUANTIZE, View, operand, read, result, type_word
+from qcompress.targets.quantizers import code_type
 
 FACTOR = 1.1
 CONSTANT = 12 * 2**20
@@ -29,23 +30,45 @@ BITS = {
 
 def stored_bytes(tensor: TensorProto) -> int:
     """Bytes of a tensor, sub-byte types packed; 0 for types without a fixed size."""
-    bits = BITS.get(type_word(tensor.data_type), 0)
-    return -(-math.prod(tensor.dims) * bits // 8)
+    return _bytes_as(tensor, type_word(tensor.data_type))
+
+
+def _bytes_as(tensor: TensorProto, word: str) -> int:
+    return -(-math.prod(tensor.dims) * BITS.get(word, 0) // 8)
 
 
 def predicted_bytes(file: Path | View) -> int:
     """Bytes of a file's tensors, each as often as nodes use it: what its engine stores."""
     view = file if isinstance(file, View) else read(file)
-    return sum(stored_bytes(tensor) * _uses(view, name) for name, tensor in view.constants.items())
+    return sum(
+        _bytes_as(tensor, _engine_type(view, name, tensor)) * _uses(view, name)
+        for name, tensor in view.constants.items()
+    )
+
+
+def _engine_type(view: View, name: str, tensor: TensorProto) -> str:
+    """The builder rounds a float weight that nothing but QuantizeLinear reads, and stores its codes."""
+    kinds = {
+        code_type(view, node) if node.op_type == QUANTIZE and operand(node, 0) == name else ""
+        for node in view.readers.get(name, [])
+    }
+    return kinds.pop() if len(kinds) == 1 and kinds != {""} else type_word(tensor.data_type)
 
 
 def _uses(view: View, name: str) -> int:
-    """Nodes that compute with a tensor; one behind its DequantizeLinear counts for itself."""
-    uses = 0
-    for node in view.readers.get(name, []):
-        behind = node.op_type == DEQUANTIZE and operand(node, 0) == name
-        uses += max(len(view.readers.get(result(node), [])), 1) if behind else 1
-    return max(uses, 1)
+    """Nodes that compute with a tensor; one behind its Q/DQ nodes counts for itself."""
+    names, users = {name}, view.readers.get(name, [])
+    for op in (QUANTIZE, DEQUANTIZE):
+        coders = {
+            id(node): result(node) for node in users if node.op_type == op and operand(node, 0) in names
+        }
+        names |= set(coders.values())
+        users = [
+            user
+            for node in users
+            for user in (view.readers.get(result(node), [node]) if id(node) in coders else [node])
+        ]
+    return max(len(users), 1)
 
 
 def limit_bytes(predicted: int) -> int:

@@ -64,6 +64,11 @@ def with_activation_scale(value: float) -> Make:
     return lambda: with_tensor(linear(), "x.input.scale", np.float32(value))
 
 
+def with_block_scale(value: float) -> Make:
+    scales = one_of(128, value).reshape(2, 64)
+    return lambda: with_tensor(int4_matmul((128, 64), 64)(), "weight.scale", scales)
+
+
 def one_of(count: int, value: float) -> np.ndarray:
     """Good scales but for the eighth."""
     scales = np.full(count, 0.01)
@@ -191,6 +196,38 @@ def integer_matmul(graph: Graph) -> None:
     graph.node("Cast", [graph.node("MatMulInteger", [quantized(graph), weight], "product")], "y", to=T.FLOAT)
 
 
+def dynamic_matmul(graph: Graph) -> None:
+    """onnxruntime's quantize_dynamic with uint8 weights."""
+    graph.nodes.append(helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"], name="q"))
+    weight = graph.tensor("weight", np.abs(codes("weight", (128, 64))), T.UINT8)
+    product = graph.node("MatMulInteger", ["q", weight, "z"], "product")
+    graph.node("Mul", [graph.node("Cast", [product], "cast", to=T.FLOAT), "s"], "y")
+
+
+def codes_multiplied(graph: Graph) -> None:
+    """onnxruntime's quantize_static with QuantFormat.QOperator, symmetric."""
+    activation = [quantized(graph), "scale", "zero"]
+    weight = [graph.tensor("weight", codes("weight", (128, 64)), T.INT8), "scale", "zero"]
+    product = graph.node("QLinearMatMul", [*activation, *weight, "scale", "zero"], "product")
+    graph.node("DequantizeLinear", [product, "scale", "zero"], "y")
+
+
+def packed(kind: int) -> Make:
+    """onnxruntime's MatMulNBitsQuantizer with QuantFormat.QOperator: two codes in a byte, around 8."""
+
+    def make() -> onnx.ModelProto:
+        graph = Graph()
+        weight = graph.tensor("weight", np.full((64, 2, 32), 0x88), T.UINT8)
+        inputs = ["x", weight, graph.tensor("weight.scale", np.full(128, 0.01), kind)]
+        sizes = {"K": 128, "N": 64, "bits": 4, "block_size": 64}
+        graph.node("MatMulNBits", inputs, "y", domain="com.microsoft", **sizes)
+        model = graph.model([tensor_value("x", kind, "batch", 128)], [tensor_value("y", kind, "batch", 64)])
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+        return model
+
+    return make
+
+
 def codes_as_float(graph: Graph) -> None:
     graph.node("Cast", [quantized(graph)], "y", to=T.FLOAT)
 
@@ -234,6 +271,8 @@ CASES: tuple[Case, ...] = (
     Case("scale-not-positive", "nan", with_scale(one_of(64, np.nan)), CODES, "scale nan", "parser"),
     Case("scale-not-positive", "minus inf", with_scale(one_of(64, -np.inf)), CODES, "scale -inf", "parser"),
     Case("scale-not-positive", "all zero", with_scale(np.zeros(64)), CODES, r"\(64 of 64\)", "parser"),
+    Case("scale-not-positive", "negative, in blocks", with_block_scale(-0.01), CODES, r"\(1 of 128\)"),
+    Case("scale-not-positive", "zero, in blocks", with_block_scale(0), CODES, r"scale 0 \(1 of 128\)"),
     Case("scale-not-positive", "activation", with_activation_scale(0), Q, r"scale 0 \(1 of 1\)", "parser"),
     Case("scale-not-finite", "weight", with_scale(one_of(64, np.inf)), CODES, r"scale inf \(1 of 64\)"),
     Case("scale-not-finite", "activation", with_activation_scale(np.inf), Q, r"scale inf \(1 of 1\)"),
@@ -283,6 +322,10 @@ CASES: tuple[Case, ...] = (
     Case("quantizer-alone", "MatMulInteger", small(integer_matmul), "q",
          "codes read by MatMulInteger", "parser"),
     Case("quantizer-alone", "Cast", small(codes_as_float, outputs=128), "q", "codes read by Cast y"),
+    Case("integer-operator", "MatMulNBits in fp32", packed(T.FLOAT), "y", "MatMulNBits", "parser"),
+    Case("integer-operator", "MatMulNBits in fp16", packed(T.FLOAT16), "y", "MatMulNBits", "parser"),
+    Case("integer-operator", "MatMulInteger", small(dynamic_matmul), "q", "DynamicQuantizeLinear", "parser"),
+    Case("integer-operator", "QLinearMatMul", small(codes_multiplied), "product", "QLinearMatMul", "parser"),
     Case("quantization-lost", "float", small(float_matmul, formats=FORMATS), "(graph)", "no Q/DQ node"),
     Case("compute-type", "fp32 on Turing", linear, "y", r"fp32 \(places: 1\)", "builder", "rtx-turing"),
     Case("compute-type", "bf16 on Turing", bf16, "y", r"bf16 \(places: 3\)", "builder", "rtx-turing"),
@@ -316,6 +359,7 @@ SOUND: dict[str, tuple[Make, str]] = {
     "constant-reader": (small(float_transposed), "rtx-ampere"),
     "weight-reader": (small(weight_through("Identity")), "rtx-ampere"),
     "quantizer-alone": (small(clipped_codes), "rtx-ampere"),
+    "integer-operator": (linear, "rtx-ampere"),
     "quantization-lost": (small(float_matmul, formats=FLOAT_FORMATS), "rtx-ampere"),
     "compute-type": (bf16, "rtx-ampere"),
     "opset-new": (lambda: linear(opset=25), "rtx-ampere"),

@@ -14,7 +14,7 @@ from lines import QUICK, Exported, cli, exported
 from onnx import TensorProto, helper
 
 from qcompress.artifacts import read_json
-from qcompress.targets.contents import contents
+from qcompress.targets.contents import DECODERS, contents
 
 WIDE = Shape(blocks=1, width=256, vocabulary=4096, context=64)
 
@@ -124,6 +124,49 @@ def test_packed_weights_of_onnxruntime_are_known(tmp_path: Path) -> None:
     (weight,) = found_in(graph.model(*ends), tmp_path)["weights"]
     assert (weight["information_bits"], weight["granularity"], weight["input"]) == (4, "block 32", "float")
     assert weight["bytes"] == 64 * 4 * 16 + 1024
+    assert (weight["shape"], weight["stored"], weight["stored_bits"]) == ((128, 64), "uint8", 4)
+
+
+def test_a_float_table_is_known_whatever_looks_it_up_and_by_all_its_readers(tmp_path: Path) -> None:
+    graph = Graph()
+    graph.tensor("table", np.ones((64, 32)))
+    graph.node("Gather", ["table", graph.tensor("places", np.ones((2, 3)), TensorProto.INT64)], "rows")
+    graph.node("MatMul", ["x", "table"], "y")
+    ends = [tensor_value("x", TensorProto.FLOAT, "b", 64)], [tensor_value("y", TensorProto.FLOAT, "b", 32)]
+    (weight,) = found_in(graph.model(*ends), tmp_path)["weights"]
+    assert (weight["name"], weight["readers"], weight["input"]) == ("table", ("Gather", "MatMul"), "float")
+
+
+@pytest.mark.parametrize(("low", "high", "bits"), [(-7, 7, 4), (-127, 127, 8), (-1, 1, math.log2(3))])
+def test_bounds_of_codes_that_the_graph_rounds_are_their_information(
+    tmp_path: Path, low: int, high: int, bits: float
+) -> None:
+    graph = Graph()
+    parameters = [graph.tensor("w.scale", np.float32(0.01)), graph.tensor("w.zero", 0, TensorProto.INT8)]
+    codes = graph.node("QuantizeLinear", [graph.tensor("w", np.ones((128, 64))), *parameters], "q")
+    bounds = [graph.tensor(name, at, TensorProto.INT8) for name, at in (("low", low), ("high", high))]
+    clipped = graph.node("Clip", [codes, *bounds], "clip")
+    graph.node("MatMul", ["x", graph.node("DequantizeLinear", [clipped, *parameters], "dq")], "y")
+    ends = [tensor_value("x", TensorProto.FLOAT, "b", 128)], [tensor_value("y", TensorProto.FLOAT, "b", 64)]
+    (weight,) = found_in(graph.model(*ends), tmp_path)["weights"]
+    assert (weight["stored"], weight["information_bits"]) == ("fp32", bits)
+    assert weight["bytes"] == 128 * 64 * 4 + 5 + 2
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 0), (4, 4)])
+@pytest.mark.parametrize("kind", [TensorProto.INT8, TensorProto.STRING])
+def test_malformed_operators_on_codes_are_survived(tmp_path: Path, shape: tuple[int, ...], kind: int) -> None:
+    graph = Graph()
+    values = [b"a"] * math.prod(shape) if kind == TensorProto.STRING else [1] * math.prod(shape)
+    graph.tensors.append(helper.make_tensor("c", kind, shape, values))
+    graph.tensors.append(helper.make_tensor("w", TensorProto.FLOAT, (2, 2), [1.0] * 4))
+    for op in DECODERS:
+        graph.node(op, ["c"] * 6, op)
+    clipped = graph.node("Clip", [graph.node("QuantizeLinear", ["w", "c"], "q"), "c", "c"], "clip")
+    graph.node("MatMul", ["x", graph.node("DequantizeLinear", [clipped, "c"], "dq")], "y")
+    file = tmp_path / "model.onnx"
+    file.write_bytes(graph.model([tensor_value("x", TensorProto.FLOAT, 2, 2)], []).SerializeToString())
+    assert "w" in {weight["name"] for weight in contents(file)["weights"]}
 
 
 @pytest.mark.parametrize("kind", QUICK, ids=str)

@@ -158,10 +158,20 @@ def test_functions_are_looked_into(tmp_path: Path) -> None:
 
 def test_nodes_of_other_domains_are_not_taken_for_onnx(tmp_path: Path) -> None:
     model = linear()
-    model.graph.node[0].domain = "com.microsoft"
-    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    model.graph.node[0].domain = "ours"
+    model.opset_import.append(helper.make_opsetid("ours", 1))
     nodes = list(read(save(model, tmp_path / "model.onnx")).named("QuantizeLinear"))
     assert nodes == []
+
+
+def test_q_dq_of_onnxruntime_are_taken_for_onnx_and_nothing_else_of_its(tmp_path: Path) -> None:
+    """What TensorRT does is measured in test_interchange.py."""
+    model = linear()
+    for node in model.graph.node:
+        node.domain = "com.microsoft"
+    view = read(save(model, tmp_path / "model.onnx"))
+    found = [node.op_type for node in view.named("QuantizeLinear", "DequantizeLinear", "MatMul")]
+    assert found == ["QuantizeLinear", "DequantizeLinear", "DequantizeLinear"]
 
 
 @pytest.mark.parametrize("op", ["QuantizeLinear", "DequantizeLinear", "MatMul", "Cast", "Constant", "Where"])
