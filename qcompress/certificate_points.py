@@ -14,7 +14,7 @@ from typing import Any
 from onnx import NodeProto
 from safetensors import safe_open
 
-from qcompress.certificate import Graph, certify, input_pair, same, zero_is_zero
+from qcompress.certificate import Graph, certify, same, zero_is_zero
 from qcompress.models.architecture import OPERANDS
 from qcompress.plan import LayerPlan, PointPlan, rounded
 
@@ -44,7 +44,7 @@ def certify_all(
 def _certify_point(graph: Graph, tensors: Any, item: PointPlan, value: str | None) -> dict[str, Any]:
     """Hold what flows into an operation at a point against the folded scale of that point."""
     reasons: list[str] = []
-    pair = input_pair(graph, value or "")
+    pair = _pair(graph, value or "")
     wanted = item.activations is not None
     if value is None and wanted:
         reasons.append("its place in the graph was not found")
@@ -74,11 +74,41 @@ def _values(graph: Graph, points: tuple[PointPlan, ...]) -> dict[str, str]:
     return found
 
 
-def point_inputs(graph: Graph, points: tuple[PointPlan, ...]) -> dict[str, tuple[str, str]]:
-    """Point that rounds -> names of the float value that it rounds and of its codes."""
+def point_inputs(graph: Graph, points: tuple[PointPlan, ...]) -> dict[str, tuple[str, str, bool]]:
+    """Point that rounds -> names of the float value that it rounds and of the codes that its matmul decodes,
+    and whether the last two axes are swapped between the two, as those of a cached key are.
+    """
     values = _values(graph, points)
-    pairs = {item.name: input_pair(graph, values.get(item.name, "")) for item in rounded(points)}
-    return {name: (pair[0].input[0], pair[0].output[0]) for name, pair in pairs.items() if pair}
+    pairs = {item.name: _pair(graph, values.get(item.name, "")) for item in rounded(points)}
+    return {
+        name: (pair[0].input[0], pair[1].input[0], _is_moved(graph, pair[1].input[0]))
+        for name, pair in pairs.items()
+        if pair
+    }
+
+
+def _pair(graph: Graph, value: str) -> tuple[NodeProto, NodeProto] | None:
+    """The QuantizeLinear and DequantizeLinear nodes that a value comes out of; codes in a key-value cache are
+    appended to those of earlier tokens, an input of the graph, and keys are transposed after that.
+    """
+    decoder = graph.producer.get(value)
+    if decoder is None or decoder.op_type != "DequantizeLinear":
+        return None
+    node = graph.producer.get(decoder.input[0])
+    if node is not None and node.op_type == "Transpose":
+        node = graph.producer.get(node.input[0])
+    if node is not None and node.op_type == "Concat":
+        past, new = (
+            [name for name in node.input if name not in graph.producer],
+            graph.producer.get(node.input[-1]),
+        )
+        node = new if len(past) == 1 and past[0] not in graph.initializers else None
+    return (node, decoder) if node is not None and node.op_type == "QuantizeLinear" else None
+
+
+def _is_moved(graph: Graph, codes: str) -> bool:
+    node = graph.producer.get(codes)
+    return node is not None and node.op_type == "Transpose"
 
 
 def _attention_operands(graph: Graph) -> list[str]:

@@ -117,6 +117,7 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
     _sites(recipe, document, architecture)
     _new_head(recipe, document, architecture)
     _points(recipe, document, points)
+    _cache(recipe, document)
     return Report(architecture, plan, counts, points)
 
 
@@ -266,10 +267,10 @@ def _new_head(recipe: Recipe, document: Document, architecture: Architecture) ->
 
 def _points(recipe: Recipe, document: Document, points: tuple[PointPlan, ...]) -> None:
     """Report rounding that the family has no points for, and formats that no point can have."""
-    for kind in ("attention", "residual"):
-        key: Key = ("format", kind)
+    for word, kind in (("attention", "attention"), ("cache", "attention"), ("residual", "residual")):
+        key: Key = ("format", word)
         none = not any(item.point.kind == kind for item in points)
-        if none and getattr(recipe.format, kind) is not None and document.sound(key):
+        if none and getattr(recipe.format, word) is not None and document.sound(key):
             message = f"a {recipe.model.family} model has no points of this kind"
             document.report(key, message, "drop the line, or write float")
     wrong: dict[Key, PointPlan] = {}
@@ -283,12 +284,25 @@ def _points(recipe: Recipe, document: Document, points: tuple[PointPlan, ...]) -
             document.report(key, message, "write int8, or float")
 
 
+def _cache(recipe: Recipe, document: Document) -> None:
+    """Report a cache of a family that generates nothing."""
+    key: Key = ("export", "cache")
+    if (
+        recipe.export.cache
+        and not hasattr(FAMILIES[recipe.model.family], "cache_layout")
+        and document.sound(key)
+    ):
+        message = f"a {recipe.model.family} model continues no text and has no key-value cache"
+        document.report(key, message, "drop the line")
+
+
 def _point_origin(recipe: Recipe, item: PointPlan) -> Key:
     """The key that decides about a point."""
     for pattern, exception in reversed(recipe.format.layers.items()):
         if exception.activations == item.activations and matches(pattern, item.name):
             return ("format", "layers", pattern)
-    return ("format", item.point.kind)
+    cached = item.point.kind == "attention" and recipe.format.attention is None
+    return ("format", "cache" if cached else item.point.kind)
 
 
 def _attentions(recipe: Recipe, document: Document, architecture: Architecture) -> None:

@@ -120,7 +120,7 @@ ACTIVATION_WORDS: dict[str, ActivationFormat | None] = {
     "int8": ActivationFormat(bits=8),
     "int4": ActivationFormat(bits=4),
 }
-"""Short forms of `format.activations`, `format.attention` and `format.residual`."""
+"""Short forms of `format.activations`, `format.attention`, `format.cache` and `format.residual`."""
 
 FORMAT_PRESETS: dict[str, dict[str, Any]] = {
     "float": {"weights": "float", "activations": "float", "embeddings": "float"},
@@ -147,7 +147,7 @@ def as_mapping(key: str, value: object) -> object:
     >>> as_mapping("weights", "int4")
     {'bits': 4, 'ternary': False, 'granularity': 'channel', 'block': 128, 'container': None}
     """
-    rounded = ("activations", "attention", "residual")
+    rounded = ("activations", "attention", "cache", "residual")
     words: dict[str, Any] = ACTIVATION_WORDS if key in rounded else WEIGHT_WORDS
     form = words.get(value) if isinstance(value, str) else None
     return value if form is None else form.model_dump()

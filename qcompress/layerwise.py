@@ -38,7 +38,7 @@ from qcompress.plan import plans_from_json, points_from_json
 from qcompress.prepare import assemble, rebuild, replace_module
 from qcompress.progress import Reporter
 from qcompress.quant.folded import Rounding
-from qcompress.runners import complete, open_session
+from qcompress.runners import complete, empty_past, open_session
 from qcompress.schema import Recipe
 from qcompress.stages.verify import Artifacts, evaluation_samples
 from qcompress.tasks import TASKS
@@ -162,7 +162,8 @@ def follow(
     """
     facts = read_json(folded.path / "folded.json")
     graph = Graph.read(onnx.file)
-    values = matmul_inputs(graph, plans_from_json(facts["plan"]))
+    layers = matmul_inputs(graph, plans_from_json(facts["plan"]))
+    values = {name: (*pair, False) for name, pair in layers.items()}
     values |= point_inputs(graph, points_from_json(facts.get("points", [])))
     places = {name: Place(name, limit) for name in values}
     run_held = _held(assemble(folded), places, facts["family"])
@@ -258,10 +259,10 @@ def _torch_inputs(model: nn.Module, names: list[str], family: str) -> Callable[[
 
 @contextmanager
 def _onnx_values(
-    model: OnnxModel, values: dict[str, tuple[str, str | None]], family: str
+    model: OnnxModel, values: dict[str, tuple[str, str | None, bool]], family: str
 ) -> Iterator[Callable[[Inputs], tuple[Inputs, Inputs]]]:
     """A function from the inputs of one sample to the floats and the codes at each place of the graph."""
-    wanted = list(dict.fromkeys(name for pair in values.values() for name in pair if name))
+    wanted = list(dict.fromkeys(name for found in values.values() for name in found[:2] if name))
     # beside the graph, because external data is looked for there
     with tempfile.NamedTemporaryFile(dir=model.file.parent, prefix=".layers-", suffix=".onnx") as file:
         file.write(with_outputs(model.file, wanted))
@@ -270,9 +271,13 @@ def _onnx_values(
 
         def run(inputs: Inputs) -> tuple[Inputs, Inputs]:
             feed = {name: tensor.numpy() for name, tensor in complete(family, inputs).items()}
+            feed |= empty_past(session, len(inputs["input_ids"]))
             found = dict(zip(wanted, session.run(wanted, feed), strict=True))
-            floats = {place: found[name].astype(np.float32) for place, (name, _) in values.items()}
-            codes = {place: found[code].astype(np.int16) for place, (_, code) in values.items() if code}
+            floats = {
+                place: (found[name].swapaxes(-1, -2) if moved else found[name]).astype(np.float32)
+                for place, (name, _, moved) in values.items()
+            }
+            codes = {place: found[code].astype(np.int16) for place, (_, code, _) in values.items() if code}
             return floats, codes
 
         yield run

@@ -46,6 +46,10 @@ class PointPlan:
         return self.point.name
 
 
+CACHED = ("key_point", "value_point")
+"""Ends of the names of points whose tensors a key-value cache stores."""
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether a glob matches a layer's whole name.
 
@@ -89,10 +93,11 @@ def plan_points(recipe: Recipe, architecture: Architecture) -> tuple[PointPlan, 
     an exception only the activations count. A pattern rounds a point that is float only if it ends in
     `point`: `transformer.h.0.*: {activations: int8}` is about the layers of a block.
     """
-    formats = {"attention": recipe.format.attention, "residual": recipe.format.residual}
     plans = []
     for point in architecture.points:
-        form = formats[point.kind]
+        form = recipe.format.attention if point.kind == "attention" else recipe.format.residual
+        if point.name.endswith(CACHED):
+            form = form or recipe.format.cache
         for pattern, exception in recipe.format.layers.items():
             meant = exception.activations != "inherit" and (form or pattern.endswith("point"))
             if meant and matches(pattern, point.name):

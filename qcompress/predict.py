@@ -1,6 +1,6 @@
 """One answer from the newest artifact of a run, on ONNX Runtime: the continuation of a text, or its labels.
 
-A continuation is greedy; without a key-value cache the whole prefix runs again for every token.
+A continuation is greedy.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qcompress.errors import UsageError
+from qcompress.generate import Generator
 from qcompress.models import FAMILIES, load_tokenizer
 from qcompress.models.architecture import read_config
 from qcompress.runners import OnnxRunner
@@ -102,12 +103,6 @@ def continue_text(run: LoadedRun, text: str, tokens: int) -> str:
             f"{len(ids)} tokens of text and {tokens} more exceed the context of {context}",
             fix="shorten the text or lower --tokens",
         )
-    runner = OnnxRunner(
-        run.path / "model.onnx", run.recipe.model.family, run.parity["threads"], optimized=True
-    )
-    for _ in range(tokens):
-        array = np.array([ids], np.int64)
-        ids.append(int(runner({"input_ids": array})[0, -1].argmax()))
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    generator = Generator(run.path / "model.onnx", run.recipe.model.family, run.parity["threads"])
+    (new,) = generator([ids], tokens, tokenizer.eos_token_id)
+    return tokenizer.decode(ids + new, skip_special_tokens=True)

@@ -28,7 +28,16 @@ TASK_LOSS_PHASES = ("finetune", "intervention")
 
 FORMATS: tuple[Key, ...] = tuple(
     ("format", key)
-    for key in ("preset", "weights", "activations", "embeddings", "attention", "residual", "layers")
+    for key in (
+        "preset",
+        "weights",
+        "activations",
+        "embeddings",
+        "attention",
+        "cache",
+        "residual",
+        "layers",
+    )  # fmt: skip
 )
 """Keys that decide what is quantized."""
 
@@ -71,7 +80,7 @@ def quantizes(form: Format) -> bool:
 def quantizes_activations(form: Format) -> bool:
     """Whether a format makes the input of any layer, or any point, an integer."""
     exceptions = [exception.activations for exception in form.layers.values()]
-    own = [form.activations, form.attention, form.residual]
+    own = [form.activations, form.attention, form.cache, form.residual]
     return any(value not in (None, "inherit") for value in [*own, *exceptions])
 
 
@@ -233,25 +242,30 @@ def _rows(recipe: Recipe, document: Document) -> None:
 
 def _export(recipe: Recipe, document: Document) -> None:
     export = recipe.export
-    if export.cache and document.sound(("export", "cache")):
-        message = "the key-value cache is not implemented in this version"
-        document.report(("export", "cache"), message, "write `cache: false`, or drop the line")
-    if "past" in export.dynamic and document.sound(("export", "cache"), ("export", "dynamic")):
+    if not document.sound(("export", "cache"), ("export", "dynamic")):
+        return
+    if not export.cache and "past" in export.dynamic:
         key: Key = ("export", "dynamic", export.dynamic.index("past"))
         document.report(key, "without a key-value cache there is no axis `past`", "drop `past`")
+    lacking = [axis for axis in ("sequence", "past") if axis not in export.dynamic]
+    if export.cache and lacking:
+        message = f"a prompt and its continuation have other lengths, and {' and '.join(lacking)} is fixed"
+        document.report(("export", "dynamic"), message, "drop the line, or add the axis")
 
 
 def judge_profiles(recipe: Recipe, document: Document, limit: int, reason: str) -> None:
     """Report the profiles of more tokens than `limit`, the default one among them. The cpu uses none."""
     if recipe.build.target == "cpu" or not document.sound(("build", "target")):
         return
+    cached = recipe.export.cache and "past" in recipe.export.dynamic
+    axes = {"sequence": limit} | ({"past": limit - 1} if cached else {})
     for index, profile in enumerate(recipe.build.profiles):
-        key: Key = ("build", "profiles", index, "sequence")
-        longest = profile.sequence[2]
-        if longest > limit and document.sound(key):
-            low, opt = min(profile.sequence[0], limit), min(profile.sequence[1], limit)
-            fix = f"write `sequence: [{low}, {opt}, {limit}]`"
-            document.report(key, f"goes to {longest} tokens, and {reason}", fix)
+        for axis, most in axes.items():
+            key: Key = ("build", "profiles", index, axis)
+            low, opt, longest = profile.ranges[axis]
+            if longest > most and document.sound(key):
+                fix = f"write `{axis}: [{min(low, most)}, {min(opt, most)}, {most}]`"
+                document.report(key, f"goes to {longest} tokens, and {reason}", fix)
 
 
 # Files --------------------------------------------------------------------------------------------

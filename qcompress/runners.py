@@ -17,6 +17,7 @@ from torch import nn
 from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
 from qcompress.errors import ContractError
 from qcompress.models import FAMILIES
+from qcompress.models.architecture import PAST
 from qcompress.options import Dynamic, Lsq, MinMax
 from qcompress.plan import rounded
 from qcompress.prepare import assemble, rebuild, replace_module
@@ -67,7 +68,20 @@ class OnnxRunner:
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         feed = {name: tensor.numpy() for name, tensor in complete(self.family, inputs).items()}
+        feed |= empty_past(self.session, len(inputs["input_ids"]))
         return self.session.run(["logits"], feed)[0].astype(np.float32)
+
+
+ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+
+
+def empty_past(session: onnxruntime.InferenceSession, rows: int) -> dict[str, np.ndarray]:
+    """Keys and values of no tokens, as a graph with a key-value cache wants them: [rows, heads, 0, width]."""
+    return {
+        item.name: np.zeros((rows, item.shape[1], 0, item.shape[3]), ELEMENTS[item.type])
+        for item in session.get_inputs()
+        if item.name.startswith(PAST)
+    }
 
 
 def float_runner(model: FloatModel, device: torch.device) -> TorchRunner:
@@ -122,6 +136,8 @@ def folded_runner(folded: FoldedModel, device: torch.device, integer: bool = Fal
     return TorchRunner(assemble(folded, integer=integer), family, device)
 
 
-def complete(family: str, inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """The inputs of the family's graph, as tensors."""
-    return FAMILIES[family].graph_inputs(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+def complete(family: str, inputs: dict[str, np.ndarray], past: int = 0) -> dict[str, torch.Tensor]:
+    """The inputs of the family's graph, as tensors; `past` tokens are in the key-value cache."""
+    more = {"past": past} if past else {}
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    return FAMILIES[family].graph_inputs(**tensors, **more)

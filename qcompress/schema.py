@@ -129,6 +129,8 @@ class Format(Options):
     """Embedding tables, and an output head tied to one."""
     attention: Activations = None
     """Operands of both matmuls of an attention (query, key, probabilities, value): int8, float."""
+    cache: Activations = None
+    """Keys and values alone, which is what a key-value cache stores: int8, float."""
     residual: Activations = None
     """Both inputs of each residual addition: int8, float."""
     compute: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -151,15 +153,15 @@ class Format(Options):
             **{key: over_preset(key, preset[key], value.get(key, preset[key])) for key in preset},
         }
 
-    @field_serializer("weights", "activations", "embeddings", "attention", "residual")
+    @field_serializer("weights", "activations", "embeddings", "attention", "cache", "residual")
     def _spell_float(self, value: Options | None) -> object:
         return _spelled(value)
 
     @property
     def is_float(self) -> bool:
         """Nothing is quantized anywhere."""
-        own = (self.weights, self.activations, self.embeddings, self.attention, self.residual, self.layers)
-        return not any(own)
+        own = (self.weights, self.activations, self.embeddings, self.attention, self.cache, self.residual)
+        return not any((*own, self.layers))
 
 
 class PhaseOptions(Options):
@@ -214,9 +216,18 @@ class Export(Options):
     opset: int = Field(default=21, ge=21, le=25)
     """ONNX opset; int4 needs 21."""
     cache: bool = False
-    """Write the key-value cache into the graph."""
+    """Keys and values of earlier tokens as inputs, those of all tokens as outputs: one graph for prompt and
+    continuation. They are int8 codes where the format rounds them (`format.cache`, `format.attention`).
+    """
     dynamic: list[Literal["batch", "sequence", "past"]] = ["batch", "sequence"]
-    """Axes that stay symbolic."""
+    """Axes that stay symbolic; with a cache all three, unless written otherwise."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _past_with_cache(cls, value: object) -> object:
+        if isinstance(value, dict) and value.get("cache") is True:
+            return {"dynamic": ["batch", "sequence", "past"], **value}
+        return value
 
 
 class Profile(Options):
@@ -224,14 +235,23 @@ class Profile(Options):
 
     batch: list[int] = Field(default=[1, 1, 8], min_length=3, max_length=3)
     sequence: list[int] = Field(default=[1, 128, 256], min_length=3, max_length=3)
+    past: list[int] = Field(default=[0, 128, 255], min_length=3, max_length=3)
+    """Tokens in the key-value cache, for a graph that has one; 0 before the first prompt."""
+    axes: dict[str, Annotated[list[int], Field(min_length=3, max_length=3)]] = {}
+    """Axes of other names, of graphs made elsewhere."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Profile:
-        for name in ("batch", "sequence"):
-            low, opt, high = getattr(self, name)
-            if not 1 <= low <= opt <= high:
-                raise ValueError(f"{name} must be 1 <= min <= opt <= max, found {[low, opt, high]}")
+        for name, (low, opt, high) in self.ranges.items():
+            least = 0 if name == "past" else 1
+            if not least <= low <= opt <= high:
+                raise ValueError(f"{name} must be {least} <= min <= opt <= max, found {[low, opt, high]}")
         return self
+
+    @property
+    def ranges(self) -> dict[str, list[int]]:
+        """[min, opt, max] by the name of the axis."""
+        return {"batch": self.batch, "sequence": self.sequence, "past": self.past, **self.axes}
 
 
 class Build(Options):

@@ -36,6 +36,7 @@ WORDS: tuple[tuple[Key, list[str], tuple[type, ...]], ...] = (
     (("format", "embeddings"), list(WEIGHT_WORDS), (str, dict)),
     (("format", "activations"), list(ACTIVATION_WORDS), (str, dict)),
     (("format", "attention"), list(ACTIVATION_WORDS), (str, dict)),
+    (("format", "cache"), list(ACTIVATION_WORDS), (str, dict)),
     (("format", "residual"), list(ACTIVATION_WORDS), (str, dict)),
     (("format", "layers", "*"), _LAYER_WORDS, (str, dict)),
     (("format", "layers", "*", "weights"), [*WEIGHT_WORDS, "inherit"], (str, dict)),

@@ -58,13 +58,13 @@ ONE_MISTAKE = {
         ),
         r":28: verify\.require\[0\]: requires the row `engine`",
     ),
-    "a cache": (
-        ("{opset: 21,", "{cache: true,"),
-        r":26: export\.cache: the key-value cache is not implemented",
+    "a cache of fixed lengths": (
+        ("{opset: 21, dynamic: [batch,", "{cache: true, dynamic: [batch,"),
+        r":26: export\.dynamic: .*other lengths, and past is fixed",
     ),
-    "a cache with its axis": (
-        ("{opset: 21, dynamic: [batch,", "{cache: true, dynamic: [past,"),
-        r":26: export\.cache: ",
+    "a past that is too long": (
+        ("{opset: 21, dynamic: [batch, sequence]}", "{opset: 21, cache: true}"),
+        r":27: build\.profiles\[0\]\.past: goes to 255.*\[0, 63, 63\]",
     ),
     "an axis without its cache": (
         ("[batch, sequence]", "[batch, past]"),

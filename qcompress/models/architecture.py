@@ -17,6 +17,9 @@ from qcompress.errors import ModelError
 
 CHUNK = 2**24
 
+PAST, PRESENT = "past_key_values.", "present."
+"""How the names of a cached graph's inputs and outputs begin."""
+
 OPERANDS = ("query_point", "key_point", "probability_point", "value_point")
 """Points of an attention module: the four operands of its two matmuls, in the order of their use."""
 
@@ -81,6 +84,30 @@ class Point:
     """attention: an operand of one of the two matmuls; residual: an input of a residual addition."""
     features: int
     """Values of one token: the model's width (for probabilities as well, whose number is the sequence's)."""
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What a key-value cache holds: keys and values of each attention, [batch, heads, tokens, width]."""
+
+    attentions: tuple[str, ...]
+    """Attention modules, in the order of the forward pass; their points are `key_point`, `value_point`."""
+    heads: int
+    width: int
+
+    @property
+    def past(self) -> tuple[str, ...]:
+        """Names of the graph's inputs, keys and values of each attention one after another."""
+        return self._names(PAST)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Names of its outputs, in the same order."""
+        return self._names(PRESENT)
+
+    def _names(self, word: str) -> tuple[str, ...]:
+        places = range(len(self.attentions))
+        return tuple(f"{word}{place}.{part}" for place in places for part in ("key", "value"))
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def attend(
         scores = scores + attention_mask
     if probe is not None:
         probe.scores(scores)
-    probabilities = F.softmax(scores, dim=-1).to(value.dtype)
+    probabilities = F.softmax(scores, dim=-1).to(query.dtype)
     if probe is not None:
         probabilities = probe.probabilities(probabilities)
     dropped = F.dropout(probabilities, p=dropout, training=module.training)

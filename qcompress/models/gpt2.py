@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import ModelError
-from qcompress.models.architecture import CAUSAL_LM, OPERANDS, Architecture, Head, Layer, Point, Site
+from qcompress.models.architecture import (
+    CAUSAL_LM,
+    OPERANDS,
+    Architecture,
+    CacheLayout,
+    Head,
+    Layer,
+    Point,
+    Site,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -130,6 +139,14 @@ LINEAR_AXIS = 1
 CAUSAL = True
 """A token sees only those before it."""
 
+
+def cache_layout(config: dict[str, Any]) -> CacheLayout:
+    """What a key-value cache of this checkpoint holds."""
+    heads = config.get("n_head", 12)  # transformers' default
+    attentions = tuple(f"transformer.h.{index}.attn" for index in range(config["n_layer"]))
+    return CacheLayout(attentions, heads, config["n_embd"] // heads)
+
+
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 """Inputs of the exported graph, each int64 [batch, sequence]. GPT-2 without a mask would export the detection
 of packed sequences instead."""
@@ -195,9 +212,11 @@ def install_points(model: GPT2LMHeadModel, points: Mapping[str, nn.Module]) -> N
         setattr(model.get_submodule(place), child, module)
 
 
-def graph_inputs(input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Inputs of the exported graph for token ids [batch, sequence]; padding has mask 0."""
-    import torch
-
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+def graph_inputs(input_ids: Tensor, attention_mask: Tensor | None = None, past: int = 0) -> dict[str, Tensor]:
+    """Inputs of the exported graph for token ids [batch, sequence] that follow `past` cached ones; the mask
+    [batch, past + sequence] is 0 at padding.
+    """
+    rows, length = input_ids.shape
+    mask = input_ids.new_ones(rows, past + length) if attention_mask is None else attention_mask
+    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, past:]
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}

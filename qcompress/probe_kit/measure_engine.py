@@ -28,6 +28,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 FORMAT = 1
+PAST = "past_key_values."
 
 
 class CudaError(RuntimeError):
@@ -85,6 +86,11 @@ class Cuda:
         self._check(self.library.cudaDeviceSynchronize(), "cudaDeviceSynchronize")
 
 
+def no_past(rows, shape):
+    """Keys or values of no tokens, for a graph with a key-value cache; shape [batch, heads, past, width]."""
+    return np.zeros((rows, shape[1], 0, shape[3]), np.float32)
+
+
 class TensorRTRunner:
     """A plan: dict of arrays -> logits."""
 
@@ -103,11 +109,20 @@ class TensorRTRunner:
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         is_input = self.trt.TensorIOMode.INPUT
         self.inputs = [name for name in names if self.engine.get_tensor_mode(name) == is_input]
-        self.output = next(name for name in names if name not in self.inputs)
+        outputs = [name for name in names if name not in self.inputs]
+        self.output = "logits" if "logits" in outputs else outputs[0]
+        self.ignored = [name for name in outputs if name != self.output]
+        self.past = [name for name in self.inputs if name.startswith(PAST)]
         self.profiles = []
         for index in range(self.engine.num_optimization_profiles):
-            low, _, high = self.engine.get_tensor_profile_shape(self.inputs[0], index)
+            low, _, high = self.engine.get_tensor_profile_shape(self.tokens(), index)
+            if self.past and self.engine.get_tensor_profile_shape(self.past[0], index)[0][2]:
+                high = [0] * len(high)  # only for what follows a prompt
             self.profiles.append((tuple(low), tuple(high)))
+
+    def tokens(self):
+        """The input whose shape chooses a profile."""
+        return "input_ids" if "input_ids" in self.inputs else self.inputs[0]
 
     def version(self):
         """Backend and version."""
@@ -127,24 +142,32 @@ class TensorRTRunner:
                 return
         raise RuntimeError(f"no profile of this engine accepts the shape {tuple(shape)}")
 
+    def element(self, name):
+        """numpy's type of an input or output."""
+        return np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
+
     def __call__(self, feed):
-        self.select(feed[self.inputs[0]].shape)
+        rows = len(feed[self.tokens()])
+        feed = {**feed, **{name: no_past(rows, self.engine.get_tensor_shape(name)) for name in self.past}}
+        self.select(feed[self.tokens()].shape)
         pointers = []
+
+        def place(name, array):
+            pointer = self.cuda.allocate(max(array.nbytes, 1))  # an address also for nothing
+            pointers.append(pointer)
+            self.context.set_tensor_address(name, pointer.value)
+            return pointer
+
         try:
             for name in self.inputs:
-                dtype = np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
-                array = np.ascontiguousarray(feed[name], dtype=dtype)
+                array = np.ascontiguousarray(feed[name], dtype=self.element(name))
                 if not self.context.set_input_shape(name, array.shape):
                     raise RuntimeError(f"{name}: the engine does not accept the shape {array.shape}")
-                pointer = self.cuda.allocate(array.nbytes)
-                pointers.append(pointer)
-                self.cuda.upload(pointer, array)
-                self.context.set_tensor_address(name, pointer.value)
-            dtype = np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(self.output)))
-            logits = np.empty(tuple(self.context.get_tensor_shape(self.output)), dtype)
-            pointer = self.cuda.allocate(logits.nbytes)
-            pointers.append(pointer)
-            self.context.set_tensor_address(self.output, pointer.value)
+                self.cuda.upload(place(name, array), array)
+            for name in self.ignored:
+                place(name, np.empty(tuple(self.context.get_tensor_shape(name)), self.element(name)))
+            logits = np.empty(tuple(self.context.get_tensor_shape(self.output)), self.element(self.output))
+            pointer = place(self.output, logits)
             if not self.context.execute_async_v3(0):
                 raise RuntimeError("the engine refused to run")
             self.cuda.synchronize()
@@ -174,6 +197,11 @@ class OnnxRunner:
 
     def __call__(self, feed):
         arrays = {name: array.astype(np.int64) for name, array in feed.items()}
+        rows = len(next(iter(arrays.values())))
+        elements = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+        for item in self.session.get_inputs():
+            if item.name.startswith(PAST):
+                arrays[item.name] = no_past(rows, item.shape).astype(elements[item.type])
         return self.session.run(None, arrays)[0].astype(np.float32)
 
 

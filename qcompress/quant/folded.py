@@ -30,8 +30,7 @@ class Rounding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():
-            q = _node("QuantizeLinear", (x, self.scale, self.zero), torch.int8, x.shape)
-            return _node("DequantizeLinear", (q, self.scale, self.zero), x.dtype, x.shape)
+            return self.decoded(self.coded(x))
         # division in fp32 also for fp16 tensors: that is how ONNX Runtime's kernel divides
         q = torch.div(x.float(), self.scale.float()).round_().clamp_(*INT8)
         return q.to(x.dtype) * self.scale
@@ -39,6 +38,18 @@ class Rounding(nn.Module):
     def codes(self, x: Tensor) -> Tensor:
         """The integers of x, int8."""
         return to_codes(x, self.scale, INT8)
+
+    def coded(self, x: Tensor) -> Tensor:
+        """The same; while exporting, the first of the two nodes."""
+        if not torch.onnx.is_in_onnx_export():
+            return self.codes(x)
+        return _node("QuantizeLinear", (x, self.scale, self.zero), torch.int8, x.shape)
+
+    def decoded(self, codes: Tensor) -> Tensor:
+        """What codes stand for, in the type of the scale; while exporting, the second of the two nodes."""
+        if not torch.onnx.is_in_onnx_export():
+            return codes.to(self.scale.dtype) * self.scale
+        return _node("DequantizeLinear", (codes, self.scale, self.zero), self.scale.dtype, codes.shape)
 
 
 class FoldedWeight(nn.Module):

@@ -15,7 +15,7 @@ from qcompress.artifacts import Engine, OnnxModel, sha256_file, write_json
 from qcompress.errors import ExportError, MachineError
 from qcompress.schema import Build, Profile
 from qcompress.targets.device import compute_capability
-from qcompress.targets.graph import View, read
+from qcompress.targets.graph import View, dimensions, read
 from qcompress.targets.process import Progress, run_builder
 from qcompress.targets.profiles import profile_shapes
 from qcompress.targets.sizes import check_plan, limit_bytes, predicted_bytes
@@ -57,7 +57,8 @@ def device_command(file: Path, options: Build) -> str:
     """What to run on the device, where the ONNX file and its data lie in the current folder."""
     words = ["qcompress", "build", file.name, "--target", options.target, "--out", "engine"]
     if options.profiles != [Profile()]:
-        words += ["--profiles", json.dumps([profile.model_dump() for profile in options.profiles])]
+        values = [profile.model_dump(exclude_defaults=True) for profile in options.profiles]
+        words += ["--profiles", json.dumps(values)]
     return shlex.join(words)
 
 
@@ -65,6 +66,7 @@ def _record(view: View, target: Target, options: Build) -> dict[str, Any]:
     """build.json, as far as it is known beforehand."""
     predicted = predicted_bytes(view)
     files = [view.file, *view.data_files]
+    axes = {size for value in view.inputs for size in dimensions(value) or () if isinstance(size, str)}
     return {
         "status": None,
         "reason": None,
@@ -80,7 +82,10 @@ def _record(view: View, target: Target, options: Build) -> dict[str, Any]:
         },
         "predicted_bytes": predicted,
         "limit_bytes": limit_bytes(predicted),
-        "profiles": [profile.model_dump() for profile in options.profiles] if target.backend else [],
+        "profiles": [
+            {name: sizes for name, sizes in profile.ranges.items() if name in axes}
+            for profile in (options.profiles if target.backend else ())
+        ],
         "inputs": {},
         "outputs": {},
         "messages": [],

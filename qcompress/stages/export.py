@@ -14,6 +14,8 @@ import shutil
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +28,7 @@ from qcompress.artifacts import FoldedModel, read_json, write_json
 from qcompress.certificate_points import certify_all
 from qcompress.errors import ExportError
 from qcompress.models import FAMILIES
+from qcompress.models.architecture import read_config
 from qcompress.plan import LayerPlan, plans_from_json, points_from_json
 from qcompress.prepare import assemble
 from qcompress.schema import Export
@@ -103,11 +106,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
 
 
 def _trace(folded: FoldedModel, family: str, dtype: torch.dtype, options: Export) -> torch.onnx.ONNXProgram:
-    model = _Logits(assemble(folded, dtype))
-    # sizes that nothing else in a model has, so that no axis is taken for a constant
-    example = FAMILIES[family].graph_inputs(torch.ones(2, 5, dtype=torch.int64))
-    axes = {0: "batch", 1: "sequence"}
-    dynamic = {index: name for index, name in axes.items() if name in options.dynamic}
+    model, arguments, shapes, inputs, outputs = _signature(folded, FAMILIES[family], dtype, options)
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns that torchvision, which is not needed, is not installed
@@ -119,17 +118,47 @@ def _trace(folded: FoldedModel, family: str, dtype: torch.dtype, options: Export
         try:
             return torch.onnx.export(
                 model,
-                kwargs={"inputs": example},
+                kwargs=arguments,
                 dynamo=True,
                 opset_version=options.opset,
-                dynamic_shapes={"inputs": {name: dynamic for name in example}},
-                input_names=list(example),
-                output_names=["logits"],
+                dynamic_shapes=shapes,
+                input_names=inputs,
+                output_names=outputs,
                 optimize=True,
                 verbose=False,
             )
         finally:
             log.setLevel(level)
+
+
+def _signature(
+    folded: FoldedModel, family: ModuleType, dtype: torch.dtype, options: Export
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any], list[str], list[str]]:
+    """The model as a function of tensors, an example of its arguments, their symbolic axes, and the names of
+    its inputs and outputs.
+    """
+
+    def axes(names: dict[int, str]) -> dict[int, str]:
+        return {index: name for index, name in names.items() if name in (*options.dynamic, "total")}
+
+    model = assemble(folded, dtype)
+    # sizes that nothing else in a model has, so that no axis is taken for a constant
+    rows, tokens, past = 2, 5, 7
+    ids = torch.ones(rows, tokens, dtype=torch.int64)
+    if not options.cache:
+        example = family.graph_inputs(ids)
+        shapes = {name: axes({0: "batch", 1: "sequence"}) for name in example}
+        return _Logits(model), {"inputs": example}, {"inputs": shapes}, list(example), ["logits"]
+    from qcompress.models.cache import Cached
+
+    layout = family.cache_layout(read_config(folded.path))
+    cached = Cached(model, layout)
+    example = family.graph_inputs(ids, past=past)
+    shapes = {name: axes({0: "batch", 1: "sequence"}) for name in example}
+    shapes["attention_mask"] = axes({0: "batch", 1: "total"})
+    arguments = {"inputs": example, "past": cached.empty(rows, past, dtype)}
+    dynamic = {"inputs": shapes, "past": [axes({0: "batch", 2: "past"})] * len(layout.past)}
+    return cached, arguments, dynamic, [*example, *layout.past], ["logits", *layout.present]
 
 
 def _name(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:

@@ -15,6 +15,9 @@ from qcompress.targets.graph import DEQUANTIZE, View, dimensions, operand
 Shapes = dict[str, list[list[int]]]
 """Input name -> [min, opt, max] shape."""
 
+TOTAL = "total"
+"""Axis of the attention mask of a graph with a key-value cache: `past` and `sequence` together."""
+
 POSITIONS = "position_ids"
 """The input that looks up the table of positions."""
 
@@ -30,7 +33,7 @@ def profile_shapes(view: View, profiles: Sequence[Profile]) -> list[Shapes]:
         if shape is None or None in shape:
             raise UsageError(
                 f"{view.file}: input {name!r} has a dimension without a name or a size",
-                fix=f"export with dynamic axes named {' and '.join(Profile.model_fields)}",
+                fix="export with dynamic axes that have names, such as batch and sequence",
             )
     if all(isinstance(size, int) for shape in shapes.values() for size in shape):
         return []
@@ -40,27 +43,32 @@ def profile_shapes(view: View, profiles: Sequence[Profile]) -> list[Shapes]:
 
 
 def _triple(view: View, name: str, shape: tuple[int | str, ...], profile: Profile) -> list[list[int]]:
-    ranges = profile.model_dump()
+    ranges = profile.ranges
+    ranges.setdefault(TOTAL, [sum(pair) for pair in zip(profile.sequence, profile.past, strict=True)])
     unknown = [size for size in shape if isinstance(size, str) and size not in ranges]
     if unknown:
         raise UsageError(
             f"{view.file}: input {name!r} has an axis {unknown[0]!r}, and build.profiles gives ranges for "
             f"{', '.join(ranges)}",
-            fix=f"export with axes of these names, or with a fixed {unknown[0]!r}",
+            fix=f"give it one: `axes: {{{unknown[0]}: [min, opt, max]}}`",
         )
     return [[size if isinstance(size, int) else ranges[size][index] for size in shape] for index in range(3)]
 
 
 def _check_context(view: View, profiles: Sequence[Profile]) -> None:
     limit = model_context(view)
+    if limit is None:
+        return
+    cached = any("past" in (dimensions(value) or ()) for value in view.inputs)
     for number, profile in enumerate(profiles):
-        if limit is not None and profile.sequence[2] > limit:
-            low, opt = (min(size, limit) for size in profile.sequence[:2])
-            raise UsageError(
-                f"build.profiles[{number}].sequence goes to {profile.sequence[2]} tokens, and the model has "
-                f"{limit} positions",
-                fix=f"set `sequence: [{low}, {opt}, {limit}]`",
-            )
+        for axis, most in (("sequence", limit), ("past", limit - 1)) if cached else (("sequence", limit),):
+            low, opt, high = profile.ranges[axis]
+            if high > most:
+                raise UsageError(
+                    f"build.profiles[{number}].{axis} goes to {high} tokens, and the model has {limit} "
+                    "positions",
+                    fix=f"set `{axis}: [{min(low, most)}, {min(opt, most)}, {most}]`",
+                )
 
 
 def model_context(view: View) -> int | None:

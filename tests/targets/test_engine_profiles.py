@@ -53,9 +53,37 @@ def test_an_initializer_among_the_inputs_is_none(tmp_path: Path) -> None:
 
 
 def test_an_axis_that_the_profile_does_not_know_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="input 'x' has an axis 'past', .* for batch, sequence") as error:
-        profile_shapes(view(tmp_path, with_axes("batch", "past")), [SHORT])
+    with pytest.raises(UsageError, match="input 'x' has an axis 'frames', .* for batch, sequence") as error:
+        profile_shapes(view(tmp_path, with_axes("batch", "frames")), [SHORT])
     assert error.value.exit_code == 2
+    assert error.value.fix == "give it one: `axes: {frames: [min, opt, max]}`"
+
+
+def test_axes_of_other_names_have_ranges_of_their_own(tmp_path: Path) -> None:
+    profile = Profile(batch=[1, 2, 4], axes={"frames": [8, 16, 32]})
+    shapes = profile_shapes(view(tmp_path, with_axes("batch", "frames", 80)), [profile])
+    assert shapes == [{"x": [[1, 8, 80], [2, 16, 80], [4, 32, 80]]}]
+    with pytest.raises(ValueError, match=r"frames must be 1 <= min <= opt <= max, found \[8, 4, 32\]"):
+        Profile(axes={"frames": [8, 4, 32]})
+
+
+def test_the_whole_is_the_past_and_what_follows(tmp_path: Path) -> None:
+    profile = Profile(batch=[1, 1, 1], sequence=[1, 4, 16], past=[0, 8, 48])
+    model = with_axes("batch", "total")
+    model.graph.input.append(tensor_value("past_key_values.0.key", TensorProto.FLOAT, "batch", 2, "past", 4))
+    (shapes,) = profile_shapes(view(tmp_path, model), [profile])
+    assert shapes["x"] == [[1, 1], [1, 12], [1, 64]]
+    assert shapes["past_key_values.0.key"] == [[1, 2, 0, 4], [1, 2, 8, 4], [1, 2, 48, 4]]
+
+
+def test_a_past_beyond_the_model_is_told_with_the_longest_that_fits(tmp_path: Path) -> None:
+    model = decoder(Shape(context=48))
+    model.graph.input.append(tensor_value("past_key_values.0.key", TensorProto.FLOAT, "batch", 2, "past", 4))
+    graph = view(tmp_path, model)
+    with pytest.raises(UsageError, match="past goes to 48 tokens, and the model has 48 positions") as error:
+        profile_shapes(graph, [Profile(sequence=[1, 8, 48], past=[0, 8, 48])])
+    assert error.value.fix == "set `past: [0, 8, 47]`"
+    assert profile_shapes(graph, [Profile(sequence=[1, 8, 48], past=[0, 8, 47])])
 
 
 @pytest.mark.parametrize("shape", [(None, 4), ("batch", None)])
