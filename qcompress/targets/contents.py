@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
+from qcompress.errors import ExportError
 from qcompress.targets.checks import MATMULS
 from qcompress.targets.graph import (
     DEQUANTIZE,
@@ -85,11 +86,18 @@ def contents(file: Path) -> dict[str, Any]:
     """
     view = read(file)
     size = sum(path.stat().st_size for path in (view.file, *view.data_files))
+    taken = {name: stored_bytes(tensor) for name, tensor in view.constants.items()}
+    for name, needed in taken.items():
+        if needed > size:
+            raise ExportError(
+                f"{file}: tensor {name!r} would take {needed:,} bytes of a file that has {size:,}",
+                fix="copy the file and its data again, or export the model again",
+            )
+    tensors = sum(taken.values())
     counted: set[str] = set()
     weights = [_weight(view, name, nodes, counted, size) for name, nodes in _stored(view).items()]
     rest = {name: tensor for name, tensor in view.constants.items() if name not in counted}
     floats = sum(stored_bytes(tensor) for tensor in rest.values() if tensor.data_type in FLOATS)
-    tensors = sum(stored_bytes(tensor) for tensor in view.constants.values())
     own = sum(weight.bytes for weight in weights)
     counts: dict[str, int] = {}
     for node in view.nodes:

@@ -16,7 +16,7 @@ from qcompress.errors import ExportError
 from qcompress.targets.graph import DEQUANTIZE, QUANTIZE, View, operand, read, result, type_word
 from qcompress.targets.quantizers import code_type
 
-FACTOR = 1.1
+PERCENT = 110
 CONSTANT = 12 * 2**20
 
 BITS = {
@@ -73,7 +73,7 @@ def _uses(view: View, name: str) -> int:
 
 def limit_bytes(predicted: int) -> int:
     """Largest believable engine for so many predicted bytes."""
-    return int(FACTOR * predicted) + CONSTANT
+    return predicted * PERCENT // 100 + CONSTANT
 
 
 def check_plan(plan: Path, predicted: int) -> int:

@@ -169,6 +169,14 @@ def test_malformed_operators_on_codes_are_survived(tmp_path: Path, shape: tuple[
     assert "w" in {weight["name"] for weight in contents(file)["weights"]}
 
 
+def test_tensors_that_the_file_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model = linear()
+    model.graph.initializer[0].dims[:] = [2**62] * 40
+    save(model, tmp_path / "model.onnx")
+    done = cli("inspect", tmp_path / "model.onnx")
+    assert done.code == 5 and "would take" in done.stderr
+
+
 @pytest.mark.parametrize("kind", QUICK, ids=str)
 def test_an_export_of_ours_says_what_sizes_json_says(
     kind: Any, tiny_model: Path, untied_model: Path, text_file: Path

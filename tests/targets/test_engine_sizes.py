@@ -118,3 +118,7 @@ def test_a_plan_may_reach_its_limit_and_no_more(tmp_path: Path, more: int, passe
     else:
         with pytest.raises(ExportError, match="13,736,346 bytes .* predict 1,048,576 .*holds float weights"):
             check_plan(plan, MIB)
+
+
+def test_a_prediction_of_any_size_has_a_limit() -> None:
+    assert limit_bytes(2**2000) > 2**2000
