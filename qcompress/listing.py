@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import qcompress
 from qcompress.axes import AXES, METHODS
 from qcompress.models import FAMILIES
 from qcompress.schema import Task
-from qcompress.targets.table import TARGETS
+from qcompress.targets.device import lacks
+from qcompress.targets.table import TARGETS, Target
 from qcompress.wording import sections_of
 
 
@@ -44,7 +46,20 @@ def _tasks() -> list[tuple[str, str]]:
 
 
 def _targets() -> list[tuple[str, str]]:
-    return [(name, target.note) for name, target in TARGETS.items()]
+    """What each device is, and whether this machine builds for it or which command does on one that can."""
+    return [(name, f"{target.note} {_builder(target)}") for name, target in TARGETS.items()]
+
+
+def _builder(target: Target) -> str:
+    if target.backend is None:
+        return "There is nothing to build."
+    types = [*target.compute, *(f"int{bits}" for bits in target.weight_bits)]
+    about = f"SM{target.sm}, {', '.join(types)}; {target.requirement}"
+    if lacks(target):
+        command = f"qcompress build model.onnx --target {target.name} --out engine"
+        return f"{about}; on the device: {command}"
+    missing = find_spec(target.backend) is None
+    return f"{about}; " + (f"here, after pip install {target.backend}" if missing else "builds here")
 
 
 def _recipes() -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ from qcompress.errors import ExportError, MachineError, UsageError
 from qcompress.schema import Build, Profile
 from qcompress.stages import build as stage
 from qcompress.stages.build import build, build_file, device_command
-from qcompress.targets import process
+from qcompress.targets import device, process
 from qcompress.targets.sizes import check_plan, limit_bytes, predicted_bytes
 from qcompress.targets.table import TARGETS
 
@@ -199,7 +199,7 @@ def test_a_build_that_must_not_happen_here_is_deferred(model: OnnxModel, out: Pa
 def test_an_engine_of_tensorrt_is_deferred_to_its_device(
     model: OnnxModel, out: Path, monkeypatch: pytest.MonkeyPatch, gpu: int | None, words: str
 ) -> None:
-    monkeypatch.setattr(stage, "compute_capability", lambda: gpu)
+    monkeypatch.setattr(device, "compute_capability", lambda: gpu)
     found = record(build(model, options("h100"), out))
     assert found["status"] == "deferred"
     assert "SM90" in found["reason"]
@@ -218,7 +218,7 @@ def test_the_command_says_what_the_recipe_said() -> None:
 def test_a_device_that_has_the_gpu_but_no_tensorrt_is_told_what_to_install(
     model: OnnxModel, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(stage, "compute_capability", lambda: 90)
+    monkeypatch.setattr(device, "compute_capability", lambda: 90)
     fake(
         monkeypatch,
         tmp_path,
@@ -234,7 +234,7 @@ def test_a_device_that_has_the_gpu_but_no_tensorrt_is_told_what_to_install(
 def test_another_version_of_tensorrt_is_as_good_as_none(
     model: OnnxModel, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(stage, "compute_capability", lambda: 110)
+    monkeypatch.setattr(device, "compute_capability", lambda: 110)
     fake(monkeypatch, tmp_path, "tensorrt", "__version__ = '11.4.0.106'")
     found = record(build(model, options("thor"), out))
     assert found["status"] == "deferred"
@@ -245,7 +245,7 @@ def test_another_version_of_tensorrt_is_as_good_as_none(
 def test_a_required_engine_that_cannot_be_built_here_is_an_error(
     model: OnnxModel, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str
 ) -> None:
-    monkeypatch.setattr(stage, "compute_capability", lambda: None)
+    monkeypatch.setattr(device, "compute_capability", lambda: None)
     fake(monkeypatch, tmp_path, "tensorrt_rtx", "raise ImportError('not here')")
     with pytest.raises(MachineError, match="(?s)cannot build for .*qcompress build model.onnx") as error:
         build(model, options(target, here="required"), out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +285,21 @@ def test_list_has_a_line_for_each(what: str) -> None:
     assert all(item["about"] and not item["about"].endswith(",") for item in found)
     shown = cli("list", what)
     assert shown.code == 0 and all(name.split("/")[-1] in shown.stdout for name in names)
+
+
+def test_a_target_says_whether_it_can_be_built_here_and_else_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcompress.targets.device.compute_capability", lambda: 89)
+    about = {item["name"]: item["about"] for item in strict(cli("list", "targets", "--json"))}
+    on_device = "on the device: qcompress build model.onnx --target"
+    assert about["h100"].endswith(
+        f"SM90, fp32, fp16, bf16, int8, int4; tensorrt >=11,<12; {on_device} h100 --out engine"
+    )
+    assert on_device not in about["l4"]  # a GPU of that kind is here
+    monkeypatch.setattr("qcompress.targets.device.compute_capability", lambda: None)
+    about = {item["name"]: item["about"] for item in strict(cli("list", "targets", "--json"))}
+    assert on_device in about["l4"] and about["cpu"].endswith("There is nothing to build.")
+    here = "builds here" if find_spec("tensorrt_rtx") else "here, after pip install tensorrt_rtx"
+    assert about["rtx-turing"].endswith(f"SM75, fp16, int8; tensorrt_rtx >=1.5,<2; {here}")
 
 
 def test_there_is_nothing_to_list_under_another_word() -> None:

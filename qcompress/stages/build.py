@@ -14,7 +14,7 @@ from typing import Any
 from qcompress.artifacts import Engine, OnnxModel, sha256_file, write_json
 from qcompress.errors import ExportError, MachineError
 from qcompress.schema import Build, Profile
-from qcompress.targets.device import compute_capability
+from qcompress.targets.device import lacks
 from qcompress.targets.graph import View, dimensions, read
 from qcompress.targets.process import Progress, run_builder
 from qcompress.targets.profiles import profile_shapes
@@ -40,7 +40,7 @@ def build_file(file: Path, options: Build, out: Path, progress: Progress | None 
     command = device_command(file, options)
     if options.here == "never":
         return _write(out, record, status="deferred", reason="build.here is `never`", command=command)
-    reason = _lacks(target)
+    reason = lacks(target)
     if not reason:
         reason = _build_here(file, target, options, out, shapes, record, progress)
     if not reason:
@@ -95,18 +95,6 @@ def _record(view: View, target: Target, options: Build) -> dict[str, Any]:
 def _write(out: Path, record: dict[str, Any], **values: str) -> Engine:
     write_json(out / RECORD, {**record, **values})
     return Engine(out)
-
-
-def _lacks(target: Target) -> str:
-    """What this machine lacks, before TensorRT is asked; TensorRT-RTX needs nothing."""
-    if target.backend != "tensorrt":
-        return ""
-    found = compute_capability()
-    if found == target.sm:
-        return ""
-    return f"TensorRT builds on the device itself (SM{target.sm}), and this machine has " + (
-        f"a GPU of SM{found}" if found else "no CUDA device"
-    )
 
 
 def _build_here(file: Path, target: Target, options: Build, out: Path, shapes: list[dict[str, Any]],

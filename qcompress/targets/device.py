@@ -1,9 +1,11 @@
-"""The GPU of this machine, asked of the CUDA driver itself. No torch."""
+"""The GPU of this machine, asked of the CUDA driver itself, and what it can build. No torch."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+
+from qcompress.targets.table import Target
 
 MAJOR, MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h."""
@@ -22,3 +24,17 @@ def compute_capability() -> int | None:
         if cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
             return None
     return major.value * 10 + minor.value
+
+
+def lacks(target: Target) -> str:
+    """What keeps this machine from building for a target, before TensorRT is asked; empty if nothing does.
+    TensorRT-RTX builds anywhere.
+    """
+    if target.backend != "tensorrt":
+        return ""
+    found = compute_capability()
+    if found == target.sm:
+        return ""
+    return f"TensorRT builds on the device itself (SM{target.sm}), and this machine has " + (
+        f"a GPU of SM{found}" if found else "no CUDA device"
+    )
