@@ -92,7 +92,7 @@ def _certify_layer(graph: Graph, tensors: Any, item: LayerPlan) -> dict[str, Any
     if pairs != expected:
         reasons.append(f"{pairs} Q/DQ pairs in front of the matmul, {expected} expected")
     if not input_equal:
-        reasons.append("the input's scale or zero point differs")
+        reasons.append("the input's scale, zero point or bounds differ")
     return {
         "name": item.name,
         "weight_codes_equal": bool(codes_equal),
@@ -165,6 +165,7 @@ def _input_pairs(graph: Graph, decoders: list[NodeProto], tensors: Any, item: La
             if not item.activations:
                 continue
             reference = tensors.get_tensor(f"{item.name}.input.scale")
+            equal &= bounds_fit(graph, pair[0], item.activations.bounds)
             for node in pair:
                 scale = graph.array(node.input[1])
                 equal &= scale is not None and same(scale, reference.astype(scale.dtype))
@@ -173,12 +174,29 @@ def _input_pairs(graph: Graph, decoders: list[NodeProto], tensors: Any, item: La
 
 
 def input_pair(graph: Graph, value: str) -> tuple[NodeProto, NodeProto] | None:
-    """The QuantizeLinear and DequantizeLinear nodes that a value comes out of, None if it does not."""
+    """The QuantizeLinear and DequantizeLinear nodes that a value comes out of, None if it does not. A Clip
+    may stand between them.
+    """
     dequantize = graph.producer.get(value)
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return None
-    quantize = graph.producer.get(dequantize.input[0])
+    quantize = unclipped(graph, graph.producer.get(dequantize.input[0]))
     return (quantize, dequantize) if quantize is not None and quantize.op_type == "QuantizeLinear" else None
+
+
+def unclipped(graph: Graph, node: NodeProto | None) -> NodeProto | None:
+    """The node in front of a Clip; another node itself."""
+    return graph.producer.get(node.input[0]) if node is not None and node.op_type == "Clip" else node
+
+
+def bounds_fit(graph: Graph, quantize: NodeProto, bounds: tuple[int, int]) -> bool:
+    """Whether codes are clipped at these bounds behind their QuantizeLinear; those of int8 need no Clip."""
+    clips = [node for node in graph.readers.get(quantize.output[0], []) if node.op_type == "Clip"]
+    found = [[graph.array(name) for name in node.input[1:]] for node in clips]
+    if any(value is None for values in found for value in values):
+        return False
+    wanted = [] if bounds == (-128, 127) else [list(bounds)]
+    return [[int(value) for value in values] for values in found] == wanted
 
 
 def _matmuls(graph: Graph, value: str) -> list[tuple[NodeProto, str]]:
@@ -212,7 +230,7 @@ def matmul_inputs(graph: Graph, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[
         for matmul, own in (pair for name in sources for pair in _matmuls(graph, name)):
             value = next(name for name in matmul.input[:2] if name != own)
             pair = input_pair(graph, value)
-            found[item.name] = (pair[0].input[0], pair[0].output[0]) if pair else (value, None)
+            found[item.name] = (pair[0].input[0], pair[1].input[0]) if pair else (value, None)
             places[item.name] = order[matmul.output[0]]
     return {name: found[name] for name in sorted(found, key=places.__getitem__)}
 

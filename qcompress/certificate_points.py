@@ -14,7 +14,7 @@ from typing import Any
 from onnx import NodeProto
 from safetensors import safe_open
 
-from qcompress.certificate import Graph, certify, same, zero_is_zero
+from qcompress.certificate import Graph, bounds_fit, certify, same, unclipped, zero_is_zero
 from qcompress.models.architecture import OPERANDS
 from qcompress.plan import LayerPlan, PointPlan, rounded
 
@@ -54,6 +54,8 @@ def _certify_point(graph: Graph, tensors: Any, item: PointPlan, value: str | Non
         )
     elif wanted:
         reference = tensors.get_tensor(f"{item.name}.scale")
+        if not bounds_fit(graph, pair[0], item.activations.bounds):
+            reasons.append("the bounds of its codes differ")
         for node in pair:
             scale = graph.array(node.input[1])
             if scale is None or not same(scale, reference.astype(scale.dtype)):
@@ -103,6 +105,7 @@ def _pair(graph: Graph, value: str) -> tuple[NodeProto, NodeProto] | None:
             graph.producer.get(node.input[-1]),
         )
         node = new if len(past) == 1 and past[0] not in graph.initializers else None
+    node = unclipped(graph, node)
     return (node, decoder) if node is not None and node.op_type == "QuantizeLinear" else None
 
 

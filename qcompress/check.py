@@ -276,11 +276,13 @@ def _points(recipe: Recipe, document: Document, points: tuple[PointPlan, ...]) -
     wrong: dict[Key, PointPlan] = {}
     for item in rounded(points):
         form = item.activations
-        if form.bits != 8 or form.granularity != "tensor" or not form.symmetric:
+        if form.granularity != "tensor" or not form.symmetric:
             wrong.setdefault(_point_origin(recipe, item), item)
     for key, item in wrong.items():
         if document.sound(key):
-            message = f"rounds {item.name} to {item.activations}, and a point takes int8 alone"
+            message = (
+                f"rounds {item.name} to {item.activations}, and a point takes one scale and no zero point"
+            )
             document.report(key, message, "write int8, or float")
 
 

@@ -3,8 +3,8 @@
 A weight is stored per channel (one scale for each output channel), per block (one scale for `block`
 consecutive input channels of one output channel) or per tensor. A scale of the whole tensor is written into
 files as equal scales of its channels: a deployed weight looks the same either way. Activations that TensorRT
-accepts are int8, symmetric, one scale per tensor; the other granularities can be written down so that a
-target can refuse them by name.
+accepts are int8 (or fewer bits in int8), symmetric, one scale per tensor; the other granularities can be
+written down so that a target can refuse them by name.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ class WeightFormat(Options):
 class ActivationFormat(Options):
     """How the input of a layer is rounded."""
 
-    bits: Literal[8, 4] = 8
-    """Bits of one code."""
+    bits: Literal[8, 4, 3, 2] = 8
+    """Bits of one code. Fewer than 8 are stored as int8 codes behind a Clip: no TensorRT has narrower
+    activations, so that they cost what int8 costs.
+    """
     granularity: Literal["tensor", "channel"] = "tensor"
     """One scale for the whole tensor, or one per channel (which TensorRT refuses)."""
     symmetric: bool = True
@@ -93,7 +95,7 @@ class ActivationFormat(Options):
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Smallest and largest code: QuantizeLinear saturates at [-128, 127].
+        """Smallest and largest code: QuantizeLinear saturates at [-128, 127], a Clip does at others.
 
         >>> ActivationFormat().bounds
         (-128, 127)
@@ -119,6 +121,8 @@ ACTIVATION_WORDS: dict[str, ActivationFormat | None] = {
     "float": None,
     "int8": ActivationFormat(bits=8),
     "int4": ActivationFormat(bits=4),
+    "int3": ActivationFormat(bits=3),
+    "int2": ActivationFormat(bits=2),
 }
 """Short forms of `format.activations`, `format.attention`, `format.cache` and `format.residual`."""
 
@@ -129,6 +133,7 @@ FORMAT_PRESETS: dict[str, dict[str, Any]] = {
     "w4a16-g32": {"weights": {"bits": 4, "block": 32}, "activations": "float", "embeddings": "int8"},
     "w4a16-g64": {"weights": {"bits": 4, "block": 64}, "activations": "float", "embeddings": "int8"},
     "w4a16-g128": {"weights": {"bits": 4, "block": 128}, "activations": "float", "embeddings": "int8"},
+    "w4a4": {"weights": {"bits": 4, "container": "int8"}, "activations": "int4", "embeddings": "int8"},
     "w4a8": {"weights": {"bits": 4, "container": "int8"}, "activations": "int8", "embeddings": "int8"},
     "w3a8": {"weights": {"bits": 3, "container": "int8"}, "activations": "int8", "embeddings": "int8"},
     "w2a8": {"weights": {"bits": 2, "container": "int8"}, "activations": "int8", "embeddings": "int8"},

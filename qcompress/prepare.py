@@ -224,7 +224,8 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: b
             continue
         rounding = None
         if item.activations is not None:
-            rounding = Rounding(tensors.pop(f"{item.name}.input.scale").to(dtype))
+            scale = tensors.pop(f"{item.name}.input.scale").to(dtype)
+            rounding = Rounding(scale, item.activations.bounds)
         if item.layer.tied_to:
             layer = FoldedTiedHead(layers[item.layer.tied_to].weight, rounding, integer)
         else:
@@ -239,7 +240,10 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: b
         replace_module(model, item.name, layer)
         layers[item.name] = layer
     points = rounded(points_from_json(facts.get("points", [])))
-    rounding = {item.name: Rounding(tensors.pop(f"{item.name}.scale").to(dtype)) for item in points}
+    rounding = {
+        item.name: Rounding(tensors.pop(f"{item.name}.scale").to(dtype), item.activations.bounds)
+        for item in points
+    }
     FAMILIES[facts["family"]].install_points(model, rounding)
     own = dict(model.named_parameters())
     if set(own) != set(tensors):

@@ -158,6 +158,7 @@ MIXED = {
         "*.0.attn.c_proj": {"weights": {"bits": 4, "container": "int8"}},
         "*.0.mlp.c_fc": {"weights": {"bits": 4, "block": 32}, "activations": "float"},
         "*.1.mlp.c_fc": {"activations": "float"},
+        "*.1.attn.c_attn": {"activations": "int4"},
         "*.1.attn.c_proj": {
             "weights": {"bits": 2, "ternary": True, "granularity": "tensor", "container": "int8"}
         },
@@ -171,6 +172,8 @@ FORMATS: dict[str, object] = {
     "w8a16": "w8a16",
     "w4a16": "w4a16-g32",
     "w4a8": "w4a8",
+    "w4a4": "w4a4",
+    "w2a2": {"weights": {"bits": 2, "container": "int8"}, "activations": "int2", "embeddings": "int8"},
     "w3a8": "w3a8",
     "w2a8": "w2a8",
     "w3a16": {"weights": {"bits": 3, "block": 32}, "embeddings": "int8"},

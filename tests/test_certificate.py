@@ -283,7 +283,31 @@ def test_a_changed_rounding_of_the_input_is_found(
             cut.put("changed", cut.array("changed").astype(kind))
 
     found = broken(same_type)
-    assert found == {C_PROJ: "the input's scale or zero point differs"}
+    assert found == {C_PROJ: "the input's scale, zero point or bounds differ"}
+
+
+@pytest.mark.parametrize("how", ["wider", "lost", "on int8"])
+def test_bounds_of_narrow_codes_are_found(how: str, broken: Callable[..., dict[str, str]]) -> None:
+    """The input of C_ATTN is int4: codes of -8 to 7 behind a Clip."""
+
+    def change(cut: Graph) -> None:
+        quantize = cut.node(f"{C_ATTN}.input/QuantizeLinear")
+        (clip,) = [node for node in cut.readers(quantize.output[0]) if node.op_type == "Clip"]
+        assert [int(cut.array(name)) for name in clip.input[1:]] == [-8, 7]
+        if how == "wider":
+            clip.input[2] = cut.put("changed", np.array(8, np.int8))
+        elif how == "lost":
+            cut.reread(clip.output[0], quantize.output[0])
+            cut.model.graph.node.remove(clip)
+        else:
+            other = cut.node(f"{C_PROJ}.input/QuantizeLinear")
+            (decode,) = cut.readers(other.output[0])
+            node = helper.make_node("Clip", [other.output[0], *clip.input[1:]], ["clipped"])
+            cut.model.graph.node.insert(list(cut.model.graph.node).index(decode), node)
+            decode.input[0] = "clipped"
+
+    layer = C_PROJ if how == "on int8" else C_ATTN
+    assert broken(change) == {layer: "the input's scale, zero point or bounds differ"}
 
 
 # Float copies -------------------------------------------------------------------------------------

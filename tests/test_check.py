@@ -131,8 +131,8 @@ ONE_MISTAKE = {
         r":13: format\.activations\.granularity: TensorRT takes one scale for a whole activation",
     ),
     "activations of a pattern": (
-        (LAYERS, '"transformer.h.0.*": {activations: int4}'),
-        r':17: format\.layers\."transformer\.h\.0\.\*"\.activations: TensorRT takes int4 for .* and 3 other',
+        (LAYERS, '"transformer.h.0.*": {activations: {granularity: channel}}'),
+        r':17: format\.layers\."transformer\.h\.0\.\*"\.activations\.granularity: .* and 3 other',
     ),
 }
 

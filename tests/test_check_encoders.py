@@ -128,13 +128,13 @@ def test_points_that_a_family_lacks_and_formats_that_no_point_has_are_refused(ma
         "recipe.yaml:9: format.residual: a gpt2 model has no points of this kind (fix: drop the line, or "
         "write float)"
     ]
-    narrow = RECIPE.replace("  preset: w8a8\n", "  preset: w8a8\n  attention: int4\n")
+    narrow = RECIPE.replace("  preset: w8a8\n", "  preset: w8a8\n  attention: {granularity: channel}\n")
     assert said(write(made, narrow)) == (
-        "recipe.yaml:9: format.attention: rounds bert.encoder.layer.0.attention.self.query_point to int4, "
-        "and a point takes int8 alone (fix: write int8, or float)"
+        "recipe.yaml:9: format.attention: rounds bert.encoder.layer.0.attention.self.query_point to int8 "
+        "per channel, and a point takes one scale and no zero point (fix: write int8, or float)"
     )
     pattern = RECIPE.replace(
-        "  preset: w8a8\n", "  preset: w8a8\n  layers: {'*.key_point': {activations: int4}}\n"
+        "  preset: w8a8\n", "  preset: w8a8\n  layers: {'*.key_point': {activations: {symmetric: false}}}\n"
     )
     assert said(write(made, pattern)).startswith(
         'recipe.yaml:9: format.layers."*.key_point": rounds bert.encoder.layer.0.attention.self.key_point to'

@@ -18,10 +18,11 @@ from onnx import ModelProto, TensorProto
 from onnx.reference import ReferenceEvaluator
 from tiny import VOCABULARY, WIDTH, make_recipe, start_line, token_ids
 
-from qcompress.artifacts import FoldedModel, read_json
+from qcompress.artifacts import FoldedModel, OnnxModel, read_json
 from qcompress.certificate import certify
 from qcompress.errors import ExportError
 from qcompress.keys import provenance
+from qcompress.layerwise import TIE, follow
 from qcompress.prepare import assemble
 from qcompress.schema import Build
 from qcompress.stages.build import build_file
@@ -199,9 +200,10 @@ def test_onnxruntime_computes_the_folded_model(graph: Exported) -> None:
     ids = ids_of(32, 3)
     expected = folded_logits(graph, ids)
     found = plain_session(graph.file).run(["logits"], feed(ids))[0].astype(np.float32)
-    if (
-        graph.kind.compute == "fp16"
-    ):  # fp16 sums flip roundings in every row; the design allows a trained one 2e-3
+    if graph.kind.compute == "fp16":
+        if all(item.activations.bits < 8 for item in graph.plan if item.activations):
+            pytest.skip("flips of wide steps move a random model far; the next test looks at each code")
+        # fp16 sums flip roundings in every row; the design allows a trained one 2e-3
         assert np.abs(found - expected).mean() <= 5e-3 * np.ptp(expected)
         assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.9
         return
@@ -210,6 +212,15 @@ def test_onnxruntime_computes_the_folded_model(graph: Exported) -> None:
         assert agree.all()  # nothing rounds, so nothing can flip
     assert agree.mean() >= 0.5, agree
     assert np.abs(found - expected).mean() <= 2e-3 * np.ptp(expected)
+
+
+def test_every_code_is_that_of_the_folded_model_or_a_tie(graph: Exported) -> None:
+    with follow(graph.folded, OnnxModel(graph.folder), TIE[graph.kind.compute]) as (places, run):
+        for row in ids_of(16, 9):
+            run({"input_ids": row[None], "attention_mask": np.ones((1, 9), np.int64)})
+    codes = {name: place.codes for name, place in places.items() if place.codes}
+    assert set(codes) == {item.name for item in graph.plan if item.weights and item.activations}
+    assert {name: place.unexplained for name, place in places.items() if place.unexplained} == {}
 
 
 def test_the_onnx_reference_computes_the_folded_model(graph: Exported) -> None:
@@ -231,7 +242,9 @@ def test_int8_layers_become_integer_matmuls_in_the_deployed_session(graph: Expor
     options.log_severity_level = 3
     onnxruntime.InferenceSession(str(graph.file), options, providers=["CPUExecutionProvider"])
     words = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
-    int8 = [item for item in graph.plan if item.activations and item.weights.stored_bits == 8]
+    # behind a Clip, ONNX Runtime decodes narrower codes and multiplies floats
+    wide = [item for item in graph.plan if item.activations and item.activations.bits == 8]
+    int8 = [item for item in wide if item.weights.stored_bits == 8]
     assert words.count("MatMulIntegerToFloat") == len(int8)
 
 

@@ -21,29 +21,36 @@ EXACT = 1024
 
 
 class Rounding(nn.Module):
-    """QuantizeLinear and DequantizeLinear of an activation: int8, scale [], zero point 0."""
+    """QuantizeLinear and DequantizeLinear of an activation: int8, scale [], zero point 0. Narrower bounds are
+    a Clip of the codes between the two.
+    """
 
-    def __init__(self, scale: Tensor) -> None:
+    def __init__(self, scale: Tensor, bounds: tuple[int, int] = INT8) -> None:
         super().__init__()
+        self.bounds = bounds
         self.register_buffer("scale", scale)
-        self.register_buffer("zero", torch.zeros((), dtype=torch.int8), persistent=False)
+        for name, value in (("zero", 0), ("low", bounds[0]), ("high", bounds[1])):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.int8), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():
             return self.decoded(self.coded(x))
         # division in fp32 also for fp16 tensors: that is how ONNX Runtime's kernel divides
-        q = torch.div(x.float(), self.scale.float()).round_().clamp_(*INT8)
+        q = torch.div(x.float(), self.scale.float()).round_().clamp_(*self.bounds)
         return q.to(x.dtype) * self.scale
 
     def codes(self, x: Tensor) -> Tensor:
         """The integers of x, int8."""
-        return to_codes(x, self.scale, INT8)
+        return to_codes(x, self.scale, self.bounds)
 
     def coded(self, x: Tensor) -> Tensor:
-        """The same; while exporting, the first of the two nodes."""
+        """The same; while exporting, the first of the two nodes, and the Clip."""
         if not torch.onnx.is_in_onnx_export():
             return self.codes(x)
-        return _node("QuantizeLinear", (x, self.scale, self.zero), torch.int8, x.shape)
+        codes = _node("QuantizeLinear", (x, self.scale, self.zero), torch.int8, x.shape)
+        if self.bounds == INT8:
+            return codes
+        return _node("Clip", (codes, self.low, self.high), torch.int8, x.shape)
 
     def decoded(self, codes: Tensor) -> Tensor:
         """What codes stand for, in the type of the scale; while exporting, the second of the two nodes."""
@@ -90,7 +97,7 @@ class FoldedLinear(nn.Module):
         self.weight = weight
         self.register_buffer("bias", bias)
         self.input = input
-        self.integer = integer and input is not None and weight.grid.block is None
+        self.integer = integer and _as_integers(weight, input)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.integer:
@@ -119,7 +126,7 @@ class FoldedTiedHead(nn.Module):
         super().__init__()
         self.weight = weight
         self.input = input
-        self.integer = integer and input is not None and weight.grid.block is None
+        self.integer = integer and _as_integers(weight, input)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.integer:
@@ -127,6 +134,11 @@ class FoldedTiedHead(nn.Module):
         x = x if self.input is None else self.input(x)
         # no zero point: with one, ONNX Runtime moves the transpose before it and then refuses its types
         return matmul(x, self.weight.decoded(zero_point=False), None, channel_axis=0)
+
+
+def _as_integers(weight: FoldedWeight, input: Rounding | None) -> bool:
+    """Whether runtimes multiply these as integers: no blocks, and no Clip of narrower codes on the way."""
+    return input is not None and input.bounds == INT8 and weight.grid.block is None
 
 
 def integer_matmul(rounding: Rounding, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

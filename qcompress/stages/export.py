@@ -191,7 +191,7 @@ def _name(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:
 def _reader(node: ir.Node, heads: dict[str, str]) -> str | None:
     """The layer whose matmul reads an activation's Q or DQ node; `heads` by the table they share."""
     for user, place in node.outputs[0].uses():
-        if user.op_type == "DequantizeLinear":
+        if user.op_type in ("Clip", "DequantizeLinear"):
             return _reader(user, heads)
         if user.op_type in ("MatMul", "Gemm") and place < 2:
             other = user.inputs[1 - place].producer()

@@ -170,13 +170,6 @@ def _refuse_activations(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator
             f"{who} takes no zero point but 0; the input of {_name(asymmetric)} is asymmetric",
             "set `symmetric: true`",
         )
-    narrow = [layer for layer in quantized if layer.activations.bits < 8]
-    if narrow:
-        yield Refusal(
-            "format.activations.bits",
-            f"{who} takes int4 for weights only; the input of {_name(narrow)} is int4",
-            "set `bits: 8`",
-        )
 
 
 def _refuse_compute(target: Target, compute: str) -> Iterator[Refusal]:

@@ -102,10 +102,9 @@ def test_a_target_may_be_given_by_its_name() -> None:
     [
         (ActivationFormat(granularity="channel"), "granularity", "one for|one per channel"),
         (ActivationFormat(symmetric=False), "symmetric", "no zero point but 0"),
-        (ActivationFormat(bits=4), "bits", "int4 for weights only"),
     ],
 )
-def test_no_target_takes_other_activations_than_int8_with_one_scale(
+def test_no_target_takes_activations_with_several_scales_or_a_zero_point(
     name: str, activations: ActivationFormat, key: str, words: str
 ) -> None:
     refusal = only(refusals(TARGETS[name], linears(INT8, activations), "fp16"))
@@ -115,10 +114,10 @@ def test_no_target_takes_other_activations_than_int8_with_one_scale(
     assert refusal.fix
 
 
-def test_three_causes_are_three_refusals() -> None:
+def test_two_causes_are_two_refusals() -> None:
     activations = ActivationFormat(bits=4, granularity="channel", symmetric=False)
     keys = [refusal.key for refusal in refusals("rtx-ada", linears(INT8, activations), "fp16")]
-    assert sorted(keys) == [f"format.activations.{key}" for key in ("bits", "granularity", "symmetric")]
+    assert sorted(keys) == [f"format.activations.{key}" for key in ("granularity", "symmetric")]
 
 
 @pytest.mark.parametrize("compute", ["fp32", "fp16", "bf16"])
