@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -165,38 +165,46 @@ def _input_pairs(graph: Graph, decoders: list[NodeProto], tensors: Any, item: La
             if not item.activations:
                 continue
             reference = tensors.get_tensor(f"{item.name}.input.scale")
-            equal &= bounds_fit(graph, pair[0], item.activations.bounds)
-            for node in pair:
+            equal &= bounds_fit(graph, pair.clip, item.activations.bounds)
+            for node in (pair.quantize, pair.dequantize):
                 scale = graph.array(node.input[1])
                 equal &= scale is not None and same(scale, reference.astype(scale.dtype))
                 equal &= zero_is_zero(graph, node)
     return pairs, equal
 
 
-def input_pair(graph: Graph, value: str) -> tuple[NodeProto, NodeProto] | None:
-    """The QuantizeLinear and DequantizeLinear nodes that a value comes out of, None if it does not. A Clip
-    may stand between them.
-    """
-    dequantize = graph.producer.get(value)
-    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+class Pair(NamedTuple):
+    """The nodes that round an activation."""
+
+    quantize: NodeProto
+    dequantize: NodeProto
+    clip: NodeProto | None
+    """Between the two, of codes with narrower bounds than int8's."""
+
+
+def input_pair(graph: Graph, value: str) -> Pair | None:
+    """The QuantizeLinear and DequantizeLinear nodes that a value comes out of, None if it does not."""
+    decoder = graph.producer.get(value)
+    if decoder is None or decoder.op_type != "DequantizeLinear":
         return None
-    quantize = unclipped(graph, graph.producer.get(dequantize.input[0]))
-    return (quantize, dequantize) if quantize is not None and quantize.op_type == "QuantizeLinear" else None
+    return pair_of(graph, graph.producer.get(decoder.input[0]), decoder)
 
 
-def unclipped(graph: Graph, node: NodeProto | None) -> NodeProto | None:
-    """The node in front of a Clip; another node itself."""
-    return graph.producer.get(node.input[0]) if node is not None and node.op_type == "Clip" else node
+def pair_of(graph: Graph, node: NodeProto | None, decoder: NodeProto) -> Pair | None:
+    """The pair of a decoder whose codes `node` makes: QuantizeLinear, or the Clip behind it."""
+    clip = node if node is not None and node.op_type == "Clip" else None
+    quantize = node if clip is None else graph.producer.get(clip.input[0])
+    if quantize is None or quantize.op_type != "QuantizeLinear":
+        return None
+    return Pair(quantize, decoder, clip)
 
 
-def bounds_fit(graph: Graph, quantize: NodeProto, bounds: tuple[int, int]) -> bool:
-    """Whether codes are clipped at these bounds behind their QuantizeLinear; those of int8 need no Clip."""
-    clips = [node for node in graph.readers.get(quantize.output[0], []) if node.op_type == "Clip"]
-    found = [[graph.array(name) for name in node.input[1:]] for node in clips]
-    if any(value is None for values in found for value in values):
-        return False
-    wanted = [] if bounds == (-128, 127) else [list(bounds)]
-    return [[int(value) for value in values] for values in found] == wanted
+def bounds_fit(graph: Graph, clip: NodeProto | None, bounds: tuple[int, int]) -> bool:
+    """Whether codes are clipped at these bounds; those of int8 need no Clip."""
+    if clip is None:
+        return bounds == (-128, 127)
+    found = [graph.array(name) for name in clip.input[1:]]
+    return all(value is not None for value in found) and [int(value) for value in found] == list(bounds)
 
 
 def _matmuls(graph: Graph, value: str) -> list[tuple[NodeProto, str]]:
@@ -230,7 +238,7 @@ def matmul_inputs(graph: Graph, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[
         for matmul, own in (pair for name in sources for pair in _matmuls(graph, name)):
             value = next(name for name in matmul.input[:2] if name != own)
             pair = input_pair(graph, value)
-            found[item.name] = (pair[0].input[0], pair[1].input[0]) if pair else (value, None)
+            found[item.name] = (pair.quantize.input[0], pair.dequantize.input[0]) if pair else (value, None)
             places[item.name] = order[matmul.output[0]]
     return {name: found[name] for name in sorted(found, key=places.__getitem__)}
 

@@ -14,11 +14,11 @@ from typing import Any
 from onnx import NodeProto
 from safetensors import safe_open
 
-from qcompress.certificate import Graph, bounds_fit, certify, same, unclipped, zero_is_zero
+from qcompress.certificate import Graph, Pair, bounds_fit, certify, pair_of, same, zero_is_zero
 from qcompress.models.architecture import OPERANDS
 from qcompress.plan import LayerPlan, PointPlan, rounded
 
-PASSING = ("Add", "Mul", "Div", "Cast", "Where", "QuantizeLinear", "DequantizeLinear", "IsNaN")
+PASSING = ("Add", "Mul", "Div", "Cast", "Where", "QuantizeLinear", "Clip", "DequantizeLinear", "IsNaN")
 """Between the matmuls and the Softmax: scaling, mask, types, rounding, and the guard of fully masked rows."""
 
 
@@ -54,9 +54,9 @@ def _certify_point(graph: Graph, tensors: Any, item: PointPlan, value: str | Non
         )
     elif wanted:
         reference = tensors.get_tensor(f"{item.name}.scale")
-        if not bounds_fit(graph, pair[0], item.activations.bounds):
+        if not bounds_fit(graph, pair.clip, item.activations.bounds):
             reasons.append("the bounds of its codes differ")
-        for node in pair:
+        for node in (pair.quantize, pair.dequantize):
             scale = graph.array(node.input[1])
             if scale is None or not same(scale, reference.astype(scale.dtype)):
                 reasons.append(f"{node.op_type}: the scale differs")
@@ -83,15 +83,15 @@ def point_inputs(graph: Graph, points: tuple[PointPlan, ...]) -> dict[str, tuple
     values = _values(graph, points)
     pairs = {item.name: _pair(graph, values.get(item.name, "")) for item in rounded(points)}
     return {
-        name: (pair[0].input[0], pair[1].input[0], _is_moved(graph, pair[1].input[0]))
+        name: (pair.quantize.input[0], pair.dequantize.input[0], _is_moved(graph, pair.dequantize.input[0]))
         for name, pair in pairs.items()
         if pair
     }
 
 
-def _pair(graph: Graph, value: str) -> tuple[NodeProto, NodeProto] | None:
-    """The QuantizeLinear and DequantizeLinear nodes that a value comes out of; codes in a key-value cache are
-    appended to those of earlier tokens, an input of the graph, and keys are transposed after that.
+def _pair(graph: Graph, value: str) -> Pair | None:
+    """The nodes that round a value; codes in a key-value cache are appended to those of earlier tokens, an
+    input of the graph, and keys are transposed after that.
     """
     decoder = graph.producer.get(value)
     if decoder is None or decoder.op_type != "DequantizeLinear":
@@ -100,13 +100,10 @@ def _pair(graph: Graph, value: str) -> tuple[NodeProto, NodeProto] | None:
     if node is not None and node.op_type == "Transpose":
         node = graph.producer.get(node.input[0])
     if node is not None and node.op_type == "Concat":
-        past, new = (
-            [name for name in node.input if name not in graph.producer],
-            graph.producer.get(node.input[-1]),
-        )
-        node = new if len(past) == 1 and past[0] not in graph.initializers else None
-    node = unclipped(graph, node)
-    return (node, decoder) if node is not None and node.op_type == "QuantizeLinear" else None
+        past = [name for name in node.input if name not in graph.producer]
+        cached = len(past) == 1 and past[0] not in graph.initializers
+        node = graph.producer.get(node.input[-1]) if cached else None
+    return pair_of(graph, node, decoder)
 
 
 def _is_moved(graph: Graph, codes: str) -> bool:

@@ -18,7 +18,7 @@ from qcompress.errors import Mistake, ModelError, RecipeError
 from qcompress.formats import WeightFormat
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture, Head, Layer
-from qcompress.plan import LayerPlan, PointPlan, matches, plan_layers, plan_points, rounded
+from qcompress.plan import CACHED, LayerPlan, PointPlan, matches, plan_layers, plan_points, rounded
 from qcompress.recipe import Resolved, base_of, examine, resolved
 from qcompress.rules import judge_profiles
 from qcompress.schema import Recipe
@@ -288,14 +288,16 @@ def _points(recipe: Recipe, document: Document, points: tuple[PointPlan, ...]) -
 
 def _cache(recipe: Recipe, document: Document) -> None:
     """Report a cache of a family that generates nothing."""
-    key: Key = ("export", "cache")
-    if (
-        recipe.export.cache
-        and not hasattr(FAMILIES[recipe.model.family], "cache_layout")
-        and document.sound(key)
-    ):
-        message = f"a {recipe.model.family} model continues no text and has no key-value cache"
-        document.report(key, message, "drop the line")
+    if hasattr(FAMILIES[recipe.model.family], "cache_layout"):
+        return
+    keys: dict[Key, bool] = {
+        ("export", "cache"): recipe.export.cache,
+        ("format", "cache"): recipe.format.cache is not None,
+    }
+    for key, wanted in keys.items():
+        if wanted and document.sound(key):
+            message = f"a {recipe.model.family} model continues no text and has no key-value cache"
+            document.report(key, message, "drop the line")
 
 
 def _point_origin(recipe: Recipe, item: PointPlan) -> Key:
@@ -303,7 +305,7 @@ def _point_origin(recipe: Recipe, item: PointPlan) -> Key:
     for pattern, exception in reversed(recipe.format.layers.items()):
         if exception.activations == item.activations and matches(pattern, item.name):
             return ("format", "layers", pattern)
-    cached = item.point.kind == "attention" and recipe.format.attention is None
+    cached = recipe.format.cache is not None and item.name.endswith(CACHED)
     return ("format", "cache" if cached else item.point.kind)
 
 

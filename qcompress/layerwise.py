@@ -34,7 +34,7 @@ from qcompress.certificate import Graph, matmul_inputs, with_outputs
 from qcompress.certificate_points import point_inputs
 from qcompress.distance import Distance
 from qcompress.errors import ContractError, UsageError
-from qcompress.plan import plans_from_json, points_from_json
+from qcompress.plan import plans_from_json, points_from_json, rounded
 from qcompress.prepare import assemble, rebuild, replace_module
 from qcompress.progress import Reporter
 from qcompress.quant.folded import Rounding
@@ -162,9 +162,13 @@ def follow(
     """
     facts = read_json(folded.path / "folded.json")
     graph = Graph.read(onnx.file)
-    layers = matmul_inputs(graph, plans_from_json(facts["plan"]))
-    values = {name: (*pair, False) for name, pair in layers.items()}
-    values |= point_inputs(graph, points_from_json(facts.get("points", [])))
+    plan, points = plans_from_json(facts["plan"]), points_from_json(facts.get("points", []))
+    values = {name: (*pair, False) for name, pair in matmul_inputs(graph, plan).items()}
+    values |= point_inputs(graph, points)
+    wanted = [item.name for item in plan if item.weights and item.activations]
+    wanted += [item.name for item in rounded(points)]
+    if lost := [name for name in wanted if name not in values or values[name][1] is None]:
+        raise ContractError(f"{onnx.file}: no Q/DQ pair was found in front of {', '.join(lost)}")
     places = {name: Place(name, limit) for name in values}
     run_held = _held(assemble(folded), places, facts["family"])
     with _onnx_values(onnx, values, facts["family"]) as run_onnx:

@@ -97,7 +97,7 @@ def plan_points(recipe: Recipe, architecture: Architecture) -> tuple[PointPlan, 
     for point in architecture.points:
         form = recipe.format.attention if point.kind == "attention" else recipe.format.residual
         if point.name.endswith(CACHED):
-            form = form or recipe.format.cache
+            form = recipe.format.cache or form
         for pattern, exception in recipe.format.layers.items():
             meant = exception.activations != "inherit" and (form or pattern.endswith("point"))
             if meant and matches(pattern, point.name):

@@ -130,7 +130,9 @@ class Format(Options):
     attention: Activations = None
     """Operands of both matmuls of an attention (query, key, probabilities, value): int8, float."""
     cache: Activations = None
-    """Keys and values alone, which is what a key-value cache stores: int8, float."""
+    """Keys and values alone, which is what a key-value cache stores (`export.cache`): int8, float; for these
+    two it counts more than `attention`.
+    """
     residual: Activations = None
     """Both inputs of each residual addition: int8, float."""
     compute: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -242,6 +244,8 @@ class Profile(Options):
 
     @model_validator(mode="after")
     def _ordered(self) -> Profile:
+        if known := {"batch", "sequence", "past", "total"} & self.axes.keys():
+            raise ValueError(f"axes is for other names than {', '.join(sorted(known))}")
         for name, (low, opt, high) in self.ranges.items():
             least = 0 if name == "past" else 1
             if not least <= low <= opt <= high:

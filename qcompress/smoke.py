@@ -76,7 +76,8 @@ def _small(recipe: Recipe, source: Path) -> Recipe:
     from qcompress.models import describe
 
     context = min(recipe.task.context, CONTEXT)
-    names = [layer.name for layer in describe(recipe.model.family, source, head_of(recipe)).layers]
+    architecture = describe(recipe.model.family, source, head_of(recipe))
+    names = [item.name for item in (*architecture.layers, *architecture.points)]
     patterns = {
         pattern: form
         for pattern, form in recipe.format.layers.items()
@@ -116,7 +117,10 @@ def _phases(recipe: Recipe) -> dict[str, PhaseOptions]:
 
 
 def _within(profile, context: int):
-    return profile.model_copy(update={"sequence": [min(length, context) for length in profile.sequence]})
+    limits = {"sequence": context, "past": context - 1}
+    return profile.model_copy(
+        update={axis: [min(size, most) for size in getattr(profile, axis)] for axis, most in limits.items()}
+    )
 
 
 def _parity(recipe: Recipe) -> dict[str, Any]:

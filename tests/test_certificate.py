@@ -286,7 +286,7 @@ def test_a_changed_rounding_of_the_input_is_found(
     assert found == {C_PROJ: "the input's scale, zero point or bounds differ"}
 
 
-@pytest.mark.parametrize("how", ["wider", "lost", "on int8"])
+@pytest.mark.parametrize("how", ["wider", "lost", "bypassed", "on int8"])
 def test_bounds_of_narrow_codes_are_found(how: str, broken: Callable[..., dict[str, str]]) -> None:
     """The input of C_ATTN is int4: codes of -8 to 7 behind a Clip."""
 
@@ -296,6 +296,8 @@ def test_bounds_of_narrow_codes_are_found(how: str, broken: Callable[..., dict[s
         assert [int(cut.array(name)) for name in clip.input[1:]] == [-8, 7]
         if how == "wider":
             clip.input[2] = cut.put("changed", np.array(8, np.int8))
+        elif how == "bypassed":  # the Clip is still there, and nothing reads it
+            cut.reread(clip.output[0], quantize.output[0])
         elif how == "lost":
             cut.reread(clip.output[0], quantize.output[0])
             cut.model.graph.node.remove(clip)

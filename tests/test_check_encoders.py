@@ -139,6 +139,11 @@ def test_points_that_a_family_lacks_and_formats_that_no_point_has_are_refused(ma
     assert said(write(made, pattern)).startswith(
         'recipe.yaml:9: format.layers."*.key_point": rounds bert.encoder.layer.0.attention.self.key_point to'
     )
+    cache = RECIPE.replace("  preset: w8a8\n", "  preset: w8a8\n  cache: int8\n")
+    assert said(write(made, cache)) == (
+        "recipe.yaml:9: format.cache: a bert model continues no text and has no key-value cache (fix: drop "
+        "the line)"
+    )
     words = RECIPE.replace("  preset: w8a8\n", "  preset: w8a8\n  attention: int7\n")
     assert any("format.attention: must be one of" in line for line in shown(write(made, words)))
 

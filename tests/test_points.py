@@ -55,6 +55,8 @@ FORMATS: dict[str, Any] = {
     "float layers": {"weights": "int8", "attention": "int8", "residual": "int8"},
     "some": {**POINTS, "layers": {"*.1.*.key_point": {"activations": "float"},
                                   "*skip_point": {"activations": "float"}}},
+    "narrow": {"preset": "w4a4", "attention": "int4", "residual": "int8",
+               "layers": {"*.probability_point": {"activations": "int3"}}},
     "w8a8": "w8a8",
     "w4a16": "w4a16-g32",
 }  # fmt: skip
@@ -277,7 +279,11 @@ class Kind:
         return f"{self.family}-{self.task.partition('-')[0]}-{self.format}-{self.compute}"
 
 
-QUICK = (Kind("bert", SEQUENCE, "some"), Kind("distilbert", TOKEN, "both", "fp16"))
+QUICK = (
+    Kind("bert", SEQUENCE, "some"),
+    Kind("distilbert", TOKEN, "both", "fp16"),
+    Kind("roberta", SEQUENCE, "narrow"),
+)
 SLOW = tuple(
     Kind(family, task, form, compute)
     for family, task in KINDS

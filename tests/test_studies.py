@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from tiny import make_recipe
 
 from qcompress import api
 from qcompress.axes import METHODS
@@ -376,6 +377,18 @@ def test_a_default_that_is_written_out_runs_nothing_again(copy: Made, tools: Mac
             change(copy, tools, "start", "set", "export.opset", value=opset)
         digests.append(tools.study.start_job(tools.study.read_study(copy.folder), "letters", place).digest)
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_choice_among_classes_is_known_by_its_name(tools: Machinery) -> None:
+    """As by default, `lsq` and `ternary` have the same options: none that was written."""
+    found = {}
+    for name in ("lsq", "ternary", "minmax"):
+        quantizer = {"weights": name, "activations": "minmax", "embeddings": "minmax"}
+        recipe = make_recipe(Path("text.txt"), quantizer=quantizer)
+        found[name] = tools.study._essence(recipe, recipe.model_dump(mode="json", by_alias=True))
+    assert found["lsq"]["quantizer"]["weights"] == {"name": "lsq"}
+    assert found["ternary"]["quantizer"]["weights"] == {"name": "ternary"}
+    assert "quantizer" not in found["minmax"] and "cache" not in found["lsq"]["format"]
 
 
 def test_only_chooses_runs_by_name(copy: Made, tools: Machinery, started: list[str]) -> None:

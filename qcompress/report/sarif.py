@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import qcompress
 from qcompress.targets.lint import Finding, severity_of
@@ -16,7 +17,7 @@ def sarif(findings: list[Finding], file: Path, target: str) -> dict[str, Any]:
     """One run of the linter. Paths below the current folder are relative to it, as code hosts want them."""
     here = Path.cwd()
     path = file.resolve()
-    uri = path.relative_to(here).as_posix() if path.is_relative_to(here) else path.as_uri()
+    uri = quote(path.relative_to(here).as_posix()) if path.is_relative_to(here) else path.as_uri()
     places = {rule.id: index for index, rule in enumerate(RULES)}
     return {
         "$schema": SCHEMA,

@@ -13,7 +13,7 @@ import onnx
 from onnx import GraphProto, TensorProto
 
 from qcompress.targets.checks import Broken
-from qcompress.targets.graph import DOMAINS, View, result, type_word
+from qcompress.targets.graph import DOMAINS, View, type_word
 from qcompress.targets.quantizers import node_name
 from qcompress.targets.sizes import BITS, stored_bytes
 from qcompress.targets.table import Target
@@ -129,9 +129,16 @@ def operands_out_of_number(view: View, target: Target) -> Iterator[Broken]:
         schema = onnx.defs.get_schema(node.op_type, newest, "")
         if not schema.min_input <= len(node.input) <= schema.max_input:
             yield Broken(node_name(node), f"{len(node.input)} inputs of {node.op_type}")
-        elif not schema.min_output <= len(node.output) <= schema.max_output or not result(node):
+        elif not schema.min_output <= len(node.output) <= schema.max_output:
             yield Broken(node_name(node), f"{len(node.output)} outputs of {node.op_type}")
-        else:
-            needed = [place for place in range(schema.min_input) if not node.input[place]]
+        for word, names, parameters in (
+            ("input", node.input, schema.inputs),
+            ("output", node.output, schema.outputs),
+        ):
+            needed = [
+                place
+                for place, (name, parameter) in enumerate(zip(names, parameters, strict=False))
+                if not name and parameter.option == onnx.defs.OpSchema.FormalParameterOption.Single
+            ]
             if needed:
-                yield Broken(node_name(node), f"input {needed[0]} of {node.op_type} is empty")
+                yield Broken(node_name(node), f"{word} {needed[0]} of {node.op_type} is empty")

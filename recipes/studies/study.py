@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from qcompress.artifacts import sha256_file
 from qcompress.codekey import stage_key
@@ -266,8 +266,8 @@ def _job(
     if start is not None:
         overrides.append(f"model.run={_written(str(start[1]), place)}")
     file = place.folder / recipe
-    # without what is as by default: a key that a later version adds changes no run that does not write it
-    values = load_recipe(file, overrides).recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    recipe_values = load_recipe(file, overrides).recipe
+    values = _essence(recipe_values, recipe_values.model_dump(mode="json", by_alias=True))
     if start is not None:
         values["model"]["run"] = start[0].digest
     text = json.dumps(values, sort_keys=True)
@@ -278,6 +278,26 @@ def _job(
     if source is not None and (file.parent / source).is_dir():
         contents["model"] = fingerprint(file.parent / source)
     return Job(name, file, tuple(overrides), stage_key("study", {"values": text, "data": contents}))
+
+
+def _essence(value: Any, dumped: Any) -> Any:
+    """What was chosen of a recipe, without what is as by default: a key that a later version adds changes no
+    run that does not write it. Names stay, since a choice among classes is known by them alone.
+    """
+    if isinstance(value, BaseModel) and isinstance(dumped, dict):
+        fields = type(value).model_fields
+        chosen = [
+            name
+            for name, field in fields.items()
+            if name == "name" or getattr(value, name) != field.get_default(call_default_factory=True)
+        ]
+        keys = {name: fields[name].serialization_alias or fields[name].alias or name for name in chosen}
+        return {key: _essence(getattr(value, name), dumped[key]) for name, key in keys.items()}
+    if isinstance(value, dict) and isinstance(dumped, dict):
+        return {key: _essence(item, dumped[key]) for key, item in value.items()}
+    if isinstance(value, list | tuple) and isinstance(dumped, list):
+        return [_essence(item, other) for item, other in zip(value, dumped, strict=True)]
+    return dumped
 
 
 def _written(value: Any, place: Place) -> str:

@@ -65,6 +65,8 @@ def test_axes_of_other_names_have_ranges_of_their_own(tmp_path: Path) -> None:
     assert shapes == [{"x": [[1, 8, 80], [2, 16, 80], [4, 32, 80]]}]
     with pytest.raises(ValueError, match=r"frames must be 1 <= min <= opt <= max, found \[8, 4, 32\]"):
         Profile(axes={"frames": [8, 4, 32]})
+    with pytest.raises(ValueError, match="axes is for other names than batch"):
+        Profile(axes={"batch": [1, 2, 4]})
 
 
 def test_the_whole_is_the_past_and_what_follows(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from graphs import save
 from lines import cli
 from lint_cases import CASES as QUANTIZED
 from lint_cases import SOUND as SOUND_QUANTIZED
-from lint_cases import Case, bf16, float_matmul, small
-from unsound_cases import SOUND_GRAPHS, UNSOUND
+from lint_cases import Case, Make, bf16, float_matmul, small
+from unsound_cases import SOUND_GRAPHS, UNSOUND, optional_input, optional_output
 
 from qcompress.targets.lint import lint
 from qcompress.targets.rules import RULES, Rule
@@ -84,6 +84,13 @@ def test_a_graph_that_breaks_a_rule_is_found(case: Case, folder: Path) -> None:
 @pytest.mark.parametrize("rule", SOUND)
 def test_a_graph_that_comes_close_breaks_no_rule(rule: str, folder: Path) -> None:
     assert lint(folder / file_name("sound", rule), TARGETS[SOUND[rule][1]]) == []
+
+
+@pytest.mark.parametrize("make", [optional_input, optional_output])
+def test_operands_that_may_be_left_out_are_not_missed(make: Make, tmp_path: Path) -> None:
+    onnx.checker.check_model(make(), full_check=True)
+    found = lint(save(make(), tmp_path / "model.onnx"), TARGETS["rtx-ampere"])
+    assert [finding.rule for finding in found] == []
 
 
 @pytest.mark.parametrize("rule", SOUND)

@@ -25,9 +25,9 @@ def case(rule: str) -> Case:
 def test_each_finding_is_a_result_with_its_rule_level_and_place(
     rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = save(case(rule).make(), tmp_path / "model.onnx")
+    file = save(case(rule).make(), tmp_path / "my model.onnx")
     monkeypatch.chdir(tmp_path)
-    done = cli("lint", "model.onnx", "--target", "rtx-ampere", "--sarif")
+    done = cli("lint", "my model.onnx", "--target", "rtx-ampere", "--sarif")
     document = done.json()
     assert done.code == (5 if LEVELS[next(r.consequence for r in RULES if r.id == rule)] == "error" else 0)
     assert set(document) == {"$schema", "version", "runs"} and document["version"] == "2.1.0"
@@ -45,7 +45,7 @@ def test_each_finding_is_a_result_with_its_rule_level_and_place(
         assert result["level"] == finding.severity
         assert finding.found in result["message"]["text"]
         (place,) = result["locations"]
-        assert place["physicalLocation"]["artifactLocation"]["uri"] == "model.onnx"
+        assert place["physicalLocation"]["artifactLocation"]["uri"] == "my%20model.onnx"
         assert place["logicalLocations"][0]["name"] == finding.layer
 
 

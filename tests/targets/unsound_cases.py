@@ -160,6 +160,35 @@ UNSOUND: tuple[Case, ...] = (
 )
 """`crash`: the parser's process dies."""
 
+
+def optional_output() -> onnx.ModelProto:
+    """LSTM, of whose three optional outputs the first is left out."""
+    graph = Graph()
+    weights = [graph.tensor("w", np.ones((1, 16, 8))), graph.tensor("r", np.ones((1, 16, 4)))]
+    graph.nodes.append(helper.make_node("LSTM", ["x", *weights], ["", "y"], name="y", hidden_size=4))
+    ends = [tensor_value("x", T.FLOAT, 5, "batch", 8)], [tensor_value("y", T.FLOAT, 1, "batch", 4)]
+    return graph.model(*ends)
+
+
+def optional_input() -> onnx.ModelProto:
+    """A while loop: Loop without a count."""
+    graph = Graph()
+    graph.tensor("no", np.array(False), T.BOOL)
+    graph.tensor("count", np.int64(2), T.INT64)
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["go.on"]), helper.make_node("Relu", ["state"], ["next"])],
+        "body",
+        [
+            tensor_value("at", T.INT64),
+            tensor_value("go", T.BOOL),
+            tensor_value("state", T.FLOAT, "batch", 64),
+        ],
+        [tensor_value("go.on", T.BOOL), tensor_value("next", T.FLOAT, "batch", 64)],
+    )
+    graph.node("Loop", ["", "no", "x"], "y", body=body)
+    return graph.model([tensor_value("x", T.FLOAT, "batch", 64)], [tensor_value("y", T.FLOAT, "batch", 64)])
+
+
 SOUND_GRAPHS: dict[str, tuple[Make, str]] = {
     "graph-empty": (linear, "rtx-ampere"),
     "value-missing": (operands("x", "", "high"), "rtx-ampere"),
