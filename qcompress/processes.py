@@ -10,6 +10,7 @@ Torch is imported only where there are several processes.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -100,9 +101,20 @@ def join(cpu: bool) -> Processes:
     from accelerate import PartialState
 
     found = PartialState(cpu=cpu, timeout=PATIENCE)
+    atexit.register(_leave)
     if found.num_processes != size:
         raise MachineError(
             f"{size} processes were started and {found.num_processes} met: they would overwrite each other",
             fix=HOW,
         )
     return Processes(found.process_index, found.num_processes)
+
+
+def _leave() -> None:
+    """Part from the others before the interpreter ends: a group that is still there has running threads, and
+    they abort a process now and then (`terminate called without an active exception`).
+    """
+    import torch.distributed as distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -74,6 +74,25 @@ def calm(without_dropout: Path, text_file: Path, tmp_path_factory: pytest.TempPa
     return project
 
 
+def test_a_process_leaves_the_group_before_the_interpreter_ends(tmp_path: Path) -> None:
+    """Left to the interpreter's end, the group's threads abort about one launch in twelve."""
+    script = tmp_path / "meet.py"
+    script.write_text(
+        "import atexit\n"
+        "import torch.distributed as distributed\n"
+        "from qcompress.processes import join\n"
+        "found = join(cpu=True)\n"
+        "assert (found.size, distributed.is_initialized()) == (2, True)\n"
+        "atexit._run_exitfuncs()\n"
+        "assert not distributed.is_initialized()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)],
+        env={**os.environ, **ENVIRONMENT, "MASTER_PORT": "0"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_two_processes_make_the_updates_of_one(
     launcher: str, calm: Project, without_dropout: Path, text_file: Path, tmp_path: Path
