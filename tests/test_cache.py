@@ -153,7 +153,10 @@ def test_inputs_and_outputs_have_their_names_types_and_axes(graph: Graph) -> Non
 
 
 def test_generation_is_that_of_transformers_token_for_token(graph: Graph, prompts: list[list[int]]) -> None:
-    """64 tokens, prompts of four lengths in one batch; in fp16 two programs differ in every logit."""
+    """64 tokens, prompts of four lengths in one batch. In fp16 two programs differ in every logit, and
+    a near tie sends them different ways: there, tokens after the same ones before them are held against torch
+    in fp32, from which ONNX Runtime may be twice as far as torch in fp16 is.
+    """
     ids, mask = padded(prompts)
     model = folded(graph)
     with torch.no_grad():
@@ -166,8 +169,23 @@ def test_generation_is_that_of_transformers_token_for_token(graph: Graph, prompt
     assert [len(row) for row in found] == [NEW] * len(prompts)
     assert len({tuple(row) for row in wanted}) == len(prompts)
     if graph.kind.compute == "fp16":
-        same = np.mean(np.array(found) == np.array(wanted))
-        assert same > 0.5
+        rows = torch.cat([ids, torch.tensor(found)], 1)
+        whole_mask = torch.cat([mask, torch.ones(len(rows), NEW, dtype=mask.dtype)], 1)
+        inputs = FAMILIES["gpt2"].graph_inputs(rows, whole_mask)
+        with torch.no_grad():
+            half, full = (
+                some(**inputs).logits.float()[:, ids.shape[1] - 1 : -1]
+                for some in (model, assemble(graph.line.folded))
+            )
+
+        def behind(tokens: torch.Tensor) -> torch.Tensor:
+            """How far tokens are behind the best of torch in fp32, as a fraction of the logits' range."""
+            chosen = full.gather(-1, tokens[..., None])[..., 0]
+            return (full.amax(-1) - chosen) / (full.max() - full.min())
+
+        ours, halves = behind(rows[:, ids.shape[1] :]), behind(half.argmax(-1))
+        assert (ours > 0).sum() <= 2 * (halves > 0).sum(), (ours > 0).sum()
+        assert ours.max() <= 2 * halves.max(), (ours.max(), halves.max())
     else:
         assert found == wanted
 
