@@ -16,7 +16,7 @@ from qcompress.artifacts import read_json, write_json
 from qcompress.errors import ExportError, RecipeError, UsageError
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, load_recipe, read
-from qcompress.report.measured import measured
+from qcompress.report.measured import arm_and_runs, measured
 from qcompress.report.seeds import summarise
 from qcompress.schema import ROWS, Build, Recipe
 from qcompress.smoke import smoke as shorten
@@ -251,24 +251,9 @@ def compare(
         raise UsageError(f"unknown row {row!r}", fix=f"choose one of {', '.join(ROWS)}")
     found = []
     for run in runs:
-        arm, folder = _arm_and_folder(os.fspath(run))
-        found += [measured(load(path), row, arm) for path in _runs_in(folder)]
+        arm, folders = arm_and_runs(os.fspath(run))
+        found += [measured(load(path), row, arm) for path in folders]
     return compare_measured(found, row, metric, baseline)
-
-
-def _arm_and_folder(text: str) -> tuple[str | None, Path]:
-    arm, equals, folder = text.partition("=")
-    named = equals and not Path(text).exists()
-    if named and not (arm and folder):
-        raise UsageError(f"{text!r} is not of the form ARM=RUN", fix="such as lsq=runs/lsq/latest")
-    return (arm, Path(folder)) if named else (None, Path(text))
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    """A run directory itself, or the runs of a folder of seeds."""
-    if (folder / "seeds.json").is_file():
-        return [folder / f"seed-{seed}" for seed in read_json(folder / "seeds.json")["verdicts"]]
-    return [folder]
 
 
 def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:

@@ -35,7 +35,6 @@ from qcompress.report.shown import print_run, summary
 from qcompress.schema import STAGES
 from qcompress.stages.gate import exit_code
 from qcompress.stages.load import locate
-from qcompress.workspace import would_reuse
 
 app = typer.Typer(
     name="qcompress",
@@ -169,28 +168,11 @@ def check(
                     {"mistakes": [{name: getattr(item, name) for name in fields} for item in mistakes]}
                 )
             raise RecipeError(mistakes)
-        reuse = _reuse(keys.prepare(resolved), cache or out / ".cache")
+        reuse = pipeline.reuse(keys.prepare(resolved), cache or out / ".cache")
         if as_json:
             _print_json(check_json(resolved, report, reuse))
         else:
             print_check(_console(), resolved, report, reuse)
-
-
-def _reuse(plan: keys.Plan, cache: Path) -> list[tuple[str, bool, str]]:
-    """For each stage whether it would be reused, and why not; after the first that runs, all run."""
-    found: list[tuple[str, bool, str]] = []
-    steps: dict[str, object] = {}
-    for stage in STAGES:
-        missing = [name for name in keys.INPUTS[stage] if name not in steps]
-        if missing:
-            found.append((stage, False, f"{missing[0]} runs again"))
-            continue
-        parts = keys.parts(plan, stage, steps)
-        reused, why = would_reuse(cache, stage, parts)
-        found.append((stage, reused, why))
-        if reused:
-            steps[stage] = pipeline.finished(cache, stage, parts)
-    return found
 
 
 @app.command()

@@ -27,14 +27,14 @@ from qcompress.check import head_of
 from qcompress.codekey import stage_key
 from qcompress.errors import MachineError
 from qcompress.host import describe_host, device_kind
-from qcompress.keys import Plan, parts, prepare, provenance, run_key, versions_of
+from qcompress.keys import INPUTS, Plan, parts, prepare, provenance, run_key, versions_of
 from qcompress.own import active
 from qcompress.processes import Processes, join
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, dump_recipe
 from qcompress.schema import STAGES
 from qcompress.stages.load import load
-from qcompress.workspace import Step, Workspace
+from qcompress.workspace import Step, Workspace, would_reuse
 
 PLACE: dict[str, dict[str, str]] = {
     "load": {},
@@ -236,3 +236,20 @@ def finished(cache: Path, stage: str, parts: Mapping[str, object]) -> Step:
     manifest = read_json(path / "manifest.json")
     cost = {"seconds": manifest["seconds"], "peak_mib": manifest["peak_mib"]}
     return Step(stage, path, manifest["digest"], key, reused=True, parts=dict(parts), **cost)
+
+
+def reuse(plan: Plan, cache: Path) -> list[tuple[str, bool, str]]:
+    """For each stage whether it would be reused, and why not; after the first that runs, all run."""
+    found: list[tuple[str, bool, str]] = []
+    steps: dict[str, Step] = {}
+    for stage in STAGES:
+        missing = [name for name in INPUTS[stage] if name not in steps]
+        if missing:
+            found.append((stage, False, f"{missing[0]} runs again"))
+            continue
+        own = parts(plan, stage, steps)
+        reused, why = would_reuse(cache, stage, own)
+        found.append((stage, reused, why))
+        if reused:
+            steps[stage] = finished(cache, stage, own)
+    return found

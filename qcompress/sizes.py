@@ -8,29 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import TensorProto
 
 from qcompress.plan import LayerPlan
-
-BITS = {
-    TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.DOUBLE: 64,
-    TensorProto.INT64: 64, TensorProto.INT32: 32, TensorProto.INT16: 16, TensorProto.INT8: 8,
-    TensorProto.UINT8: 8, TensorProto.BOOL: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4,
-}  # fmt: skip
-
-
-def tensor_bytes(tensor: TensorProto) -> int:
-    """Bytes of an initializer as stored: two 4-bit codes to a byte."""
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return (count * BITS.get(tensor.data_type, 32) + 7) // 8
+from qcompress.targets.sizes import stored_bytes
 
 
 def measure_sizes(file: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
     """Bytes of each quantized layer (codes and scales), of the float rest, and of the file."""
     graph = onnx.load(str(file), load_external_data=False).graph
-    stored = {tensor.name: tensor_bytes(tensor) for tensor in graph.initializer}
+    stored = {tensor.name: stored_bytes(tensor) for tensor in graph.initializer}
     layers = []
     for item in plan:
         if item.weights is None or item.layer.tied_to:

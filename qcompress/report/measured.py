@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcompress.artifacts import read_json
 from qcompress.axes import AXES, PHASES
 from qcompress.errors import IncomparableError, UsageError
 from qcompress.goals import METRICS
@@ -129,3 +131,16 @@ def cost_of(recipe: dict[str, Any], manifest: dict[str, Any]) -> Cost:
         passes=sum(phase["passes"] for phase in whole),
         seconds=manifest["stages"]["train"]["seconds"],
     )
+
+
+def arm_and_runs(text: str) -> tuple[str | None, list[Path]]:
+    """The arm of `ARM=RUN`, None of `RUN`, and its runs: a run directory, or those of a folder of seeds."""
+    arm, equals, folder = text.partition("=")
+    named = equals and not Path(text).exists()
+    if named and not (arm and folder):
+        raise UsageError(f"{text!r} is not of the form ARM=RUN", fix="such as lsq=runs/lsq/latest")
+    path = Path(folder if named else text)
+    runs = [path]
+    if (path / "seeds.json").is_file():
+        runs = [path / f"seed-{seed}" for seed in read_json(path / "seeds.json")["verdicts"]]
+    return (arm if named else None), runs
