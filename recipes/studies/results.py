@@ -6,7 +6,7 @@ rows        the metrics of every measured row of the ladder; `onnx (deployed)` a
 cost        updates, updates of a block alone, forward/backward passes, seconds of training
 machine     what the run was made on (not its name); versions of every tool
 samples     per-sample results of the compared row, six digits each, with the digest of the inputs
-settings    the recipe's task, format, training and axes
+settings    the recipe's task, format, training and axes, without what is as by default (see `essence`)
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from study import essence
 
 from qcompress import api
 from qcompress.errors import QcompressError
@@ -30,6 +32,8 @@ BYTES_LIMIT = 200_000
 def result_of(loaded: api.LoadedRun, arm: str, task: str, digest: str, row: str) -> dict[str, Any]:
     """The document of a finished run."""
     found = measured(loaded, row, arm)
+    values = loaded.recipe.model_dump(mode="json", by_alias=True)
+    chosen = {key: essence(getattr(loaded.recipe, key), values[key]) for key in found.settings}
     return {
         "arm": arm,
         "task": task,
@@ -43,7 +47,7 @@ def result_of(loaded: api.LoadedRun, arm: str, task: str, digest: str, row: str)
         "start": found.start,
         "main": found.main,
         "sets": list(found.sets),
-        "settings": found.settings,
+        "settings": chosen,
         "samples": {name: _compact(entry) for name, entry in found.samples.items()},
     }
 

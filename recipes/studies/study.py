@@ -267,7 +267,7 @@ def _job(
         overrides.append(f"model.run={_written(str(start[1]), place)}")
     file = place.folder / recipe
     recipe_values = load_recipe(file, overrides).recipe
-    values = _essence(recipe_values, recipe_values.model_dump(mode="json", by_alias=True))
+    values = essence(recipe_values, recipe_values.model_dump(mode="json", by_alias=True))
     if start is not None:
         values["model"]["run"] = start[0].digest
     text = json.dumps(values, sort_keys=True)
@@ -280,7 +280,7 @@ def _job(
     return Job(name, file, tuple(overrides), stage_key("study", {"values": text, "data": contents}))
 
 
-def _essence(value: Any, dumped: Any) -> Any:
+def essence(value: Any, dumped: Any) -> Any:
     """What was chosen of a recipe, without what is as by default: a key that a later version adds changes no
     run that does not write it. Names stay, since a choice among classes is known by them alone.
     """
@@ -292,11 +292,11 @@ def _essence(value: Any, dumped: Any) -> Any:
             if name == "name" or getattr(value, name) != field.get_default(call_default_factory=True)
         ]
         keys = {name: fields[name].serialization_alias or fields[name].alias or name for name in chosen}
-        return {key: _essence(getattr(value, name), dumped[key]) for name, key in keys.items()}
+        return {key: essence(getattr(value, name), dumped[key]) for name, key in keys.items()}
     if isinstance(value, dict) and isinstance(dumped, dict):
-        return {key: _essence(item, dumped[key]) for key, item in value.items()}
+        return {key: essence(item, dumped[key]) for key, item in value.items()}
     if isinstance(value, list | tuple) and isinstance(dumped, list):
-        return [_essence(item, other) for item, other in zip(value, dumped, strict=True)]
+        return [essence(item, other) for item, other in zip(value, dumped, strict=True)]
     return dumped
 
 
