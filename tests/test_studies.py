@@ -385,7 +385,7 @@ def test_a_choice_among_classes_is_known_by_its_name(tools: Machinery) -> None:
     for name in ("lsq", "ternary", "minmax"):
         quantizer = {"weights": name, "activations": "minmax", "embeddings": "minmax"}
         recipe = make_recipe(Path("text.txt"), quantizer=quantizer)
-        found[name] = tools.study._essence(recipe, recipe.model_dump(mode="json", by_alias=True))
+        found[name] = tools.study.essence(recipe, recipe.model_dump(mode="json", by_alias=True))
     assert found["lsq"]["quantizer"]["weights"] == {"name": "lsq"}
     assert found["ternary"]["quantizer"]["weights"] == {"name": "ternary"}
     assert "quantizer" not in found["minmax"] and "cache" not in found["lsq"]["format"]
