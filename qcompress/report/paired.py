@@ -8,6 +8,7 @@ Shapes: differences [pairs]; replicates [seeds, draws], one row for each seed of
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -53,11 +54,15 @@ def detectable(differences: Sequence[float]) -> float | None:
     """
     if len(differences) < 2:
         return None
-    freedom = len(differences) - 1
+    return _seen(len(differences) - 1) * _standard_error(differences)
+
+
+@functools.cache
+def _seen(freedom: int) -> float:
+    """The shift of a noncentral t at which the test sees it with probability `POWER`; a table asks often."""
     limit = stats.t.ppf((1 + LEVEL) / 2, freedom)
     highest = 3 + 2 * limit
-    shift = optimize.brentq(lambda at: _power(at, limit, freedom) - POWER, 0, highest, xtol=1e-10)
-    return shift * _standard_error(differences)
+    return optimize.brentq(lambda at: _power(at, limit, freedom) - POWER, 0, highest, xtol=1e-10)
 
 
 def _power(shift: float, limit: float, freedom: int) -> float:
