@@ -299,27 +299,33 @@ def inspect(model: Path) -> dict[str, Any]:
     return contents(model)
 
 
-def build(model: Path, target: str, out: Path, profiles: str | None, reporter: Reporter) -> dict[str, Any]:
-    """Build an engine from an ONNX file; returns build.json. The folder must not hold anything yet."""
+def build(
+    model: Path, target: str, out: Path, profiles: str | None, options: dict[str, Any], reporter: Reporter
+) -> dict[str, Any]:
+    """Build an engine from an ONNX file; returns build.json. The folder must not hold anything yet.
+
+    `profiles` is JSON, `options` are other keys of a recipe's section `build`.
+    """
     from qcompress.stages.build import build_file
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not an empty folder", fix="name a new one")
-    values: dict[str, Any] = {"target": target, "here": "required"}
+    values: dict[str, Any] = {"target": target, "here": "required", **options}
     if profiles is not None:
         try:
             values["profiles"] = json.loads(profiles)
         except ValueError as error:
             raise UsageError(f"--profiles is not JSON: {error}") from None
     try:
-        options = Build.model_validate(values)
+        checked = Build.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"--profiles: {where}: {first['msg']}") from None
+        name, _, inside = where.replace("_", "-").partition(".")
+        raise UsageError(f"--{name}: {inside + ': ' if inside else ''}{first['msg']}") from None
     out.mkdir(parents=True, exist_ok=True)
     with reporter.bar("build", 100) as bar:
-        engine = build_file(model, options, out, lambda what, share: bar.at(what, round(100 * share)))
+        engine = build_file(model, checked, out, lambda what, share: bar.at(what, round(100 * share)))
     return read_json(engine.path / "build.json")
 
 

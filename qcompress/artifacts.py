@@ -106,7 +106,8 @@ class Engine(Artifact):
 
     build.json: {"status": "built" | "deferred" | "none", "reason", "command", "target", "backend",
     "versions", "plan": {"sha256", "bytes"}, "onnx": {"sha256", "bytes"}, "predicted_bytes", "limit_bytes",
-    "profiles", "inputs", "outputs", "messages"}.
+    "profiles", "version_compatible", "hardware_compatibility", "timing_cache": {"read", "written"},
+    "inputs", "outputs", "messages"}.
     """
 
     @property

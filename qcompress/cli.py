@@ -21,6 +21,20 @@ from rich.console import Console
 from rich.table import Table
 
 from qcompress import api, keys, pipeline
+from qcompress.arguments import (
+    AsJson,
+    Cache,
+    HardwareLevel,
+    OnnxFile,
+    Out,
+    Profiles,
+    RecipeFile,
+    RunFolder,
+    Set,
+    TargetName,
+    TimingCache,
+    VersionCompatible,
+)
 from qcompress.check import all_mistakes
 from qcompress.errors import INTERRUPTED, ExportError, QcompressError, RecipeError, UsageError
 from qcompress.listing import LISTS
@@ -46,19 +60,6 @@ app = typer.Typer(
 
 LOG_COLUMNS = 200
 """Width of output that goes into a file or a pipe."""
-
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
-OnnxFile = Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)]
-TargetName = Annotated[
-    str, typer.Option("--target", help="A device; `qcompress list targets`.", show_default=False)
-]
-RunFolder = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
-Out = Annotated[Path, typer.Option(help="Where runs go.")]
-Cache = Annotated[
-    Path | None, typer.Option(help="Where finished stages go; default OUT/.cache.", show_default=False)
-]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: a.b=c.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
 def main() -> None:
@@ -286,14 +287,16 @@ def build(
     model: OnnxFile,
     target: TargetName,
     out: Annotated[Path, typer.Option(help="A new or empty folder.", show_default=False)],
-    profiles: Annotated[
-        str | None,
-        typer.Option(help="JSON list of {batch: [min, opt, max], sequence: [...]}.", show_default=False),
-    ] = None,
+    profiles: Profiles = None,
+    version_compatible: VersionCompatible = False,
+    hardware_compatibility: HardwareLevel = "none",
+    timing_cache: TimingCache = None,
 ) -> None:
     """Build an engine from any ONNX file with explicit Q/DQ; fails (6) where this machine cannot."""
     with _errors():
-        record = api.build(model, target, out, profiles, Reporter())
+        options = {"version_compatible": version_compatible, "hardware_compatibility": hardware_compatibility}
+        options |= {"timing_cache": None if timing_cache is None else str(timing_cache)}
+        record = api.build(model, target, out, profiles, options, Reporter())
         print(f"{record['status']}  {target}  {out}")
 
 

@@ -32,7 +32,7 @@ from qcompress.own import active
 from qcompress.processes import Processes, join
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, dump_recipe
-from qcompress.schema import STAGES
+from qcompress.schema import STAGES, Build
 from qcompress.stages.load import load
 from qcompress.workspace import Step, Workspace, would_reuse
 
@@ -154,7 +154,8 @@ def _makers(
 
         with reporter.bar("build", 100) as bar:
             graph = OnnxModel(steps["export"].path)
-            build(graph, recipe.build, folder, lambda what, share: bar.at(what, round(100 * share)))
+            options = _placed(recipe.build, base)
+            build(graph, options, folder, lambda what, share: bar.at(what, round(100 * share)))
 
     def make_verify(folder: Path) -> None:
         from qcompress.stages.verify import Artifacts, verify
@@ -197,6 +198,13 @@ def _needs_torch(make: Callable[[Path], None]) -> Callable[[Path], None]:
             ) from None
 
     return checked
+
+
+def _placed(options: Build, base: Path) -> Build:
+    """The same with the file beside the recipe that it names."""
+    if options.timing_cache is None:
+        return options
+    return options.model_copy(update={"timing_cache": str(base / options.timing_cache)})
 
 
 def _float(plan: Plan, steps: Mapping[str, Step]) -> FloatModel:

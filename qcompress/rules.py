@@ -58,6 +58,7 @@ def judge(recipe: Recipe, document: Document, base: Path) -> None:
     _training_data(recipe, document)
     _calibration_data(recipe, document)
     _target(recipe, document)
+    _build(recipe, document)
     _rows(recipe, document)
     _export(recipe, document)
     if document.sound(("task", "context")):
@@ -229,6 +230,17 @@ def _target(recipe: Recipe, document: Document) -> None:
         message = f"is no target, {found(recipe.build.target)}"
         fix = choose(recipe.build.target, list(TARGETS), these="`qcompress list targets`")
         document.report(key, message, fix)
+
+
+def _build(recipe: Recipe, document: Document) -> None:
+    from qcompress.targets.table import TARGETS, option_refusals
+
+    if recipe.build.target not in TARGETS or not document.sound(("build", "target")):
+        return
+    for refusal in option_refusals(recipe.build.target, recipe.build):
+        key: Key = ("build", refusal.key.partition(".")[2])
+        if document.sound(key):
+            document.report(key, refusal.message, refusal.fix)
 
 
 def _rows(recipe: Recipe, document: Document) -> None:

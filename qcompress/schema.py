@@ -267,6 +267,14 @@ class Build(Options):
     """auto: build if this machine can, otherwise defer; required: fail (exit code 6) if it cannot."""
     profiles: list[Profile] = Field(default=[Profile()], min_length=1)
     """Optimization profiles."""
+    version_compatible: bool = False
+    """The plan runs on later versions of TensorRT too, perhaps slower. It carries code of its own, a lean
+    runtime, so a device must be told to trust it."""
+    hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = "none"
+    """Other GPUs that the plan runs on, perhaps slower: Ampere and everything later, or every GPU of the same
+    compute capability."""
+    timing_cache: str | None = None
+    """File, relative to the recipe, in which the builder keeps what it timed; made if it is not there."""
     timeout_s: int = Field(default=3600, ge=1)
     """The builder is stopped after this long."""
     memory_mib: int = Field(default=16384, ge=256)

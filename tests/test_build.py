@@ -37,7 +37,8 @@ HEAVY = Shape(blocks=2, width=768, vocabulary=16384, context=64)
 
 KEYS = {
     "status", "reason", "command", "target", "backend", "versions", "plan", "onnx", "predicted_bytes",
-    "limit_bytes", "profiles", "inputs", "outputs", "messages",
+    "limit_bytes", "profiles", "inputs", "outputs", "messages", "version_compatible",
+    "hardware_compatibility", "timing_cache",
 }  # fmt: skip
 """What the artifact promises of build.json."""
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from lines import (
     plain_session,
     python,
 )
+from tensorrt_api import NAMES
 
 from qcompress import probe
 from qcompress.artifacts import OnnxModel, read_json
@@ -178,10 +180,10 @@ def test_every_call_of_the_script_exists_in_tensorrt_rtx() -> None:
         "TensorIOMode": names_after(tree, "self", "trt", "TensorIOMode"),
         "ICudaEngine": names_after(tree, "self", "engine"),
         "IExecutionContext": names_after(tree, "self", "context"),
-        "Runtime": {"deserialize_cuda_engine"},
+        "Runtime": names_after(tree, "runtime"),
     }
     assert {owner: len(names) for owner, names in used.items()} == {
-        "": 5, "Logger": 1, "TensorIOMode": 1, "ICudaEngine": 8, "IExecutionContext": 6, "Runtime": 1,
+        "": 5, "Logger": 1, "TensorIOMode": 1, "ICudaEngine": 8, "IExecutionContext": 6, "Runtime": 2,
     }  # fmt: skip
     ask = (
         "import json, sys, tensorrt_rtx as trt\n"
@@ -192,6 +194,37 @@ def test_every_call_of_the_script_exists_in_tensorrt_rtx() -> None:
     asked = python(ask, json.dumps({owner: sorted(names) for owner, names in used.items()}))
     assert asked.code == 0, asked.stderr
     assert asked.stdout == ""
+    for version, known in NAMES.items():
+        for owner in ("TensorIOMode", "ICudaEngine", "IExecutionContext", "Runtime"):
+            assert used[owner] <= set(known[owner].split()), (version, owner)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_inside_a_plan_runs_only_where_the_user_trusts_it(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trusted: bool
+) -> None:
+    """A version-compatible plan holds a runtime of its own."""
+    allowed = []
+
+    class Runtime:
+        def __init__(self, logger: object) -> None:
+            self.engine_host_code_allowed = True
+
+        def deserialize_cuda_engine(self, plan: bytes) -> None:
+            allowed.append(self.engine_host_code_allowed)
+
+    class Logger:
+        WARNING = 2
+
+        def __init__(self, level: int) -> None:
+            pass
+
+    fake = SimpleNamespace(Runtime=Runtime, Logger=Logger, __version__="11.4.0")
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    with pytest.raises(RuntimeError, match="cannot load"):
+        script.TensorRTRunner(tmp_path / "model.plan", "tensorrt", trusted)
+    assert allowed == [trusted]
 
 
 def test_the_script_refuses_a_file_that_is_not_the_kits(project: Project, tmp_path: Path) -> None:

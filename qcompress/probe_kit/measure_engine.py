@@ -94,11 +94,13 @@ def no_past(rows, shape):
 class TensorRTRunner:
     """A plan: dict of arrays -> logits."""
 
-    def __init__(self, plan, module):
+    def __init__(self, plan, module, trusted):
         self.trt = __import__(module)
         self.module = module
         logger = self.trt.Logger(self.trt.Logger.WARNING)
-        self.engine = self.trt.Runtime(logger).deserialize_cuda_engine(plan.read_bytes())
+        runtime = self.trt.Runtime(logger)
+        runtime.engine_host_code_allowed = trusted  # a version-compatible plan holds a runtime of its own
+        self.engine = runtime.deserialize_cuda_engine(plan.read_bytes())
         if self.engine is None:
             raise RuntimeError(
                 f"{module} {self.trt.__version__} cannot load {plan}: it was built for another "
@@ -347,6 +349,9 @@ def main(arguments=None):
     parser.add_argument(
         "--module", default=None, help="tensorrt or tensorrt_rtx; default: as the plan was built"
     )
+    parser.add_argument(
+        "--trust-plan", action="store_true", help="run the code that a version-compatible plan holds"
+    )
     parser.add_argument("--batch", type=int, default=8, help="largest batch")
     parser.add_argument("--out", type=Path, default=Path("engine.json"))
     options = parser.parse_args(arguments)
@@ -360,7 +365,10 @@ def main(arguments=None):
             f"{file} is not the file that this probe belongs to (sha256 {digest[:12]}, expected "
             f"{expected[:12]}): copy probe/ and engine/ from the same run"
         )
-    runner = OnnxRunner(file) if options.onnx else TensorRTRunner(file, options.module or facts["backend"])
+    if options.onnx:
+        runner = OnnxRunner(file)
+    else:
+        runner = TensorRTRunner(file, options.module or facts["backend"], options.trust_plan)
     with np.load(HERE / "inputs.npz") as archive:
         inputs = {name: archive[name] for name in archive.files}
     reference = np.load(HERE / "reference.npz")

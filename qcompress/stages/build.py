@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from qcompress.artifacts import Engine, OnnxModel, sha256_file, write_json
-from qcompress.errors import ExportError, MachineError
+from qcompress.errors import ExportError, MachineError, UsageError
 from qcompress.schema import Build, Profile
 from qcompress.targets.device import lacks
 from qcompress.targets.graph import View, dimensions, read
 from qcompress.targets.process import Progress, run_builder
 from qcompress.targets.profiles import profile_shapes
 from qcompress.targets.sizes import check_plan, limit_bytes, predicted_bytes
-from qcompress.targets.table import Target, find_target
+from qcompress.targets.table import Target, find_target, option_refusals
 
 PLAN, RECORD = "model.plan", "build.json"
 
@@ -32,6 +32,8 @@ def build(onnx: OnnxModel, options: Build, out: Path, progress: Progress | None 
 def build_file(file: Path, options: Build, out: Path, progress: Progress | None = None) -> Engine:
     """Build the engine of any ONNX file with explicit Q/DQ; `out` is an empty folder."""
     target = find_target(options.target)
+    for refusal in option_refusals(target, options):
+        raise UsageError(f"{refusal.key}: {refusal.message}", fix=refusal.fix)
     view = read(file)
     record = _record(view, target, options)
     if target.backend is None:
@@ -59,12 +61,19 @@ def device_command(file: Path, options: Build) -> str:
     if options.profiles != [Profile()]:
         values = [profile.model_dump(exclude_defaults=True) for profile in options.profiles]
         words += ["--profiles", json.dumps(values)]
+    if options.version_compatible:
+        words.append("--version-compatible")
+    if options.hardware_compatibility != "none":
+        words += ["--hardware-compatibility", options.hardware_compatibility]
+    if options.timing_cache is not None:
+        words += ["--timing-cache", Path(options.timing_cache).name]
     return shlex.join(words)
 
 
 def _record(view: View, target: Target, options: Build) -> dict[str, Any]:
     """build.json, as far as it is known beforehand."""
     predicted = predicted_bytes(view)
+    limit = limit_bytes(predicted, lean_runtime=options.version_compatible)
     files = [view.file, *view.data_files]
     axes = {size for value in view.inputs for size in dimensions(value) or () if isinstance(size, str)}
     return {
@@ -81,7 +90,10 @@ def _record(view: View, target: Target, options: Build) -> dict[str, Any]:
             "data": {file.name: sha256_file(file) for file in view.data_files},
         },
         "predicted_bytes": predicted,
-        "limit_bytes": limit_bytes(predicted),
+        "limit_bytes": limit,
+        "version_compatible": options.version_compatible,
+        "hardware_compatibility": options.hardware_compatibility,
+        "timing_cache": None,
         "profiles": [
             {name: sizes for name, sizes in profile.ranges.items() if name in axes}
             for profile in (options.profiles if target.backend else ())
@@ -110,12 +122,15 @@ def _build_here(file: Path, target: Target, options: Build, out: Path, shapes: l
         "sm": target.sm,
         "profiles": shapes,
         "memory_mib": options.memory_mib,
+        "version_compatible": options.version_compatible,
+        "hardware_compatibility": options.hardware_compatibility,
+        "timing_cache": options.timing_cache and str(Path(options.timing_cache).resolve()),
     }
     outcome = run_builder(spec, options.timeout_s, progress)
     if outcome.final["event"] == "unavailable":
         return f"{outcome.final['reason']}; the target needs {target.requirement}"
     try:
-        size = check_plan(plan, record["predicted_bytes"])
+        size = check_plan(plan, record["predicted_bytes"], lean_runtime=options.version_compatible)
     except ExportError:
         plan.unlink()  # so that nobody deploys it
         raise
@@ -124,6 +139,7 @@ def _build_here(file: Path, target: Target, options: Build, out: Path, shapes: l
         "plan": {"sha256": sha256_file(plan), "bytes": size},
         "inputs": outcome.final["inputs"],
         "outputs": outcome.final["outputs"],
+        "timing_cache": outcome.final["timing_cache"],
         "messages": outcome.messages,
     }
     return ""

@@ -5,14 +5,16 @@ this process, its parent reads the messages that came before. One process, one e
 ignores a second one).
 
 SPEC.json   {"onnx", "plan": paths, "backend", "sm", "versions": [[from, to]...], "memory_mib",
-            "profiles": [{input: [min, opt, max shape]}...]}
+            "profiles": [{input: [min, opt, max shape]}...], "version_compatible", "hardware_compatibility",
+            "timing_cache": path or null}
 stdout      one JSON object on each line:
             {"event": "start", "version"}               TensorRT is there
             {"event": "progress", "phase", "fraction"}  0 to 1, never falling
             {"event": "message", "severity", "text"}    warnings and errors of TensorRT
             {"event": "unavailable", "reason"}          this machine cannot build for the target
             {"event": "refused", "stage", "errors": [{"node", "op", "text"}]}
-            {"event": "done", "inputs", "outputs": {name: {"shape", "type"}}}
+            {"event": "done", "inputs", "outputs": {name: {"shape", "type"}},
+             "timing_cache": {"read", "written": bytes} or null}
             The last line is one of the last three, unless the process died.
 """
 
@@ -212,7 +214,11 @@ def _build(
     monitor = _monitor(trt, channel)
     config.progress_monitor = monitor
     refusal = _set_capability(trt, config, spec["sm"]) if backend.cross else ""
+    refusal = refusal or _set_compatibility(trt, config, spec)
     refusal = refusal or _add_profiles(builder, config, spec["profiles"])
+    file = Path(spec["timing_cache"]) if spec["timing_cache"] else None
+    if file is not None:
+        refusal = refusal or _use_timing_cache(config, file, errors)
     if refusal:
         return "refused", {"stage": "configure", "errors": [_error(text) for text in [refusal, *errors]]}
     plan = builder.build_serialized_network(network, config)
@@ -220,8 +226,9 @@ def _build(
         texts = errors or ["the builder gave no reason"]
         return "refused", {"stage": "build", "errors": [_error(text) for text in texts]}
     _write(Path(spec["plan"]), plan)
+    timed = _keep_timing_cache(config, file) if file is not None else None
     channel.say("progress", phase="Engine written", fraction=1.0)
-    return "done", described
+    return "done", {**described, "timing_cache": timed}
 
 
 def _network_flags(trt: ModuleType) -> int:
@@ -249,6 +256,41 @@ def _set_capability(trt: ModuleType, config: Any, sm: int) -> str:
         return f"this version does not build for SM{sm}"
     config.num_compute_capabilities = 1
     return "" if config.set_compute_capability(capability, 0) else f"SM{sm} was not accepted as a target"
+
+
+def _set_compatibility(trt: ModuleType, config: Any, spec: dict[str, Any]) -> str:
+    """Which other versions and GPUs the plan shall run on; an error text, or nothing."""
+    if spec["version_compatible"]:
+        flag = trt.BuilderFlag
+        config.set_flag(flag.VERSION_COMPATIBLE)
+    if spec["hardware_compatibility"] == "none":
+        return ""
+    name = spec["hardware_compatibility"].upper().replace("-", "_")
+    level = getattr(trt.HardwareCompatibilityLevel, name, None)
+    if level is None:
+        return f"this version has no hardware compatibility {name}"
+    config.hardware_compatibility_level = level
+    accepted = config.hardware_compatibility_level == level
+    return "" if accepted else f"hardware compatibility {name} was not accepted"
+
+
+def _use_timing_cache(config: Any, file: Path, errors: list[str]) -> str:
+    """Go on from what an earlier build timed; an error text, or nothing. A file that does not belong to this
+    TensorRT and this device is left as it is: it may belong to another one.
+    """
+    known, said = file.read_bytes() if file.is_file() else b"", len(errors)
+    cache = config.create_timing_cache(known)
+    if cache is None or len(errors) > said or not config.set_timing_cache(cache, False):
+        return f"{file} is no timing cache of this version and this device: name another file"
+    return ""
+
+
+def _keep_timing_cache(config: Any, file: Path) -> dict[str, int]:
+    """Write what is known now; sizes of the file before and after."""
+    read = file.stat().st_size if file.is_file() else 0
+    cache = config.get_timing_cache()
+    _write(file, cache.serialize())
+    return {"read": read, "written": file.stat().st_size}
 
 
 def _add_profiles(builder: Any, config: Any, profiles: list[dict[str, list[list[int]]]]) -> str:

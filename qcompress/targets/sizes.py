@@ -18,6 +18,8 @@ from qcompress.targets.quantizers import code_type
 
 PERCENT = 110
 CONSTANT = 12 * 2**20
+LEAN_RUNTIME = 64 * 2**20
+"""Room for what a version-compatible plan carries; nowhere measured yet."""
 
 BITS = {
     "FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16, "DOUBLE": 64, "COMPLEX64": 64, "COMPLEX128": 128,
@@ -71,14 +73,14 @@ def _uses(view: View, name: str) -> int:
     return max(len(users), 1)
 
 
-def limit_bytes(predicted: int) -> int:
-    """Largest believable engine for so many predicted bytes."""
-    return predicted * PERCENT // 100 + CONSTANT
+def limit_bytes(predicted: int, *, lean_runtime: bool = False) -> int:
+    """Largest believable engine for so many predicted bytes; a version-compatible one carries a runtime."""
+    return predicted * PERCENT // 100 + CONSTANT + (LEAN_RUNTIME if lean_runtime else 0)
 
 
-def check_plan(plan: Path, predicted: int) -> int:
+def check_plan(plan: Path, predicted: int, *, lean_runtime: bool = False) -> int:
     """Bytes of an engine, if they are believable."""
-    size, limit = plan.stat().st_size, limit_bytes(predicted)
+    size, limit = plan.stat().st_size, limit_bytes(predicted, lean_runtime=lean_runtime)
     if not size <= limit:
         raise ExportError(
             f"{plan.name} has {size:,} bytes where the integer weights predict {predicted:,} (limit "

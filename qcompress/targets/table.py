@@ -14,6 +14,10 @@ from typing import Literal, NamedTuple
 
 from qcompress.errors import UsageError
 from qcompress.plan import LayerPlan
+from qcompress.schema import Build
+
+AMPERE = 80
+"""SM of the first GPUs of that architecture."""
 
 BLOCKS = (32, 64, 128)
 """Block sizes of int4 weights with a fast kernel."""
@@ -44,6 +48,11 @@ class Target:
         """
         found = _numbers(version)
         return any(_numbers(low) <= found < _numbers(high) for low, high in self.versions)
+
+    @property
+    def jetson(self) -> bool:
+        """Whether it is a Jetson."""
+        return self.versions in (JETPACK_6, JETPACK_7)
 
     @property
     def requirement(self) -> str:
@@ -132,6 +141,36 @@ def refusals(target: Target | str, plan: tuple[LayerPlan, ...], compute: str) ->
         *_refuse_blocks(plan),
         *_refuse_int4_gemm(target, plan),
     ]
+
+
+def option_refusals(target: Target | str, build: Build) -> Iterator[Refusal]:
+    """What the target's builder cannot do of what `build` asks for.
+
+    Hardware compatibility: TensorRT's engine compatibility page (Ampere and later, no Jetson); what
+    TensorRT-RTX refuses was measured with 1.7.
+    """
+    target = find_target(target) if isinstance(target, str) else target
+    asked = {
+        "version_compatible": build.version_compatible,
+        "hardware_compatibility": build.hardware_compatibility != "none",
+        "timing_cache": build.timing_cache is not None,
+    }
+    reasons = {}
+    if target.backend is None:
+        reasons = dict.fromkeys(asked, f"target {target.name} builds no engine")
+    elif target.backend == "tensorrt_rtx":
+        reasons = {
+            "version_compatible": "TensorRT-RTX ships no lean runtime to put into the plan",
+            "hardware_compatibility": "TensorRT-RTX compiles on the device, for its compute capability",
+            "timing_cache": "TensorRT-RTX times nothing while it builds",
+        }
+    elif target.jetson:
+        reasons = {"hardware_compatibility": "TensorRT has no hardware compatibility on Jetson"}
+    elif build.hardware_compatibility == "ampere-plus" and target.sm < AMPERE:
+        reasons = {"hardware_compatibility": f"target {target.name} (SM{target.sm}) is older than Ampere"}
+    for name, reason in reasons.items():
+        if asked[name]:
+            yield Refusal(f"build.{name}", reason, f"drop `{name}`, or name another build.target")
 
 
 def _name(layers: list[LayerPlan]) -> str:

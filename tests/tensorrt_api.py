@@ -61,9 +61,50 @@ NAMES: dict[str, dict[str, str]] = {
             "phase_finish phase_start step_complete",
         "IHostMemory":
             "dtype nbytes",
+        "BuilderFlag":
+            "BF16 DEBUG DIRECT_IO DISABLE_COMPILATION_CACHE DISABLE_TIMING_CACHE "
+            "ERROR_ON_TIMING_CACHE_MISS EXCLUDE_LEAN_RUNTIME FP16 FP8 GPU_FALLBACK INT4 INT8 "
+            "OBEY_PRECISION_CONSTRAINTS PREFER_PRECISION_CONSTRAINTS REFIT REFIT_IDENTICAL "
+            "REFIT_INDIVIDUAL REJECT_EMPTY_ALGORITHMS SAFETY_SCOPE SPARSE_WEIGHTS STRIP_PLAN TF32 "
+            "VERSION_COMPATIBLE WEIGHTLESS WEIGHT_STREAMING name value",
+        "HardwareCompatibilityLevel":
+            "AMPERE_PLUS NONE name value",
+        "ITimingCache":
+            "combine reset serialize",
+        "Runtime":
+            "DLA_core deserialize_cuda_engine engine_host_code_allowed error_recorder get_plugin_registry "
+            "gpu_allocator load_runtime logger max_threads num_DLA_cores tempfile_control_flags "
+            "temporary_directory",
+        "ICudaEngine":
+            "create_engine_inspector create_execution_context "
+            "create_execution_context_without_device_memory create_serialization_config "
+            "device_memory_size device_memory_size_v2 engine_capability error_recorder "
+            "get_device_memory_size_for_profile get_device_memory_size_for_profile_v2 "
+            "get_tensor_bytes_per_component get_tensor_components_per_element get_tensor_dtype "
+            "get_tensor_format get_tensor_format_desc get_tensor_location get_tensor_mode get_tensor_name "
+            "get_tensor_profile_shape get_tensor_profile_values get_tensor_shape "
+            "get_tensor_vectorized_dim get_weight_streaming_automatic_budget hardware_compatibility_level "
+            "has_implicit_batch_dimension is_debug_tensor is_shape_inference_io "
+            "minimum_weight_streaming_budget name num_aux_streams num_io_tensors num_layers "
+            "num_optimization_profiles profiling_verbosity refittable serialize serialize_with_config "
+            "streamable_weights_size tactic_sources weight_streaming_budget weight_streaming_budget_v2 "
+            "weight_streaming_scratch_memory_size",
+        "IExecutionContext":
+            "active_optimization_profile all_binding_shapes_specified all_shape_inputs_specified "
+            "debug_sync device_memory engine enqueue_emits_profile error_recorder execute_async_v3 "
+            "execute_v2 get_debug_listener get_debug_state get_input_consumed_event get_max_output_size "
+            "get_output_allocator get_tensor_address get_tensor_shape get_tensor_strides infer_shapes "
+            "name nvtx_verbosity persistent_cache_limit profiler report_to_profiler "
+            "set_all_tensors_debug_state set_aux_streams set_debug_listener set_device_memory "
+            "set_input_consumed_event set_input_shape set_optimization_profile_async set_output_allocator "
+            "set_tensor_address set_tensor_debug_state temporary_allocator "
+            "update_device_memory_size_for_shapes",
+        "TensorIOMode":
+            "INPUT NONE OUTPUT name value",
         "module":
-            "Builder IBuilderConfig IHostMemory ILogger INetworkDefinition IOptimizationProfile "
-            "IProgressMonitor ITensor NetworkDefinitionCreationFlag OnnxParser ParserError __version__",
+            "Builder BuilderFlag HardwareCompatibilityLevel IBuilderConfig IHostMemory ILogger "
+            "INetworkDefinition IOptimizationProfile IProgressMonitor ITensor ITimingCache "
+            "NetworkDefinitionCreationFlag OnnxParser ParserError __version__",
     },
     "11.4.0.106": {
         "Builder":
@@ -119,9 +160,47 @@ NAMES: dict[str, dict[str, str]] = {
             "phase_finish phase_start step_complete",
         "IHostMemory":
             "dtype nbytes",
+        "BuilderFlag":
+            "DEBUG DIRECT_IO DISABLE_COMPILATION_CACHE DISABLE_TIMING_CACHE DISTRIBUTIVE_INDEPENDENCE "
+            "EDITABLE_TIMING_CACHE ERROR_ON_TIMING_CACHE_MISS EXCLUDE_LEAN_RUNTIME GPU_FALLBACK "
+            "MONITOR_MEMORY REFIT REFIT_IDENTICAL REFIT_INDIVIDUAL SAFETY_SCOPE SPARSE_WEIGHTS "
+            "STRICT_NANS STRIP_PLAN TF32 VERSION_COMPATIBLE WEIGHT_STREAMING name value",
+        "HardwareCompatibilityLevel":
+            "AMPERE_PLUS NONE SAME_COMPUTE_CAPABILITY name value",
+        "ITimingCache":
+            "combine query queryKeys reset serialize update",
+        "Runtime":
+            "DLA_core deserialize_cuda_engine dla_workspace_allocation_strategy engine_host_code_allowed "
+            "error_recorder get_plugin_registry gpu_allocator load_runtime logger max_threads "
+            "num_DLA_cores tempfile_control_flags temporary_directory",
+        "ICudaEngine":
+            "create_engine_inspector create_execution_context create_runtime_config "
+            "create_serialization_config device_memory_size_v2 engine_capability error_recorder "
+            "get_aliased_input_tensor get_device_memory_size_for_profile_v2 get_engine_stat "
+            "get_tensor_bytes_per_component get_tensor_components_per_element get_tensor_dtype "
+            "get_tensor_format get_tensor_format_desc get_tensor_location get_tensor_mode get_tensor_name "
+            "get_tensor_profile_shape get_tensor_profile_values get_tensor_shape "
+            "get_tensor_vectorized_dim get_weight_streaming_automatic_budget hardware_compatibility_level "
+            "is_debug_tensor is_shape_inference_io name num_aux_streams num_io_tensors num_layers "
+            "num_optimization_profiles profiling_verbosity refittable serialize serialize_with_config "
+            "streamable_weights_size tactic_sources weight_streaming_budget_v2 "
+            "weight_streaming_scratch_memory_size",
+        "IExecutionContext":
+            "active_optimization_profile all_binding_shapes_specified debug_sync device_memory engine "
+            "enqueue_emits_profile error_recorder execute_async_v3 execute_v2 get_debug_listener "
+            "get_debug_state get_input_consumed_event get_max_output_size get_output_allocator "
+            "get_runtime_config get_tensor_address get_tensor_shape get_tensor_strides infer_shapes name "
+            "nvtx_verbosity persistent_cache_limit profiler report_to_profiler "
+            "set_all_tensors_debug_state set_aux_streams set_communicator set_debug_listener "
+            "set_device_memory set_input_consumed_event set_input_shape set_optimization_profile_async "
+            "set_output_allocator set_tensor_address set_tensor_debug_state temporary_allocator "
+            "unfused_tensors_debug_state update_device_memory_size_for_shapes",
+        "TensorIOMode":
+            "INPUT NONE OUTPUT name value",
         "module":
-            "Builder IBuilderConfig IHostMemory ILogger INetworkDefinition IOptimizationProfile "
-            "IProgressMonitor ITensor NetworkDefinitionCreationFlag OnnxParser ParserError __version__",
+            "Builder BuilderFlag HardwareCompatibilityLevel IBuilderConfig IHostMemory ILogger "
+            "INetworkDefinition IOptimizationProfile IProgressMonitor ITensor ITimingCache "
+            "NetworkDefinitionCreationFlag OnnxParser ParserError __version__",
     },
 }  # fmt: skip
 """Version -> class -> its names, separated by spaces."""
