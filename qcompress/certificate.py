@@ -20,7 +20,7 @@ from qcompress.plan import LayerPlan
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
-DTYPES = {8: TensorProto.INT8, 4: TensorProto.INT4}
+DTYPES = {8: TensorProto.INT8, 4: TensorProto.INT4, 2: TensorProto.INT2}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from qcompress.axes import PHASES
 from qcompress.errors import Mistake, ModelError, RecipeError
-from qcompress.formats import WeightFormat
+from qcompress.formats import INT2_OPSET, WeightFormat
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture, Head, Layer
 from qcompress.plan import CACHED, LayerPlan, PointPlan, matches, plan_layers, plan_points, rounded
@@ -109,6 +109,7 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
     plan, points = plan_layers(recipe, architecture), plan_points(recipe, architecture)
     settled = tuple(layer for layer in plan if _is_settled(recipe, document, layer.layer))
     _blocks(recipe, document, settled)
+    _opset(recipe, document, settled)
     _tied_head(recipe, document, settled)
     _ternary(recipe, document, settled)
     _target(recipe, document, settled)
@@ -189,6 +190,16 @@ def _blocks(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> 
         more = f", and {len(layers) - 1} more" if len(layers) > 1 else ""
         inputs = f"the {first.layer.in_features} inputs of {first.name}{more}"
         document.report(key, f"blocks of {first.block} do not divide {inputs}", fix)
+
+
+def _opset(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
+    """Report an opset that has no type for what is stored."""
+    stored = [layer for layer in plan if layer.weights and layer.weights.stored_bits == 2]
+    key: Key = ("export", "opset")
+    if stored and recipe.export.opset < INT2_OPSET and document.sound(key):
+        came = f"{stored[0].name} is stored in int2, which came with opset {INT2_OPSET}"
+        message = f"is {recipe.export.opset}, and {came}"
+        document.report(key, message, f"write `opset: {INT2_OPSET}`, or `container: int4`")
 
 
 def _tied_head(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:

@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+INT2_OPSET = 25
+"""First ONNX opset with int2."""
+
 
 class Options(BaseModel):
     """Base of every section of a recipe: frozen, strict, unknown keys refused, docstrings become help."""
@@ -34,14 +37,15 @@ class WeightFormat(Options):
     """One scale for each output channel (row of a table), or one for the whole tensor."""
     block: Literal[32, 64, 128] | None = None
     """Input channels that share a scale; none: one scale per output channel."""
-    container: Literal["int8", "int4"] | None = None
+    container: Literal["int8", "int4", "int2"] | None = None
     """Integer type in the ONNX file; none: int8 for 8 bits, int4 for fewer. TensorRT computes int4 as
-    weight-only, so with int8 activations `int8` is what gives an int8 GEMM."""
+    weight-only, so with int8 activations `int8` is what gives an int8 GEMM. int2, four codes to a byte, comes
+    with opset 25, and ONNX Runtime alone reads it."""
 
     @model_validator(mode="after")
     def _container_holds_the_codes(self) -> WeightFormat:
-        if self.bits == 8 and self.container == "int4":
-            raise ValueError("8-bit codes do not fit into an int4 container")
+        if self.bits > self.stored_bits:
+            raise ValueError(f"{self.bits}-bit codes do not fit into an {self.container} container")
         if self.bits < 8 and self.block and self.container == "int8":
             raise ValueError("an int8 GEMM has no blocks: drop `block` for one scale per output channel")
         if self.ternary and self.bits != 2:
@@ -53,7 +57,7 @@ class WeightFormat(Options):
     @property
     def stored_bits(self) -> int:
         """Bits that one code takes in the file."""
-        return {"int8": 8, "int4": 4}[self.container or ("int8" if self.bits == 8 else "int4")]
+        return {"int8": 8, "int4": 4, "int2": 2}[self.container or ("int8" if self.bits == 8 else "int4")]
 
     @property
     def information_bits(self) -> float:

@@ -30,6 +30,9 @@ class Graph:
         if kind in (TensorProto.INT4, TensorProto.UINT4):
             nibbles = np.append(values.reshape(-1), [0] * (values.size % 2)).astype(np.int8) & 15
             raw = (nibbles[0::2] | nibbles[1::2] << 4).astype(np.uint8).tobytes()
+        elif kind in (TensorProto.INT2, TensorProto.UINT2):
+            crumbs = values.reshape(-1, 4).astype(np.int8) & 3  # the first in the lowest bits
+            raw = (crumbs << np.array([0, 2, 4, 6])).sum(1).astype(np.uint8).tobytes()
         elif kind == TensorProto.BFLOAT16:
             raw = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
         else:
@@ -64,7 +67,7 @@ def dequantize_weight(graph: Graph, name: str, shape: tuple[int, int], bits: int
                       block: int | None = None, kind: int = TensorProto.FLOAT,
                       axis: int = 1) -> str:  # fmt: skip
     """DQ of a constant weight: per channel along `axis` in int8, or in blocks along axis 0 in int4."""
-    container = {8: TensorProto.INT8, 4: TensorProto.INT4}[bits]
+    container = {8: TensorProto.INT8, 4: TensorProto.INT4, 2: TensorProto.INT2}[bits]
     graph.tensor(f"{name}.codes", codes(name, shape, bits), container)
     scale_shape = (-(-shape[0] // block), shape[1]) if block else (shape[axis],)
     scale = np.random.default_rng(list(name.encode())).uniform(0.001, 0.01, scale_shape)

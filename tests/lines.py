@@ -178,6 +178,11 @@ FORMATS: dict[str, object] = {
     "w2a8": "w2a8",
     "w3a16": {"weights": {"bits": 3, "block": 32}, "embeddings": "int8"},
     "w2a16": {"weights": "int2", "embeddings": "int2"},
+    "w2a16-int2": {
+        "weights": {"bits": 2, "block": 32, "container": "int2"},
+        "embeddings": {"bits": 2, "container": "int2"},
+        "layers": {"*.0.mlp.c_fc": {"weights": {"bits": 2, "ternary": True, "container": "int2"}}},
+    },
     "ternary-a8": "ternary-a8",
     "w4a8-blocks": {"weights": {"bits": 4, "block": 32}, "activations": "int8", "embeddings": "int8"},
     "float-table": {"weights": "int8", "activations": "int8"},
@@ -202,9 +207,18 @@ class Kind:
         return f"{self.format}-{self.compute}-{self.opset}-{'tied' if self.tied else 'untied'}"
 
 
+ONNX_ONLY = {"w4a8-blocks": 21, "w2a16-int2": 25}
+"""What ONNX Runtime computes and no TensorRT does, and the first opset that has it: int4 blocks times int8
+activations, and int2.
+"""
+
 QUICK = (Kind("mixed"), Kind("mixed", "fp16", 23, tied=False))
 SLOW = tuple(
-    kind for name in FORMATS for kind in (Kind(name), Kind(name, "fp16", 23, tied=False)) if kind not in QUICK
+    kind
+    for name in FORMATS
+    for least in [ONNX_ONLY.get(name, 21)]
+    for kind in (Kind(name, opset=least), Kind(name, "fp16", max(least, 23), tied=False))
+    if kind not in QUICK
 )
 
 
@@ -236,8 +250,7 @@ def exported(kind: Kind, model: Path, text: Path) -> Exported:
     recipe = recipe.model_copy(update={"format": recipe.format.model_copy(update={"compute": kind.compute})})
     line = start_line(folder, model, text, recipe).train().fold()
     options = recipe.export.model_copy(update={"opset": kind.opset})
-    # int4 blocks times int8 activations are what ONNX Runtime computes and TensorRT-RTX does not
-    target = "cpu" if kind.format == "w4a8-blocks" else "rtx-ada"
+    target = "cpu" if kind.format in ONNX_ONLY else "rtx-ada"
     (folder / "export").mkdir()
     export(line.folded, options, target, keys.provenance(recipe), folder / "export")
     return Exported(kind, line.folded, folder / "export")

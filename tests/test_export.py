@@ -13,7 +13,7 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from lines import NAME, QUICK, SLOW, Exported, Kind, exported, finished, plain_session, python
+from lines import NAME, ONNX_ONLY, QUICK, SLOW, Exported, Kind, exported, finished, plain_session, python
 from onnx import ModelProto, TensorProto
 from onnx.reference import ReferenceEvaluator
 from tiny import VOCABULARY, WIDTH, make_recipe, start_line, token_ids
@@ -39,7 +39,7 @@ WARNED = {
 """Rules that a format breaks; they make it slow, and it builds all the same."""
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-CODES = {8: TensorProto.INT8, 4: TensorProto.INT4}
+CODES = {8: TensorProto.INT8, 4: TensorProto.INT4, 2: TensorProto.INT2}
 INPUTS = ["input_ids", "attention_mask", "position_ids"]
 
 
@@ -250,8 +250,8 @@ def test_int8_layers_become_integer_matmuls_in_the_deployed_session(graph: Expor
 
 def test_tensorrt_rtx_builds_the_graph(graph: Exported, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    if graph.kind.format == "w4a8-blocks":
-        pytest.skip("TensorRT-RTX cannot multiply int4 blocks by int8 activations; the linter says so")
+    if graph.kind.format in ONNX_ONLY:
+        pytest.skip("TensorRT-RTX computes neither int4 blocks by int8 activations nor int2")
     options = Build(target="rtx-ada", profiles=[{"batch": [1, 2, 4], "sequence": [1, 8, 32]}])
     build_file(graph.file, options, tmp_path)
     record = read_json(tmp_path / "build.json")

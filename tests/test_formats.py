@@ -18,7 +18,7 @@ CHOICES = {
     "ternary": [False, True],
     "granularity": ["channel", "tensor"],
     "block": [None, 32, 64, 128],
-    "container": [None, "int8", "int4"],
+    "container": [None, "int8", "int4", "int2"],
 }
 """Everything that a weight format can be asked for."""
 
@@ -46,7 +46,7 @@ def test_the_choices_of_this_file_are_all_that_there_are() -> None:
 def test_the_codes_of_every_format_fit_into_what_stores_them() -> None:
     formats = accepted()
     # 8 bits: 2 containers, each with 4 kinds of block or one scale; others: no blocks in an int8 container
-    assert len(formats) == 2 * 5 + 4 * (2 * 5 + 2)
+    assert len(formats) == 2 * 5 + 2 * (2 * 5 + 2) + 2 * (3 * 5 + 2)
     for form in formats:
         low, high = form.bounds
         assert low < 0 < high <= -low
@@ -78,6 +78,7 @@ def test_no_two_formats_have_one_name() -> None:
     ("options", "message"),
     [
         ({"bits": 8, "container": "int4"}, "8-bit codes do not fit"),
+        ({"bits": 3, "container": "int2"}, "3-bit codes do not fit into an int2 container"),
         ({"bits": 2, "block": 32, "container": "int8"}, "an int8 GEMM has no blocks"),
         ({"bits": 4, "ternary": True}, "write `bits: 2`"),
         ({"bits": 2, "block": 32, "granularity": "tensor"}, "leaves no blocks"),

@@ -38,6 +38,9 @@ from qcompress.targets.table import TARGETS
 
 COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+NARROW = {4: (ml_dtypes.int4, ir.DataType.INT4), 2: (ml_dtypes.int2, ir.DataType.INT2)}
+"""Types of codes by stored bits, in numpy and in the file."""
+
 EXTERNAL_BYTES = 3 * 2**29
 """Initializers go into a file of their own above this size: protobuf ends at 2 GiB."""
 
@@ -205,14 +208,14 @@ def _reader(node: ir.Node, heads: dict[str, str]) -> str | None:
 
 
 def _store_narrow(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:
-    """4-bit codes become int4 initializers, two to a byte, where the format's container says so."""
+    """Narrow codes become int4 or int2 initializers, packed, where the format's container says so."""
     for item in plan:
-        if item.weights is None or item.layer.tied_to or item.weights.stored_bits != 4:
+        if item.weights is None or item.layer.tied_to or item.weights.stored_bits == 8:
             continue
         value = model.graph.initializers[f"{item.name}.weight.codes"]
-        codes = value.const_value.numpy()
-        value.const_value = ir.Tensor(codes.astype(ml_dtypes.int4), name=value.name)
-        value.dtype = ir.DataType.INT4
+        kind, name = NARROW[item.weights.stored_bits]
+        value.const_value = ir.Tensor(value.const_value.numpy().astype(kind), name=value.name)
+        value.dtype = name
 
 
 def _strip(model: ir.Model) -> None:
@@ -228,7 +231,9 @@ def _strip(model: ir.Model) -> None:
 
 def _save(model: ir.Model, file: Path) -> None:
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    model.ir_version = max(model.ir_version, 10)  # int4 tensors came with IR 10
+    kinds = {value.dtype for value in model.graph.initializers.values()}
+    # int4 tensors came with IR 10, int2 with IR 13
+    model.ir_version = max(model.ir_version, 13 if ir.DataType.INT2 in kinds else 10)
     if size > EXTERNAL_BYTES:
         ir.save(model, file, external_data=file.name + ".data")
     else:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from qcompress.formats import INT2_OPSET
 from qcompress.targets.graph import (
     DEQUANTIZE,
     FLOATS,
@@ -176,6 +177,8 @@ def other_integers(view: View, target: Target) -> Iterator[Broken]:
         # Behind a QuantizeLinear, it is that which is reported.
         follows = node.op_type == DEQUANTIZE and not constant and operand(node, 0) in view.producers
         unsigned_weight = kind == "UINT8" and constant
+        if kind == "INT2" and constant and 2 in target.weight_bits:
+            continue
         if unsigned_weight or (kind not in ("", *TAKEN, *OWN_RULES) and not follows):
             yield Broken(layer_name(view, node), f"{kind.lower()} codes")
 
@@ -219,10 +222,12 @@ def new_opset(view: View, target: Target) -> Iterator[Broken]:
 
 
 def int4_opset(view: View, target: Target) -> Iterator[Broken]:
-    if view.opset < OPSETS[0]:
-        for node in view.named(QUANTIZE, DEQUANTIZE):
-            if code_type(view, node) == "INT4" or attribute(node, "block_size", 0):
-                yield Broken(layer_name(view, node), f"int4 or blocks in opset {view.opset}")
+    for node in view.named(QUANTIZE, DEQUANTIZE):
+        kind = code_type(view, node)
+        if view.opset < OPSETS[0] and (kind == "INT4" or attribute(node, "block_size", 0)):
+            yield Broken(layer_name(view, node), f"int4 or blocks in opset {view.opset}")
+        if kind == "INT2" and view.opset < INT2_OPSET:
+            yield Broken(layer_name(view, node), f"int2 in opset {view.opset}")
 
 
 def int4_target(view: View, target: Target) -> Iterator[Broken]:
@@ -307,7 +312,7 @@ def weight_readers(view: View, target: Target) -> Iterator[Broken]:
 
 def constant_readers(view: View, target: Target) -> Iterator[Broken]:
     for name, tensor in view.constants.items():
-        if type_word(tensor.data_type) not in ("INT8", "INT4"):
+        if type_word(tensor.data_type) not in ("INT8", "INT4", "INT2"):
             continue
         for node in view.readers.get(name, []):
             is_parameter = node.op_type in (QUANTIZE, DEQUANTIZE, "Clip") and operand(node, 0) != name

@@ -134,7 +134,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "integer-type", "refused", "parser",
-        "of the integers TensorRT takes int8, and int4 for weights",
+        "of the integers TensorRT takes int8, and int4 for weights; ONNX Runtime takes int2 for weights too",
         "store the codes as int8 or int4; narrower codes fit into either",
         checks.other_integers,
     ),
@@ -152,8 +152,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "int4-opset", "refused", "checker",
-        "int4 and blocks come with opset 21",
-        "export with opset 21",
+        "int4 and blocks come with opset 21, int2 with opset 25",
+        "export with that opset",
         checks.int4_opset,
     ),
     Rule(

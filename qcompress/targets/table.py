@@ -81,7 +81,7 @@ TARGETS: dict[str, Target] = {
             "cpu", None, (), None,
             "ONNX Runtime on any processor; held to the rules that all TensorRT targets share, so that what "
             "passes here builds elsewhere.",
-            compute=("fp32", "fp16"),
+            weight_bits=(8, 4, 2), compute=("fp32", "fp16"),
         ),
         Target(
             "rtx-turing", "tensorrt_rtx", RTX, 75,
@@ -227,10 +227,13 @@ def _refuse_int4(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Refusa
 
     for name, layers in _group(plan, key).items():
         bits = layers[0].weights.stored_bits
+        fix = "set `bits: 8`, or for linear layers `{bits: 4, container: int8}`"
+        if bits == 2 and 4 in target.weight_bits:
+            fix = "set `container: int4`, or name the target `cpu`"
         yield Refusal(
             name,
             f"target {target.name} (SM{target.sm}) has no int{bits}; {_name(layers)} is stored in it",
-            "set `bits: 8`, or for linear layers `{bits: 4, container: int8}`",
+            fix,
         )
 
 

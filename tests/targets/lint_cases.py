@@ -248,6 +248,15 @@ def int4_matmul(shape: tuple[int, int], block: int | None, opset: int = 21) -> M
     return lambda: linear(4, block, activations=False, shape=shape, opset=opset)
 
 
+def int2_matmul(opset: int = 25) -> Make:
+    def make() -> onnx.ModelProto:
+        model = linear(2, None, activations=False, opset=opset)
+        model.ir_version = 13
+        return model
+
+    return make
+
+
 def bf16() -> onnx.ModelProto:
     return linear(compute="bf16", opset=22)
 
@@ -295,11 +304,13 @@ CASES: tuple[Case, ...] = (
     Case("integer-type", "uint16 weight", weight_type(T.UINT16), CODES, "uint16", "parser"),
     Case("integer-type", "uint8 weight", weight_type(T.UINT8), CODES, "uint8", "parser"),
     Case("integer-type", "uint4 weight", weight_type(T.UINT4), CODES, "uint4", "parser"),
+    Case("integer-type", "int2 weight", int2_matmul(), CODES, "int2", "parser"),
     Case("integer-type", "int16 activation", activation_type(T.INT16), Q, "int16", "parser"),
     Case("integer-type", "uint4 activation", activation_type(T.UINT4), Q, "uint4", "parser"),
     Case("activation-per-channel", "each channel", per_channel_activation(128), Q, r"scale \[128\]"),
     Case("int4-activation", "int4", activation_type(T.INT4), Q, "int4"),
     Case("int4-opset", "opset 20", int4_matmul((128, 64), 64, opset=20), CODES, "opset 20", "checker"),
+    Case("int4-opset", "int2 in opset 24", int2_matmul(24), CODES, "int2 in opset 24", "parser", "cpu"),
     Case("int4-target", "turing", lambda: linear(4, 64, activations=False, compute="fp16"), CODES,
          r"int4 codes \(weights: 1\)", "builder", "rtx-turing"),
     Case("block-remainder", "three scales", int4_matmul((160, 64), 64), CODES,

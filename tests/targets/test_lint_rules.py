@@ -13,7 +13,7 @@ from graphs import save
 from lines import cli
 from lint_cases import CASES as QUANTIZED
 from lint_cases import SOUND as SOUND_QUANTIZED
-from lint_cases import Case, Make, bf16, float_matmul, small
+from lint_cases import Case, Make, bf16, float_matmul, int2_matmul, small
 from unsound_cases import SOUND_GRAPHS, UNSOUND, optional_input, optional_output
 
 from qcompress.targets.lint import lint
@@ -84,6 +84,16 @@ def test_a_graph_that_breaks_a_rule_is_found(case: Case, folder: Path) -> None:
 @pytest.mark.parametrize("rule", SOUND)
 def test_a_graph_that_comes_close_breaks_no_rule(rule: str, folder: Path) -> None:
     assert lint(folder / file_name("sound", rule), TARGETS[SOUND[rule][1]]) == []
+
+
+def test_onnx_runtime_reads_int2_and_no_tensorrt_does(tmp_path: Path) -> None:
+    file = save(int2_matmul()(), tmp_path / "model.onnx")
+    onnx.checker.check_model(str(file), full_check=True)
+    assert lint(file, TARGETS["cpu"]) == []
+    others = [target for target in TARGETS.values() if target.backend]
+    assert len(others) > 10
+    for target in others:
+        assert "integer-type" in {finding.rule for finding in lint(file, target)}, target.name
 
 
 @pytest.mark.parametrize("make", [optional_input, optional_output])
