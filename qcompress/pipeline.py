@@ -140,7 +140,8 @@ def _makers(
     def make_fold(folder: Path) -> None:
         from qcompress.stages.fold import fold
 
-        fold(_float(plan, steps), TrainedModel(steps["train"].path), folder)
+        for note in fold(_float(plan, steps), TrainedModel(steps["train"].path), folder):
+            reporter.say(note)
 
     def make_export(folder: Path) -> None:
         from qcompress.stages.export import export

@@ -16,11 +16,11 @@ from tiny import CONTEXT, VOCABULARY, WIDTH, Line, token_ids
 from torch import Tensor
 
 from qcompress.artifacts import FoldedModel, TrainedModel
-from qcompress.errors import ContractError
+from qcompress.errors import ContractError, ExportError
 from qcompress.models import FAMILIES
 from qcompress.prepare import assemble, rebuild
 from qcompress.quant.layers import QuantizedWeight
-from qcompress.stages.fold import check_scale, fold
+from qcompress.stages.fold import check_compute, check_scale, fold
 
 BLOCK = {"bits": 4, "block": 32}
 FORMATS: dict[str, Any] = {
@@ -233,6 +233,51 @@ def test_a_scale_that_tensorrt_would_refuse_is_refused_by_name(
     with pytest.raises(ContractError, match=rf"{name}: scales must be positive and finite"):
         with_tensors(made, spoil).fold()
     check_scale(torch.tensor([1e-8, 1.0]), "fine")
+
+
+LAYER = "transformer.h.1.mlp.c_fc"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (f"{LAYER}.weight.scale", 2e-8, r"the scale 2e-08 becomes 0 in fp16"),
+        (f"{LAYER}.weight.scale", 7e4, r"7e\+04 is beyond the largest fp16, 65504"),
+        (f"{LAYER}.bias", -1e5, r"1e\+05 is beyond the largest fp16, 65504"),
+        ("transformer.ln_f.weight", 65520.0, r"beyond the largest fp16"),
+    ],
+)
+def test_what_half_precision_does_not_hold_is_refused_by_name(
+    line: Callable[..., Line], name: str, value: float, words: str
+) -> None:
+    made = line(format={"preset": "w8a8", "compute": "fp16"}, method="lsq").train()
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[-1] = value
+
+    changed = with_tensors(made, spoil)
+    with pytest.raises(ExportError, match=rf"{name}: .*{words}") as refused:
+        changed.fold()
+    assert refused.value.exit_code == 5 and "bf16" in refused.value.fix
+    whole = with_tensors(line(method="lsq").train(), spoil)
+    whole.fold()  # fp32 holds it
+    for compute in ("fp32", "bf16"):
+        assert check_compute({name: torch.tensor([value])}, compute) == {}
+
+
+def test_scales_that_lose_digits_in_half_precision_are_told(line: Callable[..., Line]) -> None:
+    """3.3e-7 is 5.54 of fp16's smallest steps of 2**-24: 6 of them are 8.4 % more."""
+    made = line(format={"preset": "w8a8", "compute": "fp16"}).train()
+    assert fold_notes(made) == []
+    changed = with_tensors(made, lambda tensors: tensors[f"{LAYER}.weight.scale"].view(-1)[-1:].fill_(3.3e-7))
+    (note,) = fold_notes(changed)
+    assert note.startswith("scales below the smallest normal fp16 lose digits in 1 tensors: 8.4 % in ")
+    assert f"{LAYER}.weight.scale" in note
+
+
+def fold_notes(made: Line) -> list[str]:
+    made.folded.path.mkdir()
+    return fold(made.float_model, made.trained, made.folded.path)
 
 
 def test_codes_outside_their_format_are_refused(

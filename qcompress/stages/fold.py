@@ -14,22 +14,28 @@ import torch
 from torch import Tensor
 
 from qcompress.artifacts import FloatModel, TrainedModel, read_json, write_json
-from qcompress.errors import ContractError
+from qcompress.errors import ContractError, ExportError
 from qcompress.plan import plans_to_json, points_to_json
 from qcompress.prepare import Prepared, rebuild
 from qcompress.quant.layers import QuantizedLinear, QuantizedWeight
 from qcompress.tensorfile import save_tensors
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 @torch.no_grad()
-def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> None:
-    """Write folded.safetensors, folded.json, config.json and the tokenizer."""
+def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> list[str]:
+    """Write folded.safetensors, folded.json, config.json and the tokenizer; returns what a user should know.
+
+    Raises ExportError where the compute type does not hold a scale or a float.
+    """
     prepared = rebuild(float_model, trained)
     compute = read_json(trained.path / "trained.json")["compute"]
     quantized = _codes(prepared)
     tensors = {
         name: tensor.contiguous() for name, tensor in (quantized | _floats(prepared, quantized)).items()
     }
+    imprecise = check_compute(tensors, compute)
     save_tensors(out / "folded.safetensors", tensors, {"format": "pt"})
     write_json(
         out / "folded.json",
@@ -44,6 +50,13 @@ def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> None:
     for file in float_model.path.iterdir():
         if file.name not in ("float.json", "manifest.json"):
             shutil.copyfile(file, out / file.name)
+    if not imprecise:
+        return []
+    worst = max(imprecise, key=imprecise.__getitem__)
+    return [
+        f"scales below the smallest normal {compute} lose digits in {len(imprecise)} tensors: "
+        f"{100 * imprecise[worst]:.2g} % in {worst}; `compute: bf16` or `fp32` keeps them"
+    ]
 
 
 def _codes(prepared: Prepared) -> dict[str, Tensor]:
@@ -81,6 +94,34 @@ def _floats(prepared: Prepared, quantized: dict[str, Tensor]) -> dict[str, Tenso
     for name, norm in prepared.norms.items():
         floats[f"{name}.weight"], floats[f"{name}.bias"] = norm.folded()
     return floats
+
+
+def check_compute(tensors: dict[str, Tensor], compute: str) -> dict[str, float]:
+    """Refuse what is finite and positive in fp32 and not in the compute type. Returns the largest relative
+    error of the scales of each tensor whose scales are below the type's normal numbers.
+    """
+    dtype, imprecise = DTYPES[compute], {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        cast = tensor.to(dtype).float()
+        if bool((cast.isinf() & tensor.isfinite()).any()):
+            raise ExportError(
+                f"{name}: {float(tensor.abs().max()):.3g} is beyond the largest {compute}, "
+                f"{torch.finfo(dtype).max:.6g}",
+                fix="set `format.compute: bf16` or `fp32`",
+            )
+        if not name.endswith(".scale"):
+            continue
+        if bool((cast == 0).any()):
+            raise ExportError(
+                f"{name}: the scale {float(tensor.min()):.3g} becomes 0 in {compute}",
+                fix="set `format.compute: bf16` or `fp32`, or keep the layer float in format.layers",
+            )
+        small = tensor < torch.finfo(dtype).tiny
+        if bool(small.any()):
+            imprecise[name] = float(((cast - tensor).abs() / tensor)[small].max())
+    return imprecise
 
 
 def check_scale(scale: Tensor, name: str) -> None:
