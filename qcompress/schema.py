@@ -224,6 +224,9 @@ class Export(Options):
     dynamic: list[Literal["batch", "sequence", "past"]] = ["batch", "sequence"]
     """Axes that stay symbolic; with a cache all three, unless written otherwise."""
 
+    keep_fp32: list[Literal["norm", "softmax"]] = []
+    """Operators that compute in fp32 in a graph of half precision: layer norms, softmaxes."""
+
     @model_validator(mode="before")
     @classmethod
     def _past_with_cache(cls, value: object) -> object:

@@ -43,7 +43,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     }),
     ("recipes", {"wording", "structure", "data_rules", "rules", "recipe", "check"}),
     ("models in three forms", {
-        "prepare", "observe", "checkpoint", "certificate", "certificate_points", "sizes", "probe", "rows",
+        "prepare", "observe", "checkpoint", "certificate", "certificate_points", "precision", "sizes",
+        "probe", "rows",
         "runners", "samples", "sharpness",
     }),
     ("methods", {
@@ -87,7 +88,7 @@ DOORS: dict[str, set[str]] = {
     "onnxruntime": {"generate", "runners", "probe_kit.measure_engine"},
     "onnx": {"export", "certificate", "certificate_points", "sizes", "targets.checks", "targets.contents",
              "targets.graph", "targets.inline", "targets.quantizers", "targets.sizes", "targets.soundness"},
-    "onnx_ir": {"export"},
+    "onnx_ir": {"export", "precision"},
     "datasets": {"tasks.text"},
     "pyarrow": {"tasks.table"},
     "sklearn": {"tasks.scores"},

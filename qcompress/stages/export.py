@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from qcompress.artifacts import FoldedModel, read_json, write_json
@@ -30,6 +31,7 @@ from qcompress.errors import ExportError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import read_config
 from qcompress.plan import LayerPlan, plans_from_json, points_from_json
+from qcompress.precision import keep_fp32
 from qcompress.prepare import assemble
 from qcompress.schema import Export
 from qcompress.sizes import measure_sizes
@@ -70,6 +72,8 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     model = program.model
     _name(model, plan)
     _store_narrow(model, plan)
+    if options.keep_fp32:
+        keep_fp32(model, options.keep_fp32, load_file(folded.path / "folded.safetensors"))
     _strip(model)
     formats = {
         item.name: {"weights": str(item.weights), "activations": str(item.activations or "float")}

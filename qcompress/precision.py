@@ -1,0 +1,75 @@
+"""Operators of a half-precision graph that compute in fp32: a Cast before, a Cast behind, parameters in fp32.
+
+Sums of squares and of exponentials are what overflows or loses most in fp16; everything between two such
+operators, matmuls above all, stays in the compute type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+OPERATORS = {"norm": "LayerNormalization", "softmax": "Softmax"}
+"""What `export.keep_fp32` names, in ONNX."""
+
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def keep_fp32(model: ir.Model, kinds: Collection[str], parameters: Mapping[str, np.ndarray]) -> int:
+    """Let every operator of these kinds compute in fp32; returns how many did not.
+
+    `parameters` are the fp32 values of the model's float tensors, by the names of its initializers: those of
+    a norm are stored as they are there.
+    """
+    wanted = {OPERATORS[kind] for kind in kinds}
+    nodes = [node for node in model.graph if node.op_type in wanted and node.inputs[0].dtype in HALVES]
+    for node in nodes:
+        half = node.inputs[0].dtype
+        before = _cast(node.inputs[0], ir.DataType.FLOAT, f"{node.inputs[0].name}/fp32")
+        model.graph.insert_before(node, before)
+        node.replace_input_with(0, before.outputs[0])
+        for place, value in list(enumerate(node.inputs))[1:]:
+            if value is not None and value.dtype in HALVES:
+                node.replace_input_with(place, _widened(model, value, nodes, parameters))
+        _narrow_again(model, node, half)
+    return len(nodes)
+
+
+def _cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
+    node = ir.node("Cast", [value], attributes={"to": to}, name=f"{name}/Cast")
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, to, value.shape
+    return node
+
+
+def _widened(
+    model: ir.Model, value: ir.Value, nodes: Sequence[ir.Node], parameters: Mapping[str, np.ndarray]
+) -> ir.Value:
+    """A parameter in fp32. The exporter stores equal tensors once, so another kind of node may read it too:
+    that one keeps its own.
+    """
+    array = parameters.get(value.name, value.const_value.numpy()).astype(np.float32)
+    wide, name = value, value.name
+    if any(user not in nodes for user, _ in value.uses()):
+        name = f"{value.name}/fp32"
+        if name in model.graph.initializers:
+            return model.graph.initializers[name]
+        wide = ir.Value(name=name, shape=value.shape)
+    wide.const_value, wide.dtype = ir.Tensor(array, name=name), ir.DataType.FLOAT
+    model.graph.initializers[name] = wide
+    return wide
+
+
+def _narrow_again(model: ir.Model, node: ir.Node, half: ir.DataType) -> None:
+    """A Cast behind, which takes the name that readers know."""
+    output = node.outputs[0]
+    name, output.name, output.dtype = output.name, f"{output.name}/fp32", ir.DataType.FLOAT
+    users = list(output.uses())
+    behind = _cast(output, half, name)
+    model.graph.insert_after(node, behind)
+    for user, place in users:
+        user.replace_input_with(place, behind.outputs[0])
+    for place, value in enumerate(model.graph.outputs):
+        if value is output:
+            model.graph.outputs[place] = behind.outputs[0]
