@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from qcompress import own, pipeline
+from qcompress.adopted import REASON
 from qcompress.artifacts import read_json, write_json
 from qcompress.errors import ExportError, RecipeError, UsageError
 from qcompress.progress import Reporter
@@ -184,7 +185,8 @@ def verify(
     file that was changed raises ExportError and names the layer.
     """
     loaded = load(path)
-    certify_run(loaded)
+    if loaded.recipe.export.graph is None:
+        certify_run(loaded)
     reporter = reporter or Reporter(silent=True)
     if engine is not None:
         from qcompress.stages.verify import take_engine_row
@@ -201,6 +203,11 @@ def certify_run(loaded: LoadedRun) -> dict[str, Any]:
     from qcompress.plan import plans_from_json, points_from_json
 
     folded = loaded.stage("fold")
+    if loaded.recipe.export.graph is not None:
+        raise UsageError(
+            f"{loaded.path}: {REASON}, so no folded model is there to compare it with",
+            fix="drop --layers",
+        )
     if folded is None:
         raise UsageError(
             f"the folded model of {loaded.path} is gone from the cache",
@@ -280,7 +287,7 @@ def _artifacts(loaded: LoadedRun) -> Artifacts:
         folded=FoldedModel(stages("fold")) if stages("fold") else None,
         onnx=OnnxModel(loaded.path),
         engine=Engine(stages("build")) if stages("build") else None,
-        missing={},
+        missing=dict.fromkeys(("trained", "folded"), REASON) if loaded.recipe.export.graph else {},
     )
 
 
@@ -338,7 +345,7 @@ def gate(path: str | os.PathLike[str]) -> dict[str, Any]:
         recipe.gate,
         recipe.verify.require,
         recipe.format.compute,
-        float_trains=recipe.format.is_float,
+        float_trains=recipe.trains_float,
     )
     write_json(loaded.path / "verdict.json", verdict)
     return verdict

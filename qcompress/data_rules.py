@@ -10,6 +10,21 @@ from qcompress.schema import CausalLm, Recipe, TextData
 from qcompress.task_options import COLUMNS, SUFFIXES
 from qcompress.yamlfile import Document, Key, dotted
 
+FORMATS: tuple[Key, ...] = tuple(
+    ("format", key)
+    for key in (
+        "preset",
+        "weights",
+        "activations",
+        "embeddings",
+        "attention",
+        "cache",
+        "residual",
+        "layers",
+    )  # fmt: skip
+)
+"""Keys that decide what is quantized."""
+
 LOCAL = ("/", "./", "../")
 """How the name of a dataset begins that can only be a directory."""
 
@@ -97,3 +112,39 @@ def judge_directory(key: Key, name: str, wanted: str, document: Document, base: 
 
 def also(keys: Sequence[Key]) -> str:
     return f" (also {', '.join(dotted(key) for key in keys[1:])})" if keys[1:] else ""
+
+
+def judge_graph(recipe: Recipe, document: Document, base: Path) -> None:
+    """A graph that was made elsewhere: it is there, and nothing is asked for that only ours has."""
+    key: Key = ("export", "graph")
+    graph = recipe.export.graph
+    if document.sound(key) and not os.path.isfile(base / graph):
+        what = "is no file" if os.path.exists(base / graph) else "does not exist"
+        fix = "write an ONNX file; paths are relative to the recipe"
+        document.report(key, f"{graph[:200]!r} {what}", fix)
+    idle = [key for key in IDLE if key in document.places and document.sound(key)]
+    if not recipe.format.is_float and not any(key in document.places for key in FORMATS):
+        idle.append(("format",))  # `format: w8a8`
+    if idle:
+        message = f"has no effect: `export.graph` is a graph that is made{also(idle)}"
+        document.report(idle[0], message, "drop it")
+    rows = [row for row in recipe.verify.require if row in ("trained", "folded")]
+    if rows and document.sound(("verify", "require")):
+        message = f"requires the row `{rows[0]}`, and a graph made elsewhere has none"
+        document.report(("verify", "require", recipe.verify.require.index(rows[0])), message, "drop it")
+
+
+IDLE: tuple[Key, ...] = (
+    ("method",),
+    ("quantizer",),
+    ("adapter",),
+    ("objective",),
+    ("stepper",),
+    ("schedule",),
+    *FORMATS,
+    *(("train", key) for key in ("batch_size", "lr", "phases", "optimizer")),
+    *(("data", key) for key in ("train", "calibration")),
+    *(("export", key) for key in ("opset", "cache", "dynamic", "keep_fp32")),
+    ("verify", "sharpness"),
+)
+"""Keys about how a graph of ours is made."""

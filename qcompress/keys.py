@@ -13,13 +13,14 @@ from importlib import metadata
 from pathlib import Path
 
 import qcompress
+from qcompress.adopted import files_of
 from qcompress.check import Report, check_model, head_of
 from qcompress.codekey import code_digest, stage_key
 from qcompress.host import describe_host, device_kind, threads
 from qcompress.own import active
 from qcompress.processes import announced
 from qcompress.recipe import Resolved
-from qcompress.schema import Recipe
+from qcompress.schema import STAGES, Recipe
 from qcompress.stages.load import fingerprint, locate
 from qcompress.tasks.text import fingerprint as text_fingerprint
 from qcompress.workspace import Step
@@ -57,6 +58,8 @@ class Plan:
     directory: Path
     digests: dict[str, str]
     report: Report
+    graph: dict[str, str]
+    """Digests of the files of `export.graph`."""
 
     @property
     def recipe(self) -> Recipe:
@@ -66,7 +69,15 @@ class Plan:
 def prepare(resolved: Resolved) -> Plan:
     """Find the checkpoint and check the recipe against it. Seconds, no torch."""
     directory = locate(resolved.recipe.model, resolved.base)
-    return Plan(resolved, directory, fingerprint(directory), check_model(resolved, directory))
+    report = check_model(resolved, directory)
+    graph = files_of(resolved.base / resolved.recipe.export.graph) if resolved.recipe.export.graph else {}
+    return Plan(resolved, directory, fingerprint(directory), report, graph)
+
+
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """The stages that a recipe runs: a graph made elsewhere was trained and folded elsewhere."""
+    without = ("train", "fold") if recipe.export.graph else ()
+    return tuple(stage for stage in STAGES if stage not in without)
 
 
 def run_key(plan: Plan, one_of_seeds: bool = False) -> str:
@@ -74,7 +85,7 @@ def run_key(plan: Plan, one_of_seeds: bool = False) -> str:
     values = plan.recipe.model_dump(mode="json")
     if one_of_seeds:
         del values["seed"]
-    key = stage_key("run", {"values": values, "inputs": plan.digests})[:12]
+    key = stage_key("run", {"values": values, "inputs": plan.digests | plan.graph})[:12]
     return f"{key}/seed-{plan.recipe.seed}" if one_of_seeds else key
 
 
@@ -86,18 +97,20 @@ def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object
         inputs = plan.digests
         new = plan.report.architecture.new_head
         values["new_head"] = {"seed": recipe.seed, "tensors": list(new)} if new else None
+    code = [f"qcompress.stages.{stage}", *HIDDEN_CODE.get(stage, ())]
+    if stage == "export" and plan.graph:
+        data = plan.graph
+        code = ["qcompress.adopted", "qcompress.targets.trial"]
     if stage == "train":
         sections = {"train": recipe.data.train, "calibration": recipe.data.calibration}
         data = {name: text_fingerprint(section, base) for name, section in sections.items() if section}
     if stage == "verify":
         data = {name: text_fingerprint(section, base) for name, section in recipe.data.evaluate.items()}
-    inputs = inputs or {name: steps[name].digest for name in INPUTS[stage] if name in steps}
+    inputs = inputs or {name: steps[name].digest for name in inputs_of(recipe, stage) if name in steps}
     found = {
         "recipe": recipe.name,
         "values": values,
-        "code": code_digest(
-            [f"qcompress.stages.{stage}", *HIDDEN_CODE.get(stage, ())], leave_out=_unselected(recipe, stage)
-        ),
+        "code": code_digest(code, leave_out=_unselected(recipe, stage)),
         "versions": versions_of(stage),
         "inputs": inputs,
         "data": data,
@@ -123,6 +136,13 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "gate": ("verify",),
 }
 """Stages whose artifacts a stage reads."""
+
+
+def inputs_of(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    """The same of the stages that this recipe has."""
+    if stage == "export" and recipe.export.graph:
+        return ("load",)
+    return tuple(name for name in INPUTS[stage] if name in stages_of(recipe))
 
 
 def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
@@ -152,7 +172,7 @@ def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
             "gate": whole["gate"],
             "require": recipe.verify.require,
             "compute": recipe.format.compute,
-            "is_float": recipe.format.is_float,
+            "is_float": recipe.trains_float,
         },
     }
 

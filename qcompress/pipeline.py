@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import qcompress
+from qcompress.adopted import REASON, adopt
 from qcompress.artifacts import (
     Engine,
     FloatModel,
@@ -25,9 +26,9 @@ from qcompress.artifacts import (
 )
 from qcompress.check import head_of
 from qcompress.codekey import stage_key
-from qcompress.errors import MachineError
+from qcompress.errors import MachineError, UsageError
 from qcompress.host import describe_host, device_kind
-from qcompress.keys import INPUTS, Plan, parts, prepare, provenance, run_key, versions_of
+from qcompress.keys import Plan, inputs_of, parts, prepare, provenance, run_key, stages_of, versions_of
 from qcompress.own import active
 from qcompress.processes import Processes, join
 from qcompress.progress import Reporter
@@ -85,6 +86,12 @@ def run(
 
     `one_of_seeds`: the run's folder is `seed-N` inside a folder that all seeds of the recipe share.
     """
+    stages = stages_of(resolved.recipe)
+    if until not in stages:
+        raise UsageError(
+            f"there is no stage {until}: `export.graph` was made elsewhere",
+            fix=f"name one of {', '.join(stages)}",
+        )
     plan = prepare(resolved)
     processes = join(cpu=resolved.recipe.train.device == "cpu" or device_kind("auto") == "cpu")
     if not processes.first:
@@ -96,7 +103,7 @@ def run(
         folder = workspace.run_dir
         (folder / "recipe.resolved.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
         reporter.log_to(folder / "log.jsonl")
-        for stage in STAGES[: STAGES.index(until) + 1]:
+        for stage in stages[: stages.index(until) + 1]:
             place = dict(PLACE[stage])
             if stage == "fold" and plan.recipe.format.is_float:
                 place["folded.safetensors"] = "model.safetensors"  # a checkpoint for `model: {run: ...}`
@@ -144,6 +151,11 @@ def _makers(
             reporter.say(note)
 
     def make_export(folder: Path) -> None:
+        if plan.graph:
+            graph, family = base / recipe.export.graph, recipe.model.family
+            for note in adopt(graph, steps["load"].path, family, recipe.build.target, folder):
+                reporter.say(note)
+            return
         from qcompress.stages.export import export
 
         export(
@@ -163,11 +175,11 @@ def _makers(
 
         artifacts = Artifacts(
             float_model=_float(plan, steps),
-            trained=TrainedModel(steps["train"].path),
-            folded=FoldedModel(steps["fold"].path),
+            trained=TrainedModel(steps["train"].path) if "train" in steps else None,
+            folded=FoldedModel(steps["fold"].path) if "fold" in steps else None,
             onnx=OnnxModel(steps["export"].path),
             engine=Engine(steps["build"].path),
-            missing={},
+            missing=dict.fromkeys(("trained", "folded"), REASON),
         )
         verify(recipe, base, artifacts, folder, reporter)
 
@@ -251,8 +263,8 @@ def reuse(plan: Plan, cache: Path) -> list[tuple[str, bool, str]]:
     """For each stage whether it would be reused, and why not; after the first that runs, all run."""
     found: list[tuple[str, bool, str]] = []
     steps: dict[str, Step] = {}
-    for stage in STAGES:
-        missing = [name for name in INPUTS[stage] if name not in steps]
+    for stage in stages_of(plan.recipe):
+        missing = [name for name in inputs_of(plan.recipe, stage) if name not in steps]
         if missing:
             found.append((stage, False, f"{missing[0]} runs again"))
             continue

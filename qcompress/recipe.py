@@ -201,6 +201,10 @@ def _move_paths(values: dict[str, Any], folder: Path, base: Path) -> None:
     if isinstance(model.get("source"), str) and model["source"]:
         local = os.path.isdir(folder / model["source"]) or not is_hub_id(model["source"])
         model["source"] = os.path.join(way, model["source"]) if local else model["source"]
+    for section, key in (("export", "graph"), ("build", "timing_cache")):
+        options = _mapping(values.get(section))
+        if isinstance(options.get(key), str) and options[key]:
+            options[key] = os.path.join(way, options[key])
     for section in (data.get("train"), data.get("calibration"), *_mapping(data.get("evaluate")).values()):
         texts = _mapping(section)
         for origin in ("text", "table"):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qcompress.axes import AXES, ILLEGAL, PHASES
-from qcompress.data_rules import also, judge_directory, judge_files, judge_origins
+from qcompress.data_rules import FORMATS, also, judge_directory, judge_files, judge_graph, judge_origins
 from qcompress.goals import METRICS
 from qcompress.schema import CausalLm, Format, Recipe, Role
 from qcompress.task_options import AGREEMENT
@@ -26,21 +26,6 @@ SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
 TASK_LOSS_PHASES = ("finetune", "intervention")
 """Phases that train with the task's loss, on the training data; the others use the calibration data."""
 
-FORMATS: tuple[Key, ...] = tuple(
-    ("format", key)
-    for key in (
-        "preset",
-        "weights",
-        "activations",
-        "embeddings",
-        "attention",
-        "cache",
-        "residual",
-        "layers",
-    )  # fmt: skip
-)
-"""Keys that decide what is quantized."""
-
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 
 
@@ -48,15 +33,18 @@ def judge(recipe: Recipe, document: Document, base: Path) -> None:
     """Report everything that is wrong with a recipe by itself; `base` is what its paths are relative to."""
     if () in document.tainted:
         return  # a file of the recipe could not be read, and what is missing may stand there
-    _axes(recipe, document)
-    _float(recipe, document)
-    _phases(recipe, document)
-    _roles(recipe, document)
+    if recipe.export.graph is not None:
+        judge_graph(recipe, document, base)
+    else:
+        _axes(recipe, document)
+        _float(recipe, document)
+        _phases(recipe, document)
+        _roles(recipe, document)
+        _training_data(recipe, document)
+        _calibration_data(recipe, document)
     _evaluation_sets(recipe, document)
     judge_origins(recipe, document)
     _metrics(recipe, document)
-    _training_data(recipe, document)
-    _calibration_data(recipe, document)
     _target(recipe, document)
     _build(recipe, document)
     _rows(recipe, document)

@@ -43,8 +43,10 @@ class TorchRunner:
         return self.model(**tensors).logits.float().cpu().numpy()
 
 
-def open_session(file: Path, threads: int, optimized: bool) -> onnxruntime.InferenceSession:
-    """How every session of ours runs; `optimized` as `OnnxRunner` explains it."""
+def open_session(
+    file: Path, threads: int, optimized: bool, without: tuple[str, ...] = ()
+) -> onnxruntime.InferenceSession:
+    """How every session of ours runs; `optimized` as `OnnxRunner` explains it, `without` these optimizers."""
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_ENABLE_BASIC
@@ -52,7 +54,9 @@ def open_session(file: Path, threads: int, optimized: bool) -> onnxruntime.Infer
     options.log_severity_level = 3
     # idle threads that spin take the processor from whoever shares the machine
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without) or None
+    )
 
 
 class OnnxRunner:
@@ -62,12 +66,16 @@ class OnnxRunner:
     weights become MatMulNBits, which rounds the activations to int8, and int8 layers become integer matmuls.
     """
 
-    def __init__(self, file: Path, family: str, threads: int, optimized: bool) -> None:
+    def __init__(
+        self, file: Path, family: str, threads: int, optimized: bool, without: tuple[str, ...] = ()
+    ) -> None:
         self.family = family
-        self.session = open_session(file, threads, optimized)
+        self.session = open_session(file, threads, optimized, without)
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         feed = {name: tensor.numpy() for name, tensor in complete(self.family, inputs).items()}
+        known = {item.name for item in self.session.get_inputs()}
+        feed = {name: array for name, array in feed.items() if name in known}
         feed |= empty_past(self.session, len(inputs["input_ids"]))
         return self.session.run(["logits"], feed)[0].astype(np.float32)
 

@@ -20,6 +20,7 @@ from typing import Any
 from qcompress.axes import PHASES
 from qcompress.check import check_model, head_of
 from qcompress.codekey import stage_key
+from qcompress.errors import UsageError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import copy_tensors, read_config
 from qcompress.plan import matches
@@ -41,6 +42,9 @@ STEPS = 2
 def smoke(resolved: Resolved, cache: Path) -> Resolved:
     """The same recipe for two blocks and little data. The whole recipe is checked first (RecipeError)."""
     recipe = resolved.recipe
+    if recipe.export.graph is not None:
+        raise UsageError("--smoke takes two blocks of the model, and `export.graph` has all of them",
+                         fix="run the recipe whole")  # fmt: skip
     source = locate(recipe.model, resolved.base)
     check_model(resolved, source)
     short = shorten(recipe.model.family, source, cache / "smoke")

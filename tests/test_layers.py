@@ -23,7 +23,8 @@ STAGES = ("load", "train", "fold", "export", "build", "verify", "gate")
 
 LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("plain values", {
-        "errors", "formats", "axes", "options", "glue", "task_options", "schema", "own", "artifacts", "plan",
+        "errors", "formats", "axes", "options", "glue", "task_options", "export_options", "schema",
+        "own", "artifacts", "plan",
         "models.architecture", "codekey", "system", "host", "processes", "progress", "yamlfile",
         "distance", "tensorfile", "goals",
     }),
@@ -39,11 +40,12 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "targets", "targets.builder", "targets.checks", "targets.child", "targets.contents",
         "targets.device", "targets.graph", "targets.inline", "targets.lint", "targets.process",
         "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes", "targets.soundness",
-        "targets.table",
+        "targets.table", "targets.trial",
     }),
     ("recipes", {"wording", "structure", "data_rules", "rules", "recipe", "check"}),
     ("models in three forms", {
         "prepare", "observe", "checkpoint", "certificate", "certificate_points", "precision", "sizes",
+        "adopted",
         "probe", "rows",
         "runners", "samples", "sharpness",
     }),
@@ -85,8 +87,9 @@ DOORS: dict[str, set[str]] = {
                      "models.stock"},
     "accelerate": {"processes", "train", "loop", "methods.ball", "methods.plain", "methods.protocols",
                    "methods.saq", "methods.squat"},
-    "onnxruntime": {"generate", "runners", "probe_kit.measure_engine"},
-    "onnx": {"export", "certificate", "certificate_points", "sizes", "targets.checks", "targets.contents",
+    "onnxruntime": {"targets.trial", "generate", "runners", "probe_kit.measure_engine"},
+    "onnx": {"adopted", "export", "certificate", "certificate_points", "sizes", "targets.checks",
+             "targets.contents",
              "targets.graph", "targets.inline", "targets.quantizers", "targets.sizes", "targets.soundness"},
     "onnx_ir": {"export", "precision"},
     "datasets": {"tasks.text"},

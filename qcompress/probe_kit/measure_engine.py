@@ -198,13 +198,16 @@ class OnnxRunner:
         return 8
 
     def __call__(self, feed):
-        arrays = {name: array.astype(np.int64) for name, array in feed.items()}
+        known = {item.name for item in self.session.get_inputs()}
+        arrays = {name: array.astype(np.int64) for name, array in feed.items() if name in known}
         rows = len(next(iter(arrays.values())))
         elements = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
         for item in self.session.get_inputs():
             if item.name.startswith(PAST):
                 arrays[item.name] = no_past(rows, item.shape).astype(elements[item.type])
-        return self.session.run(None, arrays)[0].astype(np.float32)
+        names = [item.name for item in self.session.get_outputs()]
+        name = "logits" if "logits" in names else names[0]
+        return self.session.run([name], arrays)[0].astype(np.float32)
 
 
 def measure(logits, ids, first):

@@ -1,0 +1,148 @@
+"""A graph that another tool made of a run's float model, taken in where ours would have been exported.
+
+It is linted, measured, built and gated as ours is. What cannot be had is a certificate, which holds a graph
+to the folded model that it was made from; the float row is all that the onnx row can be held to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from qcompress.artifacts import OnnxModel, read_json, sha256_file, write_json
+from qcompress.errors import ExportError
+from qcompress.models import FAMILIES
+from qcompress.targets.child import command, environment
+from qcompress.targets.contents import INTEGERS, contents
+from qcompress.targets.graph import View, dimensions, read
+from qcompress.targets.lint import lint
+from qcompress.targets.table import find_target
+
+TRIAL_MIB, TRIAL_S = 16384, 600
+"""What the process may take that runs the graph first."""
+
+REASON = "the graph was made elsewhere"
+
+INT64 = onnx.TensorProto.INT64
+
+
+def files_of(graph: Path) -> dict[str, str]:
+    """Digests of an ONNX file and of its external data, by the names of the files."""
+    view = read(graph)
+    return {file.name: sha256_file(file) for file in (view.file, *view.data_files)}
+
+
+def disabled_optimizers(onnx: OnnxModel) -> tuple[str, ...]:
+    """Optimizers without which ONNX Runtime must run a graph made elsewhere; none for one of ours."""
+    return tuple(read_json(onnx.path / "certificate.json").get("disabled_optimizers", ()))
+
+
+def adopt(graph: Path, checkpoint: Path, family: str, target: str, out: Path) -> list[str]:
+    """Fill the folder of the stage export: the graph and its external data, lint.json, sizes.json,
+    certificate.json (which says that there is none), and config.json and the tokenizer of `checkpoint`.
+    Returns what a user should know.
+
+    The graph takes some of the family's inputs, integers [batch, sequence] of any size, and gives `logits`.
+    Raises ExportError where it does not, where the target would refuse it, where ONNX Runtime cannot run it.
+    """
+    view = read(graph)
+    _check_signature(view, family)
+    findings = lint(graph, find_target(target))
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        lines = "\n".join(f"  {finding}" for finding in errors)
+        raise ExportError(
+            f"{target} would refuse or change {graph}:\n{lines}", fix="see the fix of each line"
+        )
+    without = _try(graph, [value.name for value in view.inputs])
+    file = out / "model.onnx"
+    if view.data_files:
+        model = onnx.load(str(graph))
+        onnx.save(model, str(file), save_as_external_data=True, location=file.name + ".data")
+    else:
+        shutil.copyfile(graph, file)
+    for name in checkpoint.iterdir():
+        if name.suffix in (".json", ".txt") and name.name not in ("float.json", "manifest.json"):
+            shutil.copyfile(name, out / name.name)
+    write_json(out / "lint.json", {"target": target, "findings": [asdict(finding) for finding in findings]})
+    nothing: dict[str, Any] = {"layers": [], "points": [], "expected": 0}
+    nothing |= {"complete": False, "reason": REASON, "disabled_optimizers": without}
+    write_json(out / "certificate.json", nothing)
+    write_json(out / "sizes.json", _sizes(file))
+    if not without:
+        return []
+    return [f"ONNX Runtime opens the graph only without {', '.join(without)}, and is measured so"]
+
+
+def _check_signature(view: View, family: str) -> None:
+    known = FAMILIES[family].INPUTS
+    types = {value.name: value.type.tensor_type.elem_type for value in view.inputs}
+    if "input_ids" not in types or not set(types) <= set(known):
+        raise ExportError(
+            f"{view.file} has the inputs {', '.join(types) or 'none'}, and a {family} model has "
+            f"{', '.join(known)}",
+            fix="name the inputs of the graph as transformers does, or leave out those that it does not read",
+        )
+    for value in view.inputs:
+        shape = dimensions(value) or ()
+        if types[value.name] != INT64 or len(shape) != 2 or any(isinstance(size, int) for size in shape):
+            raise ExportError(
+                f"{view.file}: the input {value.name} must be int64 [batch, sequence] of any size, and is "
+                f"{list(shape)}",
+                fix="export the graph with dynamic axes",
+            )
+    if "logits" not in view.outputs:
+        raise ExportError(
+            f"{view.file} has the outputs {', '.join(sorted(view.outputs))}, and none is called `logits`",
+            fix="rename the output that is compared with the model's logits",
+        )
+
+
+def _try(graph: Path, inputs: list[str]) -> list[str]:
+    """Run the graph once, in a process that may die of it; returns the optimizers that must be left out."""
+    words = command("qcompress.targets.trial", str(graph.resolve()), ",".join(inputs), str(TRIAL_MIB))
+    try:
+        done = subprocess.run(
+            words, cwd=graph.parent, env=environment(), capture_output=True, text=True, timeout=TRIAL_S
+        )
+    except subprocess.TimeoutExpired:
+        raise ExportError(f"{graph}: ONNX Runtime was not done with 2 rows after {TRIAL_S} s") from None
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        reason = lines[-1][:1000] if lines else f"its process ended with {done.returncode}"
+        raise ExportError(
+            f"{graph}: ONNX Runtime cannot run it: {reason}", fix="try the graph with onnxruntime by itself"
+        )
+    found = json.loads(done.stdout)
+    if found["shape"][:1] != [2]:
+        raise ExportError(
+            f"{graph}: logits of 2 rows have the shape {found['shape']}",
+            fix="export the graph with a dynamic batch",
+        )
+    return found["disabled_optimizers"]
+
+
+def _sizes(file: Path) -> dict[str, Any]:
+    """sizes.json, with the weights that `inspect` finds as its layers."""
+    found = contents(file)
+    layers = [
+        {"weights": math.prod(weight["shape"])}
+        | {key: weight[key] for key in ("name", "stored_bits", "information_bits", "bytes")}
+        for weight in found["weights"]
+        if weight["stored"].upper() in INTEGERS
+    ]
+    totals = found["totals"]
+    return {
+        "layers": layers,
+        "initializer_bytes": totals["weights"] + totals["float"] + totals["other"],
+        "quantized_bytes": sum(layer["bytes"] for layer in layers),
+        "float_layer_bytes": 4 * totals["elements"],
+        "file_bytes": sum(one.stat().st_size for one in file.parent.glob(file.name + "*")),
+    }
