@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from qcompress.artifacts import OnnxModel, read_json, sha256_file, write_json
+from qcompress.artifacts import read_json, sha256_file, write_json
 from qcompress.errors import ExportError
 from qcompress.models import FAMILIES
 from qcompress.targets.child import command, environment
@@ -24,6 +27,7 @@ from qcompress.targets.contents import INTEGERS, contents
 from qcompress.targets.graph import View, dimensions, read
 from qcompress.targets.lint import lint
 from qcompress.targets.table import find_target
+from qcompress.targets.trial import ROWS, TOKENS
 
 TRIAL_MIB, TRIAL_S = 16384, 600
 """What the process may take that runs the graph first."""
@@ -34,22 +38,32 @@ INT64 = onnx.TensorProto.INT64
 
 
 def files_of(graph: Path) -> dict[str, str]:
-    """Digests of an ONNX file and of its external data, by the names of the files."""
+    """Digests of an ONNX file and of its external data, by their paths from its folder."""
     view = read(graph)
-    return {file.name: sha256_file(file) for file in (view.file, *view.data_files)}
+    files = (view.file, *view.data_files)
+    return {os.path.relpath(file, graph.parent): sha256_file(file) for file in files}
 
 
-def disabled_optimizers(onnx: OnnxModel) -> tuple[str, ...]:
-    """Optimizers without which ONNX Runtime must run a graph made elsewhere; none for one of ours."""
-    return tuple(read_json(onnx.path / "certificate.json").get("disabled_optimizers", ()))
+def check_unchanged(run: Path) -> None:
+    """Refuse a run whose graph is not the one that was taken in."""
+    known = read_json(run / "certificate.json").get("files", {})
+    changed = [name for name, digest in known.items() if sha256_file(run / name) != digest]
+    if changed:
+        raise ExportError(
+            f"{run / changed[0]} is not the file that was taken in",
+            fix="run the recipe again to put the graph back, or name the new one in `export.graph`",
+        )
 
 
-def adopt(graph: Path, checkpoint: Path, family: str, target: str, out: Path) -> list[str]:
+def adopt(
+    graph: Path, checkpoint: Path, family: str, target: str, shape: Sequence[int | None], out: Path
+) -> list[str]:
     """Fill the folder of the stage export: the graph and its external data, lint.json, sizes.json,
     certificate.json (which says that there is none), and config.json and the tokenizer of `checkpoint`.
     Returns what a user should know.
 
-    The graph takes some of the family's inputs, integers [batch, sequence] of any size, and gives `logits`.
+    The graph takes some of the family's inputs, integers [batch, sequence] of any size, and gives `logits`
+    of `shape`: (rows, tokens, vocabulary) or (rows, labels), None for sizes that the inputs decide.
     Raises ExportError where it does not, where the target would refuse it, where ONNX Runtime cannot run it.
     """
     view = read(graph)
@@ -61,7 +75,7 @@ def adopt(graph: Path, checkpoint: Path, family: str, target: str, out: Path) ->
         raise ExportError(
             f"{target} would refuse or change {graph}:\n{lines}", fix="see the fix of each line"
         )
-    without = _try(graph, [value.name for value in view.inputs])
+    without = _try(graph, [value.name for value in view.inputs], shape)
     file = out / "model.onnx"
     if view.data_files:
         model = onnx.load(str(graph))
@@ -74,6 +88,7 @@ def adopt(graph: Path, checkpoint: Path, family: str, target: str, out: Path) ->
     write_json(out / "lint.json", {"target": target, "findings": [asdict(finding) for finding in findings]})
     nothing: dict[str, Any] = {"layers": [], "points": [], "expected": 0}
     nothing |= {"complete": False, "reason": REASON, "disabled_optimizers": without}
+    nothing |= {"files": {one.name: sha256_file(one) for one in out.glob(file.name + "*")}}
     write_json(out / "certificate.json", nothing)
     write_json(out / "sizes.json", _sizes(file))
     if not without:
@@ -105,13 +120,15 @@ def _check_signature(view: View, family: str) -> None:
         )
 
 
-def _try(graph: Path, inputs: list[str]) -> list[str]:
+def _try(graph: Path, inputs: list[str], shape: Sequence[int | None]) -> list[str]:
     """Run the graph once, in a process that may die of it; returns the optimizers that must be left out."""
     words = command("qcompress.targets.trial", str(graph.resolve()), ",".join(inputs), str(TRIAL_MIB))
     try:
-        done = subprocess.run(
-            words, cwd=graph.parent, env=environment(), capture_output=True, text=True, timeout=TRIAL_S
-        )
+        # in a folder of its own, or Python would import what lies beside the graph
+        with tempfile.TemporaryDirectory(prefix="qcompress-trial-") as folder:
+            done = subprocess.run(
+                words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=TRIAL_S
+            )
     except subprocess.TimeoutExpired:
         raise ExportError(f"{graph}: ONNX Runtime was not done with 2 rows after {TRIAL_S} s") from None
     if done.returncode != 0:
@@ -121,10 +138,12 @@ def _try(graph: Path, inputs: list[str]) -> list[str]:
             f"{graph}: ONNX Runtime cannot run it: {reason}", fix="try the graph with onnxruntime by itself"
         )
     found = json.loads(done.stdout)
-    if found["shape"][:1] != [2]:
+    wanted = [ROWS, *((TOKENS,) if len(shape) == 3 else ()), shape[-1]]
+    if found["shape"] != wanted or found["type"] not in ("float32", "float16"):
         raise ExportError(
-            f"{graph}: logits of 2 rows have the shape {found['shape']}",
-            fix="export the graph with a dynamic batch",
+            f"{graph}: the logits of {ROWS} rows of {TOKENS} tokens are {found['type']} {found['shape']}, "
+            f"and this model and task have floats {wanted}",
+            fix="name a graph that was made of this model, with dynamic axes",
         )
     return found["disabled_optimizers"]
 

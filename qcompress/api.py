@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from qcompress import own, pipeline
-from qcompress.adopted import REASON
+from qcompress.adopted import REASON, check_unchanged
 from qcompress.artifacts import read_json, write_json
 from qcompress.errors import ExportError, RecipeError, UsageError
 from qcompress.progress import Reporter
@@ -182,11 +182,14 @@ def verify(
     """Measure a run again from its files, or take in a device's measurement; returns the new verdict.
 
     The ONNX file is the one in the run directory. It is first held against the folded model bit for bit: a
-    file that was changed raises ExportError and names the layer.
+    file that was changed raises ExportError and names the layer. A graph made elsewhere has no folded model;
+    the digest of its files must be what it was.
     """
     loaded = load(path)
     if loaded.recipe.export.graph is None:
         certify_run(loaded)
+    else:
+        check_unchanged(loaded.path)
     reporter = reporter or Reporter(silent=True)
     if engine is not None:
         from qcompress.stages.verify import take_engine_row

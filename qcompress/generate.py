@@ -15,7 +15,7 @@ import onnxruntime
 
 from qcompress.errors import UsageError
 from qcompress.models.architecture import PAST, PRESENT
-from qcompress.runners import complete, empty_past, open_session
+from qcompress.runners import complete, empty_past, fed, open_session
 
 
 class Generator:
@@ -66,7 +66,7 @@ class _Whole:
     def __call__(self, new: np.ndarray, mask: np.ndarray) -> np.ndarray:
         self.ids = new if self.ids is None else np.concatenate([self.ids, new], axis=1)
         inputs = complete(self.owner.family, {"input_ids": self.ids, "attention_mask": mask})
-        feed = {name: tensor.numpy() for name, tensor in inputs.items()}
+        feed = fed(self.owner.session, {name: tensor.numpy() for name, tensor in inputs.items()})
         return self.owner.session.run(["logits"], feed)[0][:, -1].argmax(-1)
 
 

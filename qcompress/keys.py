@@ -85,7 +85,8 @@ def run_key(plan: Plan, one_of_seeds: bool = False) -> str:
     values = plan.recipe.model_dump(mode="json")
     if one_of_seeds:
         del values["seed"]
-    key = stage_key("run", {"values": values, "inputs": plan.digests | plan.graph})[:12]
+    inputs = {"values": values, "inputs": plan.digests} | ({"graph": plan.graph} if plan.graph else {})
+    key = stage_key("run", inputs)[:12]
     return f"{key}/seed-{plan.recipe.seed}" if one_of_seeds else key
 
 

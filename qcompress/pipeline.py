@@ -35,6 +35,7 @@ from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, dump_recipe
 from qcompress.schema import STAGES, Build
 from qcompress.stages.load import load
+from qcompress.tasks import TASKS
 from qcompress.workspace import Step, Workspace, would_reuse
 
 PLACE: dict[str, dict[str, str]] = {
@@ -87,11 +88,12 @@ def run(
     `one_of_seeds`: the run's folder is `seed-N` inside a folder that all seeds of the recipe share.
     """
     stages = stages_of(resolved.recipe)
-    if until not in stages:
-        raise UsageError(
-            f"there is no stage {until}: `export.graph` was made elsewhere",
-            fix=f"name one of {', '.join(stages)}",
-        )
+    for stage in (until, *(name for name in keep if name in STAGES)):
+        if stage not in stages:
+            raise UsageError(
+                f"there is no stage {stage}: `export.graph` was made elsewhere",
+                fix=f"name one of {', '.join(stages)}",
+            )
     plan = prepare(resolved)
     processes = join(cpu=resolved.recipe.train.device == "cpu" or device_kind("auto") == "cpu")
     if not processes.first:
@@ -152,9 +154,7 @@ def _makers(
 
     def make_export(folder: Path) -> None:
         if plan.graph:
-            graph, family = base / recipe.export.graph, recipe.model.family
-            for note in adopt(graph, steps["load"].path, family, recipe.build.target, folder):
-                reporter.say(note)
+            _adopt(plan, steps["load"].path, folder, reporter)
             return
         from qcompress.stages.export import export
 
@@ -211,6 +211,17 @@ def _needs_torch(make: Callable[[Path], None]) -> Callable[[Path], None]:
             ) from None
 
     return checked
+
+
+def _adopt(plan: Plan, checkpoint: Path, out: Path, reporter: Reporter) -> None:
+    """Take in `export.graph`, whose logits are those of the task."""
+    recipe = plan.recipe
+    task, config = TASKS[recipe.task.name], read_json(checkpoint / "config.json")
+    positions, width = task.logits_of(task.settled(recipe.task, config), config)
+    shape = (None, None, width) if positions > 1 else (None, width)
+    graph = plan.resolved.base / recipe.export.graph
+    for note in adopt(graph, checkpoint, recipe.model.family, recipe.build.target, shape, out):
+        reporter.say(note)
 
 
 def _placed(options: Build, base: Path) -> Build:

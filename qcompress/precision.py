@@ -20,8 +20,9 @@ HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def keep_fp32(model: ir.Model, kinds: Collection[str], parameters: Mapping[str, np.ndarray]) -> int:
     """Let every operator of these kinds compute in fp32; returns how many did not.
 
-    `parameters` are the fp32 values of the model's float tensors, by the names of its initializers: those of
-    a norm are stored as they are there.
+    `parameters` are the fp32 values of the model's float tensors, by the names of its initializers: a norm
+    gets those of the initializer that it reads. The exporter stores tensors once that are equal in half
+    precision, so that may be another norm's, within half a step of its type.
     """
     wanted = {OPERATORS[kind] for kind in kinds}
     nodes = [node for node in model.graph if node.op_type in wanted and node.inputs[0].dtype in HALVES]

@@ -82,10 +82,17 @@ def write_probe(
             "onnx_sha256": sha256_file(onnx.file),
             "plan_sha256": sha256_file(plan) if plan else None,
             "backend": build.get("backend") or "tensorrt",
+            "disabled_optimizers": _disabled(onnx),
             "per_sample": "nll" if "first" in arrays else "logits",
         },
     )
     shutil.copyfile(SCRIPT, folder / SCRIPT.name)
+
+
+def _disabled(onnx: OnnxModel) -> list[str]:
+    """Optimizers without which ONNX Runtime must run a graph that was made elsewhere."""
+    beside = onnx.path / "certificate.json"
+    return read_json(beside).get("disabled_optimizers", []) if beside.is_file() else []
 
 
 def _affordable(samples: int, context: int, room: int) -> tuple[int, np.ndarray]:

@@ -46,7 +46,7 @@ def judge(recipe: Recipe, document: Document, base: Path) -> None:
     judge_origins(recipe, document)
     _metrics(recipe, document)
     _target(recipe, document)
-    _build(recipe, document)
+    _build(recipe, document, base)
     _rows(recipe, document)
     _export(recipe, document)
     if document.sound(("task", "context")):
@@ -220,7 +220,7 @@ def _target(recipe: Recipe, document: Document) -> None:
         document.report(key, message, fix)
 
 
-def _build(recipe: Recipe, document: Document) -> None:
+def _build(recipe: Recipe, document: Document, base: Path) -> None:
     from qcompress.targets.table import TARGETS, option_refusals
 
     if recipe.build.target not in TARGETS or not document.sound(("build", "target")):
@@ -229,6 +229,13 @@ def _build(recipe: Recipe, document: Document) -> None:
         key: Key = ("build", refusal.key.partition(".")[2])
         if document.sound(key):
             document.report(key, refusal.message, refusal.fix)
+            document.tainted.add(key)
+    key = ("build", "timing_cache")
+    if recipe.build.timing_cache is not None and document.sound(key):
+        file = base / recipe.build.timing_cache
+        if file.is_dir() or not file.parent.is_dir():
+            message = f"{recipe.build.timing_cache[:200]!r} cannot be written"
+            document.report(key, message, "name a file in a folder that is there")
 
 
 def _rows(recipe: Recipe, document: Document) -> None:
@@ -242,10 +249,15 @@ def _rows(recipe: Recipe, document: Document) -> None:
 
 def _export(recipe: Recipe, document: Document) -> None:
     export = recipe.export
+    key: Key = ("export", "keep_fp32")
+    idle = export.keep_fp32 and recipe.format.compute == "fp32" and export.graph is None
+    if idle and document.sound(key, ("format", "compute")):
+        message = "has no effect: `format.compute` is fp32, and everything computes in it"
+        document.report(key, message, "drop it, or set `format.compute` to fp16 or bf16")
     if not document.sound(("export", "cache"), ("export", "dynamic")):
         return
     if not export.cache and "past" in export.dynamic:
-        key: Key = ("export", "dynamic", export.dynamic.index("past"))
+        key = ("export", "dynamic", export.dynamic.index("past"))
         document.report(key, "without a key-value cache there is no axis `past`", "drop `past`")
     lacking = [axis for axis in ("sequence", "past") if axis not in export.dynamic]
     if export.cache and lacking:

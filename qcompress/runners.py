@@ -43,10 +43,11 @@ class TorchRunner:
         return self.model(**tensors).logits.float().cpu().numpy()
 
 
-def open_session(
-    file: Path, threads: int, optimized: bool, without: tuple[str, ...] = ()
-) -> onnxruntime.InferenceSession:
-    """How every session of ours runs; `optimized` as `OnnxRunner` explains it, `without` these optimizers."""
+def open_session(file: Path, threads: int, optimized: bool) -> onnxruntime.InferenceSession:
+    """How every session of ours runs; `optimized` as `OnnxRunner` explains it.
+
+    A graph made elsewhere may run only without some optimizers; certificate.json beside it names them.
+    """
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_ENABLE_BASIC
@@ -55,8 +56,19 @@ def open_session(
     # idle threads that spin take the processor from whoever shares the machine
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(
-        str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without) or None
+        str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=_disabled(file) or None
     )
+
+
+def _disabled(file: Path) -> list[str]:
+    beside = file.with_name("certificate.json")
+    return read_json(beside).get("disabled_optimizers", []) if beside.is_file() else []
+
+
+def fed(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of the inputs that the graph has: one made elsewhere may lack some."""
+    known = {item.name for item in session.get_inputs()}
+    return {name: array for name, array in inputs.items() if name in known}
 
 
 class OnnxRunner:
@@ -66,16 +78,13 @@ class OnnxRunner:
     weights become MatMulNBits, which rounds the activations to int8, and int8 layers become integer matmuls.
     """
 
-    def __init__(
-        self, file: Path, family: str, threads: int, optimized: bool, without: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, file: Path, family: str, threads: int, optimized: bool) -> None:
         self.family = family
-        self.session = open_session(file, threads, optimized, without)
+        self.session = open_session(file, threads, optimized)
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        feed = {name: tensor.numpy() for name, tensor in complete(self.family, inputs).items()}
-        known = {item.name for item in self.session.get_inputs()}
-        feed = {name: array for name, array in feed.items() if name in known}
+        arrays = {name: tensor.numpy() for name, tensor in complete(self.family, inputs).items()}
+        feed = fed(self.session, arrays)
         feed |= empty_past(self.session, len(inputs["input_ids"]))
         return self.session.run(["logits"], feed)[0].astype(np.float32)
 

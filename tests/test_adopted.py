@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from lines import CONTEXT, SETS, Kind, Project, cli, exported, finished, plain_session, values
+from lines import CONTEXT, SETS, Kind, Project, cli, environment, exported, finished, plain_session, values
 from onnx import TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from tiny import token_ids
@@ -186,6 +188,7 @@ def relu(**changes: Any) -> onnx.ModelProto:
             r"must be int64 \[batch, sequence\] of any size, and is \[1, 'sequence'\]",
         ),
         ({"output": "scores"}, "has the outputs scores, and none is called `logits`"),
+        ({}, r"the logits of 2 rows of 5 tokens are float32 \[2, 5\], and this model .*\[2, 5, 300\]"),
     ],
 )
 def test_a_graph_that_is_not_the_models_is_refused(
@@ -247,6 +250,66 @@ def test_what_only_a_graph_of_ours_has_is_a_mistake(
 def test_a_stage_that_there_is_not_is_named(project: Callable[..., Project]) -> None:
     done = cli(*project().command("--until", "fold"))
     assert done.code == 2 and "there is no stage fold: `export.graph` was made elsewhere" in done.stderr
+
+
+def test_a_file_beside_the_graph_is_not_imported(project: Callable[..., Project]) -> None:
+    """The process that runs the graph first must not take its modules from where the graph lies."""
+    made = project(build={"target": "cpu"})
+    for name in ("onnxruntime", "json", "numpy"):
+        (made.folder / f"{name}.py").write_text("raise SystemExit('not this one')")
+    assert made.run().verdict == "accept"
+
+
+def test_a_graph_that_was_changed_in_the_run_is_refused(project: Callable[..., Project]) -> None:
+    run = project(build={"target": "cpu"}).run()
+    with (run.path / "model.onnx").open("ab") as file:
+        file.write(b"\0\0")
+    done = cli("verify", run.path)
+    assert done.code == 5 and "model.onnx is not the file that was taken in" in done.stderr
+
+
+def test_a_run_of_it_is_compared_and_continues_a_text(project: Callable[..., Project]) -> None:
+    run = project(build={"target": "cpu"}).run()
+    certificate = read_json(run.path / "certificate.json")
+    assert certificate["disabled_optimizers"] == ["QDQPropagationTransformer"]
+    compared = cli("compare", f"a={run.path}", f"b={run.path}")
+    assert compared.code == 0 and "Traceback" not in compared.stderr, compared.stderr
+    done = cli("predict", run.path, "the", "--tokens", "2")
+    assert done.code == 0 and done.stdout.startswith("the")
+    script, file = run.path / "probe" / "measure_engine.py", run.path / "model.onnx"
+    kit = [sys.executable, str(script), "--onnx", str(file), "--out", str(run.path / "engine.json")]
+    measured = subprocess.run(kit, env=environment(), capture_output=True, text=True)
+    assert measured.returncode == 0, measured.stderr
+
+
+def test_a_graph_may_read_fewer_inputs(project: Callable[..., Project], tmp_path: Path) -> None:
+    """Logits from a table of the tokens alone."""
+    rows = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)
+    shape = ["batch", "sequence"]
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "input_ids"], ["logits"])],
+        "g",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*shape, 300])],
+        [onnx.numpy_helper.from_array(rows, "table")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, str(tmp_path / "table.onnx"))
+    made = project(tmp_path / "table.onnx", build={"target": "cpu"}, gate={})
+    run = made.run()
+    done = cli("predict", run.path, "the", "--tokens", "3")
+    assert done.code == 0, done.stderr
+
+
+def test_a_folder_that_there_is_not_cannot_be_kept(project: Callable[..., Project]) -> None:
+    done = cli(*project().command("--keep", "fold"))
+    assert done.code == 2 and "there is no stage fold" in done.stderr
+
+
+def test_check_names_the_graph(project: Callable[..., Project]) -> None:
+    done = cli("check", project().recipe)
+    assert done.code == 0 and "graph theirs.onnx, made elsewhere; target rtx-ada" in done.stdout
+    assert "method" not in done.stdout and "train" not in done.stdout
 
 
 def test_two_blocks_of_a_whole_graph_are_refused(project: Callable[..., Project]) -> None:

@@ -84,6 +84,13 @@ def test_a_build_is_refused_before_anything_is_read(tmp_path: Path, out: Path) -
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["nowhere/timing.cache", "out"])
+def test_a_timing_cache_that_cannot_be_written_is_refused_first(tmp_path: Path, out: Path, name: str) -> None:
+    options = Build(target="h100", timing_cache=str(tmp_path / name))
+    with pytest.raises(UsageError, match="build.timing_cache: .* cannot be written"):
+        build_file(tmp_path / "nothing.onnx", options, out)
+
+
 def test_the_command_for_the_device_says_all_of_it() -> None:
     options = Build(target="h100", **{**ALL, "timing_cache": "/some/where/timing.cache"})
     words = shlex.split(device_command(Path("model.onnx"), options))

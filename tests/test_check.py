@@ -172,6 +172,13 @@ OVERRIDES = {
     ("build.target=cpu", "format.weights={bits: 2, container: int2}", "format.activations=float"): (
         r".*export\.opset: is 21, and .* is stored in int2, which came with opset 25 \(fix: write `opset: 25`"
     ),
+    ("build.target=h100", "build.timing_cache=nowhere/h100.bin"): (
+        r"--set: build\.timing_cache: 'nowhere/h100.bin' cannot be written"
+    ),
+    ("build.timing_cache=h100.bin",): r"--set: build\.timing_cache: TensorRT-RTX times nothing",
+    ("format.compute=fp32", "export.keep_fp32=[norm]"): (
+        r"--set: export\.keep_fp32: has no effect: `format.compute` is fp32"
+    ),
     ("format.layers.lm_hed=float", "format.weights=int9"): r"--set: format\.layers\.lm_hed: matches none",
 }
 

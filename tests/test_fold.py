@@ -265,6 +265,12 @@ def test_what_half_precision_does_not_hold_is_refused_by_name(
         assert check_compute({name: torch.tensor([value])}, compute) == {}
 
 
+def test_what_is_not_a_number_hides_no_overflow_and_fp32_loses_nothing() -> None:
+    with pytest.raises(ExportError, match=r"x: 7e\+04 is beyond the largest fp16"):
+        check_compute({"x": torch.tensor([float("nan"), 7e4])}, "fp16")
+    assert check_compute({"x.scale": torch.tensor([1e-40])}, "fp32") == {}
+
+
 def test_scales_that_lose_digits_in_half_precision_are_told(line: Callable[..., Line]) -> None:
     """3.3e-7 is 5.54 of fp16's smallest steps of 2**-24: 6 of them are 8.4 % more."""
     made = line(format={"preset": "w8a8", "compute": "fp16"}).train()

@@ -183,11 +183,15 @@ class TensorRTRunner:
 class OnnxRunner:
     """An ONNX file through onnxruntime: dict of arrays -> logits."""
 
-    def __init__(self, file):
+    def __init__(self, file, disabled_optimizers=()):
         import onnxruntime
 
         self.runtime = onnxruntime
-        self.session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            str(file),
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(disabled_optimizers) or None,
+        )
 
     def version(self):
         """Backend and version."""
@@ -369,7 +373,7 @@ def main(arguments=None):
             f"{expected[:12]}): copy probe/ and engine/ from the same run"
         )
     if options.onnx:
-        runner = OnnxRunner(file)
+        runner = OnnxRunner(file, facts.get("disabled_optimizers", ()))
     else:
         runner = TensorRTRunner(file, options.module or facts["backend"], options.trust_plan)
     with np.load(HERE / "inputs.npz") as archive:

@@ -19,7 +19,14 @@ def print_check(
     console.print(
         f"{recipe.name}: {architecture.family}, {architecture.parameters / 1e6:.2f} M parameters, "
         f"{len(architecture.blocks)} blocks; method {recipe.method}, target {recipe.build.target}"
+        if recipe.export.graph is None
+        else f"{recipe.name}: {architecture.family}, graph {recipe.export.graph}, made elsewhere; target "
+        f"{recipe.build.target}",
+        markup=False,
     )
+    if recipe.export.graph is not None:
+        _print_reuse(console, reuse)
+        return
     table = Table("layers", "kind", "weights", "inputs", header_style="bold")
     for (kind, weights, inputs), items in _grouped(report.plan).items():
         names = items[0].name + (f" and {len(items) - 1} more" if len(items) > 1 else "")
@@ -30,6 +37,10 @@ def print_check(
         console.print(line, markup=False)  # [ab] is a glob here
     phases = ", ".join(PHASES[recipe.schedule.name]) or "none"
     console.print(f"phases of {recipe.schedule.name}: {phases}")
+    _print_reuse(console, reuse)
+
+
+def _print_reuse(console: Console, reuse: list[tuple[str, bool, str]]) -> None:
     for stage, reused, why in reuse:
         console.print(f"  {stage:8} {'reused' if reused else 'runs' + (f': {why}' if why else '')}")
 

@@ -34,6 +34,11 @@ def build_file(file: Path, options: Build, out: Path, progress: Progress | None 
     target = find_target(options.target)
     for refusal in option_refusals(target, options):
         raise UsageError(f"{refusal.key}: {refusal.message}", fix=refusal.fix)
+    cache = Path(options.timing_cache) if options.timing_cache is not None else None
+    if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
+        raise UsageError(
+            f"build.timing_cache: {cache} cannot be written", fix="name a file in a folder that is there"
+        )
     view = read(file)
     record = _record(view, target, options)
     if target.backend is None:

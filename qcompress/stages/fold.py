@@ -7,8 +7,10 @@ method is not an input, so nothing here can depend on it.
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,22 +31,17 @@ def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> list[str]
 
     Raises ExportError where the compute type does not hold a scale or a float.
     """
-    prepared = rebuild(float_model, trained)
     compute = read_json(trained.path / "trained.json")["compute"]
-    quantized = _codes(prepared)
-    tensors = {
-        name: tensor.contiguous() for name, tensor in (quantized | _floats(prepared, quantized)).items()
-    }
+    tensors, facts = _folded(rebuild(float_model, trained))
+    gc.collect()  # the float model is not needed any more, and a model refers to itself
     imprecise = check_compute(tensors, compute)
     save_tensors(out / "folded.safetensors", tensors, {"format": "pt"})
     write_json(
         out / "folded.json",
         {
-            "family": prepared.family,
+            **facts,
             "compute": compute,
-            "plan": plans_to_json(prepared.plan),
-            "points": points_to_json(prepared.points),
-            "codes": sum(tensor.numel() for tensor in quantized.values() if tensor.dtype == torch.int8),
+            "codes": sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.int8),
         },
     )
     for file in float_model.path.iterdir():
@@ -57,6 +54,17 @@ def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> list[str]
         f"scales below the smallest normal {compute} lose digits in {len(imprecise)} tensors: "
         f"{100 * imprecise[worst]:.2g} % in {worst}; `compute: bf16` or `fp32` keeps them"
     ]
+
+
+def _folded(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, none of which holds the float model's memory, and what is known about the model."""
+    quantized = _codes(prepared)
+    floats = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in _floats(prepared, quantized).items()
+    }
+    plan, points = plans_to_json(prepared.plan), points_to_json(prepared.points)
+    return quantized | floats, {"family": prepared.family, "plan": plan, "points": points}
 
 
 def _codes(prepared: Prepared) -> dict[str, Tensor]:
@@ -73,7 +81,8 @@ def _codes(prepared: Prepared) -> dict[str, Tensor]:
                 raise ContractError(f"{name}: codes outside [{low}, {high}]")
             if isinstance(layer, QuantizedLinear) and layer.channel_axis == 0:
                 codes, scale = codes.t(), scale if scale.dim() == 1 else scale.t()
-            found[f"{name}.weight.codes"], found[f"{name}.weight.scale"] = codes, scale
+            found[f"{name}.weight.codes"] = codes.contiguous()
+            found[f"{name}.weight.scale"] = scale.contiguous()
         if getattr(layer, "input_quantizer", None) is not None:
             scale = layer.input_quantizer.scale_of()
             check_scale(scale, f"{name}.input")
@@ -105,9 +114,10 @@ def check_compute(tensors: dict[str, Tensor], compute: str) -> dict[str, float]:
         if not tensor.is_floating_point():
             continue
         cast = tensor.to(dtype).float()
-        if bool((cast.isinf() & tensor.isfinite()).any()):
+        beyond = cast.isinf() & tensor.isfinite()
+        if bool(beyond.any()):
             raise ExportError(
-                f"{name}: {float(tensor.abs().max()):.3g} is beyond the largest {compute}, "
+                f"{name}: {float(tensor[beyond].abs().max()):.3g} is beyond the largest {compute}, "
                 f"{torch.finfo(dtype).max:.6g}",
                 fix="set `format.compute: bf16` or `fp32`",
             )
@@ -119,8 +129,9 @@ def check_compute(tensors: dict[str, Tensor], compute: str) -> dict[str, float]:
                 fix="set `format.compute: bf16` or `fp32`, or keep the layer float in format.layers",
             )
         small = tensor < torch.finfo(dtype).tiny
-        if bool(small.any()):
-            imprecise[name] = float(((cast - tensor).abs() / tensor)[small].max())
+        worst = float(((cast - tensor).abs() / tensor)[small].max()) if bool(small.any()) else 0.0
+        if worst > 0:
+            imprecise[name] = worst
     return imprecise
 
 

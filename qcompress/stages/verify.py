@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from qcompress.adopted import disabled_optimizers
 from qcompress.artifacts import (
     Engine,
     FloatModel,
@@ -209,8 +208,7 @@ def _deployed(
         few = replace(samples, sets={samples.first: compared})
         measure_row("folded-integer", runner, recipe, few, None, None, out, reporter)
         previous = "folded-integer"
-    threads, without = torch.get_num_threads(), disabled_optimizers(artifacts.onnx)
-    runner = OnnxRunner(artifacts.onnx.file, recipe.model.family, threads, optimized=True, without=without)
+    runner = OnnxRunner(artifacts.onnx.file, recipe.model.family, torch.get_num_threads(), optimized=True)
     found = measure_row(
         "onnx-deployed", runner, recipe, samples, reference, previous, out, reporter, keep=False
     )

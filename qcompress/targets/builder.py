@@ -226,7 +226,12 @@ def _build(
         texts = errors or ["the builder gave no reason"]
         return "refused", {"stage": "build", "errors": [_error(text) for text in texts]}
     _write(Path(spec["plan"]), plan)
-    timed = _keep_timing_cache(config, file) if file is not None else None
+    timed = None
+    if file is not None:
+        try:
+            timed = _keep_timing_cache(config, file)
+        except OSError as error:  # the engine is built all the same
+            channel.say("message", severity="warning", text=f"the timing cache was not written: {error}")
     channel.say("progress", phase="Engine written", fraction=1.0)
     return "done", {**described, "timing_cache": timed}
 

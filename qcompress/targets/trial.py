@@ -12,8 +12,6 @@ import json
 import sys
 
 import numpy as np
-import onnxruntime
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from qcompress.targets.builder import limit_memory
 
@@ -26,6 +24,9 @@ what onnxruntime's own quantizer writes for a Gemm, for one.
 
 
 def main(arguments: list[str]) -> None:
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
     file, names, mib = arguments
     limit_memory(int(mib))
     options = onnxruntime.SessionOptions()
