@@ -78,7 +78,7 @@ def test_the_kit_has_its_four_files_and_names_the_graph_and_the_plan(project: Pr
     build = read_json(project.latest / "engine" / "build.json")
     assert facts == {"sets": list(SETS), "onnx_sha256": build["onnx"]["sha256"],
                      "plan_sha256": build["plan"]["sha256"], "backend": "tensorrt_rtx",
-                     "per_sample": "nll"}  # fmt: skip
+                     "per_sample": "nll", "disabled_optimizers": []}  # fmt: skip
     assert (kit / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()
 
 
