@@ -5,7 +5,7 @@ probe/inputs.npz     length [samples], set (index into `sets`), and the task's o
 probe/reference.npz  logits [compared, positions, outputs] of the onnx row, and which positions these are:
                      all of them, or as many as fit into 20 MB, spread over the sequence
 probe/probe.json     names of the sets, hashes of the graph and the plan, what is written of each sample
-probe/measure_engine.py
+probe/measure_engine.py, and engine_speed.py beside it
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def write_probe(
             "per_sample": "nll" if "first" in arrays else "logits",
         },
     )
-    shutil.copyfile(SCRIPT, folder / SCRIPT.name)
+    for script in (SCRIPT, SCRIPT.with_name("engine_speed.py")):
+        shutil.copyfile(script, folder / script.name)
 
 
 def _disabled(onnx: OnnxModel) -> list[str]:
@@ -131,7 +132,8 @@ def read_measurement(file: Path, probe: Path, onnx: Path) -> EngineMeasurement:
                 f"{file} has {len(found[name])} samples under {name!r}, the probe has {count}",
                 fix="copy probe/ of this run to the device and measure again",
             )
-    kept = {key: found.get(key) for key in ("versions", "machine", "seconds", "measured", "file_sha256")}
+    names = ("versions", "machine", "seconds", "measured", "file_sha256", "speed", "consistency")
+    kept = {key: found.get(key) for key in names}
     samples = logits = None
     if facts["per_sample"] == "nll":
         samples = _results(found, inputs, facts["sets"])

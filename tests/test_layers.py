@@ -68,7 +68,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
 )  # fmt: skip
 """Bottom first. A module imports from its own level and from those before it."""
 
-APART = {"", "probe_kit.measure_engine"}
+APART = {"", "probe_kit.engine_speed", "probe_kit.measure_engine"}
 """The package itself, which hands out the API lazily, and a script that runs on a device by itself."""
 
 DOORS: dict[str, set[str]] = {
@@ -320,7 +320,7 @@ def test_what_is_imported_is_declared() -> None:
     } - set(sys.stdlib_module_names)
     assert len(roots) > 12 and len(declared) > 12
     missing = {root for root in roots if DISTRIBUTIONS.get(root, root).lower() not in declared}
-    assert missing == set()
+    assert missing == {"engine_speed"}  # of the kit, beside the script that imports it
 
 
 def test_nothing_runs_code_that_it_reads_and_no_error_is_swallowed_whole() -> None:

@@ -37,7 +37,7 @@ from qcompress.probe import KIT_BYTES, SCRIPT, read_measurement, write_probe
 from qcompress.tasks.causal_lm import Window, kit
 
 SAMPLES = sum(SETS.values())
-KIT = {"inputs.npz", "reference.npz", "probe.json", "measure_engine.py"}
+KIT = {"inputs.npz", "reference.npz", "probe.json", "measure_engine.py", "engine_speed.py"}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def engine_json(project: Project, tmp_path_factory: pytest.TempPathFactory) -> P
 # The kit ------------------------------------------------------------------------------------------
 
 
-def test_the_kit_has_its_four_files_and_names_the_graph_and_the_plan(project: Project) -> None:
+def test_the_kit_has_its_files_and_names_the_graph_and_the_plan(project: Project) -> None:
     kit = project.latest / "probe"
     assert {file.name for file in kit.iterdir()} == KIT
     facts = read_json(kit / "probe.json")
@@ -162,7 +162,7 @@ def test_the_script_needs_numpy_and_one_runtime_and_python_3_8_can_read_it() -> 
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
     }
-    assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+    assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime", "engine_speed"}
     top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     assert "onnxruntime" not in top
     calls = [

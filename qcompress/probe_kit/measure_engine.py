@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -85,10 +86,61 @@ class Cuda:
         """Wait for the device."""
         self._check(self.library.cudaDeviceSynchronize(), "cudaDeviceSynchronize")
 
+    def stream(self):
+        """A stream of its own: nothing can be captured on the default one."""
+        stream = ctypes.c_void_p()
+        self._check(self.library.cudaStreamCreate(ctypes.byref(stream)), "cudaStreamCreate")
+        return stream
+
+    def wait(self, stream):
+        """Until all work of a stream is done."""
+        self._check(self.library.cudaStreamSynchronize(stream), "cudaStreamSynchronize")
+
+    def captured(self, stream, launch):
+        """What `launch` puts onto the stream, as a graph that `replay` starts."""
+        graph, made = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(self.library.cudaStreamBeginCapture(stream, 2), "cudaStreamBeginCapture")
+        launch()
+        self._check(self.library.cudaStreamEndCapture(stream, ctypes.byref(graph)), "cudaStreamEndCapture")
+        flags = ctypes.c_ulonglong(0)
+        instantiate = self.library.cudaGraphInstantiateWithFlags
+        self._check(instantiate(ctypes.byref(made), graph, flags), "cudaGraphInstantiateWithFlags")
+        return made
+
+    def replay(self, graph, stream):
+        """Start a captured graph."""
+        self._check(self.library.cudaGraphLaunch(graph, stream), "cudaGraphLaunch")
+
 
 def no_past(rows, shape):
     """Keys or values of no tokens, for a graph with a key-value cache; shape [batch, heads, past, width]."""
     return np.zeros((rows, shape[1], 0, shape[3]), np.float32)
+
+
+class Launcher:
+    """An engine with its inputs on the device, to be run again and again."""
+
+    def __init__(self, runner):
+        self.runner, self.cuda = runner, runner.cuda
+        self.stream, self.graph = self.cuda.stream(), None
+
+    def _enqueue(self):
+        if not self.runner.context.execute_async_v3(self.stream.value or 0):
+            raise RuntimeError("the engine refused to run")
+
+    def launch(self):
+        """Run once, and wait."""
+        self._enqueue()
+        self.cuda.wait(self.stream)
+
+    def capture(self):
+        """Make a CUDA graph of a run."""
+        self.graph = self.cuda.captured(self.stream, self._enqueue)
+
+    def replay(self):
+        """Run the graph, and wait."""
+        self.cuda.replay(self.graph, self.stream)
+        self.cuda.wait(self.stream)
 
 
 class TensorRTRunner:
@@ -115,9 +167,10 @@ class TensorRTRunner:
         self.output = "logits" if "logits" in outputs else outputs[0]
         self.ignored = [name for name in outputs if name != self.output]
         self.past = [name for name in self.inputs if name.startswith(PAST)]
-        self.profiles = []
+        self.profiles, self.shapes = [], []
         for index in range(self.engine.num_optimization_profiles):
-            low, _, high = self.engine.get_tensor_profile_shape(self.tokens(), index)
+            low, best, high = self.engine.get_tensor_profile_shape(self.tokens(), index)
+            self.shapes.append((tuple(low), tuple(best), tuple(high)))
             if self.past and self.engine.get_tensor_profile_shape(self.past[0], index)[0][2]:
                 high = [0] * len(high)  # only for what follows a prompt
             self.profiles.append((tuple(low), tuple(high)))
@@ -148,7 +201,9 @@ class TensorRTRunner:
         """numpy's type of an input or output."""
         return np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
 
-    def __call__(self, feed):
+    @contextlib.contextmanager
+    def _bound(self, feed):
+        """The engine with its inputs uploaded; yields the array for the logits and where they will be."""
         rows = len(feed[self.tokens()])
         feed = {**feed, **{name: no_past(rows, self.engine.get_tensor_shape(name)) for name in self.past}}
         self.select(feed[self.tokens()].shape)
@@ -169,15 +224,24 @@ class TensorRTRunner:
             for name in self.ignored:
                 place(name, np.empty(tuple(self.context.get_tensor_shape(name)), self.element(name)))
             logits = np.empty(tuple(self.context.get_tensor_shape(self.output)), self.element(self.output))
-            pointer = place(self.output, logits)
+            yield logits, place(self.output, logits)
+        finally:
+            for pointer in pointers:
+                self.cuda.free(pointer)
+
+    def __call__(self, feed):
+        with self._bound(feed) as (logits, pointer):
             if not self.context.execute_async_v3(0):
                 raise RuntimeError("the engine refused to run")
             self.cuda.synchronize()
             self.cuda.download(logits, pointer)
             return logits.astype(np.float32)
-        finally:
-            for pointer in pointers:
-                self.cuda.free(pointer)
+
+    @contextlib.contextmanager
+    def held(self, feed):
+        """A Launcher of these inputs."""
+        with self._bound(feed):
+            yield Launcher(self)
 
 
 class OnnxRunner:
@@ -341,6 +405,20 @@ def run_logits(runner, inputs, reference, positions, limit):
     return found, distance(parts), seconds
 
 
+def beside(runner, inputs):
+    """Speed and self-consistency of an engine. The results do not depend on them: what fails is a reason."""
+    sys.path.insert(0, str(HERE))
+    import engine_speed
+
+    found = {}
+    for name in ("consistency", "speed"):
+        try:
+            found[name] = getattr(engine_speed, name)(runner, inputs)
+        except (RuntimeError, ValueError, OSError, AttributeError, MemoryError) as error:
+            found[name] = {"reason": f"{type(error).__name__}: {error}"}
+    return found
+
+
 def packed(logits):
     """An array as JSON that keeps every bit."""
     data = np.ascontiguousarray(logits, dtype="<f4").tobytes()
@@ -359,6 +437,7 @@ def main(arguments=None):
     parser.add_argument(
         "--trust-plan", action="store_true", help="run the code that a version-compatible plan holds"
     )
+    parser.add_argument("--no-speed", action="store_true", help="measure no latency")
     parser.add_argument("--batch", type=int, default=8, help="largest batch")
     parser.add_argument("--out", type=Path, default=Path("engine.json"))
     options = parser.parse_args(arguments)
@@ -397,6 +476,7 @@ def main(arguments=None):
         "seconds": seconds,
         "versions": {**runner.version(), "numpy": np.__version__, "python": platform.python_version()},
         "machine": platform.machine(),
+        **({} if options.onnx or options.no_speed else beside(runner, inputs)),
     }
     options.out.write_text(json.dumps(result, indent=1))
     words = [f"{len(inputs['length'])} samples"]
@@ -406,6 +486,9 @@ def main(arguments=None):
     if far["top1_agreement"] is not None:
         words.append(f"top-1 agreement with ONNX {far['top1_agreement']:.5f}")
     words.append(f"largest difference to ONNX {far['max_abs']:.3g}")
+    for entry in result.get("speed", ()) if isinstance(result.get("speed"), list) else ():
+        latency = entry["latency_ms"]
+        words.append(f"{entry['shape']}: {latency['median']:.3g} ms (p99 {latency['p99']:.3g})")
     print(", ".join(words) + f", {seconds:.1f} s -> {options.out}")
 
 

@@ -1,0 +1,93 @@
+"""What measure_engine.py says of an engine besides its results: latency and throughput of each profile, and
+whether it agrees with itself. Needs numpy; any runner with the methods of TensorRTRunner will do.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+WARM_UP, RUNS, SECONDS = 10, 200, 2.0
+"""Runs before the clock, and the most runs and seconds on it, for each way of running a profile."""
+
+
+def feed_of(inputs, rows, length):
+    """Inputs of `rows` sequences of `length` tokens, made of the probe's samples, again from the start where
+    they end. `inputs` as in inputs.npz.
+    """
+    if "ids" in inputs:
+        ids = inputs["ids"]
+        block = _grown(ids, rows, length)
+        mask = np.ones_like(block)
+        return {"input_ids": block, "attention_mask": mask, "position_ids": np.cumsum(mask, axis=1) - 1}
+    names = [name for name in inputs if name.startswith("input.")]
+    feed = {name[len("input.") :]: _grown(inputs[name], rows, length) for name in names}
+    if "attention_mask" in feed:  # no padding: every profile is measured at its own length
+        feed["attention_mask"] = np.ones_like(feed["attention_mask"])
+    return feed
+
+
+def _grown(array, rows, length):
+    times = (-(-rows // array.shape[0]), -(-length // array.shape[1]))
+    return np.ascontiguousarray(np.tile(array, times)[:rows, :length])
+
+
+def spread(milliseconds):
+    """Median, 99th percentile and the least."""
+    return {
+        "median": float(np.median(milliseconds)),
+        "p99": float(np.percentile(milliseconds, 99)),
+        "least": float(np.min(milliseconds)),
+        "runs": len(milliseconds),
+    }
+
+
+def clocked(launch, clock=time.perf_counter):
+    """Milliseconds of each run of `launch`, which returns when the device is done."""
+    for _ in range(WARM_UP):
+        launch()
+    found, end = [], clock() + SECONDS
+    while len(found) < RUNS and (not found or clock() < end):
+        began = clock()
+        launch()
+        found.append(1e3 * (clock() - began))
+    return found
+
+
+def speed(runner, inputs):
+    """One entry for each profile, at its optimal shape: latency without copies to or from the host, launched
+    as it is and, where the device takes it, as a CUDA graph.
+    """
+    found = []
+    for index, (_, best, _) in enumerate(runner.shapes):
+        entry = {"profile": index, "shape": [int(size) for size in best]}
+        with runner.held(feed_of(inputs, *best)) as launcher:
+            plain = spread(clocked(launcher.launch))
+            entry["latency_ms"], entry["rows_per_s"] = plain, 1e3 * best[0] / plain["median"]
+            try:
+                launcher.capture()
+                graph = spread(clocked(launcher.replay))
+                entry["cuda_graph"] = {"latency_ms": graph, "rows_per_s": 1e3 * best[0] / graph["median"]}
+            except RuntimeError as error:
+                entry["cuda_graph"] = {"reason": str(error)}
+        found.append(entry)
+    return found
+
+
+def consistency(runner, inputs):
+    """Largest difference of a row's logits, over all profiles: between the rows of a batch that repeats it,
+    and between the smallest, the optimal and the largest batch. 0 is what an engine should give, and a few
+    units of the last place what another kernel may.
+    """
+    repeated, shapes = 0.0, 0.0
+    for low, best, high in runner.shapes:
+        length = int(best[1])
+        one = feed_of(inputs, 1, length)
+        first = None
+        for rows in sorted({int(low[0]), int(best[0]), int(high[0])}):
+            logits = runner({name: np.repeat(array, rows, axis=0) for name, array in one.items()})
+            repeated = max(repeated, float(np.abs(logits - logits[:1]).max()))
+            first = logits[0] if first is None else first
+            shapes = max(shapes, float(np.abs(logits[0] - first).max()))
+    return {"repeated_rows_max_abs": repeated, "batches_max_abs": shapes}

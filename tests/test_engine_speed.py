@@ -1,0 +1,231 @@
+"""Latency, throughput and self-consistency of an engine, on one that is played: a table in host memory,
+behind the names that TensorRT and the CUDA runtime have.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qcompress.probe import SCRIPT
+
+TOKENS, WIDTH = 50, 7
+PROFILES = (((1, 1), (2, 8), (4, 16)), ((1, 16), (1, 32), (2, 32)))
+TABLE = np.random.default_rng(0).normal(size=(TOKENS, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    spec = importlib.util.spec_from_file_location("measure_engine", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "Cuda", HostCuda)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return module
+
+
+class HostCuda:
+    """Memory of this process; a stream is a list of what it was told."""
+
+    captures = True
+
+    def __init__(self) -> None:
+        self.live: dict[int, Any] = {}
+        self.launched = 0
+
+    def allocate(self, size: int) -> ctypes.c_void_p:
+        memory = (ctypes.c_char * max(size, 1))()
+        self.live[ctypes.addressof(memory)] = memory
+        return ctypes.c_void_p(ctypes.addressof(memory))
+
+    def free(self, pointer: ctypes.c_void_p) -> None:
+        del self.live[pointer.value]
+
+    def upload(self, pointer: ctypes.c_void_p, array: np.ndarray) -> None:
+        ctypes.memmove(pointer, array.ctypes.data, array.nbytes)
+
+    def download(self, array: np.ndarray, pointer: ctypes.c_void_p) -> None:
+        ctypes.memmove(array.ctypes.data, pointer, array.nbytes)
+
+    def synchronize(self) -> None:
+        pass
+
+    def stream(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(1)
+
+    def wait(self, stream: ctypes.c_void_p) -> None:
+        assert stream.value == 1
+        self.launched += 1
+
+    def captured(self, stream: ctypes.c_void_p, launch: Any) -> Any:
+        if not self.captures:
+            raise RuntimeError("cudaStreamEndCapture: operation not permitted")
+        launch()
+        return launch
+
+    def replay(self, graph: Any, stream: ctypes.c_void_p) -> None:
+        graph()
+
+
+class Context:
+    """logits = TABLE[ids], plus what `drift` adds to the rows of larger batches."""
+
+    def __init__(self, drift: float) -> None:
+        self.drift, self.active_optimization_profile = drift, 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.places: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> None:
+        self.active_optimization_profile = index
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = PROFILES[self.active_optimization_profile]
+        self.shapes[name] = tuple(shape)
+        return all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (*self.shapes["input_ids"], WIDTH) if name == "logits" else self.shapes[name]
+
+    def set_tensor_address(self, name: str, place: int) -> None:
+        self.places[name] = place
+
+    def execute_async_v3(self, stream: int) -> bool:
+        shape = self.shapes["input_ids"]
+        source = (ctypes.c_int64 * int(np.prod(shape))).from_address(self.places["input_ids"])
+        logits = TABLE[np.frombuffer(source, np.int64).reshape(shape)]
+        logits = logits + self.drift * np.arange(shape[0], dtype=np.float32)[:, None, None]
+        ctypes.memmove(self.places["logits"], np.ascontiguousarray(logits).ctypes.data, logits.nbytes)
+        return True
+
+
+def tensorrt(drift: float = 0.0) -> SimpleNamespace:
+    """As much of the module as the script asks for."""
+    mode = SimpleNamespace(INPUT="in", OUTPUT="out")
+    engine = SimpleNamespace(
+        num_io_tensors=2,
+        num_optimization_profiles=len(PROFILES),
+        get_tensor_name=lambda index: ("input_ids", "logits")[index],
+        get_tensor_mode=lambda name: mode.INPUT if name == "input_ids" else mode.OUTPUT,
+        get_tensor_dtype=lambda name: np.int64 if name == "input_ids" else np.float32,
+        get_tensor_profile_shape=lambda name, index: PROFILES[index],
+        create_execution_context=lambda: Context(drift),
+    )
+    logger = type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None})
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: engine, engine_host_code_allowed=False)
+    return SimpleNamespace(
+        __version__="11.4",
+        Logger=logger,
+        Runtime=lambda log: runtime,
+        TensorIOMode=mode,
+        nptype=lambda kind: kind,
+    )
+
+
+def runner(script: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, drift: float = 0.0) -> Any:
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt(drift))
+    (folder / "model.plan").write_bytes(b"plan")
+    return script.TensorRTRunner(folder / "model.plan", "tensorrt", False)
+
+
+INPUTS = {
+    "ids": np.arange(30, dtype=np.int32).reshape(3, 10),
+    "length": np.array([10] * 3),
+    "first": np.ones(3),
+}
+
+
+def test_the_played_engine_computes(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = runner(script, monkeypatch, tmp_path)
+    ids = np.array([[3, 4, 5], [6, 7, 8]])
+    assert np.array_equal(made({"input_ids": ids}), TABLE[ids])
+    assert made.cuda.live == {}  # everything was given back
+
+
+def test_every_profile_is_measured_at_its_optimal_shape(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = runner(script, monkeypatch, tmp_path)
+    found = script.beside(made, INPUTS)["speed"]
+    assert [(entry["profile"], entry["shape"]) for entry in found] == [(0, [2, 8]), (1, [1, 32])]
+    for entry in found:
+        for one in (entry, entry["cuda_graph"]):
+            latency = one["latency_ms"]
+            assert 0 < latency["least"] <= latency["median"] <= latency["p99"] and latency["runs"] == 200
+            assert one["rows_per_s"] == pytest.approx(1e3 * entry["shape"][0] / latency["median"])
+    assert made.cuda.launched == 2 * 2 * (10 + 200)
+    assert made.cuda.live == {} and made.context.active_optimization_profile == 1
+
+
+def test_an_engine_that_cannot_be_captured_says_why(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = runner(script, monkeypatch, tmp_path)
+    made.cuda.captures = False
+    for entry in script.beside(made, INPUTS)["speed"]:
+        assert entry["cuda_graph"] == {"reason": "cudaStreamEndCapture: operation not permitted"}
+        assert entry["latency_ms"]["runs"] == 200
+
+
+def test_an_engine_that_agrees_with_itself_has_no_difference(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = script.beside(runner(script, monkeypatch, tmp_path), INPUTS)["consistency"]
+    assert found == {"repeated_rows_max_abs": 0.0, "batches_max_abs": 0.0}
+
+
+def test_rows_that_depend_on_their_place_are_found(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Row 3 of a batch of 4 is off by 3 drifts; row 0 never is."""
+    found = script.beside(runner(script, monkeypatch, tmp_path, drift=0.25), INPUTS)["consistency"]
+    assert found["repeated_rows_max_abs"] == pytest.approx(0.75, rel=1e-5) and found["batches_max_abs"] == 0.0
+
+
+def test_what_fails_beside_the_results_is_a_reason(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = runner(script, monkeypatch, tmp_path)
+    made.shapes = [((1, 1), (9, 9), (9, 9))]  # no profile takes it
+    found = script.beside(made, INPUTS)
+    assert "no profile of this engine accepts the shape" in found["speed"]["reason"]
+    assert "no profile" in found["consistency"]["reason"]
+
+
+def test_samples_begin_again_where_they_end_and_nothing_is_padded(script: Any) -> None:
+    import importlib
+
+    script.sys.path.insert(0, str(SCRIPT.parent))
+    speed = importlib.import_module("engine_speed")
+    feed = speed.feed_of(INPUTS, 5, 12)
+    assert feed["input_ids"].shape == (5, 12)
+    assert feed["input_ids"][3, :10].tolist() == list(range(10)) and feed["input_ids"][0, 10:].tolist() == [
+        0,
+        1,
+    ]
+    assert feed["position_ids"][4].tolist() == list(range(12))
+    other = {"input.input_ids": INPUTS["ids"], "input.attention_mask": np.zeros((3, 10), np.int32)}
+    feed = speed.feed_of(other, 2, 4)
+    assert feed["attention_mask"].all() and feed["input_ids"].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
+
+
+def test_the_clock_stops_after_its_seconds(script: Any) -> None:
+    import importlib
+
+    script.sys.path.insert(0, str(SCRIPT.parent))
+    speed = importlib.import_module("engine_speed")
+    ticks = iter(range(1000))
+    found = speed.clocked(lambda: None, clock=lambda: next(ticks) * 0.5)
+    assert 1 <= len(found) <= 4 and set(found) == {500.0}
+    assert speed.spread([1.0, 2.0, 3.0, 100.0]) == {
+        "median": 2.5,
+        "p99": pytest.approx(97.09),
+        "least": 1.0,
+        "runs": 4,
+    }
