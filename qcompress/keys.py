@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class Plan:
     directory: Path
     digests: dict[str, str]
     report: Report
-    graph: dict[str, str]
+    graph: dict[str, str] = field(default_factory=dict)
     """Digests of the files of `export.graph`."""
 
     @property
@@ -72,9 +72,10 @@ class Plan:
 def prepare(resolved: Resolved) -> Plan:
     """Find the checkpoint and check the recipe against it. Seconds, no torch."""
     directory = locate(resolved.recipe.model, resolved.base)
+    digests = fingerprint(directory)
     report = check_model(resolved, directory)
     graph = files_of(resolved.base / resolved.recipe.export.graph) if resolved.recipe.export.graph else {}
-    return Plan(resolved, directory, fingerprint(directory), report, graph)
+    return Plan(resolved, directory, digests, report, graph)
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:

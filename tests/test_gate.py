@@ -449,3 +449,16 @@ def test_a_regression_has_no_top_1_agreement_and_the_gate_asks_for_none() -> Non
     missing = scored("onnx", {"spearman": 0.8})
     del missing["distance"]["top1_agreement"]
     assert verdict({"rows": [rows[0], missing]}, {}, [])["verdict"] == "anomalous"
+
+
+def test_the_defaults_of_parity_are_about_the_row_before() -> None:
+    """Float and onnx differ by what compression did; folded and onnx must not."""
+    far = {"max_abs": 1.0, "mean_abs": 1.0, "range": 1.0, "top1_agreement": 0.1}
+    metrics = {"test.perplexity": 30.0}
+    rows = [
+        {"stage": stage, "status": "measured", "reason": None, "metrics": metrics, "distance": distance}
+        for stage, distance in (("float", None), ("onnx", {**far, "to": "folded"}))
+    ]
+    assert judge({"rows": rows}, Gate(), ["float"], "fp32")["verdict"] == "regression"
+    rows[1]["distance"]["to"] = "float"
+    assert judge({"rows": rows}, Gate(), ["float"], "fp32")["verdict"] == "accept"
