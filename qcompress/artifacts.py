@@ -127,3 +127,11 @@ class ParityReport(Artifact):
 @dataclass(frozen=True)
 class Verdict(Artifact):
     """verdict.json: {"verdict", "goals", "reasons"}."""
+
+
+def disabled_optimizers(file: Path) -> list[str]:
+    """Optimizers without which ONNX Runtime must run a graph: certificate.json beside one that was made
+    elsewhere names them.
+    """
+    beside = file.with_name("certificate.json")
+    return read_json(beside).get("disabled_optimizers", []) if beside.is_file() else []

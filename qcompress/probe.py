@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompress.artifacts import Engine, OnnxModel, read_json, sha256_file, write_json
+from qcompress.artifacts import Engine, OnnxModel, disabled_optimizers, read_json, sha256_file, write_json
 from qcompress.errors import UsageError
 
 KIT_BYTES = 20_000_000
@@ -82,18 +82,12 @@ def write_probe(
             "onnx_sha256": sha256_file(onnx.file),
             "plan_sha256": sha256_file(plan) if plan else None,
             "backend": build.get("backend") or "tensorrt",
-            "disabled_optimizers": _disabled(onnx),
+            "disabled_optimizers": disabled_optimizers(onnx.file),
             "per_sample": "nll" if "first" in arrays else "logits",
         },
     )
     for script in (SCRIPT, SCRIPT.with_name("engine_speed.py")):
         shutil.copyfile(script, folder / script.name)
-
-
-def _disabled(onnx: OnnxModel) -> list[str]:
-    """Optimizers without which ONNX Runtime must run a graph that was made elsewhere."""
-    beside = onnx.path / "certificate.json"
-    return read_json(beside).get("disabled_optimizers", []) if beside.is_file() else []
 
 
 def _affordable(samples: int, context: int, room: int) -> tuple[int, np.ndarray]:

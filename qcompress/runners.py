@@ -14,7 +14,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
+from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, disabled_optimizers, read_json
 from qcompress.errors import ContractError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import PAST
@@ -56,13 +56,11 @@ def open_session(file: Path, threads: int, optimized: bool) -> onnxruntime.Infer
     # idle threads that spin take the processor from whoever shares the machine
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(
-        str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=_disabled(file) or None
+        str(file),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=disabled_optimizers(file) or None,
     )
-
-
-def _disabled(file: Path) -> list[str]:
-    beside = file.with_name("certificate.json")
-    return read_json(beside).get("disabled_optimizers", []) if beside.is_file() else []
 
 
 def fed(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
