@@ -12,20 +12,24 @@ from qcompress.options import (
     BlockwiseThenEndToEnd,
     Calibrate,
     Distillation,
-    Dynamic,
-    Lsq,
-    MinMax,
     NoAdapter,
     PlainSchedule,
     PlainStepper,
     QuadapterOptions,
-    Quantizers,
     Saq,
     Squat,
+    Staged,
     TaskObjective,
     TeacherIntervention,
-    Ternary,
     TwoStep,
+)
+from qcompress.quantizer_options import (
+    Codebook,
+    Dynamic,
+    Lsq,
+    MinMax,
+    Quantizers,
+    Ternary,
     named,
     quantizers,
 )
@@ -38,7 +42,7 @@ class PhaseDefaults(Options):
 
 PHASES: dict[str, dict[str, PhaseDefaults]] = {
     "calibrate": {},
-    "plain": {"finetune": PhaseDefaults(steps=300, roles=("weight", "scale", "other"))},
+    "plain": {"finetune": PhaseDefaults(steps=300, roles=("weight", "scale", "centroid", "other"))},
     "blockwise-then-end-to-end": {
         "calibrate": PhaseDefaults(steps=200, roles=("adapter", "scale")),
         "finetune": PhaseDefaults(steps=300, roles=("adapter", "scale")),
@@ -46,6 +50,13 @@ PHASES: dict[str, dict[str, PhaseDefaults]] = {
     "two-step": {
         "intervention": PhaseDefaults(steps=60, roles=("weight", "scale", "other")),
         "finetune": PhaseDefaults(steps=240, roles=("weight", "scale", "other")),
+    },
+    "staged": {
+        "finetune": PhaseDefaults(steps=300, roles=("weight", "scale", "other")),
+        **{
+            name: PhaseDefaults(steps=100, roles=("weight", "scale", "centroid", "other"))
+            for name in ("ffn", "embeddings", "attention", "rest")
+        },
     },
 }
 """Phases of each schedule, in order: default steps and the roles that train."""
@@ -65,17 +76,22 @@ METHODS: dict[str, dict[str, Any]] = {
         "adapter": "quadapter",
         "schedule": "blockwise-then-end-to-end",
     },
+    "quant-noise": {"quantizer": {"name": "minmax", "noise": {"p": 0.5}}, "schedule": "plain"},
+    "ipq": {
+        "quantizer": {"name": "minmax", "noise": {"p": 0.1, "form": "zero"}},
+        "schedule": "staged",
+    },
     "saq": {"quantizer": "lsq", "stepper": "saq", "schedule": "plain"},
     "squat": {"quantizer": "lsq", "stepper": "squat", "schedule": "plain"},
 }
 """A paper is a row of this table; axes written in the recipe override it."""
 
 AXES: dict[str, tuple[type[Options], ...]] = {
-    "quantizer": (MinMax, Lsq, Ternary, Dynamic),
+    "quantizer": (MinMax, Lsq, Ternary, Dynamic, Codebook),
     "adapter": (NoAdapter, QuadapterOptions),
     "objective": (TaskObjective, Distillation, TeacherIntervention),
     "stepper": (PlainStepper, Saq, Squat),
-    "schedule": (Calibrate, PlainSchedule, BlockwiseThenEndToEnd, TwoStep),
+    "schedule": (Calibrate, PlainSchedule, BlockwiseThenEndToEnd, TwoStep, Staged),
 }
 """Values of each axis; `methods/` holds the class that does the work, a test holds the two together."""
 
@@ -92,7 +108,7 @@ ILLEGAL: tuple[tuple[dict[str, str], str], ...] = (
             "this schedule trains the weights, which would move together with the adapter's scales: "
             "use `schedule: blockwise-then-end-to-end` or `schedule: calibrate`",
         )
-        for schedule in ("plain", "two-step")
+        for schedule in ("plain", "two-step", "staged")
     ),
     *(
         (
@@ -100,7 +116,7 @@ ILLEGAL: tuple[tuple[dict[str, str], str], ...] = (
             "this schedule has no phase in which the teacher intervenes: "
             "use `schedule: two-step`, or `objective: distillation`",
         )
-        for schedule in ("plain", "blockwise-then-end-to-end")
+        for schedule in ("plain", "blockwise-then-end-to-end", "staged")
     ),
     *(
         (
@@ -138,5 +154,9 @@ def beside_preset(axis: str, preset: object, written: object) -> object:
     if not isinstance(written, dict) or "name" in written:
         return written
     if axis == "quantizer" and written.keys() & Quantizers.model_fields.keys():
-        return {**quantizers(preset), **written}
+        below = quantizers(preset)
+        both = [value.get("noise") for value in (below, written)]
+        if all(isinstance(noise, dict) for noise in both):
+            written = {**written, "noise": {**both[0], **both[1]}}
+        return {**below, **written}
     return {**named(preset), **written}

@@ -7,59 +7,39 @@ cannot see a weight that the exporter decoded back to float; this can.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, numpy_helper
+from onnx import NodeProto, TensorProto
 from safetensors import safe_open
 
+from qcompress.certificate_codebooks import certify_codebook, looked_up
+from qcompress.certificate_graph import (
+    FLOATS,
+    Graph,
+    first_difference,
+    input_pair,
+    input_pairs,
+    matmuls,
+    same,
+    zero_is_zero,
+)
 from qcompress.plan import LayerPlan
 
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-
 DTYPES = {8: TensorProto.INT8, 4: TensorProto.INT4, 2: TensorProto.INT2}
-
-
-@dataclass(frozen=True)
-class Graph:
-    """An ONNX graph with the look-ups that following an edge needs."""
-
-    file: Path
-    initializers: dict[str, TensorProto]
-    producer: dict[str, NodeProto]
-    readers: dict[str, list[NodeProto]]
-    nodes: tuple[NodeProto, ...]
-
-    @classmethod
-    def read(cls, file: Path) -> Graph:
-        """Read a graph; external data is read tensor by tensor, later."""
-        graph = onnx.load(str(file), load_external_data=False).graph
-        readers: dict[str, list[NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                readers.setdefault(name, []).append(node)
-        return cls(
-            file=file,
-            initializers={tensor.name: tensor for tensor in graph.initializer},
-            producer={name: node for node in graph.node for name in node.output},
-            readers=readers,
-            nodes=tuple(graph.node),
-        )
-
-    def array(self, name: str) -> np.ndarray | None:
-        """Values of an initializer, or None."""
-        tensor = self.initializers.get(name)
-        return None if tensor is None else numpy_helper.to_array(tensor, base_dir=str(self.file.parent))
 
 
 def certify(file: Path, folded: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
     """Compare `file` with `folded`/folded.safetensors; `complete` only if every layer passed."""
     graph = Graph.read(file)
     with safe_open(folded / "folded.safetensors", framework="np") as tensors:
-        layers = [_certify_layer(graph, tensors, item) for item in plan if item.weights]
+        layers = [
+            (certify_codebook if item.codebook else _certify_layer)(graph, tensors, item)
+            for item in plan
+            if item.weights
+        ]
         copies = _float_copies(graph, plan)
     expected = sum(1 for item in plan if item.weights)
     complete = len(layers) == expected and all(layer["passed"] for layer in layers) and not copies
@@ -75,7 +55,7 @@ def _certify_layer(graph: Graph, tensors: Any, item: LayerPlan) -> dict[str, Any
     if codes is None:
         reasons.append(f"no initializer {codes_name}")
     elif not codes_equal:
-        reasons.append(_first_difference(codes.astype(np.int8), tensors.get_tensor(codes_name), "codes"))
+        reasons.append(first_difference(codes.astype(np.int8), tensors.get_tensor(codes_name), "codes"))
     elif graph.initializers[codes_name].data_type != DTYPES[item.weights.stored_bits]:
         reasons.append(
             f"codes are stored as {TensorProto.DataType.Name(graph.initializers[codes_name].data_type)}"
@@ -87,7 +67,7 @@ def _certify_layer(graph: Graph, tensors: Any, item: LayerPlan) -> dict[str, Any
     wrong_scales = _wrong_scales(graph, decoders, tensors.get_tensor(scale_name))
     reasons += wrong_scales + _wrong_layout(decoders, item) + _unread(graph, decoders, item)
 
-    pairs, input_equal = _input_pairs(graph, decoders, tensors, item)
+    pairs, input_equal = input_pairs(graph, [node.output[0] for node in decoders], tensors, item)
     expected = 1 if item.activations else 0
     if pairs != expected:
         reasons.append(f"{pairs} Q/DQ pairs in front of the matmul, {expected} expected")
@@ -112,18 +92,10 @@ def _wrong_scales(graph: Graph, decoders: list[NodeProto], reference: np.ndarray
         if scale is None:
             found.append(f"{node.name}: no initializer {node.input[1]}")
         elif not same(scale, reference.astype(scale.dtype)):
-            found.append(_first_difference(scale, reference.astype(scale.dtype), "scale"))
+            found.append(first_difference(scale, reference.astype(scale.dtype), "scale"))
         if not zero_is_zero(graph, node):
             found.append(f"{node.name}: the zero point is not 0")
     return found
-
-
-def zero_is_zero(graph: Graph, node: NodeProto) -> bool:
-    """Whether a Q or DQ node has no zero point, or one of zeros."""
-    if len(node.input) < 3 or not node.input[2]:
-        return True
-    zero = graph.array(node.input[2])
-    return zero is not None and not np.any(zero.astype(np.int8))
 
 
 def _unread(graph: Graph, decoders: list[NodeProto], item: LayerPlan) -> list[str]:
@@ -135,7 +107,7 @@ def _unread(graph: Graph, decoders: list[NodeProto], item: LayerPlan) -> list[st
         readers = [node for name in outputs for node in graph.readers.get(name, [])]
         read = any(node.op_type == "Gather" and node.input[0] in outputs for node in readers)
         return [] if read else ["the decoded codes reach no Gather"]
-    return [] if any(_matmuls(graph, name) for name in outputs) else ["the decoded codes reach no MatMul"]
+    return [] if any(matmuls(graph, name) for name in outputs) else ["the decoded codes reach no MatMul"]
 
 
 def _wrong_layout(decoders: list[NodeProto], item: LayerPlan) -> list[str]:
@@ -147,74 +119,6 @@ def _wrong_layout(decoders: list[NodeProto], item: LayerPlan) -> list[str]:
         values = {attribute.name: attribute.i for attribute in node.attribute}
         if values.get("axis", 1) != axis or values.get("block_size", 0) != (item.block or 0):
             found.append(f"{node.name} has {values}, expected axis {axis}, block {item.block}")
-    return found
-
-
-def _input_pairs(graph: Graph, decoders: list[NodeProto], tensors: Any, item: LayerPlan) -> tuple[int, bool]:
-    """Q/DQ pairs in front of this layer's matmul, and whether their scale is the folded one."""
-    if item.layer.kind == "embedding":
-        return 0, True
-    pairs, equal = 0, True
-    for decoder in decoders:
-        for matmul, own in _matmuls(graph, decoder.output[0]):
-            other = next((name for name in matmul.input[:2] if name != own), None)
-            pair = input_pair(graph, other or "")
-            if pair is None:
-                continue
-            pairs += 1
-            if not item.activations:
-                continue
-            reference = tensors.get_tensor(f"{item.name}.input.scale")
-            equal &= bounds_fit(graph, pair.clip, item.activations.bounds)
-            for node in (pair.quantize, pair.dequantize):
-                scale = graph.array(node.input[1])
-                equal &= scale is not None and same(scale, reference.astype(scale.dtype))
-                equal &= zero_is_zero(graph, node)
-    return pairs, equal
-
-
-class Pair(NamedTuple):
-    """The nodes that round an activation."""
-
-    quantize: NodeProto
-    dequantize: NodeProto
-    clip: NodeProto | None
-    """Between the two, of codes with narrower bounds than int8's."""
-
-
-def input_pair(graph: Graph, value: str) -> Pair | None:
-    """The QuantizeLinear and DequantizeLinear nodes that a value comes out of, None if it does not."""
-    decoder = graph.producer.get(value)
-    if decoder is None or decoder.op_type != "DequantizeLinear":
-        return None
-    return pair_of(graph, graph.producer.get(decoder.input[0]), decoder)
-
-
-def pair_of(graph: Graph, node: NodeProto | None, decoder: NodeProto) -> Pair | None:
-    """The pair of a decoder whose codes `node` makes: QuantizeLinear, or the Clip behind it."""
-    clip = node if node is not None and node.op_type == "Clip" else None
-    quantize = node if clip is None else graph.producer.get(clip.input[0])
-    if quantize is None or quantize.op_type != "QuantizeLinear":
-        return None
-    return Pair(quantize, decoder, clip)
-
-
-def bounds_fit(graph: Graph, clip: NodeProto | None, bounds: tuple[int, int]) -> bool:
-    """Whether codes are clipped at these bounds; those of int8 need no Clip."""
-    if clip is None:
-        return bounds == (-128, 127)
-    found = [graph.array(name) for name in clip.input[1:]]
-    return all(value is not None for value in found) and [int(value) for value in found] == list(bounds)
-
-
-def _matmuls(graph: Graph, value: str) -> list[tuple[NodeProto, str]]:
-    """Matmuls that read a decoded weight, directly or transposed, and the name they read it by."""
-    found = []
-    for node in graph.readers.get(value, []):
-        if node.op_type in ("MatMul", "Gemm"):
-            found.append((node, value))
-        elif node.op_type == "Transpose":
-            found += _matmuls(graph, node.output[0])
     return found
 
 
@@ -230,12 +134,13 @@ def matmul_inputs(graph: Graph, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[
     for item in plan:
         if item.layer.kind == "embedding":
             continue
-        weight = f"{item.layer.tied_to or item.name}.weight"
+        owner = item.layer.tied_to or item.name
         decoders = [
-            node for node in graph.readers.get(f"{weight}.codes", []) if node.op_type.startswith("Dequ")
+            node for node in graph.readers.get(f"{owner}.weight.codes", []) if node.op_type.startswith("Dequ")
         ]
-        sources = [node.output[0] for node in decoders] if item.weights else [weight]
-        for matmul, own in (pair for name in sources for pair in _matmuls(graph, name)):
+        sources = [node.output[0] for node in decoders] if item.weights else [f"{owner}.weight"]
+        sources = looked_up(graph, owner) if item.codebook else sources
+        for matmul, own in (pair for name in sources for pair in matmuls(graph, name)):
             value = next(name for name in matmul.input[:2] if name != own)
             pair = input_pair(graph, value)
             found[item.name] = (pair.quantize.input[0], pair.dequantize.input[0]) if pair else (value, None)
@@ -274,16 +179,3 @@ def _is_scale(graph: Graph, name: str) -> bool:
         node.op_type in ("QuantizeLinear", "DequantizeLinear") and list(node.input).index(name) == 1
         for node in readers
     )
-
-
-def same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays agree in shape, type and every bit."""
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
-
-
-def _first_difference(found: np.ndarray, expected: np.ndarray, what: str) -> str:
-    if found.shape != expected.shape:
-        return f"{what}: shape {list(found.shape)}, expected {list(expected.shape)}"
-    where = np.argwhere(found != expected)
-    place = tuple(int(index) for index in where[0])
-    return f"{what}: {len(where)} differ, first at {list(place)}: {found[place]}, expected {expected[place]}"

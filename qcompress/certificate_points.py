@@ -14,7 +14,8 @@ from typing import Any
 from onnx import NodeProto
 from safetensors import safe_open
 
-from qcompress.certificate import Graph, Pair, bounds_fit, certify, pair_of, same, zero_is_zero
+from qcompress.certificate import certify
+from qcompress.certificate_graph import Graph, Pair, bounds_fit, pair_of, same, zero_is_zero
 from qcompress.models.architecture import OPERANDS
 from qcompress.plan import LayerPlan, PointPlan, rounded
 

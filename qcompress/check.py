@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from qcompress.axes import PHASES
+from qcompress.codebook_rules import judge_codebooks
 from qcompress.errors import Mistake, ModelError, RecipeError
 from qcompress.formats import INT2_OPSET, WeightFormat
 from qcompress.models import FAMILIES, describe
@@ -112,6 +113,7 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
     _opset(recipe, document, settled)
     _tied_head(recipe, document, settled)
     _ternary(recipe, document, settled)
+    judge_codebooks(recipe, document, settled, lambda item: _origin(recipe, document, item.layer, "weights"))
     _target(recipe, document, settled)
     _context(recipe, document, architecture)
     _attentions(recipe, document, architecture)
@@ -194,7 +196,8 @@ def _blocks(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> 
 
 def _opset(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
     """Report an opset that has no type for what is stored."""
-    stored = [layer for layer in plan if layer.weights and layer.weights.stored_bits == 2]
+    integers = [layer for layer in plan if layer.weights and layer.codebook is None]
+    stored = [layer for layer in integers if layer.weights.stored_bits == 2]
     key: Key = ("export", "opset")
     if stored and recipe.export.opset < INT2_OPSET and document.sound(key):
         came = f"{stored[0].name} is stored in int2, which came with opset {INT2_OPSET}"
@@ -222,7 +225,7 @@ def _ternary(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) ->
         return
     wrong: dict[Key, list[LayerPlan]] = {}
     for layer in plan:
-        if layer.weights and not layer.weights.ternary and layer.weight_quantizer.name == "ternary":
+        if layer.weight_quantizer.name == "ternary" and layer.weights and not layer.weights.ternary:
             wrong.setdefault(_origin(recipe, document, layer.layer, "weights"), []).append(layer)
     for origin, layers in wrong.items():
         role = "weights" if layers[0].layer.kind == "linear" else "embeddings"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 INT2_OPSET = 25
 """First ONNX opset with int2."""
@@ -85,6 +85,52 @@ class WeightFormat(Options):
         return name + (" per tensor" if self.granularity == "tensor" else "")
 
 
+class CodebookFormat(Options):
+    """A weight as vectors of `block` consecutive input channels, each the index of one of `centroids`
+    (product quantization). Not an integer grid: runtimes look the vectors up and multiply floats, so that it
+    saves bytes on disk and in an engine, and no time.
+    """
+
+    codebook: Literal["gather", "decode-int8"] = "gather"
+    """gather: indices and table in the file; decode-int8: the file holds the decoded weight, int8 codes with
+    one scale for the tensor, as the table has them, which an int8 GEMM takes."""
+    centroids: int = Field(default=256, ge=2, le=256)
+    """Vectors in the table; an index takes a byte."""
+    block: int = Field(default=8, ge=1)
+    """Input channels of one vector; a divisor of the layer's."""
+    table: Literal["float", "int8"] = "float"
+    """Centroids in the compute type, or int8 codes with one scale."""
+
+    @model_validator(mode="after")
+    def _int8_has_codes(self) -> CodebookFormat:
+        if self.codebook == "decode-int8" and self.table != "int8":
+            raise ValueError("the codes of the decoded weight are those of the table: write `table: int8`")
+        return self
+
+    @property
+    def information_bits(self) -> float:
+        """Bits of one weight's share of an index, without the table.
+
+        >>> CodebookFormat(block=8).information_bits
+        1.0
+        """
+        return math.log2(self.centroids) / self.block
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits that one weight takes in the file, without the table."""
+        return 8 if self.codebook == "decode-int8" else 8 / self.block
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest code of a decoded weight."""
+        return -127, 127
+
+    def __str__(self) -> str:
+        name = f"codebook {self.centroids}x{self.block}" + (" of int8" if self.table == "int8" else "")
+        return name + (" decoded to int8" if self.codebook == "decode-int8" else "")
+
+
 class ActivationFormat(Options):
     """How the input of a layer is rounded."""
 
@@ -111,13 +157,14 @@ class ActivationFormat(Options):
                 + ("" if self.symmetric else " asymmetric"))  # fmt: skip
 
 
-WEIGHT_WORDS: dict[str, WeightFormat | None] = {
+WEIGHT_WORDS: dict[str, WeightFormat | CodebookFormat | None] = {
     "float": None,
     "int8": WeightFormat(bits=8),
     "int4": WeightFormat(bits=4, block=128),
     "int3": WeightFormat(bits=3),
     "int2": WeightFormat(bits=2),
     "ternary": WeightFormat(bits=2, ternary=True),
+    "codebook": CodebookFormat(),
 }
 """Short forms of `format.weights` and `format.embeddings`."""
 
@@ -146,6 +193,7 @@ FORMAT_PRESETS: dict[str, dict[str, Any]] = {
         "activations": "int8",
         "embeddings": {"bits": 2, "ternary": True},
     },
+    "ipq": {"weights": {"codebook": "gather"}, "activations": "float", "embeddings": {"codebook": "gather"}},
 }
 """`format: w8a8` is this table's row; the keys beside `preset:` override it."""
 
@@ -163,12 +211,13 @@ def as_mapping(key: str, value: object) -> object:
 
 
 def over_preset(key: str, preset: object, written: object) -> object:
-    """What a recipe writes at `format.<key>`, over a preset's value: without `bits` it changes that value.
+    """What a recipe writes at `format.<key>`, over a preset's value: without `bits` or `codebook` it changes
+    that value.
 
     >>> over_preset("weights", {"bits": 4, "block": 128}, {"block": 64})
     {'bits': 4, 'block': 64}
     """
     below = as_mapping(key, preset)
-    if isinstance(written, dict) and isinstance(below, dict) and "bits" not in written:
+    if isinstance(written, dict) and isinstance(below, dict) and not written.keys() & {"bits", "codebook"}:
         return {**below, **written}
     return written

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.artifacts import FoldedModel, OnnxModel, read_json, write_json
-from qcompress.certificate import Graph, matmul_inputs, with_outputs
+from qcompress.certificate import matmul_inputs, with_outputs
+from qcompress.certificate_graph import Graph
 from qcompress.certificate_points import point_inputs
 from qcompress.distance import Distance
 from qcompress.errors import ContractError, UsageError

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from qcompress.checkpoint import Checkpoints, Position, restore
+from qcompress.checkpoint import Checkpoints, Position, moving, restore
 from qcompress.errors import ModelError
 from qcompress.methods.protocols import Group, Moment, Objective, Phase, Stepper
 from qcompress.models.architecture import Architecture
@@ -59,7 +59,11 @@ class Training:
 def reseed(processes: Processes, *where: int) -> None:
     """Set torch's generators to a function of (seed, phase, block, step), another one in each process."""
     where = (*where, processes.rank) if processes.rank else where
-    torch.manual_seed(int(np.random.SeedSequence(where).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(_seed(*where))
+
+
+def _seed(*where: int) -> int:
+    return int(np.random.SeedSequence(where).generate_state(1, np.uint64)[0])
 
 
 BUCKET = 32
@@ -116,6 +120,8 @@ def role_of(name: str, architecture: Architecture) -> str:
     """The role of a parameter, by its name."""
     if name.endswith(("_quantizer.ratio", "_point.ratio")):
         return "scale"
+    if name.endswith("_quantizer.centroids"):
+        return "centroid"
     if name.endswith(".theta"):
         return "adapter"
     return "weight" if name in {f"{layer.name}.weight" for layer in architecture.layers} else "other"
@@ -196,6 +202,10 @@ def taps_of(prepared: Prepared, scope: str = "") -> list[QuantizedWeight]:
 
 def run_model_phase(training: Training, phase: Phase, start: Position, moments: dict[str, Tensor]) -> None:
     """Updates of the whole model on batches of the training data."""
+    if start.step == 0:
+        settle(training, phase.quantizes, start.phase)
+    for layer in training.prepared.layers.values():
+        layer.noisy = phase.noise
     groups = groups_of(training, phase)
     optimizer = optimizer_of(training, groups)
     restore(optimizer, moments)
@@ -230,6 +240,25 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
         {"name": phase.name, "steps": phase.steps, "passes": position.passes, "last_loss": last}
     )
     training.recent = []
+
+
+def settle(training: Training, names: Iterable[str], phase: int) -> None:
+    """Make codebooks of these layers, as far as they are none yet; the same ones in every process, and again
+    when a phase is begun a second time.
+    """
+    prepared = training.prepared
+    names = [name for name in names if not prepared.layers[name].weight_quantizer.settled]
+    if not names:
+        return
+    torch.manual_seed(_seed(training.recipe.seed, phase))
+    with training.reporter.bar("k-means", len(names)) as bar:
+        for name in names:
+            layer = prepared.layers[name]
+            clusters = layer.weight_quantizer.settle(layer.rescaled_weight().detach())
+            layer.forget()
+            empty = f", {clusters.empty} centroids unused" if clusters.empty else ""
+            bar.advance(f"{name}: squared error {clusters.objective[-1]:.3g} a vector{empty}")
+    training.processes.equalise(moving(prepared.model, training.moving).values())
 
 
 def refuse_nan(loss: float, where: str) -> None:

@@ -1,6 +1,6 @@
 """The options of every value of the five axes, and of measured sharpness. No torch.
 
-    quantizer   how does a tensor become integers while training?
+    quantizer   how does a tensor become integers while training? (`quantizer_options.py`)
     adapter     what function-preserving rescaling comes first, to be folded later?
     objective   what is minimised?
     stepper     how is one update made?
@@ -13,89 +13,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from qcompress.formats import Options
+from qcompress.quantizer_options import named
 
 Role = Literal["weight", "scale", "adapter", "centroid", "other"]
 """What a trainable tensor is; each role has its own learning rate."""
-
-
-def named(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
-# Axis 1: quantizers -------------------------------------------------------------------------------
-
-
-class MinMax(Options):
-    """Range from observed values; nothing is learned."""
-
-    name: Literal["minmax"] = "minmax"
-    range: Literal["absmax", "percentile", "mse"] = "absmax"
-    """absmax: the largest magnitude; percentile: clip the rarest magnitudes; mse: least squared error."""
-    percentile: float = Field(default=99.99, gt=50, le=100)
-    """Share of magnitudes (in %) that `range: percentile` keeps."""
-
-
-class Lsq(Options):
-    """Learned step size (LSQ, arXiv:1902.08153)."""
-
-    name: Literal["lsq"] = "lsq"
-    init: Literal["lsq", "absmax", "percentile", "mse"] = "lsq"
-    """Where the scale starts; lsq: 2 * mean|x| / sqrt(qmax), section 2.1 of the paper."""
-    percentile: float = Field(default=99.99, gt=50, le=100)
-    """Share of magnitudes (in %) that `init: percentile` keeps."""
-    floor: float = Field(default=1e-3, gt=0, lt=1)
-    """After each update a scale is at least this fraction of where it started."""
-
-
-class Ternary(Options):
-    """Ternary weights (TWN, arXiv:1605.04711): -a, 0, a with a threshold at 0.7 of the mean magnitude. As
-    TernaryBERT (arXiv:2009.12812) and Teacher Intervention (arXiv:2302.11812) use it.
-    """
-
-    name: Literal["ternary"] = "ternary"
-    threshold: float = Field(default=0.7, gt=0, lt=1)
-    """Weights below this share of the mean magnitude become 0."""
-    clip: float = Field(default=2.5, gt=0)
-    """Weights are clamped to [-clip, clip] first; no gradient passes outside."""
-
-
-class Dynamic(Options):
-    """Range of the tensor at hand while training (TernaryBERT, arXiv:2009.12812); a static range, observed
-    on the calibration data when training has ended, is what is deployed. The ladder shows both.
-    """
-
-    name: Literal["dynamic"] = "dynamic"
-    clip: float | None = Field(default=2.5, gt=0)
-    """Activations are clamped to [-clip, clip] first; no gradient passes outside. none: no clamping."""
-
-
-WeightQuantizer = Annotated[MinMax | Lsq | Ternary, Field(discriminator="name"), BeforeValidator(named)]
-ActivationQuantizer = Annotated[MinMax | Lsq | Dynamic, Field(discriminator="name"), BeforeValidator(named)]
-
-
-class Quantizers(Options):
-    """One quantizer for each role."""
-
-    weights: WeightQuantizer = MinMax()
-    activations: ActivationQuantizer = MinMax()
-    embeddings: WeightQuantizer = MinMax()
-
-
-def quantizers(value: object) -> object:
-    """`quantizer: lsq` is lsq for weights and activations, and minmax for the embedding tables; ternary and
-    dynamic belong together, as in TernaryBERT, tables included.
-    """
-    if not isinstance(value, str) and not (isinstance(value, dict) and "name" in value):
-        return value
-    name = value if isinstance(value, str) else value["name"]
-    if name == "ternary":
-        return {"weights": value, "activations": "dynamic", "embeddings": value}
-    if name == "dynamic":
-        return {"activations": value}
-    return {"weights": value, "activations": value}
 
 
 # Axis 2: adapters ---------------------------------------------------------------------------------
@@ -271,8 +195,35 @@ class TwoStep(Options):
     name: Literal["two-step"] = "two-step"
 
 
+class Staged(Options):
+    """iPQ (Quant-Noise, arXiv:2004.07320, section 3.3): `finetune` trains in float, with noise where there is
+    any; then one set of layers after another becomes codebooks, each followed by a phase that trains the
+    centroids and everything that is still float: `ffn`, `embeddings`, `attention`, `rest`.
+    """
+
+    name: Literal["staged"] = "staged"
+    order: list[Literal["ffn", "embeddings", "attention", "rest"]] = [
+        "ffn",
+        "embeddings",
+        "attention",
+        "rest",
+    ]
+    """Order of the sets; all of them, each once. `rest` is what is neither: an untied head, a classifier,
+    convolutions."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Staged:
+        if sorted(self.order) != sorted(SETS):
+            raise ValueError(f"name each set once: {', '.join(SETS)}")
+        return self
+
+
+SETS = ("ffn", "embeddings", "attention", "rest")
+"""Sets of layers that become codebooks together."""
+
+
 Schedule = Annotated[
-    Calibrate | PlainSchedule | BlockwiseThenEndToEnd | TwoStep,
+    Calibrate | PlainSchedule | BlockwiseThenEndToEnd | TwoStep | Staged,
     Field(discriminator="name"),
     BeforeValidator(named),
 ]

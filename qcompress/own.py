@@ -37,7 +37,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, create_model
 from qcompress.axes import AXES
 from qcompress.errors import UsageError
 from qcompress.formats import Options
-from qcompress.options import NoAdapter, PlainStepper, Quantizers, TaskObjective, named, quantizers
+from qcompress.options import NoAdapter, PlainStepper, TaskObjective
+from qcompress.quantizer_options import ROLES, Quantizers, named, quantizers
 from qcompress.schema import RECIPE, Recipe
 
 PROTOCOLS: dict[str, tuple[str, ...]] = {
@@ -183,7 +184,8 @@ def _recipe(sections: Mapping[str, Mapping[str, type[Options]]], weights: set[st
     own = sections.get("quantizer", {})
     if own:
         parts: dict[str, Any] = {}
-        for part, usual in Quantizers.model_fields.items():
+        for part in ROLES:
+            usual = Quantizers.model_fields[part]
             known = get_args(usual.annotation)
             for_weights = part != "activations"
             mine = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import fnmatch
 from dataclasses import asdict, dataclass
 
-from qcompress.formats import ActivationFormat, WeightFormat
+from qcompress.formats import ActivationFormat, CodebookFormat, WeightFormat
 from qcompress.models.architecture import Architecture, Layer, Point
-from qcompress.options import Dynamic, Lsq, MinMax, Ternary
+from qcompress.quantizer_options import Codebook, Dynamic, Lsq, MinMax, Noise, Ternary
 from qcompress.schema import Recipe
 
 
@@ -16,10 +16,11 @@ class LayerPlan:
     """One layer with its formats and quantizers; None means float."""
 
     layer: Layer
-    weights: WeightFormat | None
+    weights: WeightFormat | CodebookFormat | None
     activations: ActivationFormat | None
-    weight_quantizer: MinMax | Lsq | Ternary = MinMax()
+    weight_quantizer: MinMax | Lsq | Ternary | Codebook = MinMax()
     activation_quantizer: MinMax | Lsq | Dynamic = MinMax()
+    noise: Noise | None = None
 
     @property
     def name(self) -> str:
@@ -29,7 +30,13 @@ class LayerPlan:
     @property
     def block(self) -> int | None:
         """Input channels that share a weight scale, None for one scale per output channel."""
-        return self.weights.block if self.weights else None
+        return self.weights.block if isinstance(self.weights, WeightFormat) else None
+
+    @property
+    def codebook(self) -> CodebookFormat | None:
+        """The format of a weight that the file holds as indices and a table."""
+        form = self.weights
+        return form if isinstance(form, CodebookFormat) and form.codebook == "gather" else None
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,14 @@ def _plan_layer(recipe: Recipe, layer: Layer) -> LayerPlan:
         activations = None
     linear = layer.kind == "linear"
     quantizers = recipe.quantizer
+    quantizer = quantizers.weights if linear else quantizers.embeddings
     return LayerPlan(
         layer=layer,
         weights=weights,
         activations=activations,
-        weight_quantizer=quantizers.weights if linear else quantizers.embeddings,
+        weight_quantizer=quantizers.codebook if isinstance(weights, CodebookFormat) else quantizer,
         activation_quantizer=quantizers.activations,
+        noise=quantizers.noise,
     )
 
 
@@ -149,8 +158,14 @@ def plans_from_json(values: list[dict[str, object]]) -> tuple[LayerPlan, ...]:
     return tuple(
         LayerPlan(
             layer=Layer(**value["layer"]),
-            weights=WeightFormat(**value["weights"]) if value["weights"] else None,
+            weights=_weights(value["weights"]),
             activations=ActivationFormat(**value["activations"]) if value["activations"] else None,
         )
         for value in values
     )
+
+
+def _weights(value: dict[str, object] | None) -> WeightFormat | CodebookFormat | None:
+    if not value:
+        return None
+    return CodebookFormat(**value) if "codebook" in value else WeightFormat(**value)

@@ -9,7 +9,7 @@ Train, fold, export and the runners share these, so there is one way to build ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,18 +18,23 @@ from torch import Tensor, nn
 
 from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
 from qcompress.errors import ContractError
+from qcompress.formats import CodebookFormat
 from qcompress.models import FAMILIES
 from qcompress.own import class_of
 from qcompress.plan import LayerPlan, PointPlan, plans_from_json, points_from_json, rounded
 from qcompress.quant.affine import Grid
+from qcompress.quant.codebook import CodebookWeight, FrozenCodebook
 from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, FoldedWeight, Rounding
+from qcompress.quant.folded_codebook import FoldedCodebook
 from qcompress.quant.layers import (
     FixedScale,
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedTiedHead,
+    QuantizedWeight,
     RescaledNorm,
 )
+from qcompress.quant.noise import QuantNoise
 from qcompress.quant.quantizers import (
     ACTIVATION_QUANTIZERS,
     WEIGHT_QUANTIZERS,
@@ -98,6 +103,9 @@ def quantize(
     linear_axis = FAMILIES[family].LINEAR_AXIS
 
     def weight_quantizer(item: LayerPlan, weight: Tensor, axis: int) -> nn.Module:
+        if isinstance(item.weights, CodebookFormat):
+            estimates = item.noise is not None and item.noise.form == "round"
+            return CodebookWeight(item.weight_quantizer, item.weights, axis, weight.shape, estimates)
         kind = class_of("quantizer", item.weight_quantizer.name, WEIGHT_QUANTIZERS)
         return kind(item.weight_quantizer, _grid(item, axis), item.weights.bounds, weight.shape)
 
@@ -112,6 +120,11 @@ def quantize(
         return kind(item.activation_quantizer, item.activations.bounds, item.point.features)
 
     prepared = _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer)
+    for item in plan:
+        layer = prepared.layers.get(item.name)
+        if item.noise is not None and isinstance(layer, QuantizedWeight):
+            own = item.weights.block if isinstance(item.weights, CodebookFormat) else 1
+            layer.noise = QuantNoise(item.noise, item.noise.block or own, layer.channel_axis)
     return _round(prepared, points, point_quantizer)
 
 
@@ -159,6 +172,8 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, RescaledNor
 
 def kind_of(model: nn.Module, name: str) -> str:
     """What a parameter of a prepared model is: weight-scale, activation-scale, norm, bias or other."""
+    if name.endswith("_quantizer.centroids"):
+        return "centroid"
     if name.endswith(("_quantizer.ratio", "_point.ratio")):
         return "weight-scale" if name.endswith(".weight_quantizer.ratio") else "activation-scale"
     owner, _, own_name = name.rpartition(".")
@@ -167,9 +182,13 @@ def kind_of(model: nn.Module, name: str) -> str:
     return "bias" if own_name == "bias" else "other"
 
 
-def initialise(prepared: Prepared, statistics: dict[str, Statistics]) -> None:
-    """Starting scales of all quantizers, after adapters are in place: they see rescaled tensors."""
+def initialise(prepared: Prepared, statistics: dict[str, Statistics], later: Collection[str] = ()) -> None:
+    """Starting scales of all quantizers, after adapters are in place: they see rescaled tensors. The weights
+    of the layers `later` become codebooks while training, and have nothing to start from.
+    """
     for name, quantizer in prepared.weight_quantizers():
+        if name in later:
+            continue
         quantizer.init(prepared.layers[name].rescaled_weight().detach())
     for name, quantizer in [*prepared.input_quantizers(), *prepared.rounding.items()]:
         quantizer.init(statistics[name])
@@ -189,6 +208,9 @@ def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
             own[name].copy_(tensors[name])
 
     def weight_quantizer(item: LayerPlan, weight: Tensor, axis: int) -> nn.Module:
+        if isinstance(item.weights, CodebookFormat):
+            parts = (tensors.get(f"{item.name}.weight.{part}") for part in CODEBOOK)
+            return FrozenCodebook(*parts, axis)
         scale = tensors[f"{item.name}.weight.scale"]
         threshold = tensors.get(f"{item.name}.weight.threshold")
         return FrozenWeight(scale, _grid(item, axis), item.weights.bounds, threshold)
@@ -210,6 +232,22 @@ def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
     return prepared
 
 
+CODEBOOK = ("assignments", "centroids", "scale")
+"""Parts of a weight that is looked up; the scale is that of an int8 table."""
+
+
+def _folded_weight(
+    item: LayerPlan, tensors: dict[str, Tensor], axis: int, dtype: torch.dtype
+) -> FoldedWeight | FoldedCodebook:
+    """One weight, whose tensors are taken out of `tensors`; `axis` is its output channels'."""
+    if item.codebook is not None:
+        indices, centroids, scale = (tensors.pop(f"{item.name}.weight.{part}", None) for part in CODEBOOK)
+        centroids, scale = (centroids.to(dtype), None) if scale is None else (centroids, scale.to(dtype))
+        return FoldedCodebook(indices, centroids, scale, axis)
+    codes, scale = (tensors.pop(f"{item.name}.weight.{part}") for part in ("codes", "scale"))
+    return FoldedWeight(codes, scale.to(dtype), Grid(axis, item.block), item.weights.stored_bits)
+
+
 def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: bool = False) -> nn.Module:
     """The folded model in torch, its float rest and scales in `dtype`; `integer`: as int8 GEMMs compute
     it.
@@ -229,11 +267,8 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: b
         if item.layer.tied_to:
             layer = FoldedTiedHead(layers[item.layer.tied_to].weight, rounding, integer)
         else:
-            codes, scale = (tensors.pop(f"{item.name}.weight.{part}") for part in ("codes", "scale"))
             table = item.layer.kind == "embedding"
-            weight = FoldedWeight(
-                codes, scale.to(dtype), Grid(0 if table else 1, item.block), item.weights.stored_bits
-            )
+            weight = _folded_weight(item, tensors, 0 if table else 1, dtype)
             bias = tensors.pop(f"{item.name}.bias", None)
             bias = None if bias is None else bias.to(dtype)
             layer = FoldedEmbedding(weight) if table else FoldedLinear(weight, bias, rounding, integer)

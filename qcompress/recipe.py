@@ -30,7 +30,7 @@ from qcompress.axes import AXES
 from qcompress.data_rules import LOCAL
 from qcompress.errors import Mistake, RecipeError
 from qcompress.formats import as_mapping
-from qcompress.options import Quantizers, named, quantizers
+from qcompress.quantizer_options import Quantizers, named, quantizers
 from qcompress.rules import is_hub_id, judge
 from qcompress.schema import Recipe
 from qcompress.structure import validate

@@ -18,10 +18,10 @@ from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, disabled_
 from qcompress.errors import ContractError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import PAST
-from qcompress.options import Dynamic, Lsq, MinMax
 from qcompress.plan import rounded
 from qcompress.prepare import assemble, rebuild, replace_module
 from qcompress.quant.dynamic import DynamicActivation
+from qcompress.quantizer_options import Dynamic, Lsq, MinMax
 
 
 class Runner(Protocol):

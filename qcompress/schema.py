@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_serializer, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_serializer, model_validator
 
 from qcompress.axes import METHODS, beside_preset
 from qcompress.export_options import Build, Export
@@ -19,6 +19,7 @@ from qcompress.formats import (
     FORMAT_PRESETS,
     WEIGHT_WORDS,
     ActivationFormat,
+    CodebookFormat,
     Options,
     WeightFormat,
     over_preset,
@@ -30,14 +31,13 @@ from qcompress.options import (
     NoAdapter,
     Objective,
     PlainStepper,
-    Quantizers,
     Role,
     Schedule,
     Sharpness,
     Stepper,
     TaskObjective,
-    quantizers,
 )
+from qcompress.quantizer_options import Quantizers, quantizers
 from qcompress.task_options import CausalLm as CausalLm
 from qcompress.task_options import Data, Task
 from qcompress.task_options import SequenceClassification as SequenceClassification
@@ -69,7 +69,21 @@ def _spelled(value: Options | str | None) -> object:
     return "float" if value is None else value.model_dump() if isinstance(value, Options) else value
 
 
-Weights = Annotated[WeightFormat | None, _word(WEIGHT_WORDS, "{bits: 4, block: 64}")]
+def _weight_kind(value: object) -> str:
+    """Which of the two kinds of weight formats a value is meant to be."""
+    if value is None:
+        return "float"
+    keys = set(value if isinstance(value, dict) else type(value).model_fields)
+    return "CodebookFormat" if {"codebook", "centroids", "table"} & keys else "WeightFormat"
+
+
+Stored = Annotated[
+    Annotated[WeightFormat, Tag("WeightFormat")]
+    | Annotated[CodebookFormat, Tag("CodebookFormat")]
+    | Annotated[None, Tag("float")],
+    Discriminator(_weight_kind),
+]
+Weights = Annotated[Stored, _word(WEIGHT_WORDS, "{bits: 4, block: 64}")]
 Activations = Annotated[ActivationFormat | None, _word(ACTIVATION_WORDS, "{bits: 8}")]
 
 

@@ -12,6 +12,9 @@ import onnx
 from qcompress.plan import LayerPlan
 from qcompress.targets.sizes import stored_bytes
 
+PARTS = ("codes", "scale", "zero", "assignments", "centroids")
+"""What a weight's initializers are called, after its name."""
+
 
 def measure_sizes(file: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
     """Bytes of each quantized layer (codes and scales), of the float rest, and of the file."""
@@ -21,7 +24,7 @@ def measure_sizes(file: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
     for item in plan:
         if item.weights is None or item.layer.tied_to:
             continue
-        size = sum(stored.get(f"{item.name}.weight.{part}", 0) for part in ("codes", "scale", "zero"))
+        size = sum(stored.get(f"{item.name}.weight.{part}", 0) for part in PARTS)
         layers.append(
             {
                 "name": item.name,

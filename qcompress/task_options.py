@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from qcompress.formats import Options
 from qcompress.glue import GLUE
-from qcompress.options import named
+from qcompress.quantizer_options import named
 
 
 class CausalLm(Options):

@@ -82,7 +82,9 @@ def locate(path: Sequence[str | int], values: dict[str, Any]) -> Spot:
         sections, items, label = sections_of(annotation), _items(annotation), str(part)
         if items:
             siblings, annotation, field = _literals(items[0]) if len(items) == 2 else (), items[-1], None
-        elif len(sections) > 1 and label in (tags := {tag_of(section): section for section in sections}):
+        elif len(sections) > 1 and label in (
+            tags := {tag_of(section) or section.__name__: section for section in sections}
+        ):
             annotation = tags[label]
             continue
         elif label.startswith(("function-", "nullable[", "literal[", "[key]")) and not _has(value, part):

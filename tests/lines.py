@@ -190,6 +190,24 @@ FORMATS: dict[str, object] = {
 }
 
 
+BOOK = {"codebook": "gather", "centroids": 16, "block": 8}
+
+CODEBOOKS = {
+    "weights": BOOK,
+    "embeddings": {**BOOK, "block": 4},
+    "layers": {
+        "*.0.mlp.c_proj": {"weights": {**BOOK, "table": "int8"}},
+        "*.1.attn.c_proj": {"weights": {**BOOK, "table": "int8"}, "activations": "int8"},
+        "*.1.mlp.c_fc": {
+            "weights": {**BOOK, "table": "int8", "codebook": "decode-int8"},
+            "activations": "int8",
+        },
+        "*.1.mlp.c_proj": {"weights": "int8", "activations": "int8"},
+        "*.wpe": {"weights": {**BOOK, "table": "int8"}},
+    },
+}
+"""Every kind of codebook in one graph, and integers beside them. `test_codebooks.py` looks at it."""
+
 METHODS: dict[str, dict[str, object]] = {"ternary-a8": {"quantizer": "ternary"}}
 """What a format needs besides observed ranges; ternary brings dynamic activations along."""
 
@@ -243,7 +261,8 @@ class Exported:
 def exported(kind: Kind, model: Path, text: Path) -> Exported:
     """A checkpoint (tied as `kind` says), quantized with observed ranges, folded and exported. Read only."""
     folder = model.parent / f"{model.name}-{kind}"
-    sections = {"format": FORMATS[kind.format], "method": "ptq", **METHODS.get(kind.format, {})}
+    form = CODEBOOKS if kind.format == "codebook" else FORMATS[kind.format]
+    sections = {"format": form, "method": "ptq", **METHODS.get(kind.format, {})}
     if kind.format == "float":
         sections = {"format": "float", "method": "float", "train": {"phases": {"finetune": {"steps": 0}}}}
     recipe = make_recipe(text, **sections)

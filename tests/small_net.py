@@ -19,11 +19,12 @@ from qcompress.methods.plain import OneUpdate
 from qcompress.methods.protocols import Group, Moment, Report, Stepper
 from qcompress.methods.saq import SharpnessAwareUpdate
 from qcompress.methods.squat import AlternatingUpdate
-from qcompress.options import Lsq, PlainStepper, Saq, Squat
+from qcompress.options import PlainStepper, Saq, Squat
 from qcompress.prepare import kind_of
 from qcompress.quant.affine import Grid
 from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear, QuantizedTiedHead, QuantizedWeight
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
+from qcompress.quantizer_options import Lsq
 
 WIDTH, CLASSES, TOKENS = 12, 5, 9
 

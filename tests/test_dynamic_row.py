@@ -28,10 +28,10 @@ from qcompress import keys
 from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
 from qcompress.errors import ContractError
 from qcompress.models import FAMILIES, describe
-from qcompress.options import Dynamic, MinMax
 from qcompress.plan import plan_layers, plan_points
 from qcompress.prepare import initialise, quantize
 from qcompress.progress import Reporter
+from qcompress.quantizer_options import Dynamic, MinMax
 from qcompress.report.ladder import cost_of_static, ladder
 from qcompress.report.shown import print_run
 from qcompress.runners import dynamic_runner, made_static

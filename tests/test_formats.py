@@ -96,6 +96,10 @@ def test_a_preset_is_what_its_name_says(preset: str) -> None:
     if preset == "float":
         assert form.is_float
         return
+    if preset == "ipq":
+        assert str(form.weights) == str(form.embeddings) == "codebook 256x8"
+        assert form.activations is None
+        return
     weights, activations, block = re.fullmatch(r"(ternary-|w\d)a(\d+)(?:-g(\d+))?", preset).groups()
     assert str(form.weights).startswith(f"int{weights[1]}" if weights[0] == "w" else "ternary")
     assert (form.activations is None) is (activations == "16")

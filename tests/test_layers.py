@@ -23,13 +23,15 @@ STAGES = ("load", "train", "fold", "export", "build", "verify", "gate")
 
 LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("plain values", {
-        "errors", "formats", "axes", "options", "glue", "task_options", "export_options", "schema",
+        "errors", "formats", "axes", "options", "quantizer_options", "glue", "task_options",
+        "export_options", "schema",
         "own", "artifacts", "plan",
         "models.architecture", "codekey", "system", "host", "processes", "progress", "yamlfile",
         "distance", "tensorfile", "goals",
     }),
     ("numerics", {
-        "quant", "quant.affine", "quant.coding", "quant.dynamic", "quant.folded", "quant.layers",
+        "quant", "quant.affine", "quant.codebook", "quant.coding", "quant.dynamic", "quant.folded",
+        "quant.folded_codebook", "quant.kmeans", "quant.layers", "quant.noise",
         "quant.quantizers", "quant.ranges", "quant.ternary",
     }),
     ("families, tasks, targets", {
@@ -37,24 +39,27 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "models.gpt2", "models.residual", "models.roberta", "models.stock",
         "tasks", "tasks.causal_lm", "tasks.examples", "tasks.labels", "tasks.padded", "tasks.scores",
         "tasks.sequence_classification", "tasks.table", "tasks.text", "tasks.token_classification",
-        "targets", "targets.builder", "targets.checks", "targets.child", "targets.contents",
+        "targets", "targets.builder", "targets.checks", "targets.child", "targets.codebooks",
+        "targets.contents",
         "targets.device", "targets.graph", "targets.inline", "targets.lint", "targets.process",
         "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes", "targets.soundness",
         "targets.table", "targets.trial",
     }),
-    ("recipes", {"wording", "structure", "data_rules", "rules", "recipe", "check"}),
+    ("recipes", {"wording", "structure", "data_rules", "rules", "recipe", "codebook_rules", "check"}),
     ("models in three forms", {
-        "prepare", "observe", "checkpoint", "certificate", "certificate_points", "precision", "sizes",
+        "prepare", "observe", "checkpoint", "certificate", "certificate_codebooks", "certificate_graph",
+        "certificate_points", "codebook_nodes", "precision", "sizes",
         "adopted",
         "probe", "rows",
         "runners", "samples", "sharpness",
     }),
     ("methods", {
-        "methods", "methods.ball", "methods.distillation", "methods.plain", "methods.protocols",
+        "methods", "methods.ball", "methods.distillation", "methods.ipq", "methods.plain",
+        "methods.protocols",
         "methods.quadapter", "methods.saq", "methods.signals", "methods.squat",
         "methods.teacher_intervention",
     }),
-    ("loops", {"loop", "blockwise"}),
+    ("loops", {"loop", "blockwise", "trainedfile"}),
     ("stages", {"stages", *STAGES}),
     ("workspace", {"workspace"}),
     ("pipeline", {"keys", "pipeline", "smoke"}),
@@ -73,14 +78,16 @@ APART = {"", "probe_kit.engine_speed", "probe_kit.measure_engine"}
 
 DOORS: dict[str, set[str]] = {
     "torch": {
-        "quant.affine", "quant.coding", "quant.dynamic", "quant.folded", "quant.layers", "quant.quantizers",
+        "quant.affine", "quant.codebook", "quant.coding", "quant.dynamic", "quant.folded",
+        "quant.folded_codebook",
+        "quant.kmeans", "quant.layers", "quant.noise", "quant.quantizers",
         "quant.ranges", "quant.ternary", "methods.plain",
         "methods.protocols", "methods.quadapter", "methods.ball", "methods.saq", "methods.squat",
         "methods.distillation", "methods.signals", "methods.teacher_intervention",
         "models.attention", "models.cache", "models.gpt2", "models.residual", "models.stock",
         "tasks.causal_lm", "tasks.examples", "tasks.padded", "tasks.sequence_classification",
         "tasks.token_classification", "prepare", "observe", "processes", "checkpoint",
-        "loop", "blockwise", "runners", "tensorfile", "train", "fold", "export", "verify",
+        "loop", "blockwise", "trainedfile", "runners", "tensorfile", "train", "fold", "export", "verify",
         "layerwise", "sharpness",
     },
     "transformers": {"models", "models.attention", "models.cache", "models.gpt2", "models.residual",
@@ -88,10 +95,12 @@ DOORS: dict[str, set[str]] = {
     "accelerate": {"processes", "train", "loop", "methods.ball", "methods.plain", "methods.protocols",
                    "methods.saq", "methods.squat"},
     "onnxruntime": {"targets.trial", "generate", "runners", "probe_kit.measure_engine"},
-    "onnx": {"adopted", "export", "certificate", "certificate_points", "sizes", "targets.checks",
-             "targets.contents",
+    "onnx": {"adopted", "export", "certificate", "certificate_codebooks", "certificate_graph",
+             "certificate_points", "sizes", "targets.checks",
+             "targets.codebooks", "targets.contents",
              "targets.graph", "targets.inline", "targets.quantizers", "targets.sizes", "targets.soundness"},
-    "onnx_ir": {"export", "precision"},
+    "onnx_ir": {"codebook_nodes", "export", "precision"},
+    "faiss": {"quant.kmeans"},
     "datasets": {"tasks.text"},
     "pyarrow": {"tasks.table"},
     "sklearn": {"tasks.scores"},
@@ -109,7 +118,8 @@ LAZY = {"processes", "models", "models.gpt2", "models.stock", "tasks.causal_lm",
         "tasks.table"}  # fmt: skip
 """Modules that torch-free commands import, and that need torch or transformers only inside functions."""
 
-DISTRIBUTIONS = {"yaml": "PyYAML", "onnx_ir": "onnxscript", "google": "onnx", "pydantic_core": "pydantic",
+DISTRIBUTIONS = {"yaml": "PyYAML", "faiss": "faiss-cpu", "onnx_ir": "onnxscript", "google":
+                 "onnx", "pydantic_core": "pydantic",
                  "huggingface_hub": "transformers", "ml_dtypes": "ml-dtypes",
                  "sklearn": "scikit-learn", "pyarrow": "datasets"}  # fmt: skip
 """What brings a package that has another name than its distribution, or comes with one."""

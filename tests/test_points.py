@@ -40,9 +40,9 @@ from qcompress.loop import role_of
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import OPERANDS
 from qcompress.observe import observe
-from qcompress.options import MinMax
 from qcompress.plan import PointPlan, plan_points, points_from_json, points_to_json, rounded
 from qcompress.prepare import assemble, open_points, quantize
+from qcompress.quantizer_options import MinMax
 from qcompress.schema import Build
 from qcompress.stages.build import build_file
 from qcompress.stages.export import export

@@ -26,8 +26,8 @@ from qcompress.observe import observe
 from qcompress.prepare import quantize, rebuild
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
 from qcompress.schema import TextData
-from qcompress.stages.train import snap
 from qcompress.tasks import TASKS
+from qcompress.trainedfile import snap
 
 
 def train_ids(made: Line, data: TextData | None = None) -> Tensor:

@@ -6,6 +6,7 @@ Their options are in `qcompress/axes.py`, which needs no torch; a test holds the
 from __future__ import annotations
 
 from qcompress.methods.distillation import DistillationLoss
+from qcompress.methods.ipq import QuantizeInTurn
 from qcompress.methods.plain import (
     CalibrateOnly,
     NoRescaling,
@@ -30,4 +31,5 @@ SCHEDULES = {
     "plain": TrainEverything,
     "blockwise-then-end-to-end": BlocksThenModel,
     "two-step": InterveneThenTrain,
+    "staged": QuantizeInTurn,
 }

@@ -156,6 +156,10 @@ class Phase:
     scope: Literal["model", "blocks"] = "model"
     dropout: bool = True
     evaluate_every: int = 25
+    quantizes: tuple[str, ...] = ()
+    """Layers that become codebooks when the phase begins."""
+    noise: bool = True
+    """Whether Quant-Noise, where there is any, is on."""
 
 
 class Schedule(Protocol):

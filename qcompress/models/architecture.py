@@ -41,6 +41,8 @@ class Layer:
     out_features: int
     tied_to: str | None = None
     """The embedding whose table this layer reads."""
+    part: Literal["ffn", "attention", "rest"] = "rest"
+    """Which part of a block it belongs to, as far as it is one of these two."""
 
     @property
     def weights(self) -> int:

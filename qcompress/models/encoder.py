@@ -217,9 +217,9 @@ class Encoder:
         for index in range(config[self.blocks]):
             block = f"{self.family}.{self.stack}.{index}"
             names = [*(f"{self.attention}.{operand}" for operand in self.operands), self.output]
-            layers += [Layer(f"{block}.{name}", "linear", width, width) for name in names]
-            layers.append(Layer(f"{block}.{self.linears[0]}", "linear", width, inner))
-            layers.append(Layer(f"{block}.{self.linears[1]}", "linear", inner, width))
+            layers += [Layer(f"{block}.{name}", "linear", width, width, part="attention") for name in names]
+            layers.append(Layer(f"{block}.{self.linears[0]}", "linear", width, inner, part="ffn"))
+            layers.append(Layer(f"{block}.{self.linears[1]}", "linear", inner, width, part="ffn"))
         *before, last = self.head[task]
         layers += [Layer(name, "linear", width, width) for name in before]
         return [*layers, Layer(last, "head", width, labels)]

@@ -70,10 +70,10 @@ def describe(
         block = f"transformer.h.{index}"
         blocks.append(block)
         layers += [
-            Layer(f"{block}.attn.c_attn", "linear", width, 3 * width),
-            Layer(f"{block}.attn.c_proj", "linear", width, width),
-            Layer(f"{block}.mlp.c_fc", "linear", width, inner),
-            Layer(f"{block}.mlp.c_proj", "linear", inner, width),
+            Layer(f"{block}.attn.c_attn", "linear", width, 3 * width, part="attention"),
+            Layer(f"{block}.attn.c_proj", "linear", width, width, part="attention"),
+            Layer(f"{block}.mlp.c_fc", "linear", width, inner, part="ffn"),
+            Layer(f"{block}.mlp.c_proj", "linear", inner, width, part="ffn"),
         ]
         sites += [
             Site(f"{block}.ln_1", (f"{block}.attn.c_attn",), width),

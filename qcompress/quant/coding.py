@@ -27,6 +27,16 @@ class CodedWeight(nn.Module):
         """
         return F.embedding(rows, self(weight))
 
+    @property
+    def takes_noise(self) -> bool:
+        """Whether Quant-Noise may leave parts of the weight as they are."""
+        return True
+
+    def parts(self, weight: Tensor) -> dict[str, Tensor]:
+        """What is left of the quantizer of this weight when training has ended, by name."""
+        found, threshold = {"scale": self.scale_of(weight)}, self.threshold_of(weight)
+        return found if threshold is None else found | {"threshold": threshold}
+
     def threshold_of(self, weight: Tensor) -> Tensor | None:
         """Magnitude up to which a code is 0, in the grid's shape; beyond it the code is the sign. None: codes
         are the nearest integers.

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.errors import ContractError
-from qcompress.options import Dynamic
 from qcompress.quant.ranges import Statistics, start_scale
+from qcompress.quantizer_options import Dynamic
 
 
 class DynamicActivation(nn.Module):

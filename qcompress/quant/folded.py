@@ -47,16 +47,16 @@ class Rounding(nn.Module):
         """The same; while exporting, the first of the two nodes, and the Clip."""
         if not torch.onnx.is_in_onnx_export():
             return self.codes(x)
-        codes = _node("QuantizeLinear", (x, self.scale, self.zero), torch.int8, x.shape)
+        codes = onnx_node("QuantizeLinear", (x, self.scale, self.zero), torch.int8, x.shape)
         if self.bounds == INT8:
             return codes
-        return _node("Clip", (codes, self.low, self.high), torch.int8, x.shape)
+        return onnx_node("Clip", (codes, self.low, self.high), torch.int8, x.shape)
 
     def decoded(self, codes: Tensor) -> Tensor:
         """What codes stand for, in the type of the scale; while exporting, the second of the two nodes."""
         if not torch.onnx.is_in_onnx_export():
             return codes.to(self.scale.dtype) * self.scale
-        return _node("DequantizeLinear", (codes, self.scale, self.zero), self.scale.dtype, codes.shape)
+        return onnx_node("DequantizeLinear", (codes, self.scale, self.zero), self.scale.dtype, codes.shape)
 
 
 class FoldedWeight(nn.Module):
@@ -84,7 +84,12 @@ class FoldedWeight(nn.Module):
         inputs = (self.codes, self.scale)
         if zero_point and self.stored_bits == 8:
             inputs = (*inputs, self.zero)
-        return _node("DequantizeLinear", inputs, self.scale.dtype, self.codes.shape, attributes)
+        return onnx_node("DequantizeLinear", inputs, self.scale.dtype, self.codes.shape, attributes)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of a table."""
+        # decode, then look up: TensorRT refuses an int8 constant that Gather reads
+        return F.embedding(ids, self.decoded(zero_point=False))
 
 
 class FoldedLinear(nn.Module):
@@ -115,8 +120,7 @@ class FoldedEmbedding(nn.Module):
         self.weight = weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        # decode, then look up: TensorRT refuses an int8 constant that Gather reads
-        return F.embedding(ids, self.weight.decoded(zero_point=False))
+        return self.weight.rows(ids)
 
 
 class FoldedTiedHead(nn.Module):
@@ -138,7 +142,8 @@ class FoldedTiedHead(nn.Module):
 
 def _as_integers(weight: FoldedWeight, input: Rounding | None) -> bool:
     """Whether runtimes multiply these as integers: no blocks, and no Clip of narrower codes on the way."""
-    return input is not None and input.bounds == INT8 and weight.grid.block is None
+    whole = isinstance(weight, FoldedWeight) and weight.grid.block is None
+    return whole and input is not None and input.bounds == INT8
 
 
 def integer_matmul(rounding: Rounding, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -152,7 +157,8 @@ def integer_matmul(rounding: Rounding, x: Tensor, codes: Tensor, scale: Tensor) 
     return (total.float() * (rounding.scale.float() * scale.float())).to(x.dtype)
 
 
-def _node(
-    op: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: torch.Size, attributes=None
+def onnx_node(
+    op: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: torch.Size, attributes=None, version=21
 ) -> Tensor:
-    return torch.onnx.ops.symbolic(op, inputs, attributes or {}, dtype=dtype, shape=shape, version=21)
+    """One ONNX node, while exporting; `version` is the opset of its domain."""
+    return torch.onnx.ops.symbolic(op, inputs, attributes or {}, dtype=dtype, shape=shape, version=version)

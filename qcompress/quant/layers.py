@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qcompress.quant.noise import QuantNoise
+
 
 class ChannelScale(nn.Module):
     """A positive scale for each channel, exp(theta) with theta within log(bound). Shape [channels].
@@ -118,6 +120,8 @@ class QuantizedWeight(nn.Module):
         self.weight_quantizer = quantizer
         self.rescale: nn.Module | None = None
         self.tap: Tap | None = None
+        self.noise: QuantNoise | None = None
+        self.noisy = True
         self._kept: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
 
     def rescaled_weight(self) -> Tensor:
@@ -131,7 +135,7 @@ class QuantizedWeight(nn.Module):
         if self.tap is None:
             return self._rounded_weight()
         if self.tap.place == "latent" and self.weight_quantizer is not None:
-            return self.weight_quantizer(self.tap.through(self.rescaled_weight()))
+            return self._round(self.tap.through(self.rescaled_weight()))
         return self.tap.through(self._rounded_weight())
 
     def _rounded_weight(self) -> Tensor:
@@ -140,11 +144,20 @@ class QuantizedWeight(nn.Module):
             return self.rescaled_weight()
         if self._moves() or self.tap is not None:
             self._kept = None
-            return self.weight_quantizer(self.rescaled_weight())
+            return self._round(self.rescaled_weight())
         state = tuple((id(tensor), tensor._version) for tensor in (*self.parameters(), *self.buffers()))
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, self._laid_out(self.weight_quantizer(self.rescaled_weight())))
         return self._kept[1]
+
+    def _round(self, weight: Tensor) -> Tensor:
+        """The quantizer's value of a weight; while training, with noise where there is any."""
+        if not self._is_noisy():
+            return self.weight_quantizer(weight)
+        return self.noise(weight, lambda: self.weight_quantizer(weight))
+
+    def _is_noisy(self) -> bool:
+        return self.noise is not None and self.training and self.noisy and self.weight_quantizer.takes_noise
 
     def forget(self) -> None:
         """Let go of the rounded weight that is kept: an update changes weights, and fused optimizers do so
@@ -201,8 +214,15 @@ class QuantizedEmbedding(QuantizedWeight):
         if self.tap is None and quantizer is not None and quantizer.grid.by_row and training:
             # of a vocabulary a batch reads little, and rounding all of it costs as much as a small encoder
             rows, places = ids.unique(return_inverse=True)
-            return F.embedding(places, quantizer.of_rows(self.rescaled_weight(), rows))
+            return F.embedding(places, self._rounded_rows(rows))
         return F.embedding(ids, self.quantized_weight())
+
+    def _rounded_rows(self, rows: Tensor) -> Tensor:
+        """Some rows [n] of the table, [n, width]; while training, with noise where there is any."""
+        weight, quantizer = self.rescaled_weight(), self.weight_quantizer
+        if not self._is_noisy():
+            return quantizer.of_rows(weight, rows)
+        return self.noise(F.embedding(rows, weight), lambda: quantizer.of_rows(weight, rows))
 
 
 class QuantizedTiedHead(nn.Module):

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcompress.options import Lsq, MinMax
 from qcompress.quant.affine import Grid, fake_quantize, to_ternary
 from qcompress.quant.coding import CodedWeight
 from qcompress.quant.dynamic import DynamicActivation
 from qcompress.quant.ranges import Statistics, activation_ratio, start_scale, weight_ratio
 from qcompress.quant.ternary import TernaryWeight
+from qcompress.quantizer_options import Lsq, MinMax
 
 ChannelScale = Callable[[], Tensor]
 """Returns the current rescaling of the channels of an activation, [channels]."""

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompress.options import Ternary
 from qcompress.quant.affine import Grid, to_ternary
 from qcompress.quant.coding import CodedWeight
 from qcompress.quant.ranges import TINY
+from qcompress.quantizer_options import Ternary
 
 
 class TernaryWeight(CodedWeight):

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from qcompress.artifacts import FoldedModel, read_json, write_json
 from qcompress.certificate_points import certify_all
+from qcompress.codebook_nodes import spell_out
 from qcompress.errors import ExportError
+from qcompress.formats import WeightFormat
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import read_config
 from qcompress.plan import LayerPlan, plans_from_json, points_from_json
@@ -71,6 +73,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     program = _trace(folded, facts["family"], COMPUTE[facts["compute"]], options)
     model = program.model
     _name(model, plan)
+    spell_out(model)
     _store_narrow(model, plan)
     if options.keep_fp32:
         keep_fp32(model, options.keep_fp32, load_file(folded.path / "folded.safetensors"))
@@ -214,7 +217,8 @@ def _reader(node: ir.Node, heads: dict[str, str]) -> str | None:
 def _store_narrow(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:
     """Narrow codes become int4 or int2 initializers, packed, where the format's container says so."""
     for item in plan:
-        if item.weights is None or item.layer.tied_to or item.weights.stored_bits == 8:
+        narrow = isinstance(item.weights, WeightFormat) and item.weights.stored_bits < 8
+        if not narrow or item.layer.tied_to:
             continue
         value = model.graph.initializers[f"{item.name}.weight.codes"]
         kind, name = NARROW[item.weights.stored_bits]

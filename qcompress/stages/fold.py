@@ -17,8 +17,9 @@ from torch import Tensor
 
 from qcompress.artifacts import FloatModel, TrainedModel, read_json, write_json
 from qcompress.errors import ContractError, ExportError
-from qcompress.plan import plans_to_json, points_to_json
+from qcompress.plan import LayerPlan, plans_to_json, points_to_json
 from qcompress.prepare import Prepared, rebuild
+from qcompress.quant.codebook import FrozenCodebook, from_vectors
 from qcompress.quant.layers import QuantizedLinear, QuantizedWeight
 from qcompress.tensorfile import save_tensors
 
@@ -72,7 +73,9 @@ def _codes(prepared: Prepared) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     plans = {item.name: item for item in prepared.plan}
     for name, layer in prepared.layers.items():
-        if isinstance(layer, QuantizedWeight):
+        if isinstance(layer, QuantizedWeight) and isinstance(layer.weight_quantizer, FrozenCodebook):
+            found |= _looked_up(name, layer, plans[name])
+        elif isinstance(layer, QuantizedWeight):
             codes, scale = layer.codes()
             scale = layer.weight_quantizer.grid.spread(scale, codes.shape[layer.channel_axis])
             check_scale(scale, f"{name}.weight")
@@ -93,12 +96,33 @@ def _codes(prepared: Prepared) -> dict[str, Tensor]:
     return found
 
 
+def _looked_up(name: str, layer: QuantizedWeight, item: LayerPlan) -> dict[str, Tensor]:
+    """Indices, table and the scale of an int8 table; or what they decode to, codes and equal scales."""
+    quantizer = layer.weight_quantizer
+    indices = quantizer.assignments
+    transposed = isinstance(layer, QuantizedLinear) and layer.channel_axis == 0
+    if int(indices.max()) >= item.weights.centroids:
+        raise ContractError(f"{name}: index {int(indices.max())} of {item.weights.centroids} centroids")
+    found = {}
+    if quantizer.scale is not None:
+        check_scale(quantizer.scale, f"{name}.weight")
+        found["scale"] = quantizer.scale
+    table = quantizer.centroids if quantizer.scale is None else quantizer.codes()
+    if item.codebook is not None:
+        found |= {"assignments": indices.t() if transposed else indices, "centroids": table}
+    else:
+        codes = from_vectors(table[indices.int()], layer.channel_axis)
+        found["scale"] = quantizer.scale.expand(codes.shape[layer.channel_axis])
+        found["codes"] = codes.t() if transposed else codes
+    return {f"{name}.weight.{part}": tensor.clone().contiguous() for part, tensor in found.items()}
+
+
 def _floats(prepared: Prepared, quantized: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every parameter that stays float, norms with their rescaling in them."""
     floats = {
         name: parameter
         for name, parameter in prepared.model.named_parameters()
-        if f"{name}.codes" not in quantized
+        if f"{name}.codes" not in quantized and f"{name}.assignments" not in quantized
     }
     for name, norm in prepared.norms.items():
         floats[f"{name}.weight"], floats[f"{name}.bias"] = norm.folded()

@@ -17,17 +17,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import nn
 
-from qcompress.artifacts import FloatModel, write_json
+from qcompress.artifacts import FloatModel
 from qcompress.blockwise import run_block_phase
 from qcompress.checkpoint import Checkpoints, Position, moving
-from qcompress.errors import ContractError, MachineError, ModelError
+from qcompress.errors import ContractError, MachineError
+from qcompress.formats import CodebookFormat
 from qcompress.loop import (
     Training,
     in_order,
     role_of,
     run_model_phase,
+    settle,
     to_device,
 )
 from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
@@ -36,22 +38,21 @@ from qcompress.models import FAMILIES, load_tokenizer
 from qcompress.models.architecture import Architecture, read_config
 from qcompress.observe import make_static, observe
 from qcompress.own import class_of
-from qcompress.plan import LayerPlan, PointPlan, plan_points, plans_to_json, points_to_json, rounded
+from qcompress.plan import LayerPlan, PointPlan, plan_points, rounded
 from qcompress.prepare import initialise, open_points, quantize
 from qcompress.processes import Processes
 from qcompress.progress import Reporter
+from qcompress.quant.codebook import is_codebook
 from qcompress.quant.ranges import Statistics
 from qcompress.schema import Recipe
 from qcompress.tasks import TASKS
 from qcompress.tasks.examples import Batch, Examples
-from qcompress.tensorfile import save_tensors
+from qcompress.trainedfile import save_trained
 
 LOGITS = 2**26
 """Most logits of one calibration batch."""
 
 ALONE = Processes()
-
-COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def train(
     batches = () if data.calibration is None else _batches(data.calibration, training, float_model)
     ranges = make_static(prepared, batches)
     if processes.first:
-        _save(training, adapter, float_names, frozen, before, ranges, out)
+        save_trained(training, adapter, float_names, frozen, before, ranges, out)
     processes.agree(None)  # the others leave when everything is written
 
 
@@ -128,7 +129,8 @@ def _set_up(
     adapter.attach(prepared, architecture.sites, statistics)
     prepared.model.to(accelerator.device)
     if not resuming:
-        initialise(prepared, statistics)
+        torch.manual_seed(recipe.seed)  # k-means draws where it starts
+        initialise(prepared, statistics, later=_later(plan, phases))
 
     roles = {role for phase in phases for role in phase.roles}
     frozen = not roles & {"weight", "other"}
@@ -152,6 +154,15 @@ def _set_up(
         recent=[],
     )
     return training, adapter, float_names, frozen
+
+
+def _later(plan: tuple[LayerPlan, ...], phases: tuple[Phase, ...]) -> set[str]:
+    """The layers that become codebooks while training, or at its end: those of a phase of their own, and all
+    that Quant-Noise trains as floats.
+    """
+    named = {name for phase in phases for name in phase.quantizes}
+    noisy = {item.name for item in plan if isinstance(item.weights, CodebookFormat) and item.noise and phases}
+    return named | noisy
 
 
 def _accelerator(recipe: Recipe, processes: Processes) -> Accelerator:
@@ -288,63 +299,7 @@ def _run(training: Training, phases: tuple[Phase, ...]) -> None:
             run_model_phase(training, phase, start, moments)
         moments = {}
         training.save(Position(phase=index + 1), None)
+    books = [name for name, quantizer in training.prepared.weight_quantizers() if is_codebook(quantizer)]
+    settle(training, books, len(phases))
     training.objective.detach()
     training.prepared.model.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def _save(
-    training: Training, adapter: Adapter, float_names: set[str], frozen: bool, digest: str | None,
-    ranges: dict[str, dict[str, float]], out: Path,
-) -> None:  # fmt: skip
-    recipe, prepared = training.recipe, training.prepared
-    compute = COMPUTE[recipe.format.compute]
-    tensors: dict[str, Tensor] = {}
-    for name, quantizer in prepared.weight_quantizers():
-        weight = prepared.layers[name].rescaled_weight()
-        tensors[f"{name}.weight.scale"] = snap(quantizer.scale_of(weight), compute, f"{name}.weight")
-        threshold = quantizer.threshold_of(weight)
-        if threshold is not None:
-            tensors[f"{name}.weight.threshold"] = threshold
-    for name, quantizer in prepared.activation_quantizers():
-        tensors[f"{name}.scale"] = snap(quantizer.scale_of(), compute, name)
-    rescalings = adapter.fold()
-    tensors |= {f"{norm}.rescale": scale for norm, scale in rescalings.items()}
-    changed = []
-    if not frozen:
-        changed = [name for name, _ in prepared.model.named_parameters() if name in float_names]
-        tensors |= {name: prepared.model.get_parameter(name) for name in changed}
-    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_tensors(out / "trained.safetensors", contents)
-    sites = {site.norm: site.readers for site in training.architecture.sites}
-    write_json(
-        out / "trained.json",
-        {
-            "family": prepared.family,
-            "compute": recipe.format.compute,
-            "plan": plans_to_json(prepared.plan),
-            "points": points_to_json(prepared.points),
-            "rescalings": [{"norm": norm, "readers": list(sites[norm])} for norm in rescalings],
-            "changed": changed,
-            "weights_unchanged": {"sha256": digest} if frozen else None,
-            "static_ranges": ranges,
-            "phases": training.facts,
-        },
-    )
-
-
-def snap(scale: Tensor, compute: torch.dtype, name: str) -> Tensor:
-    """The nearest scale that the compute type can hold, in fp32; positive and finite or refused.
-
-    Rounding scales here, and not at export, keeps the integers of training and deployment equal.
-    """
-    smallest = torch.finfo(compute).smallest_normal
-    if compute == torch.float16:
-        smallest = 2.0**-24  # fp16 kernels keep subnormal numbers
-    snapped = scale.detach().float().clamp_min(smallest).to(compute).float()
-    if not bool((snapped.isfinite() & (snapped > 0)).all()):
-        raise ModelError(
-            f"{name}: a scale of {float(scale.abs().max()):.3g} does not fit into {compute}",
-            fix="use format.compute: fp32, or leave this layer in float under format.layers",
-        )
-    return snapped

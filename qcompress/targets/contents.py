@@ -1,7 +1,8 @@
 """What an ONNX file stores: bits, granularity and bytes of every weight, ours or not. No torch.
 
-A *weight* is a constant that a matmul, a convolution or Gather reads: through DequantizeLinear, as floats, or
-as codes where the operator itself decodes them (ONNX Runtime's own format).
+A *weight* is a constant that a matmul, a convolution or Gather reads: through DequantizeLinear, as floats, as
+codes where the operator itself decodes them (ONNX Runtime's own format), or as indices into a table of
+vectors.
 Information bits are counted from the codes that are there: as many as number all values between the smallest
 and the largest code, so that 2-bit codes in an int4 tensor have 4 stored bits and 2 of information.
 Everything that is stored is counted once: a tied table for its first reader, a scale that two layers share
@@ -22,6 +23,7 @@ from onnx import NodeProto
 
 from qcompress.errors import ExportError
 from qcompress.targets.checks import MATMULS
+from qcompress.targets.codebooks import Lookup, lookups
 from qcompress.targets.graph import (
     DEQUANTIZE,
     FLOATS,
@@ -36,7 +38,7 @@ from qcompress.targets.graph import (
 from qcompress.targets.quantizers import MOVES, code_type, dequantizer_of, users_of, weights_of
 from qcompress.targets.sizes import BITS, stored_bytes
 
-ENDINGS = re.compile(r"(\.codes|_quantized|(_DQ)?_[qQ]\d|_i4)$")
+ENDINGS = re.compile(r"(\.codes|\.assignments|_quantized|(_DQ)?_[qQ]\d|_i4)$")
 """What tools add to the name of a weight when they store its codes: qcompress, ONNX Runtime's quantizers of 8
 and of 4 bits, nvidia-modelopt.
 """
@@ -62,13 +64,13 @@ class Weight:
     shape: tuple[int, ...]
     stored: str
     """Element type of the file."""
-    stored_bits: int
+    stored_bits: float
     information_bits: float
     """Bits that number every code between the smallest and the largest, log2(3) for three of them; as stored
     for floats.
     """
     granularity: str
-    """`tensor`, `channel`, `block N`, or empty for a float weight."""
+    """`tensor`, `channel`, `block N`, `vectors of N` of a codebook, or empty for a float weight."""
     input: str
     """Type in which its other operand comes: int8, float; empty for a table."""
     bytes: int
@@ -95,7 +97,13 @@ def contents(file: Path) -> dict[str, Any]:
             )
     tensors = sum(taken.values())
     counted: set[str] = set()
-    weights = [_weight(view, name, nodes, counted, size) for name, nodes in _stored(view).items()]
+    books = lookups(view)
+    weights = [
+        _looked_up(view, books[name], counted, size)
+        if name in books
+        else _weight(view, name, nodes, counted, size)
+        for name, nodes in _stored(view).items()
+    ]
     rest = {name: tensor for name, tensor in view.constants.items() if name not in counted}
     floats = sum(stored_bytes(tensor) for tensor in rest.values() if tensor.data_type in FLOATS)
     own = sum(weight.bytes for weight in weights)
@@ -159,6 +167,26 @@ def _weight(view: View, name: str, nodes: list[NodeProto], counted: set[str], si
         information_bits=bits,
         granularity=_granularity(view, first),
         input=_input(view, readers),
+        bytes=own,
+        share=own / size,
+    )
+
+
+def _looked_up(view: View, book: Lookup, counted: set[str], size: int) -> Weight:
+    fresh = [part for part in dict.fromkeys(book.parts) if part not in counted]
+    counted.update(fresh)
+    own = sum(stored_bytes(view.constants[part]) for part in fresh)
+    bits = BITS.get(_word(view, book.indices), 8) / book.block
+    table = FLOATS.get(view.constants[book.table].data_type, _word(view, book.table).lower())
+    return Weight(
+        name=_short(book.indices),
+        readers=book.readers,
+        shape=book.shape,
+        stored=f"{_word(view, book.indices).lower()} into {table}",
+        stored_bits=int(bits) if bits == int(bits) else bits,
+        information_bits=book.information_bits,
+        granularity=f"vectors of {book.block}",
+        input="" if book.readers == ("Gather",) else "float",
         bytes=own,
         share=own / size,
     )

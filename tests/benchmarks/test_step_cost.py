@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcompress.options import Lsq
 from qcompress.quant.affine import Grid
 from qcompress.quant.layers import QuantizedLinear
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
 from qcompress.quant.ranges import Statistics
+from qcompress.quantizer_options import Lsq
 
 pytestmark = pytest.mark.benchmark
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from qcompress.errors import ContractError
-from qcompress.options import Dynamic
 from qcompress.quant.dynamic import DynamicActivation
 from qcompress.quant.quantizers import FrozenActivation
+from qcompress.quantizer_options import Dynamic
 
 INT8 = (-128, 127)
 

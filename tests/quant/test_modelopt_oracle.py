@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompress.options import MinMax
 from qcompress.quant.affine import Grid, to_codes
 from qcompress.quant.quantizers import MinMaxActivation, MinMaxWeight
 from qcompress.quant.ranges import Statistics
+from qcompress.quantizer_options import MinMax
 
 pytestmark = [
     pytest.mark.slow,  # importing nvidia-modelopt takes 5 to 10 seconds

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.formats import WeightFormat
-from qcompress.options import Lsq, MinMax, Ternary
 from qcompress.quant.affine import Grid
 from qcompress.quant.folded import (
     FoldedEmbedding,
@@ -39,6 +38,7 @@ from qcompress.quant.quantizers import (
     LsqWeight,
     MinMaxWeight,
 )
+from qcompress.quantizer_options import Lsq, MinMax, Ternary
 
 FORMATS = {
     "int8": WeightFormat(bits=8),

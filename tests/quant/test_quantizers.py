@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from qcompress.axes import AXES
-from qcompress.options import Lsq, MinMax, Quantizers
 from qcompress.quant.affine import Grid, fake_quantize
 from qcompress.quant.layers import ChannelScale
 from qcompress.quant.quantizers import (
@@ -20,6 +19,7 @@ from qcompress.quant.quantizers import (
     FrozenWeight,
 )
 from qcompress.quant.ranges import Statistics
+from qcompress.quantizer_options import Lsq, MinMax, Quantizers
 
 OPTIONS = {"minmax": MinMax, "lsq": Lsq}
 INT8, INT4 = (-128, 127), (-8, 7)

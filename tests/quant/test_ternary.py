@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompress.options import Ternary
 from qcompress.quant.affine import Grid
 from qcompress.quant.quantizers import FrozenWeight, TernaryWeight
 from qcompress.quant.ranges import TINY
+from qcompress.quantizer_options import Ternary
 
 TERNARY = (-1, 1)
 GRIDS = {

@@ -1,0 +1,141 @@
+"""Following edges through an ONNX graph, for the certificate: who reads a decoded weight, and what rounds the
+other operand. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, numpy_helper
+
+from qcompress.plan import LayerPlan
+
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX graph with the look-ups that following an edge needs."""
+
+    file: Path
+    initializers: dict[str, TensorProto]
+    producer: dict[str, NodeProto]
+    readers: dict[str, list[NodeProto]]
+    nodes: tuple[NodeProto, ...]
+
+    @classmethod
+    def read(cls, file: Path) -> Graph:
+        """Read a graph; external data is read tensor by tensor, later."""
+        graph = onnx.load(str(file), load_external_data=False).graph
+        readers: dict[str, list[NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        return cls(
+            file=file,
+            initializers={tensor.name: tensor for tensor in graph.initializer},
+            producer={name: node for node in graph.node for name in node.output},
+            readers=readers,
+            nodes=tuple(graph.node),
+        )
+
+    def array(self, name: str) -> np.ndarray | None:
+        """Values of an initializer, or None."""
+        tensor = self.initializers.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor, base_dir=str(self.file.parent))
+
+
+def zero_is_zero(graph: Graph, node: NodeProto) -> bool:
+    """Whether a Q or DQ node has no zero point, or one of zeros."""
+    if len(node.input) < 3 or not node.input[2]:
+        return True
+    zero = graph.array(node.input[2])
+    return zero is not None and not np.any(zero.astype(np.int8))
+
+
+def input_pairs(graph: Graph, sources: list[str], tensors: Any, item: LayerPlan) -> tuple[int, bool]:
+    """Q/DQ pairs in front of this layer's matmul, and whether their scale is the folded one; `sources` are
+    the values that its decoded weight comes out of.
+    """
+    if item.layer.kind == "embedding":
+        return 0, True
+    pairs, equal = 0, True
+    for source in sources:
+        for matmul, own in matmuls(graph, source):
+            other = next((name for name in matmul.input[:2] if name != own), None)
+            pair = input_pair(graph, other or "")
+            if pair is None:
+                continue
+            pairs += 1
+            if not item.activations:
+                continue
+            reference = tensors.get_tensor(f"{item.name}.input.scale")
+            equal &= bounds_fit(graph, pair.clip, item.activations.bounds)
+            for node in (pair.quantize, pair.dequantize):
+                scale = graph.array(node.input[1])
+                equal &= scale is not None and same(scale, reference.astype(scale.dtype))
+                equal &= zero_is_zero(graph, node)
+    return pairs, equal
+
+
+class Pair(NamedTuple):
+    """The nodes that round an activation."""
+
+    quantize: NodeProto
+    dequantize: NodeProto
+    clip: NodeProto | None
+    """Between the two, of codes with narrower bounds than int8's."""
+
+
+def input_pair(graph: Graph, value: str) -> Pair | None:
+    """The QuantizeLinear and DequantizeLinear nodes that a value comes out of, None if it does not."""
+    decoder = graph.producer.get(value)
+    if decoder is None or decoder.op_type != "DequantizeLinear":
+        return None
+    return pair_of(graph, graph.producer.get(decoder.input[0]), decoder)
+
+
+def pair_of(graph: Graph, node: NodeProto | None, decoder: NodeProto) -> Pair | None:
+    """The pair of a decoder whose codes `node` makes: QuantizeLinear, or the Clip behind it."""
+    clip = node if node is not None and node.op_type == "Clip" else None
+    quantize = node if clip is None else graph.producer.get(clip.input[0])
+    if quantize is None or quantize.op_type != "QuantizeLinear":
+        return None
+    return Pair(quantize, decoder, clip)
+
+
+def bounds_fit(graph: Graph, clip: NodeProto | None, bounds: tuple[int, int]) -> bool:
+    """Whether codes are clipped at these bounds; those of int8 need no Clip."""
+    if clip is None:
+        return bounds == (-128, 127)
+    found = [graph.array(name) for name in clip.input[1:]]
+    return all(value is not None for value in found) and [int(value) for value in found] == list(bounds)
+
+
+def matmuls(graph: Graph, value: str) -> list[tuple[NodeProto, str]]:
+    """Matmuls that read a decoded weight, directly or transposed, and the name they read it by."""
+    found = []
+    for node in graph.readers.get(value, []):
+        if node.op_type in ("MatMul", "Gemm"):
+            found.append((node, value))
+        elif node.op_type == "Transpose":
+            found += matmuls(graph, node.output[0])
+    return found
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays agree in shape, type and every bit."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def first_difference(found: np.ndarray, expected: np.ndarray, what: str) -> str:
+    """In words, where two arrays that are not the same differ."""
+    if found.shape != expected.shape:
+        return f"{what}: shape {list(found.shape)}, expected {list(expected.shape)}"
+    where = np.argwhere(found != expected)
+    place = tuple(int(index) for index in where[0])
+    return f"{what}: {len(where)} differ, first at {list(place)}: {found[place]}, expected {expected[place]}"

@@ -1,0 +1,207 @@
+"""Weights as indices into a table of vectors: product quantization with learned centroids (iPQ).
+
+Source: Quant-Noise (arXiv:2004.07320), section 3.3. A weight is cut into vectors of `block` consecutive input
+channels of one output channel; k-means gives k centroids, and each vector becomes the index of the nearest:
+
+    W[o, j * block + i] = C[a[o, j], i]        a: uint8, C: [k, block]
+
+Until it settles, a weight is the float parameter it was; from then on indices are fixed and the centroids
+train. Indices lie as their weight does: [out, in / block] for [out, in], [in / block, out] for [in, out].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qcompress.formats import CodebookFormat
+from qcompress.quant.affine import Grid, fake_quantize
+from qcompress.quant.coding import CodedWeight
+from qcompress.quant.kmeans import Clusters, kmeans
+from qcompress.quant.ranges import TINY
+from qcompress.quantizer_options import Codebook
+
+TABLE = (-127, 127)
+"""Codes of an int8 table; without -128, so that a sign can be changed."""
+
+
+def to_vectors(weight: Tensor, channel_axis: int, block: int) -> Tensor:
+    """A weight's vectors, [out, in / block, block] or, of [in, out], [in / block, out, block]."""
+    if channel_axis == 0:
+        return weight.unflatten(1, (-1, block))
+    return weight.unflatten(0, (-1, block)).transpose(1, 2)
+
+
+def from_vectors(vectors: Tensor, channel_axis: int) -> Tensor:
+    """Inverse of `to_vectors`.
+
+    >>> weight = torch.arange(24.0).reshape(4, 6)
+    >>> all(from_vectors(to_vectors(weight, axis, 2), axis).equal(weight) for axis in (0, 1))
+    True
+    """
+    return vectors.flatten(1, 2) if channel_axis == 0 else vectors.transpose(1, 2).flatten(0, 1)
+
+
+class _Decoded(CodedWeight):
+    """Base: a weight that is looked up. It has no codes of its own: `parts` is what is stored."""
+
+    centroids: Tensor
+    assignments: Tensor
+
+    def __init__(self, channel_axis: int) -> None:
+        super().__init__()
+        self.channel_axis = channel_axis
+        self.grid, self.bounds = Grid(channel_axis), (0, 255)
+
+    def table(self) -> Tensor:
+        """The centroids as they are deployed, [k, block]."""
+        raise NotImplementedError
+
+    def decoded(self, assignments: Tensor) -> Tensor:
+        """The weight of these indices."""
+        return from_vectors(F.embedding(assignments.int(), self.table()), self.channel_axis)
+
+    def advance(self) -> None:
+        """Nothing an update could break."""
+
+
+class CodebookWeight(_Decoded):
+    """A weight that trains as it is until `settle`, and as its centroids afterwards."""
+
+    def __init__(
+        self, options: Codebook, form: CodebookFormat, channel_axis: int, shape: torch.Size, estimates: bool
+    ) -> None:
+        """For a weight of `shape`; `estimates`: noise rounds parts of it before it settles."""
+        super().__init__(channel_axis)
+        self.options, self.form, self.estimates = options, form, estimates
+        size = list(shape)
+        size[1 - channel_axis] //= form.block
+        self.centroids = nn.Parameter(torch.zeros(form.centroids, form.block))
+        self.register_buffer("assignments", torch.zeros(size, dtype=torch.uint8))
+        self.register_buffer("settled", torch.tensor(False))
+        self.register_buffer("age", torch.tensor(0))
+        self.register_buffer("estimated", torch.tensor(-1))
+
+    @property
+    def takes_noise(self) -> bool:
+        """Until it settles."""
+        return not bool(self.settled)
+
+    def init(self, weight: Tensor) -> None:
+        """Settle at once, on this weight, from torch's generator."""
+        self.settle(weight)
+
+    @torch.no_grad()
+    def settle(self, weight: Tensor) -> Clusters:
+        """k-means of this weight; from here on its centroids train. Seeded by torch's generator."""
+        clusters = self._cluster(weight, int(torch.randint(2**62, ())))
+        self.settled.fill_(True)
+        return clusters
+
+    def _cluster(self, weight: Tensor, seed: int) -> Clusters:
+        vectors = to_vectors(weight.detach(), self.channel_axis, self.form.block)
+        options, generator = self.options, torch.Generator().manual_seed(seed)
+        clusters = kmeans(
+            vectors.flatten(0, 1), self.form.centroids, options.iterations, options.splits, generator
+        )
+        self.centroids.data.copy_(clusters.centroids)
+        self.assignments.copy_(clusters.assignments.view_as(self.assignments))
+        return clusters
+
+    def scale_of(self, weight: Tensor | None = None) -> Tensor:
+        """Scale of an int8 table, []."""
+        return (self.centroids.detach().abs().max() / TABLE[1]).clamp_min(TINY)
+
+    def table(self) -> Tensor:
+        """As the base says; of an int8 table the gradient passes straight through."""
+        centroids = self.centroids
+        if self.options.gradient == "mean" and centroids.requires_grad:
+            counts = torch.bincount(self.assignments.flatten().int(), minlength=len(centroids))
+            centroids = _Averaged.apply(centroids, counts.clamp_min(1)[:, None])
+        if self.form.table == "int8":
+            centroids = fake_quantize(centroids, self.scale_of(), TABLE)
+        return centroids
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if bool(self.settled):
+            return self.decoded(self.assignments)
+        if not self.estimates:
+            return weight
+        self._estimate(weight)
+        return weight + (self.decoded(self.assignments) - weight).detach()
+
+    def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """As the base says."""
+        if bool(self.settled):
+            return self.decoded(self.assignments[rows])
+        picked = F.embedding(rows, weight)
+        if not self.estimates:
+            return picked
+        self._estimate(weight)
+        return picked + (self.decoded(self.assignments[rows]) - picked).detach()
+
+    @torch.no_grad()
+    def _estimate(self, weight: Tensor) -> None:
+        """Codebook of the weight as it is now, anew every `renew` updates; torch's generator is left alone,
+        since a pass may be repeated.
+        """
+        due = int(self.age) // self.options.renew
+        if int(self.estimated) != due:
+            self._cluster(weight, seed=due)
+            self.estimated.fill_(due)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Count the updates."""
+        self.age += 1
+
+    @torch.no_grad()
+    def parts(self, weight: Tensor) -> dict[str, Tensor]:
+        """What is deployed: indices, centroids in fp32, and the scale of an int8 table."""
+        found = {"assignments": self.assignments, "centroids": self.centroids.detach()}
+        return found | ({"scale": self.scale_of()} if self.form.table == "int8" else {})
+
+
+class FrozenCodebook(_Decoded):
+    """A codebook after training: indices, and the table or its codes with their scale, []."""
+
+    def __init__(self, assignments: Tensor, centroids: Tensor, scale: Tensor | None, axis: int) -> None:
+        super().__init__(axis)
+        self.register_buffer("assignments", assignments)
+        self.register_buffer("centroids", centroids)
+        self.register_buffer("scale", scale)
+
+    def codes(self) -> Tensor:
+        """Codes of an int8 table, int8 [k, block]."""
+        return torch.div(self.centroids, self.scale).round_().clamp_(*TABLE).to(torch.int8)
+
+    def table(self) -> Tensor:
+        """As the base says."""
+        return self.centroids if self.scale is None else fake_quantize(self.centroids, self.scale, TABLE)
+
+    def scale_of(self, weight: Tensor) -> Tensor:
+        """Scale of an int8 table, []."""
+        return self.scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.decoded(self.assignments)
+
+
+class _Averaged(torch.autograd.Function):
+    """The centroids, whose gradient is divided by the number of vectors that each stands for."""
+
+    @staticmethod
+    def forward(ctx, centroids: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(counts)
+        return centroids.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
+        (counts,) = ctx.saved_tensors
+        return upstream / counts, None
+
+
+def is_codebook(quantizer: nn.Module) -> bool:
+    """Whether a weight's quantizer is one that settles into a codebook."""
+    return isinstance(quantizer, CodebookWeight)
