@@ -22,6 +22,7 @@ import onnx
 from qcompress.artifacts import read_json, sha256_file, write_json
 from qcompress.errors import ExportError
 from qcompress.models import FAMILIES
+from qcompress.models.architecture import Input, read_config
 from qcompress.targets.child import command, environment
 from qcompress.targets.contents import INTEGERS, contents
 from qcompress.targets.graph import View, dimensions, read
@@ -34,7 +35,7 @@ TRIAL_MIB, TRIAL_S = 16384, 600
 
 REASON = "the graph was made elsewhere"
 
-INT64 = onnx.TensorProto.INT64
+ELEMENTS = {"int64": onnx.TensorProto.INT64, "float32": onnx.TensorProto.FLOAT}
 
 
 def files_of(graph: Path) -> dict[str, str]:
@@ -62,12 +63,14 @@ def adopt(
     certificate.json (which says that there is none), and config.json and the tokenizer of `checkpoint`.
     Returns what a user should know.
 
-    The graph takes some of the family's inputs, integers [batch, sequence] of any size, and gives `logits`
-    of `shape`: (rows, tokens, vocabulary) or (rows, labels), None for sizes that the inputs decide.
+    The graph takes some of the family's inputs, of any size where the family says so (`signature`), the first
+    of them always, and gives `logits` of `shape`: (rows, tokens, vocabulary) or (rows, labels), None for
+    sizes that the inputs decide.
     Raises ExportError where it does not, where the target would refuse it, where ONNX Runtime cannot run it.
     """
     view = read(graph)
-    _check_signature(view, family)
+    signature = FAMILIES[family].signature(read_config(checkpoint))
+    _check_signature(view, family, signature)
     findings = lint(graph, find_target(target))
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors:
@@ -75,7 +78,8 @@ def adopt(
         raise ExportError(
             f"{target} would refuse or change {graph}:\n{lines}", fix="see the fix of each line"
         )
-    without = _try(graph, [value.name for value in view.inputs], shape)
+    names = [value.name for value in view.inputs]
+    without = _try(graph, [item for item in signature if item.name in names], shape)
     file = out / "model.onnx"
     if view.data_files:
         model = onnx.load(str(graph))
@@ -96,21 +100,25 @@ def adopt(
     return [f"ONNX Runtime opens the graph only without {', '.join(without)}, and is measured so"]
 
 
-def _check_signature(view: View, family: str) -> None:
-    known = FAMILIES[family].INPUTS
+def _check_signature(view: View, family: str, signature: tuple[Input, ...]) -> None:
+    known = {item.name: item for item in signature}
     types = {value.name: value.type.tensor_type.elem_type for value in view.inputs}
-    if "input_ids" not in types or not set(types) <= set(known):
+    if signature[0].name not in types or not set(types) <= set(known):
         raise ExportError(
             f"{view.file} has the inputs {', '.join(types) or 'none'}, and a {family} model has "
             f"{', '.join(known)}",
             fix="name the inputs of the graph as transformers does, or leave out those that it does not read",
         )
     for value in view.inputs:
-        shape = dimensions(value) or ()
-        if types[value.name] != INT64 or len(shape) != 2 or any(isinstance(size, int) for size in shape):
+        shape, wanted = dimensions(value) or (), known[value.name]
+        fits = len(shape) == len(wanted.axes) and all(
+            not isinstance(size, int) or size == axis for size, axis in zip(shape, wanted.axes, strict=True)
+        )
+        if types[value.name] != ELEMENTS[wanted.element] or not fits:
+            sized = " of any size" if wanted.element == "int64" else ", the batch of any size"
             raise ExportError(
-                f"{view.file}: the input {value.name} must be int64 [batch, sequence] of any size, and is "
-                f"{list(shape)}",
+                f"{view.file}: the input {value.name} must be {wanted.element} "
+                f"[{', '.join(map(str, wanted.axes))}]{sized}, and is {list(shape)}",
                 fix="export the graph with dynamic axes",
             )
     if "logits" not in view.outputs:
@@ -120,9 +128,10 @@ def _check_signature(view: View, family: str) -> None:
         )
 
 
-def _try(graph: Path, inputs: list[str], shape: Sequence[int | None]) -> list[str]:
+def _try(graph: Path, inputs: list[Input], shape: Sequence[int | None]) -> list[str]:
     """Run the graph once, in a process that may die of it; returns the optimizers that must be left out."""
-    words = command("qcompress.targets.trial", str(graph.resolve()), ",".join(inputs), str(TRIAL_MIB))
+    fed = {item.name: [item.element, list(item.axes)] for item in inputs}
+    words = command("qcompress.targets.trial", str(graph.resolve()), json.dumps(fed), str(TRIAL_MIB))
     try:
         # in a folder of its own, or Python would import what lies beside the graph
         with tempfile.TemporaryDirectory(prefix="qcompress-trial-") as folder:
@@ -138,11 +147,12 @@ def _try(graph: Path, inputs: list[str], shape: Sequence[int | None]) -> list[st
             f"{graph}: ONNX Runtime cannot run it: {reason}", fix="try the graph with onnxruntime by itself"
         )
     found = json.loads(done.stdout)
+    tokens = f" of {TOKENS} tokens" if any("sequence" in item.axes for item in inputs) else ""
     wanted = [ROWS, *((TOKENS,) if len(shape) == 3 else ()), shape[-1]]
     if found["shape"] != wanted or found["type"] not in ("float32", "float16"):
         raise ExportError(
-            f"{graph}: the logits of {ROWS} rows of {TOKENS} tokens are {found['type']} {found['shape']}, "
-            f"and this model and task have floats {wanted}",
+            f"{graph}: the logits of {ROWS} rows{tokens} are {found['type']} {found['shape']}, and this "
+            f"model and task have floats {wanted}",
             fix="name a graph that was made of this model, with dynamic axes",
         )
     return found["disabled_optimizers"]

@@ -258,6 +258,8 @@ def _target(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> 
 def _context(recipe: Recipe, document: Document, architecture: Architecture) -> None:
     key: Key = ("task", "context")
     limit = architecture.context
+    if recipe.task.context is None:
+        return
     if not document.sound(key):
         judge_profiles(recipe, document, limit, f"the model has {limit} positions")
     elif recipe.task.context > limit:

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qcompress.schema import CausalLm, Recipe, TextData
-from qcompress.task_options import COLUMNS, SUFFIXES
+from qcompress.schema import CausalLm, ImageClassification, Recipe, TextData
+from qcompress.task_options import COLUMNS, FILES, SUFFIXES
 from qcompress.yamlfile import Document, Key, dotted
 
 FORMATS: tuple[Key, ...] = tuple(
@@ -25,12 +25,22 @@ FORMATS: tuple[Key, ...] = tuple(
 )
 """Keys that decide what is quantized."""
 
+ORIGINS: dict[str, tuple[str, ...]] = {
+    "causal-lm": ("text", "dataset"),
+    "sequence-classification": ("text", "table", "dataset"),
+    "token-classification": ("text", "table", "dataset"),
+    "image-classification": ("npz", "folder", "dataset"),
+}
+"""Where a task's data may come from."""
+
 LOCAL = ("/", "./", "../")
 """How the name of a dataset begins that can only be a directory."""
 
 
 def judge_origins(recipe: Recipe, document: Document) -> None:
-    """Text is for language models, a table of examples for every other task."""
+    """Text is for language models, images for what classifies them, a table of examples for every other
+    task.
+    """
     if not document.sound(("task", "name")):
         return
     task = recipe.task.name
@@ -41,7 +51,7 @@ def judge_origins(recipe: Recipe, document: Document) -> None:
                 document.tainted.add((*section, key))
         for index, name in enumerate(data.table or ()):
             key = (*section, "table", index)
-            if task != "causal-lm" and not name.endswith(SUFFIXES) and document.sound(key):
+            if "table" in ORIGINS[task] and not name.endswith(SUFFIXES) and document.sound(key):
                 message = f"{name} ends in none of {', '.join(SUFFIXES)}, so it is not known how to read it"
                 document.report(key, message, "rename it, or write it as one of these")
 
@@ -49,11 +59,23 @@ def judge_origins(recipe: Recipe, document: Document) -> None:
 def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[str, str, str]]:
     """Keys of some data that the task cannot use: key, what is wrong, what to write."""
     task = recipe.task
+    if data.augment is not None and not (section == ("data", "train") and "folder" in ORIGINS[task.name]):
+        yield "augment", "varies the images of `data.train` alone", "drop it"
+    given = [key for key in (*FILES, "folder") if getattr(data, key) is not None]
+    strange = [key for key in given if key not in ORIGINS[task.name]]
+    if strange:
+        owner = {"npz": "image-classification", "folder": "image-classification"}.get(strange[0])
+        owner = owner or ("a task of text" if isinstance(task, ImageClassification) else "a classification")
+        fix = {
+            "causal-lm": "write `text: [FILE, ...]`, or `dataset:` with `column:`",
+            "image-classification": "write `npz: [FILE, ...]`, `folder: DIR` or `dataset:`",
+        }.get(task.name, "write `table: [FILE, ...]` (.tsv, .csv, .jsonl, .parquet) with `columns:`")
+        yield strange[0], f"belongs to {owner}, and the task is {task.name}", fix
+        return
     if isinstance(task, CausalLm):
-        key = "columns" if data.table is None else "table"
-        if getattr(data, key) is not None:
+        if data.columns is not None:
             message = f"belongs to a classification, and the task is {task.name}"
-            yield key, message, "write `text: [FILE, ...]`, or `dataset:` with `column:`"
+            yield "columns", message, "write `text: [FILE, ...]`, or `dataset:` with `column:`"
         return
     if data.text is not None and section == ("data", "train"):
         message = f"has no labels, and {task.name} trains on them"
@@ -79,7 +101,9 @@ def judge_files(recipe: Recipe, document: Document, base: Path) -> None:
     """Each file is judged once: one that is missing is one mistake, however many sets name it."""
     wrong: dict[str, tuple[str, list[Key]]] = {}
     for section, data in _texts(recipe):
-        origin = "table" if data.text is None else "text"
+        origin = next((key for key in FILES if getattr(data, key) is not None), "")
+        if data.folder is not None:
+            judge_directory((*section, "folder"), data.folder, "a folder of images", document, base)
         for index, name in enumerate(data.files):
             key = (*section, origin, index)
             if document.sound(key) and (problem := _unreadable(base / name)) is not None:

@@ -19,9 +19,14 @@ METRICS: dict[str, Literal["lower", "higher"]] = {
     "pearson": "higher",
     "spearman": "higher",
     "span_f1": "higher",
+    "top5_accuracy": "higher",
+    "cross_entropy": "lower",
     "agreement": "higher",
 }
-"""Every metric a task reports, and which way is better. All of them are 1 at best."""
+"""Every metric a task reports, and which way is better."""
+
+BEST = {"cross_entropy": 0.0}
+"""The best value of a metric, where it is not 1."""
 
 
 class Goal(Options):

@@ -22,12 +22,14 @@ from qcompress.processes import announced
 from qcompress.recipe import Resolved
 from qcompress.schema import STAGES, Recipe
 from qcompress.stages.load import fingerprint, locate
+from qcompress.task_options import FILES
+from qcompress.tasks import TASKS
 from qcompress.tasks.text import fingerprint as text_fingerprint
 from qcompress.workspace import Step
 
 TOOLS: dict[str, tuple[str, ...]] = {
     "load": (),
-    "train": ("torch", "transformers", "tokenizers", "accelerate", "numpy"),
+    "train": ("torch", "transformers", "tokenizers", "accelerate", "numpy", "pillow"),
     "fold": ("torch", "transformers"),
     "export": ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"),
     "build": ("tensorrt", "tensorrt_rtx"),
@@ -38,6 +40,7 @@ TOOLS: dict[str, tuple[str, ...]] = {
         "onnxruntime",
         "onnxruntime-gpu",
         "numpy",
+        "pillow",
         "scikit-learn",
         "scipy",
     ),  # fmt: skip
@@ -157,7 +160,11 @@ def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
     learned = {key: whole[key] for key in ("seed", "task", "format", "train", *axes)}
     learned["data"] = {key: _unplaced(whole["data"][key]) for key in ("train", "calibration")}
     return {
-        "load": {"family": recipe.model.family, "head": asdict(head_of(recipe))},
+        "load": {
+            "family": recipe.model.family,
+            "head": asdict(head_of(recipe)),
+            "processor": TASKS[recipe.task.name].processor(recipe.task),
+        },
         "train": learned,
         "fold": {},
         "export": {
@@ -188,11 +195,12 @@ def _unplaced(data: dict[str, object] | None) -> dict[str, object] | None:
     """
     if data is None:
         return None
-    files = ("text", "table")
-    return {
-        key: [Path(name).name for name in value] if key in files and value else value
-        for key, value in data.items()
+    placed = {
+        key: [Path(name).name for name in value] for key, value in data.items() if key in FILES and value
     }
+    if data.get("folder"):
+        placed["folder"] = Path(data["folder"]).name
+    return data | placed
 
 
 def provenance(recipe: Recipe) -> dict[str, str]:

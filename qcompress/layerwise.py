@@ -276,7 +276,7 @@ def _onnx_values(
 
         def run(inputs: Inputs) -> tuple[Inputs, Inputs]:
             feed = {name: tensor.numpy() for name, tensor in complete(family, inputs).items()}
-            feed |= empty_past(session, len(inputs["input_ids"]))
+            feed |= empty_past(session, len(next(iter(inputs.values()))))
             found = dict(zip(wanted, session.run(wanted, feed), strict=True))
             floats = {
                 place: (found[name].swapaxes(-1, -2) if moved else found[name]).astype(np.float32)

@@ -213,12 +213,14 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
     recipe, data, model = training.recipe, training.train_data, training.prepared.model
     model.train(phase.dropout)
     taps, position = taps_of(training.prepared), start
-    began, tokens = time.monotonic(), 0
+    began, read = time.monotonic(), 0
     with training.reporter.bar(phase.name, phase.steps, done=start.step) as bar:
         for step in range(start.step, phase.steps):
             rows = batch_rows(data.lengths, recipe.train.batch_size, step, recipe.seed)
-            batch = to_device(data.batch(training.processes.share(rows)), training.accelerator.device)
-            tokens += batch["input_ids"].numel()
+            rows = training.processes.share(rows)
+            batch = data.batch(rows, (recipe.seed, start.phase, step))
+            batch = to_device(batch, training.accelerator.device)
+            read += int(data.lengths[rows].sum())
 
             def closure(step: int = step, batch: Batch = batch) -> Tensor:
                 reseed(training.processes, recipe.seed, start.phase, 0, step)
@@ -233,8 +235,8 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
             position = replace(position, step=step + 1, passes=position.passes + report.passes)
             if training.processes.first and training.checkpoints.due():
                 training.save(position, optimizer)
-            speed = tokens / (time.monotonic() - began)
-            bar.advance(f"loss {report.loss:.4f}  {speed:.0f} tokens/s")
+            speed = read / (time.monotonic() - began)
+            bar.advance(f"loss {report.loss:.4f}  {speed:.0f} {data.unit}/s")
     last = sum(training.recent) / len(training.recent) if training.recent else None
     training.facts.append(
         {"name": phase.name, "steps": phase.steps, "passes": position.passes, "last_loss": last}

@@ -26,22 +26,25 @@ ROWS = 512
 
 @torch.no_grad()
 def observe(
-    model: nn.Module, plan: tuple[LayerPlan, ...], batches: Iterable[Batch], tokens: int,
-    points: tuple[PointPlan, ...] = (),
+    model: nn.Module, plan: tuple[LayerPlan, ...], batches: Iterable[Batch], tokens: int | None,
+    points: tuple[PointPlan, ...] = (), examples: int = 0,
 ) -> dict[str, Statistics]:  # fmt: skip
     """Statistics of the inputs of all layers whose activations are quantized, and of what points round, by
     the names of layers and points.
 
-    `tokens` is how many tokens the batches have in all. Padding is left out. Points need a module at their
-    place (`open_points`, or quantizers).
+    `tokens` is how many tokens the batches have in all; None where a model makes its own positions of an
+    input (images), and `examples` are how many. Padding is left out. Points need a module at their place
+    (`open_points`, or quantizers).
     """
     watched = [item for item in plan if item.weights and item.activations]
-    seen = {item.name: _Seen(max(1, tokens // ROWS), item) for item in [*watched, *rounded(points)]}
+    stride = None if tokens is None else max(1, tokens // ROWS)
+    seen = {item.name: _Seen(stride, item) for item in [*watched, *rounded(points)]}
     real: list[Tensor | None] = [None]
+    share = 1.0
 
     def watch(name: str, vectors: Callable[[Tensor, Tensor | None], Tensor]):
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen[name].add(vectors(arguments[0].detach().float(), real[0]))
+            seen[name].add(vectors(arguments[0].detach().float(), real[0]), share)
 
         return model.get_submodule(name).register_forward_pre_hook(hook)
 
@@ -50,6 +53,7 @@ def observe(
     try:
         for batch in batches:
             real[0] = real_tokens(batch)
+            share = len(next(iter(batch.values()))) / examples if examples else 1.0
             model(**inputs_of(batch))
     finally:
         for handle in handles:
@@ -64,9 +68,12 @@ def _layer_vectors(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _Seen:
-    """Gathers the statistics of one activation, whose vectors come in pieces [vectors, channels]."""
+    """Gathers the statistics of one activation, whose vectors come in pieces [vectors, channels].
 
-    def __init__(self, stride: int, item: LayerPlan | PointPlan) -> None:
+    `stride` None: so that about `ROWS` vectors are kept of all, as the first piece promises them.
+    """
+
+    def __init__(self, stride: int | None, item: LayerPlan | PointPlan) -> None:
         options = item.activation_quantizer
         self.stride = stride
         self.keep = getattr(options, "range", getattr(options, "init", "")) in ("percentile", "mse")
@@ -75,8 +82,10 @@ class _Seen:
         self.rows: list[Tensor] = []
         self.count = 0
 
-    def add(self, x: Tensor) -> None:
-        """Take in some vectors."""
+    def add(self, x: Tensor, share: float = 1.0) -> None:
+        """Take in some vectors, of which `share` is the part of all."""
+        if self.stride is None:
+            self.stride = max(1, round(len(x) / share) // ROWS)
         magnitude = x.abs()
         peak, total = magnitude.amax(0), magnitude.sum(0, dtype=torch.float64)
         self.largest = peak if self.largest is None else torch.maximum(self.largest, peak)

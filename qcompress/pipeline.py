@@ -48,6 +48,7 @@ PLACE: dict[str, dict[str, str]] = {
         "certificate.json": "certificate.json",
         "sizes.json": "sizes.json",
         "config.json": "config.json",
+        "preprocessor_config.json": "preprocessor_config.json",
         "tokenizer*": "./",
         "vocab*": "./",
         "merges.txt": "merges.txt",
@@ -190,8 +191,14 @@ def _makers(
 
     return {
         "load": lambda folder: load(
-            recipe.model, plan.directory, plan.digests, folder, head_of(recipe), recipe.seed
-        ),
+            recipe.model,
+            plan.directory,
+            plan.digests,
+            folder,
+            head_of(recipe),
+            recipe.seed,
+            TASKS[recipe.task.name].processor(recipe.task),
+        ),  # fmt: skip
         "train": _needs_torch(make_train),
         "fold": _needs_torch(make_fold),
         "export": _needs_torch(make_export),

@@ -1,7 +1,8 @@
 """The probe kit: what a device needs to measure its engine, and how its answer is taken in again. No torch.
 
-probe/inputs.npz     length [samples], set (index into `sets`), and the task's own kit, all int32: ids and
-                     first of a language model, the graph's inputs [samples, longest] of any other
+probe/inputs.npz     length [samples], set (index into `sets`), and the task's own kit: ids and first of a
+                     language model, the graph's inputs of any other, int32 [samples, longest] or, of images,
+                     fp32 [samples, channels, height, width]
 probe/reference.npz  logits [compared, positions, outputs] of the onnx row, and which positions these are:
                      all of them, or as many as fit into 20 MB, spread over the sequence
 probe/probe.json     names of the sets, hashes of the graph and the plan, what is written of each sample

@@ -34,6 +34,7 @@ from qcompress.quantizer_options import Quantizers, named, quantizers
 from qcompress.rules import is_hub_id, judge
 from qcompress.schema import Recipe
 from qcompress.structure import validate
+from qcompress.task_options import FILES
 from qcompress.yamlfile import Document, Key, Place, dotted, dump_yaml, parse_value, read_yaml, split_key
 
 SET = "--set"
@@ -47,10 +48,11 @@ CHOICES: tuple[tuple[tuple[str, ...], tuple[str, ...] | None], ...] = (
     (("bits",), None),
     (("source", "run"), ("source", "run", "revision")),
     (
-        ("text", "dataset"),
-        ("text", "table", "columns", "dataset", "config", "split", "revision", "column"),
+        ("text", "folder", "dataset"),
+        ("text", "table", "npz", "folder", "columns", "dataset", "config", "split", "revision", "column"),
     ),
-    (("table",), ("text", "dataset", "config", "split", "revision", "column")),
+    (("table",), ("text", "npz", "folder", "dataset", "config", "split", "revision", "column")),
+    (("npz",), ("text", "table", "folder", "dataset", "config", "split", "revision", "column")),
     (
         ("threshold", "max-degradation", "percent-max-degradation"),
         ("threshold", "max-degradation", "percent-max-degradation"),
@@ -207,12 +209,14 @@ def _move_paths(values: dict[str, Any], folder: Path, base: Path) -> None:
             options[key] = os.path.join(way, options[key])
     for section in (data.get("train"), data.get("calibration"), *_mapping(data.get("evaluate")).values()):
         texts = _mapping(section)
-        for origin in ("text", "table"):
+        for origin in FILES:
             if isinstance(texts.get(origin), list):
                 texts[origin] = [
                     os.path.join(way, name) if isinstance(name, str) and name else name
                     for name in texts[origin]
                 ]
+        if isinstance(texts.get("folder"), str) and texts["folder"]:
+            texts["folder"] = os.path.join(way, texts["folder"])
         dataset = texts.get("dataset")
         if not isinstance(dataset, str) or not dataset:
             continue

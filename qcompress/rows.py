@@ -89,7 +89,6 @@ def _batches(task: Any, windows: list[Any], size: int) -> Iterator[list[int]]:
     """Places of the samples of each batch: the longest first, so that a batch pads little and what does not
     fit into memory shows at once. Samples of one length stay in order.
     """
-    lengths = [task.collate([window])["input_ids"].shape[1] for window in windows]
-    order = sorted(range(len(windows)), key=lambda row: -lengths[row])
+    order = sorted(range(len(windows)), key=lambda row: -task.length(windows[row]))
     for start in range(0, len(order), size):
         yield order[start : start + size]

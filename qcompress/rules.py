@@ -49,7 +49,7 @@ def judge(recipe: Recipe, document: Document, base: Path) -> None:
     _build(recipe, document, base)
     _rows(recipe, document)
     _export(recipe, document)
-    if document.sound(("task", "context")):
+    if recipe.task.context is not None and document.sound(("task", "context")):
         judge_profiles(recipe, document, recipe.task.context, f"`task.context` is {recipe.task.context}")
     _model(recipe, document, base)
     judge_files(recipe, document, base)

@@ -1,6 +1,7 @@
 """Any artifact as one callable: inputs -> logits. A runner knows nothing of metrics.
 
-inputs: `input_ids`, `attention_mask` and what else the task has, int64 [batch, sequence].
+inputs: `input_ids`, `attention_mask` and what else the task has, int64 [batch, sequence]; of images
+`pixel_values`, fp32 [batch, channels, height, width].
 logits: fp32 [batch, sequence, vocabulary] of a language model or a tagger, [batch, labels] of a classifier.
 """
 
@@ -83,7 +84,7 @@ class OnnxRunner:
     def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         arrays = {name: tensor.numpy() for name, tensor in complete(self.family, inputs).items()}
         feed = fed(self.session, arrays)
-        feed |= empty_past(self.session, len(inputs["input_ids"]))
+        feed |= empty_past(self.session, len(next(iter(inputs.values()))))
         return self.session.run(["logits"], feed)[0].astype(np.float32)
 
 

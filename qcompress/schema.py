@@ -40,6 +40,7 @@ from qcompress.options import (
 from qcompress.quantizer_options import Quantizers, quantizers
 from qcompress.task_options import CausalLm as CausalLm
 from qcompress.task_options import Data, Task
+from qcompress.task_options import ImageClassification as ImageClassification
 from qcompress.task_options import SequenceClassification as SequenceClassification
 from qcompress.task_options import TextData as TextData
 from qcompress.task_options import TokenClassification as TokenClassification

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qcompress.artifacts import FloatModel, TrainedModel
 from qcompress.errors import ModelError
-from qcompress.models import FAMILIES, load_tokenizer
+from qcompress.models import FAMILIES
 from qcompress.options import Sharpness
 from qcompress.prepare import Prepared, rebuild, replace_module
 from qcompress.progress import Reporter
@@ -169,7 +169,7 @@ def trained_sharpness(
     layers = _linear_layers(prepared)
     model = prepared.model.to(device)
     section = next(iter(recipe.data.evaluate.values()))
-    examples = task.examples(section, base, load_tokenizer(float_model.path), recipe.task)
+    examples = task.examples(section, base, task.reader(float_model.path), recipe.task)
     count = min(options.samples, len(examples))
     rows = [place * len(examples) // count for place in range(count)]
     size = recipe.verify.batch_size

@@ -27,7 +27,7 @@ from qcompress.plan import matches
 from qcompress.recipe import Resolved
 from qcompress.schema import Data, PhaseOptions, Recipe
 from qcompress.stages.gate import PARITY
-from qcompress.stages.load import TOKENIZER_FILES, fingerprint, locate
+from qcompress.stages.load import READER_FILES, fingerprint, locate
 from qcompress.system import machine_errors
 
 BLOCKS = 2
@@ -62,7 +62,7 @@ def shorten(family: str, source: Path, folder: Path) -> Path:
     with machine_errors(folder):
         partial.mkdir(parents=True, exist_ok=True)
         copy_tensors(source, partial / "model.safetensors", keeps)
-        for name in TOKENIZER_FILES:
+        for name in READER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -79,7 +79,7 @@ def _small(recipe: Recipe, source: Path) -> Recipe:
     """The recipe on that checkpoint, with little of everything."""
     from qcompress.models import describe
 
-    context = min(recipe.task.context, CONTEXT)
+    context = min(recipe.task.context or CONTEXT, CONTEXT)
     architecture = describe(recipe.model.family, source, head_of(recipe))
     names = [item.name for item in (*architecture.layers, *architecture.points)]
     patterns = {

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from qcompress.formats import Options
 from qcompress.glue import GLUE
@@ -149,19 +149,81 @@ class TokenClassification(Options):
         return self.model_copy(update={"context": min(self.context, context)})
 
 
+Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class ImageClassification(Options):
+    """One label for each image. Metrics: accuracy, top5_accuracy (of five labels and more), cross_entropy."""
+
+    name: Literal["image-classification"] = "image-classification"
+    labels: list[str] | None = Field(default=None, min_length=2)
+    """Names of the labels; none: those of the checkpoint's config.json."""
+    mean: Channels | None = None
+    """Mean of red, green and blue, of values from 0 to 1. With `std`: how images are prepared, in the place
+    of the checkpoint's preprocessor_config.json, or where it has none."""
+    std: Channels | None = None
+    """Standard deviation of each, of values from 0 to 1."""
+    size: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+    """Height and width that images are resized to (bilinear), with `mean` and `std`; none: they are not."""
+
+    @model_validator(mode="after")
+    def _add_up(self) -> ImageClassification:
+        _distinct(self.labels)
+        if (self.mean is None) != (self.std is None) or (self.size is not None and self.mean is None):
+            raise ValueError("`mean` and `std` say together how images are prepared, `size` with them")
+        if any(value <= 0 for value in (*(self.std or ()), *(self.size or ()))):
+            raise ValueError("`std` and `size` must be above 0")
+        return self
+
+    @property
+    def context(self) -> None:
+        """Nothing is cut: an image has the model's size."""
+        return None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Everything that is measured where there are labels, the main one first."""
+        few = self.labels is not None and len(self.labels) < 5
+        return ("accuracy", "cross_entropy") if few else ("accuracy", "top5_accuracy", "cross_entropy")
+
+    @property
+    def main(self) -> tuple[str, ...]:
+        """What a ladder shows."""
+        return self.metrics[:1]
+
+    def within(self, context: int) -> ImageClassification:
+        """The same task."""
+        return self
+
+
 AGREEMENT = "agreement"
 """What is measured of a classification without labels: the share of answers that are the float model's; for a
 regression Pearson's correlation with the float model's numbers."""
 
 Task = Annotated[
-    CausalLm | SequenceClassification | TokenClassification,
+    CausalLm | SequenceClassification | TokenClassification | ImageClassification,
     Field(discriminator="name"),
     BeforeValidator(named),
 ]
 
 
-class Columns(Options):
-    """Names of a table's columns. What is left out is called as its key is; `pair` is not read then."""
+class _Grown(Options):
+    """Options that have grown: those of `_ADDED` are not written where they are not set, so that the digest
+    of a recipe without them stays what it was.
+    """
+
+    _ADDED: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)
+        return {key: value for key, value in values.items() if value is not None or key not in self._ADDED}
+
+
+class Columns(_Grown):
+    """Names of a table's columns, or of an archive's arrays. What is left out is called as its key is; `pair`
+    is not read then.
+    """
 
     text: str | None = None
     """The text (sequence-classification)."""
@@ -174,20 +236,41 @@ class Columns(Options):
     """The words, a list (token-classification)."""
     tags: str | None = None
     """A label for each word, a list of names or indices (token-classification); -100 is not counted."""
+    image: str | None = None
+    """The image (image-classification); in an archive the array `images`, uint8 [images, height, width, 3],
+    and the array of labels is `labels`."""
+
+    _ADDED: ClassVar[tuple[str, ...]] = ("image",)
+
+
+class Augment(Options):
+    """How training images are varied, after they were brought to the model's size."""
+
+    flip: bool = False
+    """Mirror each image left to right with probability 1/2."""
+    crop: int = Field(default=0, ge=0)
+    """Pad each image with so many black pixels on each side, and cut its own size out at a random place. He
+    et al. (arXiv:1512.03385), section 4.2, train on CIFAR-10 with 4, and flip."""
 
 
 COLUMNS = {
     "sequence-classification": ("text", "pair", "label"),
     "token-classification": ("tokens", "tags"),
+    "image-classification": ("image", "label"),
 }
 """Keys of `columns` that a task reads."""
+
+FILES = ("text", "table", "npz")
+"""Origins of data that are lists of files."""
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 """Tables that can be read."""
 
 
-class TextData(Options):
-    """Text from files, examples from tables, or either from a `datasets` name."""
+class TextData(_Grown):
+    """Text from files, examples from tables, images from archives or folders, or any from a `datasets`
+    name.
+    """
 
     text: list[str] | None = None
     """UTF-8 files, relative to the recipe, joined in this order. For a classification, which can only
@@ -195,6 +278,12 @@ class TextData(Options):
     table: list[str] | None = None
     """Files of examples for a classification, relative to the recipe, by suffix: .tsv (quotes are literal),
     .csv, .jsonl, .parquet. A .tsv of `task.glue` is as GLUE published it, unless `columns` are named."""
+    npz: list[str] | None = None
+    """numpy archives of images and their labels, relative to the recipe; `columns` names the arrays."""
+    folder: str | None = None
+    """A folder of images, relative to the recipe, with a folder for each label that has its name."""
+    augment: Augment | None = None
+    """How images are varied, for `data.train` alone; none: they are not."""
     columns: Columns | None = None
     """Names of the columns of a table or of a dataset; with `task.glue` they are known."""
     dataset: str | None = None
@@ -211,22 +300,27 @@ class TextData(Options):
     """At most this many sequences of `task.context` tokens, or examples: spread over the whole for training
     and calibration, the first ones for evaluation."""
 
+    _ADDED: ClassVar[tuple[str, ...]] = ("npz", "folder", "augment")
+
     @model_validator(mode="after")
     def _one_origin(self) -> TextData:
-        origins = [self.text, self.table, self.dataset]
+        origins = [self.text, self.table, self.npz, self.folder, self.dataset]
         if sum(origin is not None for origin in origins) != 1:
-            raise ValueError("give exactly one of `text`, `table` and `dataset`")
-        for name in ("text", "table"):
+            raise ValueError(
+                "give exactly one of `text`, `table` and `dataset` (of images: `npz`, `folder`, `dataset`)"
+            )
+        for name in FILES:
             if getattr(self, name) is not None and not getattr(self, name):
                 raise ValueError(f"`{name}` names no file")
-        if self.text is not None and self.columns is not None:
-            raise ValueError("`columns` belong to `table` or `dataset`, and `text` has none")
+        if self.columns is not None and (self.text is not None or self.folder is not None):
+            origin = "text" if self.text is not None else "folder"
+            raise ValueError(f"`columns` belong to `table` or `dataset` (or `npz`), and `{origin}` has none")
         return self
 
     @property
     def files(self) -> list[str]:
         """The files that are named."""
-        return self.text or self.table or []
+        return self.text or self.table or self.npz or []
 
 
 class Data(Options):

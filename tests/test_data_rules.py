@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from good_recipe import mistakes, write
 
+from qcompress.data_rules import ORIGINS
 from qcompress.recipe import load_recipe
 from qcompress.task_options import COLUMNS, Columns
+from qcompress.tasks import TASKS
 
 GOOD = """\
 name: good
@@ -26,12 +28,23 @@ method: lsq
 gate: {recovery: {dev.accuracy: {max-degradation: 0.01}, live.agreement: {threshold: 0.9}}}
 """
 
+GOOD_LM = """\
+name: good
+model: {family: gpt2, source: model}
+task: {name: causal-lm, context: 64}
+data:
+  calibration: {text: [lines.txt], limit: 8}
+  evaluate:
+    live: {text: [lines.txt]}
+format: w8a8
+"""
+
 COLUMNS_OF_TRAIN = Columns(text="sentence", label="stars")
 
 ONE_MISTAKE = {
     "a task without a name": (
         ("name: sequence-classification, ", ""),
-        r":3: task\.name: must be one of causal-lm, sequence-classification, token-classification, found",
+        r":3: task\.name: must be one of causal-lm, sequence-classification, token-classification, image-cl",
     ),
     "a task that is none": (
         ("name: sequence-classification", "name: sequence-clasification"),
@@ -158,3 +171,102 @@ def test_tables_of_a_recipe_that_is_extended_are_relative_to_it(folder: Path) ->
     child = write(folder, "extends: ../base.yaml\nname: child\n", "sub/child.yaml")
     data = load_recipe(child, ()).recipe.data
     assert data.train.table == ["../train.csv"] and data.evaluate["dev"].table == ["../dev.tsv"]
+
+
+IMAGES = """\
+name: images
+model: {family: bert, source: model}
+task: {name: image-classification, labels: [cat, dog]}
+data:
+  train: {npz: [train.npz], columns: {image: x, label: y}, augment: {flip: true, crop: 4}}
+  calibration: {folder: photos, limit: 8}
+  evaluate:
+    dev: {npz: [train.npz]}
+    hub: {dataset: org/name, columns: {image: picture}}
+format: w8a8
+method: lsq
+gate: {recovery: {dev.accuracy: {max-degradation: 0.01}, hub.cross_entropy: {threshold: 0.9}}}
+"""
+
+WRONG_IMAGES = {
+    "text": (
+        ("{npz: [train.npz]}", "{text: [lines.txt]}"),
+        r":8: .*dev\.text: belongs to a task of text.*`npz:",
+    ),
+    "a table": (
+        ("{npz: [train.npz]}", "{table: [a.csv]}"),
+        r":8: data\.evaluate\.dev\.table: belongs to a task",
+    ),
+    "two origins": (
+        ("{folder: photos,", "{folder: photos, npz: [train.npz],"),
+        r":6: .*exactly one of .*`npz`",
+    ),
+    "no archive": (("dev: {npz: [train.npz]}", "dev: {npz: []}"), r":8: .*dev: `npz` names no file"),
+    "an archive that is not there": (
+        ("dev: {npz: [train", "dev: {npz: [tarin"),
+        r":8: .*npz\[0\]: tarin\.npz does n",
+    ),
+    "a folder that is not there": (
+        ("folder: photos", "folder: photo"),
+        r":6: .*\.folder: 'photo' does not exist",
+    ),
+    "a folder with columns": (
+        ("limit: 8", "columns: {label: x}"),
+        r":6: .*`columns` belong to .*`folder` has none",
+    ),
+    "a column of tables": (
+        ("image: picture", "text: picture"),
+        r":9: .*columns: names the column `text`, and ima",
+    ),
+    "variation elsewhere": (("limit: 8", "augment: {flip: true}"), r":6: .*\.augment: varies the images of"),
+    "a wrong variation": (("flip: true", "flpi: true"), r":5: data\.train\.augment\.flpi: unknown key"),
+    "a key of text": (("labels: [cat, dog]", "context: 8"), r":3: task\.context: unknown key"),
+    "half of a preparation": (
+        ("labels: [cat, dog]", "mean: [0.5, 0.5, 0.5]"),
+        r":3: task: `mean` and `std` say",
+    ),
+    "a metric of five labels": (
+        ("hub.cross_entropy", "hub.top5_accuracy"),
+        r":12: .*is no metric of an evalu",
+    ),
+}
+
+
+@pytest.fixture
+def photos(folder: Path) -> Path:
+    (folder / "photos" / "cat").mkdir(parents=True)
+    (folder / "train.npz").write_bytes(b"")
+    return folder
+
+
+def test_a_recipe_of_images_is_good_and_moves_with_its_files(photos: Path) -> None:
+    recipe = load_recipe(write(photos, IMAGES), ()).recipe
+    assert recipe.task.context is None and recipe.task.within(8) == recipe.task
+    assert set(ORIGINS) == set(TASKS) and {*COLUMNS, "causal-lm"} == set(TASKS)
+    write(photos, IMAGES, "base.yaml")
+    (photos / "sub").mkdir()
+    data = load_recipe(
+        write(photos, "extends: ../base.yaml\nname: child\n", "sub/child.yaml"), ()
+    ).recipe.data
+    assert data.train.npz == ["../train.npz"] and data.calibration.folder == "../photos"
+    file = write(photos, IMAGES)
+    train = load_recipe(file, ["data.train={folder: photos}"]).recipe.data.train
+    assert (train.npz, train.folder, train.columns, train.augment.crop) == (None, "photos", None, 4)
+    train = load_recipe(file, ["data.calibration={npz: [train.npz]}"]).recipe.data.calibration
+    assert (train.npz, train.folder, train.limit) == (["train.npz"], None, 8)
+
+
+@pytest.mark.parametrize("what", WRONG_IMAGES)
+def test_one_mistake_about_images_is_reported_once_where_it_is(what: str, photos: Path) -> None:
+    (old, new), expected = WRONG_IMAGES[what]
+    assert IMAGES.count(old) == 1
+    found = mistakes(write(photos, IMAGES.replace(old, new)))
+    assert len(found) == 1, found
+    assert re.match("recipe.yaml" + expected, found[0]), found
+
+
+@pytest.mark.parametrize("origin", ["npz: [train.npz]", "folder: photos"])
+@pytest.mark.parametrize("text", [GOOD, GOOD_LM])
+def test_a_task_of_text_reads_no_images(text: str, origin: str, photos: Path) -> None:
+    found = mistakes(write(photos, text.replace("live: {text: [lines.txt]}", f"live: {{{origin}}}")))
+    assert len(found) == 1 and "belongs to image-classification, and the task is" in found[0], found

@@ -41,6 +41,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "tasks.sequence_classification", "tasks.table", "tasks.text", "tasks.token_classification",
         "targets", "targets.builder", "targets.checks", "targets.child", "targets.codebooks",
         "targets.contents",
+        "models.heads", "tasks.image_classification", "tasks.images",
         "targets.device", "targets.graph", "targets.inline", "targets.lint", "targets.process",
         "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes", "targets.soundness",
         "targets.table", "targets.trial",
@@ -88,6 +89,7 @@ DOORS: dict[str, set[str]] = {
         "tasks.causal_lm", "tasks.examples", "tasks.padded", "tasks.sequence_classification",
         "tasks.token_classification", "prepare", "observe", "processes", "checkpoint",
         "loop", "blockwise", "trainedfile", "runners", "tensorfile", "train", "fold", "export", "verify",
+        "tasks.image_classification", "tasks.images",
         "layerwise", "sharpness",
     },
     "transformers": {"models", "models.attention", "models.cache", "models.gpt2", "models.residual",
@@ -103,6 +105,7 @@ DOORS: dict[str, set[str]] = {
     "faiss": {"quant.kmeans"},
     "datasets": {"tasks.text"},
     "pyarrow": {"tasks.table"},
+    "PIL": {"tasks.images"},
     "sklearn": {"tasks.scores"},
     "huggingface_hub": {"load"},
     "typer": {"arguments", "cli"},
@@ -114,6 +117,7 @@ CALLED_BY_NAME = {"importlib.import_module": {"targets.builder"}, "__import__": 
 """TensorRT is imported by name, because there are two of it; nothing else is."""
 
 LAZY = {"processes", "models", "models.gpt2", "models.stock", "tasks.causal_lm", "tasks.examples",
+        "tasks.image_classification", "tasks.images",
         "tasks.sequence_classification", "tasks.token_classification", "tasks.scores",
         "tasks.table"}  # fmt: skip
 """Modules that torch-free commands import, and that need torch or transformers only inside functions."""
@@ -121,7 +125,7 @@ LAZY = {"processes", "models", "models.gpt2", "models.stock", "tasks.causal_lm",
 DISTRIBUTIONS = {"yaml": "PyYAML", "faiss": "faiss-cpu", "onnx_ir": "onnxscript", "google":
                  "onnx", "pydantic_core": "pydantic",
                  "huggingface_hub": "transformers", "ml_dtypes": "ml-dtypes",
-                 "sklearn": "scikit-learn", "pyarrow": "datasets"}  # fmt: skip
+                 "sklearn": "scikit-learn", "pyarrow": "datasets", "PIL": "Pillow"}  # fmt: skip
 """What brings a package that has another name than its distribution, or comes with one."""
 
 BANNED = {"eval", "exec", "pickle", "cPickle", "marshal", "shelve", "torch.load", "joblib", "dill"}

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel
-from qcompress.models import FAMILIES, describe
+from qcompress.models import FAMILIES, describe, load_tokenizer
 from qcompress.models.architecture import Architecture, Head
 from qcompress.plan import LayerPlan, PointPlan, plan_layers, plan_points
 from qcompress.prepare import assemble, rebuild
@@ -135,7 +135,7 @@ class StandInExamples:
     """32 sequences of several lengths."""
 
     def __init__(self, task: StandIn) -> None:
-        self.task, self.notes = task, []
+        self.task, self.notes, self.unit = task, [], "tokens"
         self.inputs = token_inputs(task.family, 32, 16, seed=5)
         self.lengths = np.random.default_rng(0).integers(4, 17, 32)
         mask = torch.arange(16) < torch.from_numpy(self.lengths)[:, None]
@@ -145,7 +145,7 @@ class StandInExamples:
     def __len__(self) -> int:
         return 32
 
-    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[int], moment: tuple[int, ...] | None = None) -> dict[str, Tensor]:
         rows = list(rows)
         longest = int(self.lengths[rows].max())
         batch = {name: tensor[rows, :longest] for name, tensor in self.inputs.items()}
@@ -155,6 +155,12 @@ class StandInExamples:
 
 class StandInTask:
     """What a task module has, as far as training needs it."""
+
+    reader = staticmethod(load_tokenizer)
+
+    @staticmethod
+    def processor(task: StandIn) -> None:
+        return None
 
     @staticmethod
     def examples(data: Any, base: Path, tokenizer: Any, task: StandIn) -> StandInExamples:

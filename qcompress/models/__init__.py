@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qcompress.errors import MachineError, ModelError
 from qcompress.models import bert, distilbert, gpt2, roberta
 from qcompress.models.architecture import CAUSAL_LM, Architecture, Head, read_config, read_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 FAMILIES = {"gpt2": gpt2, "bert": bert, "roberta": roberta, "distilbert": distilbert}
 """Family name -> module with `describe`, `task_config`, `load_float`, `empty`, `tie`, `graph_inputs`,
-`install_points`, `shorten`, and the constants LINEAR_AXIS, CAUSAL, INPUTS, TASKS."""
+`signature`, `install_points`, `shorten`, and the constants LINEAR_AXIS, CAUSAL, INPUTS, TASKS."""
+
+
+PROCESSOR = "preprocessor_config.json"
+"""How a checkpoint says what its images are prepared with."""
 
 
 def describe(family: str, directory: Path, head: Head = CAUSAL_LM) -> Architecture:
@@ -28,3 +33,35 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def load_processor(directory: Path) -> BaseImageProcessor:
+    """The image processor of a checkpoint, from local files, without running code of the checkpoint.
+
+    Always the one on Pillow: torchvision's, which transformers prefers where it is installed, resizes to
+    other pixels, and a run must not depend on what else is installed. Raises ModelError where there is no
+    preprocessor_config.json, or none that transformers knows; MachineError without Pillow.
+    """
+    from transformers import AutoImageProcessor, logging
+    from transformers.utils import is_vision_available
+
+    if not is_vision_available():
+        raise MachineError("reading images needs Pillow", fix="pip install 'qcompress[train]'")
+    if not (directory / PROCESSOR).is_file():
+        raise ModelError(
+            f"{directory} holds no {PROCESSOR}, which says how images are prepared",
+            fix="copy it beside the checkpoint, or write `mean`, `std` and `size` under `task`",
+        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it says that torchvision is not installed
+    try:
+        return AutoImageProcessor.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(
+            f"{directory / PROCESSOR} gives no image processor that transformers knows ({error})",
+            fix="mend the file, or write `mean`, `std` and `size` under `task`",
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)

@@ -28,6 +28,31 @@ HEADER_LIMIT = 100 * 2**20
 
 
 @dataclass(frozen=True)
+class Input:
+    """One input of the exported graph, as the family states it (`signature`)."""
+
+    name: str
+    axes: tuple[str | int, ...]
+    """Each dimension: the name of a dynamic axis, or a size."""
+    element: Literal["int64", "float32"] = "int64"
+    """Type of its values; a graph of half precision casts floats by itself."""
+
+
+def token_inputs(names: tuple[str, ...]) -> tuple[Input, ...]:
+    """Inputs with a value for each token, int64 [batch, sequence]."""
+    return tuple(Input(name, ("batch", "sequence")) for name in names)
+
+
+PIXELS = "pixel_values"
+"""The one input of a model of images."""
+
+
+def image_inputs(channels: int, height: int, width: int) -> tuple[Input, ...]:
+    """The input of a model of images, fp32 [batch, channels, height, width]; only the batch is dynamic."""
+    return (Input(PIXELS, ("batch", channels, height, width), "float32"),)
+
+
+@dataclass(frozen=True)
 class Layer:
     """One quantizable layer.
 

@@ -19,7 +19,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompress.errors import ModelError
-from qcompress.models.architecture import CAUSAL_LM, OPERANDS, Architecture, Attention, Head, Layer, Point
+from qcompress.models.architecture import (
+    CAUSAL_LM,
+    OPERANDS,
+    Architecture,
+    Attention,
+    Head,
+    Input,
+    Layer,
+    Point,
+    token_inputs,
+)
+from qcompress.models.heads import check_shapes, config_of, labels_of
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -75,6 +86,10 @@ class Encoder:
         """Inputs of the exported graph, each int64 [batch, sequence]."""
         return ("input_ids", "attention_mask", *(("token_type_ids",) if self.types else ()))
 
+    def signature(self, config: dict[str, Any]) -> tuple[Input, ...]:
+        """The same inputs with their axes and types."""
+        return token_inputs(self.inputs)
+
     def describe(
         self, config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head = CAUSAL_LM
     ) -> Architecture:
@@ -112,49 +127,14 @@ class Encoder:
     ) -> tuple[str, ...]:
         """Names of the logits: those of the task, or else those of config.json."""
         last = self._shapes(tensors).get(f"{self.head[head.task][-1]}.weight")
-        named = config.get("id2label")
-        own: tuple[str, ...] | None = None
-        if isinstance(named, dict) and named:
-            try:
-                own = tuple(str(named[key]) for key in sorted(named, key=int))
-            except ValueError:
-                raise ModelError(f"config.json: id2label has keys that are no numbers: {named}") from None
-        elif last:
-            own = tuple(f"LABEL_{index}" for index in range(last[0]))
-        if own is not None and last and len(own) != last[0]:
-            raise ModelError(
-                f"config.json names {len(own)} labels ({_listed(own)}), and the checkpoint's head has "
-                f"{last[0]}",
-                fix="take config.json and model.safetensors from the same checkpoint",
-            )
-        wanted = head.labels or own or (("LABEL_0",) if head.problem == "regression" else None)
-        if wanted is None:
-            raise ModelError(
-                "neither the task nor config.json names the labels",
-                fix="write the task's labels into the recipe",
-            )
-        if last and own and (len(own) != len(wanted) or (own != wanted and set(own) == set(wanted))):
-            what = "number" if len(own) != len(wanted) else "order"
-            raise ModelError(
-                f"the labels of checkpoint and recipe differ in {what}: the checkpoint has {len(own)} "
-                f"({_listed(own)}), the recipe {len(wanted)} ({_listed(wanted)})",
-                fix="name the checkpoint's labels in the recipe, or start from a checkpoint without a head",
-            )
-        return tuple(wanted)
+        return labels_of(config, last[0] if last else None, head)
 
     def task_config(
         self, config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head
     ) -> dict[str, Any]:
         """config.json of the task's model: its class, its labels, and what its loss is."""
         labels = self.labels(config, tensors, head)
-        rest = {key: value for key, value in config.items() if key != "num_labels"}
-        return {
-            **rest,
-            "architectures": [self.title + CLASSES[head.task]],
-            "id2label": {str(index): label for index, label in enumerate(labels)},
-            "label2id": {label: index for index, label in enumerate(labels)},
-            "problem_type": head.problem or config.get("problem_type"),
-        }
+        return config_of(config, self.title + CLASSES[head.task], labels, head)
 
     def shorten(self, config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
         """The config of the same model with its first blocks only, and which tensors such a model has."""
@@ -260,16 +240,6 @@ class Encoder:
             if self._bare(f"{layer}.weight") not in shapes and self._bare(f"{layer}.bias") not in shapes
             for part in ("weight", "bias")
         )
-        for name, shape in expected.items():
-            found = shapes.get(self._bare(name))
-            if found != shape and name not in new:
-                raise ModelError(
-                    f"{name}: config.json asks for shape {list(shape)}, the checkpoint has "
-                    f"{list(found) if found else 'no such tensor'}",
-                    fix="take config.json and model.safetensors from the same checkpoint",
-                )
+        found = {name: shapes[self._bare(name)] for name in expected if self._bare(name) in shapes}
+        check_shapes(expected, found, new)
         return new
-
-
-def _listed(labels: tuple[str, ...]) -> str:
-    return ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")

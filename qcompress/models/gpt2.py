@@ -21,9 +21,11 @@ from qcompress.models.architecture import (
     Architecture,
     CacheLayout,
     Head,
+    Input,
     Layer,
     Point,
     Site,
+    token_inputs,
 )
 
 if TYPE_CHECKING:
@@ -150,6 +152,11 @@ def cache_layout(config: dict[str, Any]) -> CacheLayout:
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 """Inputs of the exported graph, each int64 [batch, sequence]. GPT-2 without a mask would export the detection
 of packed sequences instead."""
+
+
+def signature(config: dict[str, Any]) -> tuple[Input, ...]:
+    """The same inputs with their axes and types."""
+    return token_inputs(INPUTS)
 
 
 def load_float(source: Path, directory: Path | None = None) -> GPT2LMHeadModel:

@@ -12,9 +12,9 @@ WARM_UP, RUNS, SECONDS = 10, 200, 2.0
 """Runs before the clock, and the most runs and seconds on it, for each way of running a profile."""
 
 
-def feed_of(inputs, rows, length):
-    """Inputs of `rows` sequences of `length` tokens, made of the probe's samples, again from the start where
-    they end. `inputs` as in inputs.npz.
+def feed_of(inputs, rows, length, *image):
+    """Inputs of `rows` sequences of `length` tokens, or images of the shape (`length`, *image), made of the
+    probe's samples, again from the start where they end. `inputs` as in inputs.npz.
     """
     if "ids" in inputs:
         ids = inputs["ids"]
@@ -22,15 +22,15 @@ def feed_of(inputs, rows, length):
         mask = np.ones_like(block)
         return {"input_ids": block, "attention_mask": mask, "position_ids": np.cumsum(mask, axis=1) - 1}
     names = [name for name in inputs if name.startswith("input.")]
-    feed = {name[len("input.") :]: _grown(inputs[name], rows, length) for name in names}
+    feed = {name[len("input.") :]: _grown(inputs[name], rows, length, *image) for name in names}
     if "attention_mask" in feed:  # no padding: every profile is measured at its own length
         feed["attention_mask"] = np.ones_like(feed["attention_mask"])
     return feed
 
 
-def _grown(array, rows, length):
-    times = (-(-rows // array.shape[0]), -(-length // array.shape[1]))
-    return np.ascontiguousarray(np.tile(array, times)[:rows, :length])
+def _grown(array, *shape):
+    times = [-(-wanted // size) for wanted, size in zip(shape, array.shape)]  # noqa: B905 (Python 3.8)
+    return np.ascontiguousarray(np.tile(array, times)[tuple(slice(size) for size in shape)])
 
 
 def spread(milliseconds):
@@ -82,8 +82,7 @@ def consistency(runner, inputs):
     """
     repeated, shapes = 0.0, 0.0
     for low, best, high in runner.shapes:
-        length = int(best[1])
-        one = feed_of(inputs, 1, length)
+        one = feed_of(inputs, 1, *(int(size) for size in best[1:]))
         first = None
         for rows in sorted({int(low[0]), int(best[0]), int(high[0])}):
             logits = runner({name: np.repeat(array, rows, axis=0) for name, array in one.items()})

@@ -184,8 +184,9 @@ class TensorRTRunner:
         return {self.module: self.trt.__version__}
 
     def largest_batch(self, length):
-        """Most sequences of this length that some profile accepts; 0 if none does."""
-        return max([high[0] for low, high in self.profiles if low[1] <= length <= high[1]] or [0])
+        """Most sequences of this length, or images, that some profile accepts; 0 if none does."""
+        fits = [high[0] for low, high in self.profiles if len(low) > 2 or low[1] <= length <= high[1]]
+        return max(fits or [0])
 
     def select(self, shape):
         """Switch to a profile that accepts the shape."""
@@ -267,7 +268,11 @@ class OnnxRunner:
 
     def __call__(self, feed):
         known = {item.name for item in self.session.get_inputs()}
-        arrays = {name: array.astype(np.int64) for name, array in feed.items() if name in known}
+        arrays = {
+            name: array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+            for name, array in feed.items()
+            if name in known
+        }
         rows = len(next(iter(arrays.values())))
         elements = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
         for item in self.session.get_inputs():
@@ -379,6 +384,11 @@ def run(runner, inputs, reference, positions, limit):
     return nll, correct, distance(parts), seconds
 
 
+def cut(array, length):
+    """Sequences [rows, longest] as long as they are; images [rows, ...] are whole."""
+    return array[:, :length] if array.ndim == 2 else array
+
+
 def run_logits(runner, inputs, reference, positions, limit):
     """All samples of a model that is no language model: its logits, the distance, and seconds in the engine.
 
@@ -389,7 +399,7 @@ def run_logits(runner, inputs, reference, positions, limit):
     found, parts, seconds = None, [], 0.0
     for rows in batches(lengths, runner, limit):
         length = int(lengths[rows[0]])
-        feed = {name[len("input.") :]: inputs[name][rows, :length] for name in names}
+        feed = {name[len("input.") :]: cut(inputs[name][rows], length) for name in names}
         began = time.perf_counter()
         logits = runner(feed)
         seconds += time.perf_counter() - began

@@ -1,9 +1,9 @@
 """Stage `export`: FoldedModel -> OnnxModel. A graph with explicit Q/DQ, linted and certified.
 
 Reads folded.safetensors. Writes model.onnx (+ model.onnx.data above 1.5 GiB), lint.json, certificate.json,
-sizes.json, config.json and the tokenizer. Initializers are named as in folded.safetensors, Q/DQ nodes after
-their layer, so that a message of TensorRT's parser can be read. Nothing in the file depends on where it was
-made.
+sizes.json, config.json and what prepares the inputs. Initializers are named as in folded.safetensors, Q/DQ
+nodes after their layer, so that a message of TensorRT's parser can be read. Nothing in the file depends on
+where it was made.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -53,14 +54,15 @@ PREFIX = "model."
 
 
 class _Logits(nn.Module):
-    """The model as a function of tensors alone."""
+    """The model as a function of tensors alone. Floats come in fp32, whatever the model computes in."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.dtype = model, dtype
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.model(**inputs).logits
+        cast = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        return self.model(**cast).logits
 
 
 def export(folded: FoldedModel, options: Export, target: str, provenance: dict[str, str], out: Path) -> None:
@@ -148,23 +150,26 @@ def _signature(
     its inputs and outputs.
     """
 
-    def axes(names: dict[int, str]) -> dict[int, str]:
+    def axes(names: Mapping[int, str | int]) -> dict[int, str]:
         return {index: name for index, name in names.items() if name in (*options.dynamic, "total")}
 
     model = assemble(folded, dtype)
     # sizes that nothing else in a model has, so that no axis is taken for a constant
     rows, tokens, past = 2, 5, 7
-    ids = torch.ones(rows, tokens, dtype=torch.int64)
+    signature = family.signature(read_config(folded.path))
+    first, sizes = signature[0], {"batch": rows, "sequence": tokens}
+    shape = [sizes.get(axis, axis) for axis in first.axes]
+    given = torch.ones(shape, dtype=getattr(torch, first.element))
     if not options.cache:
-        example = family.graph_inputs(ids)
-        shapes = {name: axes({0: "batch", 1: "sequence"}) for name in example}
-        return _Logits(model), {"inputs": example}, {"inputs": shapes}, list(example), ["logits"]
+        example = family.graph_inputs(given)
+        shapes = {item.name: axes(dict(enumerate(item.axes))) for item in signature}
+        return _Logits(model, dtype), {"inputs": example}, {"inputs": shapes}, list(example), ["logits"]
     from qcompress.models.cache import Cached
 
     layout = family.cache_layout(read_config(folded.path))
     cached = Cached(model, layout)
-    example = family.graph_inputs(ids, past=past)
-    shapes = {name: axes({0: "batch", 1: "sequence"}) for name in example}
+    example = family.graph_inputs(given, past=past)
+    shapes = {item.name: axes(dict(enumerate(item.axes))) for item in signature}
     shapes["attention_mask"] = axes({0: "batch", 1: "total"})
     arguments = {"inputs": example, "past": cached.empty(rows, past, dtype)}
     dynamic = {"inputs": shapes, "past": [axes({0: "batch", 2: "past"})] * len(layout.past)}

@@ -22,7 +22,7 @@ from typing import Any
 
 from qcompress.artifacts import read_json, write_json
 from qcompress.errors import QcompressError
-from qcompress.goals import METRICS, Gate, Goal, ParityGoal
+from qcompress.goals import BEST, METRICS, Gate, Goal, ParityGoal
 from qcompress.schema import Recipe
 
 EXIT_CODES = {"accept": 0, "regression": 3, "anomalous": 4}
@@ -188,10 +188,11 @@ def _limit(metric: str, goal: Goal, base: float) -> float:
 
 
 def _gain(metric: str, value: float, base: float) -> float:
-    """Share of the metric's distance to perfection that was gained; every metric is 1 at best."""
+    """Share of the metric's distance to perfection that was gained."""
+    best = BEST.get(metric.rpartition(".")[2], 1.0)
     if _lower(metric):
-        return (base - value) / (base - 1) if base > 1 else 0.0
-    return (value - base) / (1 - base) if base < 1 else 0.0
+        return (base - value) / (base - best) if base > best else 0.0
+    return (value - base) / (best - base) if base < best else 0.0
 
 
 def _parity(row: dict[str, Any], limits: ParityGoal, judgement: _Judgement) -> None:

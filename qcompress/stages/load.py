@@ -2,8 +2,8 @@
 is.
 
 Reads: a directory in transformers' layout, a hub id, or the folder of an earlier `method: float` run.
-Writes: float.json, config.json of the task's model, tokenizer files. The weights stay where they are. No
-torch.
+Writes: float.json, config.json of the task's model, the files that prepare its inputs: a tokenizer's, or an
+image processor's. The weights stay where they are. No torch.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from qcompress.artifacts import sha256_file, write_json
 from qcompress.errors import MachineError, ModelError
-from qcompress.models import FAMILIES, describe
-from qcompress.models.architecture import CAUSAL_LM, Head, read_config, read_tensors, weight_files
+from qcompress.models import FAMILIES, PROCESSOR, describe
+from qcompress.models.architecture import CAUSAL_LM, PIXELS, Head, read_config, read_tensors, weight_files
 from qcompress.schema import Model
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,6 +30,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "vocab.txt",
 )
+
+READER_FILES = (*TOKENIZER_FILES, PROCESSOR)
+"""Files of a checkpoint that say how text or images become the model's inputs."""
 
 
 def locate(model: Model, base: Path) -> Path:
@@ -62,7 +66,7 @@ def _download(name: str, revision: str | None) -> Path:
         raise MachineError(
             f"downloading {name} needs huggingface_hub ({error})", fix="pip install 'qcompress[train]'"
         ) from None
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", *READER_FILES]
     pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
     if pinned:
         try:
@@ -83,7 +87,7 @@ def _download(name: str, revision: str | None) -> Path:
 def checkpoint_files(directory: Path) -> dict[str, Path]:
     """Every file that makes the model what it is, by name."""
     files = {file.name: file for file in weight_files(directory)}
-    for name in ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES):
+    for name in ("config.json", "model.safetensors.index.json", *READER_FILES):
         if (directory / name).is_file():
             files[name] = directory / name
     return files
@@ -95,9 +99,12 @@ def fingerprint(directory: Path) -> dict[str, str]:
 
 
 def load(
-    model: Model, directory: Path, digests: dict[str, str], out: Path, head: Head = CAUSAL_LM, seed: int = 0
-) -> None:
+    model: Model, directory: Path, digests: dict[str, str], out: Path, head: Head = CAUSAL_LM, seed: int = 0,
+    processor: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Record the checkpoint in `directory`, whose files have these digests, with the head that a task needs.
+
+    `processor`: a preprocessor_config.json of the recipe's own, in the place of the checkpoint's.
 
     float.json says which tensors of the head are new and the seed they are drawn with, so that every stage
     and every process draws the same ones; config.json names the task's class and labels.
@@ -106,15 +113,13 @@ def load(
     config = read_config(directory)
     own = FAMILIES[model.family].task_config(config, read_tensors(directory), head)
     for name, file in checkpoint_files(directory).items():
-        if name in TOKENIZER_FILES or name == "config.json":
+        if name in READER_FILES or name == "config.json":
             shutil.copyfile(file, out / name)
     if own != config:
         write_json(out / "config.json", own)
-    if not any((out / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise ModelError(
-            f"{directory} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt)",
-            fix="save the model's tokenizer beside it with tokenizer.save_pretrained(directory)",
-        )
+    if processor is not None:
+        write_json(out / PROCESSOR, processor)
+    _check_reader(FAMILIES[model.family].INPUTS, directory, out)
     write_json(
         out / "float.json",
         {
@@ -126,3 +131,18 @@ def load(
             else None,
         },
     )
+
+
+def _check_reader(inputs: tuple[str, ...], directory: Path, out: Path) -> None:
+    """Refuse a checkpoint that does not say how its inputs are made."""
+    if PIXELS in inputs:
+        if not (out / PROCESSOR).is_file():
+            raise ModelError(
+                f"{directory} holds no {PROCESSOR}, which says how images are prepared",
+                fix="copy it beside the checkpoint, or write `mean`, `std` and `size` under `task`",
+            )
+    elif not any((out / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ModelError(
+            f"{directory} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt)",
+            fix="save the model's tokenizer beside it with tokenizer.save_pretrained(directory)",
+        )

@@ -34,7 +34,7 @@ from qcompress.loop import (
 )
 from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 from qcompress.methods.protocols import Adapter, Phase, Scene
-from qcompress.models import FAMILIES, load_tokenizer
+from qcompress.models import FAMILIES
 from qcompress.models.architecture import Architecture, read_config
 from qcompress.observe import make_static, observe
 from qcompress.own import class_of
@@ -195,12 +195,12 @@ def _read(
 ) -> _Data:
     """The examples that the phases need; calibration falls back to the training data."""
     task = TASKS[recipe.task.name]
-    tokenizer = load_tokenizer(float_model.path)
+    reader = task.reader(float_model.path)
     options = task.settled(recipe.task, read_config(float_model.path))
     section = recipe.data
 
     def examples(data) -> Examples | None:
-        return None if data is None else task.examples(data, base, tokenizer, options)
+        return None if data is None else task.examples(data, base, reader, options)
 
     trains = any(phase.scope == "model" and phase.steps for phase in phases)
     calibrates = any(item.weights and item.activations for item in plan) or bool(rounded(points))
@@ -228,7 +228,8 @@ def _observe(
                 yield to_device(batch, accelerator.device)
                 bar.advance(f"batch {index + 1} of {total}")
 
-        return observe(model, plan, counted(), int(data.lengths.sum()), points)
+        tokens = None if data.unit == "images" else int(data.lengths.sum())
+        return observe(model, plan, counted(), tokens, points, len(data))
 
 
 def _calibration_size(recipe: Recipe, config: dict[str, Any]) -> int:

@@ -34,7 +34,6 @@ from qcompress.artifacts import (
     write_json,
 )
 from qcompress.errors import UsageError
-from qcompress.models import load_tokenizer
 from qcompress.plan import plans_from_json
 from qcompress.probe import read_measurement, write_probe
 from qcompress.progress import Reporter
@@ -224,10 +223,10 @@ def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samp
     """What is measured, and how much of it is compared."""
     task = TASKS[recipe.task.name]
     folder = _checkpoint(artifacts)
-    tokenizer, config = load_tokenizer(folder), read_json(folder / "config.json")
+    reader, config = task.reader(folder), read_json(folder / "config.json")
     options = task.settled(recipe.task, config)
     sets = {
-        name: task.samples(data, base, tokenizer, options, recipe.verify.samples)
+        name: task.samples(data, base, reader, options, recipe.verify.samples)
         for name, data in recipe.data.evaluate.items()
     }
     first = next(iter(sets.values()))
@@ -239,7 +238,9 @@ def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samp
 
 
 def _checkpoint(artifacts: Artifacts) -> Path:
-    """A folder with config.json and the tokenizer: every artifact but the trained one carries them."""
+    """A folder with config.json and what prepares the inputs: every artifact but the trained one carries
+    them.
+    """
     for artifact in (artifacts.float_model, artifacts.folded, artifacts.onnx):
         if artifact is not None:
             return artifact.path

@@ -1,9 +1,9 @@
 """A child process that runs an ONNX file once in ONNX Runtime.
 
 A graph of unknown origin may end the process that first runs it: this one, and not the caller's.
-`python -m qcompress.targets.trial FILE INPUTS MIB`, where INPUTS are the names of the integer inputs [batch,
-sequence], joined by commas. Writes one JSON object: shape and type of `logits` for 2 rows of 5 tokens. No
-torch.
+`python -m qcompress.targets.trial FILE INPUTS MIB`, where INPUTS is a JSON object: for each input its type
+and its axes, names (batch, sequence) or sizes. Writes one JSON object: shape and type of `logits` for 2 rows
+of 5 tokens. No torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-    file, names, mib = arguments
+    file, inputs, mib = arguments
     limit_memory(int(mib))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -40,7 +40,11 @@ def main(arguments: list[str]) -> None:
             raise
         without = [PROPAGATION]
         session = onnxruntime.InferenceSession(file, options, providers=provider, disabled_optimizers=without)
-    feed = dict.fromkeys(names.split(","), np.ones((ROWS, TOKENS), np.int64))
+    sizes = {"batch": ROWS, "sequence": TOKENS}
+    feed = {
+        name: np.ones([sizes.get(axis, axis) for axis in axes], element)
+        for name, (element, axes) in json.loads(inputs).items()
+    }
     (logits,) = session.run(["logits"], feed)
     shown = {"shape": list(logits.shape), "type": str(logits.dtype), "disabled_optimizers": without}
     print(json.dumps(shown))

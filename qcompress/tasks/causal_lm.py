@@ -20,13 +20,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qcompress.errors import UsageError
+from qcompress.models import load_tokenizer as reader
 from qcompress.models.architecture import CAUSAL_LM, Head
 from qcompress.schema import CausalLm, TextData
 from qcompress.tasks.examples import Batch
+from qcompress.tasks.padded import processor
 from qcompress.tasks.text import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+__all__ = ["processor", "reader"]  # of a task's interface, and the same for all that read text
 
 STEP = 64
 """Positions measured at once: a vocabulary is wide."""
@@ -45,6 +49,7 @@ class Sequences:
     """Token sequences of one length, int64 [sequences, context]."""
 
     ids: Tensor
+    unit = "tokens"
 
     @property
     def lengths(self) -> np.ndarray:
@@ -59,7 +64,7 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, rows: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int], moment: tuple[int, ...] | None = None) -> Batch:
         """Some sequences; they need no mask."""
         return {"input_ids": self.ids[list(rows)]}
 
@@ -139,6 +144,11 @@ def logits_of(task: CausalLm, config: dict[str, Any]) -> tuple[int, int]:
 def compared(window: Window, logits: np.ndarray) -> np.ndarray:
     """The logits of a sample that rows are compared by, [positions, vocabulary]: those of no padding."""
     return logits[: len(window.ids)]
+
+
+def length(window: Window) -> int:
+    """Tokens of a sample."""
+    return len(window.ids)
 
 
 def collate(batch: list[Window]) -> dict[str, np.ndarray]:

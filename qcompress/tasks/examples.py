@@ -1,8 +1,8 @@
 """What a task hands to training and to calibration, whatever the task.
 
 A batch is a mapping of tensors: the model's inputs under their own names (`input_ids` int64 [batch,
-sequence], `attention_mask` of the same shape where sequences are padded, ...), and `labels`, which only a
-loss reads.
+sequence], `attention_mask` of the same shape where sequences are padded, ...; `pixel_values` fp32 [batch,
+channels, height, width]), and `labels`, which only a loss reads.
 """
 
 from __future__ import annotations
@@ -22,18 +22,24 @@ LABELS = "labels"
 
 
 class Examples(Protocol):
-    """Examples that were read and tokenized."""
+    """Examples that were read and tokenized, or brought to the model's size."""
 
     lengths: np.ndarray
-    """Tokens of each example, [examples]."""
+    """Tokens of each example, [examples]; 1 for an image."""
+    unit: str
+    """What the lengths count: tokens or images."""
     notes: list[str]
     """What was done to the examples that a user should know, such as how many were cut."""
 
     def __len__(self) -> int:
         """How many there are."""
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """The examples of these rows, padded on the right to the longest of them."""
+    def batch(self, rows: Sequence[int], moment: tuple[int, ...] | None = None) -> Batch:
+        """The examples of these rows, padded on the right to the longest of them.
+
+        `moment` is that of an update, (seed, phase, step): examples that are varied in training are so as a
+        function of it and of their row alone. None: nothing is varied.
+        """
 
 
 def inputs_of(batch: Batch) -> Batch:

@@ -13,7 +13,7 @@ from typing import Any
 
 from qcompress.errors import UsageError
 from qcompress.glue import GLUE
-from qcompress.schema import SequenceClassification, TokenClassification
+from qcompress.schema import ImageClassification, SequenceClassification, TokenClassification
 
 PLACEHOLDER = re.compile(r"LABEL_\d+")
 """What transformers calls an output that nobody named."""
@@ -106,7 +106,7 @@ class Labels:
         return f"labels are {', '.join(self.names[:12])}, or an index from 0 to {len(self.names) - 1}"
 
 
-def labels_of(task: SequenceClassification | TokenClassification) -> Labels:
+def labels_of(task: SequenceClassification | TokenClassification | ImageClassification) -> Labels:
     """The labels of a task; `settle` has put the model's order into `task.labels` where a model is known."""
     glue = GLUE[task.glue].labels if isinstance(task, SequenceClassification) and task.glue else None
     names = task.labels or glue

@@ -47,6 +47,7 @@ class PaddedExamples:
 
     samples: Sequence[Sample]
     labels: Callable[[Sequence[Sample], int], np.ndarray]
+    unit = "tokens"
 
     @property
     def lengths(self) -> np.ndarray:
@@ -61,7 +62,7 @@ class PaddedExamples:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def batch(self, rows: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int], moment: tuple[int, ...] | None = None) -> Batch:
         """Some examples, padded to the longest of them; without labels where the data have none."""
         import torch
 
@@ -71,6 +72,15 @@ class PaddedExamples:
         if all("label" in sample.known for sample in chosen):
             arrays[LABELS] = self.labels(chosen, inputs["input_ids"].shape[1])
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def length(sample: Sample) -> int:
+    """Tokens of a sample."""
+    return sample.length
+
+
+def processor(task: object) -> None:
+    """Text is prepared by the checkpoint's tokenizer alone."""
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, np.ndarray]:

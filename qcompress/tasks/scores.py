@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 
 def scores(names: Sequence[str], labels: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
     """The named metrics of some answers.
@@ -60,6 +62,16 @@ def agreement(reference: Sequence[Any], answers: Sequence[Any]) -> float:
     if any(isinstance(answer, float) for answer in answers):
         return 1.0 if list(reference) == list(answers) else correlation("pearson", reference, answers)
     return sum(a == b for a, b in zip(reference, answers, strict=True)) / len(answers)
+
+
+def cross_entropy(logits: np.ndarray, label: int) -> float:
+    """-log softmax(logits)[label]; logits fp64 [labels].
+
+    >>> round(cross_entropy(np.array([0.0, 0.0]), 1), 6)
+    0.693147
+    """
+    top = logits.max()
+    return float(np.log(np.exp(logits - top).sum()) + top - logits[label])
 
 
 Span = tuple[int, int, str]

@@ -20,21 +20,29 @@ import numpy as np
 
 from qcompress.errors import UsageError
 from qcompress.glue import GLUE
+from qcompress.models import load_tokenizer as reader
 from qcompress.models.architecture import Head
 from qcompress.schema import SequenceClassification, TextData
 from qcompress.task_options import AGREEMENT, Columns
 from qcompress.tasks import padded
 from qcompress.tasks.examples import Batch
 from qcompress.tasks.labels import MISSING, both_sets, dataset_names, labels_of, named_outputs, settle
-from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, notes
-from qcompress.tasks.scores import agreement, scores
+from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
+from qcompress.tasks.scores import agreement, cross_entropy, scores
 from qcompress.tasks.table import Table, Wanted, read_table
 from qcompress.tasks.text import read_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["collate", "kit", "notes"]  # of a task's interface, and the same for all padded samples
+__all__ = [
+    "collate",
+    "kit",
+    "length",
+    "notes",
+    "processor",
+    "reader",
+]  # of a task's interface, and the same for all padded samples
 
 KNOWN = ("label",)
 """Fields of a result that no model changes."""
@@ -134,15 +142,9 @@ def _result(known: Mapping[str, Any], logits: np.ndarray, kind: str) -> dict[str
         error = math.nan if label is None else _binary_cross_entropy(scored, np.array(label))
     elif finite:
         answer = int(scored.argmax())
-        error = math.nan if label is None else _cross_entropy(scored, label)
+        error = math.nan if label is None else cross_entropy(scored, label)
     result = {**known, "prediction": answer}
     return result if label is None else {**result, "loss": error}
-
-
-def _cross_entropy(logits: np.ndarray, label: int) -> float:
-    """-log softmax(logits)[label]."""
-    top = logits.max()
-    return float(np.log(np.exp(logits - top).sum()) + top - logits[label])
 
 
 def _binary_cross_entropy(logits: np.ndarray, label: np.ndarray) -> float:

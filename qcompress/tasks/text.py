@@ -63,7 +63,7 @@ def open_dataset(data: TextData, base: Path) -> datasets.Dataset:
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         raise UsageError(
             f"dataset {data.dataset} (config {data.config}, split {data.split}) cannot be read: {error}",
-            fix="check the name, or name local files under `text:` or `table:`",
+            fix="check the name, or name local files instead",
         ) from None
 
 
@@ -73,7 +73,7 @@ def fingerprint(data: TextData, base: Path) -> dict[str, str]:
         return {
             f"{index}:{Path(name).name}": sha256_file(base / name) for index, name in enumerate(data.files)
         }
-    path = base / data.dataset
+    path = base / (data.folder or data.dataset)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return {str(file.relative_to(path)): sha256_file(file) for file in files}

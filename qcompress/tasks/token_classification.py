@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qcompress.errors import UsageError
+from qcompress.models import load_tokenizer as reader
 from qcompress.models.architecture import Head
 from qcompress.schema import TextData, TokenClassification
 from qcompress.task_options import AGREEMENT, Columns
 from qcompress.tasks import padded
 from qcompress.tasks.examples import Batch
 from qcompress.tasks.labels import IGNORED, both_sets, dataset_names, labels_of, named_outputs, settle
-from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, notes
+from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
 from qcompress.tasks.scores import agreement, span_f1
 from qcompress.tasks.table import Table, Wanted, read_table
 from qcompress.tasks.text import read_lines
@@ -34,7 +35,14 @@ from qcompress.tasks.text import read_lines
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["collate", "kit", "notes"]  # of a task's interface, and the same for all padded samples
+__all__ = [
+    "collate",
+    "kit",
+    "length",
+    "notes",
+    "processor",
+    "reader",
+]  # of a task's interface, and the same for all padded samples
 
 KNOWN = ("label", "positions")
 """Fields of a result that no model changes."""

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from qcompress.goals import METRICS
-from qcompress.schema import CausalLm, SequenceClassification, TokenClassification
+from qcompress.goals import BEST, METRICS
+from qcompress.schema import CausalLm, ImageClassification, SequenceClassification, TokenClassification
 from qcompress.tasks.scores import agreement, scores, span_f1, spans
 
 LABELS, ANSWERS = [1, 1, 1, 0, 0, 1, 0, 1], [1, 0, 1, 0, 1, 1, 0, 1]
@@ -91,10 +91,13 @@ def test_every_metric_of_every_task_is_known_with_its_direction() -> None:
         *(SequenceClassification.model_validate({"glue": name}) for name in OF_GLUE),
         TokenClassification(labels=["O", "B-X", "I-X"]),
         TokenClassification(labels=["NOUN", "VERB"]),
+        ImageClassification(),
+        ImageClassification(labels=["cat", "dog"]),
     ]
     for task in tasks:
         assert set(task.main) <= set(task.metrics) <= METRICS.keys(), task
     assert {metric for task in tasks for metric in task.metrics} | {"agreement"} == METRICS.keys()
+    assert BEST.keys() < METRICS.keys()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""Heads with labels: which names a task's outputs have, and the config.json of the task's model. No torch.
+
+Every family with a classifier uses these, so that labels are held against a checkpoint in one way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcompress.errors import ModelError
+from qcompress.models.architecture import Head
+
+
+def labels_of(config: dict[str, Any], outputs: int | None, head: Head) -> tuple[str, ...]:
+    """Names of the logits: those of the task, or else those of config.json. `outputs` is how many the
+    checkpoint's head has, None where it has none.
+
+    Raises ModelError where checkpoint, config.json and task do not agree.
+    """
+    named = config.get("id2label")
+    own: tuple[str, ...] | None = None
+    if isinstance(named, dict) and named:
+        try:
+            own = tuple(str(named[key]) for key in sorted(named, key=int))
+        except ValueError:
+            raise ModelError(f"config.json: id2label has keys that are no numbers: {named}") from None
+    elif outputs:
+        own = tuple(f"LABEL_{index}" for index in range(outputs))
+    if own is not None and outputs and len(own) != outputs:
+        raise ModelError(
+            f"config.json names {len(own)} labels ({_listed(own)}), and the checkpoint's head has {outputs}",
+            fix="take config.json and model.safetensors from the same checkpoint",
+        )
+    wanted = head.labels or own or (("LABEL_0",) if head.problem == "regression" else None)
+    if wanted is None:
+        raise ModelError(
+            "neither the task nor config.json names the labels",
+            fix="write the task's labels into the recipe",
+        )
+    if outputs and own and (len(own) != len(wanted) or (own != wanted and set(own) == set(wanted))):
+        what = "number" if len(own) != len(wanted) else "order"
+        raise ModelError(
+            f"the labels of checkpoint and recipe differ in {what}: the checkpoint has {len(own)} "
+            f"({_listed(own)}), the recipe {len(wanted)} ({_listed(wanted)})",
+            fix="name the checkpoint's labels in the recipe, or start from a checkpoint without a head",
+        )
+    return tuple(wanted)
+
+
+def config_of(config: dict[str, Any], named: str, labels: tuple[str, ...], head: Head) -> dict[str, Any]:
+    """config.json of the task's model: its class `named`, its labels, and what its loss is."""
+    return {
+        **{key: value for key, value in config.items() if key != "num_labels"},
+        "architectures": [named],
+        "id2label": {str(index): label for index, label in enumerate(labels)},
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": head.problem or config.get("problem_type"),
+    }
+
+
+def check_shapes(
+    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], new: tuple[str, ...] = ()
+) -> None:
+    """Refuse a checkpoint whose tensors are not those that its config.json asks for, but for those in
+    `new`.
+    """
+    for name, shape in expected.items():
+        if found.get(name) != shape and name not in new:
+            raise ModelError(
+                f"{name}: config.json asks for shape {list(shape)}, the checkpoint has "
+                f"{list(found[name]) if name in found else 'no such tensor'}",
+                fix="take config.json and model.safetensors from the same checkpoint",
+            )
+
+
+def _listed(labels: tuple[str, ...]) -> str:
+    return ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")

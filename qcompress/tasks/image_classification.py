@@ -1,0 +1,188 @@
+"""One label for each image.
+
+Torch is imported only where tensors are made.
+
+Shapes: inputs fp32 [batch, 3, height, width]; logits [batch, labels].
+
+A result of one sample: `prediction` (index of the largest logit; None where a logit is not finite), and,
+where the data have labels, `label`, `rank` (how many logits come before the label's; 0: the prediction is
+right) and `loss`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qcompress.models import load_processor
+from qcompress.models.architecture import Head
+from qcompress.schema import ImageClassification, TextData
+from qcompress.task_options import AGREEMENT, Columns
+from qcompress.tasks import padded
+from qcompress.tasks.examples import Batch
+from qcompress.tasks.images import ImageExamples, ImageSample, Picture, Reader, collate, read_pictures, shaped
+from qcompress.tasks.labels import MISSING, both_sets, dataset_names, labels_of, named_outputs, settle
+from qcompress.tasks.scores import agreement, cross_entropy, scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["collate"]  # of a task's interface
+
+KNOWN = ("label",)
+"""Fields of a result that no model changes."""
+
+BEST = 5
+"""Answers among which the label is for top5_accuracy."""
+
+
+def reader(directory: Path) -> Reader:
+    """What prepares images for a checkpoint."""
+    return Reader(load_processor(directory))
+
+
+def processor(task: ImageClassification) -> dict[str, Any] | None:
+    """The preprocessor_config.json that the recipe asks for; None: the checkpoint's own.
+
+    It is that of ViT, whose processor does what it says for any model: resize, divide by 255, normalize.
+    """
+    if task.mean is None:
+        return None
+    sized = {"size": dict(zip(("height", "width"), task.size, strict=True))} if task.size else {}
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": task.size is not None,
+        **sized,
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": task.mean,
+        "image_std": task.std,
+    }
+
+
+def head(task: ImageClassification) -> Head:
+    """One output for each label."""
+    return Head(task.name, labels_of(task).names, "single_label_classification")
+
+
+def settled(task: ImageClassification, config: dict[str, Any]) -> ImageClassification:
+    """The task with the labels of a checkpoint, in the order of its outputs."""
+    return task.model_copy(update={"labels": settle(labels_of(task).names, config)})
+
+
+def examples(data: TextData, base: Path, reader: Reader, task: ImageClassification) -> ImageExamples:
+    """Images for training or calibration; with a limit spread evenly over the whole."""
+    found = padded.spread(_read(data, base, task), data.limit)
+    return ImageExamples(shaped(found, reader), data.augment)
+
+
+def samples(
+    data: TextData, base: Path, reader: Reader, task: ImageClassification, limit: int | None
+) -> list[ImageSample]:
+    """Evaluation samples in the order of the data, at most `limit` and `data.limit` of them."""
+    return shaped(padded.first(_read(data, base, task), limit, data.limit), reader)
+
+
+def loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy, []."""
+    import torch.nn.functional as F
+
+    return F.cross_entropy(logits.float(), padded.labels_in(batch))
+
+
+def logits_of(task: ImageClassification, config: dict[str, Any]) -> tuple[int, int]:
+    """One position, and an output for each label; `config` is the model's config.json."""
+    return 1, len(labels_of(task).names or named_outputs(config))
+
+
+def length(sample: ImageSample) -> int:
+    """1: images are all of one size."""
+    return 1
+
+
+def compared(sample: ImageSample, logits: np.ndarray) -> np.ndarray:
+    """The logits of a sample that rows are compared by, [1, labels]."""
+    return logits[None]
+
+
+def measure(batch: Sequence[ImageSample], logits: np.ndarray) -> list[dict[str, Any]]:
+    """Result of each sample; logits [batch, labels]."""
+    return [_result(one.known, row) for one, row in zip(batch, logits, strict=True)]
+
+
+def results(
+    known: Sequence[Mapping[str, Any]], logits: Sequence[np.ndarray], task: ImageClassification
+) -> list[dict[str, Any]]:
+    """The same, from what is known of each sample and its logits [labels]."""
+    return [_result(one, row) for one, row in zip(known, logits, strict=True)]
+
+
+def _result(known: Mapping[str, Any], logits: np.ndarray) -> dict[str, Any]:
+    scored, label = logits.astype(np.float64), known.get("label")
+    finite = bool(np.isfinite(scored).all())
+    result = {**known, "prediction": int(scored.argmax()) if finite else None}
+    if label is None:
+        return result
+    if not finite:
+        return {**result, "rank": None, "loss": math.nan}
+    before = scored[:label] >= scored[label]  # of equal logits the first is the answer
+    rank = int(before.sum() + (scored[label + 1 :] > scored[label]).sum())
+    return {**result, "rank": rank, "loss": cross_entropy(scored, label)}
+
+
+def kit(inputs: Mapping[str, np.ndarray], samples: Sequence[ImageSample]) -> dict[str, np.ndarray]:
+    """Arrays of a probe kit: the graph's inputs as `input.<name>`, fp32, and `length` [samples] of ones."""
+    return {
+        "length": np.ones(len(samples), np.int32),
+        **{f"input.{name}": one for name, one in inputs.items()},
+    }
+
+
+def notes(samples: Sequence[ImageSample]) -> list[str]:
+    """Nothing is done to images that a user should know."""
+    return []
+
+
+def metrics(
+    found: Sequence[Mapping[str, Any]],
+    task: ImageClassification,
+    reference: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, float]:
+    """Metrics of some results; without labels, agreement with the results of the float model."""
+    answers = [result["prediction"] for result in found]
+    if "label" not in found[0]:
+        if reference is None:
+            return {}
+        return {AGREEMENT: agreement([result["prediction"] for result in reference], answers)}
+    values = scores(["accuracy"], [result["label"] for result in found], answers)
+    ranks = [result["rank"] for result in found]
+    broken = any(rank is None for rank in ranks)
+    values["top5_accuracy"] = math.nan if broken else sum(rank < BEST for rank in ranks) / len(ranks)
+    values["cross_entropy"] = math.fsum(result["loss"] for result in found) / len(found)
+    return {name: values[name] for name in task.metrics}
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def _read(data: TextData, base: Path, task: ImageClassification) -> list[Picture]:
+    """Images, unopened, with their labels as the model's outputs; with none where all labels are missing."""
+    columns = {role: name for role, name in (data.columns or Columns()).model_dump().items() if name}
+    read = read_pictures(data, base, columns)
+    spelled = [one.label for one in read.found]
+    if all(label in (MISSING, None, "") for label in spelled):
+        return [replace(one, known={}) for one in read.found]
+    labels = labels_of(task)
+    cells = dataset_names(read.names, labels, spelled)
+    both_sets(sorted({cell for cell in cells if isinstance(cell, str) and cell.strip()}), labels, "the data")
+    return [
+        replace(one, known={"label": labels.index(cell, one.place)})
+        for one, cell in zip(read.found, cells, strict=True)
+    ]

@@ -1,0 +1,304 @@
+"""Images from archives, folders and `datasets`, brought to a model's size and made its input.
+
+Torch is imported only where tensors are made, Pillow only where a file is opened.
+
+The checkpoint's own image processor does both steps, as transformers has it: what changes the geometry
+(resize, crop) when an image is read, what changes its values (rescale, normalize) when a batch is made. So
+what is kept of an image is a byte for each value, and a batch equals what the processor gives in one step.
+
+Shapes: an image uint8 [height, width, 3]; pixel values fp32 [batch, 3, height, width].
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompress.errors import ModelError, UsageError
+from qcompress.models.architecture import PIXELS
+from qcompress.schema import TextData
+from qcompress.task_options import Augment
+from qcompress.tasks.examples import LABELS, Batch
+from qcompress.tasks.text import open_dataset
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Files of a folder that are images; in capital letters as well."""
+
+GEOMETRY = ("do_resize", "do_center_crop", "do_pad")
+"""Steps of transformers' image processors that move pixels."""
+
+VALUES = ("do_rescale", "do_normalize", "include_top")
+"""Steps that change each pixel by itself; the last is EfficientNet's second normalization."""
+
+
+class Reader:
+    """A checkpoint's image processor, in two steps. Raises ModelError for one that has no such steps."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.fill: np.ndarray | None = None
+
+    def shaped(self, image: np.ndarray) -> np.ndarray:
+        """An image of any size at the model's, uint8 [height, width, 3]."""
+        found = self._run([image], VALUES)[0]
+        if found.dtype != np.uint8:
+            raise ModelError(f"{self._name}: a resized image is {found.dtype} and not uint8", fix=self._fix)
+        return np.ascontiguousarray(found.transpose(1, 2, 0))
+
+    def pixels(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """What the model is given for images of its size, fp32 [batch, 3, height, width]."""
+        return self._run(images, GEOMETRY).astype(np.float32, copy=False)
+
+    def black(self) -> np.ndarray:
+        """What a black pixel is to the model, fp32 [3]."""
+        if self.fill is None:
+            self.fill = self.pixels([np.zeros((1, 1, 3), np.uint8)])[0, :, 0, 0]
+        return self.fill
+
+    def check(self, image: np.ndarray) -> None:
+        """Both steps of an image are what the processor does in one: true unless it does something else."""
+        if not np.array_equal(self._run([image], ()), self.pixels([self.shaped(image)])):
+            raise ModelError(
+                f"{self._name} does more than resize, crop, rescale and normalize", fix=self._fix
+            )
+
+    def _run(self, images: Sequence[np.ndarray], without: Sequence[str]) -> np.ndarray:
+        off = {step: False for step in without if getattr(self.processor, step, None)}
+        found = self.processor(list(images), return_tensors="np", input_data_format="channels_last", **off)
+        return found[PIXELS]
+
+    @property
+    def _name(self) -> str:
+        return type(self.processor).__name__
+
+    @property
+    def _fix(self) -> str:
+        return "write `mean`, `std` and `size` under `task`"
+
+
+@dataclass(frozen=True)
+class ImageSample:
+    """One image of the model's size. `known`: what is to be answered, as it stands in samples.json.gz; no
+    `label` in it where the data have none.
+    """
+
+    image: np.ndarray
+    reader: Reader
+    known: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ImageExamples:
+    """Images for training or calibration."""
+
+    samples: Sequence[ImageSample]
+    augment: Augment | None = None
+    unit = "images"
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """1 for each image."""
+        return np.ones(len(self.samples), np.int64)
+
+    @property
+    def notes(self) -> list[str]:
+        """Nothing is done to images that a user should know."""
+        return []
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batch(self, rows: Sequence[int], moment: tuple[int, ...] | None = None) -> Batch:
+        """Some images, varied in training; labels int64 [batch] where the data have them."""
+        import torch
+
+        chosen = [self.samples[row] for row in rows]
+        arrays = collate(chosen)
+        if moment is not None and self.augment is not None:
+            black = chosen[0].reader.black()
+            arrays[PIXELS] = varied(arrays[PIXELS], black, self.augment, rows, moment)
+        if all("label" in sample.known for sample in chosen):
+            arrays[LABELS] = np.array([sample.known["label"] for sample in chosen], np.int64)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def varied(
+    pixels: np.ndarray, black: np.ndarray, augment: Augment, rows: Sequence[int], moment: tuple[int, ...]
+) -> np.ndarray:
+    """Images [batch, 3, height, width] mirrored and moved at random, after He et al. (arXiv:1512.03385),
+    section 4.2. What uncovers is `black` [3].
+
+    What happens to an image depends on the moment and on its row alone, and not on what shares its batch:
+    several processes vary images as one does. All is drawn whatever the options: one does not move another.
+    """
+    found, (height, width), pad = np.empty_like(pixels), pixels.shape[2:], augment.crop
+    for place, row in enumerate(rows):
+        random = np.random.default_rng((*moment, int(row)))
+        mirrored, (top, left) = random.random() < 0.5, random.integers(0, 2 * pad, 2, endpoint=True)
+        image = pixels[place]
+        image = image[:, :, ::-1] if mirrored and augment.flip else image
+        if pad:
+            framed = np.empty((len(image), height + 2 * pad, width + 2 * pad), image.dtype)
+            framed[:] = black[:, None, None]
+            framed[:, pad : pad + height, pad : pad + width] = image
+            image = framed[:, top : top + height, left : left + width]
+        found[place] = image
+    return found
+
+
+def collate(samples: Sequence[ImageSample]) -> dict[str, np.ndarray]:
+    """Model inputs, fp32 [batch, 3, height, width]."""
+    return {PIXELS: samples[0].reader.pixels([sample.image for sample in samples])}
+
+
+def shaped(found: Sequence[Picture], reader: Reader) -> list[ImageSample]:
+    """Images at the model's size; refused where the processor leaves them at different ones."""
+    samples = []
+    for one in found:
+        image = one.open()
+        if not samples:
+            reader.check(image)
+        sample = ImageSample(reader.shaped(image), reader, one.known)
+        if samples and sample.image.shape != samples[0].image.shape:
+            raise UsageError(
+                f"{one.place} is {_size(sample.image)} and the first image {_size(samples[0].image)}, and "
+                "the checkpoint's preprocessing resizes neither",
+                fix="write `mean`, `std` and `size` under `task`",
+            )
+        samples.append(sample)
+    return samples
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[0]} x {image.shape[1]}"
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of the data, opened when it is needed; `label` as the data spell it, None without one."""
+
+    open: Callable[[], np.ndarray]
+    place: str
+    label: Any = None
+    known: Mapping[str, Any] = ()
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What some data hold. `names`: what a dataset itself calls the integers of its labels."""
+
+    found: list[Picture]
+    names: tuple[str, ...] | None = None
+
+
+def read_pictures(data: TextData, base: Path, columns: Mapping[str, str]) -> Pictures:
+    """The images of a recipe's section, unopened. `columns` are those that the recipe names."""
+    if data.npz is not None:
+        found = Pictures([one for name in data.npz for one in _archive(base / name, columns)])
+    elif data.folder is not None:
+        found = Pictures(list(_folder(base / data.folder)))
+    else:
+        found = _dataset(data, base, columns)
+    if not found.found:
+        origin = data.folder or data.dataset or ", ".join(data.npz or ())
+        raise UsageError(f"{origin} holds no image", fix=f"name one with images ({', '.join(SUFFIXES)})")
+    return found
+
+
+def _archive(file: Path, columns: Mapping[str, str]) -> Iterator[Picture]:
+    """Images uint8 [images, height, width, 3] of a numpy archive, with labels [images] if it has them."""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            names = {"image": columns.get("image", "images"), "label": columns.get("label", "labels")}
+            for role, name in names.items():
+                if name not in archive.files and (role == "image" or role in columns):
+                    raise UsageError(
+                        f"{file.name} has the arrays {', '.join(archive.files)}, and not {name!r}",
+                        fix=f"name the right one with `columns: {{{role}: ...}}`",
+                    )
+            images = archive[names["image"]]
+            labels = archive[names["label"]] if names["label"] in archive.files else None
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise UsageError(
+            f"{file.name} is not a numpy archive that can be read ({error})",
+            fix="write it with numpy.savez_compressed, from arrays of numbers or texts",
+        ) from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise UsageError(
+            f"{file.name}: {names['image']} is {images.dtype} {list(images.shape)}, and images are uint8 "
+            "[images, height, width, 3]",
+            fix="write red, green and blue as bytes, the channels last",
+        )
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise UsageError(
+            f"{file.name}: {len(images)} images, and {names['label']} is of shape {list(labels.shape)}",
+            fix="write one label for each image",
+        )
+    for row, image in enumerate(images):
+        label = None if labels is None else labels[row].item()
+        yield Picture(lambda image=image: image, f"{file.name}, row {row + 1}", label)
+
+
+def _folder(folder: Path) -> Iterator[Picture]:
+    """The images of a folder of folders, in the order of their paths; a folder's name is the label."""
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for file in sorted(inner.rglob("*")):
+            if file.suffix.lower() in SUFFIXES and file.is_file():
+                yield Picture(lambda file=file: open_image(file), str(file.relative_to(folder)), inner.name)
+
+
+def open_image(file: Path) -> np.ndarray:
+    """An image file as uint8 [height, width, 3]; grey becomes three channels, transparency is dropped."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(
+            f"{file} is not an image that can be read ({error})", fix="mend it or remove it"
+        ) from None
+
+
+def _dataset(data: TextData, base: Path, columns: Mapping[str, str]) -> Pictures:
+    """Rows of `datasets`, whose feature `Image` opens them."""
+    rows = open_dataset(data, base)
+    names = {"image": columns.get("image", "image"), "label": columns.get("label", "label")}
+    for role, name in names.items():
+        if name not in rows.column_names and (role == "image" or role in columns):
+            raise UsageError(
+                f"dataset {data.dataset} has the columns {', '.join(rows.column_names)}, and not {name!r}",
+                fix=f"name the right one with `columns: {{{role}: ...}}`",
+            )
+    labels: Sequence[Any] = [None] * len(rows)
+    if names["label"] in rows.column_names:
+        labels = rows.select_columns(names["label"])[:][names["label"]]
+    pictures = rows.select_columns(names["image"])
+
+    def opener(row: int, place: str) -> Callable[[], np.ndarray]:
+        def opened() -> np.ndarray:
+            image = pictures[row][names["image"]]
+            if not hasattr(image, "convert"):
+                raise UsageError(
+                    f"{place}: {names['image']} is no image but {type(image).__name__}",
+                    fix="name the column of images with `columns: {image: ...}`",
+                )
+            return np.array(image.convert("RGB"))
+
+        return opened
+
+    found = []
+    for row, label in enumerate(labels):
+        place = f"dataset {data.dataset}, row {row + 1}"
+        found.append(Picture(opener(row, place), place, label))
+    feature = rows.features.get(names["label"])
+    known = getattr(feature, "names", None)
+    return Pictures(found, tuple(known) if known else None)
