@@ -30,7 +30,8 @@ def judge_codebooks(
     _noise(recipe, document, plan)
     if not document.sound(("schedule",), ("method",)):
         return
-    if recipe.schedule.name == "staged" and not books:
+    formats: list[Key] = [("format", key) for key in ("preset", "weights", "embeddings", "layers")]
+    if recipe.schedule.name == "staged" and not books and document.sound(*formats):
         key: Key = ("schedule",) if ("schedule",) in document.places else ("method",)
         message = "makes codebooks of one set of layers after another, and the format has no codebook"
         document.report(key, message, "write `format: ipq`, or `weights: codebook` under `format`")

@@ -36,6 +36,9 @@ class MinMaxWeight(CodedWeight):
         super().__init__()
         self.options, self.grid, self.bounds = options, grid, bounds
         self.register_buffer("ratio", torch.ones(grid.scale_shape(shape)))
+        if options.renew is not None:
+            self.register_buffer("age", torch.tensor(0))
+            self.register_buffer("renewed", torch.tensor(0))
 
     @torch.no_grad()
     def init(self, weight: Tensor) -> None:
@@ -48,17 +51,28 @@ class MinMaxWeight(CodedWeight):
         return start_scale(self.grid.largest(weight), self.ratio, self.bounds)
 
     def forward(self, weight: Tensor) -> Tensor:
+        self._renew(weight)
         scale = self.grid.align(self.scale_of(weight))
         return self.grid.join(fake_quantize(self.grid.divide(weight), scale, self.bounds))
 
     def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
         """As the base says."""
+        self._renew(weight)
         picked = F.embedding(rows, weight)
         scale = start_scale(self.grid.largest(picked), self.ratio[rows], self.bounds)
         return fake_quantize(picked, self.grid.align(scale), self.bounds)
 
+    def _renew(self, weight: Tensor) -> None:
+        """Choose the ratio again when it is due: in the first pass of an update, once."""
+        every = self.options.renew
+        if every is not None and int(self.age) // every > int(self.renewed):
+            self.init(weight.detach())
+            self.renewed.fill_(int(self.age) // every)
+
     def advance(self) -> None:
-        """Nothing is learned."""
+        """Nothing is learned; updates are counted where ranges are chosen again."""
+        if self.options.renew is not None:
+            self.age += 1
 
 
 class LsqWeight(CodedWeight):

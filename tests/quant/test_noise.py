@@ -181,3 +181,25 @@ def test_masks_of_no_and_of_full_share_are_exact() -> None:
     for p, expected in ((0.0, False), (1.0, True)):
         drawn = random_mask((1000, 70), p, torch.device("cpu"))
         assert drawn.shape == (1000, 70) and bool((drawn == expected).all())
+
+
+def test_ranges_by_least_squares_are_chosen_again_every_so_many_updates() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 64)
+    quantizer = MinMaxWeight(MinMax(range="mse", renew=2), Grid(0), BOUNDS, weight.shape)
+    quantizer.init(weight)
+    first = quantizer.ratio.clone()
+    heavy = weight.clone()
+    heavy[:, 0] = 12.0  # an outlier, which least squares clips
+    ratios = []
+    for _ in range(5):
+        quantizer(heavy)
+        quantizer(heavy)
+        ratios.append(quantizer.ratio.clone())
+        quantizer.advance()
+    fresh = MinMaxWeight(MinMax(range="mse"), Grid(0), BOUNDS, weight.shape)
+    fresh.init(heavy)
+    assert [torch.equal(ratio, first) for ratio in ratios] == [True, True, False, False, False]
+    assert torch.equal(ratios[2], fresh.ratio) and not torch.equal(fresh.ratio, first)
+    frozen = MinMaxWeight(MinMax(range="mse"), Grid(0), BOUNDS, weight.shape)
+    assert set(frozen.state_dict()) == {"ratio"}
