@@ -44,12 +44,13 @@ OPTIONS = {
 }
 
 
-def training(folder: Path, text: Path, batch: dict[str, Tensor]) -> Training:
+def training(folder: Path, text: Path, batch: dict[str, Tensor], method: str = "lsq") -> Training:
+    """A GPT-2 of that shape with random weights and 4-bit quantizers, ready for updates."""
     logging.disable_progress_bar()
     config = GPT2Config(vocab_size=1000, n_positions=64, n_embd=384, n_layer=6, n_head=12,
                         bos_token_id=0, eos_token_id=0)  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
-    recipe, architecture = make_recipe(text, method="lsq", format="w4a8"), describe("gpt2", folder)
+    recipe, architecture = make_recipe(text, method=method, format="w4a8"), describe("gpt2", folder)
     plan = plan_layers(recipe, architecture)
     model = FAMILIES["gpt2"].load_float(folder)
     statistics = observe(model, plan, [batch], batch["input_ids"].numel())
