@@ -52,6 +52,7 @@ GOOD = {
     "ipq taught by the float model": {"objective": {"name": "distillation", "attention": 0.0}},
     "ipq with saq": {"stepper": "saq"},
     "another order": {"schedule": {"order": ["attention", "ffn", "embeddings", "rest"]}},
+    "a quarter of a byte": {"format": {"preset": "ipq", "weights": {**BOOK, "block": 4}}},
     "noise by blocks": {"method": "quant-noise", "format": "w8a8", "quantizer": {"noise": {"block": 16}}},
 }
 

@@ -289,7 +289,8 @@ def test_what_noise_trains_as_floats_becomes_codebooks_at_the_end(line: Callable
         .train()
         .fold()
     )
-    assert len(made.facts()["codebooks"]) == 10
+    books = made.facts()["codebooks"]
+    assert len(books) == 10 and all(book["unused"] == 0 for book in books.values())
     ids = token_ids()
     assert torch.equal(made.logits("train", ids), made.logits("fold", ids))
 

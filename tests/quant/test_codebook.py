@@ -114,9 +114,9 @@ def test_noise_rounds_blocks_to_their_centroids_until_the_weight_settles() -> No
 def test_estimates_are_renewed_every_so_many_updates_and_a_repeated_pass_changes_nothing() -> None:
     quantizer = book(0, settled=False, estimates=True, renew=3)
     weight = weight_of(0)
+    state = torch.random.get_rng_state()
     quantizer(weight)
     first = quantizer.centroids.detach().clone()
-    state = torch.random.get_rng_state()
     quantizer(weight * 2)
     assert torch.equal(quantizer.centroids, first) and torch.equal(torch.random.get_rng_state(), state)
     for _ in range(3):

@@ -194,7 +194,7 @@ def test_ranges_by_least_squares_are_chosen_again_every_so_many_updates() -> Non
     ratios = []
     for _ in range(5):
         quantizer(heavy)
-        quantizer(heavy)
+        quantizer(weight)  # a second pass of the same update, at another point
         ratios.append(quantizer.ratio.clone())
         quantizer.advance()
     fresh = MinMaxWeight(MinMax(range="mse"), Grid(0), BOUNDS, weight.shape)
