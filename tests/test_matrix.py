@@ -27,7 +27,17 @@ needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensor
 CELLS = [
     (family, name, compute)
     for family in ("gpt2", "bert", "roberta", "distilbert")
-    for name in ("w8a8", "w8a8-points", "w8a16", "w4a16-g32", "w4a16-g64", "w4a16-g128", "w4a8", "mixed")
+    for name in (
+        "w8a8",
+        "w8a8-points",
+        "w8a16",
+        "w4a16-g32",
+        "w4a16-g64",
+        "w4a16-g128",
+        "w4a8",
+        "mixed",
+        "ipq",
+    )
     for compute in ("fp32", "fp16")
 ]
 QUICK = [("gpt2", "mixed", "fp32"), ("gpt2", "w4a16-g64", "fp16")]
@@ -58,14 +68,14 @@ def check(found: dict[str, Any], family: str, name: str) -> None:
     assert found["certificate"] and found["unexplained"] == 0
     assert not [finding for finding in found["lint"] if finding.startswith("error")]
     assert found["engine"] == "built" and found["plan_bytes"] > 0
-    rounds = name not in ("w8a16", "w4a16-g32", "w4a16-g64", "w4a16-g128")
+    rounds = name not in ("w8a16", "w4a16-g32", "w4a16-g64", "w4a16-g128", "ipq")
     assert (found["codes"] > 0) is rounds
     if not rounds:
         assert found["within"]  # nothing rounds, so nothing can flip
 
 
 def test_the_cells_are_every_family_in_every_format(tools: tuple[ModuleType, ModuleType]) -> None:
-    assert list(tools[0].cells()) == CELLS and len(CELLS) == 64
+    assert list(tools[0].cells()) == CELLS and len(CELLS) == 72
     assert {family for family, _, _ in CELLS} == set(KNOWN)
 
 

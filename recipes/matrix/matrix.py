@@ -47,6 +47,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "w4a16-g128": {"preset": "w4a16-g128"},
     "w4a8": {"preset": "w4a8"},
     "mixed": {"preset": "w8a8", "layers": MIXED},
+    "ipq": {"preset": "ipq"},
 }
 
 LIMITS = {"fp32": (2e-4, 0.998), "fp16": (2e-3, 0.99)}
