@@ -15,9 +15,8 @@ from qcompress.loop import Training
 from qcompress.methods.protocols import Adapter
 from qcompress.plan import plans_to_json, points_to_json
 from qcompress.quant.codebook import is_codebook
+from qcompress.quant.types import COMPUTE
 from qcompress.tensorfile import save_tensors
-
-COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @torch.no_grad()

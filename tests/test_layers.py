@@ -32,7 +32,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("numerics", {
         "quant", "quant.affine", "quant.codebook", "quant.coding", "quant.dynamic", "quant.folded",
         "quant.folded_codebook", "quant.kmeans", "quant.layers", "quant.noise",
-        "quant.quantizers", "quant.ranges", "quant.ternary",
+        "quant.quantizers", "quant.ranges", "quant.ternary", "quant.types",
     }),
     ("families, tasks, targets", {
         "models", "models.attention", "models.bert", "models.cache", "models.distilbert", "models.encoder",
@@ -82,7 +82,7 @@ DOORS: dict[str, set[str]] = {
         "quant.affine", "quant.codebook", "quant.coding", "quant.dynamic", "quant.folded",
         "quant.folded_codebook",
         "quant.kmeans", "quant.layers", "quant.noise", "quant.quantizers",
-        "quant.ranges", "quant.ternary", "methods.plain",
+        "quant.ranges", "quant.ternary", "quant.types", "methods.plain",
         "methods.protocols", "methods.quadapter", "methods.ball", "methods.saq", "methods.squat",
         "methods.distillation", "methods.signals", "methods.teacher_intervention",
         "models.attention", "models.cache", "models.gpt2", "models.residual", "models.stock",

@@ -36,12 +36,11 @@ from qcompress.models.architecture import read_config
 from qcompress.plan import LayerPlan, plans_from_json, points_from_json
 from qcompress.precision import keep_fp32
 from qcompress.prepare import assemble
+from qcompress.quant.types import COMPUTE
 from qcompress.schema import Export
 from qcompress.sizes import measure_sizes
 from qcompress.targets.lint import lint
 from qcompress.targets.table import TARGETS
-
-COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 NARROW = {4: (ml_dtypes.int4, ir.DataType.INT4), 2: (ml_dtypes.int2, ir.DataType.INT2)}
 """Types of codes by stored bits, in numpy and in the file."""

@@ -21,9 +21,8 @@ from qcompress.plan import LayerPlan, plans_to_json, points_to_json
 from qcompress.prepare import Prepared, rebuild
 from qcompress.quant.codebook import FrozenCodebook, from_vectors
 from qcompress.quant.layers import QuantizedLinear, QuantizedWeight
+from qcompress.quant.types import COMPUTE
 from qcompress.tensorfile import save_tensors
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @torch.no_grad()
@@ -133,7 +132,7 @@ def check_compute(tensors: dict[str, Tensor], compute: str) -> dict[str, float]:
     """Refuse what is finite and positive in fp32 and not in the compute type. Returns the largest relative
     error of the scales of each tensor whose scales are below the type's normal numbers.
     """
-    dtype, imprecise = DTYPES[compute], {}
+    dtype, imprecise = COMPUTE[compute], {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
