@@ -312,11 +312,16 @@ def _report(folder: Path, verdict: str, as_json: bool) -> None:
 @app.command()
 def predict(
     folder: RunFolder,
-    text: Annotated[str, typer.Argument(help="A prompt, or what to classify.", show_default=False)],
+    text: Annotated[
+        str,
+        typer.Argument(
+            help="A prompt, or what to classify: a text, or the file of an image.", show_default=False
+        ),
+    ],
     pair: Annotated[str | None, typer.Option(help="Second text, for a task about pairs.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that a language model adds.")] = 32,
 ) -> None:
-    """Continue a text with the run's ONNX file, greedily, or classify it."""
+    """Continue a text with the run's ONNX file, greedily, or classify it, or an image."""
     with _errors():
         from qcompress.predict import answer
 

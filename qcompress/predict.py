@@ -1,10 +1,12 @@
-"""One answer from the newest artifact of a run, on ONNX Runtime: the continuation of a text, or its labels.
+"""One answer from the newest artifact of a run, on ONNX Runtime: the continuation of a text, or the labels of
+a text or an image.
 
 A continuation is greedy.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,16 +14,20 @@ import numpy as np
 from qcompress.errors import UsageError
 from qcompress.generate import Generator
 from qcompress.models import FAMILIES, load_tokenizer
-from qcompress.models.architecture import read_config
+from qcompress.models.architecture import PIXELS, read_config
 from qcompress.runners import OnnxRunner
 from qcompress.schema import CausalLm
+from qcompress.tasks import TASKS
+from qcompress.tasks.images import open_image
 
 if TYPE_CHECKING:
     from qcompress.api import LoadedRun
 
 
 def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
-    """What `qcompress predict` prints: as the task has it, a text, or a line for each label or token."""
+    """What `qcompress predict` prints: as the task has it, a text, or a line for each label or token. `text`
+    is the file of an image where the model classifies images.
+    """
     if run.recipe.task.name == "causal-lm":
         if pair is not None:
             raise UsageError("a language model continues one text", fix="drop --pair")
@@ -30,13 +36,30 @@ def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
         if pair is not None:
             raise UsageError("the tokens of one text are labelled", fix="drop --pair")
         return "\n".join(f"{word}\t{label}\t{share:.4f}" for word, label, share in tag(run, text))
-    return "\n".join(f"{label}\t{value:.4f}" for label, value in classify(run, text, pair))
+    if run.recipe.task.name == "image-classification":
+        if pair is not None:
+            raise UsageError("one image is classified", fix="drop --pair")
+        found = classify_image(run, Path(text))
+    else:
+        found = classify(run, text, pair)
+    return "\n".join(f"{label}\t{value:.4f}" for label, value in found)
 
 
 def classify(run: LoadedRun, text: str, pair: str | None = None) -> list[tuple[str, float]]:
     """Every label with its probability, the likeliest first; of a regression the value."""
     config = read_config(run.path)
-    logits = _logits(run, _encoded(run, config, text, pair))[0].astype(np.float64)
+    return _ranked(config, _logits(run, _encoded(run, config, text, pair))[0])
+
+
+def classify_image(run: LoadedRun, file: Path) -> list[tuple[str, float]]:
+    """Every label of an image file with its probability, the likeliest first."""
+    reader = TASKS[run.recipe.task.name].reader(run.path)
+    pixels = reader.pixels([reader.shaped(open_image(file))])
+    return _ranked(read_config(run.path), _runner(run)({PIXELS: pixels})[0])
+
+
+def _ranked(config: dict[str, Any], logits: np.ndarray) -> list[tuple[str, float]]:
+    logits = logits.astype(np.float64)
     problem = config.get("problem_type")
     if problem == "multi_label_classification":
         values = 1 / (1 + np.exp(-logits))
@@ -75,10 +98,11 @@ def _encoded(run: LoadedRun, config: dict[str, Any], text: str, pair: str | None
 
 
 def _logits(run: LoadedRun, encoded: dict[str, list[int]]) -> np.ndarray:
-    runner = OnnxRunner(
-        run.path / "model.onnx", run.recipe.model.family, run.parity["threads"], optimized=True
-    )
-    return runner({name: np.array([values], np.int64) for name, values in encoded.items()})
+    return _runner(run)({name: np.array([values], np.int64) for name, values in encoded.items()})
+
+
+def _runner(run: LoadedRun) -> OnnxRunner:
+    return OnnxRunner(run.path / "model.onnx", run.recipe.model.family, run.parity["threads"], optimized=True)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -94,7 +94,7 @@ Activations = Annotated[ActivationFormat | None, _word(ACTIVATION_WORDS, "{bits:
 class Model(Options):
     """Where the float model comes from."""
 
-    family: Literal["gpt2", "bert", "roberta", "distilbert"]
+    family: Literal["gpt2", "bert", "roberta", "distilbert", "vit"]
     """Architecture; `qcompress list models`."""
     source: str | None = None
     """A directory (relative to the recipe) in transformers' layout with safetensors weights, or a hub id."""

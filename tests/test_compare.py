@@ -13,7 +13,7 @@ import pytest
 import yaml
 from lines import NAME, Project, cli, finished
 from rich.console import Console
-from scipy import stats
+from scipy import special, stats
 from sklearn import metrics
 
 from qcompress import api
@@ -24,6 +24,7 @@ from qcompress.report.compared import finding, print_comparison
 from qcompress.report.measured import Cost, Measured
 from qcompress.report.paired import DRAWS, bootstrap_interval, detectable, t_interval
 from qcompress.report.replicates import REPLICATES, draw_counts
+from qcompress.schema import ImageClassification
 from qcompress.tasks import TASKS
 
 # Statistics ---------------------------------------------------------------------------------------
@@ -106,6 +107,12 @@ def columns_of(kind: str) -> dict[str, list[Any]]:
     if kind == "numbers":
         label = random.integers(0, 11, 60) / 2  # ties, as STS-B has
         return {"label": list(label), "prediction": list((label + random.normal(0, 1, 60)).round(1))}
+    if kind == "images":
+        logits, label = random.normal(size=(60, 7)), random.integers(0, 7, 60)
+        found = TASKS["image-classification"].results(
+            [{"label": int(one)} for one in label], logits, ImageClassification()
+        )
+        return {"logits": list(logits), **{name: [one[name] for one in found] for name in found[0]}}
     classes = 2 if kind == "two" else 4
     label = random.integers(0, classes, 60)
     answer = np.where(random.random(60) < 0.6, label, random.integers(0, classes, 60))
@@ -119,6 +126,10 @@ def by_hand(metric: str, rows: dict[str, np.ndarray]) -> float:
     if metric == "token_accuracy":
         return rows["correct"].sum() / rows["tokens"].sum()
     label, answer = rows["label"], rows["prediction"]
+    if metric == "top5_accuracy":
+        return float(metrics.top_k_accuracy_score(label, rows["logits"], k=5, labels=range(7)))
+    if metric == "cross_entropy":
+        return float(metrics.log_loss(label, special.softmax(rows["logits"], axis=-1), labels=range(7)))
     if metric in ("pearson", "spearman"):
         return float(
             {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[metric](label, answer).statistic
@@ -130,19 +141,21 @@ def by_hand(metric: str, rows: dict[str, np.ndarray]) -> float:
 @pytest.mark.parametrize(
     ("metric", "kind"),
     [("perplexity", "tokens"), ("token_accuracy", "tokens"), ("accuracy", "two"), ("accuracy", "four"),
-     ("f1", "two"), ("mcc", "two"), ("mcc", "four"), ("pearson", "numbers"), ("spearman", "numbers")],
+     ("f1", "two"), ("mcc", "two"), ("mcc", "four"), ("pearson", "numbers"), ("spearman", "numbers"),
+     ("accuracy", "images"), ("top5_accuracy", "images"), ("cross_entropy", "images")],
 )  # fmt: skip
 def test_a_replicate_is_the_metric_of_the_drawn_samples(metric: str, kind: str) -> None:
     columns, counts = columns_of(kind), draw_counts(60, 25, task=0)
     found = REPLICATES[metric](columns, counts)
     for draw, row in enumerate(counts.astype(int)):
-        rows = {name: np.repeat(np.array(values), row) for name, values in columns.items()}
+        rows = {name: np.repeat(np.array(values), row, axis=0) for name, values in columns.items()}
         assert found[draw] == pytest.approx(by_hand(metric, rows), rel=1e-9), draw
 
 
 def test_every_replicate_is_tested() -> None:
     assert REPLICATES.keys() == {
-        "perplexity", "token_accuracy", "accuracy", "f1", "mcc", "pearson", "spearman",
+        "perplexity", "token_accuracy", "accuracy", "f1", "mcc", "pearson", "spearman", "top5_accuracy",
+        "cross_entropy",
     }  # fmt: skip
 
 

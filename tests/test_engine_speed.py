@@ -215,6 +215,22 @@ def test_samples_begin_again_where_they_end_and_nothing_is_padded(script: Any) -
     assert feed["attention_mask"].all() and feed["input_ids"].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
 
 
+def test_images_are_whole(script: Any) -> None:
+    import importlib
+
+    script.sys.path.insert(0, str(SCRIPT.parent))
+    speed = importlib.import_module("engine_speed")
+    images = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
+    feed = speed.feed_of({"input.pixel_values": images}, 3, 3, 4, 5)
+    assert feed["pixel_values"].dtype == np.float32 and feed["pixel_values"].shape == (3, 3, 4, 5)
+    assert np.array_equal(feed["pixel_values"], images[[0, 1, 0]])
+    assert np.array_equal(script.cut(images, 1), images)
+    assert np.array_equal(script.cut(INPUTS["ids"], 4), INPUTS["ids"][:, :4])
+    runner = script.TensorRTRunner.__new__(script.TensorRTRunner)
+    runner.profiles = [((1, 3, 4, 5), (8, 3, 4, 5)), ((1, 3, 4, 5), (32, 3, 4, 5))]
+    assert runner.largest_batch(1) == 32
+
+
 def test_the_clock_stops_after_its_seconds(script: Any) -> None:
     import importlib
 

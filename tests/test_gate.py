@@ -416,6 +416,13 @@ def test_a_gain_too_large_to_be_true_is_found_in_every_metric_that_ends_at_1(met
     assert verdict({"rows": rows}, {}, [])["verdict"] == "accept"
 
 
+@pytest.mark.parametrize(("metric", "best"), [("cross_entropy", 0.0), ("perplexity", 1.0)])
+def test_a_gain_is_a_share_of_the_way_to_the_best_value(metric: str, best: float) -> None:
+    for left, expected in ((0.9, "accept"), (0.4, "anomalous")):
+        rows = [scored("float", {metric: best + 0.5}), scored("trained", {metric: best + 0.5 * left})]
+        assert verdict({"rows": rows}, {}, [])["verdict"] == expected
+
+
 @pytest.mark.parametrize("metric", GAINS)
 def test_a_run_that_trains_the_float_model_may_gain_anything(metric: str) -> None:
     base, value = GAINS[metric]

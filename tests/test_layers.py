@@ -41,7 +41,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "tasks.sequence_classification", "tasks.table", "tasks.text", "tasks.token_classification",
         "targets", "targets.builder", "targets.checks", "targets.child", "targets.codebooks",
         "targets.contents",
-        "models.heads", "tasks.image_classification", "tasks.images",
+        "models.heads", "models.vit", "tasks.image_classification", "tasks.images",
         "targets.device", "targets.graph", "targets.inline", "targets.lint", "targets.process",
         "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes", "targets.soundness",
         "targets.table", "targets.trial",
@@ -85,7 +85,7 @@ DOORS: dict[str, set[str]] = {
         "quant.ranges", "quant.ternary", "quant.types", "methods.plain",
         "methods.protocols", "methods.quadapter", "methods.ball", "methods.saq", "methods.squat",
         "methods.distillation", "methods.signals", "methods.teacher_intervention",
-        "models.attention", "models.cache", "models.gpt2", "models.residual", "models.stock",
+        "models.attention", "models.cache", "models.gpt2", "models.residual", "models.stock", "models.vit",
         "tasks.causal_lm", "tasks.examples", "tasks.padded", "tasks.sequence_classification",
         "tasks.token_classification", "prepare", "observe", "processes", "checkpoint",
         "loop", "blockwise", "trainedfile", "runners", "tensorfile", "train", "fold", "export", "verify",
@@ -93,7 +93,7 @@ DOORS: dict[str, set[str]] = {
         "layerwise", "sharpness",
     },
     "transformers": {"models", "models.attention", "models.cache", "models.gpt2", "models.residual",
-                     "models.stock"},
+                     "models.stock", "models.vit"},
     "accelerate": {"processes", "train", "loop", "methods.ball", "methods.plain", "methods.protocols",
                    "methods.saq", "methods.squat"},
     "onnxruntime": {"targets.trial", "generate", "runners", "probe_kit.measure_engine"},
@@ -116,8 +116,8 @@ DOORS: dict[str, set[str]] = {
 CALLED_BY_NAME = {"importlib.import_module": {"targets.builder"}, "__import__": {"probe_kit.measure_engine"}}
 """TensorRT is imported by name, because there are two of it; nothing else is."""
 
-LAZY = {"processes", "models", "models.gpt2", "models.stock", "tasks.causal_lm", "tasks.examples",
-        "tasks.image_classification", "tasks.images",
+LAZY = {"processes", "models", "models.gpt2", "models.stock", "models.vit", "tasks.causal_lm",
+        "tasks.examples", "tasks.image_classification", "tasks.images",
         "tasks.sequence_classification", "tasks.token_classification", "tasks.scores",
         "tasks.table"}  # fmt: skip
 """Modules that torch-free commands import, and that need torch or transformers only inside functions."""

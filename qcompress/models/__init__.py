@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcompress.errors import MachineError, ModelError
-from qcompress.models import bert, distilbert, gpt2, roberta
+from qcompress.models import bert, distilbert, gpt2, roberta, vit
 from qcompress.models.architecture import CAUSAL_LM, Architecture, Head, read_config, read_tensors
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-FAMILIES = {"gpt2": gpt2, "bert": bert, "roberta": roberta, "distilbert": distilbert}
+FAMILIES = {"gpt2": gpt2, "bert": bert, "roberta": roberta, "distilbert": distilbert, "vit": vit}
 """Family name -> module with `describe`, `task_config`, `load_float`, `empty`, `tie`, `graph_inputs`,
 `signature`, `install_points`, `shorten`, and the constants LINEAR_AXIS, CAUSAL, INPUTS, TASKS."""
 

@@ -1,8 +1,9 @@
 """Residual additions whose two inputs can be rounded, in the place of the stock modules that add.
 
-What comes out of the sublayer is the *branch*, what comes past it the *skip*: y = norm(branch + skip). The
-stock modules add inside their `forward`, where no hook reaches, so a module with points is replaced by one of
-these. They keep the children of the module that they replace, and so the names of its parameters.
+What comes out of the sublayer is the *branch*, what comes past it the *skip*: y = branch + skip, which BERT
+and its relatives norm at once and ViT in front of the next sublayer. The stock modules add inside their
+`forward`, where no hook reaches, so a module with points is replaced by one of these. They keep the children
+of the module that they replace, and so the names of its parameters.
 
 Shapes: [batch, tokens, width] throughout.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
+from transformers.models.vit.modeling_vit import ViTLayer
 
 
 class RoundedOutput(nn.Module):
@@ -47,8 +49,32 @@ class RoundedBlock(TransformerBlock):
         return self.output_layer_norm(out)
 
 
+class RoundedViTLayer(ViTLayer):
+    """ViT's block, which makes both of its additions itself, and norms before them."""
+
+    def __init__(self, stock: ViTLayer) -> None:
+        nn.Module.__init__(self)
+        self.attention, self.mlp, self.dropout = stock.attention, stock.mlp, stock.dropout
+        self.layernorm_before, self.layernorm_after = stock.layernorm_before, stock.layernorm_after
+        self.attention_branch_point: nn.Module = nn.Identity()
+        self.attention_skip_point: nn.Module = nn.Identity()
+        self.mlp_branch_point: nn.Module = nn.Identity()
+        self.mlp_skip_point: nn.Module = nn.Identity()
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **rest: object) -> Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **rest)
+        branch = self.attention_branch_point(self.dropout(attended))
+        attended = branch + self.attention_skip_point(hidden_states)
+        branch = self.mlp_branch_point(self.dropout(self.mlp(self.layernorm_after(attended))))
+        return branch + self.mlp_skip_point(attended)
+
+
+OPENED = {TransformerBlock: RoundedBlock, ViTLayer: RoundedViTLayer}
+"""Blocks that make their additions themselves, and what takes their place."""
+
+
 def open_additions(parent: nn.Module) -> nn.Module:
     """The module that has points and adds as `parent` does; `parent` itself if it already has them."""
-    if isinstance(parent, RoundedOutput | RoundedBlock):
+    if isinstance(parent, RoundedOutput | RoundedBlock | RoundedViTLayer):
         return parent
-    return RoundedBlock(parent) if isinstance(parent, TransformerBlock) else RoundedOutput(parent)
+    return OPENED.get(type(parent), RoundedOutput)(parent)

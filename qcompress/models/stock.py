@@ -1,4 +1,4 @@
-"""Stock transformers models of the encoders that `encoder.py` describes.
+"""Stock transformers models of the families with labels, of text and of images.
 
 Torch and transformers are imported inside the functions: the table of families is read without them.
 """
@@ -19,12 +19,102 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+AUTO = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+}
+"""What makes the models of a task in transformers."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What makes stock models: names of classes, as `architectures` of a config.json has them, and the auto
+    class of transformers that each is made by.
+    """
+
+    autos: Mapping[str, str]
+
+    def of(self, directory: Path) -> tuple[Any, Any]:
+        """The config of a directory, and what makes a stock model of its class."""
+        import transformers
+
+        named = (read_config(directory).get("architectures") or [None])[0]
+        if named not in self.autos:
+            raise ModelError(
+                f"{directory}: config.json names the class {named}, which is none of {', '.join(self.autos)}",
+                fix="load it through a recipe, whose task names the class",
+            )
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        return config, getattr(transformers, self.autos[named])
+
+
+def load_model(maker: Maker, source: Path, directory: Path | None = None) -> PreTrainedModel:
+    """The stock model of a task in fp32, in evaluation mode, from safetensors in a local directory.
+
+    `directory` is the load stage's folder: its config.json names the task, and its float.json the seed of
+    a new head. transformers fills missing tensors at random; anything but the new head is refused.
+    """
+    from transformers import logging
+
+    place = directory or source
+    config, stock = maker.of(place)
+    file = place / "float.json"
+    new = json.loads(file.read_text(encoding="utf-8")).get("new_head") if file.is_file() else None
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it lists every tensor of other tasks' heads
+    try:
+        model, found = stock.from_pretrained(
+            source, config=config, dtype="float32", use_safetensors=True, local_files_only=True,
+            attn_implementation="eager", output_loading_info=True,
+        )  # fmt: skip
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(set(found["missing_keys"]) - set(new["tensors"] if new else ())):
+        raise ModelError(
+            f"{source}: the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)",
+            fix="take config.json and model.safetensors from the same checkpoint",
+        )
+    if new:
+        _draw(model, new["tensors"], new["seed"])
+    return model.eval()
+
+
+def empty_model(maker: Maker, directory: Path) -> PreTrainedModel:
+    """The stock model of a config.json with unset weights; buffers are unset as well."""
+    import torch
+
+    config, stock = maker.of(directory)
+    with torch.device("meta"):
+        return stock.from_config(config, attn_implementation="eager").eval()
+
+
+def put_points(model: nn.Module, points: Mapping[str, nn.Module]) -> None:
+    """Put modules at points, by name: each is called with what it may round."""
+    from qcompress.models.attention import open_attention
+    from qcompress.models.residual import open_additions
+
+    if any(name.endswith(OPERANDS) for name in points):
+        open_attention(model)
+    for name, module in points.items():
+        place, _, child = name.rpartition(".")
+        if child not in OPERANDS:
+            above, _, own = place.rpartition(".")
+            opened = open_additions(model.get_submodule(place))
+            setattr(model.get_submodule(above), own, opened)
+        setattr(model.get_submodule(place), child, module)
+
 
 @dataclass(frozen=True)
 class Stock:
-    """Makes the models of one family."""
+    """Makes the models of one family of encoders of text."""
 
     names: Encoder
+
+    @property
+    def maker(self) -> Maker:
+        """By the classes of the family's tasks."""
+        return Maker({self.names.title + end: AUTO[task] for task, end in CLASSES.items()})
 
     def graph_inputs(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -40,89 +130,27 @@ class Stock:
         return inputs
 
     def load_float(self, source: Path, directory: Path | None = None) -> PreTrainedModel:
-        """The stock model of a task in fp32, in evaluation mode, from safetensors in a local directory.
-
-        `directory` is the load stage's folder: its config.json names the task, and its float.json the seed of
-        a new head. transformers fills missing tensors at random; anything but the new head is refused.
-        """
-        from transformers import logging
-
-        place = directory or source
-        config, stock = self._class_of(place)
-        file = place / "float.json"
-        new = json.loads(file.read_text(encoding="utf-8")).get("new_head") if file.is_file() else None
-        logging.disable_progress_bar()
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it lists every tensor of other tasks' heads
-        try:
-            model, found = stock.from_pretrained(
-                source, config=config, dtype="float32", use_safetensors=True, local_files_only=True,
-                attn_implementation="eager", output_loading_info=True,
-            )  # fmt: skip
-        finally:
-            logging.set_verbosity(verbosity)
-        if missing := sorted(set(found["missing_keys"]) - set(new["tensors"] if new else ())):
-            raise ModelError(
-                f"{source}: the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)",
-                fix="take config.json and model.safetensors from the same checkpoint",
-            )
-        if new:
-            _draw(model, new["tensors"], new["seed"])
-        return model.eval()
+        """The stock model of a task, see `load_model`."""
+        return load_model(self.maker, source, directory)
 
     def empty(self, directory: Path) -> PreTrainedModel:
         """The stock model of a config.json with unset weights, to be filled by the caller."""
         import torch
 
-        config, stock = self._class_of(directory)
-        with torch.device("meta"):
-            model = stock.from_config(config, attn_implementation="eager")
+        model = empty_model(self.maker, directory)
         embeddings = model.get_submodule(f"{self.names.family}.embeddings")
-        positions = torch.arange(config.max_position_embeddings).expand((1, -1))
+        positions = torch.arange(model.config.max_position_embeddings).expand((1, -1))
         embeddings.position_ids = positions
         if hasattr(embeddings, "token_type_ids"):
             embeddings.token_type_ids = torch.zeros_like(positions)
-        return model.eval()
-
-    def _class_of(self, directory: Path) -> tuple[Any, Any]:
-        """The config of a directory, and what makes a stock model of its class."""
-        from transformers import (
-            AutoConfig,
-            AutoModelForSequenceClassification,
-            AutoModelForTokenClassification,
-        )
-
-        named = (read_config(directory).get("architectures") or [None])[0]
-        makers = {
-            "sequence-classification": AutoModelForSequenceClassification,
-            "token-classification": AutoModelForTokenClassification,
-        }
-        for task, end in CLASSES.items():
-            if named == self.names.title + end:
-                config = AutoConfig.from_pretrained(directory, local_files_only=True)
-                return config, makers[task]
-        raise ModelError(
-            f"{directory}: config.json names the class {named}, which carries none of {', '.join(CLASSES)}",
-            fix="load it through a recipe, whose task names the class",
-        )
+        return model
 
     def tie(self, model: nn.Module) -> None:
         """Nothing is shared."""
 
     def install_points(self, model: nn.Module, points: Mapping[str, nn.Module]) -> None:
         """Put modules at points, by name: each is called with what it may round."""
-        from qcompress.models.attention import open_attention
-        from qcompress.models.residual import open_additions
-
-        if any(name.endswith(OPERANDS) for name in points):
-            open_attention(model)
-        for name, module in points.items():
-            place, _, child = name.rpartition(".")
-            if child not in OPERANDS:
-                above, _, own = place.rpartition(".")
-                opened = open_additions(model.get_submodule(place))
-                setattr(model.get_submodule(above), own, opened)
-            setattr(model.get_submodule(place), child, module)
+        put_points(model, points)
 
 
 def _draw(model: nn.Module, names: list[str], seed: int) -> None:

@@ -43,6 +43,17 @@ def accuracy(columns: Columns, counts: np.ndarray) -> np.ndarray:
     return (counts @ np.array(right, np.float64)) / counts.sum(axis=1)
 
 
+def top5_accuracy(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Share of images whose label is among the five first answers."""
+    right = [rank < 5 for rank in columns["rank"]]
+    return (counts @ np.array(right, np.float64)) / counts.sum(axis=1)
+
+
+def cross_entropy(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Mean loss of a sample."""
+    return (counts @ _numbers(columns["loss"])) / counts.sum(axis=1)
+
+
 def f1(columns: Columns, counts: np.ndarray) -> np.ndarray:
     """F1 of label 1 against the rest; 0 where it is neither a label nor a prediction."""
     label, answer = (np.array(columns[name]) == 1 for name in ("label", "prediction"))
@@ -102,6 +113,8 @@ REPLICATES: dict[str, Callable[[Columns, np.ndarray], np.ndarray]] = {
     "perplexity": perplexity,
     "token_accuracy": token_accuracy,
     "accuracy": accuracy,
+    "top5_accuracy": top5_accuracy,
+    "cross_entropy": cross_entropy,
     "f1": f1,
     "mcc": mcc,
     "pearson": pearson,

@@ -35,7 +35,7 @@ from qcompress.artifacts import (
 )
 from qcompress.errors import UsageError
 from qcompress.plan import plans_from_json
-from qcompress.probe import read_measurement, write_probe
+from qcompress.probe import KIT_BYTES, read_measurement, write_probe
 from qcompress.progress import Reporter
 from qcompress.rows import Measured, Samples, measure_row
 from qcompress.runners import (
@@ -117,7 +117,7 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
             row["deployed"] = _deployed(
                 recipe, artifacts, samples, reference, previous, out, reporter, device
             )
-            _write_kit(out, recipe, samples, artifacts)
+            _write_kit(out, recipe, samples, artifacts, reporter)
         rows.append(row)
         previous = stage
     _forget_logits(out)
@@ -153,7 +153,7 @@ def _main_metrics(task: Task, rows: list[dict[str, Any]]) -> dict[str, list[str]
     return {name: metrics[:shown] for name, metrics in found.items()}
 
 
-def _write_kit(out: Path, recipe: Recipe, samples: Samples, artifacts: Artifacts) -> None:
+def _write_kit(out: Path, recipe: Recipe, samples: Samples, artifacts: Artifacts, reporter: Reporter) -> None:
     """The same measurement for a device."""
     task = TASKS[recipe.task.name]
     every = [sample for found in samples.sets.values() for sample in found]
@@ -161,6 +161,9 @@ def _write_kit(out: Path, recipe: Recipe, samples: Samples, artifacts: Artifacts
     sizes = {name: len(found) for name, found in samples.sets.items()}
     arrays = task.kit({name: tensor.numpy() for name, tensor in inputs.items()}, every)
     write_probe(out / "probe", sizes, arrays, out / "logits-onnx.npy", artifacts.onnx, artifacts.engine)
+    taken = sum(file.stat().st_size for file in (out / "probe").iterdir())
+    if taken > KIT_BYTES:  # images: all samples of a set are in it
+        reporter.say(f"verify: the probe kit takes {taken / 1e6:.0f} MB: `verify.samples` limits it")
 
 
 def _digest(samples: Iterable[dict[str, np.ndarray]]) -> str:

@@ -1,0 +1,273 @@
+"""ViT: an encoder of image patches, norms before its sublayers, a linear classifier on the first token.
+
+Layers, in the order of the forward pass: per block query, key, value, attention output and the two linear
+layers of the MLP, then the classifier (kind "head": like a table it takes `format.embeddings`). The patch
+embedding is a convolution and stays float, as do the class token and the positions.
+
+Sites: a block's first norm is read by query, key and value alone, its second by the first layer of the MLP.
+Points: the operands of both attention matmuls, and of each residual addition the branch and the skip.
+
+Files name the layers as transformers 4 did (`vit.encoder.layer.0.attention.attention.query`) or as the model
+of transformers 5 does (`vit.layers.0.attention.q_proj`); here they have the model's names.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcompress.errors import ModelError
+from qcompress.models.architecture import (
+    CAUSAL_LM,
+    OPERANDS,
+    PIXELS,
+    Architecture,
+    Attention,
+    Head,
+    Input,
+    Layer,
+    Point,
+    Site,
+    image_inputs,
+)
+from qcompress.models.heads import check_shapes, config_of, labels_of
+from qcompress.models.stock import Maker, empty_model, load_model, put_points
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+TASKS = ("image-classification",)
+
+LINEAR_AXIS = 0
+"""Output channels of a linear layer's weight: nn.Linear stores [out, in]."""
+
+CAUSAL = False
+"""A patch sees all patches."""
+
+INPUTS = (PIXELS,)
+"""The input of the exported graph, fp32 [batch, channels, height, width]."""
+
+CLASS = "ViTForImageClassification"
+
+SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
+"""Keys of config.json that must be there."""
+
+RENAMED = (
+    (r"^(vit\.)?encoder\.layer\.", r"\1layers."),
+    (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".attention.\1_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
+"""Names of transformers 4 and what the model calls them; in this order."""
+
+SIDES = ("branch_point", "skip_point")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def describe(
+    config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head = CAUSAL_LM
+) -> Architecture:
+    """The architecture of a checkpoint with the classifier of a task; its tensors are checked against it."""
+    _check_config(config, head)
+    shapes = _shapes(tensors)
+    labels = _labels(config, tensors, head)
+    layers = _layers(config, len(labels))
+    blocks = tuple(f"vit.layers.{index}" for index in range(config["num_hidden_layers"]))
+    width, rest = config["hidden_size"], _rest(config)
+    expected = {f"{layer.name}.weight": (layer.out_features, layer.in_features) for layer in layers}
+    biases = [layer for layer in layers if _has_bias(config, layer)]
+    expected |= {f"{layer.name}.bias": (layer.out_features,) for layer in biases}
+    lacking = not any(f"classifier.{part}" in shapes for part in ("weight", "bias"))
+    new = ("classifier.weight", "classifier.bias") if lacking else ()
+    check_shapes(expected | rest, shapes, new)
+    sizes = [*expected.values(), *rest.values()]
+    return Architecture(
+        family="vit",
+        layers=tuple(layers),
+        blocks=blocks,
+        sites=tuple(site for block in blocks for site in _sites(block, width)),
+        context=_patches(config) + 1,
+        vocabulary=0,
+        parameters=sum(math.prod(shape) for shape in sizes),
+        attentions=tuple(_attention(block) for block in blocks),
+        points=tuple(Point(name, kind, width) for block in blocks for name, kind in _points(block)),
+        embeddings="vit.embeddings",
+        new_head=new,
+    )
+
+
+def task_config(
+    config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head
+) -> dict[str, Any]:
+    """config.json of the task's model: its class and its labels."""
+    return config_of(config, CLASS, _labels(config, tensors, head), head)
+
+
+def signature(config: dict[str, Any]) -> tuple[Input, ...]:
+    """The input of the exported graph; all images have the size that the positions are for."""
+    return image_inputs(config.get("num_channels", 3), *_pair(config, "image_size", 224))
+
+
+def graph_inputs(pixel_values: Tensor) -> dict[str, Tensor]:
+    """Inputs of the exported graph for images [batch, channels, height, width]."""
+    return {PIXELS: pixel_values}
+
+
+def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
+    """The config of the same model with its first blocks only, and which tensors such a model has."""
+    blocks = min(blocks, config["num_hidden_layers"])
+
+    def keeps(name: str) -> bool:
+        block = re.match(r"(?:vit\.)?layers\.(\d+)\.", _renamed(name))
+        return block is None or int(block[1]) < blocks
+
+    return {**config, "num_hidden_layers": blocks}, keeps
+
+
+def load_float(source: Path, directory: Path | None = None) -> PreTrainedModel:
+    """The stock model in fp32, in evaluation mode, from safetensors in a local directory. `directory` is the
+    load stage's folder: its config.json names the labels, and its float.json the seed of a new classifier.
+    """
+    return load_model(MAKER, source, directory)
+
+
+def empty(directory: Path) -> PreTrainedModel:
+    """The stock model of a config.json with unset weights, to be filled by the caller."""
+    return empty_model(MAKER, directory)
+
+
+def tie(model: nn.Module) -> None:
+    """Nothing is shared."""
+
+
+def install_points(model: nn.Module, points: Mapping[str, nn.Module]) -> None:
+    """Put modules at points, by name: each is called with what it may round."""
+    put_points(model, points)
+
+
+MAKER = Maker({CLASS: "AutoModelForImageClassification"})
+
+
+# What a config.json says --------------------------------------------------------------------------
+
+
+def _check_config(config: dict[str, Any], head: Head) -> None:
+    if config.get("model_type") != "vit":
+        raise ModelError(
+            f"config.json says model_type {config.get('model_type')!r}, and the recipe says family vit",
+            fix="name the family of this checkpoint, or another checkpoint",
+        )
+    if head.task not in TASKS:
+        raise ModelError(
+            f"a vit model cannot carry the task {head.task}", fix=f"choose one of {', '.join(TASKS)}"
+        )
+    for key in SIZES:
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise ModelError(f"config.json: {key} must be a positive integer, found {config.get(key)!r}")
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if width % heads or config.get("head_dim", width // heads) * heads != width:
+        raise ModelError(f"config.json: {heads} heads do not divide a width of {width}")
+    sizes = zip(_pair(config, "image_size", 224), _pair(config, "patch_size", 16), strict=True)
+    if any(image % patch for image, patch in sizes):
+        raise ModelError("config.json: patch_size does not divide image_size")
+    if config.get("num_channels", 3) != 3:
+        raise ModelError(
+            f"config.json: images of {config['num_channels']} channels, and they are read as RGB",
+            fix="name another checkpoint",
+        )
+
+
+def _pair(config: dict[str, Any], key: str, default: int) -> tuple[int, int]:
+    """Height and width, which config.json writes as one number or as two."""
+    value = config.get(key, default)
+    pair = tuple(value) if isinstance(value, list) else (value, value)
+    if len(pair) != 2 or any(type(size) is not int or size < 1 for size in pair):
+        raise ModelError(f"config.json: {key} must be one positive integer, or two, found {value!r}")
+    return pair
+
+
+def _patches(config: dict[str, Any]) -> int:
+    (height, width), (high, wide) = _pair(config, "image_size", 224), _pair(config, "patch_size", 16)
+    return (height // high) * (width // wide)
+
+
+def _labels(
+    config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head
+) -> tuple[str, ...]:
+    last = _shapes(tensors).get("classifier.weight")
+    return labels_of(config, last[0] if last else None, head)
+
+
+def _renamed(name: str) -> str:
+    for pattern, new in RENAMED:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def _shapes(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Shapes:
+    """Shapes by the model's names; a checkpoint of the bare model lacks the prefix."""
+    found: Shapes = {}
+    for name, (_, shape) in tensors.items():
+        name = _renamed(name)
+        found[name if name.startswith(("vit.", "classifier.")) else f"vit.{name}"] = shape
+    return found
+
+
+# What the model is made of ------------------------------------------------------------------------
+
+
+def _layers(config: dict[str, Any], labels: int) -> list[Layer]:
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    layers = []
+    for index in range(config["num_hidden_layers"]):
+        block = f"vit.layers.{index}"
+        names = [f"{block}.attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        layers += [Layer(name, "linear", width, width) for name in names]
+        layers.append(Layer(f"{block}.mlp.fc1", "linear", width, inner))
+        layers.append(Layer(f"{block}.mlp.fc2", "linear", inner, width))
+    return [*layers, Layer("classifier", "head", width, labels)]
+
+
+def _has_bias(config: dict[str, Any], layer: Layer) -> bool:
+    return config.get("qkv_bias", True) or not layer.name.endswith(("q_proj", "k_proj", "v_proj"))
+
+
+def _rest(config: dict[str, Any]) -> Shapes:
+    """Tensors that belong to no quantizable layer."""
+    width, place = config["hidden_size"], "vit.embeddings"
+    norms = ["vit.layernorm"]
+    for index in range(config["num_hidden_layers"]):
+        norms += [f"vit.layers.{index}.layernorm_{when}" for when in ("before", "after")]
+    found: Shapes = {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+    kernel = (width, config.get("num_channels", 3), *_pair(config, "patch_size", 16))
+    found |= {f"{place}.cls_token": (1, 1, width)}
+    found |= {f"{place}.position_embeddings": (1, _patches(config) + 1, width)}
+    found |= {f"{place}.patch_embeddings.projection.weight": kernel}
+    return found | {f"{place}.patch_embeddings.projection.bias": (width,)}
+
+
+def _sites(block: str, width: int) -> tuple[Site, Site]:
+    operands = tuple(f"{block}.attention.{name}" for name in ("q_proj", "k_proj", "v_proj"))
+    return (
+        Site(f"{block}.layernorm_before", operands, width),
+        Site(f"{block}.layernorm_after", (f"{block}.mlp.fc1",), width),
+    )
+
+
+def _attention(block: str) -> Attention:
+    module = f"{block}.attention"
+    query, key, value, output = (f"{module}.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    return Attention(module, query, key, value, output, f"{block}.layernorm_after", block)
+
+
+def _points(block: str) -> list[tuple[str, str]]:
+    return [
+        *((f"{block}.attention.{operand}", "attention") for operand in OPERANDS),
+        *((f"{block}.{place}_{side}", "residual") for place in ("attention", "mlp") for side in SIDES),
+    ]
