@@ -71,12 +71,12 @@ class FloatModel(Artifact):
 class TrainedModel(Artifact):
     """A model whose tensors still pass through quantizers.
 
-    trained.json: {"family", "compute", "plan": [layer plans], "rescalings": [{"norm", "readers"}], "changed":
-    [names of tensors that differ from the float model], "weights_unchanged": {"sha256"} | null,
-    "static_ranges": {layer or point that was dynamic: {"range", "scale"}}, "phases": [one entry for a phase,
-    or for each of its blocks]}.
-    trained.safetensors: `<layer>.weight.scale`, `<layer>.input.scale`, `<norm>.rescale`, and the tensors
-    named in `changed`.
+    trained.json: {"family", "compute", "plan": [layer plans], "rescalings": [{"norm", "readers"}, of a value
+    projection {"value", "readers", "first", "point"}], "changed": [names of tensors that differ from the
+    float model], "weights_unchanged": {"sha256"} | null, "static_ranges": {layer or point that was dynamic:
+    {"range", "scale"}}, "phases": [one entry for a phase, or for each of its blocks]}.
+    trained.safetensors: `<layer>.weight.scale`, `<layer>.input.scale`, `<norm or layer>.rescale`, and the
+    tensors named in `changed`.
     """
 
 

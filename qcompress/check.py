@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from qcompress.adapter_rules import judge_adapter
 from qcompress.axes import PHASES
 from qcompress.codebook_rules import judge_codebooks
 from qcompress.errors import Mistake, ModelError, RecipeError
@@ -117,7 +118,7 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
     _target(recipe, document, settled)
     _context(recipe, document, architecture)
     _attentions(recipe, document, architecture)
-    _sites(recipe, document, architecture)
+    judge_adapter(recipe, document, architecture, settled)
     _new_head(recipe, document, architecture)
     _points(recipe, document, points)
     _cache(recipe, document)
@@ -337,12 +338,3 @@ def _attentions(recipe: Recipe, document: Document, architecture: Architecture) 
     elif getattr(objective, "attention", 0):
         message = f"compares attention scores, and {fused}"
         document.report(key, message, "write `objective: {name: distillation, attention: 0}`")
-
-
-def _sites(recipe: Recipe, document: Document, architecture: Architecture) -> None:
-    """Report an adapter where no rescaling can be folded."""
-    if recipe.adapter.name == "none" or architecture.sites or not document.sound(("adapter",)):
-        return
-    key: Key = ("adapter",) if ("adapter",) in document.places else ("method",)
-    message = f"the norms of a {architecture.family} model feed the residual as well as layers: nothing folds"
-    document.report(key, message, "drop the adapter, such as with `method: lsq`")

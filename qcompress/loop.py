@@ -191,8 +191,8 @@ def advance(prepared: Prepared) -> None:
             layer.forget()
     for _, quantizer in [*prepared.weight_quantizers(), *prepared.activation_quantizers()]:
         quantizer.advance()
-    for norm in prepared.norms.values():
-        norm.rescale.advance()
+    for scale in prepared.rescalings.values():
+        scale.advance()
 
 
 def taps_of(prepared: Prepared, scope: str = "") -> list[QuantizedWeight]:

@@ -11,9 +11,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from qcompress.formats import Options
 from qcompress.quantizer_options import named
@@ -31,6 +31,10 @@ class NoAdapter(Options):
     name: Literal["none"] = "none"
 
 
+Sites = Literal["auto", "norm", "value", "all"]
+"""Which of a family's places an adapter rescales."""
+
+
 class QuadapterOptions(Options):
     """Channel-wise rescaling before the activation quantizer, folded later (Quadapter, arXiv:2211.16912)."""
 
@@ -39,6 +43,14 @@ class QuadapterOptions(Options):
     """identity: every scale 1; balanced: sqrt(max|W_i| / max|x_i|), normalised to geometric mean 1."""
     bound: float = Field(default=100.0, gt=1)
     """Scales stay within [1/bound, bound]."""
+    sites: Sites = "auto"
+    """Where: behind norms, behind value projections, or both; auto: behind norms, and in families whose norms
+    feed the residual (BERT, RoBERTa, DistilBERT) behind value projections."""
+
+    @model_serializer(mode="wrap")
+    def _unless_default(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `sites` where it says nothing: recipes from before it keep their digests."""
+        return {key: value for key, value in spell(self).items() if (key, value) != ("sites", "auto")}
 
 
 Adapter = Annotated[NoAdapter | QuadapterOptions, Field(discriminator="name"), BeforeValidator(named)]

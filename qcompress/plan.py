@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from qcompress.formats import ActivationFormat, CodebookFormat, WeightFormat
-from qcompress.models.architecture import Architecture, Layer, Point
+from qcompress.models.architecture import Architecture, Layer, Point, Site
 from qcompress.quantizer_options import Codebook, Dynamic, Lsq, MinMax, Noise, Ternary
 from qcompress.schema import Recipe
 
@@ -118,6 +119,40 @@ def plan_points(recipe: Recipe, architecture: Architecture) -> tuple[PointPlan, 
 def rounded(points: tuple[PointPlan, ...]) -> tuple[PointPlan, ...]:
     """The points that are not float."""
     return tuple(item for item in points if item.activations is not None)
+
+
+def plan_sites(recipe: Recipe, architecture: Architecture, plan: tuple[LayerPlan, ...]) -> tuple[Site, ...]:
+    """Where the recipe's adapter rescales, in the architecture's order: sites of the kind it asks for whose
+    linear layers all have integer weights. A float reader would have to keep its weight, and there is
+    nothing to gain there either.
+    """
+    integer = {item.name for item in plan if item.weights}
+    return tuple(
+        site
+        for site in sites_asked(recipe, architecture)
+        if integer.issuperset(site.readers) and (site.kind == "norm" or site.writer in integer)
+    )
+
+
+def sites_asked(recipe: Recipe, architecture: Architecture) -> tuple[Site, ...]:
+    """The same, whatever the formats; none without an adapter."""
+    asked = "none" if recipe.adapter.name == "none" else getattr(recipe.adapter, "sites", "auto")
+    if asked == "auto":
+        asked = "norm" if any(site.kind == "norm" for site in architecture.sites) else "value"
+    return tuple(site for site in architecture.sites if asked in ("all", site.kind))
+
+
+def site_to_json(site: Site) -> dict[str, object]:
+    """Plain values, as they stand in trained.json."""
+    if site.kind == "norm":
+        return {"norm": site.writer, "readers": list(site.readers)}
+    return {"value": site.writer, "readers": list(site.readers), "first": site.first, "point": site.point}
+
+
+def site_from_json(value: dict[str, Any]) -> Site:
+    """Inverse of `site_to_json`; how many channels there are is known from the scale."""
+    kind: Literal["norm", "value"] = "norm" if "norm" in value else "value"
+    return Site(value[kind], tuple(value["readers"]), 0, kind, value.get("first", 0), value.get("point"))
 
 
 def points_to_json(points: tuple[PointPlan, ...]) -> list[dict[str, object]]:

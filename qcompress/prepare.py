@@ -20,8 +20,16 @@ from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
 from qcompress.errors import ContractError
 from qcompress.formats import CodebookFormat
 from qcompress.models import FAMILIES
+from qcompress.models.architecture import Site
 from qcompress.own import class_of
-from qcompress.plan import LayerPlan, PointPlan, plans_from_json, points_from_json, rounded
+from qcompress.plan import (
+    LayerPlan,
+    PointPlan,
+    plans_from_json,
+    points_from_json,
+    rounded,
+    site_from_json,
+)
 from qcompress.quant.affine import Grid
 from qcompress.quant.codebook import CodebookWeight, FrozenCodebook
 from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, FoldedWeight, Rounding
@@ -48,13 +56,16 @@ QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedTiedHead
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model with quantizers. `layers` by layer name, `norms` by norm name, `rounding` by point name."""
+    """A model with quantizers. `layers` by layer name, `norms` by norm name, `rounding` by point name,
+    `rescalings` by the name of the norm or layer that makes the channels.
+    """
 
     family: str
     model: nn.Module
     plan: tuple[LayerPlan, ...]
     layers: dict[str, QuantizedLayer]
     norms: dict[str, RescaledNorm] = field(default_factory=dict)
+    rescalings: dict[str, nn.Module] = field(default_factory=dict)
     points: tuple[PointPlan, ...] = ()
     rounding: dict[str, nn.Module] = field(default_factory=dict)
 
@@ -78,16 +89,25 @@ class Prepared:
             yield f"{name}.input", quantizer
         yield from self.rounding.items()
 
-    def rescale(self, norm: str, readers: Iterable[str], scale: nn.Module) -> None:
-        """Multiply a norm's output by `scale` and divide the rows of its readers' weights by it."""
-        wrapped = RescaledNorm(self.model.get_submodule(norm), scale)
-        replace_module(self.model, norm, wrapped)
-        self.norms[norm] = wrapped
-        for reader in readers:
+    def rescale(self, site: Site, scale: nn.Module) -> None:
+        """Multiply the channels of a site by `scale` [channels] where they are made, and divide the rows of
+        their readers' weights by it. Layers of the site that are linear must be quantized.
+        """
+        if site.kind == "norm":
+            wrapped = RescaledNorm(self.model.get_submodule(site.writer), scale)
+            replace_module(self.model, site.writer, wrapped)
+            self.norms[site.writer] = wrapped
+        else:
+            writer = self.layers[site.writer]
+            writer.gain, writer.gain_first = scale, site.first
+        self.rescalings[site.writer] = scale
+        for reader in site.readers:
             layer = self.layers[reader]
             layer.rescale = scale
             if layer.input_quantizer is not None:
                 layer.input_quantizer.rescale = scale
+        if site.point in self.rounding:
+            self.rounding[site.point].rescale = scale
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -226,8 +246,9 @@ def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
     axis = FAMILIES[family].LINEAR_AXIS
     prepared = _install(model, family, plan, axis, weight_quantizer, input_quantizer)
     prepared = _round(prepared, points, point_quantizer)
-    for site in facts["rescalings"]:
-        prepared.rescale(site["norm"], site["readers"], FixedScale(tensors[f"{site['norm']}.rescale"]))
+    for value in facts["rescalings"]:
+        site = site_from_json(value)
+        prepared.rescale(site, FixedScale(tensors[f"{site.writer}.rescale"]))
     prepared.model.requires_grad_(False).eval()
     return prepared
 

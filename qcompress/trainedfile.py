@@ -13,7 +13,7 @@ from qcompress.artifacts import write_json
 from qcompress.errors import ModelError
 from qcompress.loop import Training
 from qcompress.methods.protocols import Adapter
-from qcompress.plan import plans_to_json, points_to_json
+from qcompress.plan import plans_to_json, points_to_json, site_to_json
 from qcompress.quant.codebook import is_codebook
 from qcompress.quant.types import COMPUTE
 from qcompress.tensorfile import save_tensors
@@ -42,7 +42,7 @@ def save_trained(
     for name, quantizer in prepared.activation_quantizers():
         tensors[f"{name}.scale"] = snap(quantizer.scale_of(), compute, name)
     rescalings = adapter.fold()
-    tensors |= {f"{norm}.rescale": scale for norm, scale in rescalings.items()}
+    tensors |= {f"{writer}.rescale": scale for writer, scale in rescalings.items()}
     changed = []
     if not frozen:
         looked_up = {f"{name}.weight" for name in books}  # of which nothing is left
@@ -51,7 +51,7 @@ def save_trained(
         tensors |= {name: prepared.model.get_parameter(name) for name in changed}
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_tensors(out / "trained.safetensors", contents)
-    sites = {site.norm: site.readers for site in training.architecture.sites}
+    sites = {site.writer: site for site in training.architecture.sites}
     write_json(
         out / "trained.json",
         {
@@ -59,7 +59,7 @@ def save_trained(
             "compute": recipe.format.compute,
             "plan": plans_to_json(prepared.plan),
             "points": points_to_json(prepared.points),
-            "rescalings": [{"norm": norm, "readers": list(sites[norm])} for norm in rescalings],
+            "rescalings": [site_to_json(sites[writer]) for writer in rescalings],
             "changed": changed,
             "weights_unchanged": {"sha256": digest} if frozen else None,
             "static_ranges": ranges,

@@ -183,7 +183,11 @@ def test_distillation_without_attention_scores_is_for_every_family(made: Path) -
     assert shown(write(made, text)) == []
 
 
-def test_an_adapter_needs_a_norm_to_fold_into(made: Path) -> None:
-    assert "method: the norms of a bert model feed the residual" in said(
+def test_an_adapter_needs_a_place_to_fold_into(made: Path) -> None:
+    """The norms of an encoder are none; its value projections are, which is what `auto` takes."""
+    assert with_task(
         write(made, RECIPE.replace("method: ptq", "method: quadapter"))
-    )
+    ).report.architecture.sites
+    found = said(write(made, RECIPE.replace("method: ptq", "method: quadapter\nadapter: {sites: norm}")))
+    assert "adapter.sites: the norms of a bert model feed the residual" in found
+    assert "write `sites: value`" in found

@@ -53,7 +53,7 @@ class Adapter(Protocol):
         """Install the rescalings and give them their starting values."""
 
     def fold(self) -> dict[str, Tensor]:
-        """The final scale of each norm, [channels], by norm name."""
+        """The final scales, [channels] each, by the name of the site's writer."""
 
 
 @dataclass(frozen=True)

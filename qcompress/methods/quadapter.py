@@ -13,9 +13,14 @@ parameters stay as they were, which is the paper's point: the model cannot overf
 
 What the paper says: two places in each block, a block-wise calibration with an L2 loss, then an end-to-end
 fine-tuning with the task's loss. What we chose because no text of it was available to us: the places ln_1 ->
-c_attn and ln_2 -> c_fc (the only ones in GPT-2 whose norm has a single reader), a = exp(theta), float inputs
+c_attn and ln_2 -> c_fc (the norms of GPT-2, none of which feeds the residual), a = exp(theta), float inputs
 to each block ("independent" calibration), symmetric activations (TensorRT takes no zero point), and the
 starting value, of which `identity` and `balanced` are options.
+
+A third place is ours: the value projection -> the output projection of an attention (`sites: value`, `all`).
+Probabilities mix values over tokens, each channel by itself, so V's weight and bias are multiplied by a, and
+the output projection's rows divided. It is the only place that BERT and its relatives have, whose norms feed
+the residual as well (`models/encoder.py`); in GPT-2 it has to be asked for.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ from qcompress.schema import Train
 
 
 class Quadapter:
-    """One learned `ChannelScale` for each site whose readers quantize their input."""
+    """One learned `ChannelScale` for each site."""
 
     def __init__(self, options: QuadapterOptions) -> None:
         self.options = options
@@ -46,20 +51,18 @@ class Quadapter:
     def attach(self, prepared: Prepared, sites: Sequence[Site], statistics: dict[str, Statistics]) -> None:
         """Install a scale at every site; `balanced` needs the statistics of the readers' inputs."""
         for site in sites:
-            readers = [name for name in site.readers if name in prepared.layers]
-            if len(readers) != len(site.readers):
-                continue  # a float reader would have to keep its weight: there is nothing to gain either
             scale = ChannelScale(site.channels, self.options.bound)
-            if self.options.init == "balanced" and readers[0] in statistics:
-                weights = [prepared.layers[name] for name in readers]
-                scale.theta.data.copy_(balanced(statistics[readers[0]], weights, self.options.bound).log())
-            prepared.rescale(site.norm, site.readers, scale)
-            self.scales[site.norm] = scale
+            if self.options.init == "balanced" and site.readers[0] in statistics:
+                weights = [prepared.layers[name] for name in site.readers]
+                start = balanced(statistics[site.readers[0]], weights, self.options.bound)
+                scale.theta.data.copy_(start.log())
+            prepared.rescale(site, scale)
+            self.scales[site.writer] = scale
 
     @torch.no_grad()
     def fold(self) -> dict[str, Tensor]:
         """Final scales, [channels] each."""
-        return {norm: scale() for norm, scale in self.scales.items()}
+        return {writer: scale() for writer, scale in self.scales.items()}
 
 
 @torch.no_grad()

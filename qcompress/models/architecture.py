@@ -77,11 +77,21 @@ class Layer:
 
 @dataclass(frozen=True)
 class Site:
-    """A place for a channel-wise rescaling: a norm whose output only `readers` consume."""
+    """A place for a channel-wise rescaling: channels that `writer` makes, that nothing but `readers` reads,
+    and that every step in between takes one by one and linearly. So a positive factor of a channel can be
+    multiplied into the writer and divided out of the readers' weights: the function stays the same.
+    """
 
-    norm: str
+    writer: str
     readers: tuple[str, ...]
     channels: int
+    kind: Literal["norm", "value"] = "norm"
+    """norm: the writer is a LayerNorm; value: it is the value projection of an attention, whose outputs the
+    probabilities mix over tokens, each channel by itself, before the output projection reads them."""
+    first: int = 0
+    """Where the channels begin among the outputs of the writer."""
+    point: str | None = None
+    """The point that sees the channels on their way to the readers."""
 
 
 @dataclass(frozen=True)

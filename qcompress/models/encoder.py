@@ -2,7 +2,17 @@
 
 Layers, in the order of the forward pass: the tables, per block query, key, value, attention output and the
 two linear layers after it, then the head. The last layer of the head is of kind "head", like a table it takes
-`format.embeddings`. Every norm feeds the residual as well as its readers, so there is no rescaling site.
+`format.embeddings`.
+
+Rescaling sites: the value projection -> the attention's output projection, in every block. Not foldable:
+  * the norm of the embeddings and both norms of a block: what they give is read by linear layers and added
+    to the residual as well, which would have to be divided by a node of its own;
+  * except the last norm, which the head alone reads: it folds, but the block's output would change, and block
+    outputs are what block-wise calibration and distillation compare, so it is not stated;
+  * intermediate -> output of a block (a GELU in between), the pooler or the head's first layer -> the last
+    one (a tanh; DistilBERT's ReLU lets positive factors through, but its head takes the formats of a table);
+  * query and key: a factor would fold into the two of them, but neither reads the other, and no weight's
+    input gains anything.
 
 Points: the operands of both attention matmuls, and of each residual addition the branch and the skip.
 
@@ -28,6 +38,7 @@ from qcompress.models.architecture import (
     Input,
     Layer,
     Point,
+    Site,
     token_inputs,
 )
 from qcompress.models.heads import check_shapes, config_of, labels_of
@@ -107,7 +118,7 @@ class Encoder:
             family=self.family,
             layers=tuple(layers),
             blocks=blocks,
-            sites=(),
+            sites=tuple(self._value_site(block, width) for block in blocks),
             context=self.positions(config),
             vocabulary=config["vocab_size"],
             parameters=sum(layer.weights for layer in layers) + norms + biases,
@@ -214,6 +225,11 @@ class Encoder:
         query, key, value = (f"{module}.{name}" for name in self.operands)
         output, norm = f"{block}.{self.output}", f"{block}.{self.norms[0]}"
         return Attention(module, query, key, value, output, norm, block)
+
+    def _value_site(self, block: str, width: int) -> Site:
+        attention = self._attention(block)
+        point = f"{attention.module}.value_point"
+        return Site(attention.value, (attention.output,), width, kind="value", point=point)
 
     def _points(self, block: str) -> list[tuple[str, str]]:
         first, second = self.additions

@@ -2,8 +2,9 @@
 
 Layers (Conv1D stores [in, out]): per block `attn.c_attn` (fused Q, K, V), `attn.c_proj`, `mlp.c_fc`,
 `mlp.c_proj`; the tables `transformer.wte` and `transformer.wpe`; `lm_head`, usually tied to `wte`.
-Rescaling sites: ln_1 -> c_attn and ln_2 -> c_fc. Not foldable: mlp.c_proj (a GELU in between) and lm_head
-(the table is shared with wte). Points: the operands of both attention matmuls; the residual stream has none.
+Rescaling sites: the norms ln_1 -> c_attn and ln_2 -> c_fc, and the values, which are the last third of
+c_attn's outputs -> attn.c_proj. Not foldable: mlp.c_proj (a GELU in between) and lm_head (the table is shared
+with wte). Points: the operands of both attention matmuls; the residual stream has none.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def describe(
         sites += [
             Site(f"{block}.ln_1", (f"{block}.attn.c_attn",), width),
             Site(f"{block}.ln_2", (f"{block}.mlp.c_fc",), width),
+            _value_site(block, width),
         ]
     layers.append(Layer("lm_head", "head", width, vocabulary, tied_to="transformer.wte" if tied else None))
     _check_shapes(layers, shapes)
@@ -98,6 +100,18 @@ def describe(
             Point(f"{block}.attn.{operand}", "attention", width) for block in blocks for operand in OPERANDS
         ),
         embeddings="transformer.drop",
+    )
+
+
+def _value_site(block: str, width: int) -> Site:
+    attention = f"{block}.attn"
+    return Site(
+        writer=f"{attention}.c_attn",
+        readers=(f"{attention}.c_proj",),
+        channels=width,
+        kind="value",
+        first=2 * width,
+        point=f"{attention}.value_point",
     )
 
 

@@ -2,7 +2,8 @@
 
 A weight keeps the orientation of its checkpoint: [in, out] (`channel_axis` 1, GPT-2's Conv1D) or [out, in]
 (`channel_axis` 0, nn.Linear, tables). A rescaling `a` [in] divides the rows of the reader's weight *before*
-the weight quantizer, and multiplies the norm's output: what is trained is the fused form that is deployed.
+the weight quantizer, and multiplies what it reads, in the norm or in the weight and bias of the linear layer
+that makes it: what is trained is the fused form that is deployed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ChannelScale(nn.Module):
 
 
 class FixedScale(nn.Module):
-    """A channel scale after training. Shape [channels]."""
+    """A channel scale that no training moves. Shape [channels]."""
 
     def __init__(self, scale: Tensor) -> None:
         super().__init__()
@@ -49,6 +50,9 @@ class FixedScale(nn.Module):
 
     def forward(self) -> Tensor:
         return self.scale
+
+    def advance(self) -> None:
+        """Nothing is learned."""
 
 
 class RescaledNorm(nn.Module):
@@ -119,16 +123,31 @@ class QuantizedWeight(nn.Module):
         self.channel_axis = channel_axis
         self.weight_quantizer = quantizer
         self.rescale: nn.Module | None = None
+        """Scale of the input's channels."""
+        self.gain: nn.Module | None = None
+        """Scale of output channels, beginning with `gain_first`; the others keep theirs."""
+        self.gain_first = 0
         self.tap: Tap | None = None
         self.noise: QuantNoise | None = None
         self.noisy = True
         self._kept: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
 
     def rescaled_weight(self) -> Tensor:
-        """The weight that will be deployed, before rounding: rows divided by the rescaling of the input."""
-        if self.rescale is None:
-            return self.weight
-        return self.weight / self.rescale().unsqueeze(self.channel_axis)
+        """The weight that will be deployed, before rounding: rows divided by the rescaling of the input,
+        columns multiplied by that of the output.
+        """
+        weight = self.weight
+        if self.rescale is not None:
+            weight = weight / self.rescale().unsqueeze(self.channel_axis)
+        if self.gain is not None:
+            weight = weight * self._gains().unsqueeze(1 - self.channel_axis)
+        return weight
+
+    def _gains(self) -> Tensor:
+        """Scale of every output channel, [out]."""
+        scale = self.gain()
+        after = self.weight.shape[self.channel_axis] - self.gain_first - len(scale)
+        return F.pad(scale, (self.gain_first, after), value=1.0)
 
     def quantized_weight(self) -> Tensor:
         """The rounded weight, and what a tap makes of it."""
@@ -196,7 +215,13 @@ class QuantizedLinear(QuantizedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        return matmul(x, self.quantized_weight(), self.bias, self.channel_axis)
+        return matmul(x, self.quantized_weight(), self.rescaled_bias(), self.channel_axis)
+
+    def rescaled_bias(self) -> Tensor | None:
+        """The bias that will be deployed, [out]."""
+        if self.bias is None or self.gain is None:
+            return self.bias
+        return self.bias * self._gains()
 
     def _laid_out(self, weight: Tensor) -> Tensor:
         # folded weights are [in, out] in memory; from another layout, a matmul sums in another order

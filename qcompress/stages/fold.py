@@ -1,8 +1,8 @@
 """Stage `fold`: TrainedModel -> FoldedModel. Integers, scales, and a float rest without a trace of training.
 
 Reads trained.safetensors and the float checkpoint (for what training left alone). Rescalings go into the
-norms and their readers' weights, weights become int8 codes, stored [in, out]; tables stay [rows, width]. The
-method is not an input, so nothing here can depend on it.
+norms or value projections and into their readers' weights, weights become int8 codes, stored [in, out];
+tables stay [rows, width]. The method is not an input, so nothing here can depend on it.
 """
 
 from __future__ import annotations
@@ -117,12 +117,15 @@ def _looked_up(name: str, layer: QuantizedWeight, item: LayerPlan) -> dict[str, 
 
 
 def _floats(prepared: Prepared, quantized: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every parameter that stays float, norms with their rescaling in them."""
+    """Every parameter that stays float, norms and biases with their rescaling in them."""
     floats = {
         name: parameter
         for name, parameter in prepared.model.named_parameters()
         if f"{name}.codes" not in quantized and f"{name}.assignments" not in quantized
     }
+    for name, layer in prepared.layers.items():
+        if getattr(layer, "gain", None) is not None and layer.bias is not None:
+            floats[f"{name}.bias"] = layer.rescaled_bias()
     for name, norm in prepared.norms.items():
         floats[f"{name}.weight"], floats[f"{name}.bias"] = norm.folded()
     return floats

@@ -8,11 +8,9 @@ nobody can tell which paper trained the model.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,36 +19,26 @@ from torch import nn
 
 from qcompress.artifacts import FloatModel
 from qcompress.blockwise import run_block_phase
+from qcompress.calibration import Calibration, observe_all
 from qcompress.checkpoint import Checkpoints, Position, moving
 from qcompress.errors import ContractError, MachineError
 from qcompress.formats import CodebookFormat
-from qcompress.loop import (
-    Training,
-    in_order,
-    role_of,
-    run_model_phase,
-    settle,
-    to_device,
-)
+from qcompress.loop import Training, role_of, run_model_phase, settle
 from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 from qcompress.methods.protocols import Adapter, Phase, Scene
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Architecture, read_config
-from qcompress.observe import make_static, observe
+from qcompress.observe import make_static
 from qcompress.own import class_of
-from qcompress.plan import LayerPlan, PointPlan, plan_points, rounded
+from qcompress.plan import LayerPlan, PointPlan, plan_points, plan_sites, rounded
 from qcompress.prepare import initialise, open_points, quantize
 from qcompress.processes import Processes
 from qcompress.progress import Reporter
 from qcompress.quant.codebook import is_codebook
-from qcompress.quant.ranges import Statistics
 from qcompress.schema import Recipe
 from qcompress.tasks import TASKS
-from qcompress.tasks.examples import Batch, Examples
+from qcompress.tasks.examples import Examples
 from qcompress.trainedfile import save_trained
-
-LOGITS = 2**26
-"""Most logits of one calibration batch."""
 
 ALONE = Processes()
 
@@ -82,16 +70,17 @@ def train(
     for name, part in (("training", data.train), ("calibration", data.calibration)):
         for note in part.notes if part is not None else ():
             reporter.say(f"train: {name} data: {note}")
+    calibration = Calibration(recipe, read_config(float_model.path), data.calibration, accelerator.device)
     training, adapter, float_names, frozen = _set_up(
-        float_model, recipe, architecture, plan, points, phases, data, out, reporter, accelerator, processes
-    )
+        float_model, recipe, architecture, plan, points, phases, data, calibration, out, reporter,
+        accelerator, processes,
+    )  # fmt: skip
     prepared = training.prepared
     before = frozen_digest(prepared.model, architecture) if frozen else None
     _run(training, phases)
     if frozen and frozen_digest(prepared.model, architecture) != before:
         raise ContractError("a phase that trains only scales and adapters has changed a weight")
-    batches = () if data.calibration is None else _batches(data.calibration, training, float_model)
-    ranges = make_static(prepared, batches)
+    ranges = make_static(prepared, calibration.batches())
     if processes.first:
         save_trained(training, adapter, float_names, frozen, before, ranges, out)
     processes.agree(None)  # the others leave when everything is written
@@ -99,8 +88,8 @@ def train(
 
 def _set_up(
     float_model: FloatModel, recipe: Recipe, architecture: Architecture, plan: tuple[LayerPlan, ...],
-    points: tuple[PointPlan, ...], phases: tuple[Phase, ...], data: _Data, out: Path, reporter: Reporter,
-    accelerator: Accelerator, processes: Processes,
+    points: tuple[PointPlan, ...], phases: tuple[Phase, ...], data: _Data, calibration: Calibration,
+    out: Path, reporter: Reporter, accelerator: Accelerator, processes: Processes,
 ) -> tuple[Training, Adapter, set[str], bool]:  # fmt: skip
     """The model with its quantizers and adapter where training begins, what the float model's tensors are
     called, and whether every weight stays frozen.
@@ -114,19 +103,10 @@ def _set_up(
     statistics = {}
     if data.calibration is not None and not resuming:
         open_points(model, architecture.family, points)
-        statistics = _observe(
-            model,
-            plan,
-            points,
-            data.calibration,
-            recipe,
-            read_config(float_model.path),
-            accelerator,
-            reporter,
-        )
+        statistics = observe_all(model, plan, points, calibration, reporter)
     prepared = quantize(model, architecture.family, plan, points)
     adapter = class_of("adapter", recipe.adapter.name, ADAPTERS)(recipe.adapter)
-    adapter.attach(prepared, architecture.sites, statistics)
+    adapter.attach(prepared, plan_sites(recipe, architecture, plan), statistics)
     prepared.model.to(accelerator.device)
     if not resuming:
         torch.manual_seed(recipe.seed)  # k-means draws where it starts
@@ -212,37 +192,6 @@ def _read(
     if (trains and data.train is None) or (calibrates and data.calibration is None):
         raise ContractError("the recipe was accepted without the data that its schedule needs")
     return data
-
-
-def _observe(
-    model: nn.Module, plan: tuple[LayerPlan, ...], points: tuple[PointPlan, ...], data: Examples,
-    recipe: Recipe, config: dict[str, Any], accelerator: Accelerator, reporter: Reporter,
-) -> dict[str, Statistics]:  # fmt: skip
-    """Statistics of the float model on the calibration data."""
-    size = _calibration_size(recipe, config)
-    total = -(-len(data) // size)
-    with reporter.bar("calibrate ranges", total) as bar:
-
-        def counted():
-            for index, batch in enumerate(in_order(data, size)):
-                yield to_device(batch, accelerator.device)
-                bar.advance(f"batch {index + 1} of {total}")
-
-        tokens = None if data.unit == "images" else int(data.lengths.sum())
-        return observe(model, plan, counted(), tokens, points, len(data))
-
-
-def _calibration_size(recipe: Recipe, config: dict[str, Any]) -> int:
-    """Examples of a calibration batch."""
-    # every position has a row of logits, although nobody looks at them here
-    room = LOGITS // math.prod(TASKS[recipe.task.name].logits_of(recipe.task, config))
-    return max(1, min(recipe.train.batch_size, room))
-
-
-def _batches(data: Examples, training: Training, float_model: FloatModel) -> Iterator[Batch]:
-    """The calibration data, on the device."""
-    size = _calibration_size(training.recipe, read_config(float_model.path))
-    return (to_device(batch, training.accelerator.device) for batch in in_order(data, size))
 
 
 def _reference(

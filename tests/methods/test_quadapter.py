@@ -22,6 +22,7 @@ from qcompress.methods.quadapter import Quadapter, balanced
 from qcompress.models import load_tokenizer
 from qcompress.observe import observe
 from qcompress.options import QuadapterOptions
+from qcompress.plan import plan_sites
 from qcompress.prepare import Prepared, initialise, quantize, rebuild
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
@@ -51,7 +52,7 @@ def adapted(made: Line, theta: float = 0.0, **options: object) -> tuple[Prepared
     statistics = observe(model, made.plan, [{"input_ids": token_ids(8)}], 8 * 32)
     prepared = quantize(model, "gpt2", made.plan)
     adapter = Quadapter(QuadapterOptions(**{"init": "identity", **options}))
-    adapter.attach(prepared, made.architecture.sites, statistics)
+    adapter.attach(prepared, plan_sites(made.recipe, made.architecture, made.plan), statistics)
     if theta:
         for seed, scale in enumerate(adapter.scales.values()):
             with torch.no_grad():

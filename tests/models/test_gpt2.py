@@ -92,9 +92,10 @@ def test_blocks_and_rescaling_sites_are_modules_in_the_order_of_the_forward_pass
     model = GPT2LMHeadModel.from_pretrained(checkpoint)
     architecture = describe("gpt2", checkpoint)
     assert [model.get_submodule(name) for name in architecture.blocks] == list(model.transformer.h)
-    assert len(architecture.sites) == 4
-    for site in architecture.sites:
-        norm = model.get_submodule(site.norm)
+    norms = [site for site in architecture.sites if site.kind == "norm"]
+    assert len(norms) == 4 and len(architecture.sites) == 6
+    for site in norms:
+        norm = model.get_submodule(site.writer)
         assert isinstance(norm, nn.LayerNorm) and norm.weight.numel() == site.channels
         assert readers_of(model, norm) == site.readers
 
