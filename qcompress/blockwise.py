@@ -6,9 +6,11 @@ It makes the same update as `loop.py`, resumes bit for bit, and does not know wh
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.checkpoint import Position, moving
@@ -26,29 +28,72 @@ from qcompress.loop import (
     to_device,
 )
 from qcompress.methods.protocols import Moment, Phase
+from qcompress.observe import real_tokens
 from qcompress.progress import Bar
 from qcompress.tasks.examples import inputs_of
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """What one block receives, for all calibration data.
+
+    hidden: [sequences, tokens, width], shorter sequences filled up with zeros. real: which tokens are no
+    padding, bool [sequences, tokens]; None: all of them. rest: the block's other arguments, which are equal
+    for all sequences, apart from a mask of padding.
+    """
+
+    hidden: Tensor
+    real: Tensor | None
+    rest: dict[str, object]
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def of(self, rows: slice | list[int]) -> tuple[Tensor, dict[str, object], Tensor | None]:
+        """Some sequences, as long as the longest of them: hidden states, other arguments, real tokens."""
+        if self.real is None:
+            return self.hidden[rows], self.rest, None
+        real = self.real[rows]
+        real = real[:, : int(real.sum(1).max())]  # padding is on the right
+        lowest = torch.finfo(self.hidden.dtype).min
+        mask = torch.zeros(real.shape, device=real.device, dtype=self.hidden.dtype)
+        mask = mask.masked_fill(~real, lowest)[:, None, None]
+        return self.hidden[rows][:, : real.shape[1]], {**self.rest, "attention_mask": mask}, real
+
+    def through(self, block: nn.Module, size: int) -> Tensor:
+        """What a block makes of them, `size` sequences at a time, [sequences, tokens, width]."""
+        outputs = torch.zeros_like(self.hidden)
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            x, rest, _ = self.of(rows)
+            outputs[rows, : x.shape[1]] = _output(block(x, **rest))
+        return outputs
+
+
+def _squares(found: Tensor, wanted: Tensor, real: Tensor | None) -> Tensor:
+    """Squared differences of real tokens; `wanted` may be longer than the sequences at hand."""
+    squares = (found - wanted[:, : found.shape[1]]).square()
+    return squares if real is None else squares[real]
 
 
 def run_block_phase(training: Training, phase: Phase, start: Position) -> None:
     """Each block in order learns to reproduce its float output on float inputs (L2), keeping its best
     state.
     """
-    blocks = training.architecture.blocks
+    blocks, size = training.architecture.blocks, training.recipe.train.batch_size
     reference = training.reference()
-    inputs, rest = _block_inputs(training, reference, blocks[0])
+    inputs = _block_inputs(training, reference, blocks[0])
     training.prepared.model.train(phase.dropout)
     total = len(blocks) * phase.steps
     with training.reporter.bar(phase.name, total, done=start.block * phase.steps) as bar:
         for index, name in enumerate(blocks):
-            teacher = reference.get_submodule(name)
             with torch.no_grad():
-                outputs = [_output(teacher(x, **rest)) for x in inputs]
+                outputs = inputs.through(reference.get_submodule(name), size)
             if index >= start.block:
-                before, after = _fit_block(training, phase, start.phase, index, inputs, outputs, rest, bar)
+                before, after = _fit_block(training, phase, start.phase, index, inputs, outputs, bar)
                 training.facts.append({"name": phase.name, "block": name, "before": before, "after": after})
                 training.save(Position(start.phase, index + 1), None)
-            inputs = outputs
+            inputs = replace(inputs, hidden=outputs)
 
 
 def _fit_block(
@@ -56,9 +101,8 @@ def _fit_block(
     phase: Phase,
     phase_index: int,
     index: int,
-    inputs: list[Tensor],
-    outputs: list[Tensor],
-    rest: dict[str, object],
+    inputs: _Sequences,
+    outputs: Tensor,
     bar: Bar,
 ) -> tuple[float, float]:
     """Train one block; returns its mean squared error before and after. A state that is worse is not kept."""
@@ -66,24 +110,21 @@ def _fit_block(
     block = training.prepared.model.get_submodule(name)
     groups = groups_of(training, phase, scope=f"{name}.")
     names = {f"{name}.{inner}" for inner, _ in block.named_parameters(remove_duplicate=False)}
+    recipe, size = training.recipe, training.recipe.train.batch_size
     if not groups:
-        error = _error(block, inputs, outputs, rest)
+        error = _error(block, inputs, outputs, size)
         return error, error
     optimizer = optimizer_of(training, groups)
-    taps, recipe, size = (
-        taps_of(training.prepared, f"{name}."),
-        training.recipe,
-        training.recipe.train.batch_size,
-    )
-    everything_in, everything_out = torch.cat(inputs), torch.cat(outputs)
-    before = best = training.processes.agree(_error(block, inputs, outputs, rest))
+    taps = taps_of(training.prepared, f"{name}.")
+    before = best = training.processes.agree(_error(block, inputs, outputs, size))
     kept = _snapshot(training.prepared.model, names)
     for step in range(phase.steps):
-        rows = training.processes.share(batch_rows(np.ones(len(everything_in)), size, step, recipe.seed))
+        rows = training.processes.share(batch_rows(np.ones(len(inputs)), size, step, recipe.seed))
 
         def closure(step: int = step, rows: list[int] = rows) -> Tensor:
             reseed(training.processes, recipe.seed, phase_index, index, step)
-            return (_output(block(everything_in[rows], **rest)) - everything_out[rows]).square().mean()
+            x, rest, real = inputs.of(rows)
+            return _squares(_output(block(x, **rest)), outputs[rows], real).mean()
 
         set_rates(training, optimizer, groups, step, phase.steps)
         moment = Moment(recipe.seed, phase_index, index, step)
@@ -93,7 +134,7 @@ def _fit_block(
         where = f"block {index + 1} of {len(training.architecture.blocks)}"
         bar.advance(f"{where}  error {before:.3g} -> {best:.3g}  loss {report.loss:.3g}")
         if (step + 1) % phase.evaluate_every == 0 or step + 1 == phase.steps:
-            error = training.processes.agree(_error(block, inputs, outputs, rest))
+            error = training.processes.agree(_error(block, inputs, outputs, size))
             if error < best:
                 best, kept = error, _snapshot(training.prepared.model, names)
     own = training.prepared.model.state_dict(keep_vars=True)
@@ -109,11 +150,16 @@ def _snapshot(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _error(block: nn.Module, inputs: list[Tensor], outputs: list[Tensor], rest: dict[str, object]) -> float:
+def _error(block: nn.Module, inputs: _Sequences, outputs: Tensor, size: int) -> float:
     """Mean squared error over all calibration data."""
-    pairs = zip(inputs, outputs, strict=True)
-    total = sum((_output(block(x, **rest)) - y).square().sum(dtype=torch.float64).item() for x, y in pairs)
-    return total / sum(y.numel() for y in outputs)
+    total, count = 0.0, 0
+    for start in range(0, len(inputs), size):
+        rows = slice(start, start + size)
+        x, rest, real = inputs.of(rows)
+        squares = _squares(_output(block(x, **rest)), outputs[rows], real)
+        total += squares.sum(dtype=torch.float64).item()
+        count += squares.numel()
+    return total / count
 
 
 class _Reached(Exception):  # noqa: N818 (not an error: it ends a forward pass early)
@@ -121,12 +167,14 @@ class _Reached(Exception):  # noqa: N818 (not an error: it ends a forward pass e
 
 
 @torch.no_grad()
-def _block_inputs(training: Training, model: nn.Module, first: str) -> tuple[list[Tensor], dict[str, object]]:
-    """What the first block receives: hidden states per batch, and the other arguments, equal for all batches.
+def _block_inputs(training: Training, model: nn.Module, first: str) -> _Sequences:
+    """What the first block receives.
 
-    Calibration sequences have one length and no padding, so masks and positions do not differ.
+    Sequences of one length without padding, as a language model's are, have one mask. Where lengths differ
+    every token sees all real ones (`Encoder`), and a mask is made for each batch anew.
     """
     hidden: list[Tensor] = []
+    real: list[Tensor | None] = []
     rest: dict[str, object] = {}
 
     def catch(module: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object]) -> None:
@@ -141,13 +189,25 @@ def _block_inputs(training: Training, model: nn.Module, first: str) -> tuple[lis
     handle = model.get_submodule(first).register_forward_pre_hook(catch, with_kwargs=True)
     try:
         for batch in in_order(training.calibration_data, training.recipe.train.batch_size):
+            batch = to_device(batch, training.accelerator.device)
+            real.append(real_tokens(batch))
             try:
-                model(**inputs_of(to_device(batch, training.accelerator.device)))
+                model(**inputs_of(batch))
             except _Reached:
                 continue
     finally:
         handle.remove()
-    return hidden, rest
+    padded = any(mask is not None and not bool(mask.all()) for mask in real)
+    if not padded and len({x.shape[1] for x in hidden}) == 1:
+        return _Sequences(torch.cat(hidden), None, rest)
+    longest = max(x.shape[1] for x in hidden)
+    masks = [x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+             for x, mask in zip(hidden, real, strict=True)]  # fmt: skip
+    return _Sequences(
+        torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in hidden]),
+        torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks]),
+        rest,
+    )
 
 
 def _output(value: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from tiny import BLOCKS, Line
 from tiny import WIDTH as GPT2_WIDTH
 from tiny import token_ids as gpt2_ids
-from tiny_bert import WIDTH, EncoderLine, encoder_line, save_encoder, token_inputs
+from tiny_bert import WIDTH, EncoderLine, StandInExamples, encoder_line, save_encoder, token_inputs
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
+from qcompress.artifacts import read_json
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Architecture
 from qcompress.options import QuadapterOptions
@@ -189,6 +190,43 @@ def test_a_balanced_start_undoes_an_outlier_among_the_values(
         difference = made.logits("train", inputs) - made.logits("float", inputs)
         errors.append(float(difference.square().mean()))
     assert errors[1] < errors[0] / 2
+
+
+def block_errors(made: EncoderLine, family: str) -> list[float]:
+    """Mean squared error of each block of the trained model on float inputs, one unpadded sequence at a time,
+    from transformers' own hidden states.
+    """
+    stock = AutoModelForSequenceClassification.from_pretrained(made.float_model.source).eval()
+    ours, data = made.model("train"), StandInExamples(made.recipe.task)
+    total, count = [0.0] * BLOCKS, 0
+    for row in range(len(data)):
+        inputs = {name: tensor for name, tensor in data.batch([row]).items() if name != "labels"}
+        with torch.no_grad():
+            exact = stock(**inputs, output_hidden_states=True).hidden_states
+            for index, name in enumerate(made.architecture.blocks):
+                found = ours.get_submodule(name)(exact[index])
+                found = found[0] if isinstance(found, tuple) else found
+                total[index] += float((found - exact[index + 1]).double().square().sum())
+        count += exact[0].numel()
+    return [error / count for error in total]
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_blocks_of_an_encoder_learn_from_sequences_of_many_lengths(
+    encoder: Callable[..., EncoderLine], family: str
+) -> None:
+    """The error that training sees is that of real tokens, and it falls below that of the start."""
+    phases = {"calibrate": {"steps": 30}, "finetune": {"steps": 0}}
+    identity = {"name": "quadapter", "init": "identity"}
+    options = {"method": "quadapter", "train": {"phases": phases, "lr": {"adapter": 0.1}}}
+    made = encoder(family, factor=40.0, adapter=identity, quantizer="minmax", **options).train().fold()
+    facts = read_json(made.trained.path / "trained.json")["phases"]
+    assert [fact["block"] for fact in facts] == list(made.architecture.blocks)
+    for fact, error in zip(facts, block_errors(made, family), strict=True):
+        assert fact["after"] == pytest.approx(error, rel=1e-3)
+        assert fact["after"] < fact["before"] / 1.2
+    inputs = token_inputs(family, pad="right")
+    assert torch.equal(made.logits("train", inputs), made.logits("fold", inputs))
 
 
 # Tables and recipes ----------------------------------------------------------------------------------
