@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qcompress.models.architecture import Architecture
-from qcompress.plan import LayerPlan, sites_asked
+from qcompress.plan import LayerPlan, plan_sites, sites_asked
 from qcompress.schema import Recipe
 from qcompress.yamlfile import Document, Key
 
@@ -14,12 +14,26 @@ PLACES = {"norm": "norms", "value": "value projections"}
 def judge_adapter(
     recipe: Recipe, document: Document, architecture: Architecture, plan: tuple[LayerPlan, ...]
 ) -> None:
-    """Report an adapter that folds nowhere."""
+    """Report an adapter that folds nowhere, or whose scales serve another format."""
     if recipe.adapter.name == "none" or not document.sound(("adapter",)):
         return
     key: Key = ("adapter",) if ("adapter",) in document.places else ("method",)
     if not sites_asked(recipe, architecture):
         _no_place(recipe, document, architecture, key)
+        return
+    sites = plan_sites(recipe, architecture, plan)
+    readers = [name for site in sites for name in site.readers]
+    rounding = [item.name for item in plan if item.name in readers and item.activations]
+    if recipe.adapter.name == "awq" and rounding:
+        message = (
+            f"AWQ's scales are for weights whose input stays float, and {rounding[0]} rounds its input "
+            f"({len(rounding)} of {len(readers)} layers behind a rescaling do)"
+        )
+        fix = "use `smoothquant` or `quadapter`, or a weight-only format such as `format: w4a16-g128`"
+        document.report(key, message, fix)
+    if recipe.adapter.name == "smoothquant" and readers and not rounding:
+        message = "it moves outliers of activations into weights, and rounds no activation that it rescales"
+        document.report(key, message, "use `awq` or `quadapter`, or round activations: `format: w8a8`")
 
 
 def _no_place(recipe: Recipe, document: Document, architecture: Architecture, key: Key) -> None:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from qcompress.adapter_options import AwqOptions, NoAdapter, QuadapterOptions, SmoothQuantOptions
 from qcompress.formats import Options
 from qcompress.options import (
     BlockwiseThenEndToEnd,
     Calibrate,
     Distillation,
-    NoAdapter,
     PlainSchedule,
     PlainStepper,
-    QuadapterOptions,
     Saq,
     Squat,
     Staged,
@@ -64,6 +63,8 @@ PHASES: dict[str, dict[str, PhaseDefaults]] = {
 METHODS: dict[str, dict[str, Any]] = {
     "float": {"schedule": "plain"},
     "ptq": {"quantizer": "minmax", "schedule": "calibrate"},
+    "smoothquant": {"quantizer": "minmax", "adapter": "smoothquant", "schedule": "calibrate"},
+    "awq": {"quantizer": "minmax", "adapter": "awq", "schedule": "calibrate"},
     "lsq": {"quantizer": "lsq", "schedule": "plain"},
     "teacher-intervention": {
         "quantizer": "ternary",
@@ -88,7 +89,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 AXES: dict[str, tuple[type[Options], ...]] = {
     "quantizer": (MinMax, Lsq, Ternary, Dynamic, Codebook),
-    "adapter": (NoAdapter, QuadapterOptions),
+    "adapter": (NoAdapter, QuadapterOptions, SmoothQuantOptions, AwqOptions),
     "objective": (TaskObjective, Distillation, TeacherIntervention),
     "stepper": (PlainStepper, Saq, Squat),
     "schedule": (Calibrate, PlainSchedule, BlockwiseThenEndToEnd, TwoStep, Staged),
@@ -109,6 +110,30 @@ ILLEGAL: tuple[tuple[dict[str, str], str], ...] = (
             "use `schedule: blockwise-then-end-to-end` or `schedule: calibrate`",
         )
         for schedule in ("plain", "two-step", "staged")
+    ),
+    *(
+        (
+            {"adapter": adapter, "schedule": "blockwise-then-end-to-end"},
+            "this schedule trains the adapter's scales, and these are fixed: use `adapter: quadapter`, whose "
+            "start is SmoothQuant's scale, or `schedule: calibrate` or `schedule: plain`",
+        )
+        for adapter in ("smoothquant", "awq")
+    ),
+    *(
+        (
+            {"adapter": adapter, "schedule": "staged"},
+            "this schedule makes tables of vectors of the weights, which no scale divides: "
+            "use `schedule: calibrate` or `schedule: plain`",
+        )
+        for adapter in ("smoothquant", "awq")
+    ),
+    *(
+        (
+            {"adapter": adapter, "objective": "teacher-intervention"},
+            "the teacher's signals stand in for the student's, whose channels are rescaled: use "
+            "`objective: distillation`, or drop the adapter",
+        )
+        for adapter in ("smoothquant", "awq")
     ),
     *(
         (

@@ -13,7 +13,7 @@ from torch import nn
 
 from qcompress.loop import in_order, to_device
 from qcompress.observe import observe
-from qcompress.plan import LayerPlan, PointPlan
+from qcompress.plan import LayerPlan, PointPlan, rounded
 from qcompress.progress import Reporter
 from qcompress.quant.ranges import Statistics
 from qcompress.schema import Recipe
@@ -62,7 +62,9 @@ def observe_all(
     calibration: Calibration,
     reporter: Reporter,
 ) -> dict[str, Statistics]:
-    """Statistics of the float model on the calibration data."""
+    """Statistics of the float model on the calibration data, for all that is rounded."""
+    if not any(item.weights and item.activations for item in plan) and not rounded(points):
+        return {}
     total = -(-len(calibration.examples) // calibration.size)
     with reporter.bar("calibrate ranges", total) as bar:
 

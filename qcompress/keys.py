@@ -49,6 +49,9 @@ TOOLS: dict[str, tuple[str, ...]] = {
 """Packages whose version can change a stage's result."""
 
 
+BY_MODELOPT = ("smoothquant", "awq")
+"""Adapters whose scales nvidia-modelopt computes."""
+
 HIDDEN_CODE = {
     "build": ("qcompress.targets.builder",),
     "verify": ("qcompress.probe_kit.measure_engine", "qcompress.probe_kit.engine_speed"),
@@ -119,7 +122,7 @@ def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object
         "recipe": recipe.name,
         "values": values,
         "code": code_digest(code, leave_out=_unselected(recipe, stage)),
-        "versions": versions_of(stage),
+        "versions": versions_of(stage, recipe),
         "inputs": inputs,
         "data": data,
     }
@@ -224,6 +227,9 @@ def _unselected(recipe: Recipe, stage: str) -> set[str]:
     if stage == "train" and "quadapter" not in (recipe.adapter.name, recipe.method):
         unselected.add("qcompress.methods.quadapter")
     if stage == "train":
+        fixed = {"smoothquant", "awq"} - {recipe.adapter.name}
+        fixed |= {"modelopt"} if recipe.adapter.name not in BY_MODELOPT else set()
+        unselected |= {f"qcompress.methods.{name}" for name in fixed}
         unselected |= {
             f"qcompress.methods.{name}" for name in ("saq", "squat") if name != recipe.stepper.name
         }
@@ -231,9 +237,10 @@ def _unselected(recipe: Recipe, stage: str) -> set[str]:
     return unselected
 
 
-def versions_of(stage: str) -> dict[str, str]:
+def versions_of(stage: str, recipe: Recipe) -> dict[str, str]:
+    by_modelopt = stage == "train" and recipe.adapter.name in BY_MODELOPT
     found = {}
-    for package in TOOLS[stage]:
+    for package in (*TOOLS[stage], *(["nvidia-modelopt"] if by_modelopt else [])):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -6,54 +6,20 @@
     stepper     how is one update made?
     schedule    what is trained when?
 
-`methods/` holds the class that does the work of each value.
+`methods/` holds the class that does the work of each value; adapters' options are in `adapter_options.py`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from qcompress.formats import Options
 from qcompress.quantizer_options import named
 
 Role = Literal["weight", "scale", "adapter", "centroid", "other"]
 """What a trainable tensor is; each role has its own learning rate."""
-
-
-# Axis 2: adapters ---------------------------------------------------------------------------------
-
-
-class NoAdapter(Options):
-    """No rescaling."""
-
-    name: Literal["none"] = "none"
-
-
-Sites = Literal["auto", "norm", "value", "all"]
-"""Which of a family's places an adapter rescales."""
-
-
-class QuadapterOptions(Options):
-    """Channel-wise rescaling before the activation quantizer, folded later (Quadapter, arXiv:2211.16912)."""
-
-    name: Literal["quadapter"] = "quadapter"
-    init: Literal["identity", "balanced"] = "balanced"
-    """identity: every scale 1; balanced: sqrt(max|W_i| / max|x_i|), normalised to geometric mean 1."""
-    bound: float = Field(default=100.0, gt=1)
-    """Scales stay within [1/bound, bound]."""
-    sites: Sites = "auto"
-    """Where: behind norms, behind value projections, or both; auto: behind norms, and in families whose norms
-    feed the residual (BERT, RoBERTa, DistilBERT) behind value projections."""
-
-    @model_serializer(mode="wrap")
-    def _unless_default(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `sites` where it says nothing: recipes from before it keep their digests."""
-        return {key: value for key, value in spell(self).items() if (key, value) != ("sites", "auto")}
-
-
-Adapter = Annotated[NoAdapter | QuadapterOptions, Field(discriminator="name"), BeforeValidator(named)]
 
 
 # Axes 3 and 4: objectives and steppers ------------------------------------------------------------

@@ -34,10 +34,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, create_model
 
+from qcompress.adapter_options import NoAdapter
 from qcompress.axes import AXES
 from qcompress.errors import UsageError
 from qcompress.formats import Options
-from qcompress.options import NoAdapter, PlainStepper, TaskObjective
+from qcompress.options import PlainStepper, TaskObjective
 from qcompress.quantizer_options import ROLES, Quantizers, named, quantizers
 from qcompress.schema import RECIPE, Recipe
 

@@ -251,7 +251,7 @@ def _manifest(plan: Plan, steps: Mapping[str, Step]) -> dict[str, object]:
         "source": str(plan.directory),
         "base": str(plan.resolved.base),
         "versions": {"qcompress": qcompress.__version__}
-        | {package: version for stage in STAGES for package, version in versions_of(stage).items()},
+        | {name: version for stage in STAGES for name, version in versions_of(stage, plan.recipe).items()},
         "host": describe_host(),
         "phases": read_json(steps["train"].path / "trained.json")["phases"] if "train" in steps else [],
         "stages": {

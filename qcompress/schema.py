@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_serializer, model_validator
 
+from qcompress.adapter_options import Adapter, NoAdapter
 from qcompress.axes import METHODS, beside_preset
 from qcompress.export_options import Build, Export
 from qcompress.export_options import Profile as Profile  # what a recipe is made of is found here
@@ -26,9 +27,7 @@ from qcompress.formats import (
 )
 from qcompress.goals import Gate
 from qcompress.options import (
-    Adapter,
     Calibrate,
-    NoAdapter,
     Objective,
     PlainStepper,
     Role,

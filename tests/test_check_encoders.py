@@ -191,3 +191,28 @@ def test_an_adapter_needs_a_place_to_fold_into(made: Path) -> None:
     found = said(write(made, RECIPE.replace("method: ptq", "method: quadapter\nadapter: {sites: norm}")))
     assert "adapter.sites: the norms of a bert model feed the residual" in found
     assert "write `sites: value`" in found
+
+
+@pytest.mark.parametrize(
+    ("method", "form", "found"),
+    [
+        ("awq", "preset: w8a8", "method: AWQ's scales are for weights whose input stays float, and bert"),
+        (
+            "smoothquant",
+            "preset: w8a16",
+            "method: it moves outliers of activations into weights, and rounds no",
+        ),
+        ("awq", "preset: w8a16", None),
+        ("smoothquant", "preset: w8a8", None),
+        ("awq", "preset: w8a8\n  layers: {'*.attention.output.dense': {activations: float}}", None),
+    ],
+)
+def test_fixed_rescalings_are_held_against_the_format(
+    made: Path, method: str, form: str, found: str | None
+) -> None:
+    text = RECIPE.replace("method: ptq", f"method: {method}").replace("preset: w8a8", form)
+    file = write(made, text)
+    if found is None:
+        assert with_task(file).report.architecture.sites
+    else:
+        assert found in said(file)

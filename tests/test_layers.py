@@ -23,7 +23,8 @@ STAGES = ("load", "train", "fold", "export", "build", "verify", "gate")
 
 LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("plain values", {
-        "errors", "formats", "axes", "options", "quantizer_options", "glue", "task_options",
+        "errors", "formats", "axes", "options", "quantizer_options", "adapter_options", "glue",
+        "task_options",
         "export_options", "schema",
         "own", "artifacts", "plan",
         "models.architecture", "codekey", "system", "host", "processes", "progress", "yamlfile",
@@ -57,8 +58,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "runners", "samples", "sharpness",
     }),
     ("methods", {
-        "methods", "methods.ball", "methods.distillation", "methods.ipq", "methods.plain",
-        "methods.protocols",
+        "methods", "methods.awq", "methods.ball", "methods.distillation", "methods.ipq", "methods.modelopt",
+        "methods.plain", "methods.protocols", "methods.smoothquant",
         "methods.quadapter", "methods.saq", "methods.signals", "methods.squat",
         "methods.teacher_intervention",
     }),
@@ -88,6 +89,7 @@ DOORS: dict[str, set[str]] = {
         "methods.protocols", "methods.quadapter", "methods.ball", "methods.saq", "methods.squat",
         "methods.distillation", "methods.signals", "methods.teacher_intervention",
         "models.attention", "models.cache", "models.gpt2", "models.residual", "models.stock", "models.vit",
+        "methods.modelopt",
         "tasks.causal_lm", "tasks.examples", "tasks.padded", "tasks.sequence_classification",
         "tasks.token_classification", "prepare", "observe", "processes", "checkpoint",
         "loop", "blockwise", "calibration", "trainedfile", "runners", "tensorfile", "train", "fold", "export",
@@ -107,6 +109,7 @@ DOORS: dict[str, set[str]] = {
     "onnx_ir": {"codebook_nodes", "export", "precision"},
     "faiss": {"quant.kmeans"},
     "datasets": {"tasks.text"},
+    "modelopt": {"methods.modelopt"},
     "pyarrow": {"tasks.table"},
     "PIL": {"tasks.images"},
     "sklearn": {"tasks.scores"},
@@ -128,7 +131,8 @@ LAZY = {"processes", "models", "models.gpt2", "models.stock", "models.vit", "tas
 DISTRIBUTIONS = {"yaml": "PyYAML", "faiss": "faiss-cpu", "onnx_ir": "onnxscript", "google":
                  "onnx", "pydantic_core": "pydantic",
                  "huggingface_hub": "transformers", "ml_dtypes": "ml-dtypes",
-                 "sklearn": "scikit-learn", "pyarrow": "datasets", "PIL": "Pillow"}  # fmt: skip
+                 "sklearn": "scikit-learn", "pyarrow": "datasets", "PIL": "Pillow",
+                 "modelopt": "nvidia-modelopt"}  # fmt: skip
 """What brings a package that has another name than its distribution, or comes with one."""
 
 BANNED = {"eval", "exec", "pickle", "cPickle", "marshal", "shelve", "torch.load", "joblib", "dill"}

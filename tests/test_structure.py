@@ -92,7 +92,7 @@ ONE_MISTAKE = {
     ),
     "an unknown axis value": (
         ("method: quadapter", "method: quadapter\nadapter: quadaptr"),
-        r":20: adapter: must be one of none, quadapter, found text 'quadaptr' \(fix: .*`quadapter`",
+        r":20: adapter: must be one of none, quadapter, .*, found text 'quadaptr' \(fix: .*`quadapter`",
     ),
     "an unknown axis value in a mapping": (
         ("method: quadapter", "method: quadapter\nadapter: {name: quadaptr}"),

@@ -109,7 +109,8 @@ def make_recipe(text: Path, steps: int = 3, **sections: Any) -> Recipe:
         **sections,
     }
     values["train"] = {"device": "cpu", "batch_size": 4, **values.get("train", {})}
-    names = {"quadapter": ("calibrate", "finetune"), "ptq": ()}.get(
+    untrained = dict.fromkeys(("ptq", "smoothquant", "awq"), ())
+    names = {"quadapter": ("calibrate", "finetune"), **untrained}.get(
         values.get("method", "ptq"), ("finetune",)
     )
     if "schedule" not in values:

@@ -5,6 +5,7 @@ Their options are in `qcompress/axes.py`, which needs no torch; a test holds the
 
 from __future__ import annotations
 
+from qcompress.methods.awq import Awq
 from qcompress.methods.distillation import DistillationLoss
 from qcompress.methods.ipq import QuantizeInTurn
 from qcompress.methods.plain import (
@@ -16,10 +17,11 @@ from qcompress.methods.plain import (
 )
 from qcompress.methods.quadapter import BlocksThenModel, Quadapter
 from qcompress.methods.saq import SharpnessAwareUpdate
+from qcompress.methods.smoothquant import SmoothQuant
 from qcompress.methods.squat import AlternatingUpdate
 from qcompress.methods.teacher_intervention import InterveneThenTrain, Intervention
 
-ADAPTERS = {"none": NoRescaling, "quadapter": Quadapter}
+ADAPTERS = {"none": NoRescaling, "quadapter": Quadapter, "smoothquant": SmoothQuant, "awq": Awq}
 OBJECTIVES = {
     "task": TaskLossObjective,
     "distillation": DistillationLoss,

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from qcompress.adapter_options import NoAdapter
 from qcompress.axes import PHASES
 from qcompress.methods.protocols import Group, Moment, Phase, Report, Scene
 from qcompress.models.architecture import Architecture, Site
-from qcompress.options import Calibrate, NoAdapter, PlainSchedule, PlainStepper, TaskObjective
+from qcompress.options import Calibrate, PlainSchedule, PlainStepper, TaskObjective
 from qcompress.plan import LayerPlan
 from qcompress.prepare import Prepared
 from qcompress.quant.layers import QuantizedWeight

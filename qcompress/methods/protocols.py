@@ -8,9 +8,9 @@ step sees the same dropout, and a resumed run the same as an uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -54,6 +54,20 @@ class Adapter(Protocol):
 
     def fold(self) -> dict[str, Tensor]:
         """The final scales, [channels] each, by the name of the site's writer."""
+
+
+@runtime_checkable
+class FittedAdapter(Adapter, Protocol):
+    """An adapter that looks at the float model at work on the calibration data, before it is attached."""
+
+    def fit(
+        self, model: nn.Module, plan: tuple[LayerPlan, ...], sites: Sequence[Site],
+        batches: Callable[[], Iterable[Batch]],
+    ) -> None:  # fmt: skip
+        """Choose the scales. `model` is a float model of its own, on the training's device, to do with as it
+        likes; `batches()` gives the calibration data anew at each call, without padding. Not called where
+        training goes on after an interruption: what `attach` installs is in the checkpoint then.
+        """
 
 
 @dataclass(frozen=True)

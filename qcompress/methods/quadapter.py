@@ -30,10 +30,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qcompress.adapter_options import QuadapterOptions
 from qcompress.axes import PHASES
 from qcompress.methods.protocols import Phase
 from qcompress.models.architecture import Architecture, Site
-from qcompress.options import BlockwiseThenEndToEnd, QuadapterOptions
+from qcompress.options import BlockwiseThenEndToEnd
 from qcompress.plan import LayerPlan
 from qcompress.prepare import Prepared
 from qcompress.quant.layers import ChannelScale, QuantizedWeight

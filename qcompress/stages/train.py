@@ -7,6 +7,7 @@ nobody can tell which paper trained the model.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from qcompress.errors import ContractError, MachineError
 from qcompress.formats import CodebookFormat
 from qcompress.loop import Training, role_of, run_model_phase, settle
 from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
-from qcompress.methods.protocols import Adapter, Phase, Scene
+from qcompress.methods.protocols import Adapter, FittedAdapter, Phase, Scene
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Architecture, read_config
 from qcompress.observe import make_static
@@ -66,13 +67,15 @@ def train(
     accelerator = _accelerator(recipe, processes)
     phases = SCHEDULES[recipe.schedule.name](recipe.schedule, recipe.train).phases(architecture, plan)
     points = plan_points(recipe, architecture)
-    data = _read(float_model, recipe, base, phases, plan, points)
+    adapter = class_of("adapter", recipe.adapter.name, ADAPTERS)(recipe.adapter)
+    fitted = isinstance(adapter, FittedAdapter)
+    data = _read(float_model, recipe, base, phases, plan, points, fitted)
     for name, part in (("training", data.train), ("calibration", data.calibration)):
         for note in part.notes if part is not None else ():
             reporter.say(f"train: {name} data: {note}")
     calibration = Calibration(recipe, read_config(float_model.path), data.calibration, accelerator.device)
-    training, adapter, float_names, frozen = _set_up(
-        float_model, recipe, architecture, plan, points, phases, data, calibration, out, reporter,
+    training, float_names, frozen = _set_up(
+        float_model, recipe, architecture, plan, points, phases, data, calibration, adapter, out, reporter,
         accelerator, processes,
     )  # fmt: skip
     prepared = training.prepared
@@ -89,24 +92,28 @@ def train(
 def _set_up(
     float_model: FloatModel, recipe: Recipe, architecture: Architecture, plan: tuple[LayerPlan, ...],
     points: tuple[PointPlan, ...], phases: tuple[Phase, ...], data: _Data, calibration: Calibration,
-    out: Path, reporter: Reporter, accelerator: Accelerator, processes: Processes,
-) -> tuple[Training, Adapter, set[str], bool]:  # fmt: skip
+    adapter: Adapter, out: Path, reporter: Reporter, accelerator: Accelerator, processes: Processes,
+) -> tuple[Training, set[str], bool]:  # fmt: skip
     """The model with its quantizers and adapter where training begins, what the float model's tensors are
     called, and whether every weight stays frozen.
     """
-    family = FAMILIES[architecture.family]
-    model = family.load_float(float_model.source, float_model.path).to(accelerator.device)
-    float_names = set(model.state_dict())
+    family, sites = FAMILIES[architecture.family], plan_sites(recipe, architecture, plan)
     checkpoints = Checkpoints(out, recipe.train.checkpoint_every_s)
     resuming = processes.agree(checkpoints.file.is_file())
+    reference = _reference(float_model, architecture, accelerator)
+    if isinstance(adapter, FittedAdapter) and not resuming:
+        reporter.say(f"train: {recipe.adapter.name}: {len(sites)} rescalings")
+        adapter.fit(reference(), plan, sites, calibration.unpadded)
+        gc.collect()  # the model that it has spent refers to itself
+    model = family.load_float(float_model.source, float_model.path).to(accelerator.device)
+    float_names = set(model.state_dict())
 
     statistics = {}
     if data.calibration is not None and not resuming:
         open_points(model, architecture.family, points)
         statistics = observe_all(model, plan, points, calibration, reporter)
     prepared = quantize(model, architecture.family, plan, points)
-    adapter = class_of("adapter", recipe.adapter.name, ADAPTERS)(recipe.adapter)
-    adapter.attach(prepared, plan_sites(recipe, architecture, plan), statistics)
+    adapter.attach(prepared, sites, statistics)
     prepared.model.to(accelerator.device)
     if not resuming:
         torch.manual_seed(recipe.seed)  # k-means draws where it starts
@@ -128,12 +135,12 @@ def _set_up(
         reporter=reporter,
         train_data=data.train,
         calibration_data=data.calibration,
-        reference=_reference(float_model, architecture, accelerator),
+        reference=reference,
         moving=set(prepared.model.state_dict()) - (float_names if frozen else set()),
         facts=[],
         recent=[],
     )
-    return training, adapter, float_names, frozen
+    return training, float_names, frozen
 
 
 def _later(plan: tuple[LayerPlan, ...], phases: tuple[Phase, ...]) -> set[str]:
@@ -172,8 +179,9 @@ def _read(
     phases: tuple[Phase, ...],
     plan: tuple[LayerPlan, ...],
     points: tuple[PointPlan, ...],
+    fitted: bool,
 ) -> _Data:
-    """The examples that the phases need; calibration falls back to the training data."""
+    """The examples that the phases and a `fitted` adapter need; calibration falls back to training data."""
     task = TASKS[recipe.task.name]
     reader = task.reader(float_model.path)
     options = task.settled(recipe.task, read_config(float_model.path))
@@ -184,7 +192,7 @@ def _read(
 
     trains = any(phase.scope == "model" and phase.steps for phase in phases)
     calibrates = any(item.weights and item.activations for item in plan) or bool(rounded(points))
-    calibrates |= any(phase.scope == "blocks" and phase.steps for phase in phases)
+    calibrates |= fitted or any(phase.scope == "blocks" and phase.steps for phase in phases)
     data = _Data(
         train=examples(section.train) if trains else None,
         calibration=examples(section.calibration or section.train) if calibrates else None,

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 import qcompress.stages.train
+from qcompress.adapter_options import QuadapterOptions
 from qcompress.methods import STEPPERS
 from qcompress.methods.plain import OneUpdate
 from qcompress.methods.quadapter import Quadapter, balanced
 from qcompress.models import load_tokenizer
 from qcompress.observe import observe
-from qcompress.options import QuadapterOptions
 from qcompress.plan import plan_sites
 from qcompress.prepare import Prepared, initialise, quantize, rebuild
 from qcompress.quant.layers import QuantizedWeight

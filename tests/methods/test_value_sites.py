@@ -16,10 +16,10 @@ from tiny_bert import WIDTH, EncoderLine, StandInExamples, encoder_line, save_en
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
+from qcompress.adapter_options import QuadapterOptions
 from qcompress.artifacts import read_json
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Architecture
-from qcompress.options import QuadapterOptions
 from qcompress.plan import plan_points, plan_sites, site_from_json, site_to_json
 from qcompress.prepare import Prepared, quantize
 from qcompress.quant.layers import FixedScale, QuantizedWeight
