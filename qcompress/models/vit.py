@@ -228,9 +228,9 @@ def _layers(config: dict[str, Any], labels: int) -> list[Layer]:
     for index in range(config["num_hidden_layers"]):
         block = f"vit.layers.{index}"
         names = [f"{block}.attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-        layers += [Layer(name, "linear", width, width) for name in names]
-        layers.append(Layer(f"{block}.mlp.fc1", "linear", width, inner))
-        layers.append(Layer(f"{block}.mlp.fc2", "linear", inner, width))
+        layers += [Layer(name, "linear", width, width, part="attention") for name in names]
+        layers.append(Layer(f"{block}.mlp.fc1", "linear", width, inner, part="ffn"))
+        layers.append(Layer(f"{block}.mlp.fc2", "linear", inner, width, part="ffn"))
     return [*layers, Layer("classifier", "head", width, labels)]
 
 

@@ -162,12 +162,12 @@ def test_blocks_attentions_and_sites_are_where_the_stock_model_has_them(source: 
     read: dict[str, set[str]] = {}
     for site in found.sites:
         assert site.channels == WIDTH
-        readers = {name for name, x in given.items() if x is outputs[site.norm]}
-        read[site.norm] = {name for name in readers if isinstance(model.get_submodule(name), nn.Linear)}
-        assert read[site.norm] == set(site.readers)
+        readers = {name for name, x in given.items() if x is outputs[site.writer]}
+        read[site.writer] = {name for name in readers if isinstance(model.get_submodule(name), nn.Linear)}
+        assert read[site.writer] == set(site.readers)
         # nothing else multiplies or adds it: what else is given it only hands it on
-        sublayer = {"before": "attention", "after": "mlp"}[site.norm.rpartition("_")[2]]
-        assert readers - set(site.readers) <= {f"{site.norm.rpartition('.')[0]}.{sublayer}"}
+        sublayer = {"before": "attention", "after": "mlp"}[site.writer.rpartition("_")[2]]
+        assert readers - set(site.readers) <= {f"{site.writer.rpartition('.')[0]}.{sublayer}"}
     assert len(read) == 2 * BLOCKS
     for attention, state in zip(found.attentions, states, strict=False):
         names = (attention.query, attention.key, attention.value)
