@@ -107,11 +107,12 @@ def _unread(graph: Graph, decoders: list[NodeProto], item: LayerPlan) -> list[st
         readers = [node for name in outputs for node in graph.readers.get(name, [])]
         read = any(node.op_type == "Gather" and node.input[0] in outputs for node in readers)
         return [] if read else ["the decoded codes reach no Gather"]
-    return [] if any(matmuls(graph, name) for name in outputs) else ["the decoded codes reach no MatMul"]
+    wanted = "Conv" if item.layer.kind == "conv" else "MatMul"
+    return [] if any(matmuls(graph, name) for name in outputs) else [f"the decoded codes reach no {wanted}"]
 
 
 def _wrong_layout(decoders: list[NodeProto], item: LayerPlan) -> list[str]:
-    table = item.layer.kind == "embedding" or item.layer.tied_to is not None
+    table = item.layer.kind in ("embedding", "conv") or item.layer.tied_to is not None
     channel_axis = 0 if table else 1
     axis = channel_axis if item.block is None else 1 - channel_axis
     found = []
@@ -158,13 +159,9 @@ def with_outputs(file: Path, names: list[str]) -> bytes:
 
 def _float_copies(graph: Graph, plan: tuple[LayerPlan, ...]) -> list[str]:
     """Float initializers with the shape of a quantized weight: a decoded copy, or a weight left behind."""
-    shapes = set()
-    for item in plan:
-        if item.weights:
-            shape = (item.layer.in_features, item.layer.out_features)
-            shapes |= {shape, shape[::-1]}
-    kept = {(item.layer.in_features, item.layer.out_features) for item in plan if not item.weights}
-    shapes -= kept | {shape[::-1] for shape in kept}
+    shapes = {item.layer.shape for item in plan if item.weights}
+    kept = {item.layer.shape for item in plan if not item.weights}
+    shapes = {*shapes, *(shape[::-1] for shape in shapes)} - kept - {shape[::-1] for shape in kept}
     return sorted(
         name
         for name, tensor in graph.initializers.items()

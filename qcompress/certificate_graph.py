@@ -120,7 +120,7 @@ def matmuls(graph: Graph, value: str) -> list[tuple[NodeProto, str]]:
     """Matmuls that read a decoded weight, directly or transposed, and the name they read it by."""
     found = []
     for node in graph.readers.get(value, []):
-        if node.op_type in ("MatMul", "Gemm"):
+        if node.op_type in ("MatMul", "Gemm", "Conv"):
             found.append((node, value))
         elif node.op_type == "Transpose":
             found += matmuls(graph, node.output[0])

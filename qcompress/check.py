@@ -127,7 +127,7 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
 
 def _is_settled(recipe: Recipe, document: Document, layer: Layer) -> bool:
     """Whether nothing is wrong with the keys that give a layer its formats, so that they are as meant."""
-    own = "weights" if layer.kind == "linear" else "embeddings"
+    own = layer.section
     patterns = [pattern for pattern in recipe.format.layers if matches(pattern, layer.name)]
     keys: list[Key] = [("format", key) for key in ("preset", "activations", own)]
     return document.sound(*keys, *(("format", "layers", pattern) for pattern in patterns))
@@ -163,7 +163,7 @@ def _origin(recipe: Recipe, document: Document, layer: Layer, what: What) -> Key
     for pattern, exception in reversed(recipe.format.layers.items()):
         if getattr(exception, what) != "inherit" and matches(pattern, layer.name):
             return ("format", "layers", pattern)
-    section = "embeddings" if what == "weights" and layer.kind != "linear" else what
+    section = layer.section if what == "weights" else what
     own: tuple[Key, ...] = (("format", section), ("format", "preset"))
     return next((key for key in own if key in document.places), ("format",))
 
@@ -229,7 +229,7 @@ def _ternary(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) ->
         if layer.weight_quantizer.name == "ternary" and layer.weights and not layer.weights.ternary:
             wrong.setdefault(_origin(recipe, document, layer.layer, "weights"), []).append(layer)
     for origin, layers in wrong.items():
-        role = "weights" if layers[0].layer.kind == "linear" else "embeddings"
+        role = layers[0].layer.section
         message = (
             f"is {layers[0].weights} for {layers[0].name}, and the quantizer `ternary` has the codes -1, 0, 1"
         )

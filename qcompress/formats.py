@@ -12,7 +12,14 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 INT2_OPSET = 25
 """First ONNX opset with int2."""
@@ -142,18 +149,45 @@ class ActivationFormat(Options):
     """One scale for the whole tensor, or one per channel (which TensorRT refuses)."""
     symmetric: bool = True
     """Zero point 0. An asymmetric format has a nonzero zero point, which TensorRT refuses."""
+    signed: bool | Literal["auto"] = "auto"
+    """false: codes 0..2^bits-1, twice as fine for what is never negative, still int8 codes with zero point 0;
+    not for 8 bits, which int8 does not hold. auto: false where the family knows the input to be behind a
+    ReLU and the bits are fewer than 8."""
+
+    @model_validator(mode="after")
+    def _int8_holds_the_codes(self) -> ActivationFormat:
+        if self.signed is False and self.bits == 8:
+            raise ValueError("unsigned 8-bit codes do not fit into int8: drop `signed`, or write fewer bits")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_auto_out(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Digests of recipes stay what they were before there was a choice."""
+        return {key: value for key, value in dump(self).items() if (key, value) != ("signed", "auto")}
+
+    def settled(self, nonnegative: bool) -> ActivationFormat:
+        """The same with `signed` decided, for an input that is or is not known to be never negative.
+
+        >>> ActivationFormat(bits=4).settled(nonnegative=True).bounds
+        (0, 15)
+        """
+        unsigned = nonnegative and self.signed == "auto" and self.bits < 8
+        return self.model_copy(update={"signed": False}) if unsigned else self
 
     @property
     def bounds(self) -> tuple[int, int]:
         """Smallest and largest code: QuantizeLinear saturates at [-128, 127], a Clip does at others.
 
-        >>> ActivationFormat().bounds
-        (-128, 127)
+        >>> ActivationFormat().bounds, ActivationFormat(bits=4, signed=False).bounds
+        ((-128, 127), (0, 15))
         """
+        if self.signed is False:
+            return 0, 2**self.bits - 1
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     def __str__(self) -> str:
-        return (f"int{self.bits}" + (" per channel" if self.granularity == "channel" else "")
+        word = "uint" if self.signed is False else "int"
+        return (f"{word}{self.bits}" + (" per channel" if self.granularity == "channel" else "")
                 + ("" if self.symmetric else " asymmetric"))  # fmt: skip
 
 

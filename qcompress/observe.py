@@ -1,7 +1,7 @@
 """What calibration sees: ranges of the float model's activations, and of a trained one's.
 
 Both leave padding out, and both know layers' inputs and points alike. Shapes: activations [batch, tokens,
-channels], masks bool [batch, tokens].
+channels] or, of images, [batch, channels, height, width], masks bool [batch, tokens].
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def observe(
 
         return model.get_submodule(name).register_forward_pre_hook(hook)
 
-    handles = [watch(item.name, _layer_vectors) for item in watched]
-    handles += [watch(item.name, partial(token_vectors, item.name)) for item in rounded(points)]
+    handles = [watch(item.name, _vectors_of(item)) for item in [*watched, *rounded(points)]]
     try:
         for batch in batches:
             real[0] = real_tokens(batch)
@@ -59,6 +58,19 @@ def observe(
         for handle in handles:
             handle.remove()
     return {name: found.statistics() for name, found in seen.items()}
+
+
+def _vectors_of(item: LayerPlan | PointPlan) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """From what a layer or a point is given, and which tokens are real, to its vectors [vectors, channels]."""
+    point = isinstance(item, PointPlan)
+    own = partial(token_vectors, item.name) if point else _layer_vectors
+    image = item.point.kind == "residual" if point else item.layer.kind == "conv"
+
+    def vectors(x: Tensor, mask: Tensor | None) -> Tensor:
+        # of an image every pixel has one
+        return x.movedim(1, -1).flatten(0, -2) if image and x.dim() == 4 else own(x, mask)
+
+    return vectors
 
 
 def _layer_vectors(x: Tensor, mask: Tensor | None) -> Tensor:

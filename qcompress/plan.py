@@ -77,7 +77,7 @@ def plan_layers(recipe: Recipe, architecture: Architecture) -> tuple[LayerPlan, 
 
 def _plan_layer(recipe: Recipe, layer: Layer) -> LayerPlan:
     form = recipe.format
-    weights = form.weights if layer.kind == "linear" else form.embeddings
+    weights = getattr(form, layer.section)
     activations = form.activations
     for pattern, exception in form.layers.items():
         if matches(pattern, layer.name):
@@ -85,13 +85,12 @@ def _plan_layer(recipe: Recipe, layer: Layer) -> LayerPlan:
             activations = activations if exception.activations == "inherit" else exception.activations
     if layer.kind == "embedding" or weights is None:
         activations = None
-    linear = layer.kind == "linear"
     quantizers = recipe.quantizer
-    quantizer = quantizers.weights if linear else quantizers.embeddings
+    quantizer = getattr(quantizers, layer.section)
     return LayerPlan(
         layer=layer,
         weights=weights,
-        activations=activations,
+        activations=activations and activations.settled(layer.nonnegative),
         weight_quantizer=quantizers.codebook if isinstance(weights, CodebookFormat) else quantizer,
         activation_quantizer=quantizers.activations,
         noise=quantizers.noise,
@@ -112,6 +111,7 @@ def plan_points(recipe: Recipe, architecture: Architecture) -> tuple[PointPlan, 
             meant = exception.activations != "inherit" and (form or pattern.endswith("point"))
             if meant and matches(pattern, point.name):
                 form = exception.activations
+        form = form and form.settled(point.nonnegative)
         plans.append(PointPlan(point, form, recipe.quantizer.activations))
     return tuple(plans)
 
@@ -192,7 +192,7 @@ def plans_from_json(values: list[dict[str, object]]) -> tuple[LayerPlan, ...]:
     """Inverse of `plans_to_json`; which quantizer trained a layer is not recorded."""
     return tuple(
         LayerPlan(
-            layer=Layer(**value["layer"]),
+            layer=_layer(value["layer"]),
             weights=_weights(value["weights"]),
             activations=ActivationFormat(**value["activations"]) if value["activations"] else None,
         )
@@ -204,3 +204,9 @@ def _weights(value: dict[str, object] | None) -> WeightFormat | CodebookFormat |
     if not value:
         return None
     return CodebookFormat(**value) if "codebook" in value else WeightFormat(**value)
+
+
+def _layer(value: dict[str, Any]) -> Layer:
+    """A layer from JSON, which has lists for tuples and may be older than a convolution's keys."""
+    kernel = value.get("kernel")
+    return Layer(**{**value, "kernel": tuple(kernel) if kernel else None})

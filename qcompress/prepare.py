@@ -31,9 +31,12 @@ from qcompress.plan import (
     site_from_json,
 )
 from qcompress.quant.affine import Grid
+from qcompress.quant.batchnorm import statistics
 from qcompress.quant.codebook import CodebookWeight, FrozenCodebook
+from qcompress.quant.conv import Geometry, QuantizedConv
 from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, FoldedWeight, Rounding
 from qcompress.quant.folded_codebook import FoldedCodebook
+from qcompress.quant.folded_conv import FoldedConv, FoldedKernel
 from qcompress.quant.layers import (
     FixedScale,
     QuantizedEmbedding,
@@ -51,7 +54,7 @@ from qcompress.quant.quantizers import (
 )
 from qcompress.quant.ranges import Statistics
 
-QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedTiedHead
+QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedTiedHead | QuantizedConv
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,11 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a model is made of, by name: its parameters, and the statistics of its batch norms."""
+    return {**dict(model.named_parameters()), **dict(statistics(model))}
+
+
 def quantize(
     model: nn.Module, family: str, plan: tuple[LayerPlan, ...], points: tuple[PointPlan, ...] = ()
 ) -> Prepared:
@@ -133,7 +141,7 @@ def quantize(
         if item.activations is None:
             return None
         kind = class_of("quantizer", item.activation_quantizer.name, ACTIVATION_QUANTIZERS)
-        return kind(item.activation_quantizer, item.activations.bounds, item.layer.in_features)
+        return kind(item.activation_quantizer, item.activations.bounds, item.layer.channels)
 
     def point_quantizer(item: PointPlan) -> nn.Module:
         kind = class_of("quantizer", item.activation_quantizer.name, ACTIVATION_QUANTIZERS)
@@ -177,6 +185,10 @@ def _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer
             layer = QuantizedTiedHead(layers[item.layer.tied_to], input_quantizer(item))
         elif item.layer.kind == "embedding":
             layer = QuantizedEmbedding(module.weight, weight_quantizer(item, module.weight, 0))
+        elif item.layer.kind == "conv":
+            weights = weight_quantizer(item, module.weight.flatten(1), 0)
+            norm = model.get_submodule(item.layer.norm) if item.layer.norm else None
+            layer = QuantizedConv(module, norm, weights, input_quantizer(item))
         else:
             axis = linear_axis if item.layer.kind == "linear" else 0
             weights = weight_quantizer(item, module.weight, axis)
@@ -207,9 +219,8 @@ def initialise(prepared: Prepared, statistics: dict[str, Statistics], later: Col
     of the layers `later` become codebooks while training, and have nothing to start from.
     """
     for name, quantizer in prepared.weight_quantizers():
-        if name in later:
-            continue
-        quantizer.init(prepared.layers[name].rescaled_weight().detach())
+        if name not in later:
+            quantizer.init(prepared.layers[name].coded_weight().detach())
     for name, quantizer in [*prepared.input_quantizers(), *prepared.rounding.items()]:
         quantizer.init(statistics[name])
 
@@ -223,7 +234,7 @@ def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
     points = points_from_json(facts.get("points", []))
     model = FAMILIES[family].load_float(float_model.source, float_model.path)
     with torch.no_grad():
-        own = dict(model.named_parameters())
+        own = own_tensors(model)
         for name in facts["changed"]:
             own[name].copy_(tensors[name])
 
@@ -285,28 +296,37 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: b
         if item.activations is not None:
             scale = tensors.pop(f"{item.name}.input.scale").to(dtype)
             rounding = Rounding(scale, item.activations.bounds)
+        bias = tensors.pop(f"{item.name}.bias", None)
+        bias = None if bias is None else bias.to(dtype)
         if item.layer.tied_to:
             layer = FoldedTiedHead(layers[item.layer.tied_to].weight, rounding, integer)
+        elif item.layer.kind == "conv":
+            codes, scale = (tensors.pop(f"{item.name}.weight.{part}") for part in ("codes", "scale"))
+            weight = FoldedKernel(codes, scale.to(dtype), item.weights.stored_bits)
+            geometry = Geometry.of(model.get_submodule(item.name))
+            layer = FoldedConv(weight, bias, rounding, geometry, integer)
         else:
             table = item.layer.kind == "embedding"
             weight = _folded_weight(item, tensors, 0 if table else 1, dtype)
-            bias = tensors.pop(f"{item.name}.bias", None)
-            bias = None if bias is None else bias.to(dtype)
             layer = FoldedEmbedding(weight) if table else FoldedLinear(weight, bias, rounding, integer)
         replace_module(model, item.name, layer)
         layers[item.name] = layer
+        if item.layer.norm:
+            replace_module(model, item.layer.norm, nn.Identity())
     points = rounded(points_from_json(facts.get("points", [])))
     rounding = {
         item.name: Rounding(tensors.pop(f"{item.name}.scale").to(dtype), item.activations.bounds)
         for item in points
     }
     FAMILIES[facts["family"]].install_points(model, rounding)
-    own = dict(model.named_parameters())
+    own = own_tensors(model)
     if set(own) != set(tensors):
         raise ContractError(
             f"{folded.path}: the model and the file differ in {sorted(set(own) ^ set(tensors))[:5]}"
         )
     for name, value in tensors.items():
-        replace_module(model, name, nn.Parameter(value.to(dtype), requires_grad=False))
+        value = value.to(dtype) if value.is_floating_point() else value
+        is_parameter = isinstance(own[name], nn.Parameter)
+        replace_module(model, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
     FAMILIES[facts["family"]].tie(model)
     return model.requires_grad_(False).eval()

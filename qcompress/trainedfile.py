@@ -32,7 +32,7 @@ def save_trained(
     tensors: dict[str, Tensor] = {}
     books = {}
     for name, quantizer in prepared.weight_quantizers():
-        parts = quantizer.parts(prepared.layers[name].rescaled_weight())
+        parts = quantizer.parts(prepared.layers[name].coded_weight())
         if "scale" in parts:
             parts["scale"] = snap(parts["scale"], compute, f"{name}.weight")
         tensors |= {f"{name}.weight.{part}": tensor for part, tensor in parts.items()}
@@ -46,9 +46,9 @@ def save_trained(
     changed = []
     if not frozen:
         looked_up = {f"{name}.weight" for name in books}  # of which nothing is left
-        names = [name for name, _ in prepared.model.named_parameters() if name not in looked_up]
-        changed = [name for name in names if name in float_names]
-        tensors |= {name: prepared.model.get_parameter(name) for name in changed}
+        own = own_tensors(prepared.model)
+        changed = [name for name in own if name in float_names and name not in looked_up]
+        tensors |= {name: own[name] for name in changed}
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_tensors(out / "trained.safetensors", contents)
     sites = {site.writer: site for site in training.architecture.sites}

@@ -57,22 +57,64 @@ class Layer:
     """One quantizable layer.
 
     `in_features` and `out_features` are what a matmul sees: a tied head has the table's width as
-    `in_features`; an embedding looks up rows, so `out_features` rows of `in_features`.
+    `in_features`; an embedding looks up rows, so `out_features` rows of `in_features`; an output of a
+    convolution is a sum over `in_features` products, in / groups * height * width.
     """
 
     name: str
-    kind: Literal["linear", "embedding", "head"]
+    kind: Literal["linear", "embedding", "head", "conv"]
     in_features: int
     out_features: int
     tied_to: str | None = None
     """The embedding whose table this layer reads."""
     part: Literal["ffn", "attention", "rest"] = "rest"
     """Which part of a block it belongs to, as far as it is one of these two."""
+    kernel: tuple[int, int] | None = None
+    """Height and width of a convolution's kernel."""
+    groups: int = 1
+    """Groups of a convolution."""
+    norm: str | None = None
+    """The batch norm that alone reads this convolution: `fold` makes one of the two."""
+    nonnegative: bool = False
+    """The layer's input is never below 0, as behind a ReLU."""
 
     @property
     def weights(self) -> int:
         """Count of the weights."""
         return self.in_features * self.out_features
+
+    @property
+    def section(self) -> Literal["weights", "embeddings"]:
+        """The key of `format`, and of `quantizer`, that decides about the weight."""
+        return "weights" if self.kind in ("linear", "conv") else "embeddings"
+
+    @property
+    def channels(self) -> int:
+        """Channels of the input, which is [..., channels], or [batch, channels, height, width]."""
+        if self.kernel is None:
+            return self.in_features
+        return self.in_features // (self.kernel[0] * self.kernel[1]) * self.groups
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a convolution's weight, [out, in / groups, height, width]; of others [out, in]."""
+        if self.kernel is None:
+            return self.out_features, self.in_features
+        return self.out_features, self.channels // self.groups, *self.kernel
+
+
+def convolution(
+    name: str, inputs: int, outputs: int, kernel: int, *, groups: int = 1, norm: str | None = None,
+    nonnegative: bool = False,
+) -> Layer:  # fmt: skip
+    """A convolution with a square kernel.
+
+    >>> layer = convolution("conv", 16, 32, 3)
+    >>> layer.shape, layer.in_features, layer.channels
+    ((32, 16, 3, 3), 144, 16)
+    """
+    features = inputs // groups * kernel * kernel
+    return Layer(name, "conv", features, outputs, None, (kernel, kernel), groups, norm, nonnegative)
 
 
 @dataclass(frozen=True)
@@ -120,7 +162,10 @@ class Point:
     kind: Literal["attention", "residual"]
     """attention: an operand of one of the two matmuls; residual: an input of a residual addition."""
     features: int
-    """Values of one token: the model's width (for probabilities as well, whose number is the sequence's)."""
+    """Values of one token: the model's width (for probabilities as well, whose number is the sequence's);
+    channels of an image's feature map."""
+    nonnegative: bool = False
+    """What it rounds is never below 0, as behind a ReLU."""
 
 
 @dataclass(frozen=True)

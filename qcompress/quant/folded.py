@@ -102,7 +102,7 @@ class FoldedLinear(nn.Module):
         self.weight = weight
         self.register_buffer("bias", bias)
         self.input = input
-        self.integer = integer and _as_integers(weight, input)
+        self.integer = integer and multiplies_integers(weight, input)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.integer:
@@ -130,7 +130,7 @@ class FoldedTiedHead(nn.Module):
         super().__init__()
         self.weight = weight
         self.input = input
-        self.integer = integer and _as_integers(weight, input)
+        self.integer = integer and multiplies_integers(weight, input)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.integer:
@@ -140,7 +140,7 @@ class FoldedTiedHead(nn.Module):
         return matmul(x, self.weight.decoded(zero_point=False), None, channel_axis=0)
 
 
-def _as_integers(weight: FoldedWeight, input: Rounding | None) -> bool:
+def multiplies_integers(weight: FoldedWeight, input: Rounding | None) -> bool:
     """Whether runtimes multiply these as integers: no blocks, and no Clip of narrower codes on the way."""
     whole = isinstance(weight, FoldedWeight) and weight.grid.block is None
     return whole and input is not None and input.bounds == INT8

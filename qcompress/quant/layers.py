@@ -157,6 +157,10 @@ class QuantizedWeight(nn.Module):
             return self._round(self.tap.through(self.rescaled_weight()))
         return self.tap.through(self._rounded_weight())
 
+    def coded_weight(self) -> Tensor:
+        """The weight that will be deployed, as the quantizer sees it: with two axes."""
+        return self.rescaled_weight()
+
     def _rounded_weight(self) -> Tensor:
         """Untapped. It is computed once while neither the weight nor a scale can change."""
         if self.weight_quantizer is None:
@@ -164,9 +168,9 @@ class QuantizedWeight(nn.Module):
         if self._moves() or self.tap is not None:
             self._kept = None
             return self._round(self.rescaled_weight())
-        state = tuple((id(tensor), tensor._version) for tensor in (*self.parameters(), *self.buffers()))
+        state = tuple((id(tensor), tensor._version) for tensor in self._depends_on())
         if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self._laid_out(self.weight_quantizer(self.rescaled_weight())))
+            self._kept = (state, self._laid_out(self._round(self.rescaled_weight())))
         return self._kept[1]
 
     def _round(self, weight: Tensor) -> Tensor:
@@ -177,6 +181,10 @@ class QuantizedWeight(nn.Module):
 
     def _is_noisy(self) -> bool:
         return self.noise is not None and self.training and self.noisy and self.weight_quantizer.takes_noise
+
+    def _depends_on(self) -> tuple[Tensor, ...]:
+        """Every tensor that the rounded weight is made of."""
+        return (*self.parameters(), *self.buffers())
 
     def forget(self) -> None:
         """Let go of the rounded weight that is kept: an update changes weights, and fused optimizers do so
@@ -195,7 +203,7 @@ class QuantizedWeight(nn.Module):
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor]:
         """Integers of the weight (int8, the weight's shape) and their scale, in the grid's shape."""
-        return self.weight_quantizer.codes_of(self.rescaled_weight())
+        return self.weight_quantizer.codes_of(self.coded_weight())
 
 
 class QuantizedLinear(QuantizedWeight):

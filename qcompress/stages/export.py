@@ -207,7 +207,7 @@ def _reader(node: ir.Node, heads: dict[str, str]) -> str | None:
     for user, place in node.outputs[0].uses():
         if user.op_type in ("Clip", "DequantizeLinear"):
             return _reader(user, heads)
-        if user.op_type in ("MatMul", "Gemm") and place < 2:
+        if user.op_type in ("MatMul", "Gemm", "Conv") and place < 2:
             other = user.inputs[1 - place].producer()
             while other is not None and other.op_type == "Transpose":
                 other = other.inputs[0].producer()

@@ -2,7 +2,9 @@
 
 Reads trained.safetensors and the float checkpoint (for what training left alone). Rescalings go into the
 norms or value projections and into their readers' weights, weights become int8 codes, stored [in, out];
-tables stay [rows, width]. The method is not an input, so nothing here can depend on it.
+tables stay [rows, width] and convolutions [out, in / groups, height, width], with the batch norm behind them
+in scales and bias. A float convolution keeps its batch norm. The method is not an input, so nothing here can
+depend on it.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from torch import Tensor
 from qcompress.artifacts import FloatModel, TrainedModel, read_json, write_json
 from qcompress.errors import ContractError, ExportError
 from qcompress.plan import LayerPlan, plans_to_json, points_to_json
-from qcompress.prepare import Prepared, rebuild
+from qcompress.prepare import Prepared, own_tensors, rebuild
+from qcompress.quant.batchnorm import fold_batch_norm
 from qcompress.quant.codebook import FrozenCodebook, from_vectors
+from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.layers import QuantizedLinear, QuantizedWeight
 from qcompress.quant.types import COMPUTE
 from qcompress.tensorfile import save_tensors
@@ -32,7 +36,7 @@ def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> list[str]
     Raises ExportError where the compute type does not hold a scale or a float.
     """
     compute = read_json(trained.path / "trained.json")["compute"]
-    tensors, facts = _folded(rebuild(float_model, trained))
+    tensors, facts, notes = _folded(rebuild(float_model, trained), COMPUTE[compute])
     gc.collect()  # the float model is not needed any more, and a model refers to itself
     imprecise = check_compute(tensors, compute)
     save_tensors(out / "folded.safetensors", tensors, {"format": "pt"})
@@ -48,23 +52,40 @@ def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> list[str]
         if file.name not in ("float.json", "manifest.json"):
             shutil.copyfile(file, out / file.name)
     if not imprecise:
-        return []
+        return notes
     worst = max(imprecise, key=imprecise.__getitem__)
     return [
+        *notes,
         f"scales below the smallest normal {compute} lose digits in {len(imprecise)} tensors: "
-        f"{100 * imprecise[worst]:.2g} % in {worst}; `compute: bf16` or `fp32` keeps them"
+        f"{100 * imprecise[worst]:.2g} % in {worst}; `compute: bf16` or `fp32` keeps them",
     ]
 
 
-def _folded(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, none of which holds the float model's memory, and what is known about the model."""
+def _folded(prepared: Prepared, compute: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """The tensors, none of which holds the float model's memory, what is known about the model, and what a
+    user should know.
+    """
     quantized = _codes(prepared)
+    notes = _fold_norms(prepared, quantized, compute)
     floats = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in _floats(prepared, quantized).items()
     }
     plan, points = plans_to_json(prepared.plan), points_to_json(prepared.points)
-    return quantized | floats, {"family": prepared.family, "plan": plan, "points": points}
+    return quantized | floats, {"family": prepared.family, "plan": plan, "points": points}, notes
+
+
+def _fold_norms(prepared: Prepared, found: dict[str, Tensor], compute: torch.dtype) -> list[str]:
+    """Put batch norms into the scales and biases of the quantized convolutions in front of them."""
+    gone = 0
+    for name, layer in prepared.layers.items():
+        if isinstance(layer, QuantizedConv) and layer.norm is not None:
+            codes, scale = (found[f"{name}.weight.{part}"] for part in ("codes", "scale"))
+            codes, scale, bias, lost = fold_batch_norm(codes, scale, layer.bias, layer.norm, compute)
+            check_scale(scale, f"{name}.weight")
+            found |= {f"{name}.weight.codes": codes, f"{name}.weight.scale": scale, f"{name}.bias": bias}
+            gone += lost
+    return [f"batch norms multiply {gone} channels by 0: only their shifts are left"] if gone else []
 
 
 def _codes(prepared: Prepared) -> dict[str, Tensor]:
@@ -117,11 +138,13 @@ def _looked_up(name: str, layer: QuantizedWeight, item: LayerPlan) -> dict[str, 
 
 
 def _floats(prepared: Prepared, quantized: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every parameter that stays float, norms and biases with their rescaling in them."""
+    """Everything that stays float, norms and biases with their rescaling in them."""
+    norms = {item.layer.norm for item in prepared.plan if item.weights and item.layer.norm}
     floats = {
-        name: parameter
-        for name, parameter in prepared.model.named_parameters()
-        if f"{name}.codes" not in quantized and f"{name}.assignments" not in quantized
+        name: tensor
+        for name, tensor in own_tensors(prepared.model).items()
+        if not {name, f"{name}.codes", f"{name}.assignments"} & quantized.keys()
+        and name.rpartition(".")[0] not in norms
     }
     for name, layer in prepared.layers.items():
         if getattr(layer, "gain", None) is not None and layer.bias is not None:

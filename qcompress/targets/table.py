@@ -180,7 +180,7 @@ def _name(layers: list[LayerPlan]) -> str:
 
 
 def _key(layer: LayerPlan, field: str) -> str:
-    return f"format.{'weights' if layer.layer.kind == 'linear' else 'embeddings'}.{field}"
+    return f"format.{layer.layer.section}.{field}"
 
 
 def _group(plan: tuple[LayerPlan, ...], key: Callable[[LayerPlan], str | None]) -> dict[str, list[LayerPlan]]:

@@ -1,0 +1,109 @@
+"""A convolution whose weight and input pass through quantizers while training.
+
+The weight keeps its shape, [out, in / groups, height, width]; its quantizer sees it as [out, in / groups *
+height * width] with the output channels first, so that grids and quantizers are those of a linear layer. In
+front of a batch norm the quantizer sees sign(gamma) * weight (`quant/batchnorm.py` says why). Padding is 0,
+which every symmetric quantizer keeps.
+
+Shapes: input [batch, in, height, width], one scale for all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qcompress.errors import ModelError
+from qcompress.quant.batchnorm import signs_of
+from qcompress.quant.layers import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution moves over its input; all but `groups` as (height, width)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @classmethod
+    def of(cls, module: nn.Conv2d) -> Geometry:
+        """Of a stock convolution; `padding="same"` as the numbers that it stands for.
+
+        Raises ModelError for padding that is not of zeros, or not equal on both sides.
+        """
+        padding = module.padding
+        if module.padding_mode != "zeros":
+            raise ModelError(
+                f"a convolution pads with {module.padding_mode}, and only zeros survive rounding as they are",
+                fix="name another checkpoint, or keep the layer float",
+            )
+        if padding == "valid":
+            padding = (0, 0)
+        elif padding == "same":
+            total = [
+                size * (kernel - 1) for size, kernel in zip(module.dilation, module.kernel_size, strict=True)
+            ]
+            if any(size % 2 for size in total):
+                raise ModelError(
+                    f'`padding="same"` of a kernel {list(module.kernel_size)} is not equal on both sides',
+                    fix="keep the layer float",
+                )
+            padding = (total[0] // 2, total[1] // 2)
+        return cls(tuple(module.stride), tuple(padding), tuple(module.dilation), module.groups)
+
+
+class QuantizedConv(QuantizedWeight):
+    """y = conv(Q(x), Q(w)) + b."""
+
+    def __init__(
+        self,
+        module: nn.Conv2d,
+        norm: nn.Module | None,
+        weight_quantizer: nn.Module | None,
+        input_quantizer: nn.Module | None,
+    ) -> None:
+        super().__init__(module.weight, weight_quantizer, channel_axis=0)
+        self.bias = module.bias
+        self.geometry = Geometry.of(module)
+        self.input_quantizer = input_quantizer
+        # a tuple, so that the batch norm is registered once, under its own name
+        self._norm = (norm,)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The batch norm that reads this convolution and will be folded into it."""
+        return self._norm[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.input_quantizer is None else self.input_quantizer(x)
+        return convolve(x, self.quantized_weight(), self.bias, self.geometry)
+
+    def coded_weight(self) -> Tensor:
+        """The weight as it will be deployed, [out, in / groups * height * width]."""
+        return self._turned(self.weight).flatten(1)
+
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """Integers of sign(gamma) * weight (int8, the weight's shape), and their scale."""
+        codes, scale = super().codes()
+        return codes.view(self.weight.shape), scale
+
+    def _round(self, weight: Tensor) -> Tensor:
+        rounded = super()._round(self._turned(weight).flatten(1))
+        return self._turned(rounded.view(weight.shape))
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        signs = signs_of(self.norm, weight)
+        return weight if signs is None else weight * signs
+
+    def _depends_on(self) -> tuple[Tensor, ...]:
+        gamma = getattr(self.norm, "weight", None)
+        return (*super()._depends_on(), *(() if gamma is None else (gamma,)))
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """conv(x, weight) + bias. Every form of a convolution calls this one."""
+    return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
