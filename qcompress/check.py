@@ -178,7 +178,7 @@ def _blocks(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> 
     """Report the blocks that do not divide their layers, whatever the target."""
     wrong: dict[Key, list[LayerPlan]] = {}
     for layer in plan:
-        if layer.block and layer.layer.in_features % layer.block:
+        if layer.block and layer.layer.kind != "conv" and layer.layer.in_features % layer.block:
             wrong.setdefault(_origin(recipe, document, layer.layer, "weights"), []).append(layer)
     for origin, layers in wrong.items():
         first = layers[0]

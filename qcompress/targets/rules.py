@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from qcompress.targets import checks, soundness
+from qcompress.targets import checks, convolutions, soundness
 from qcompress.targets.checks import Broken
 from qcompress.targets.graph import View
 from qcompress.targets.table import Target
@@ -192,6 +192,31 @@ RULES: tuple[Rule, ...] = (
         "TensorRT-RTX 1.7 cannot multiply several int4 blocks with an int8 activation of rank 3",
         "keep the activation in float, or store 4-bit codes as int8 for an int8 matmul",
         checks.int4_block_products,
+    ),
+    Rule(
+        "conv-int4", "refused", "builder",
+        "a convolution's weight is int8: int4 is for matmuls alone",
+        "store the codes as int8: `{bits: 4, container: int8}`",
+        convolutions.int4_kernels,
+    ),
+    Rule(
+        "conv-blocks", "refused", "parser",
+        "a convolution's weight has a scale for each output channel, and no blocks",
+        "drop `block`",
+        convolutions.blocked_kernels,
+    ),
+    Rule(
+        "conv-axis", "slow", "documents",
+        "the scales of a convolution's weight are its output channels': no other axis can be scaled behind "
+        "an integer sum",
+        "quantize the weight of Conv along axis 0, of ConvTranspose along axis 1",
+        convolutions.kernels_by_other_axes,
+    ),
+    Rule(
+        "conv-float-input", "slow", "documents",
+        "an int8 convolution needs an int8 input: TensorRT has weight-only kernels for matmuls alone",
+        "quantize the input too, or keep the convolution float",
+        convolutions.kernels_alone,
     ),
     Rule(
         "constant-reader", "refused", "builder",

@@ -140,6 +140,7 @@ def refusals(target: Target | str, plan: tuple[LayerPlan, ...], compute: str) ->
         *_refuse_int4(target, plan),
         *_refuse_blocks(plan),
         *_refuse_int4_gemm(target, plan),
+        *_refuse_kernels(target, plan),
     ]
 
 
@@ -240,7 +241,8 @@ def _refuse_int4(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Refusa
 
 def _refuse_blocks(plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
     def key(layer: LayerPlan) -> str | None:
-        return _key(layer, "block") if layer.block and layer.layer.in_features % layer.block else None
+        uneven = layer.block and layer.layer.kind != "conv" and layer.layer.in_features % layer.block
+        return _key(layer, "block") if uneven else None
 
     for name, layers in _group(plan, key).items():
         features, block = layers[0].layer.in_features, layers[0].block
@@ -253,11 +255,38 @@ def _refuse_blocks(plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
         )  # fmt: skip
 
 
+def _refuse_kernels(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
+    """Convolutions: int8 codes, no blocks (nvidia-modelopt's README: "TensorRT only supports FP8 and INT8 for
+    convolution operations"; TensorRT-RTX 1.7 parses no blocks and builds no int4 beside an int8 input).
+    """
+    who = "TensorRT" if target.backend else f"target {target.name}, like TensorRT,"
+
+    def key(layer: LayerPlan) -> str | None:
+        if layer.layer.kind != "conv" or layer.weights is None:
+            return None
+        if layer.block:
+            return _key(layer, "block")
+        return _key(layer, "container") if layer.weights.stored_bits != 8 else None
+
+    for name, layers in _group(plan, key).items():
+        weights = layers[0].weights
+        stored = f"blocks of {weights.block}" if weights.block else f"int{weights.stored_bits}"
+        ternary = ", ternary: true" if weights.ternary else ""
+        yield Refusal(
+            name,
+            f"{who} takes convolutions of int8 codes with a scale for each output channel, and not {stored}: "
+            f"{_name(layers)}",
+            "drop `block`"
+            if weights.bits == 8
+            else f"write {{bits: {weights.bits}{ternary}, container: int8}}",
+        )
+
+
 def _refuse_int4_gemm(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
     """TensorRT-RTX 1.7 dies on several int4 blocks times an int8 activation of rank 3 (CHECK is_constant)."""
 
     def key(layer: LayerPlan) -> str | None:
-        blocks = layer.block and layer.layer.in_features > layer.block
+        blocks = layer.block and layer.layer.kind != "conv" and layer.layer.in_features > layer.block
         refused = blocks and layer.weights.stored_bits == 4 and layer.activations
         return _key(layer, "block") if refused else None
 

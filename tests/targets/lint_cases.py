@@ -244,6 +244,30 @@ def float_matmul(graph: Graph) -> None:
     graph.node("MatMul", ["x", graph.tensor("weight", codes("weight", (128, 64)) * 0.01)], "y")
 
 
+def convolved(
+    bits: int = 8, axis: int = 0, block: int | None = None, activations: bool = True, op: str = "Conv",
+    groups: int = 1,
+) -> Make:  # fmt: skip
+    """x [batch, 64, 16, 16] through a 3x3 convolution with 64 outputs."""
+
+    def make() -> onnx.ModelProto:
+        graph, shape = Graph(), (64, 64 // groups, 3, 3)
+        source = quantize_activation(graph, "x") if activations else "x"
+        graph.tensor("weight.codes", codes("weight", shape, bits), {8: T.INT8, 4: T.INT4}[bits])
+        sizes = shape if block else (shape[axis],)
+        sizes = tuple(size // block if block and place == axis else size for place, size in enumerate(sizes))
+        graph.tensor("weight.scale", np.random.default_rng(0).uniform(0.001, 0.01, sizes))
+        blocked = {"block_size": block} if block else {}
+        weight = graph.node(
+            "DequantizeLinear", ["weight.codes", "weight.scale"], "weight.dq", axis=axis, **blocked
+        )
+        graph.node(op, [source, weight], "y", pads=[1, 1, 1, 1], group=groups)
+        size = ("batch", 64, 16, 16)
+        return graph.model([tensor_value("x", T.FLOAT, *size)], [tensor_value("y", T.FLOAT, *size)])
+
+    return make
+
+
 def int4_matmul(shape: tuple[int, int], block: int | None, opset: int = 21) -> Make:
     return lambda: linear(4, block, activations=False, shape=shape, opset=opset)
 
@@ -324,6 +348,14 @@ CASES: tuple[Case, ...] = (
          "int4 weights, int8 activations"),
     Case("int4-blocks-int8-activation", "rank 3", lambda: decoder(Shape(blocks=1), 4), "h.0.attn.codes",
          "int4 blocks of 64, int8 activation of unknown rank", "builder"),
+    Case("conv-int4", "int8 input", convolved(4), CODES, "int4 codes", "builder"),
+    Case("conv-int4", "float input", convolved(4, activations=False), CODES, "int4 codes"),
+    Case("conv-blocks", "int8", convolved(axis=1, block=32), CODES, "blocks of 32", "parser"),
+    Case("conv-blocks", "int4", convolved(4, axis=1, block=64), CODES, "blocks of 64", "parser"),
+    Case("conv-axis", "input channels", convolved(axis=1), CODES, "scales along axis 1 of Conv$"),
+    Case("conv-axis", "transposed", convolved(op="ConvTranspose"), CODES, "axis 0 of ConvTranspose"),
+    Case("conv-float-input", "dense", convolved(activations=False), CODES, "integer weight, float input"),
+    Case("conv-float-input", "depthwise", convolved(activations=False, groups=64), CODES, "float input"),
     Case("constant-reader", "Transpose", small(codes_moved_by("Transpose", perm=[1, 0])), WEIGHT,
          "read by Transpose moved", "builder"),
     Case("constant-reader", "Cast", small(codes_cast), WEIGHT, "read by Cast cast", "builder"),
@@ -367,6 +399,10 @@ SOUND: dict[str, tuple[Make, str]] = {
     "int4-per-channel": (int4_matmul((128, 64), 128), "rtx-ampere"),
     "int4-weight-int8-activation": (int4_matmul((128, 64), 64), "rtx-ampere"),
     "int4-blocks-int8-activation": (lambda: decoder(Shape(blocks=1), 4, activations=False), "rtx-ampere"),
+    "conv-int4": (int4_matmul((128, 64), 64), "rtx-ampere"),
+    "conv-blocks": (convolved(), "rtx-ampere"),
+    "conv-axis": (convolved(axis=1, op="ConvTranspose"), "rtx-ampere"),
+    "conv-float-input": (convolved(groups=64), "rtx-ampere"),
     "constant-reader": (small(float_transposed), "rtx-ampere"),
     "weight-reader": (small(weight_through("Identity")), "rtx-ampere"),
     "quantizer-alone": (small(clipped_codes), "rtx-ampere"),
