@@ -21,8 +21,8 @@ import onnx
 
 from qcompress.artifacts import read_json, sha256_file, write_json
 from qcompress.errors import ExportError
-from qcompress.models import FAMILIES
-from qcompress.models.architecture import Input, read_config
+from qcompress.models import FAMILIES, graph_signature
+from qcompress.models.architecture import Input
 from qcompress.targets.child import command, environment
 from qcompress.targets.contents import INTEGERS, contents
 from qcompress.targets.graph import View, dimensions, read
@@ -69,7 +69,7 @@ def adopt(
     Raises ExportError where it does not, where the target would refuse it, where ONNX Runtime cannot run it.
     """
     view = read(graph)
-    signature = FAMILIES[family].signature(read_config(checkpoint))
+    signature = graph_signature(FAMILIES[family], checkpoint)
     _check_signature(view, family, signature)
     findings = lint(graph, find_target(target))
     errors = [finding for finding in findings if finding.severity == "error"]

@@ -3,7 +3,8 @@ torch.
 
 The graph has no name for an operand, so each is found by its place. Every Softmax has the matmul of query and
 key before it and the matmul of probabilities and value after it; every LayerNormalization behind a block adds
-branch and skip in front of it. Both come in the order of the forward pass, which is that of the points.
+branch and skip in front of it; a convolutional net has no other Add of two values that are no constants. All
+come in the order of the forward pass, which is that of the points.
 """
 
 from __future__ import annotations
@@ -160,6 +161,10 @@ def _after(graph: Graph, value: str) -> NodeProto | None:
 
 def _addition_inputs(graph: Graph) -> list[str]:
     """Branch and skip of each residual addition; the first norm stands behind the tables and adds none."""
+    if any(node.op_type == "Conv" for node in graph.nodes):
+        adds = [node for node in graph.nodes if node.op_type == "Add"]
+        inner = [node for node in adds if not any(name in graph.initializers for name in node.input)]
+        return [name for node in inner for name in node.input]
     norms = [node for node in graph.nodes if node.op_type == "LayerNormalization"]
     additions = [graph.producer.get(node.input[0]) for node in norms[1:]]
     if any(node is None or node.op_type != "Add" for node in additions):

@@ -61,7 +61,7 @@ def observe(
 
 
 def _vectors_of(item: LayerPlan | PointPlan) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """From what a layer or a point is given, and which tokens are real, to its vectors [vectors, channels]."""
+    """From what a layer or a point is given, and which tokens are real, to its vectors [vectors, width]."""
     point = isinstance(item, PointPlan)
     own = partial(token_vectors, item.name) if point else _layer_vectors
     image = item.point.kind == "residual" if point else item.layer.kind == "conv"

@@ -93,7 +93,7 @@ Activations = Annotated[ActivationFormat | None, _word(ACTIVATION_WORDS, "{bits:
 class Model(Options):
     """Where the float model comes from."""
 
-    family: Literal["gpt2", "bert", "roberta", "distilbert", "vit"]
+    family: Literal["gpt2", "bert", "roberta", "distilbert", "vit", "resnet", "cifar-resnet", "efficientnet"]
     """Architecture; `qcompress list models`."""
     source: str | None = None
     """A directory (relative to the recipe) in transformers' layout with safetensors weights, or a hub id."""

@@ -14,6 +14,7 @@ from qcompress.errors import ModelError
 from qcompress.loop import Training
 from qcompress.methods.protocols import Adapter
 from qcompress.plan import plans_to_json, points_to_json, site_to_json
+from qcompress.prepare import own_tensors
 from qcompress.quant.codebook import is_codebook
 from qcompress.quant.types import COMPUTE
 from qcompress.tensorfile import save_tensors

@@ -31,7 +31,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "distance", "tensorfile", "goals",
     }),
     ("numerics", {
-        "quant", "quant.affine", "quant.codebook", "quant.coding", "quant.dynamic", "quant.folded",
+        "quant", "quant.batchnorm", "quant.conv", "quant.folded_conv",
+        "quant.affine", "quant.codebook", "quant.coding", "quant.dynamic", "quant.folded",
         "quant.folded_codebook", "quant.kmeans", "quant.layers", "quant.noise",
         "quant.quantizers", "quant.ranges", "quant.ternary", "quant.types",
     }),
@@ -42,6 +43,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "tasks.sequence_classification", "tasks.table", "tasks.text", "tasks.token_classification",
         "targets", "targets.builder", "targets.checks", "targets.child", "targets.codebooks",
         "targets.contents",
+        "models.cifar_net", "models.cifar_resnet", "models.convnet", "models.efficientnet",
+        "models.image_residual", "models.resnet", "models.stock_images", "targets.convolutions",
         "models.heads", "models.vit", "tasks.image_classification", "tasks.images",
         "targets.device", "targets.graph", "targets.inline", "targets.lint", "targets.process",
         "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes", "targets.soundness",
@@ -51,7 +54,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "wording", "structure", "data_rules", "rules", "adapter_rules", "recipe", "codebook_rules", "check",
     }),
     ("models in three forms", {
-        "prepare", "observe", "checkpoint", "certificate", "certificate_codebooks", "certificate_graph",
+        "flips", "prepare", "observe", "checkpoint", "certificate", "certificate_codebooks", "certificate_graph",
         "certificate_points", "codebook_nodes", "precision", "sizes",
         "adopted",
         "probe", "rows",
@@ -82,6 +85,8 @@ APART = {"", "probe_kit.engine_speed", "probe_kit.measure_engine"}
 
 DOORS: dict[str, set[str]] = {
     "torch": {
+        "quant.batchnorm", "quant.conv", "quant.folded_conv", "flips",
+        "models.cifar_net", "models.image_residual", "models.stock_images",
         "quant.affine", "quant.codebook", "quant.coding", "quant.dynamic", "quant.folded",
         "quant.folded_codebook",
         "quant.kmeans", "quant.layers", "quant.noise", "quant.quantizers",
@@ -98,13 +103,13 @@ DOORS: dict[str, set[str]] = {
         "layerwise", "sharpness",
     },
     "transformers": {"models", "models.attention", "models.cache", "models.gpt2", "models.residual",
-                     "models.stock", "models.vit"},
+                     "models.stock", "models.vit", "models.image_residual", "models.stock_images"},
     "accelerate": {"processes", "train", "loop", "methods.ball", "methods.plain", "methods.protocols",
                    "methods.saq", "methods.squat"},
     "onnxruntime": {"targets.trial", "generate", "runners", "probe_kit.measure_engine"},
     "onnx": {"adopted", "export", "certificate", "certificate_codebooks", "certificate_graph",
              "certificate_points", "sizes", "targets.checks",
-             "targets.codebooks", "targets.contents",
+             "targets.codebooks", "targets.contents", "targets.convolutions",
              "targets.graph", "targets.inline", "targets.quantizers", "targets.sizes", "targets.soundness"},
     "onnx_ir": {"codebook_nodes", "export", "precision"},
     "faiss": {"quant.kmeans"},
@@ -122,7 +127,8 @@ DOORS: dict[str, set[str]] = {
 CALLED_BY_NAME = {"importlib.import_module": {"targets.builder"}, "__import__": {"probe_kit.measure_engine"}}
 """TensorRT is imported by name, because there are two of it; nothing else is."""
 
-LAZY = {"processes", "models", "models.gpt2", "models.stock", "models.vit", "tasks.causal_lm",
+LAZY = {"processes", "models", "models.gpt2", "models.stock", "models.stock_images", "models.vit",
+        "tasks.causal_lm",
         "tasks.examples", "tasks.image_classification", "tasks.images",
         "tasks.sequence_classification", "tasks.token_classification", "tasks.scores",
         "tasks.table"}  # fmt: skip

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from qcompress.errors import MachineError, ModelError
-from qcompress.models import bert, distilbert, gpt2, roberta, vit
-from qcompress.models.architecture import CAUSAL_LM, Architecture, Head, read_config, read_tensors
+from qcompress.models import bert, cifar_resnet, distilbert, efficientnet, gpt2, resnet, roberta, vit
+from qcompress.models.architecture import (
+    CAUSAL_LM,
+    PIXELS,
+    Architecture,
+    Head,
+    Input,
+    read_config,
+    read_tensors,
+)
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-FAMILIES = {"gpt2": gpt2, "bert": bert, "roberta": roberta, "distilbert": distilbert, "vit": vit}
+FAMILIES = {
+    "gpt2": gpt2,
+    "bert": bert,
+    "roberta": roberta,
+    "distilbert": distilbert,
+    "vit": vit,
+    "resnet": resnet,
+    "cifar-resnet": cifar_resnet,
+    "efficientnet": efficientnet,
+}
 """Family name -> module with `describe`, `task_config`, `load_float`, `empty`, `tie`, `graph_inputs`,
 `signature`, `install_points`, `shorten`, and the constants LINEAR_AXIS, CAUSAL, INPUTS, TASKS."""
 
@@ -26,6 +45,33 @@ def describe(family: str, directory: Path, head: Head = CAUSAL_LM) -> Architectu
     alone.
     """
     return FAMILIES[family].describe(read_config(directory), read_tensors(directory), head)
+
+
+def graph_signature(family: ModuleType, directory: Path) -> tuple[Input, ...]:
+    """Inputs of the exported graph of a model in a directory. Images have the size that config.json names, or
+    else the one that preprocessor_config.json brings them to.
+    """
+    config = read_config(directory)
+    if PIXELS in family.INPUTS and "image_size" not in config:
+        config |= _prepared_size(directory)
+    return family.signature(config)
+
+
+def _prepared_size(directory: Path) -> dict[str, list[int]]:
+    """The `image_size` that preprocessing ends with; empty where it leaves images as they are."""
+    file = directory / PROCESSOR
+    steps = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    names = [
+        name for name, step in (("crop_size", "do_center_crop"), ("size", "do_resize")) if steps.get(step)
+    ]
+    size = next((steps[name] for name in names if steps.get(name)), None)
+    if isinstance(size, int):
+        return {"image_size": [size, size]}
+    if not isinstance(size, dict):
+        return {}
+    side = size.get("shortest_edge")
+    found = [size.get("height", side), size.get("width", side)]
+    return {"image_size": found} if all(type(one) is int for one in found) else {}
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -31,7 +31,7 @@ from qcompress.certificate_points import certify_all
 from qcompress.codebook_nodes import spell_out
 from qcompress.errors import ExportError
 from qcompress.formats import WeightFormat
-from qcompress.models import FAMILIES
+from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.architecture import read_config
 from qcompress.plan import LayerPlan, plans_from_json, points_from_json
 from qcompress.precision import keep_fp32
@@ -155,7 +155,7 @@ def _signature(
     model = assemble(folded, dtype)
     # sizes that nothing else in a model has, so that no axis is taken for a constant
     rows, tokens, past = 2, 5, 7
-    signature = family.signature(read_config(folded.path))
+    signature = graph_signature(family, folded.path)
     first, sizes = signature[0], {"batch": rows, "sequence": tokens}
     shape = [sizes.get(axis, axis) for axis in first.axes]
     given = torch.ones(shape, dtype=getattr(torch, first.element))

@@ -34,7 +34,9 @@ from qcompress.artifacts import (
     write_json,
 )
 from qcompress.errors import UsageError
+from qcompress.flips import count_flips
 from qcompress.plan import plans_from_json
+from qcompress.prepare import assemble, rebuild
 from qcompress.probe import KIT_BYTES, read_measurement, write_probe
 from qcompress.progress import Reporter
 from qcompress.rows import Measured, Samples, measure_row
@@ -113,6 +115,8 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
             )
         if stage == "trained" and made_static(artifacts.trained):
             row["dynamic"] = _dynamic(recipe, artifacts, samples, reference, out, reporter, device)
+        if stage == "folded" and (flipped := _flipped(recipe, artifacts, samples)):
+            row["flipped"] = flipped
         if stage == "onnx":
             row["deployed"] = _deployed(
                 recipe, artifacts, samples, reference, previous, out, reporter, device
@@ -135,6 +139,28 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
     write_json(out / "parity.json", {"rows": rows, **facts})
     results = {stage: result.samples for stage, result in measured.items()}
     write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN)
+
+
+def _flipped(recipe: Recipe, artifacts: Artifacts, samples: Samples) -> dict[str, int] | None:
+    """Codes that changed because batch norms were folded, on the first `distance_samples`; None where none
+    was, and every bit has to agree, or where the trained model is gone.
+    """
+    plan = plans_from_json(read_json(artifacts.folded.path / "folded.json")["plan"])
+    if not any(item.weights and item.layer.norm for item in plan) or None in (
+        artifacts.float_model,
+        artifacts.trained,
+    ):
+        return None
+    found = samples.sets[samples.first][: recipe.verify.distance_samples]
+    size, collate = recipe.verify.batch_size, TASKS[recipe.task.name].collate
+    batches = (
+        {name: torch.from_numpy(array) for name, array in collate(found[start : start + size]).items()}
+        for start in range(0, len(found), size)
+    )
+    counts = count_flips(
+        rebuild(artifacts.float_model, artifacts.trained), assemble(artifacts.folded), batches
+    )
+    return {**counts, "samples": len(found)}
 
 
 def _forget_logits(out: Path) -> None:

@@ -1,0 +1,87 @@
+"""The ResNets of He et al. (arXiv:1512.03385), section 4.2, for CIFAR-10: 20, 32, 44, 56, 110 layers.
+
+A 3x3 convolution, three stages of (depth - 2) / 6 basic blocks with 16, 32 and 64 channels, the mean, a
+linear classifier. Shortcuts have no parameters ("option A"): every second pixel, and channels of zeros
+around. transformers has no such model; `cifar_net.py` holds ours.
+
+A checkpoint is a directory with `config.json` and `model.safetensors`:
+
+    {"model_type": "cifar-resnet", "depth": 20}      further keys: num_channels (3), id2label, label2id
+
+and the tensors conv1, bn1, layer{1,2,3}.{block}.{conv1, bn1, conv2, bn2}, linear: the names of Yerlan
+Idelbayev's reproduction (github.com/akamaster/pytorch_resnet_cifar10), whose weights lie there as a file for
+each depth. A copy of one of them under the name `model.safetensors`, and that config.json beside it, make a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from qcompress.errors import ModelError
+from qcompress.models.architecture import convolution
+from qcompress.models.convnet import CAUSAL, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
+from qcompress.models.stock_images import OwnImages
+
+__all__ = ["CAUSAL", "INPUTS", "LINEAR_AXIS", "TASKS"]
+
+WIDTHS = (16, 32, 64)
+"""Channels of the three stages."""
+
+DEFAULTS: dict[str, Any] = {"depth": 20, "num_channels": 3}
+
+
+def repeats(config: dict[str, Any]) -> int:
+    """Blocks of a stage."""
+    if "depth" not in config:
+        raise ModelError("config.json names no depth", fix='write "depth": 20, or what it is')
+    depth, _ = integers(config, DEFAULTS, DEFAULTS)
+    if depth < 8 or (depth - 2) % 6:
+        raise ModelError(f"config.json: depth is {depth}, and it must be 6 n + 2", fix="write 20, 32, 44, 56")
+    return (depth - 2) // 6
+
+
+def _outline(config: dict[str, Any]) -> Outline:
+    count, channels = repeats(config), config.get("num_channels", DEFAULTS["num_channels"])
+    made = Outline()
+    made.layers.append(convolution("conv1", channels, WIDTHS[0], 3, norm="bn1"))
+    inputs = WIDTHS[0]
+    for stage, width in enumerate(WIDTHS):
+        for index in range(count):
+            block = f"layer{stage + 1}.{index}"
+            made.blocks.append(block)
+            for place, own in enumerate((inputs, width)):
+                names = f"{block}.conv{place + 1}", f"{block}.bn{place + 1}"
+                made.layers.append(convolution(names[0], own, width, 3, norm=names[1], nonnegative=True))
+            made.addition(block, width, True)
+            inputs = width
+    return made
+
+
+NET = ConvNet(
+    family="cifar-resnet",
+    title="CifarResNet",
+    classifier="linear",
+    embeddings="bn1",
+    outline=_outline,
+    width=lambda config: WIDTHS[-1],
+    size=32,
+    nonnegative=lambda config: True,
+)
+STOCK = OwnImages(NET)
+
+describe, task_config, signature = NET.describe, NET.task_config, NET.signature
+load_float, empty, tie = STOCK.load_float, STOCK.empty, STOCK.tie
+graph_inputs, install_points = STOCK.graph_inputs, STOCK.install_points
+
+
+def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
+    """The same model with as few blocks as possible, one of each stage."""
+
+    def keeps(name: str) -> bool:
+        block = re.match(r"layer\d\.(\d+)\.", name)
+        return block is None or int(block[1]) < 1
+
+    return {**config, "depth": 8}, keeps

@@ -1,0 +1,122 @@
+"""EfficientNet (Tan and Le, arXiv:1905.11946) as transformers has it: EfficientNetForImageClassification.
+
+Of each block (MBConv): the expansion (where the ratio is not 1), the depthwise convolution, the two 1x1
+convolutions of squeeze-and-excite, which have biases and no batch norm, and the projection. Activations are
+SiLU, so no input is free of negative values. A convolution with stride 2 reads its input behind a ZeroPad2d
+of its own, which is not the same on both sides; it stays a node of its own in front of the Q/DQ pair.
+
+transformers' `batch_norm_momentum` is 0.99 and torch's meaning of it the opposite of TensorFlow's: in
+training mode running statistics are those of the last batch or two. Train with batches that are large
+enough, or set it to 0.01 in config.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from qcompress.errors import ModelError
+from qcompress.models.architecture import convolution
+from qcompress.models.convnet import CAUSAL, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
+from qcompress.models.stock_images import StockImages
+
+__all__ = ["CAUSAL", "INPUTS", "LINEAR_AXIS", "TASKS"]
+
+LISTS: dict[str, Any] = {
+    "in_channels": [32, 16, 24, 40, 80, 112, 192],
+    "out_channels": [16, 24, 40, 80, 112, 192, 320],
+    "kernel_sizes": [3, 3, 5, 3, 5, 5, 3],
+    "strides": [1, 2, 2, 2, 1, 2, 1],
+    "num_block_repeats": [1, 2, 2, 3, 3, 4, 1],
+    "expand_ratios": [1, 6, 6, 6, 6, 6, 6],
+}
+NUMBERS: dict[str, Any] = {"num_channels": 3, "depth_divisor": 8, "hidden_dim": 2560}
+"""Of transformers' EfficientNetConfig, for the keys that make the convolutions' shapes."""
+
+STEM, TOP = 32, 1280
+"""Channels of the first and of the last convolution at width 1."""
+
+
+def rounded(channels: int, width: float, divisor: int) -> int:
+    """Channels at another width, a multiple of the divisor, and not more than 10 % fewer.
+
+    >>> rounded(32, 1.1, 8), rounded(40, 1.0, 8)
+    (32, 40)
+    """
+    scaled = channels * width
+    found = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
+    return found + divisor if found < 0.9 * scaled else found
+
+
+def _outline(config: dict[str, Any]) -> Outline:
+    lists = integers(config, LISTS, LISTS)
+    channels, divisor, _ = integers(config, NUMBERS, NUMBERS)
+    width, depth = config.get("width_coefficient", 2.0), config.get("depth_coefficient", 3.1)
+    if len({len(values) for values in lists}) > 1:
+        raise ModelError(f"config.json: {', '.join(LISTS)} differ in length", fix="copy config.json again")
+
+    def wide(count: int) -> int:
+        return rounded(count, width, divisor)
+
+    made = Outline()
+    stem = "efficientnet.embeddings"
+    made.layers.append(convolution(f"{stem}.convolution", channels, wide(STEM), 3, norm=f"{stem}.batchnorm"))
+    outputs = wide(STEM)
+    for first, last, kernel, _, repeats, ratio in zip(*lists, strict=True):
+        for repeat in range(math.ceil(depth * repeats)):
+            inputs, outputs = wide(last if repeat else first), wide(last)
+            adds = repeat > 0  # from the second block on the stride is 1
+            _block(made, inputs, outputs, kernel, ratio, config.get("squeeze_expansion_ratio", 0.25), adds)
+    encoder = "efficientnet.encoder"
+    made.layers.append(convolution(f"{encoder}.top_conv", outputs, wide(TOP), 1, norm=f"{encoder}.top_bn"))
+    return made
+
+
+def _block(
+    made: Outline, inputs: int, outputs: int, kernel: int, ratio: int, squeeze: float, adds: bool
+) -> None:
+    block = f"efficientnet.encoder.blocks.{len(made.blocks)}"
+    made.blocks.append(block)
+    inner, narrow = inputs * ratio, max(1, int(inputs * squeeze))
+
+    def conv(name: str, norm: str | None, *shape: int, groups: int = 1) -> None:
+        full = norm and f"{block}.{norm}"
+        made.layers.append(convolution(f"{block}.{name}", *shape, groups=groups, norm=full))
+        if norm is None:
+            made.biased.add(f"{block}.{name}")
+
+    if ratio != 1:
+        conv("expansion.expand_conv", "expansion.expand_bn", inputs, inner, 1)
+    depthwise = "depthwise_conv.depthwise_conv", "depthwise_conv.depthwise_norm"
+    conv(*depthwise, inner, inner, kernel, groups=inner)
+    conv("squeeze_excite.reduce", None, inner, narrow, 1)
+    conv("squeeze_excite.expand", None, narrow, inner, 1)
+    conv("projection.project_conv", "projection.project_bn", inner, outputs, 1)
+    if adds:
+        made.addition(f"{block}.projection", outputs, False)
+
+
+def _width(config: dict[str, Any]) -> int:
+    return config.get("hidden_dim", NUMBERS["hidden_dim"])
+
+
+NET = ConvNet(
+    family="efficientnet",
+    title="EfficientNetForImageClassification",
+    classifier="classifier",
+    embeddings="efficientnet.embeddings",
+    outline=_outline,
+    width=_width,
+    size=600,
+)
+STOCK = StockImages(NET)
+
+describe, task_config, signature = NET.describe, NET.task_config, NET.signature
+load_float, empty, tie = STOCK.load_float, STOCK.empty, STOCK.tie
+graph_inputs, install_points = STOCK.graph_inputs, STOCK.install_points
+
+
+def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
+    """The whole model: blocks are numbered through all stages, and no stage can be left out."""
+    return config, lambda name: True

@@ -1,0 +1,50 @@
+"""Residual additions of transformers' convolutional nets whose two inputs can be rounded.
+
+What comes out of the convolutions is the *branch*, what comes past them the *skip*. The stock modules add
+inside their `forward`, where no hook reaches, so a module with points is replaced by one of these. They keep
+the children of the module that they replace, and so the names of its parameters.
+
+Shapes: [batch, channels, height, width] throughout.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.models.efficientnet.modeling_efficientnet import EfficientNetFinalBlockLayer
+
+
+class RoundedResidual(nn.Module):
+    """ResNetBasicLayer and ResNetBottleNeckLayer: activation(layer(x) + shortcut(x))."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.shortcut, self.layer, self.activation = stock.shortcut, stock.layer, stock.activation
+        self.branch_point: nn.Module = nn.Identity()
+        self.skip_point: nn.Module = nn.Identity()
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        branch = self.branch_point(self.layer(hidden_state))
+        return self.activation(branch + self.skip_point(self.shortcut(hidden_state)))
+
+
+class RoundedProjection(nn.Module):
+    """EfficientNetFinalBlockLayer of a block that adds: dropout(norm(conv(x))) + skip."""
+
+    def __init__(self, stock: EfficientNetFinalBlockLayer) -> None:
+        super().__init__()
+        self.project_conv, self.project_bn, self.dropout = stock.project_conv, stock.project_bn, stock.dropout
+        self.branch_point: nn.Module = nn.Identity()
+        self.skip_point: nn.Module = nn.Identity()
+
+    def forward(self, embeddings: Tensor, hidden_states: Tensor) -> Tensor:
+        branch = self.branch_point(self.dropout(self.project_bn(self.project_conv(hidden_states))))
+        return branch + self.skip_point(embeddings)
+
+
+def open_addition(stock: nn.Module) -> nn.Module:
+    """The module that has points and adds as `stock` does; `stock` itself if it already has them."""
+    if isinstance(stock, RoundedResidual | RoundedProjection):
+        return stock
+    return (
+        RoundedProjection(stock) if isinstance(stock, EfficientNetFinalBlockLayer) else RoundedResidual(stock)
+    )

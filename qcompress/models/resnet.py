@@ -1,0 +1,108 @@
+"""ResNet (He et al., arXiv:1512.03385) as transformers has it: ResNetForImageClassification.
+
+Convolutions in the order of the forward pass: the stem, then of each block its two (basic) or three
+(bottleneck) convolutions and the shortcut's, where it has one. Every one has a batch norm. Behind a ReLU,
+inputs are never negative: those of all convolutions but the stem, of the skip without a convolution, and of
+the classifier.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from qcompress.errors import ModelError
+from qcompress.models.architecture import convolution
+from qcompress.models.convnet import CAUSAL, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
+from qcompress.models.stock_images import StockImages
+
+__all__ = ["CAUSAL", "INPUTS", "LINEAR_AXIS", "TASKS"]
+
+DEFAULTS: dict[str, Any] = {
+    "num_channels": 3,
+    "embedding_size": 64,
+    "hidden_sizes": [256, 512, 1024, 2048],
+    "depths": [3, 4, 6, 3],
+}
+"""Of transformers' ResNetConfig, for the keys that make the convolutions' shapes."""
+
+REDUCTION = 4
+"""Channels of a bottleneck's outside to those of its inside."""
+
+
+def _outline(config: dict[str, Any]) -> Outline:
+    channels, width, sizes, depths = integers(config, DEFAULTS, DEFAULTS)
+    kind = config.get("layer_type", "bottleneck")
+    if kind not in ("basic", "bottleneck") or len(sizes) != len(depths):
+        raise ModelError(
+            f"config.json: layer_type {kind!r} with {len(sizes)} hidden_sizes and {len(depths)} depths is no "
+            "ResNet",
+            fix="copy config.json again",
+        )
+    made, positive = Outline(), _nonnegative(config)
+    stem = "resnet.embedder.embedder"
+    made.layers.append(_conv(stem, channels, width, 7, False))
+    inputs = width
+    for stage, (size, depth) in enumerate(zip(sizes, depths, strict=True)):
+        for index in range(depth):
+            block = f"resnet.encoder.stages.{stage}.layers.{index}"
+            made.blocks.append(block)
+            down = index == 0 and (stage > 0 or config.get("downsample_in_first_stage", False))
+            inner = size // REDUCTION
+            shapes = [(inputs, inner, 1), (inner, inner, 3), (inner, size, 1)]
+            if kind == "basic":
+                shapes = [(inputs, size, 3), (size, size, 3)]
+            for place, shape in enumerate(shapes):
+                made.layers.append(_conv(f"{block}.layer.{place}", *shape, positive if place == 0 else True))
+            projected = inputs != size or down
+            if projected:
+                made.layers.append(_conv(f"{block}.shortcut", inputs, size, 1, positive))
+            made.addition(block, size, positive and not projected)
+            inputs = size
+    return made
+
+
+def _conv(module: str, inputs: int, outputs: int, kernel: int, nonnegative: bool):
+    name, norm = f"{module}.convolution", f"{module}.normalization"
+    return convolution(name, inputs, outputs, kernel, norm=norm, nonnegative=nonnegative)
+
+
+def _nonnegative(config: dict[str, Any]) -> bool:
+    """What leaves a block has passed `hidden_act`; inside of a block it is always a ReLU."""
+    return config.get("hidden_act", "relu") == "relu"
+
+
+def _width(config: dict[str, Any]) -> int:
+    return config.get("hidden_sizes", DEFAULTS["hidden_sizes"])[-1]
+
+
+NET = ConvNet(
+    family="resnet",
+    title="ResNetForImageClassification",
+    classifier="classifier.1",
+    embeddings="resnet.embedder",
+    outline=_outline,
+    width=_width,
+    size=224,
+    nonnegative=_nonnegative,
+)
+STOCK = StockImages(NET)
+
+describe, task_config, signature = NET.describe, NET.task_config, NET.signature
+load_float, empty, tie = STOCK.load_float, STOCK.empty, STOCK.tie
+graph_inputs, install_points = STOCK.graph_inputs, STOCK.install_points
+
+
+def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
+    """The same model with its first blocks only, but one of each stage, which nothing else can replace."""
+    left, depths = blocks, []
+    for depth in config.get("depths", DEFAULTS["depths"]):
+        depths.append(max(1, min(depth, left)))
+        left -= depths[-1]
+
+    def keeps(name: str) -> bool:
+        block = re.match(r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.", name)
+        return block is None or int(block[2]) < depths[int(block[1])]
+
+    return {**config, "depths": depths}, keeps

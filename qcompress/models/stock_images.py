@@ -1,0 +1,174 @@
+"""Models of the families that `convnet.py` describes: stock transformers ones, and our own.
+
+Torch and transformers are imported inside the functions: the table of families is read without them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcompress.errors import ModelError
+from qcompress.models.architecture import read_config, weight_files
+from qcompress.models.convnet import ConvNet
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+COUNTED = "num_batches_tracked"
+"""Buffer of a batch norm that no checkpoint needs: it counts batches for an option that nobody here uses."""
+
+SPREAD = 0.02
+"""Standard deviation of the weights of a classifier that is drawn."""
+
+
+@dataclass(frozen=True)
+class _Images:
+    net: ConvNet
+
+    def graph_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Inputs of the exported graph for images, fp32 [batch, channels, height, width]."""
+        return {"pixel_values": pixel_values}
+
+    def tie(self, model: nn.Module) -> None:
+        """Nothing is shared."""
+
+    def _new(self, place: Path) -> dict[str, Any] | None:
+        """What the load stage says about tensors of the classifier that the checkpoint lacks."""
+        file = place / "float.json"
+        return json.loads(file.read_text(encoding="utf-8")).get("new_head") if file.is_file() else None
+
+    def _refuse_missing(self, source: Path, missing: set[str], new: dict[str, Any] | None) -> None:
+        lacking = sorted(
+            name for name in missing - set(new["tensors"] if new else ()) if not name.endswith(COUNTED)
+        )
+        if lacking:
+            raise ModelError(
+                f"{source}: the checkpoint lacks {', '.join(lacking[:3])} ({len(lacking)} tensors in all)",
+                fix="take config.json and model.safetensors from the same checkpoint",
+            )
+
+
+@dataclass(frozen=True)
+class StockImages(_Images):
+    """Makes the models of one family of transformers."""
+
+    def load_float(self, source: Path, directory: Path | None = None) -> PreTrainedModel:
+        """The stock model in fp32, in evaluation mode, from safetensors in a local directory.
+
+        `directory` is the load stage's folder: its config.json has the labels, and its float.json the seed of
+        a new classifier. transformers fills missing tensors at random; anything else is refused.
+        """
+        from transformers import AutoConfig, AutoModelForImageClassification, logging
+
+        place = directory or source
+        new = self._new(place)
+        logging.disable_progress_bar()
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it lists the tensors of a classifier that is drawn
+        try:
+            model, found = AutoModelForImageClassification.from_pretrained(
+                source, config=AutoConfig.from_pretrained(place, local_files_only=True), dtype="float32",
+                use_safetensors=True, local_files_only=True, output_loading_info=True,
+            )  # fmt: skip
+        finally:
+            logging.set_verbosity(verbosity)
+        self._refuse_missing(source, set(found["missing_keys"]), new)
+        if new:
+            _draw(model, new["tensors"], new["seed"])
+        return model.eval()
+
+    def empty(self, directory: Path) -> PreTrainedModel:
+        """The stock model of a config.json with unset weights, to be filled by the caller."""
+        import torch
+        from transformers import AutoConfig, AutoModelForImageClassification
+
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForImageClassification.from_config(config).eval()
+
+    def install_points(self, model: nn.Module, points: Mapping[str, nn.Module]) -> None:
+        """Put modules at points, by name: each is called with what it may round."""
+        from qcompress.models.image_residual import open_addition
+
+        for name, module in points.items():
+            place, _, child = name.rpartition(".")
+            above, _, own = place.rpartition(".")
+            opened = open_addition(model.get_submodule(place))
+            setattr(model.get_submodule(above), own, opened)
+            setattr(opened, child, module)
+
+
+@dataclass(frozen=True)
+class OwnImages(_Images):
+    """Makes the models of `cifar_net.py`."""
+
+    def load_float(self, source: Path, directory: Path | None = None) -> nn.Module:
+        """The model in fp32, in evaluation mode, from safetensors in a local directory; as `StockImages`."""
+        from safetensors.torch import load_file
+
+        place = directory or source
+        model, new = self._made(place), self._new(place)
+        tensors = {name: value for file in weight_files(source) for name, value in load_file(file).items()}
+        missing, unknown = model.load_state_dict(
+            {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()},
+            strict=False,
+        )
+        if unknown:
+            raise ModelError(
+                f"{source}: the checkpoint has {', '.join(unknown[:3])} ({len(unknown)} tensors in all), "
+                f"which a {self.net.family} of this depth has not",
+                fix="write the depth of the checkpoint into config.json",
+            )
+        self._refuse_missing(source, set(missing), new)
+        if new:
+            _draw(model, new["tensors"], new["seed"])
+        return model.eval()
+
+    def empty(self, directory: Path) -> nn.Module:
+        """The model of a config.json with unset weights, to be filled by the caller."""
+        import torch
+
+        with torch.device("meta"):
+            return self._made(directory).eval()
+
+    def install_points(self, model: nn.Module, points: Mapping[str, nn.Module]) -> None:
+        """Put modules at points, by name: each is called with what it may round."""
+        for name, module in points.items():
+            place, _, child = name.rpartition(".")
+            setattr(model.get_submodule(place), child, module)
+
+    def _made(self, directory: Path) -> nn.Module:
+        from qcompress.models.cifar_net import CifarResNet
+        from qcompress.models.cifar_resnet import DEFAULTS, WIDTHS, repeats
+
+        config = read_config(directory)
+        labels = len(config.get("id2label") or ()) or _rows(directory, f"{self.net.classifier}.weight")
+        return CifarResNet(
+            repeats(config), WIDTHS, config.get("num_channels", DEFAULTS["num_channels"]), labels
+        )
+
+
+def _rows(directory: Path, name: str) -> int:
+    """Rows of a tensor of a checkpoint."""
+    from qcompress.models.architecture import read_tensors
+
+    return read_tensors(directory)[name][1][0]
+
+
+def _draw(model: nn.Module, names: list[str], seed: int) -> None:
+    """Give tensors their starting values, as a function of the seed alone: weights from N(0, 0.02), biases
+    0.
+    """
+    import torch
+
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name in names:
+            parameter = model.get_parameter(name)
+            noise = torch.randn(parameter.shape, generator=random) * SPREAD
+            parameter.copy_(noise if name.endswith(".weight") else torch.zeros(parameter.shape))
