@@ -78,8 +78,8 @@ class ConvNet:
     """The convolutions of a config.json; raises ModelError where it makes no sense."""
     width: Callable[[dict[str, Any]], int]
     """Inputs of the classifier."""
-    size: int
-    """Height and width of an image where config.json and preprocessing name none."""
+    size: int | None
+    """Height and width of an image where config.json and preprocessing name none; none: they have to."""
     nonnegative: Callable[[dict[str, Any]], bool] = lambda config: False
     """Whether the classifier's inputs are never below 0."""
 
@@ -131,6 +131,11 @@ class ConvNet:
     def signature(self, config: dict[str, Any]) -> tuple[Input, ...]:
         """The graph's input: images of one size, `image_size` of config.json, one number or two."""
         size = config.get("image_size", self.size)
+        if size is None:
+            raise ModelError(
+                "nothing says how large images are: neither config.json nor the preprocessing",
+                fix="write `size` with `mean` and `std` under `task`, or `image_size` into config.json",
+            )
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return image_inputs(config.get("num_channels", 3), height, width)
 

@@ -108,7 +108,7 @@ NET = ConvNet(
     embeddings="efficientnet.embeddings",
     outline=_outline,
     width=_width,
-    size=600,
+    size=None,
 )
 STOCK = StockImages(NET)
 

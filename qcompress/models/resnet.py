@@ -84,7 +84,7 @@ NET = ConvNet(
     embeddings="resnet.embedder",
     outline=_outline,
     width=_width,
-    size=224,
+    size=None,
     nonnegative=_nonnegative,
 )
 STOCK = StockImages(NET)

@@ -83,13 +83,25 @@ class StockImages(_Images):
         return model.eval()
 
     def empty(self, directory: Path) -> PreTrainedModel:
-        """The stock model of a config.json with unset weights, to be filled by the caller."""
+        """The stock model of a config.json with unset weights, to be filled by the caller.
+
+        EfficientNet's last pooling has a window of `hidden_dim` pixels, far larger than what it is given, and
+        rounds its count up; runtimes divide by the window or by what lies in it. Here it is what torch makes
+        of it, the mean (or maximum) of everything.
+        """
         import torch
+        from torch import nn
         from transformers import AutoConfig, AutoModelForImageClassification
 
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         with torch.device("meta"):
-            return AutoModelForImageClassification.from_config(config).eval()
+            model = AutoModelForImageClassification.from_config(config).eval()
+        body = model.base_model
+        if isinstance(body.pooler, nn.AvgPool2d):
+            body.pooler = nn.AdaptiveAvgPool2d(1)
+        elif isinstance(body.pooler, nn.MaxPool2d):
+            body.pooler = nn.AdaptiveMaxPool2d(1)
+        return model
 
     def install_points(self, model: nn.Module, points: Mapping[str, nn.Module]) -> None:
         """Put modules at points, by name: each is called with what it may round."""

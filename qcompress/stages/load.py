@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from qcompress.artifacts import sha256_file, write_json
 from qcompress.errors import MachineError, ModelError
-from qcompress.models import FAMILIES, PROCESSOR, describe
+from qcompress.models import FAMILIES, PROCESSOR, describe, graph_signature
 from qcompress.models.architecture import CAUSAL_LM, PIXELS, Head, read_config, read_tensors, weight_files
 from qcompress.schema import Model
 
@@ -119,7 +120,7 @@ def load(
         write_json(out / "config.json", own)
     if processor is not None:
         write_json(out / PROCESSOR, processor)
-    _check_reader(FAMILIES[model.family].INPUTS, directory, out)
+    _check_reader(FAMILIES[model.family], directory, out)
     write_json(
         out / "float.json",
         {
@@ -133,14 +134,15 @@ def load(
     )
 
 
-def _check_reader(inputs: tuple[str, ...], directory: Path, out: Path) -> None:
+def _check_reader(family: ModuleType, directory: Path, out: Path) -> None:
     """Refuse a checkpoint that does not say how its inputs are made."""
-    if PIXELS in inputs:
+    if PIXELS in family.INPUTS:
         if not (out / PROCESSOR).is_file():
             raise ModelError(
                 f"{directory} holds no {PROCESSOR}, which says how images are prepared",
                 fix="copy it beside the checkpoint, or write `mean`, `std` and `size` under `task`",
             )
+        graph_signature(family, out)  # raises where nothing says how large images are
     elif not any((out / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ModelError(
             f"{directory} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt)",
