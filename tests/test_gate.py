@@ -469,3 +469,27 @@ def test_the_defaults_of_parity_are_about_the_row_before() -> None:
     assert judge({"rows": rows}, Gate(), ["float"], "fp32")["verdict"] == "regression"
     rows[1]["distance"]["to"] = "float"
     assert judge({"rows": rows}, Gate(), ["float"], "fp32")["verdict"] == "accept"
+
+
+def with_flips(flipped: int, codes: int = 10**6, **distance: Any) -> dict[str, Any]:
+    folded = row("folded", 30.4, 0.495, **distance)
+    return {**folded, "flipped": {"codes": codes, "flipped": flipped, "samples": 10}}
+
+
+@pytest.mark.parametrize(("flipped", "accepted"), [(0, True), (100, True), (101, False)])
+def test_folding_batch_norms_may_flip_one_code_in_ten_thousand(flipped: int, accepted: bool) -> None:
+    found = verdict(report(folded=with_flips(flipped, max_abs=2.0, mean_abs=0.05, top1_agreement=0.99)))
+    assert found["verdict"] == ("accept" if accepted else "regression")
+    assert passed(found, "parity.folded.flipped") is accepted
+
+
+def test_where_batch_norms_are_folded_a_logit_may_move_but_not_far() -> None:
+    for distance in ({"mean_abs": 0.2}, {"top1_agreement": 0.98}):
+        found = verdict(report(folded=with_flips(1, max_abs=2.0, **distance)))
+        assert one_reason(found).startswith(f"folded: {next(iter(distance))}")
+        behind = row("onnx", 30.4, 0.495, **distance)
+        assert one_reason(verdict(report(folded=with_flips(1), onnx=behind))).startswith("onnx")
+
+
+def test_no_code_at_all_is_no_measurement_of_flips() -> None:
+    assert verdict(report(folded=with_flips(0, 0)))["verdict"] == "anomalous"

@@ -54,7 +54,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "wording", "structure", "data_rules", "rules", "adapter_rules", "recipe", "codebook_rules", "check",
     }),
     ("models in three forms", {
-        "flips", "prepare", "observe", "checkpoint", "certificate", "certificate_codebooks", "certificate_graph",
+        "flips", "prepare", "observe", "checkpoint", "certificate", "certificate_codebooks",
+        "certificate_graph",
         "certificate_points", "codebook_nodes", "precision", "sizes",
         "adopted",
         "probe", "rows",

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
 from qcompress.models import load_tokenizer
 from qcompress.quant.affine import Grid, to_codes
+from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.quantizers import MinMaxActivation, MinMaxWeight
 from qcompress.quant.ranges import Statistics
 from qcompress.quantizer_options import MinMax
@@ -167,3 +168,33 @@ def test_a_whole_bert_has_modelopts_ranges_and_codes(
     ]
     model = AutoModelForSequenceClassification.from_pretrained(source).eval()
     hold_against_modelopt(model, layers, weights, block, inputs, trained, folded)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16], ids=["dense", "groups", "depthwise"])
+def test_a_quantized_convolution_is_that_of_max_calibration(groups: int) -> None:
+    """Its weight has a scale for each output channel, its input one; what comes out differs by ties alone."""
+    import modelopt.torch.quantization as mtq
+
+    torch.manual_seed(1)
+    stock = nn.Conv2d(16, 32, 3, stride=2, padding=1, groups=groups)
+    x = torch.randn(8, 16, 14, 14)
+    model = nn.Sequential(stock)
+    theirs = mtq.quantize(model, mtq.INT8_DEFAULT_CFG, lambda model: model(x))[0]
+    weight = MinMaxWeight(MinMax(), Grid(0), (-128, 127), stock.weight.flatten(1).shape)
+    weight.init(stock.weight.detach().flatten(1))
+    vectors = x.movedim(1, -1).flatten(0, -2)
+    input_quantizer = MinMaxActivation(MinMax(), (-128, 127), 16)
+    input_quantizer.init(Statistics(vectors.abs().amax(0), vectors.abs().mean(0), vectors))
+    ours = QuantizedConv(
+        nn.Conv2d(16, 32, 3, stride=2, padding=1, groups=groups), None, weight, input_quantizer
+    )
+    ours.weight, ours.bias = nn.Parameter(stock.weight.detach()), nn.Parameter(stock.bias.detach())
+    with torch.no_grad():
+        wanted, found = theirs(x), ours(x)
+    amax = theirs.weight_quantizer.amax.detach().flatten() / 127
+    torch.testing.assert_close(
+        ours.weight_quantizer.scale_of(ours.coded_weight()).detach(), amax, rtol=0, atol=0
+    )
+    step = float(input_quantizer.scale_of()) * float(stock.weight.detach().abs().max())
+    error = (found - wanted).abs()
+    assert float((error > 1e-4).float().mean()) < 5e-3 and float(error.max()) <= 1.01 * step

@@ -1,0 +1,60 @@
+"""Sharpness-aware steppers on a net with batch norms: their statistics are those of the unperturbed pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_net import plain, saq, small, squat
+from tiny_nets import make_net, pixels
+from torch import Tensor
+
+from qcompress.formats import ActivationFormat, WeightFormat
+from qcompress.methods.protocols import Group, Moment
+from qcompress.models.cifar_resnet import NET
+from qcompress.options import Lsq
+from qcompress.plan import LayerPlan
+from qcompress.prepare import quantize
+from qcompress.quant.batchnorm import statistics
+
+
+def updated(stepper) -> tuple[dict[str, Tensor], list[Tensor], int]:
+    """Statistics and weights of a ResNet for CIFAR after one update, and its passes."""
+    weights, activations = WeightFormat(bits=4, container="int8"), ActivationFormat()
+    layers = NET.outline({"depth": 8}).layers[1:]
+    assert len(layers) == 6
+    plan = tuple(LayerPlan(layer, weights, activations, Lsq(), Lsq()) for layer in layers)
+    prepared = quantize(make_net("cifar"), "cifar-resnet", plan)
+    for name, quantizer in prepared.weight_quantizers():
+        quantizer.init(prepared.layers[name].coded_weight().detach())
+    for _, quantizer in prepared.input_quantizers():
+        quantizer.start.fill_(0.02)
+    net = prepared.model.train().requires_grad_(False)
+    trained = [prepared.layers[layer.name].weight.requires_grad_() for layer in layers]
+    group = Group("weight", tuple(trained), 0.1, 0.0, kinds=tuple("other" for _ in trained))
+    passes: list[int] = []
+    x, labels = pixels(8), torch.arange(8) % 6
+
+    def closure() -> Tensor:
+        passes.append(1)
+        return F.cross_entropy(net(x).logits, labels)
+
+    taps = [prepared.layers[layer.name] for layer in layers]
+    stepper.attach(net)
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    stepper.step(closure, optimizer, [group], taps, small().accelerator, Moment(0, 0, 0, 0))
+    return dict(statistics(net)), [weight.detach() for weight in trained], len(passes)
+
+
+@pytest.mark.parametrize("make", [saq, squat], ids=["saq", "squat"])
+def test_statistics_are_those_of_one_unperturbed_pass(make: Callable) -> None:
+    ours, moved, passes = updated(make(rho=0.5))
+    theirs, wanted, one = updated(plain())
+    assert one == 1 and passes > 1
+    start = dict(statistics(make_net("cifar")))
+    assert ours.keys() == theirs.keys() == start.keys() and len(ours) == 3 * 7
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]) and not torch.equal(tensor, start[name]), name
+    assert all(not torch.equal(a, b) for a, b in zip(moved, wanted, strict=True))  # the gradient is another
