@@ -165,7 +165,7 @@ class QuantizedWeight(nn.Module):
         """Untapped. It is computed once while neither the weight nor a scale can change."""
         if self.weight_quantizer is None:
             return self.rescaled_weight()
-        if self._moves() or self.tap is not None:
+        if self._moves() or self.tap is not None or self._is_noisy():
             self._kept = None
             return self._round(self.rescaled_weight())
         state = tuple((id(tensor), tensor._version) for tensor in self._depends_on())
