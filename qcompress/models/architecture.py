@@ -114,7 +114,10 @@ def convolution(
     ((32, 16, 3, 3), 144, 16)
     """
     features = inputs // groups * kernel * kernel
-    return Layer(name, "conv", features, outputs, None, (kernel, kernel), groups, norm, nonnegative)
+    return Layer(
+        name, "conv", features, outputs, kernel=(kernel, kernel), groups=groups, norm=norm,
+        nonnegative=nonnegative,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

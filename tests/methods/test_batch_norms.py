@@ -14,10 +14,10 @@ from torch import Tensor
 from qcompress.formats import ActivationFormat, WeightFormat
 from qcompress.methods.protocols import Group, Moment
 from qcompress.models.cifar_resnet import NET
-from qcompress.options import Lsq
 from qcompress.plan import LayerPlan
 from qcompress.prepare import quantize
 from qcompress.quant.batchnorm import statistics
+from qcompress.quantizer_options import Lsq
 
 
 def updated(stepper) -> tuple[dict[str, Tensor], list[Tensor], int]:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.errors import ModelError
-from qcompress.options import Lsq, MinMax, Ternary
 from qcompress.quant.affine import Grid
 from qcompress.quant.conv import Geometry, QuantizedConv
 from qcompress.quant.folded import Rounding
@@ -16,6 +15,7 @@ from qcompress.quant.folded_conv import FoldedConv, FoldedKernel
 from qcompress.quant.layers import QuantizedLinear, Tap, tapped
 from qcompress.quant.quantizers import FrozenActivation, LsqWeight, MinMaxWeight
 from qcompress.quant.ternary import TernaryWeight
+from qcompress.quantizer_options import Lsq, MinMax, Ternary
 
 GEOMETRIES = {
     "3x3": {"kernel_size": 3, "padding": 1},
