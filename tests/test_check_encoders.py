@@ -107,7 +107,8 @@ def test_the_load_stage_depends_on_the_head_and_on_its_seed(made: Path) -> None:
         return parts(with_task(write(made, text)), "load", {})["values"]
 
     head = {"task": SEQUENCE, "labels": LABELS, "problem": "single_label_classification"}
-    assert key("whole", 0) == key("whole", 1) == {"family": "bert", "head": head, "new_head": None}
+    values = {"family": "bert", "head": head, "new_head": None, "processor": None}
+    assert key("whole", 0) == key("whole", 1) == values
     assert key("bare", 0) != key("bare", 1)
     assert key("bare", 1)["new_head"] == {
         "seed": 1, "tensors": ["classifier.weight", "classifier.bias"],
