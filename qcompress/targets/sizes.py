@@ -13,6 +13,7 @@ from pathlib import Path
 from onnx import TensorProto
 
 from qcompress.errors import ExportError
+from qcompress.targets.codebooks import lookups
 from qcompress.targets.graph import DEQUANTIZE, QUANTIZE, View, operand, read, result, type_word
 from qcompress.targets.quantizers import code_type
 
@@ -20,6 +21,9 @@ PERCENT = 110
 CONSTANT = 12 * 2**20
 LEAN_RUNTIME = 64 * 2**20
 """Room for what a version-compatible plan carries; nowhere measured yet."""
+
+WIDE = "INT32"
+"""How an engine stores indices into a codebook, whatever the file does: as its Gather takes them."""
 
 BITS = {
     "FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16, "DOUBLE": 64, "COMPLEX64": 64, "COMPLEX128": 128,
@@ -42,8 +46,9 @@ def _bytes_as(tensor: TensorProto, word: str) -> int:
 def predicted_bytes(file: Path | View) -> int:
     """Bytes of a file's tensors, each as often as nodes use it: what its engine stores."""
     view = file if isinstance(file, View) else read(file)
+    wide = {book.indices for book in lookups(view).values()}
     return sum(
-        _bytes_as(tensor, _engine_type(view, name, tensor)) * _uses(view, name)
+        _bytes_as(tensor, WIDE if name in wide else _engine_type(view, name, tensor)) * _uses(view, name)
         for name, tensor in view.constants.items()
     )
 
