@@ -47,8 +47,8 @@ PHASES: dict[str, dict[str, PhaseDefaults]] = {
         "finetune": PhaseDefaults(steps=300, roles=("adapter", "scale")),
     },
     "two-step": {
-        "intervention": PhaseDefaults(steps=60, roles=("weight", "scale", "other")),
-        "finetune": PhaseDefaults(steps=240, roles=("weight", "scale", "other")),
+        "intervention": PhaseDefaults(steps=60, roles=("weight", "scale", "centroid", "other")),
+        "finetune": PhaseDefaults(steps=240, roles=("weight", "scale", "centroid", "other")),
     },
     "staged": {
         "finetune": PhaseDefaults(steps=300, roles=("weight", "scale", "other")),
@@ -176,12 +176,33 @@ def beside_preset(axis: str, preset: object, written: object) -> object:
     >>> beside_preset("quantizer", "lsq", {"weights": "minmax"})
     {'weights': 'minmax', 'activations': 'lsq'}
     """
+    if axis == "quantizer" and isinstance(written, (str, dict)):
+        return _beside_quantizers(quantizers(preset), written, preset)
     if not isinstance(written, dict) or "name" in written:
         return written
-    if axis == "quantizer" and written.keys() & Quantizers.model_fields.keys():
-        below = quantizers(preset)
-        both = [value.get("noise") for value in (below, written)]
-        if all(isinstance(noise, dict) for noise in both):
-            written = {**written, "noise": {**both[0], **both[1]}}
-        return {**below, **written}
     return {**named(preset), **written}
+
+
+def _beside_quantizers(below: dict[str, object], written: str | dict[str, object], preset: object) -> object:
+    """Quantizers over a preset's. What is written without a word about noise leaves the preset's alone, and a
+    share alone changes the preset's share.
+
+    >>> preset = {"name": "minmax", "noise": {"p": 0.1, "form": "zero"}}
+    >>> beside_preset("quantizer", preset, {"noise": 0.2})["noise"]
+    {'p': 0.2, 'form': 'zero'}
+    """
+    by_role = (
+        isinstance(written, dict)
+        and written.keys() & Quantizers.model_fields.keys()
+        and "name" not in written
+    )
+    if isinstance(written, dict) and not by_role and "name" not in written:
+        written = {**named(preset), **written}
+    over = quantizers(written)
+    noise = over.get("noise", below.get("noise"))
+    if isinstance(noise, int | float) and not isinstance(noise, bool):
+        noise = {"p": float(noise)}
+    if isinstance(noise, dict) and isinstance(below.get("noise"), dict):
+        noise = {**below["noise"], **noise}
+    found = {**below, **over} if by_role else dict(over)
+    return {**found, "noise": noise} if noise is not None or "noise" in over else found

@@ -160,12 +160,14 @@ def _after(graph: Graph, value: str) -> NodeProto | None:
 
 
 def _addition_inputs(graph: Graph) -> list[str]:
-    """Branch and skip of each residual addition; the first norm stands behind the tables and adds none."""
-    if any(node.op_type == "Conv" for node in graph.nodes):
+    """Branch and skip of each residual addition; the first norm stands behind the tables and adds none. In a
+    net without LayerNorms every addition of two activations is one.
+    """
+    norms = [node for node in graph.nodes if node.op_type == "LayerNormalization"]
+    if not norms:
         adds = [node for node in graph.nodes if node.op_type == "Add"]
         inner = [node for node in adds if not any(name in graph.initializers for name in node.input)]
         return [name for node in inner for name in node.input]
-    norms = [node for node in graph.nodes if node.op_type == "LayerNormalization"]
     additions = [graph.producer.get(node.input[0]) for node in norms[1:]]
     if any(node is None or node.op_type != "Add" for node in additions):
         return []

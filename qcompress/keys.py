@@ -16,6 +16,7 @@ import qcompress
 from qcompress.adopted import files_of
 from qcompress.check import Report, check_model, head_of
 from qcompress.codekey import code_digest, stage_key
+from qcompress.formats import CodebookFormat
 from qcompress.host import describe_host, device_kind, threads
 from qcompress.own import active
 from qcompress.processes import announced
@@ -229,6 +230,7 @@ def _unselected(recipe: Recipe, stage: str) -> set[str]:
     if stage == "train":
         fixed = {"smoothquant", "awq"} - {recipe.adapter.name}
         fixed |= {"modelopt"} if recipe.adapter.name not in BY_MODELOPT else set()
+        fixed |= {"ipq"} if recipe.schedule.name != "staged" else set()
         unselected |= {f"qcompress.methods.{name}" for name in fixed}
         unselected |= {
             f"qcompress.methods.{name}" for name in ("saq", "squat") if name != recipe.stepper.name
@@ -240,7 +242,11 @@ def _unselected(recipe: Recipe, stage: str) -> set[str]:
 def versions_of(stage: str, recipe: Recipe) -> dict[str, str]:
     by_modelopt = stage == "train" and recipe.adapter.name in BY_MODELOPT
     found = {}
-    for package in (*TOOLS[stage], *(["nvidia-modelopt"] if by_modelopt else [])):
+    form = recipe.format
+    weights = [form.weights, form.embeddings, *(exception.weights for exception in form.layers.values())]
+    by_kmeans = stage == "train" and any(isinstance(one, CodebookFormat) for one in weights)
+    more = (["nvidia-modelopt"] if by_modelopt else []) + (["faiss-cpu"] if by_kmeans else [])
+    for package in (*TOOLS[stage], *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

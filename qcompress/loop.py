@@ -24,6 +24,7 @@ from qcompress.models.architecture import Architecture
 from qcompress.prepare import Prepared, kind_of
 from qcompress.processes import Processes
 from qcompress.progress import Reporter
+from qcompress.quant.codebook import is_codebook
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.schema import LEARNING_RATES, Recipe
 from qcompress.tasks.examples import Batch, Examples
@@ -206,6 +207,9 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
         settle(training, phase.quantizes, start.phase)
     for layer in training.prepared.layers.values():
         layer.noisy = phase.noise
+    for _, quantizer in training.prepared.weight_quantizers():
+        if is_codebook(quantizer):
+            quantizer.waiting = not phase.noise
     groups = groups_of(training, phase)
     optimizer = optimizer_of(training, groups)
     restore(optimizer, moments)

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from qcompress.formats import Options
 
@@ -27,6 +27,19 @@ class MinMax(Options):
     renew: int | None = Field(default=None, ge=1)
     """Updates after which `percentile` and `mse` choose a weight's range again, as Quant-Noise's histograms
     do every 1000; none: the share of the largest magnitude that was right at the start is kept."""
+
+    @model_validator(mode="after")
+    def _renews_something(self) -> MinMax:
+        if self.renew is not None and self.range == "absmax":
+            raise ValueError(
+                "`renew` is for `percentile` and `mse`: the largest magnitude is looked at each time"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _unless_default(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `renew` where it says nothing: recipes from before it keep their digests."""
+        return {key: value for key, value in spell(self).items() if (key, value) != ("renew", None)}
 
 
 class Lsq(Options):
@@ -123,6 +136,16 @@ class Quantizers(Options):
     noise: Annotated[Noise | None, BeforeValidator(_noise)] = None
     """Quant-Noise around the quantizers of weights and tables; none: all of them round everything."""
 
+    @model_serializer(mode="wrap")
+    def _unless_default(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what says nothing: recipes from before codebooks and noise keep their digests."""
+        found = spell(self)
+        if found.get("noise") is None:
+            found.pop("noise", None)
+        if self.codebook == Codebook():
+            found.pop("codebook", None)
+        return found
+
 
 ROLES = ("weights", "activations", "embeddings")
 """Keys of `Quantizers` that choose among quantizers."""
@@ -148,4 +171,7 @@ def quantizers(value: object) -> object:
         return {"activations": value, **beside}
     if name == "codebook":
         return {"codebook": named(value), **beside}
-    return {"weights": value, "activations": value, **beside}
+    activations = value
+    if isinstance(value, dict):  # of activations no range is chosen again
+        activations = {key: option for key, option in value.items() if key != "renew"}
+    return {"weights": value, "activations": activations, **beside}

@@ -23,7 +23,7 @@ from qcompress.yamlfile import Document, Key
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
 """Names that become part of a path or of a metric's name."""
 
-TASK_LOSS_PHASES = ("finetune", "intervention")
+TASK_LOSS_PHASES = ("finetune", "intervention", "ffn", "embeddings", "attention")
 """Phases that train with the task's loss, on the training data; the others use the calibration data."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
@@ -189,6 +189,7 @@ def _training_data(recipe: Recipe, document: Document) -> None:
             message = f"is missing: the phase {phase} trains {steps} steps with the task's loss"
             fix = f"write `data.train`, or set `train.phases.{phase}.steps` to 0"
             document.report(("data", "train"), message, fix)
+            return
 
 
 def _calibration_data(recipe: Recipe, document: Document) -> None:

@@ -73,6 +73,8 @@ def _weight_kind(value: object) -> str:
     """Which of the two kinds of weight formats a value is meant to be."""
     if value is None:
         return "float"
+    if not isinstance(value, (dict, Options)):
+        return "WeightFormat"
     keys = set(value if isinstance(value, dict) else type(value).model_fields)
     return "CodebookFormat" if {"codebook", "centroids", "table"} & keys else "WeightFormat"
 

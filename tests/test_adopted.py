@@ -150,6 +150,7 @@ def test_another_graph_is_another_run_and_a_worse_one_a_regression(
     assert api.gate(second.path)["verdict"] == "regression"
 
 
+@pytest.mark.slow
 def test_a_graph_with_external_data_comes_along(project: Callable[..., Project], foreign: Path) -> None:
     made = project(build={"target": "cpu"})
     model = onnx.load(str(foreign))

@@ -251,7 +251,7 @@ def test_a_layer_is_judged_unless_its_own_format_is_in_doubt(made: Path) -> None
         "format.weights: blocks of 128 do not divide the 192 inputs of transformer.h.1.attn.c_attn, and 1",
         'format.layers."transformer.h.0.*".wieghts: unknown key',
         "format.layers.lm_hed: matches none of the 11 layers",
-        "format.layers.lm_hed.weights: must be one of float, int8, int4, int3, int2, ternary, inherit (or",
+        "format.layers.lm_hed.weights: must be one of float, int8, int4, int3, int2, ternary, codebook, ",
     ]
     found = shown(write(made, text))
     assert len(found) == 4, found

@@ -93,8 +93,8 @@ BAD = {
         r"quantizer\.noise\.p: must be .*1",
     ),
     "an adapter": (
-        {"method": "quadapter"},
-        r"method: its scales divide weights .* transformer\.wte is a table of vectors \(fix: drop the",
+        {"method": "ptq", "adapter": "quadapter"},
+        r"adapter: its scales divide weights .* transformer\.wte is a table of vectors \(fix: drop the",
     ),
     "a perturbed latent weight": (
         {"stepper": {"name": "saq", "case": 2}},
@@ -119,6 +119,21 @@ BAD = {
     "a set twice": (
         {"schedule": {"order": ["ffn", "ffn", "embeddings", "rest"]}},
         r"schedule: name each set once: ffn, embeddings, attention, rest",
+    ),
+    "noise that cuts vectors": (
+        {"method": "quant-noise", "quantizer": {"noise": {"block": 12}}},
+        r"quantizer: blocks of 12 cut the vectors of 8 channels of transformer\.wte in two",
+    ),
+    "a range that is looked at anyway": (
+        {"method": "quant-noise", "format": "w8a8", "quantizer": {"name": "minmax", "renew": 10}},
+        r"quantizer.*: `renew` is for `percentile` and `mse`",
+    ),
+    "nothing to train on": (
+        {
+            "data": {"evaluate": {"test": {"text": ["test.txt"]}}},
+            "train": {"phases": {"finetune": {"steps": 0}}},
+        },
+        r"data\.train: is missing: the phase ffn trains 100 steps",
     ),
     "a tied head of another format": (
         {"format": {"preset": "ipq", "layers": {"lm_head": {"weights": "int8"}}}},

@@ -413,6 +413,7 @@ def test_compare_fits_into_80_columns(seeds: Project) -> None:
     assert "…" not in text and max(map(len, tables.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_a_run_on_other_data_is_refused_with_4(seeds: Project) -> None:
     other = seeds.copy(seeds.folder.parent / "other")
     (other.folder / "text.txt").write_text((other.folder / "text.txt").read_text()[2000:])

@@ -18,7 +18,10 @@ needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensor
 @needs_rtx
 @pytest.mark.parametrize(
     ("kind", "sections"),
-    [("basic", {"method": "saq", "format": "w8a8"}), ("efficientnet", {"format": {"preset": "w8a8"}})],
+    [
+        ("basic", {"method": "saq", "format": "w8a8"}),
+        pytest.param("efficientnet", {"format": {"preset": "w8a8"}}, marks=pytest.mark.slow),
+    ],
     ids=["resnet", "efficientnet"],
 )
 def test_a_run_ends_with_a_plan_and_a_verdict(kind: str, sections: dict, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_a_preset_is_what_its_name_says(preset: str) -> None:
 
 
 def test_every_word_is_a_format_of_its_own() -> None:
-    assert list(WEIGHT_WORDS) == ["float", "int8", "int4", "int3", "int2", "ternary"]
+    assert list(WEIGHT_WORDS) == ["float", "int8", "int4", "int3", "int2", "ternary", "codebook"]
     for key, words in (("weights", WEIGHT_WORDS), ("activations", ACTIVATION_WORDS)):
         for word, form in words.items():
             assert as_mapping(key, word) == (word if form is None else form.model_dump())

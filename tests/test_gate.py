@@ -491,5 +491,6 @@ def test_where_batch_norms_are_folded_a_logit_may_move_but_not_far() -> None:
         assert one_reason(verdict(report(folded=with_flips(1), onnx=behind))).startswith("onnx")
 
 
-def test_no_code_at_all_is_no_measurement_of_flips() -> None:
-    assert verdict(report(folded=with_flips(0, 0)))["verdict"] == "anomalous"
+def test_where_no_activation_is_rounded_nothing_can_flip_and_the_distance_is_judged() -> None:
+    assert verdict(report(folded=with_flips(0, 0)))["verdict"] == "accept"
+    assert verdict(report(folded=with_flips(0, 0, mean_abs=0.5)))["verdict"] == "regression"

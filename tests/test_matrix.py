@@ -1,4 +1,4 @@
-"""Every family in every format (recipes/matrix): a handful of cells, all of them slowly, and the table."""
+"""Every family in every format (recipes/matrix): one cell, all of them slowly, and the table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CELLS = [
     )
     for compute in ("fp32", "fp16")
 ]
-QUICK = [("gpt2", "mixed", "fp32"), ("gpt2", "w4a16-g64", "fp16")]
+QUICK = [("gpt2", "mixed", "fp32")]
 SMALL = ("data.calibration.limit=8", "data.evaluate.test.limit=4", "verify.distance_samples=4")
 REFUSED = {("gpt2", "w4a16-g128")}
 """192 inputs, which do not divide into blocks of 128."""
@@ -83,9 +83,7 @@ def test_the_cells_are_every_family_of_text_in_every_format(tools: tuple[ModuleT
 
 @needs_rtx
 @pytest.mark.parametrize("cell", QUICK, ids="-".join)
-def test_a_handful_of_cells_holds(
-    cell: tuple[str, str, str], tools: tuple[ModuleType, ModuleType], out: Path
-) -> None:
+def test_a_cell_holds(cell: tuple[str, str, str], tools: tuple[ModuleType, ModuleType], out: Path) -> None:
     check(tools[0].run_cell(*cell, ASSETS, out, *SMALL), *cell[:2])
 
 

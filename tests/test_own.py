@@ -152,6 +152,7 @@ def test_a_quantizer_of_ones_own_reaches_the_onnx_file(project: Project) -> None
     assert read_json(project.latest / "verdict.json")["verdict"] == "accept"
 
 
+@pytest.mark.slow
 def test_a_stepper_and_an_objective_of_ones_own_train(project: Project) -> None:
     assert api.load(project.latest).manifest["phases"][-1]["steps"] == 3
     whole = {**RECIPE["objective"], "share": 1.0}

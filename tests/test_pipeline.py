@@ -117,6 +117,7 @@ def test_a_changed_evaluation_is_measured_anew_and_nothing_else_runs(mine: Proje
     assert made(mine, "data.evaluate.other.limit=3") == ["verify", "gate"]
 
 
+@pytest.mark.slow
 def test_the_same_data_in_another_folder_re_run_nothing(mine: Project, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere" / "text.txt"
     elsewhere.parent.mkdir()
@@ -214,6 +215,7 @@ def test_keep_copies_a_stages_folder_into_the_run(mine: Project) -> None:
     )
 
 
+@pytest.mark.slow
 def test_fresh_makes_every_stage_anew_with_the_same_content(mine: Project) -> None:
     before = {stage: mine.entry(stage) for stage in ("load", "train", "fold")}
     digests = {stage: read_json(entry / "manifest.json") for stage, entry in before.items()}

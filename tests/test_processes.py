@@ -214,6 +214,7 @@ def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     [("saq", {}), pytest.param("squat", {"alternate": "fused"}, marks=pytest.mark.slow)],
     ids=["saq", "fused squat"],
 )
+@pytest.mark.slow
 def test_each_of_two_processes_perturbs_by_itself_and_the_mean_of_their_gradients_moves(
     stepper: str, options: dict[str, str], without_dropout: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_the_whole_recipe_is_checked_before(deep: Path, text_file: Path, tmp_pat
 # Seeds --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_seeds_lie_side_by_side_with_mean_and_spread(
     tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:

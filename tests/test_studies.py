@@ -153,6 +153,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_each_run_leaves_one_small_result(made: Made) -> None:
     found = made.results()
     runs = {f"{arm}-letters-{seed}" for arm in ("lsq", "lsq-long") for seed in (0, 1)}
@@ -180,6 +181,7 @@ def test_a_result_keeps_what_was_measured_beside_a_row(tools: Machinery) -> None
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_samples_of_a_result_give_its_metric(made: Made) -> None:
     for name, result in made.results().items():
         if name != "trials":
@@ -190,6 +192,7 @@ def test_the_samples_of_a_result_give_its_metric(made: Made) -> None:
             assert metric == pytest.approx(result["rows"]["onnx"]["test.perplexity"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_test_file_is_read_by_final_runs_and_the_part_held_out_by_trials(made: Made) -> None:
     for file in made.out.glob("letters/letters-*/latest/recipe.resolved.yaml"):
         evaluated = yaml.safe_load(file.read_text())["data"]["evaluate"]
@@ -200,6 +203,7 @@ def test_the_test_file_is_read_by_final_runs_and_the_part_held_out_by_trials(mad
     assert len(list(made.out.glob("letters/letters-*/latest/recipe.resolved.yaml"))) == 1 + 2 + 4
 
 
+@pytest.mark.slow
 def test_a_run_goes_when_its_result_is_kept_and_an_interruption_loses_no_trial(
     made: Made, tools: Machinery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +230,7 @@ def test_a_run_goes_when_its_result_is_kept_and_an_interruption_loses_no_trial(
     assert len(list((mine.out / ".cache" / "train").glob("[!.]*"))) == 1
 
 
+@pytest.mark.slow
 def test_several_processes_are_refused(
     made: Made, tools: Machinery, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +240,7 @@ def test_several_processes_are_refused(
     assert ended.value.code == 2 and "one process" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_run_trains_on_the_train_file_without_the_part_held_out(made: Made, tools: Machinery) -> None:
     parts = made.out / "letters" / "data" / "letters"
     train, held = (parts / f"{part}.txt" for part in ("train", "holdout"))
@@ -246,6 +252,7 @@ def test_every_run_trains_on_the_train_file_without_the_part_held_out(made: Made
         assert data["train"]["text"] == data["calibration"]["text"] == [str(train)]
 
 
+@pytest.mark.slow
 def test_the_best_trial_is_chosen_and_every_run_of_its_arms_uses_it(made: Made) -> None:
     trials = made.results()["trials"]["lsq"]
     assert [trial["set"] for trial in trials["trials"]] == STUDY["arms"]["lsq"]["trials"]
@@ -257,6 +264,7 @@ def test_the_best_trial_is_chosen_and_every_run_of_its_arms_uses_it(made: Made) 
     assert len(rates) == 4 and all(lr["weight"] == chosen["train.lr.weight"] for lr in rates)
 
 
+@pytest.mark.slow
 def test_arms_start_from_the_float_model_that_the_study_trained(made: Made) -> None:
     (run,) = made.out.glob("letters/letters-float-letters-0/latest")
     trained = api.load(run).parity["rows"][3]["metrics"]["test.perplexity"]
@@ -265,6 +273,7 @@ def test_arms_start_from_the_float_model_that_the_study_trained(made: Made) -> N
             assert result["rows"]["float"]["test.perplexity"] == pytest.approx(trained, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_readme_holds_the_table_of_the_results(made: Made, tools: Machinery) -> None:
     text = (made.folder / "README.md").read_text()
     assert text.startswith("# A study\n") and text.endswith("\n\nWhat it means.\n")
@@ -285,6 +294,7 @@ def test_the_readme_holds_the_table_of_the_results(made: Made, tools: Machinery)
     )
 
 
+@pytest.mark.slow
 def test_rebuilding_changes_nothing_and_a_changed_result_changes_the_table(
     copy: Made, tools: Machinery, started: list[str]
 ) -> None:
@@ -299,6 +309,7 @@ def test_rebuilding_changes_nothing_and_a_changed_result_changes_the_table(
     assert (copy.folder / "README.md").read_text() != before
 
 
+@pytest.mark.slow
 def test_a_missing_result_is_named_and_its_arm_left_out(copy: Made, tools: Machinery) -> None:
     (copy.folder / "results" / "lsq-long-letters-1.json").unlink()
     copy.run(tools, "--table")
@@ -315,6 +326,7 @@ def test_a_missing_result_is_named_and_its_arm_left_out(copy: Made, tools: Machi
 # Resuming -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_finished_study_starts_no_run(copy: Made, tools: Machinery, started: list[str]) -> None:
     copy.run(tools)
     assert started == []
@@ -338,6 +350,7 @@ def change(study: Made, tools: Machinery, *path: str, value: Any) -> None:
         (("start", "set", "train.lr.weight"), 1e-4, "float-letters-0"),
     ],
 )
+@pytest.mark.slow
 def test_a_change_runs_again_what_depends_on_it(
     copy: Made, tools: Machinery, started: list[str], path: tuple[str, ...], value: Any, first: str
 ) -> None:
@@ -347,6 +360,7 @@ def test_a_change_runs_again_what_depends_on_it(
     assert started == [f'name="letters-{first}"']
 
 
+@pytest.mark.slow
 def test_other_data_runs_again_and_another_folder_does_not(
     copy: Made, tools: Machinery, started: list[str], tmp_path: Path
 ) -> None:
@@ -369,6 +383,7 @@ def test_other_data_runs_again_and_another_folder_does_not(
     assert digest(there) != before
 
 
+@pytest.mark.slow
 def test_a_default_that_is_written_out_runs_nothing_again(copy: Made, tools: Machinery) -> None:
     place = tools.study.Place(copy.folder, copy.data, copy.out / "letters")
     digests = []
@@ -391,6 +406,7 @@ def test_a_choice_among_classes_is_known_by_its_name(tools: Machinery) -> None:
     assert "quantizer" not in found["minmax"] and "cache" not in found["lsq"]["format"]
 
 
+@pytest.mark.slow
 def test_only_chooses_runs_by_name(copy: Made, tools: Machinery, started: list[str]) -> None:
     for name in ("lsq-letters-1", "lsq-long-letters-0"):
         (copy.folder / "results" / f"{name}.json").unlink()
@@ -399,6 +415,7 @@ def test_only_chooses_runs_by_name(copy: Made, tools: Machinery, started: list[s
     assert started == ['name="letters-lsq-long-letters-0"']
 
 
+@pytest.mark.slow
 def test_a_run_without_data_says_what_to_set(
     copy: Made, tools: Machinery, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -432,6 +449,7 @@ def test_a_result_that_is_too_large_is_refused(tools: Machinery, tmp_path: Path)
         (("seed",), 1, "Extra inputs are not permitted"),
     ],
 )
+@pytest.mark.slow
 def test_a_wrong_study_says_what_is_wrong(
     copy: Made, tools: Machinery, path: tuple[str, ...], value: Any, message: str
 ) -> None:
@@ -467,6 +485,7 @@ def test_the_best_trial_is_the_best_mean_in_the_direction_of_its_metric(tools: M
     assert tools.run.best([trial(*pair, "perplexity") for pair in pairs]) == {"lr": 1.0}
 
 
+@pytest.mark.slow
 def test_the_plot_shows_each_point_where_it_belongs(made: Made, tools: Machinery) -> None:
     svg = ET.fromstring(tools.plot.draw({"one & two": [(100, 0.5, 0.0), (400, 0.7, 0.1), (200, 0.5, 0.0)]}))
     circles = [item for item in svg if item.tag.endswith("circle")]

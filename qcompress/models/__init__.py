@@ -53,11 +53,11 @@ def graph_signature(family: ModuleType, directory: Path) -> tuple[Input, ...]:
     """
     config = read_config(directory)
     if PIXELS in family.INPUTS and "image_size" not in config:
-        config |= _prepared_size(directory)
+        config |= prepared_size(directory)
     return family.signature(config)
 
 
-def _prepared_size(directory: Path) -> dict[str, list[int]]:
+def prepared_size(directory: Path) -> dict[str, list[int]]:
     """The `image_size` that preprocessing ends with; empty where it leaves images as they are."""
     file = directory / PROCESSOR
     steps = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -52,6 +52,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
+        self.act1 = nn.ReLU()
         inputs = widths[0]
         for stage, width in enumerate(widths):
             strides = [1 if stage == 0 else 2, *[1] * (repeats - 1)]
@@ -64,7 +65,7 @@ class CifarResNet(nn.Module):
         self.linear = nn.Linear(inputs, labels)
 
     def forward(self, pixel_values: Tensor) -> Answer:
-        x = F.relu(self.bn1(self.conv1(pixel_values)))
+        x = self.act1(self.bn1(self.conv1(pixel_values)))
         for stage in range(self.stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
         return Answer(self.linear(x.mean((2, 3))))

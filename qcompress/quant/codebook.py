@@ -75,6 +75,8 @@ class CodebookWeight(_Decoded):
         """For a weight of `shape`; `estimates`: noise rounds parts of it before it settles."""
         super().__init__(channel_axis)
         self.options, self.form, self.estimates = options, form, estimates
+        self.waiting = False
+        """Whether it trains as the float that it is, because others settle before it."""
         size = list(shape)
         size[1 - channel_axis] //= form.block
         self.centroids = nn.Parameter(torch.zeros(form.centroids, form.block))
@@ -126,7 +128,7 @@ class CodebookWeight(_Decoded):
     def forward(self, weight: Tensor) -> Tensor:
         if bool(self.settled):
             return self.decoded(self.assignments)
-        if not self.estimates:
+        if not self.estimates or (self.training and self.waiting):
             return weight
         self._estimate(weight)
         return weight + (self.decoded(self.assignments) - weight).detach()
@@ -136,7 +138,7 @@ class CodebookWeight(_Decoded):
         if bool(self.settled):
             return self.decoded(self.assignments[rows])
         picked = F.embedding(rows, weight)
-        if not self.estimates:
+        if not self.estimates or (self.training and self.waiting):
             return picked
         self._estimate(weight)
         return picked + (self.decoded(self.assignments[rows]) - picked).detach()

@@ -76,8 +76,10 @@ def _by_faiss(vectors: Tensor, centroids: Tensor, alive: Tensor) -> tuple[Tensor
     places = alive.nonzero().flatten()
     index = faiss.IndexFlatL2(vectors.shape[1])
     index.add(centroids[places].numpy())
-    distances, found = index.search(vectors.numpy(), 1)
-    return places[torch.from_numpy(found[:, 0])], torch.from_numpy(distances[:, 0])
+    _, found = index.search(vectors.numpy(), 1)
+    indices = places[torch.from_numpy(found[:, 0])]
+    # its distances are differences of large numbers: those of equal vectors are not 0
+    return indices, (vectors - centroids[indices]).square().sum(1)
 
 
 def _by_torch(vectors: Tensor, centroids: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:

@@ -212,9 +212,10 @@ def _reader(node: ir.Node, heads: dict[str, str]) -> str | None:
             while other is not None and other.op_type == "Transpose":
                 other = other.inputs[0].producer()
             codes = other.inputs[0].name if other is not None and other.inputs else ""
-            if codes.endswith(".weight.codes"):
-                owner = codes.removesuffix(".weight.codes")
-                return heads.get(owner, owner)
+            for ending in (".weight.codes", ".weight.assignments"):
+                if codes.endswith(ending):
+                    owner = codes.removesuffix(ending)
+                    return heads.get(owner, owner)
     return None
 
 

@@ -210,7 +210,9 @@ def _gain(metric: str, value: float, base: float) -> float:
 
 
 def _flips(row: dict[str, Any], flipped: dict[str, int], judgement: _Judgement) -> None:
-    share = flipped["flipped"] / flipped["codes"] if flipped["codes"] else math.nan
+    if not flipped["codes"]:
+        return  # no activation is rounded, so nothing can flip
+    share = flipped["flipped"] / flipped["codes"]
     _judge_distance(row, "flipped", share, FLIPPED, share <= FLIPPED, judgement)
 
 

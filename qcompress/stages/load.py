@@ -16,7 +16,7 @@ from typing import Any
 
 from qcompress.artifacts import sha256_file, write_json
 from qcompress.errors import MachineError, ModelError
-from qcompress.models import FAMILIES, PROCESSOR, describe, graph_signature
+from qcompress.models import FAMILIES, PROCESSOR, describe, graph_signature, prepared_size
 from qcompress.models.architecture import CAUSAL_LM, PIXELS, Head, read_config, read_tensors, weight_files
 from qcompress.schema import Model
 
@@ -142,7 +142,15 @@ def _check_reader(family: ModuleType, directory: Path, out: Path) -> None:
                 f"{directory} holds no {PROCESSOR}, which says how images are prepared",
                 fix="copy it beside the checkpoint, or write `mean`, `std` and `size` under `task`",
             )
-        graph_signature(family, out)  # raises where nothing says how large images are
+        # raises where nothing says how large images are
+        wanted = list(graph_signature(family, out)[0].axes[2:])
+        prepared = prepared_size(out).get("image_size", wanted)
+        if prepared != wanted:
+            raise ModelError(
+                f"{PROCESSOR} makes images of {prepared[0]} x {prepared[1]}, and config.json says that the "
+                f"model takes {wanted[0]} x {wanted[1]}",
+                fix="write `mean`, `std` and `size` under `task`, or mend one of the two files",
+            )
     elif not any((out / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ModelError(
             f"{directory} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt)",

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.models import load_processor
-from qcompress.models.architecture import Head
+from qcompress.models import FAMILIES, graph_signature, load_processor
+from qcompress.models.architecture import Head, read_config
 from qcompress.schema import ImageClassification, TextData
 from qcompress.task_options import AGREEMENT, Columns
 from qcompress.tasks import padded
@@ -43,7 +43,10 @@ BEST = 5
 
 def reader(directory: Path) -> Reader:
     """What prepares images for a checkpoint."""
-    return Reader(load_processor(directory))
+    config = read_config(directory) if (directory / "config.json").is_file() else {}
+    family = FAMILIES.get(config.get("model_type", ""))
+    size = tuple(graph_signature(family, directory)[0].axes[2:]) if family else None
+    return Reader(load_processor(directory), size)
 
 
 def processor(task: ImageClassification) -> dict[str, Any] | None:

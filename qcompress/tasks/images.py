@@ -12,6 +12,7 @@ Shapes: an image uint8 [height, width, 3]; pixel values fp32 [batch, 3, height, 
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,9 @@ VALUES = ("do_rescale", "do_normalize", "include_top")
 class Reader:
     """A checkpoint's image processor, in two steps. Raises ModelError for one that has no such steps."""
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
+    def __init__(self, processor: Any, size: tuple[int, int] | None = None) -> None:
+        """`size`: the height and width that the model takes, where they are known."""
+        self.processor, self.size = processor, size
         self.fill: np.ndarray | None = None
 
     def shaped(self, image: np.ndarray) -> np.ndarray:
@@ -170,6 +172,12 @@ def shaped(found: Sequence[Picture], reader: Reader) -> list[ImageSample]:
                 "the checkpoint's preprocessing resizes neither",
                 fix="write `mean`, `std` and `size` under `task`",
             )
+        if reader.size not in (None, sample.image.shape[:2]):
+            raise UsageError(
+                f"{one.place} is {_size(sample.image)} when it is prepared, and the model takes "
+                f"{reader.size[0]} x {reader.size[1]}",
+                fix=f"write `size: [{reader.size[0]}, {reader.size[1]}]`, `mean` and `std` under `task`",
+            )
         samples.append(sample)
     return samples
 
@@ -216,7 +224,10 @@ def read_pictures(data: TextData, base: Path, columns: Mapping[str, str]) -> Pic
 def _archive(file: Path, columns: Mapping[str, str]) -> Iterator[Picture]:
     """Images uint8 [images, height, width, 3] of a numpy archive, with labels [images] if it has them."""
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        opened = np.load(file, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise ValueError("it is one array, without a name")
+        with opened as archive:
             names = {"image": columns.get("image", "images"), "label": columns.get("label", "labels")}
             for role, name in names.items():
                 if name not in archive.files and (role == "image" or role in columns):
@@ -226,7 +237,7 @@ def _archive(file: Path, columns: Mapping[str, str]) -> Iterator[Picture]:
                     )
             images = archive[names["image"]]
             labels = archive[names["label"]] if names["label"] in archive.files else None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
         raise UsageError(
             f"{file.name} is not a numpy archive that can be read ({error})",
             fix="write it with numpy.savez_compressed, from arrays of numbers or texts",
@@ -237,6 +248,8 @@ def _archive(file: Path, columns: Mapping[str, str]) -> Iterator[Picture]:
             "[images, height, width, 3]",
             fix="write red, green and blue as bytes, the channels last",
         )
+    if labels is not None and labels.shape == (len(images), 1):
+        labels = labels[:, 0]  # as Keras writes those of CIFAR
     if labels is not None and labels.shape != images.shape[:1]:
         raise UsageError(
             f"{file.name}: {len(images)} images, and {names['label']} is of shape {list(labels.shape)}",
@@ -248,23 +261,43 @@ def _archive(file: Path, columns: Mapping[str, str]) -> Iterator[Picture]:
 
 
 def _folder(folder: Path) -> Iterator[Picture]:
-    """The images of a folder of folders, in the order of their paths; a folder's name is the label."""
+    """The images of a folder of folders, in the order of their paths; a folder's name is the label. What is
+    hidden is no image.
+    """
+    loose = [file.name for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
+    if loose:
+        raise UsageError(
+            f"{loose[0]} ({len(loose)} images in all) lies in {folder} itself, in no folder named as a label",
+            fix="put each image into the folder of its label",
+        )
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
         for file in sorted(inner.rglob("*")):
-            if file.suffix.lower() in SUFFIXES and file.is_file():
+            hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if file.suffix.lower() in SUFFIXES and file.is_file() and not hidden:
                 yield Picture(lambda file=file: open_image(file), str(file.relative_to(folder)), inner.name)
 
 
 def open_image(file: Path) -> np.ndarray:
-    """An image file as uint8 [height, width, 3]; grey becomes three channels, transparency is dropped."""
+    """An image file, upright, as uint8 [height, width, 3]; grey becomes colour, transparency is dropped."""
     from PIL import Image
 
+    return _rgb(lambda: Image.open(file), str(file))
+
+
+def _rgb(opened: Callable[[], Any], place: str) -> np.ndarray:
+    """The pixels of a picture of Pillow's. Raises UsageError for what it cannot read, and for pixels of more
+    than 8 bits, which it would clip.
+    """
+    from PIL import Image, ImageOps
+
     try:
-        with Image.open(file) as image:
-            return np.array(image.convert("RGB"))
+        with opened() as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels are {image.mode}, and only 8 bits a channel are read")
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(
-            f"{file} is not an image that can be read ({error})", fix="mend it or remove it"
+            f"{place} is not an image that can be read ({error})", fix="mend it or remove it"
         ) from None
 
 
@@ -284,16 +317,16 @@ def _dataset(data: TextData, base: Path, columns: Mapping[str, str]) -> Pictures
     pictures = rows.select_columns(names["image"])
 
     def opener(row: int, place: str) -> Callable[[], np.ndarray]:
-        def opened() -> np.ndarray:
-            image = pictures[row][names["image"]]
-            if not hasattr(image, "convert"):
+        def image() -> Any:
+            found = pictures[row][names["image"]]
+            if not hasattr(found, "convert"):
                 raise UsageError(
-                    f"{place}: {names['image']} is no image but {type(image).__name__}",
+                    f"{place}: {names['image']} is no image but {type(found).__name__}",
                     fix="name the column of images with `columns: {image: ...}`",
                 )
-            return np.array(image.convert("RGB"))
+            return found
 
-        return opened
+        return lambda: _rgb(image, place)
 
     found = []
     for row, label in enumerate(labels):

@@ -489,6 +489,7 @@ def test_a_student_that_was_taught_folds_to_itself(text_file: Path, tmp_path: Pa
     assert not torch.equal(tensors[INNER], start.get_parameter(INNER))
 
 
+@pytest.mark.slow
 def test_the_exported_graph_of_a_taught_student_is_the_student_without_its_teacher(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
