@@ -11,6 +11,7 @@ from good_recipe import FOREIGN, prepare, write
 from test_check import save_model
 
 from qcompress.check import all_mistakes
+from qcompress.schema import Recipe
 
 RECIPE = {
     "name": "books",
@@ -155,3 +156,35 @@ def test_every_target_takes_a_codebook_and_only_those_with_int8_a_decoded_one(fo
         build = {**RECIPE["build"], "target": target}
         compute = {"format": {"preset": "ipq", "compute": "fp16" if target != "cpu" else "fp32"}}
         assert shown(folder, build=build, **compute) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "written", "noise"),
+    [
+        ("quant-noise", "lsq", {"p": 0.5, "form": "round"}),
+        ("quant-noise", {"name": "minmax", "range": "mse", "renew": 100}, {"p": 0.5, "form": "round"}),
+        ("quant-noise", {"weights": "lsq"}, {"p": 0.5, "form": "round"}),
+        ("quant-noise", {"name": "lsq", "noise": "none"}, None),
+        ("quant-noise", {"noise": {"block": 4}}, {"p": 0.5, "form": "round"}),
+        ("ipq", {"noise": 0.2}, {"p": 0.2, "form": "zero"}),
+        ("ipq", {"noise": {"p": 0.2}}, {"p": 0.2, "form": "zero"}),
+        ("ipq", {"name": "codebook", "iterations": 3}, {"p": 0.1, "form": "zero"}),
+        ("lsq", "lsq", None),
+    ],
+)
+def test_what_is_written_without_a_word_about_noise_leaves_the_presets_alone(
+    method: str, written: object, noise: dict[str, object] | None
+) -> None:
+    made = Recipe.model_validate({**RECIPE, "method": method, "quantizer": written}).quantizer
+    assert (made.noise and made.noise.model_dump(include={"p", "form"})) == noise
+    if written == "lsq":
+        assert made.weights.name == made.activations.name == "lsq"
+
+
+def test_a_recipe_without_codebooks_and_noise_is_written_as_before() -> None:
+    made = Recipe.model_validate({**RECIPE, "method": "lsq", "format": "w8a8"})
+    assert made.model_dump(mode="json")["quantizer"] == {
+        "weights": {"name": "lsq", "init": "lsq", "percentile": 99.99, "floor": 1e-3},
+        "activations": {"name": "lsq", "init": "lsq", "percentile": 99.99, "floor": 1e-3},
+        "embeddings": {"name": "minmax", "range": "absmax", "percentile": 99.99},
+    }

@@ -145,3 +145,12 @@ def test_few_different_vectors_are_stored_without_error() -> None:
     made = book(0, settled=False)
     clusters = made.settle(weight)
     assert torch.equal(made(weight), weight) and clusters.objective[-1] == 0
+
+
+def test_a_layer_that_waits_for_its_turn_trains_as_the_float_that_it_is() -> None:
+    quantizer = book(0, settled=False, estimates=True)
+    layer = QuantizedLinear(nn.Parameter(weight_of(0)), None, 0, quantizer, None).train()
+    layer.noise, layer.noisy, quantizer.waiting = QuantNoise(Noise(p=0.5), BLOCK, 0), False, True
+    assert torch.equal(layer.quantized_weight(), layer.weight)
+    quantizer.waiting = False
+    assert not torch.equal(layer.quantized_weight(), layer.weight)

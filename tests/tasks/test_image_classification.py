@@ -25,7 +25,7 @@ from qcompress.models.architecture import Head
 from qcompress.schema import ImageClassification, Recipe, TextData
 from qcompress.task_options import Augment
 from qcompress.tasks import TASKS, image_classification
-from qcompress.tasks.images import Reader, varied
+from qcompress.tasks.images import Picture, Reader, open_image, read_pictures, shaped, varied
 from qcompress.tasks.text import fingerprint
 
 NAMES = ["ant", "bee", "cat"]
@@ -385,3 +385,57 @@ def test_a_recipe_without_images_is_written_as_before() -> None:
     })  # fmt: skip
     again = Recipe.model_validate(recipe.model_dump(mode="json", by_alias=True))
     assert again == recipe and again.data.train.augment == Augment(flip=True, crop=4)
+
+
+# What images are not what they seem ---------------------------------------------------------------
+
+
+def test_more_than_8_bits_are_refused_and_not_clipped(tmp_path: Path) -> None:
+    deep = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(deep.astype(np.float32) / 65535).save(tmp_path / "float.tiff")
+    for name in ("deep.png", "float.tiff"):
+        with pytest.raises(UsageError, match=f"{name} is not an image .*only 8 bits a channel"):
+            open_image(tmp_path / name)
+
+
+def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
+    image = Image.fromarray(pictures(1, 4, 8)[0])
+    tags = image.getexif()
+    tags[0x0112] = 6  # the camera was held upright
+    image.save(tmp_path / "tilted.png", exif=tags)
+    assert np.array_equal(open_image(tmp_path / "tilted.png"), np.rot90(np.array(image), -1))
+
+
+def test_images_beside_the_folders_of_labels_are_named_and_hidden_ones_are_none(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "photos"
+    write_folder(folder, pictures(4))
+    count = len(read_pictures(TextData(folder="photos"), tmp_path, {}).found)
+    inner = next(path for path in folder.iterdir() if path.is_dir())
+    (inner / ".checkpoints").mkdir()
+    Image.fromarray(pictures(1)[0]).save(inner / ".checkpoints" / "x.png")
+    Image.fromarray(pictures(1)[0]).save(inner / "._x.png")
+    assert len(read_pictures(TextData(folder="photos"), tmp_path, {}).found) == count > 0
+    Image.fromarray(pictures(1)[0]).save(folder / "loose.png")
+    with pytest.raises(UsageError, match=r"loose\.png \(1 images in all\) lies in .* itself"):
+        read_pictures(TextData(folder="photos"), tmp_path, {})
+
+
+def test_one_array_is_no_archive_and_labels_may_stand_in_a_column(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", pictures())
+    with pytest.raises(UsageError, match=r"one\.npy is not a numpy archive .*one array, without a name"):
+        read_pictures(TextData(npz=["one.npy"]), tmp_path, {})
+    save_npz(tmp_path / "keras.npz", images=pictures(3), labels=np.array([[2], [0], [1]]))
+    found = read_pictures(TextData(npz=["keras.npz"]), tmp_path, {}).found
+    assert [one.label for one in found] == [2, 0, 1]
+
+
+def test_images_of_another_size_than_the_graphs_are_named(tmp_path: Path) -> None:
+    made = reader_of(tmp_path, task())
+    sized = Reader(made.processor, (9, 8))
+    pictured = [Picture(lambda: pictures(1)[0], "row 1", 0)]
+    with pytest.raises(UsageError, match="row 1 is 8 x 8 when it is prepared, and the model takes 9 x 8"):
+        shaped(pictured, sized)
+    assert len(shaped(pictured, Reader(made.processor, (8, 8)))) == 1
