@@ -35,6 +35,7 @@ from qcompress.plan import LayerPlan, PointPlan, plan_points, plan_sites, rounde
 from qcompress.prepare import initialise, open_points, quantize
 from qcompress.processes import Processes
 from qcompress.progress import Reporter
+from qcompress.quant.batchnorm import BatchNorm
 from qcompress.quant.codebook import is_codebook
 from qcompress.schema import Recipe
 from qcompress.tasks import TASKS
@@ -107,6 +108,8 @@ def _set_up(
         gc.collect()  # the model that it has spent refers to itself
     model = family.load_float(float_model.source, float_model.path).to(accelerator.device)
     float_names = set(model.state_dict())
+    if any(phase.steps for phase in phases):
+        _judge_norms(model, processes, reporter)
 
     statistics = {}
     if data.calibration is not None and not resuming:
@@ -141,6 +144,24 @@ def _set_up(
         recent=[],
     )
     return training, float_names, frozen
+
+
+def _judge_norms(model: nn.Module, processes: Processes, reporter: Reporter) -> None:
+    """Refuse batch norms in several processes, where each would have statistics of its own share; say where
+    they forget so fast that what is folded is the last batch's.
+    """
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    if norms and processes.size > 1:
+        raise MachineError(
+            f"the model has {len(norms)} batch norms: each process would have the statistics of its own share",
+            fix="train it in one process",
+        )
+    fastest = max((norm.momentum or 0.0 for norm in norms), default=0.0)
+    if fastest > 0.5:
+        reporter.say(
+            f"train: batch norms forget {100 * fastest:.0f} % of their statistics at each update, so that "
+            "the last batch's are folded: `batch_norm_momentum` in config.json says so"
+        )
 
 
 def _later(plan: tuple[LayerPlan, ...], phases: tuple[Phase, ...]) -> set[str]:

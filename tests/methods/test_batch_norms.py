@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_net import plain, saq, small, squat
 from tiny_nets import make_net, pixels
-from torch import Tensor
+from torch import Tensor, nn
 
+from qcompress.errors import MachineError
 from qcompress.formats import ActivationFormat, WeightFormat
 from qcompress.methods.protocols import Group, Moment
 from qcompress.models.cifar_resnet import NET
 from qcompress.plan import LayerPlan
 from qcompress.prepare import quantize
+from qcompress.processes import Processes
 from qcompress.quant.batchnorm import statistics
 from qcompress.quantizer_options import Lsq
+from qcompress.stages.train import _judge_norms
 
 
 def updated(stepper) -> tuple[dict[str, Tensor], list[Tensor], int]:
@@ -58,3 +62,17 @@ def test_statistics_are_those_of_one_unperturbed_pass(make: Callable) -> None:
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]) and not torch.equal(tensor, start[name]), name
     assert all(not torch.equal(a, b) for a, b in zip(moved, wanted, strict=True))  # the gradient is another
+
+
+def test_several_processes_are_refused_and_statistics_of_one_batch_are_told() -> None:
+    """`N processes make the updates of one`, which batch norms of a share each would not."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=0.99))
+    told: list[str] = []
+    reporter = SimpleNamespace(say=told.append)
+    with pytest.raises(MachineError, match="the model has 1 batch norms: each process would have"):
+        _judge_norms(net, Processes(rank=1, size=2), reporter)
+    _judge_norms(net, Processes(), reporter)
+    assert len(told) == 1 and "forget 99 % of their statistics" in told[0]
+    _judge_norms(nn.Sequential(nn.BatchNorm2d(4)), Processes(), reporter)
+    _judge_norms(nn.Linear(2, 2), Processes(rank=1, size=2), reporter)
+    assert len(told) == 1

@@ -86,3 +86,10 @@ def test_another_seed_finds_other_centroids_and_the_same_seed_the_same() -> None
     first, again, other = (kmeans(x, 16, 3, 100, seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(first.centroids, again.centroids) and torch.equal(first.assignments, again.assignments)
     assert not torch.equal(first.centroids, other.centroids)
+
+
+def test_clusters_of_equal_vectors_are_not_split_again_and_again() -> None:
+    """Distances of equal vectors are 0, whatever searches for them: a difference of large numbers is not."""
+    x = 50 * vectors(20, 8)[torch.randint(20, (5000,), generator=seeded(3))]
+    found = kmeans(x, 64, 15, 100, seeded())
+    assert found.objective[-1] == 0 and found.splits < 20 and found.empty == 64 - len(x.unique(dim=0))
