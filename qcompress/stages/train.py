@@ -153,7 +153,7 @@ def _judge_norms(model: nn.Module, processes: Processes, reporter: Reporter) -> 
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     if norms and processes.size > 1:
         raise MachineError(
-            f"the model has {len(norms)} batch norms: each process would have the statistics of its own share",
+            f"the model has {len(norms)} batch norms: each process would have statistics of its own share",
             fix="train it in one process",
         )
     fastest = max((norm.momentum or 0.0 for norm in norms), default=0.0)
