@@ -133,6 +133,7 @@ def test_its_perplexity_is_what_onnxruntime_gives_by_itself(done: Run, foreign: 
     assert api.load(run.path).manifest["phases"] == []
 
 
+@pytest.mark.slow
 def test_another_graph_is_another_run_and_a_worse_one_a_regression(
     project: Callable[..., Project], foreign: Path
 ) -> None:

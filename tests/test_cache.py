@@ -58,8 +58,9 @@ class Kind:
         return f"{self.format}-{self.cache}-{self.compute}"
 
 
-QUICK = (Kind("w8a8", "int8"), Kind("w4a16-g64"))
+QUICK = (Kind("w8a8", "int8"),)
 SLOW = (
+    Kind("w4a16-g64"),
     Kind("w8a8"),
     Kind("w4a16-g64", "int8"),
     Kind("w8a8", "int8", "fp16"),

@@ -87,7 +87,13 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 
 CASES = [*((kind, "w8a8") for kind in KINDS), ("basic", "w4a4"), ("cifar", "w4a4"), ("cifar", "fp16"),
          ("efficientnet", "stem"), ("bottleneck", "ternary")]  # fmt: skip
-each_case = pytest.mark.parametrize(("kind", "name"), CASES)
+FEW = (("basic", "w8a8"), ("cifar", "w4a4"), ("efficientnet", "w8a8"))
+"""Enough for every run of the tests."""
+
+each_case = pytest.mark.parametrize(
+    ("kind", "name"),
+    [pytest.param(*case, marks=[] if case in FEW else [pytest.mark.slow]) for case in CASES],
+)
 
 
 @each_case

@@ -162,6 +162,7 @@ def test_the_recipes_own_preparation_travels_with_the_run(project: Path, tmp_pat
     assert written["image_mean"] == [0.5] * 3 and written["size"] == {"height": 16, "width": 16}
 
 
+@pytest.mark.slow
 def test_a_graph_made_elsewhere_is_taken_in(run: Run, project: Path, tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir()

@@ -536,6 +536,7 @@ def test_results_are_those_of_the_study(tools: Machinery, name: str) -> None:
         assert made[arm]["chosen"] in study.arms[arm].trials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_run_of_a_study_is_a_valid_recipe(tools: Machinery, tmp_path: Path, name: str) -> None:
     """Resolved as run.py does, with the real data; the float model's run is not there, and need not be."""

@@ -115,13 +115,32 @@ def test_there_are_as_many_combinations_as_the_tables_say() -> None:
     assert (len(COMBINATIONS), len(LEGAL)) == (900, 156)
 
 
+def pairs_of(choice: dict[str, str]) -> set[tuple[tuple[str, str], ...]]:
+    """Every pair of axis values in a combination."""
+    return set(itertools.combinations(sorted(choice.items()), 2))
+
+
+def few() -> list[dict[str, str]]:
+    """Combinations that hold every legal pair at least once, the richest one first; enough for every run."""
+    left, found = set().union(*map(pairs_of, LEGAL)), []
+    while left:
+        best = max(LEGAL, key=lambda choice: len(pairs_of(choice) & left))
+        left -= pairs_of(best)
+        found.append(best)
+    return found
+
+
+QUICK = few()
+
+
 def marked(choice: dict[str, str]) -> Any:
-    """A few of those whose schedule makes codebooks, or whose scales are fixed, are enough for every run."""
-    fixed = choice["adapter"] in ("smoothquant", "awq")  # training never sees where their scales are from
-    is_slow = choice["schedule"] == "staged" and choice["quantizer"] not in ("minmax", "codebook")
-    is_slow |= fixed and choice["schedule"] == "plain"
-    marks = [pytest.mark.slow] if is_slow else []
+    marks = [] if choice in QUICK else [pytest.mark.slow]
     return pytest.param(choice, marks=marks, id="-".join(choice.values()))
+
+
+def test_the_quick_combinations_hold_every_legal_pair() -> None:
+    assert set().union(*map(pairs_of, QUICK)) == set().union(*map(pairs_of, LEGAL))
+    assert 20 <= len(QUICK) <= 60
 
 
 @pytest.mark.parametrize("choice", [marked(choice) for choice in LEGAL])
