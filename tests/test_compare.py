@@ -392,7 +392,7 @@ def test_compare_reads_folders_of_seeds_and_single_runs(seeds: Project) -> None:
     test = stats.ttest_1samp(apart, 0.0).confidence_interval(0.95)
     assert found["differences"][0]["t_interval"] == pytest.approx([test.low, test.high])
     assert found["arms"][0]["tasks"][0]["updates"] == found["arms"][0]["tasks"][0]["passes"] == 4
-    assert found["arms"][0]["tasks"][0]["block_updates"] == 80
+    assert found["arms"][0]["tasks"][0]["block_updates"] == 8
     one_seed = cli("compare", f"a={folder(seeds, NAME) / 'seed-1'}", f"b={folder(seeds, 'fast') / 'seed-1'}")
     assert one_seed.code == 0 and "b: one pair has no spread" in one_seed.stdout
 
