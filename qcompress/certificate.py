@@ -21,9 +21,9 @@ from qcompress.certificate_graph import (
     Graph,
     first_difference,
     input_pair,
-    input_pairs,
     matmuls,
     same,
+    verdict,
     zero_is_zero,
 )
 from qcompress.plan import LayerPlan
@@ -67,21 +67,9 @@ def _certify_layer(graph: Graph, tensors: Any, item: LayerPlan) -> dict[str, Any
     wrong_scales = _wrong_scales(graph, decoders, tensors.get_tensor(scale_name))
     reasons += wrong_scales + _wrong_layout(decoders, item) + _unread(graph, decoders, item)
 
-    pairs, input_equal = input_pairs(graph, [node.output[0] for node in decoders], tensors, item)
-    expected = 1 if item.activations else 0
-    if pairs != expected:
-        reasons.append(f"{pairs} Q/DQ pairs in front of the matmul, {expected} expected")
-    if not input_equal:
-        reasons.append("the input's scale, zero point or bounds differ")
-    return {
-        "name": item.name,
-        "weight_codes_equal": bool(codes_equal),
-        "scales_equal": bool(decoders and not wrong_scales and input_equal),
-        "qdq_pairs": pairs,
-        "expected_pairs": expected,
-        "passed": not reasons,
-        "reasons": reasons,
-    }
+    sources = [node.output[0] for node in decoders]
+    scales_equal = bool(decoders) and not wrong_scales
+    return verdict(graph, sources, tensors, item, bool(codes_equal), scales_equal, reasons)
 
 
 def _wrong_scales(graph: Graph, decoders: list[NodeProto], reference: np.ndarray) -> list[str]:

@@ -15,9 +15,9 @@ from onnx import NodeProto
 from qcompress.certificate_graph import (
     Graph,
     first_difference,
-    input_pairs,
     matmuls,
     same,
+    verdict,
     zero_is_zero,
 )
 from qcompress.plan import LayerPlan
@@ -31,21 +31,7 @@ def certify_codebook(graph: Graph, tensors: Any, item: LayerPlan) -> dict[str, A
     table = _stored(graph, tensors, f"{owner}.weight.centroids", reasons)
     scales = _table_scale(graph, tensors, owner, reasons) if item.weights.table == "int8" else True
     ends = _ends(graph, owner, item, reasons)
-    pairs, input_equal = input_pairs(graph, ends, tensors, item)
-    expected = 1 if item.activations else 0
-    if pairs != expected:
-        reasons.append(f"{pairs} Q/DQ pairs in front of the matmul, {expected} expected")
-    if not input_equal:
-        reasons.append("the input's scale, zero point or bounds differ")
-    return {
-        "name": item.name,
-        "weight_codes_equal": indices and table,
-        "scales_equal": scales and input_equal,
-        "qdq_pairs": pairs,
-        "expected_pairs": expected,
-        "passed": not reasons,
-        "reasons": reasons,
-    }
+    return verdict(graph, ends, tensors, item, indices and table, scales, reasons)
 
 
 def _stored(graph: Graph, tensors: Any, name: str, reasons: list[str]) -> bool:

@@ -82,6 +82,28 @@ def input_pairs(graph: Graph, sources: list[str], tensors: Any, item: LayerPlan)
     return pairs, equal
 
 
+def verdict(
+    graph: Graph, sources: list[str], tensors: Any, item: LayerPlan, codes_equal: bool, scales_equal: bool,
+    reasons: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """What the certificate says of a layer whose decoded weight comes out of `sources`, with its input."""
+    pairs, input_equal = input_pairs(graph, sources, tensors, item)
+    expected = 1 if item.activations else 0
+    if pairs != expected:
+        reasons.append(f"{pairs} Q/DQ pairs in front of the matmul, {expected} expected")
+    if not input_equal:
+        reasons.append("the input's scale, zero point or bounds differ")
+    return {
+        "name": item.name,
+        "weight_codes_equal": codes_equal,
+        "scales_equal": scales_equal and input_equal,
+        "qdq_pairs": pairs,
+        "expected_pairs": expected,
+        "passed": not reasons,
+        "reasons": reasons,
+    }
+
+
 class Pair(NamedTuple):
     """The nodes that round an activation."""
 

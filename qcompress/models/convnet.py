@@ -29,7 +29,7 @@ from qcompress.models.architecture import (
     Point,
     image_inputs,
 )
-from qcompress.models.heads import check_shapes, config_of, labels_of
+from qcompress.models.heads import check_config, check_shapes, config_of, labels_of
 
 TASKS = ("image-classification",)
 
@@ -85,17 +85,7 @@ class ConvNet:
 
     def describe(self, config: dict[str, Any], tensors: Tensors, head: Head = CAUSAL_LM) -> Architecture:
         """The architecture of a checkpoint with a classifier; its tensors are checked against it."""
-        if config.get("model_type") != self.family:
-            raise ModelError(
-                f"config.json says model_type {config.get('model_type')!r}, and the recipe says family "
-                f"{self.family}",
-                fix="name the family of this checkpoint, or another checkpoint",
-            )
-        if head.task not in TASKS:
-            raise ModelError(
-                f"a {self.family} model cannot carry the task {head.task}",
-                fix=f"choose one of {', '.join(TASKS)}",
-            )
+        check_config(config, self.family, TASKS, head)
         outline, found = self.outline(config), _bare(tensors, self.family)
         labels = self.labels(config, tensors, head)
         last = Layer(

@@ -41,7 +41,7 @@ from qcompress.models.architecture import (
     Site,
     token_inputs,
 )
-from qcompress.models.heads import check_shapes, config_of, labels_of
+from qcompress.models.heads import check_config, check_shapes, config_of, labels_of
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -159,21 +159,9 @@ class Encoder:
         return {**config, self.blocks: blocks}, keeps
 
     def _check_config(self, config: dict[str, Any], head: Head) -> None:
-        if config.get("model_type") != self.family:
-            raise ModelError(
-                f"config.json says model_type {config.get('model_type')!r}, and the recipe says family "
-                f"{self.family}",
-                fix="name the family of this checkpoint, or another checkpoint",
-            )
-        if head.task not in CLASSES:
-            raise ModelError(
-                f"a {self.family} model cannot carry the task {head.task}",
-                fix=f"choose one of {', '.join(CLASSES)}",
-            )
         keys = [self.width, self.heads, self.blocks, self.inner, "max_position_embeddings", "vocab_size"]
-        for key in [*keys, *(["type_vocab_size"] if self.type_table else [])]:
-            if type(config.get(key)) is not int or config[key] < 1:
-                raise ModelError(f"config.json: {key} must be a positive integer, found {config.get(key)!r}")
+        keys += ["type_vocab_size"] if self.type_table else []
+        check_config(config, self.family, TASKS, head, keys)
         if config[self.width] % config[self.heads]:
             raise ModelError(
                 f"config.json: {config[self.heads]} heads do not divide a width of {config[self.width]}"

@@ -28,6 +28,7 @@ from qcompress.models.architecture import (
     Site,
     token_inputs,
 )
+from qcompress.models.heads import check_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,18 +48,7 @@ def describe(
     Checkpoints of `GPT2Model` (names without `transformer.`, no head: the hub's openai-community/gpt2) and of
     `GPT2LMHeadModel` are both accepted.
     """
-    if config.get("model_type") != "gpt2":
-        raise ModelError(
-            f"config.json says model_type {config.get('model_type')!r}, and the recipe says family gpt2",
-            fix="name the family of this checkpoint, or another checkpoint",
-        )
-    if head.task not in TASKS:
-        raise ModelError(
-            f"a gpt2 model cannot carry the task {head.task}", fix=f"choose one of {', '.join(TASKS)}"
-        )
-    for key in CONFIG_KEYS:
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise ModelError(f"config.json: {key} must be a positive integer, found {config.get(key)!r}")
+    check_config(config, "gpt2", TASKS, head, CONFIG_KEYS)
     width, vocabulary, context = config["n_embd"], config["vocab_size"], config["n_positions"]
     inner = config.get("n_inner") or 4 * width
     shapes = {name.removeprefix("transformer."): shape for name, (_, shape) in tensors.items()}

@@ -1,14 +1,36 @@
-"""Heads with labels: which names a task's outputs have, and the config.json of the task's model. No torch.
+"""What a config.json must say, and heads with labels: the names of outputs, and the config.json of
+the model of a task. No torch.
 
-Every family with a classifier uses these, so that labels are held against a checkpoint in one way.
+Every family uses these, so that checkpoints are held against recipes in one way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from qcompress.errors import ModelError
 from qcompress.models.architecture import Head
+
+
+def check_config(
+    config: dict[str, Any], family: str, tasks: Sequence[str], head: Head, sizes: Sequence[str] = ()
+) -> None:
+    """Refuse a config.json of another family, a task that the family cannot carry, and a size in `sizes` that
+    is none.
+    """
+    if config.get("model_type") != family:
+        raise ModelError(
+            f"config.json says model_type {config.get('model_type')!r}, and the recipe says family {family}",
+            fix="name the family of this checkpoint, or another checkpoint",
+        )
+    if head.task not in tasks:
+        raise ModelError(
+            f"a {family} model cannot carry the task {head.task}", fix=f"choose one of {', '.join(tasks)}"
+        )
+    for key in sizes:
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise ModelError(f"config.json: {key} must be a positive integer, found {config.get(key)!r}")
 
 
 def labels_of(config: dict[str, Any], outputs: int | None, head: Head) -> tuple[str, ...]:

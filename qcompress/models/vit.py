@@ -33,7 +33,7 @@ from qcompress.models.architecture import (
     Site,
     image_inputs,
 )
-from qcompress.models.heads import check_shapes, config_of, labels_of
+from qcompress.models.heads import check_config, check_shapes, config_of, labels_of
 from qcompress.models.stock import Maker, empty_model, load_model, put_points
 
 if TYPE_CHECKING:
@@ -158,18 +158,7 @@ MAKER = Maker({CLASS: "AutoModelForImageClassification"})
 
 
 def _check_config(config: dict[str, Any], head: Head) -> None:
-    if config.get("model_type") != "vit":
-        raise ModelError(
-            f"config.json says model_type {config.get('model_type')!r}, and the recipe says family vit",
-            fix="name the family of this checkpoint, or another checkpoint",
-        )
-    if head.task not in TASKS:
-        raise ModelError(
-            f"a vit model cannot carry the task {head.task}", fix=f"choose one of {', '.join(TASKS)}"
-        )
-    for key in SIZES:
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise ModelError(f"config.json: {key} must be a positive integer, found {config.get(key)!r}")
+    check_config(config, "vit", TASKS, head, SIZES)
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if width % heads or config.get("head_dim", width // heads) * heads != width:
         raise ModelError(f"config.json: {heads} heads do not divide a width of {width}")
