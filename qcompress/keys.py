@@ -44,6 +44,8 @@ TOOLS: dict[str, tuple[str, ...]] = {
         "pillow",
         "scikit-learn",
         "scipy",
+        "tensorrt",
+        "tensorrt_rtx",
     ),  # fmt: skip
     "gate": (),
 }
@@ -133,6 +135,8 @@ def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object
         found["device"]["processes"] = announced()
     if stage == "train":
         found["code"] |= {f"own {name}": digest for name, digest in active().digests(recipe).items()}
+    if stage == "verify":  # where there is a GPU, the engine runs on it
+        found["device"]["gpu"] = describe_host()["gpu"]
     if stage == "build":
         found["device"] = {"machine": platform.machine()} | describe_host()["gpu"]
     return found

@@ -13,10 +13,11 @@ from typing import Protocol
 import numpy as np
 import onnxruntime
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as native
 from torch import nn
 
 from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, disabled_optimizers, read_json
-from qcompress.errors import ContractError
+from qcompress.errors import ContractError, MachineError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import PAST
 from qcompress.plan import rounded
@@ -50,10 +51,22 @@ the float bias of a convolution between Q/DQ nodes to int32, half a unit of the 
 roundings behind it. TensorRT keeps such a bias float."""
 
 
-def open_session(file: Path, threads: int, optimized: bool) -> onnxruntime.InferenceSession:
-    """How every session of ours runs; `optimized` as `OnnxRunner` explains it.
+CPU = "CPUExecutionProvider"
+
+ORT_ERRORS = (
+    native.Fail, native.EPFail, native.EngineError, native.InvalidGraph, native.NotImplemented,
+    native.RuntimeException,
+)  # fmt: skip
+"""What ONNX Runtime raises where a provider cannot take or run a graph; they have no base of their own."""
+
+
+def open_session(
+    file: Path, threads: int, optimized: bool, provider: str = CPU, options_of: dict[str, str] | None = None
+) -> onnxruntime.InferenceSession:
+    """How every session of ours runs; `optimized` as `OnnxRunner` explains it. `options_of`: of the provider.
 
     A graph made elsewhere may run only without some optimizers; certificate.json beside it names them.
+    Where a provider cannot start, ONNX Runtime goes on without it: that is a MachineError here.
     """
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
@@ -63,12 +76,31 @@ def open_session(file: Path, threads: int, optimized: bool) -> onnxruntime.Infer
     # idle threads that spin take the processor from whoever shares the machine
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     without = {*disabled_optimizers(file), *(() if optimized else REWRITERS)}
-    return onnxruntime.InferenceSession(
+    session = onnxruntime.InferenceSession(
         str(file),
         options,
-        providers=["CPUExecutionProvider"],
+        providers=[(provider, options_of or {})],
         disabled_optimizers=sorted(without) or None,
     )
+    if provider not in session.get_providers():
+        raise MachineError(
+            f"ONNX Runtime's {provider} does not start on this machine",
+            fix="install the libraries that this version of ONNX Runtime was built for",
+        )
+    return session
+
+
+def usable_providers() -> tuple[str, ...]:
+    """Providers that this ONNX Runtime was built with. CUDA's libraries are looked for in torch's and in the
+    packages of NVIDIA, where pip leaves them.
+    """
+    onnxruntime.preload_dlls()
+    return tuple(onnxruntime.get_available_providers())
+
+
+def graph_inputs_of(file: Path) -> dict[str, list[int | str]]:
+    """Axes of each input of a graph: names and sizes."""
+    return {item.name: list(item.shape) for item in open_session(file, 1, optimized=False).get_inputs()}
 
 
 def fed(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -78,15 +110,18 @@ def fed(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) ->
 
 
 class OnnxRunner:
-    """An ONNX file on ONNX Runtime's CPU provider.
+    """An ONNX file on ONNX Runtime, on its CPU provider unless another one is named.
 
     `optimized=False` stops at the basic level: it computes what the graph says. At the default level int4
     weights become MatMulNBits, which rounds the activations to int8, and int8 layers become integer matmuls.
     """
 
-    def __init__(self, file: Path, family: str, threads: int, optimized: bool) -> None:
+    def __init__(
+        self, file: Path, family: str, threads: int, optimized: bool, provider: str = CPU,
+        options_of: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.family = family
-        self.session = open_session(file, threads, optimized)
+        self.session = open_session(file, threads, optimized, provider, options_of)
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         arrays = {name: tensor.numpy() for name, tensor in complete(self.family, inputs).items()}

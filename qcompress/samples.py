@@ -34,6 +34,11 @@ def fields_of(found: list[dict[str, Any]], known: tuple[str, ...]) -> dict[str, 
     return {key: [sample[key] for sample in found] for key in found[0] if key not in known}
 
 
+def known_in(found: list[dict[str, Any]], known: tuple[str, ...]) -> list[dict[str, Any]]:
+    """What is known of each sample whatever the row, of the results of one; `known` as in `write_samples`."""
+    return [{name: sample[name] for name in known if name in sample} for sample in found]
+
+
 def known_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
     """What is known of each sample of a set of samples.json.gz, whatever the row."""
     names = [name for name in entry if name not in ("ids", "rows")]

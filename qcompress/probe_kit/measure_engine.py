@@ -146,7 +146,7 @@ class Launcher:
 class TensorRTRunner:
     """A plan: dict of arrays -> logits."""
 
-    def __init__(self, plan, module, trusted):
+    def __init__(self, plan, module, trusted, cuda=None):
         self.trt = __import__(module)
         self.module = module
         logger = self.trt.Logger(self.trt.Logger.WARNING)
@@ -159,7 +159,7 @@ class TensorRTRunner:
                 "version or another device"
             )
         self.context = self.engine.create_execution_context()
-        self.cuda = Cuda()
+        self.cuda = cuda or Cuda()
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         is_input = self.trt.TensorIOMode.INPUT
         self.inputs = [name for name in names if self.engine.get_tensor_mode(name) == is_input]
@@ -435,8 +435,8 @@ def packed(logits):
     return {"shape": list(logits.shape), "float32": base64.b64encode(data).decode("ascii")}
 
 
-def main(arguments=None):
-    """Command line."""
+def main(arguments=None, cuda=None):
+    """Command line. `cuda`: device memory that stands in for the CUDA runtime, with the methods of `Cuda`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--plan", type=Path, help="the serialized engine")
@@ -464,7 +464,7 @@ def main(arguments=None):
     if options.onnx:
         runner = OnnxRunner(file, facts.get("disabled_optimizers", ()))
     else:
-        runner = TensorRTRunner(file, options.module or facts["backend"], options.trust_plan)
+        runner = TensorRTRunner(file, options.module or facts["backend"], options.trust_plan, cuda)
     with np.load(HERE / "inputs.npz") as archive:
         inputs = {name: archive[name] for name in archive.files}
     reference = np.load(HERE / "reference.npz")

@@ -14,7 +14,8 @@ BESIDE = ("dynamic", "deployed")
 
 def ladder(report: dict[str, Any]) -> Table:
     """One line for each row of parity.json: the main metrics of each set, the distance to the row before.
-    Below a row what was measured beside it: `dynamic` below trained, `deployed` below onnx.
+    Below a row what was measured beside it: `dynamic` below trained; `deployed` and, on a machine with a GPU,
+    ONNX Runtime's GPU providers below onnx.
 
     It fits into 80 columns; the other metrics are in parity.json.
     """
@@ -39,11 +40,19 @@ def ladder(report: dict[str, Any]) -> Table:
             continue
         values = (spell(row["metrics"].get(name)) for name in metrics)
         table.add_row(row["stage"], *values, *_far(row["distance"]))
-        for beside in BESIDE:
-            if row.get(beside):
-                values = (spell(row[beside]["metrics"].get(name)) for name in metrics)
-                table.add_row(f"  {beside}", *values, *_far(row[beside]["distance"]), style="dim")
+        for name, beside in _beside(row):
+            if beside.get("status") == "not-run":
+                table.add_row(f"  {name}", "not-run", style="dim")
+                continue
+            values = (spell(beside["metrics"].get(metric)) for metric in metrics)
+            table.add_row(f"  {name}", *values, *_far(beside["distance"]), style="dim")
     return table
+
+
+def _beside(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What was measured beside a row, by its name in the ladder."""
+    found = [(name, row[name]) for name in BESIDE if row.get(name)]
+    return found + [(f"on {name}", beside) for name, beside in row.get("providers", {}).items()]
 
 
 def cost_of_static(report: dict[str, Any]) -> list[str]:

@@ -111,6 +111,9 @@ def judge(
         _sound(row["stage"], row["metrics"], reference, judgement)
         if row.get("deployed"):
             _sound(f"{row['stage']} (deployed)", row["deployed"]["metrics"], reference, judgement)
+        for name, beside in row.get("providers", {}).items():
+            if beside["status"] == "measured":
+                _sound(f"{row['stage']} ({name})", beside["metrics"], reference, judgement)
     _float_floor(reference, goals, judgement)
     if measured and measured[-1]["stage"] != "float":
         if not float_trains:

@@ -33,8 +33,10 @@ from qcompress.artifacts import (
     read_json,
     write_json,
 )
+from qcompress.engine import why_not
 from qcompress.errors import UsageError
 from qcompress.flips import count_flips
+from qcompress.gpu_rows import engine_here, engine_row, provider_rows
 from qcompress.plan import plans_from_json
 from qcompress.prepare import assemble, rebuild
 from qcompress.probe import KIT_BYTES, read_measurement, write_probe
@@ -100,11 +102,17 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
     previous: str | None = None
     for stage in ROWS:
         reason = _not_run(stage, artifacts, recipe)
+        if stage == "engine" and reason is None:
+            reporter.say("verify: the engine runs on this machine's GPU")
+            row, result = engine_here(artifacts.engine, artifacts.onnx, samples, measured, out)
+            measured |= {stage: result} if result is not None else {}
+            rows.append(row)
+            continue
         if reason is not None:
             rows.append({"stage": stage, **reason})
             continue
         gc.collect()  # the row before is not needed any more, and a model refers to itself
-        reference = measured["float"].samples if "float" in measured else None
+        reference = reference_of(measured)
         result = measure_row(stage, factories[stage](), recipe, samples, reference, previous, out, reporter)
         measured[stage] = result
         row = {"stage": stage, "status": "measured", "reason": None, "metrics": result.metrics}
@@ -121,6 +129,8 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
             row["deployed"] = _deployed(
                 recipe, artifacts, samples, reference, previous, out, reporter, device
             )
+            if on_gpu := provider_rows(recipe, artifacts.onnx, samples, reference, threads, out, reporter):
+                row["providers"] = on_gpu
             _write_kit(out, recipe, samples, artifacts, reporter)
         rows.append(row)
         previous = stage
@@ -139,6 +149,11 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
     write_json(out / "parity.json", {"rows": rows, **facts})
     results = {stage: result.samples for stage, result in measured.items()}
     write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN)
+
+
+def reference_of(measured: dict[str, Measured]) -> dict[str, list[dict[str, Any]]] | None:
+    """Results of the float row, which agreement is measured against."""
+    return measured["float"].samples if "float" in measured else None
 
 
 def _flipped(recipe: Recipe, artifacts: Artifacts, samples: Samples) -> dict[str, int] | None:
@@ -283,8 +298,10 @@ def _not_run(stage: str, artifacts: Artifacts, recipe: Recipe) -> dict[str, Any]
             return {"status": "not-run", "reason": artifacts.missing.get("engine", "no engine was built")}
         facts = read_json(artifacts.engine.path / "build.json")
         if facts["status"] == "built":
-            reason = f"a {facts['backend']} plan runs on its GPU: measure it with probe/measure_engine.py"
-            return {"status": "not-run", "reason": reason}
+            lacking = why_not(artifacts.engine)
+            if lacking is None and _not_run("onnx", artifacts, recipe) is not None:
+                lacking = "it is compared with the onnx row, which is not measured"
+            return lacking and {"status": "not-run", "reason": lacking}
         status = "deferred" if facts["status"] == "deferred" else "not-run"
         return {"status": status, "reason": facts["reason"], "command": facts.get("command")}
     if getattr(artifacts, {"float": "float_model"}.get(stage, stage)) is None:
@@ -307,25 +324,12 @@ def take_engine_row(run: Path, task: Task, measurement: Path) -> None:
     report = read_json(run / "parity.json")
     samples = read_samples(run / "samples.json.gz")
     module = TASKS[task.name]
-    options = module.settled(task, read_json(run / "config.json"))
-    by_set = found.samples or {
-        name: module.results(known_of(samples[name]), logits, options)
-        for name, logits in found.logits.items()
-    }
-    metrics = {
-        f"{name}.{metric}": value
-        for name, results in by_set.items()
-        for metric, value in module.metrics(results, options, results_of(samples[name], "float")).items()
-    }
-    row = {
-        "stage": "engine",
-        "status": "measured",
-        "reason": None,
-        "metrics": metrics,
-        "samples": sum(map(len, by_set.values())),
-        "distance": found.distance,
-        "measured_on": found.facts,
-    }
+    row, by_set = engine_row(
+        found,
+        module.settled(task, read_json(run / "config.json")),
+        {name: known_of(entry) for name, entry in samples.items()},
+        {name: results_of(entry, "float") for name, entry in samples.items()},
+    )
     report["rows"] = [row if old["stage"] == "engine" else old for old in report["rows"]]
     for name, results in by_set.items():
         samples[name]["rows"]["engine"] = fields_of(results, module.KNOWN)

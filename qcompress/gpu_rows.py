@@ -1,0 +1,155 @@
+"""What only a GPU can measure: the engine, and the graph on ONNX Runtime's GPU providers.
+
+engine row        the plan, run by the probe kit's own script (`engine.py`), or taken in from a device that
+                  ran it; {"measured_on"} has its versions, latency, throughput and self-consistency
+onnx["providers"] {"cuda" | "tensorrt": {"status", "reason", "metrics", "distance"}}: the same graph on that
+                  provider, compared with the onnx row; only on a machine with a GPU, and only those providers
+                  that this ONNX Runtime was built with. No goal judges them but that they must be finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qcompress.artifacts import Engine, OnnxModel
+from qcompress.engine import measure
+from qcompress.errors import MachineError
+from qcompress.probe import EngineMeasurement
+from qcompress.progress import Reporter
+from qcompress.rows import Measured, Samples, measure_row
+from qcompress.runners import ORT_ERRORS, OnnxRunner, graph_inputs_of, usable_providers
+from qcompress.samples import known_in
+from qcompress.schema import Recipe
+from qcompress.targets.device import compute_capability
+from qcompress.task_options import Task
+from qcompress.tasks import TASKS
+
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+"""Names in parity.json, and ONNX Runtime's."""
+
+Results = dict[str, list[dict[str, Any]]]
+"""Per-sample results by set."""
+
+
+def engine_row(
+    found: EngineMeasurement, task: Task, known: Mapping[str, list[dict[str, Any]]],
+    reference: Mapping[str, list[dict[str, Any]] | None],
+) -> tuple[dict[str, Any], Results]:  # fmt: skip
+    """The row of parity.json, and the results of each sample.
+
+    `task`: with the checkpoint's labels; `known`: what is known of each sample whatever the row, and
+    `reference`: the float row's results, both by set.
+    """
+    module = TASKS[task.name]
+    by_set = found.samples or {
+        name: module.results(known[name], logits, task) for name, logits in found.logits.items()
+    }
+    metrics = {
+        f"{name}.{metric}": value
+        for name, results in by_set.items()
+        for metric, value in module.metrics(results, task, reference.get(name)).items()
+    }
+    row = {
+        "stage": "engine",
+        "status": "measured",
+        "reason": None,
+        "metrics": metrics,
+        "samples": sum(map(len, by_set.values())),
+        "distance": found.distance,
+        "measured_on": found.facts,
+    }
+    return row, by_set
+
+
+def engine_here(
+    engine: Engine, onnx: OnnxModel, samples: Samples, measured: Mapping[str, Measured], out: Path
+) -> tuple[dict[str, Any], Measured | None]:
+    """The row as this machine's GPU gives it, with the kit in `out`/probe; without results where the engine
+    does not run, and the row says why. `measured`: the rows before.
+    """
+    found = measure(out / "probe", engine, onnx.file, out)
+    if not isinstance(found, EngineMeasurement):
+        return {"stage": "engine", "status": "not-run", "reason": found}, None
+    names = TASKS[samples.task.name].KNOWN
+    known = {name: known_in(results, names) for name, results in measured["onnx"].samples.items()}
+    reference = measured["float"].samples if "float" in measured else {}
+    row, results = engine_row(found, samples.task, known, reference)
+    return row, Measured(row["metrics"], results, found.distance)
+
+
+def provider_rows(
+    recipe: Recipe, onnx: OnnxModel, samples: Samples, reference: Results | None, threads: int, out: Path,
+    reporter: Reporter,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """The graph on each GPU provider that is here; the logits of the onnx row wait in `out`."""
+    if compute_capability() is None:
+        return {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, provider in PROVIDERS.items():
+        if provider not in usable_providers():
+            continue
+        try:
+            options = options_of(provider, onnx.file, recipe, samples)
+            runner = OnnxRunner(onnx.file, recipe.model.family, threads, True, provider, options)
+            found = measure_row(
+                f"onnx-{name}", runner, recipe, samples, reference, "onnx", out, reporter, keep=False
+            )
+        except (MachineError, *ORT_ERRORS) as error:
+            reason = (error.message if isinstance(error, MachineError) else str(error)).splitlines()[0]
+            rows[name] = {"status": "not-run", "reason": reason}
+            continue
+        rows[name] = {"status": "measured", "reason": None} | _shown(found)
+    return rows
+
+
+def _shown(found: Measured) -> dict[str, Any]:
+    return {"metrics": found.metrics, "distance": found.distance}
+
+
+def options_of(provider: str, file: Path, recipe: Recipe, samples: Samples) -> dict[str, str]:
+    """A provider's options for this measurement. Raises MachineError for a graph that it cannot take.
+
+    CUDA: no TF32, whose products have 10 bits. TensorRT: int8 from the graph's Q/DQ, and one profile from one
+    sample to the largest batch, since it would build an engine for every new shape.
+    """
+    if provider == PROVIDERS["cuda"]:
+        return {"use_tf32": "0"}
+    longest = max(
+        TASKS[recipe.task.name].length(sample) for found in samples.sets.values() for sample in found
+    )
+    sizes = {"batch": (1, recipe.verify.batch_size), "sequence": (1, longest)}
+    return {"trt_int8_enable": "1", **_fp16(recipe), **profile_of(graph_inputs_of(file), sizes)}
+
+
+def _fp16(recipe: Recipe) -> dict[str, str]:
+    return {"trt_fp16_enable": "1"} if recipe.format.compute == "fp16" else {}
+
+
+def profile_of(inputs: Mapping[str, list[int | str]], sizes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Least, likeliest and largest shapes of a graph's inputs, as ONNX Runtime's TensorRT provider reads
+    them.
+
+    >>> profile_of({"x": ["batch", 3]}, {"batch": (1, 8)})["trt_profile_max_shapes"]
+    'x:8x3'
+    """
+    free = {axis for axes in inputs.values() for axis in axes if isinstance(axis, str)} - sizes.keys()
+    if free:
+        raise MachineError(
+            f"the axes {', '.join(sorted(free))} have no size in this measurement",
+            fix="export without a key-value cache to measure the TensorRT provider",
+        )
+
+    def shapes(end: int) -> str:
+        return ",".join(
+            f"{name}:{'x'.join(str(sizes[axis][end] if isinstance(axis, str) else axis) for axis in axes)}"
+            for name, axes in inputs.items()
+        )
+
+    low, high = shapes(0), shapes(1)
+    return {
+        "trt_profile_min_shapes": low,
+        "trt_profile_opt_shapes": high,
+        "trt_profile_max_shapes": high,
+    }
