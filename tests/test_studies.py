@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import yaml
 from tiny import make_recipe
@@ -23,6 +25,7 @@ from qcompress import api
 from qcompress.axes import METHODS
 from qcompress.errors import QcompressError, UsageError
 from qcompress.formats import FORMAT_PRESETS
+from qcompress.progress import Reporter
 from qcompress.recipe import examine
 from qcompress.schema import Model
 from qcompress.tasks import TASKS
@@ -442,6 +445,7 @@ def test_a_result_that_is_too_large_is_refused(tools: Machinery, tmp_path: Path)
         (("arms", "lsq-long", "trials"), "nobody", "no arm with trials of its own"),
         (("arms", "lsq-long", "recipe"), "gone.yaml", "gone.yaml does not exist"),
         (("arms", "lsq-long", "tasks"), ["numbers"], "unknown task"),
+        (("prepare",), "gone.py", "gone.py does not exist"),
         (("tables", "longer", "baseline"), "float", "the baseline float is none of its arms"),
         (("tables", "longer", "arms"), ["lsq", "saq"], "unknown arm"),
         (("arms", "LSQ"), {"recipe": "lsq.yaml", "trials": "none"}, "'LSQ' cannot name"),
@@ -474,6 +478,135 @@ def test_rows_of_a_table_are_held_out_at_random_and_none_is_lost(
     train, held = (part[len(head) :] for part in parts)
     assert len(held) == 10 and sorted(train + held) == sorted(lines)
     assert held != lines[-10:] and files["test"] == tmp_path / "dev.tsv"
+
+
+def test_rows_of_an_archive_are_held_out_at_random_and_stay_together(
+    tools: Machinery, tmp_path: Path
+) -> None:
+    images, labels = np.arange(40 * 12, dtype=np.uint8).reshape(40, 2, 2, 3), np.arange(40)
+    np.savez(tmp_path / "all.npz", x_train=images, y_train=labels, x_test=images[:3], y_test=labels[:3])
+    columns = {
+        "train": {"image": "x_train", "label": "y_train"}, "test": {"image": "x_test", "label": "y_test"}
+    }  # fmt: skip
+    task = tools.study.TaskOptions(train="all.npz", test="all.npz", key="npz", columns=columns)
+    place = tools.study.Place(tmp_path, tmp_path, tmp_path / "work")
+    files = tools.study.split_data("images", task, place)
+    found = {}
+    for part, count in (("train", 36), ("holdout", 4)):
+        with np.load(files[part]) as archive:
+            assert set(archive.files) == {"x_train", "y_train"} and len(archive["y_train"]) == count
+            assert np.array_equal(archive["x_train"], images[archive["y_train"]])
+            found[part] = archive["y_train"].tolist()
+    assert sorted(found["train"] + found["holdout"]) == labels.tolist()
+    assert found["holdout"] != labels[-4:].tolist() and files["test"] == tmp_path / "all.npz"
+    written = [files[part].stat().st_mtime_ns for part in ("train", "holdout")]
+    assert tools.study.split_data("images", task, place) == files
+    assert [files[part].stat().st_mtime_ns for part in ("train", "holdout")] == written
+    with pytest.raises(ValueError, match="columns"):
+        tools.study.TaskOptions(train="all.npz", test="all.npz", key="npz")
+
+
+def two_sets(folder: Path, tools: Machinery, tiny_model: Path, text_file: Path) -> tuple[Any, Any]:
+    """A study whose final runs are measured on a second text, and where it is."""
+    task = STUDY["tasks"]["letters"] | {
+        "others": {"more": "{study}/more.txt"}, "start": {"train.lr.weight": 0.125}
+    }  # fmt: skip
+    write_study(folder / "letters", tools, tasks={"letters": task})
+    shutil.copytree(tiny_model, folder / "model")
+    text = text_file.read_text()
+    for name, part in (("train.txt", text[:4000]), ("test.txt", text[4000:6000])):
+        (folder / name).write_text(part)
+    (folder / "letters" / "more.txt").write_text(text[6000:8000])
+    place = tools.study.Place(folder / "letters", folder, folder / "work")
+    return tools.study.read_study(place.folder), place
+
+
+def test_more_sets_are_measured_by_final_runs_alone_and_belong_to_their_digest(
+    tools: Machinery, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    study, place = two_sets(tmp_path, tools, tiny_model, text_file)
+    (tmp_path / "float").mkdir()
+
+    def jobs() -> list[Any]:
+        start = tools.study.start_job(study, "letters", place), tmp_path / "float"
+        chosen = study.arms["lsq"].trials[0]
+        final = tools.study.arm_job(study, "lsq", "letters", 0, place, start, chosen)
+        return [
+            start[0],
+            final,
+            tools.study.arm_job(study, "lsq", "letters", 0, place, start, chosen, trial=0),
+        ]
+
+    recipes = [examine(job.recipe, job.overrides)[1] for job in jobs()]
+    assert [list(recipe.data.evaluate) for recipe in recipes] == [["test", "more"]] * 2 + [["holdout"]]
+    assert recipes[1].data.evaluate["more"].text == [str(place.folder / "more.txt")]
+    assert [recipe.train.lr.get("weight") for recipe in recipes] == [0.125, 1e-5, 1e-5]
+    before = [job.digest for job in jobs()]
+    (place.folder / "more.txt").write_text("another text")
+    after = [job.digest for job in jobs()]
+    assert after[:2] != before[:2] and after[0] != before[0] and after[1] != before[1]
+
+
+def test_what_a_study_prepares_is_made_once_and_a_failure_ends_it(
+    tools: Machinery, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    study, place = two_sets(tmp_path, tools, tiny_model, text_file)
+    script = place.folder / "make.py"
+    place.work.mkdir()
+    study = study.model_copy(update={"prepare": "make.py"})
+    runner = tools.run.Runner(study, place, "*", False, Reporter(silent=True))
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(UsageError, match="make.py failed"):
+        runner.prepare()
+    assert not place.made.exists()
+    script.write_text(
+        "import sys, pathlib, time\n(pathlib.Path(sys.argv[1]) / 'x').write_text(str(time.time_ns()))"
+    )
+    runner.prepare()
+    first = (place.made / "x").read_text()
+    runner.prepare()
+    assert (place.made / "x").read_text() == first
+
+
+def fake_result(arm: str, seed: int, scores: dict[str, float], size: int | None) -> dict[str, Any]:
+    """A result of a language model of two samples a set, as far as a table reads it."""
+    samples = {
+        name: {"ids": ["0", "1"], "tokens": [4, 4], "inputs": name,
+               "results": {"nll": [4 * math.log(score)] * 2, "correct": [1, 1]}}
+        for name, score in scores.items()
+    }  # fmt: skip
+    metrics = {f"{name}.perplexity": score for name, score in scores.items()}
+    return {
+        "arm": arm, "task": "letters", "seed": seed, "recipe_sha256": arm, "verdict": "accept",
+        "rows": {"float": dict.fromkeys(metrics, 2.0), "onnx": metrics},
+        **({} if size is None else {"onnx_bytes": size}),
+        "cost": {"updates": 10, "block_updates": 0, "passes": 10, "seconds": 20.0},
+        "machine": {"cpu": "x", "processor": "x", "threads": 1, "gpu": {"sm": []}}, "versions": {},
+        "start": "s", "main": dict.fromkeys(scores, "perplexity"), "sets": list(scores),
+        "settings": {"arm": arm}, "samples": samples,
+    }  # fmt: skip
+
+
+def test_a_table_shows_sizes_and_the_set_that_it_is_about(tools: Machinery) -> None:
+    tables = {
+        "in domain": {"arms": ["lsq", "lsq-long"], "baseline": "lsq"},
+        "out of domain": {"arms": ["lsq", "lsq-long"], "baseline": "lsq", "metric": "more.perplexity"},
+    }
+    study = tools.study.Study.model_validate({**STUDY, "tables": tables})
+    results = [
+        fake_result(arm, seed, {"test": 3.0 + seed, "more": 7.0 + seed + (arm == "lsq-long")}, size)
+        for arm, size in (("lsq", 2**20), ("lsq-long", 3 * 2**19))
+        for seed in (0, 1)
+    ]
+    text, _ = tools.table.generate(study, results)
+    inside, outside = text.split("### out of domain")
+    assert "| arm | letters (perplexity) | seeds | MiB | updates | passes | seconds |" in inside
+    assert "| float | 2 |  |  |  |  |  |" in inside
+    assert "| lsq | 3.5 ± 0.71 | 2 | 1 | 10 | 10 | 20 |" in inside
+    assert "| lsq-long | 8.5 ± 0.71 | 2 | 1.5 | 10 | 10 | 20 |" in outside
+    assert "| lsq-long | 2 | +1 |" in outside
+    without = [{key: value for key, value in item.items() if key != "onnx_bytes"} for item in results]
+    assert "MiB" not in tools.table.generate(study, without)[0]
 
 
 def test_the_best_trial_is_the_best_mean_in_the_direction_of_its_metric(tools: Machinery) -> None:

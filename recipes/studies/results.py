@@ -3,6 +3,7 @@
 arm task seed recipe_sha256 verdict   which run, and the digest of what its result depends on
 rows        the metrics of every measured row of the ladder; `onnx (deployed)` as ONNX Runtime runs it, and,
             where ranges were dynamic, `trained (dynamic)` before they were made static
+onnx_bytes  of model.onnx and its data; results from before it was kept have none
 cost        updates, updates of a block alone, forward/backward passes, seconds of training
 machine     what the run was made on (not its name); versions of every tool
 samples     per-sample results of the compared row, six digits each, with the digest of the inputs
@@ -21,6 +22,7 @@ from typing import Any
 from study import essence
 
 from qcompress import api
+from qcompress.artifacts import read_json
 from qcompress.errors import QcompressError
 from qcompress.report.ladder import BESIDE
 from qcompress.report.measured import Cost, Measured, measured
@@ -41,6 +43,7 @@ def result_of(loaded: api.LoadedRun, arm: str, task: str, digest: str, row: str)
         "recipe_sha256": digest,
         "verdict": loaded.verdict["verdict"],
         "rows": rows_of(loaded.parity),
+        "onnx_bytes": read_json(loaded.path / "sizes.json")["file_bytes"],
         "cost": asdict(found.cost),
         "machine": machine(loaded.manifest["host"]),
         "versions": loaded.manifest["versions"],

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -46,6 +47,7 @@ class Runner:
 
     def all(self, after: Callable[[], None]) -> None:
         """Trials, then every final run that is wanted and not there; `after` is called after each."""
+        self.prepare()
         wanted = [job for job in self.study.jobs() if fnmatch("{}-{}-{}".format(*job), self.only)]
         choosers = dict.fromkeys(self.study.chooser(arm) for arm, _, _ in wanted)
         chosen = {arm: self.choose(arm) for arm in choosers if arm is not None}
@@ -62,6 +64,20 @@ class Runner:
             check_size(file)
             self.forget(loaded)
             after()
+
+    def prepare(self) -> None:
+        """Make what the study's own script makes, if it is not there."""
+        made = self.place.made
+        if self.study.prepare is None or made.is_dir():
+            return
+        partial = made.with_name("made.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        script = self.place.folder / self.study.prepare
+        self.reporter.say(f"{script.name}: running")
+        if subprocess.run([sys.executable, str(script), str(partial)]).returncode != 0:
+            raise UsageError(f"{script} failed", fix="mend it, or see what it says above")
+        partial.rename(made)
 
     def start(self, task: str) -> tuple[Job, Path] | None:
         """The float model's job and run directory; a finished run is found again in its cache."""

@@ -14,6 +14,7 @@ starts from, and no path of a machine.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from qcompress.artifacts import sha256_file
 from qcompress.codekey import stage_key
@@ -43,17 +44,31 @@ class TaskOptions(Options):
     """One task of a study."""
 
     train: str
-    """File below the data directory, one sample a line."""
+    """File below the data directory, or `{study}/...` beside the study: one sample a line, or an archive."""
     test: str
     """File that the final runs are measured on."""
-    key: Literal["table", "text"] = "table"
+    others: dict[str, str] = {}
+    """More sets, by name, that the final runs are measured on; no arm is trained on or chosen by them."""
+    key: Literal["table", "text", "npz"] = "table"
     """Key of the recipe's data sections that takes a list of files."""
     header: bool = False
     """The first line of both files names the columns."""
+    columns: dict[Literal["train", "test"], dict[str, str]] = {}
+    """Of archives: `columns` of the train file, held-out part included, and of the test file."""
     holdout: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the train file that is held out: rows of a table at random, the end of a text."""
+    """Share of the train file that is held out: rows at random, the end of a text."""
     set: dict[str, Any] = {}
     """Overrides of every recipe on this task."""
+    start: dict[str, Any] = {}
+    """Overrides of the float model's recipe on this task."""
+
+    @model_validator(mode="after")
+    def _archives_have_columns(self) -> TaskOptions:
+        if (self.key == "npz") != (self.columns.keys() == {"train", "test"}):
+            raise ValueError(
+                "`columns` names those of train and of test where `key` is npz, and nothing else"
+            )
+        return self
 
 
 class StartOptions(Options):
@@ -62,7 +77,7 @@ class StartOptions(Options):
     recipe: str
     seed: int = 0
     set: dict[str, Any] = {}
-    """Overrides; `{data}` in a text stands for the data directory."""
+    """Overrides; in a text, `{data}` stands for the data directory and `{made}` for what `prepare` makes."""
 
 
 class ArmOptions(Options):
@@ -91,6 +106,8 @@ class TableOptions(Options):
 
     arms: list[str] = Field(min_length=1)
     baseline: str
+    metric: str | None = None
+    """`set.metric`; none: the main one of the first set."""
 
 
 class PlotOptions(Options):
@@ -107,6 +124,8 @@ class Study(Options):
     """Row of the ladder that is compared."""
     seeds: list[int] = Field(min_length=1)
     tasks: dict[str, TaskOptions] = Field(min_length=1)
+    prepare: str | None = None
+    """A script beside study.yaml that makes what the recipes start from, in the folder it is given."""
     start: StartOptions | None = None
     """none: the arms' recipes name their model."""
     set: dict[str, Any] = {}
@@ -172,6 +191,8 @@ def _problems(study: Study, folder: Path) -> Iterator[str]:
             yield f"{arm}: {item.recipe} does not exist"
     if study.start is not None and not (folder / study.start.recipe).is_file():
         yield f"start: {study.start.recipe} does not exist"
+    if study.prepare is not None and not (folder / study.prepare).is_file():
+        yield f"prepare: {study.prepare} does not exist"
     groups = {name: table.arms for name, table in study.tables.items()}
     groups |= study.plot.series if study.plot else {}
     for name, arms in groups.items():
@@ -206,34 +227,62 @@ class Place:
     data: Path
     work: Path
 
+    @property
+    def made(self) -> Path:
+        """What the study's own script makes."""
+        return self.work / "made"
+
+
+def file_of(name: str, place: Place) -> Path:
+    """A file that study.yaml names."""
+    return place.data / name.replace("{study}", str(place.folder))
+
 
 def split_data(name: str, task: TaskOptions, place: Place) -> dict[str, Path]:
     """The files train, holdout and test of a task; the first two are written into the work directory.
 
-    Lines are moved as they are. Rows of a table are drawn by a generator of seed 0, whatever the study's.
+    Lines and arrays are moved as they are. Rows are drawn by a generator of seed 0, whatever the study's.
     """
-    lines = (place.data / task.train).read_bytes().splitlines(keepends=True)
-    head, lines = (lines[:1], lines[1:]) if task.header else ([], lines)
-    held = round(len(lines) * task.holdout)
-    order = np.arange(len(lines))
-    if task.key == "table":
-        order = np.random.default_rng(0).permutation(len(lines))
-    cut = len(lines) - held
+    source = file_of(task.train, place)
     folder = place.work / "data" / name
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"test": place.data / task.test}
-    for part, rows in (("train", np.sort(order[:cut])), ("holdout", np.sort(order[cut:]))):
-        files[part] = folder / f"{part}{Path(task.train).suffix}"
-        content = b"".join([*head, *(lines[row] for row in rows)])
+    files = {"test": file_of(task.test, place)}
+    for part, content in (_split_archive if task.key == "npz" else _split_lines)(source, task).items():
+        files[part] = folder / f"{part}{source.suffix}"
         if not files[part].is_file() or files[part].read_bytes() != content:
             files[part].write_bytes(content)
     return files
 
 
+def _split_lines(source: Path, task: TaskOptions) -> dict[str, bytes]:
+    lines = source.read_bytes().splitlines(keepends=True)
+    head, lines = (lines[:1], lines[1:]) if task.header else ([], lines)
+    parts = _rows(len(lines), task, at_random=task.key == "table")
+    return {part: b"".join([*head, *(lines[row] for row in rows)]) for part, rows in parts.items()}
+
+
+def _split_archive(source: Path, task: TaskOptions) -> dict[str, bytes]:
+    with np.load(source) as archive:
+        arrays = {name: archive[name] for name in task.columns["train"].values()}
+    found = {}
+    for part, rows in _rows(len(next(iter(arrays.values()))), task, at_random=True).items():
+        packed = io.BytesIO()
+        np.savez(packed, **{name: array[rows] for name, array in arrays.items()})
+        found[part] = packed.getvalue()
+    return found
+
+
+def _rows(count: int, task: TaskOptions, at_random: bool) -> dict[str, np.ndarray]:
+    """Which rows train and which are held out, each in their order."""
+    order = np.random.default_rng(0).permutation(count) if at_random else np.arange(count)
+    cut = count - round(count * task.holdout)
+    return {"train": np.sort(order[:cut]), "holdout": np.sort(order[cut:])}
+
+
 def start_job(study: Study, task: str, place: Place) -> Job:
     """The run that makes a task's float model."""
     start = study.start
-    settings = {"seed": start.seed, **study.tasks[task].set, **start.set}
+    settings = {"seed": start.seed, **study.tasks[task].set, **start.set, **study.tasks[task].start}
     return _job(f"{START}-{task}-{start.seed}", start.recipe, settings, study, task, place, measured="test")
 
 
@@ -253,7 +302,11 @@ def _job(
     name: str, recipe: str, settings: dict[str, Any], study: Study, task: str, place: Place, measured: str,
     start: tuple[Job, Path] | None = None,
 ) -> Job:  # fmt: skip
-    key, files = study.tasks[task].key, split_data(task, study.tasks[task], place)
+    options = study.tasks[task]
+    key, files = options.key, split_data(task, options, place)
+    evaluate = {measured: files[measured]}
+    if measured == "test":
+        evaluate |= {name: file_of(other, place) for name, other in options.others.items()}
     settings = {
         "name": f"{place.folder.name}-{name}",
         f"data.train.{key}": [str(files["train"])],
@@ -261,8 +314,10 @@ def _job(
         **settings,
     }
     overrides = [f"{path}={_written(value, place)}" for path, value in settings.items()]
-    evaluate = {measured: {key: [str(files[measured])]}}
-    overrides += ["data.evaluate=", f"data.evaluate={_written(evaluate, place)}"]
+    columns = options.columns.get("test" if measured == "test" else "train")
+    more = {"columns": columns} if columns else {}
+    sections = {name: {key: [str(file)], **more} for name, file in evaluate.items()}
+    overrides += ["data.evaluate=", f"data.evaluate={_written(sections, place)}"]
     if start is not None:
         overrides.append(f"model.run={_written(str(start[1]), place)}")
     file = place.folder / recipe
@@ -273,7 +328,8 @@ def _job(
     text = json.dumps(values, sort_keys=True)
     for path, stands in ((place.work, "{work}"), (place.data, "{data}"), (place.folder, "{study}")):
         text = text.replace(str(path), stands)
-    contents: dict[str, Any] = {part: sha256_file(files[part]) for part in ("train", measured)}
+    contents: dict[str, Any] = {"train": sha256_file(files["train"])}
+    contents |= {part: sha256_file(found) for part, found in evaluate.items()}
     source = values["model"].get("source")
     if source is not None and (file.parent / source).is_dir():
         contents["model"] = fingerprint(file.parent / source)
@@ -302,4 +358,7 @@ def essence(value: Any, dumped: Any) -> Any:
 
 def _written(value: Any, place: Place) -> str:
     """A value as an override writes it: JSON is YAML."""
-    return json.dumps(value).replace("{data}", str(place.data))
+    text = json.dumps(value)
+    for name, stands in (("{data}", place.data), ("{study}", place.folder), ("{made}", place.made)):
+        text = text.replace(name, str(stands))
+    return text

@@ -11,7 +11,7 @@ from typing import Any
 
 from plot import draw
 from results import measured_of, read_results, spell_machine
-from study import Study
+from study import Study, TableOptions
 
 from qcompress.errors import UsageError
 from qcompress.report.compare import compare
@@ -44,7 +44,7 @@ def generate(study: Study, results: list[dict[str, Any]]) -> tuple[str, str | No
         return f"\nNot yet measured: none of {len(wanted)} runs.\n\n", None
     lines = ["", *_header(results, len(wanted)), ""]
     for title, table in study.tables.items():
-        lines += [f"### {title}", "", *_table(study, table.arms, table.baseline, results), ""]
+        lines += [f"### {title}", "", *_table(study, table, results), ""]
     picture = None
     if study.plot is not None:
         picture = draw(_series(study, results))
@@ -68,8 +68,9 @@ def _header(results: list[dict[str, Any]], wanted: int) -> list[str]:
     return [f"Machine: {counted}. {tools}.{missing}"]
 
 
-def _table(study: Study, arms: list[str], baseline: str, results: list[dict[str, Any]]) -> list[str]:
+def _table(study: Study, table: TableOptions, results: list[dict[str, Any]]) -> list[str]:
     """Scores and cost of the arms, then their differences from the baseline, each as a sentence too."""
+    arms, baseline = table.arms, table.baseline
     found = [item for item in results if item["arm"] in arms]
     have = {(item["arm"], item["task"]) for item in found}
     tasks = [task for task in study.tasks if any(task in study.tasks_of(arm) for arm in arms)]
@@ -79,7 +80,7 @@ def _table(study: Study, arms: list[str], baseline: str, results: list[dict[str,
     if baseline not in ready:
         return lines[:1]
     runs = [measured_of(item, study.row) for arm in ready for item in found if item["arm"] == arm]
-    document = compare(runs, study.row, baseline=baseline)
+    document = compare(runs, study.row, table.metric, baseline)
     lines += _scores(document, found)
     if document["differences"]:
         lines += ["", *_differences(document), ""]
@@ -91,23 +92,36 @@ def _scores(document: dict[str, Any], results: list[dict[str, Any]]) -> list[str
     tasks = document["tasks"]
     heads = [f"{task['task']} ({task['metric'].rpartition('.')[2]})" for task in tasks]
     heads += ["mean"] if len(tasks) > 1 else []
-    lines = _rows(["arm", *heads, "seeds", "updates", "passes", "seconds"])
+    sizes = _sizes(results)
+    lines = _rows(["arm", *heads, "seeds", *(["MiB"] if sizes else []), "updates", "passes", "seconds"])
     floats = {}
     for task in tasks:
         scores = {item["rows"]["float"][task["metric"]] for item in results if item["task"] == task["task"]}
         floats[task["task"]] = statistics.fmean(scores)
     mean = [spell(statistics.fmean(floats.values()))] if len(tasks) > 1 else []
-    lines.append(_row(["float", *(spell(value) for value in floats.values()), *mean, "", "", "", ""]))
+    empty = [""] * (5 if sizes else 4)
+    lines.append(_row(["float", *(spell(value) for value in floats.values()), *mean, *empty]))
     for arm in document["arms"]:
         cells = [arm["arm"], *(_spread(task) for task in arm["tasks"])]
         cells += [_spread(arm["pooled"]) if arm["pooled"] else "-"] if len(tasks) > 1 else []
         seeds = sorted({len(task["seeds"]) for task in arm["tasks"]})
         cells.append(" or ".join(map(str, seeds)))
+        cells += [f"{sizes[arm['arm']] / 2**20:.3g}"] if sizes else []
         for key in ("updates", "passes", "seconds"):
             mean_cost = statistics.fmean(task[key] for task in arm["tasks"])
             cells.append(f"{mean_cost:.0f}" if mean_cost >= 10 else f"{mean_cost:.2g}")
         lines.append(_row(cells))
     return lines
+
+
+def _sizes(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Bytes of each arm's graph, the mean over its runs; nothing where a result has none."""
+    if not all("onnx_bytes" in item for item in results):
+        return {}
+    arms = {item["arm"] for item in results}
+    return {
+        arm: statistics.fmean(item["onnx_bytes"] for item in results if item["arm"] == arm) for arm in arms
+    }
 
 
 def _differences(document: dict[str, Any]) -> list[str]:
