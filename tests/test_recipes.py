@@ -97,3 +97,34 @@ def test_the_readme_names_files_and_commands_that_exist() -> None:
     assert len(commands) >= 7
     for command in commands:
         assert re.search(rf'def {command}\(|command\("{command}"\)', source), command
+
+
+def test_the_bundled_model_without_its_outliers_computes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, since what was planted are powers of two; its norms have no outlying channel left."""
+    torch = pytest.importorskip("torch")
+    from transformers import GPT2LMHeadModel
+
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "quickstart")
+    import planting
+
+    planting.bundled_without_outliers(tmp_path / "plain")
+    bundled = GPT2LMHeadModel.from_pretrained(ROOT / "recipes" / "quickstart" / "model").eval()
+    plain = GPT2LMHeadModel.from_pretrained(tmp_path / "plain").eval()
+    ids = torch.arange(64).reshape(2, 32) * 37 % bundled.config.vocab_size
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, bundled(ids).logits)
+    planted = json.loads((ROOT / "recipes" / "quickstart" / "facts.json").read_text())["planted"][
+        "activations"
+    ]
+    assert len(planted) == 9
+    for item in planted:
+        if item["activation"] != "value":
+            norms = [
+                getattr(model.transformer.h[item["block"]], item["activation"]) for model in (bundled, plain)
+            ]
+            quotient = (norms[0].weight / norms[1].weight)[item["channels"]]
+            assert quotient.tolist() == item["factors"]
+    again, _ = planting.plant(plain)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), bundled.parameters(), strict=True))

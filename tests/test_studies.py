@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +22,9 @@ import yaml
 from tiny import make_recipe
 
 from qcompress import api
-from qcompress.axes import METHODS
 from qcompress.errors import QcompressError, UsageError
-from qcompress.formats import FORMAT_PRESETS
 from qcompress.progress import Reporter
 from qcompress.recipe import examine
-from qcompress.schema import Model
 from qcompress.tasks import TASKS
 
 STUDIES = Path(__file__).parent.parent / "recipes" / "studies"
@@ -636,7 +633,7 @@ def test_the_plot_shows_each_point_where_it_belongs(made: Made, tools: Machinery
 
 
 def test_there_are_studies() -> None:
-    assert SHIPPED == ["compositions", "squat-saq", "ti"]
+    assert SHIPPED == ["compositions", "quadapter", "quant-noise", "saq-images", "squat-saq", "ti"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -674,32 +671,22 @@ def test_results_are_those_of_the_study(tools: Machinery, name: str) -> None:
 def test_every_run_of_a_study_is_a_valid_recipe(tools: Machinery, tmp_path: Path, name: str) -> None:
     """Resolved as run.py does, with the real data; the float model's run is not there, and need not be."""
     study = tools.study.read_study(STUDIES / name)
-    families = get_args(Model.model_fields["family"].annotation)
-    missing = [
-        word for word, known in (("bert", families), ("sequence-classification", TASKS)) if word not in known
-    ]
-    wanted = {
-        "squat-saq": ("saq", "squat", "w2a8"),
-        "ti": ("distillation", "teacher-intervention", "ternary-a8"),
-        "compositions": ("distillation", "teacher-intervention", "saq", "squat", "w2a8", "ternary-a8"),
-    }
-    missing += [value for value in wanted[name] if value not in {**METHODS, **FORMAT_PRESETS}]
-    if missing:
-        pytest.skip(f"this version has no {', '.join(missing)} yet")
     if not os.environ.get("QCOMPRESS_ASSETS"):
         pytest.skip("QCOMPRESS_ASSETS does not name a directory of real models and texts")
     place = tools.study.Place(STUDIES / name, Path(os.environ["QCOMPRESS_ASSETS"]).resolve(), tmp_path)
     count = 0
     for arm, task, seed in study.jobs():
-        trials = study.arms[study.chooser(arm)].trials
-        start = tools.study.start_job(study, task, place)
-        (tmp_path / "float").mkdir(exist_ok=True)
+        chooser = study.chooser(arm)
+        trials = [{}] if chooser is None else study.arms[chooser].trials
+        start = None
+        if study.start is not None:
+            start = tools.study.start_job(study, task, place), tmp_path / "float"
+            start[1].mkdir(exist_ok=True)
         for chosen in trials:
-            job = tools.study.arm_job(study, arm, task, seed, place, (start, tmp_path / "float"), chosen)
+            job = tools.study.arm_job(study, arm, task, seed, place, start, chosen)
             document, recipe = examine(job.recipe, job.overrides)
             assert recipe is not None and document.mistakes == []
-            assert recipe.seed == seed and recipe.model.run == str(tmp_path / "float")
+            assert recipe.seed == seed
+            assert start is None or recipe.model.run == str(tmp_path / "float")
             count += 1
-        if seed == study.seeds[0] == 0 and task == next(iter(study.tasks)):
-            assert recipe.train.phases
-    assert count >= len(set(study.jobs()))
+    assert count >= len(set(study.jobs())) > 20

@@ -7,9 +7,12 @@ Shapes: n_embd is d. `c_attn.weight` is [d, 3 d] = [in, q k v], `attn.c_proj.wei
 from __future__ import annotations
 
 import copy
+import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import GPT2LMHeadModel
@@ -73,3 +76,36 @@ def plant(
             block.attn.c_proj.weight[channels] /= value_factor
             planted.append(Planted(index, "value", tuple(channels), (value_factor,) * value_channels))
     return model, tuple(planted)
+
+
+def unplant(model: GPT2LMHeadModel, planted: Sequence[Planted]) -> GPT2LMHeadModel:
+    """A copy of a planted model without what was planted: to the last bit the model from before."""
+    model = copy.deepcopy(model)
+    width = model.config.n_embd
+    with torch.no_grad():
+        for item in planted:
+            block, channels = model.transformer.h[item.block], list(item.channels)
+            scale = torch.tensor(item.factors, dtype=block.ln_1.weight.dtype)
+            if item.activation == "value":
+                columns = [2 * width + channel for channel in channels]
+                block.attn.c_attn.weight[:, columns] /= scale
+                block.attn.c_attn.bias[columns] /= scale
+                block.attn.c_proj.weight[channels] *= scale[:, None]
+                continue
+            norm = getattr(block, item.activation)
+            reader = {"ln_1": block.attn.c_attn, "ln_2": block.mlp.c_fc}[item.activation]
+            norm.weight[channels] /= scale
+            norm.bias[channels] /= scale
+            reader.weight[channels] *= scale[:, None]
+    return model
+
+
+def bundled_without_outliers(folder: Path) -> None:
+    """Write the bundled model, un-planted, as a checkpoint."""
+    here = Path(__file__).parent
+    facts = json.loads((here / "facts.json").read_text(encoding="utf-8"))["planted"]["activations"]
+    planted = [Planted(**{**item, "channels": tuple(item["channels"]), "factors": tuple(item["factors"])})
+               for item in facts]  # fmt: skip
+    shutil.copytree(here / "model", folder)
+    (folder / "model.safetensors").unlink()
+    unplant(GPT2LMHeadModel.from_pretrained(here / "model"), planted).save_pretrained(folder)

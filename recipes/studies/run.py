@@ -75,7 +75,7 @@ class Runner:
         partial.mkdir()
         script = self.place.folder / self.study.prepare
         self.reporter.say(f"{script.name}: running")
-        if subprocess.run([sys.executable, str(script), str(partial)]).returncode != 0:
+        if subprocess.run([sys.executable, str(script), str(partial), str(self.place.data)]).returncode != 0:
             raise UsageError(f"{script} failed", fix="mend it, or see what it says above")
         partial.rename(made)
 

@@ -125,7 +125,8 @@ class Study(Options):
     seeds: list[int] = Field(min_length=1)
     tasks: dict[str, TaskOptions] = Field(min_length=1)
     prepare: str | None = None
-    """A script beside study.yaml that makes what the recipes start from, in the folder it is given."""
+    """A script beside study.yaml that makes what the recipes start from: it is given the folder to fill and
+    the data directory."""
     start: StartOptions | None = None
     """none: the arms' recipes name their model."""
     set: dict[str, Any] = {}
