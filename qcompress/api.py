@@ -25,7 +25,7 @@ from qcompress.stages.gate import judge
 from qcompress.structure import validate
 
 if TYPE_CHECKING:
-    from qcompress.stages.verify import Artifacts
+    from qcompress.evaluation import Artifacts
     from qcompress.targets.lint import Finding
 
 
@@ -281,7 +281,7 @@ def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:
 def _artifacts(loaded: LoadedRun) -> Artifacts:
     """What is left of a run; the ONNX file is the one in its directory."""
     from qcompress.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel
-    from qcompress.stages.verify import Artifacts
+    from qcompress.evaluation import Artifacts
 
     source, stages = Path(loaded.manifest["source"]), loaded.stage
     return Artifacts(

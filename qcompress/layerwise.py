@@ -1,4 +1,4 @@
-"""`verify --layers`: where trained, folded and ONNX part, place by place, and why.
+"""Where trained, folded and ONNX part, place by place, and why: `verify --layers`, and `verify.held`.
 
 A place is the input of a layer, or a point that rounds (an operand of attention, an input of a residual
 addition). Every window runs through the ONNX file in ONNX Runtime at the basic level, with the values at all
@@ -13,7 +13,9 @@ of the middle between two codes. What is left is unexplained, a defect at this v
 
 Trained and folded are compared as they run by themselves: there, every bit must agree.
 
-Writes layers.json: {"layers": [...], "first_difference", "first_unexplained", "unexplained", "windows"...}.
+`verify --layers` writes layers.json: {"layers": [...], "first_difference", "first_unexplained",
+"unexplained", "windows"...}. A run keeps the counts, and the distance between the logits of the graph and of
+the held model (`held_codes`).
 """
 
 from __future__ import annotations
@@ -35,13 +37,14 @@ from qcompress.certificate_graph import Graph
 from qcompress.certificate_points import point_inputs
 from qcompress.distance import Distance
 from qcompress.errors import ContractError, UsageError
+from qcompress.evaluation import Artifacts, evaluation_samples
 from qcompress.plan import plans_from_json, points_from_json, rounded
 from qcompress.prepare import assemble, rebuild, replace_module
 from qcompress.progress import Reporter
 from qcompress.quant.folded import Rounding
+from qcompress.rows import Samples
 from qcompress.runners import complete, empty_past, open_session
 from qcompress.schema import Recipe
-from qcompress.stages.verify import Artifacts, evaluation_samples
 from qcompress.tasks import TASKS
 
 TIE = {"fp32": 1e-3, "fp16": 0.25}
@@ -152,14 +155,41 @@ def compare_layers(
     return _write([places[name] for name in order], compute, len(windows), out)
 
 
+def held_codes(
+    recipe: Recipe, folded: FoldedModel, onnx: OnnxModel, samples: Samples, reporter: Reporter
+) -> dict[str, Any]:
+    """What `verify.held` adds to the onnx row: {"samples", "codes", "differ", "unexplained",
+    "first_unexplained", "distance"}; the distance is that of the graph's logits to those of the held model.
+    """
+    windows = samples.sets[samples.first][: min(recipe.verify.distance_samples, samples.compared)]
+    task, logits = TASKS[recipe.task.name], Distance(to="folded")
+    with (
+        follow(folded, onnx, TIE[recipe.format.compute], logits) as (places, run_both),
+        reporter.bar("verify codes", len(windows)) as bar,
+    ):
+        for window in windows:
+            order = run_both(task.collate([window]))
+            bar.advance(samples.first)
+    found = [places[name] for name in order]
+    return {
+        "samples": len(windows),
+        "codes": sum(place.codes for place in found),
+        "differ": sum(place.differ for place in found),
+        "unexplained": sum(place.unexplained for place in found),
+        "first_unexplained": next((place.name for place in found if place.unexplained), None),
+        "distance": logits.to_json(),
+    }
+
+
 @contextmanager
 def follow(
-    folded: FoldedModel, onnx: OnnxModel, limit: float
+    folded: FoldedModel, onnx: OnnxModel, limit: float, logits: Distance | None = None
 ) -> Iterator[tuple[dict[str, Place], Callable[[Inputs], list[str]]]]:
     """The places of a model, and a function that runs one sample through the graph and through the held model
     and takes in what it finds; it returns the places in the order in which the model comes by.
 
-    `limit` is how far from the middle between two codes a tie may lie, in steps.
+    `limit` is how far from the middle between two codes a tie may lie, in steps; `logits` takes in the
+    graph's logits against those of the held model.
     """
     facts = read_json(folded.path / "folded.json")
     graph = Graph.read(onnx.file)
@@ -173,7 +203,15 @@ def follow(
     places = {name: Place(name, limit) for name in values}
     run_held = _held(assemble(folded), places, facts["family"])
     with _onnx_values(onnx, values, facts["family"]) as run_onnx:
-        yield places, lambda inputs: run_held(inputs, *run_onnx(inputs))
+
+        def run_both(inputs: Inputs) -> list[str]:
+            floats, codes, said = run_onnx(inputs)
+            order, held = run_held(inputs, floats, codes)
+            if logits is not None:
+                logits.add(_rows(held), _rows(said))
+            return order
+
+        yield places, run_both
 
 
 def _write(places: list[Place], compute: str, windows: int, out: Path) -> dict[str, Any]:
@@ -192,8 +230,10 @@ def _write(places: list[Place], compute: str, windows: int, out: Path) -> dict[s
 
 def _held(
     model: nn.Module, places: dict[str, Place], family: str
-) -> Callable[[Inputs, Inputs, Inputs], list[str]]:
-    """A function that runs one sample, with the graph's floats and codes at hand."""
+) -> Callable[[Inputs, Inputs, Inputs], tuple[list[str], np.ndarray]]:
+    """A function that runs one sample, with the graph's floats and codes at hand; the order in which it came
+    by its places, and its logits.
+    """
     floats: Inputs = {}
     codes: Inputs = {}
     order: list[str] = []
@@ -217,13 +257,13 @@ def _held(
         module.register_forward_pre_hook(watch(place))
 
     @torch.inference_mode()
-    def run(inputs: Inputs, found: Inputs, found_codes: Inputs) -> list[str]:
+    def run(inputs: Inputs, found: Inputs, found_codes: Inputs) -> tuple[list[str], np.ndarray]:
         for kept, new in ((floats, found), (codes, found_codes)):
             kept.clear()
             kept.update(new)
         order.clear()
-        model(**complete(family, inputs))
-        return list(order)
+        logits = model(**complete(family, inputs)).logits
+        return list(order), logits.float().numpy()
 
     return run
 
@@ -265,8 +305,10 @@ def _torch_inputs(model: nn.Module, names: list[str], family: str) -> Callable[[
 @contextmanager
 def _onnx_values(
     model: OnnxModel, values: dict[str, tuple[str, str | None, bool]], family: str
-) -> Iterator[Callable[[Inputs], tuple[Inputs, Inputs]]]:
-    """A function from the inputs of one sample to the floats and the codes at each place of the graph."""
+) -> Iterator[Callable[[Inputs], tuple[Inputs, Inputs, np.ndarray]]]:
+    """A function from the inputs of one sample to the floats and the codes at each place of the graph, and to
+    its logits.
+    """
     wanted = list(dict.fromkeys(name for found in values.values() for name in found[:2] if name))
     # beside the graph, because external data is looked for there
     with tempfile.NamedTemporaryFile(dir=model.file.parent, prefix=".layers-", suffix=".onnx") as file:
@@ -274,16 +316,17 @@ def _onnx_values(
         file.flush()
         session = open_session(Path(file.name), torch.get_num_threads(), optimized=False)
 
-        def run(inputs: Inputs) -> tuple[Inputs, Inputs]:
+        def run(inputs: Inputs) -> tuple[Inputs, Inputs, np.ndarray]:
             feed = {name: tensor.numpy() for name, tensor in complete(family, inputs).items()}
             feed |= empty_past(session, len(next(iter(inputs.values()))))
-            found = dict(zip(wanted, session.run(wanted, feed), strict=True))
+            names = [*wanted, "logits"]
+            found = dict(zip(names, session.run(names, feed), strict=True))
             floats = {
                 place: (found[name].swapaxes(-1, -2) if moved else found[name]).astype(np.float32)
                 for place, (name, _, moved) in values.items()
             }
             codes = {place: found[code].astype(np.int16) for place, (_, code, _) in values.items() if code}
-            return floats, codes
+            return floats, codes, found["logits"].astype(np.float32)
 
         yield run
 

@@ -172,7 +172,8 @@ def _makers(
             build(graph, options, folder, lambda what, share: bar.at(what, round(100 * share)))
 
     def make_verify(folder: Path) -> None:
-        from qcompress.stages.verify import Artifacts, verify
+        from qcompress.evaluation import Artifacts
+        from qcompress.stages.verify import verify
 
         artifacts = Artifacts(
             float_model=_float(plan, steps),

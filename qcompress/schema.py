@@ -241,6 +241,10 @@ class Verify(Options):
     """Samples of one forward pass."""
     distance_samples: int = Field(default=64, ge=1)
     """Samples of the first evaluation set whose logits are compared between rows; of a classifier all are."""
+    held: Literal["auto", "always", "never"] = "auto"
+    """Compare graph and folded model from the graph's own codes as well, place by place, on the first
+    `distance_samples`: a rounding that flips on a tie reaches no later place then, and every code that
+    differs without that excuse is counted. auto: where the onnx row misses its default limits by itself."""
     sharpness: Sharpness | None = None
     """Measure the sharpness of the trained model as well (`{}`: with the defaults); none: do not."""
 

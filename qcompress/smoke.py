@@ -21,12 +21,12 @@ from qcompress.axes import PHASES
 from qcompress.check import check_model, head_of
 from qcompress.codekey import stage_key
 from qcompress.errors import UsageError
+from qcompress.goals import PARITY
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import copy_tensors, read_config
 from qcompress.plan import matches
 from qcompress.recipe import Resolved
 from qcompress.schema import Data, PhaseOptions, Recipe
-from qcompress.stages.gate import PARITY
 from qcompress.stages.load import READER_FILES, fingerprint, locate
 from qcompress.system import machine_errors
 
@@ -128,6 +128,10 @@ def _within(profile, context: int):
 
 
 def _parity(recipe: Recipe) -> dict[str, Any]:
-    limits = {**PARITY[recipe.format.compute], **recipe.gate.parity}
+    """The recipe's own limits, and the default ones but for the engine; of the onnx row only the recipe's, so
+    that by default the graph may be judged from its own codes.
+    """
+    defaults = {row: goal for row, goal in PARITY[recipe.format.compute].items() if row == "folded"}
+    limits = {**defaults, **recipe.gate.parity}
     return {row: goal.model_copy(update={"top1_agreement": None}) for row, goal in limits.items()
             if row != "engine"}  # fmt: skip

@@ -154,9 +154,11 @@ def test_inputs_and_outputs_have_their_names_types_and_axes(graph: Graph) -> Non
 
 
 def test_generation_is_that_of_transformers_token_for_token(graph: Graph, prompts: list[list[int]]) -> None:
-    """64 tokens, prompts of four lengths in one batch. In fp16 two programs differ in every logit, and
-    a near tie sends them different ways: there, tokens after the same ones before them are held against torch
-    in fp32, from which ONNX Runtime may be twice as far as torch in fp16 is.
+    """64 tokens, prompts of four lengths in one batch. In fp16 two programs differ in every logit, and a near
+    tie sends them different ways: there, tokens after the same ones before them are held against torch in
+    fp32, from which ONNX Runtime may be twice as far as torch in fp16 is. Codes of keys and values flip on a
+    tie of rounding, on one processor and not on another: there, a token may be behind torch's best by twice
+    what the graph's logits for the same tokens are away from torch's.
     """
     ids, mask = padded(prompts)
     model = folded(graph)
@@ -169,26 +171,33 @@ def test_generation_is_that_of_transformers_token_for_token(graph: Graph, prompt
     found = Generator(graph.file, "gpt2", 1, optimized=False)(prompts, NEW)
     assert [len(row) for row in found] == [NEW] * len(prompts)
     assert len({tuple(row) for row in wanted}) == len(prompts)
+    if graph.kind.compute == "fp32" and graph.kind.cache == "float":
+        assert found == wanted
+        return
+    rows = torch.cat([ids, torch.tensor(found)], 1)
+    whole_mask = torch.cat([mask, torch.ones(len(rows), NEW, dtype=mask.dtype)], 1)
+    inputs = FAMILIES["gpt2"].graph_inputs(rows, whole_mask)
+    start, single = ids.shape[1] - 1, assemble(graph.line.folded)
+    with torch.no_grad():
+        said, full = (some(**inputs).logits.float()[:, start:-1] for some in (model, single))
+    spread = full.max() - full.min()
+
+    def behind(tokens: torch.Tensor) -> torch.Tensor:
+        """How far tokens are behind the best of torch in fp32, as a fraction of the logits' range."""
+        chosen = full.gather(-1, tokens[..., None])[..., 0]
+        return (full.amax(-1) - chosen) / spread
+
+    ours = behind(rows[:, start + 1 :])
     if graph.kind.compute == "fp16":
-        rows = torch.cat([ids, torch.tensor(found)], 1)
-        whole_mask = torch.cat([mask, torch.ones(len(rows), NEW, dtype=mask.dtype)], 1)
-        inputs = FAMILIES["gpt2"].graph_inputs(rows, whole_mask)
-        with torch.no_grad():
-            half, full = (
-                some(**inputs).logits.float()[:, ids.shape[1] - 1 : -1]
-                for some in (model, assemble(graph.line.folded))
-            )
-
-        def behind(tokens: torch.Tensor) -> torch.Tensor:
-            """How far tokens are behind the best of torch in fp32, as a fraction of the logits' range."""
-            chosen = full.gather(-1, tokens[..., None])[..., 0]
-            return (full.amax(-1) - chosen) / (full.max() - full.min())
-
-        ours, halves = behind(rows[:, ids.shape[1] :]), behind(half.argmax(-1))
+        halves = behind(said.argmax(-1))
         assert (ours > 0).sum() <= 2 * (halves > 0).sum(), (ours > 0).sum()
         assert ours.max() <= 2 * halves.max(), (ours.max(), halves.max())
-    else:
-        assert found == wanted
+        return
+    runner = OnnxRunner(graph.file, "gpt2", 1, optimized=False)
+    once = runner({"input_ids": rows.numpy(), "attention_mask": whole_mask.numpy()})[:, start:-1]
+    apart = np.abs(once - full.numpy()) / float(spread)
+    assert apart.mean() < 2e-3 and ours.max() <= 2 * apart.max(), (apart.mean(), apart.max(), ours.max())
+    assert (ours > 0).sum() <= 0.05 * ours.numel(), (ours > 0).sum()
 
 
 def test_a_row_alone_continues_as_it_does_among_others(graph: Graph, prompts: list[list[int]]) -> None:

@@ -27,6 +27,7 @@ from word_tokenizer import WORDS, word_tokenizer
 from qcompress import keys
 from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
 from qcompress.errors import ContractError
+from qcompress.evaluation import Artifacts
 from qcompress.models import FAMILIES, describe
 from qcompress.plan import plan_layers, plan_points
 from qcompress.prepare import initialise, quantize
@@ -40,7 +41,7 @@ from qcompress.schema import Model, Recipe
 from qcompress.stages.fold import fold
 from qcompress.stages.load import fingerprint, load
 from qcompress.stages.train import train
-from qcompress.stages.verify import Artifacts, verify
+from qcompress.stages.verify import verify
 from qcompress.tasks import TASKS
 
 CLIP = 2.5

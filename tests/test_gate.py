@@ -12,9 +12,9 @@ import pytest
 
 from qcompress.artifacts import read_json, write_json
 from qcompress.errors import QcompressError
-from qcompress.goals import Gate
+from qcompress.goals import PARITY, Gate
 from qcompress.schema import Recipe
-from qcompress.stages.gate import EXIT_CODES, PARITY, exit_code, gate, judge
+from qcompress.stages.gate import EXIT_CODES, exit_code, gate, judge
 
 REQUIRE = ["float", "trained", "folded", "onnx"]
 
@@ -494,3 +494,60 @@ def test_where_batch_norms_are_folded_a_logit_may_move_but_not_far() -> None:
 def test_where_no_activation_is_rounded_nothing_can_flip_and_the_distance_is_judged() -> None:
     assert verdict(report(folded=with_flips(0, 0)))["verdict"] == "accept"
     assert verdict(report(folded=with_flips(0, 0, mean_abs=0.5)))["verdict"] == "regression"
+
+
+# From the graph's own codes -----------------------------------------------------------------------
+
+
+def held(unexplained: int = 0, **distance: Any) -> dict[str, Any]:
+    """What `verify.held` adds to the onnx row; by default a graph without a defect."""
+    far = {"to": "folded", "max_abs": 1e-5, "mean_abs": 1e-6, "range": 50.0, "top1_agreement": 1.0}
+    where = "h.1.mlp" if unexplained else None
+    return {"samples": 4, "codes": 1000, "differ": 3, "unexplained": unexplained,
+            "first_unexplained": where, "distance": {**far, **distance}}  # fmt: skip
+
+
+def flipped(**found: Any) -> dict[str, Any]:
+    """An onnx row that is as far from the folded one as flips at ties take it."""
+    return {**row("onnx", 30.4, 0.495, mean_abs=0.5, top1_agreement=0.95), **found}
+
+
+def test_flips_at_ties_alone_are_no_regression() -> None:
+    assert verdict(report(onnx=flipped()))["verdict"] == "regression"
+    found = verdict(report(onnx=flipped(held=held())))
+    assert found["verdict"] == "accept"
+    judged = {goal["metric"] for goal in found["goals"] if goal["metric"].startswith("parity.onnx")}
+    assert judged == {f"parity.onnx.held.{name}" for name in ("unexplained", "mean_abs", "top1_agreement")}
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (held(2), "onnx.held: 2 of 1000 codes differ by more than a tie of rounding, first at h.1.mlp"),
+        (held(mean_abs=0.02), "onnx.held: mean_abs to folded is 0.0004, the limit is 0.0002"),
+        (held(top1_agreement=0.99), "onnx.held: top1_agreement to folded is 0.99, the limit is 0.998"),
+    ],
+)
+def test_a_defect_is_a_regression_however_near_the_row_is(broken: dict[str, Any], said: str) -> None:
+    near = {**row("onnx", 30.4, 0.495), "held": broken}
+    found = verdict(report(onnx=near))
+    assert found["verdict"] == "regression" and one_reason(found) == said
+
+
+def test_the_recipes_own_limits_are_about_the_graph_as_it_runs() -> None:
+    goals = {**GOALS, "parity": {"onnx": {"mean_abs": 0.001}}}
+    found = verdict(report(onnx=flipped(held=held())), goals)
+    assert found["verdict"] == "regression"
+    assert one_reason(found) == "onnx: mean_abs to folded is 0.01, the limit is 0.001"
+    wide = {**GOALS, "parity": {"onnx": {"mean_abs": 0.1}}}
+    assert verdict(report(onnx=flipped(held=held())), wide)["verdict"] == "accept"
+    assert verdict(report(onnx=flipped(held=held(1))), wide)["verdict"] == "regression"
+
+
+@pytest.mark.parametrize("where", ["row", "held"])
+def test_logits_that_are_not_finite_are_anomalous_whatever_is_judged(where: str) -> None:
+    nan = {"max_abs": math.nan, "mean_abs": math.nan, "range": math.nan, "top1_agreement": math.nan}
+    onnx = (
+        flipped(held=held(**nan)) if where == "held" else {**row("onnx", 30.4, 0.495, **nan), "held": held()}
+    )
+    assert verdict(report(onnx=onnx))["verdict"] == "anomalous"

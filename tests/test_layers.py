@@ -54,7 +54,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "wording", "structure", "data_rules", "rules", "adapter_rules", "recipe", "codebook_rules", "check",
     }),
     ("models in three forms", {
-        "engine", "flips", "gpu_rows",
+        "engine", "evaluation", "flips", "gpu_rows", "layerwise",
         "prepare", "observe", "checkpoint", "certificate", "certificate_codebooks",
         "certificate_graph",
         "certificate_points", "codebook_nodes", "precision", "sizes",
@@ -73,7 +73,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("workspace", {"workspace"}),
     ("pipeline", {"keys", "pipeline", "smoke"}),
     ("what a user calls", {
-        "api", "generate", "predict", "layerwise", "listing", "report", "report.checked", "report.compare",
+        "api", "generate", "predict", "listing", "report", "report.checked", "report.compare",
         "report.compared", "report.inspected", "report.ladder", "report.layers", "report.measured",
         "report.paired",
         "report.replicates", "report.sarif", "report.seeds", "report.shown",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,10 +14,14 @@ from lines import Project, cli, finished
 from onnx import numpy_helper
 
 from qcompress import api
+from qcompress.artifacts import FoldedModel, read_json
 from qcompress.errors import ContractError, ExportError
+from qcompress.evaluation import Artifacts
 from qcompress.layerwise import Held, Place
 from qcompress.quant.folded import Rounding
 from qcompress.report.layers import summary
+from qcompress.rows import Measured
+from qcompress.stages.verify import wants_held
 
 LAYERS = [
     f"transformer.h.{block}.{name}"
@@ -119,3 +125,74 @@ def test_the_words_say_what_differs_first() -> None:
     lines = summary(found)
     assert lines[0].endswith("input of b: 3 codes") and lines[-1].endswith("first at the input of b")
     assert "3 of 8 differ, 2 of them on a tie" in lines[1]
+
+
+# In a run (`verify.held`) -------------------------------------------------------------------------
+
+
+def onnx_row(run: Path) -> dict[str, Any]:
+    (row,) = [row for row in read_json(run / "parity.json")["rows"] if row["stage"] == "onnx"]
+    return row
+
+
+def test_a_run_is_compared_from_the_graphs_own_codes(project: Project) -> None:
+    run = project.run("gate.parity=", "verify.held=always")
+    held = onnx_row(run.path)["held"]
+    assert held["samples"] == 6 and held["codes"] == 6 * 32 * (8 * 64 + 2 * 192 + 64)
+    assert held["differ"] < 1e-3 * held["codes"] and held["unexplained"] == 0
+    assert held["first_unexplained"] is None
+    assert held["distance"]["positions"] == 6 * 32 and held["distance"]["to"] == "folded"
+    assert held["distance"]["max_abs"] <= 1e-5 * held["distance"]["range"]
+    assert held["distance"]["top1_agreement"] == 1
+    assert run.verdict == "accept"
+    shown = cli("show", run.path).stdout
+    assert "same codes" in shown
+    assert f"{held['differ']} of {held['codes']:,} differ, 0 of them by more than a tie" in shown
+
+
+def test_a_defect_in_the_graph_of_a_run_is_a_regression_and_named(copy: Project) -> None:
+    """Within the recipe's wide limit of 0.05 of the range, which alone would have accepted it."""
+    edit(copy.latest, "transformer.h.1.ln_2.weight", lambda values: values * np.float32(1.002))
+    verdict = api.verify(copy.latest)
+    held = onnx_row(copy.latest)["held"]
+    assert held["unexplained"] > 0 and held["first_unexplained"] == "transformer.h.1.mlp.c_fc"
+    assert verdict["verdict"] == "regression"
+    (reason,) = verdict["reasons"]
+    assert reason.startswith(f"onnx.held: {held['unexplained']} of {held['codes']} codes differ")
+
+
+def test_a_defect_behind_the_last_rounding_is_seen_in_the_logits(project: Project, tmp_path: Path) -> None:
+    """The head of this run reads floats: no code follows the last norm."""
+    run = project.run(
+        "gate.parity=", "name=open", "format.layers={lm_head: {activations: float}}", "verify.held=always"
+    )
+    assert run.verdict == "accept"
+    edit(run.path, "transformer.ln_f.weight", lambda values: values * np.float32(1.01))
+    verdict = api.verify(run.path)
+    held = onnx_row(run.path)["held"]
+    assert held["unexplained"] == 0 and verdict["verdict"] == "regression"
+    assert verdict["reasons"][0].startswith("onnx.held: mean_abs to folded is 0.00")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "far", "agreement", "compares"),
+    [
+        ("auto", 1e-4, 1.0, False), ("auto", 3e-4, 1.0, True), ("auto", 1e-4, 0.99, True),
+        ("auto", math.nan, math.nan, True), ("auto", 1e-4, None, False), ("always", 0.0, 1.0, True),
+        ("never", 1.0, 0.0, False),
+    ],
+)  # fmt: skip
+def test_auto_compares_codes_where_the_row_misses_its_limits(
+    project: Project, wanted: str, far: float, agreement: float | None, compares: bool
+) -> None:
+    loaded = api.load(project.latest)
+    recipe = loaded.recipe.model_copy(
+        update={"verify": loaded.recipe.verify.model_copy(update={"held": wanted})}
+    )
+    artifacts = Artifacts(None, None, FoldedModel(loaded.stage("fold")), None, None, {})
+    distance = {"to": "folded", "mean_abs": 7 * far, "range": 7.0, "top1_agreement": agreement}
+    measured = Measured({}, {}, distance)
+    assert wants_held(recipe, artifacts, measured) is compares
+    elsewhere = Measured({}, {}, {**distance, "to": "float"})  # nothing is known of flips then
+    assert wants_held(recipe, artifacts, elsewhere) is (wanted == "always")
+    assert not wants_held(recipe, Artifacts(None, None, None, None, None, {}), measured)

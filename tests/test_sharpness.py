@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from qcompress.artifacts import read_json
+from qcompress.evaluation import Artifacts
 from qcompress.models import load_tokenizer
 from qcompress.options import Sharpness
 from qcompress.progress import Reporter
@@ -28,7 +29,7 @@ from qcompress.report.ladder import order_metrics
 from qcompress.schema import Verify
 from qcompress.sharpness import Part, measure_sharpness, trained_sharpness
 from qcompress.stages.gate import judge
-from qcompress.stages.verify import Artifacts, verify
+from qcompress.stages.verify import verify
 from qcompress.tasks import causal_lm
 
 PRECISE = {"iterations": 2000, "tolerance": 1e-5}

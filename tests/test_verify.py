@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from qcompress.api import load
 from qcompress.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel, read_json
 from qcompress.errors import UsageError
+from qcompress.evaluation import Artifacts
 from qcompress.progress import Reporter
-from qcompress.stages.verify import Artifacts, read_samples, verify
+from qcompress.stages.verify import read_samples, verify
 
 ROWS = ["float", "trained", "folded", "onnx", "engine"]
 

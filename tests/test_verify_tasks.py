@@ -24,6 +24,7 @@ from word_tokenizer import FIRST, WORDS, word_tokenizer
 
 from qcompress.artifacts import FloatModel, OnnxModel, read_json
 from qcompress.errors import UsageError
+from qcompress.evaluation import Artifacts
 from qcompress.goals import Gate
 from qcompress.predict import continue_text
 from qcompress.probe import SCRIPT, read_measurement
@@ -154,7 +155,7 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Me
         })  # fmt: skip
         rows = table(kind, noise=0.5)
         monkeypatch.setattr(stage, "float_runner", lambda *_: lambda inputs: logits_of(rows, kind, inputs))
-        artifacts = stage.Artifacts(
+        artifacts = Artifacts(
             FloatModel(tmp_path, source=tmp_path), None, None, OnnxModel(tmp_path), None, {}
         )
         listener = Listener()

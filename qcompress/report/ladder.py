@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 BESIDE = ("dynamic", "deployed")
+HELD = "same codes"
 """What else a row may have been measured as: its key in the row, and its line in the ladder."""
 
 
@@ -44,14 +45,16 @@ def ladder(report: dict[str, Any]) -> Table:
             if beside.get("status") == "not-run":
                 table.add_row(f"  {name}", "not-run", style="dim")
                 continue
-            values = (spell(beside["metrics"].get(metric)) for metric in metrics)
+            found = beside.get("metrics", {})
+            values = (spell(found[metric]) if metric in found else "" for metric in metrics)
             table.add_row(f"  {name}", *values, *_far(beside["distance"]), style="dim")
     return table
 
 
 def _beside(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What was measured beside a row, by its name in the ladder."""
-    found = [(name, row[name]) for name in BESIDE if row.get(name)]
+    found = [(HELD, row["held"])] if row.get("held") else []
+    found += [(name, row[name]) for name in BESIDE if row.get(name)]
     return found + [(f"on {name}", beside) for name, beside in row.get("providers", {}).items()]
 
 
@@ -66,6 +69,16 @@ def cost_of_static(report: dict[str, Any]) -> list[str]:
             cost = [f"{name} {static[name] - dynamic[name]:+.3g}" for name in metrics if name in dynamic]
             return [f"static ranges in place of dynamic ones: {', '.join(cost)} ({row['stage']} - dynamic)"]
     return []
+
+
+def ties(report: dict[str, Any]) -> list[str]:
+    """One line on the codes of the graph that differ from the folded model's, where they were compared."""
+    return [
+        f"from the graph's own codes: {held['differ']} of {held['codes']:,} differ, "
+        f"{held['unexplained']} of them by more than a tie of rounding"
+        for row in report["rows"]
+        if (held := row.get("held"))
+    ]
 
 
 def order_metrics(rows: list[dict[str, Any]], sets: list[str], main: dict[str, list[str]]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from qcompress.report.ladder import cost_of_static, ladder, not_measured
+from qcompress.report.ladder import cost_of_static, ladder, not_measured, ties
 
 if TYPE_CHECKING:
     from qcompress.api import LoadedRun
@@ -26,7 +26,7 @@ def summary(loaded: LoadedRun) -> dict[str, object]:
 def print_run(console: Console, loaded: LoadedRun) -> None:
     """The ladder, what static ranges cost, why the verdict is what it is; in the last line the verdict."""
     console.print(ladder(loaded.parity))
-    for line in cost_of_static(loaded.parity):
+    for line in [*cost_of_static(loaded.parity), *ties(loaded.parity)]:
         console.print(line, markup=False, style="dim", soft_wrap=True)
     for reason in loaded.verdict["reasons"]:
         console.print(reason, markup=False, soft_wrap=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 from qcompress.artifacts import read_json, write_json
 from qcompress.errors import QcompressError
-from qcompress.goals import BEST, METRICS, Gate, Goal, ParityGoal
+from qcompress.goals import BEST, METRICS, PARITY, Gate, Goal, ParityGoal
 from qcompress.schema import Recipe
 
 EXIT_CODES = {"accept": 0, "regression": 3, "anomalous": 4}
@@ -30,21 +30,6 @@ EXIT_CODES = {"accept": 0, "regression": 3, "anomalous": 4}
 IMPLAUSIBLE_GAIN = 0.5
 """A compressed model that gains more than this share of float's distance to a perfect metric (1, for
 perplexity, rates and correlations alike) is a mistake in the measurement until somebody has looked."""
-
-PARITY: dict[str, dict[str, ParityGoal]] = {
-    "fp32": {
-        "folded": ParityGoal(max_abs=0.0),
-        "onnx": ParityGoal(mean_abs=2e-4, top1_agreement=0.998),
-        "engine": ParityGoal(mean_abs=2e-3, top1_agreement=0.99),
-    },
-    "fp16": {
-        "folded": ParityGoal(max_abs=0.0),
-        "onnx": ParityGoal(mean_abs=2e-3, top1_agreement=0.99),
-        "engine": ParityGoal(mean_abs=2e-3, top1_agreement=0.99),
-    },
-    "bf16": {"folded": ParityGoal(max_abs=0.0)},
-}
-"""Distances to the row before that a correct pipeline reaches, by compute type; a recipe's own limits win."""
 
 FLIPPED = 1e-4
 """Largest share of codes that folding batch norms may change: values on a tie, whose sum comes out another
@@ -125,7 +110,13 @@ def judge(
     if flipped:
         _flips(rows["folded"], flipped, judgement)
     defaults = PARITY[compute] | ({"folded": FOLDED_NORMS} if flipped else {})
+    held = rows.get("onnx", {}).get("held")
+    if held is not None:
+        _held(held, goals, defaults["onnx"], judgement)
     for row in measured:
+        if row["stage"] == "onnx" and held is not None and "onnx" not in goals.parity:
+            _finite(row, judgement)
+            continue
         close = (row.get("distance") or {}).get("to") == BEFORE.get(row["stage"])
         default = defaults.get(row["stage"]) if close else None
         limits = goals.parity.get(row["stage"], default)
@@ -217,6 +208,26 @@ def _flips(row: dict[str, Any], flipped: dict[str, int], judgement: _Judgement) 
         return  # no activation is rounded, so nothing can flip
     share = flipped["flipped"] / flipped["codes"]
     _judge_distance(row, "flipped", share, FLIPPED, share <= FLIPPED, judgement)
+
+
+def _held(held: dict[str, Any], goals: Gate, limits: ParityGoal, judgement: _Judgement) -> None:
+    """The graph from its own codes: no code without an excuse, and logits that agree. Where the recipe has
+    limits of its own for the onnx row, they are about the graph as it runs.
+    """
+    row = {"stage": "onnx.held", "distance": held["distance"]}
+    count, where = held["unexplained"], held["first_unexplained"]
+    text = (
+        f"onnx.held: {count} of {held['codes']} codes differ by more than a tie of rounding, first at {where}"
+    )
+    judgement.add("parity.onnx.held.unexplained", {"unexplained": 0}, count, None, count == 0, text)
+    _parity(row, limits, judgement)
+
+
+def _finite(row: dict[str, Any], judgement: _Judgement) -> None:
+    """A distance that is not judged must be a number all the same."""
+    for name in ("max_abs", "mean_abs"):
+        if math.isnan((row.get("distance") or {}).get(name, math.nan)):
+            judgement.anomalies.append(f"{row['stage']}: {name} is not a number")
 
 
 def _parity(row: dict[str, Any], limits: ParityGoal, judgement: _Judgement) -> None:

@@ -10,6 +10,10 @@ Two rows have another measurement in them, {"metrics", "distance"}, with which n
     trained["dynamic"]   the model with dynamic ranges, if it was trained with them; its distance is to the
                          row itself, and the difference is what making the ranges static cost
     onnx["deployed"]     the graph as ONNX Runtime runs it by default
+
+A third one, onnx["held"], compares the graph with the folded model from the graph's own codes, so that ties
+of rounding are told from defects (`layerwise.py`): {"samples", "codes", "differ", "unexplained",
+"first_unexplained", "distance"}.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +29,17 @@ import numpy as np
 import torch
 
 from qcompress.artifacts import (
-    Engine,
-    FloatModel,
     FoldedModel,
-    OnnxModel,
-    TrainedModel,
     read_json,
     write_json,
 )
 from qcompress.engine import why_not
-from qcompress.errors import UsageError
+from qcompress.evaluation import Artifacts, evaluation_samples
 from qcompress.flips import count_flips
+from qcompress.goals import PARITY
 from qcompress.gpu_rows import engine_here, engine_row, provider_rows
-from qcompress.plan import plans_from_json
+from qcompress.layerwise import held_codes
+from qcompress.plan import plans_from_json, points_from_json, rounded
 from qcompress.prepare import assemble, rebuild
 from qcompress.probe import KIT_BYTES, read_measurement, write_probe
 from qcompress.progress import Reporter
@@ -64,21 +66,6 @@ from qcompress.schema import ROWS, Recipe
 from qcompress.sharpness import trained_sharpness
 from qcompress.task_options import AGREEMENT, Task
 from qcompress.tasks import TASKS
-
-LOGIT_BYTES = 2**30
-"""Most bytes of logits that wait on disk for the next row."""
-
-
-@dataclass(frozen=True)
-class Artifacts:
-    """What there is to measure; None is a stage that did not run, with its reason in `missing`."""
-
-    float_model: FloatModel | None
-    trained: TrainedModel | None
-    folded: FoldedModel | None
-    onnx: OnnxModel | None
-    engine: Engine | None
-    missing: dict[str, str]
 
 
 def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter: Reporter) -> None:
@@ -129,6 +116,8 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
             row["deployed"] = _deployed(
                 recipe, artifacts, samples, reference, previous, out, reporter, device
             )
+            if wants_held(recipe, artifacts, result):
+                row["held"] = held_codes(recipe, artifacts.folded, artifacts.onnx, samples, reporter)
             if on_gpu := provider_rows(recipe, artifacts.onnx, samples, reference, threads, out, reporter):
                 row["providers"] = on_gpu
             _write_kit(out, recipe, samples, artifacts, reporter)
@@ -149,6 +138,19 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
     write_json(out / "parity.json", {"rows": rows, **facts})
     results = {stage: result.samples for stage, result in measured.items()}
     write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN)
+
+
+def wants_held(recipe: Recipe, artifacts: Artifacts, onnx: Measured) -> bool:
+    """Whether the graph is compared from its own codes too (`verify.held`)."""
+    wanted, far = recipe.verify.held, onnx.distance
+    if wanted == "never" or artifacts.folded is None or not _rounds_anything(artifacts.folded):
+        return False
+    limits = PARITY[recipe.format.compute]["onnx"]
+    if wanted == "always" or far is None or far["to"] != "folded":
+        return wanted == "always"
+    within = far["mean_abs"] <= limits.mean_abs * far["range"]
+    agrees = far["top1_agreement"] is None or far["top1_agreement"] >= limits.top1_agreement
+    return not (within and agrees)
 
 
 def reference_of(measured: dict[str, Measured]) -> dict[str, list[dict[str, Any]]] | None:
@@ -258,37 +260,15 @@ def _deployed(
     return {"metrics": found.metrics, "distance": found.distance}
 
 
+def _rounds_anything(folded: FoldedModel) -> bool:
+    """Whether a value is rounded on the way: an activation, or a point."""
+    points = points_from_json(read_json(folded.path / "folded.json").get("points", []))
+    return _rounds_activations(folded) or bool(rounded(points))
+
+
 def _rounds_activations(folded: FoldedModel) -> bool:
     plan = plans_from_json(read_json(folded.path / "folded.json")["plan"])
     return any(item.activations for item in plan)
-
-
-def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samples:
-    """What is measured, and how much of it is compared."""
-    task = TASKS[recipe.task.name]
-    folder = _checkpoint(artifacts)
-    reader, config = task.reader(folder), read_json(folder / "config.json")
-    options = task.settled(recipe.task, config)
-    sets = {
-        name: task.samples(data, base, reader, options, recipe.verify.samples)
-        for name, data in recipe.data.evaluate.items()
-    }
-    first = next(iter(sets.values()))
-    positions, logits = task.logits_of(options, config)
-    affordable = max(1, LOGIT_BYTES // (positions * logits * 4))
-    # a classifier's sample is one position: of a few of them, one that flips would look like a regression
-    wanted = recipe.verify.distance_samples if positions > 1 else len(first)
-    return Samples(options, sets, min(wanted, affordable, len(first)), positions)
-
-
-def _checkpoint(artifacts: Artifacts) -> Path:
-    """A folder with config.json and what prepares the inputs: every artifact but the trained one carries
-    them.
-    """
-    for artifact in (artifacts.float_model, artifacts.folded, artifacts.onnx):
-        if artifact is not None:
-            return artifact.path
-    raise UsageError("nothing is left to measure: the float, the folded and the ONNX model are gone")
 
 
 def _not_run(stage: str, artifacts: Artifacts, recipe: Recipe) -> dict[str, Any] | None:
