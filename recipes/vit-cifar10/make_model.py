@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
+SIZE = 32
+"""Pixels of an edge."""
+
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """CIFAR-10's, in its order."""
 
@@ -32,7 +35,7 @@ PREPARATION = {
 def make_model(folder: Path) -> None:
     """Write the checkpoint: config.json, model.safetensors, preprocessor_config.json."""
     config = ViTConfig(
-        hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=192, image_size=32,
+        hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=192, image_size=SIZE,
         patch_size=4, id2label=dict(enumerate(LABELS)),
         label2id={label: index for index, label in enumerate(LABELS)},
     )  # fmt: skip
