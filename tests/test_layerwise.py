@@ -135,8 +135,8 @@ def onnx_row(run: Path) -> dict[str, Any]:
     return row
 
 
-def test_a_run_is_compared_from_the_graphs_own_codes(project: Project) -> None:
-    run = project.run("gate.parity=", "verify.held=always")
+def test_a_run_is_compared_from_the_graphs_own_codes(copy: Project) -> None:
+    run = copy.run("gate.parity=", "verify.held=always")
     held = onnx_row(run.path)["held"]
     assert held["samples"] == 6 and held["codes"] == 6 * 32 * (8 * 64 + 2 * 192 + 64)
     assert held["differ"] < 1e-3 * held["codes"] and held["unexplained"] == 0
@@ -161,9 +161,9 @@ def test_a_defect_in_the_graph_of_a_run_is_a_regression_and_named(copy: Project)
     assert reason.startswith(f"onnx.held: {held['unexplained']} of {held['codes']} codes differ")
 
 
-def test_a_defect_behind_the_last_rounding_is_seen_in_the_logits(project: Project, tmp_path: Path) -> None:
+def test_a_defect_behind_the_last_rounding_is_seen_in_the_logits(copy: Project) -> None:
     """The head of this run reads floats: no code follows the last norm."""
-    run = project.run(
+    run = copy.run(
         "gate.parity=", "name=open", "format.layers={lm_head: {activations: float}}", "verify.held=always"
     )
     assert run.verdict == "accept"
