@@ -40,7 +40,10 @@ CELLS = [
     )
     for compute in ("fp32", "fp16")
 ]
-QUICK = [("gpt2", "mixed", "fp32")]
+QUICK = [
+    ("gpt2", "mixed", "fp32"),
+    pytest.param(("cifar-resnet", "w8a8", "fp16"), marks=needs_assets),
+]
 SMALL = ("data.calibration.limit=8", "data.evaluate.test.limit=4", "verify.distance_samples=4")
 CONVOLUTIONAL = ("cifar-resnet", "resnet", "efficientnet")
 REFUSED = {
