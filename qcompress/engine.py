@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from qcompress.artifacts import Engine, read_json
+from qcompress.errors import UsageError
 from qcompress.probe import SCRIPT, EngineMeasurement, read_measurement
 from qcompress.targets.child import command, environment
 from qcompress.targets.device import compute_capability
@@ -106,6 +107,7 @@ def measure(kit: Path, engine: Engine, onnx: Path, out: Path) -> EngineMeasureme
     facts = read_json(engine.path / "build.json")
     file = out / "engine.json"
     arguments = [str(kit.resolve()), "--plan", str(engine.plan.resolve()), "--out", str(file.resolve())]
+    hint = "measure it with probe/measure_engine.py"
     if facts["version_compatible"]:
         arguments.append("--trust-plan")  # it was built here
     try:
@@ -113,30 +115,31 @@ def measure(kit: Path, engine: Engine, onnx: Path, out: Path) -> EngineMeasureme
             command("qcompress.engine", *arguments),
             stdin=subprocess.DEVNULL,
             cwd=out,
-            env=environment(),
+            env=environment() | {"PYTHONDONTWRITEBYTECODE": "1"},  # nothing of ours stays in the kit
             capture_output=True,
             text=True,
             errors="replace",
             timeout=TIMEOUT_S,
         )
-    except subprocess.TimeoutExpired:
-        return f"the {facts['backend']} plan did not end within {TIMEOUT_S} s on this GPU"
-    if done.returncode != 0 or not file.is_file():
-        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        return f"the {facts['backend']} plan does not run on this GPU: {last}"
-    try:
+        if done.returncode != 0 or not file.is_file():
+            last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            return f"the {facts['backend']} plan was not measured on this GPU ({last}): {hint}"
         return read_measurement(file, kit, onnx)
+    except subprocess.TimeoutExpired:
+        return f"the {facts['backend']} plan did not end within {TIMEOUT_S} s on this GPU: {hint}"
+    except UsageError as error:
+        return f"{error.message}: {hint}"
     finally:
-        file.unlink()
+        file.unlink(missing_ok=True)
 
 
 def main(arguments: list[str]) -> None:
-    """Run the kit's script on torch's memory."""
+    """Run the kit's script on torch's memory, or, where torch has no CUDA, on what it finds itself."""
     kit, *others = arguments
     spec = importlib.util.spec_from_file_location("measure_engine", Path(kit) / SCRIPT.name)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    script.main(others, TorchMemory())
+    script.main(others, TorchMemory() if torch.cuda.is_available() else None)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 engine row        the plan, run by the probe kit's own script (`engine.py`), or taken in from a device that
                   ran it; {"measured_on"} has its versions, latency, throughput and self-consistency
-onnx["providers"] {"cuda" | "tensorrt": {"status", "reason", "metrics", "distance"}}: the same graph on that
-                  provider, compared with the onnx row; only on a machine with a GPU, and only those providers
+onnx["providers"] {"cuda" | "tensorrt": {"status", "reason", "nodes", "metrics", "distance"}}: the same graph
+                  on that provider, compared with the onnx row, and how many nodes each provider took, since
+                  the CPU takes what the others leave; only on a machine with a GPU, and only those providers
                   that this ONNX Runtime was built with. No goal judges them but that they must be finite.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from qcompress.errors import MachineError
 from qcompress.probe import EngineMeasurement
 from qcompress.progress import Reporter
 from qcompress.rows import Measured, Samples, measure_row
-from qcompress.runners import ORT_ERRORS, OnnxRunner, graph_inputs_of, usable_providers
+from qcompress.runners import ORT_ERRORS, OnnxRunner, assigned_nodes, graph_inputs_of, usable_providers
 from qcompress.samples import known_in
 from qcompress.schema import Recipe
 from qcompress.targets.device import compute_capability
@@ -91,16 +94,20 @@ def provider_rows(
         if provider not in usable_providers():
             continue
         try:
-            options = options_of(provider, onnx.file, recipe, samples)
-            runner = OnnxRunner(onnx.file, recipe.model.family, threads, True, provider, options)
-            found = measure_row(
-                f"onnx-{name}", runner, recipe, samples, reference, "onnx", out, reporter, keep=False
-            )
+            with redirect_stdout(sys.stderr):  # ONNX Runtime prints what goes wrong with a provider
+                options = options_of(provider, onnx.file, recipe, samples)
+                runner = OnnxRunner(onnx.file, recipe.model.family, threads, True, provider, options)
+                nodes = assigned_nodes(runner.session)
+                if nodes is not None and not nodes.get(provider):
+                    raise MachineError(f"{provider} took no node of the graph")
+                found = measure_row(
+                    f"onnx-{name}", runner, recipe, samples, reference, "onnx", out, reporter, keep=False
+                )
         except (MachineError, *ORT_ERRORS) as error:
-            reason = (error.message if isinstance(error, MachineError) else str(error)).splitlines()[0]
-            rows[name] = {"status": "not-run", "reason": reason}
+            said = error.message if isinstance(error, MachineError) else f"{type(error).__name__}: {error}"
+            rows[name] = {"status": "not-run", "reason": said.splitlines()[0]}
             continue
-        rows[name] = {"status": "measured", "reason": None} | _shown(found)
+        rows[name] = {"status": "measured", "reason": None, "nodes": nodes} | _shown(found)
     return rows
 
 
@@ -120,11 +127,11 @@ def options_of(provider: str, file: Path, recipe: Recipe, samples: Samples) -> d
         TASKS[recipe.task.name].length(sample) for found in samples.sets.values() for sample in found
     )
     sizes = {"batch": (1, recipe.verify.batch_size), "sequence": (1, longest)}
-    return {"trt_int8_enable": "1", **_fp16(recipe), **profile_of(graph_inputs_of(file), sizes)}
+    return {"trt_int8_enable": "True", **_fp16(recipe), **profile_of(graph_inputs_of(file), sizes)}
 
 
 def _fp16(recipe: Recipe) -> dict[str, str]:
-    return {"trt_fp16_enable": "1"} if recipe.format.compute == "fp16" else {}
+    return {"trt_fp16_enable": "True"} if recipe.format.compute == "fp16" else {}
 
 
 def profile_of(inputs: Mapping[str, list[int | str]], sizes: Mapping[str, tuple[int, int]]) -> dict[str, str]:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,93 +37,15 @@ from qcompress.certificate_points import point_inputs
 from qcompress.distance import Distance
 from qcompress.errors import ContractError, UsageError
 from qcompress.evaluation import Artifacts, evaluation_samples
+from qcompress.held import NOISE, TIE, Held, Inputs, Place
 from qcompress.plan import plans_from_json, points_from_json, rounded
 from qcompress.prepare import assemble, rebuild, replace_module
 from qcompress.progress import Reporter
 from qcompress.quant.folded import Rounding
-from qcompress.rows import Samples
+from qcompress.rows import Samples, batches
 from qcompress.runners import complete, empty_past, open_session
 from qcompress.schema import Recipe
 from qcompress.tasks import TASKS
-
-TIE = {"fp32": 1e-3, "fp16": 0.25}
-"""How far from the middle between two codes, in steps, a tie may lie: the noise of the compute type at code
-127 after a block's sums."""
-
-NOISE = {"fp32": 1e-4, "fp16": 1e-2}
-"""Largest difference of an input that rounding of the compute type explains, as a fraction of its range; for
-places without codes."""
-
-Inputs = dict[str, np.ndarray]
-"""Arrays by name: inputs of a model, or place -> its float input, fp32 [positions, features]."""
-
-
-@dataclass
-class Place:
-    """What was found at one place."""
-
-    name: str
-    limit: float
-    """Of ties, in steps."""
-    rounds: bool = False
-    trained: Distance = field(default_factory=lambda: Distance(to="trained"))
-    onnx: Distance = field(default_factory=lambda: Distance(to="folded"))
-    codes: int = 0
-    differ: int = 0
-    ties: int = 0
-    farthest: float = 0.0
-
-    def count(self, x: Tensor, rounding: Rounding, found: Tensor) -> None:
-        """Compare the codes of x with those found in the graph; all of one shape."""
-        apart = (rounding.codes(x).short() - found).abs_()
-        differ = apart > 0
-        steps = x[differ].double() / rounding.scale.double()
-        off = (steps - steps.floor() - 0.5).abs_()
-        self.codes += found.numel()
-        self.differ += int(differ.sum())
-        self.ties += int(((off <= self.limit) & (apart[differ] == 1)).sum())
-        self.farthest = max(self.farthest, float(off.max()) if off.numel() else 0.0)
-
-    def to_json(self) -> dict[str, Any]:
-        found = {
-            "name": self.name,
-            "folded_to_trained": self.trained.to_json() if self.trained.count else None,
-            "onnx_to_folded": self.onnx.to_json(),
-        }
-        if not self.rounds:
-            return {**found, "codes": None}
-        names = ("codes", "differ", "ties", "farthest")
-        return {**found, **{name: getattr(self, name) for name in names}, "unexplained": self.unexplained}
-
-    @property
-    def unexplained(self) -> int:
-        return self.differ - self.ties
-
-    def diverges(self, noise: float) -> bool:
-        """Whether its input is another one than in the folded model."""
-        if self.rounds:
-            return self.differ > 0
-        found = self.onnx.to_json()
-        return not found["max_abs"] <= noise * found["range"]
-
-
-class Held(nn.Module):
-    """In the place of a rounding: holds its codes against the graph's, and goes on with the graph's.
-
-    `graph` has the codes of the present window by place, integers of as many elements as x.
-    """
-
-    def __init__(self, rounding: Rounding, place: Place, graph: Inputs) -> None:
-        super().__init__()
-        self.rounding, self.place, self.graph = rounding, place, graph
-
-    def forward(self, x: Tensor) -> Tensor:
-        codes = self.graph[self.place.name]
-        if codes.size != x.numel():
-            raise ContractError(f"{self.place.name}: {list(codes.shape)} codes for {list(x.shape)} values")
-        found = torch.from_numpy(codes).reshape(x.shape)
-        self.place.count(x, self.rounding, found)
-        return found.to(x.dtype) * self.rounding.scale
 
 
 def compare_layers(
@@ -159,37 +80,48 @@ def held_codes(
     recipe: Recipe, folded: FoldedModel, onnx: OnnxModel, samples: Samples, reporter: Reporter
 ) -> dict[str, Any]:
     """What `verify.held` adds to the onnx row: {"samples", "codes", "differ", "unexplained",
-    "first_unexplained", "distance"}; the distance is that of the graph's logits to those of the held model.
+    "first_unexplained", "largest_share", "at", "distance"}: the largest share of a place's codes that differ,
+    and which place that is; the distance is that of the graph's logits to those of the held model.
     """
     windows = samples.sets[samples.first][: min(recipe.verify.distance_samples, samples.compared)]
-    task, logits = TASKS[recipe.task.name], Distance(to="folded")
+    task, distance = TASKS[recipe.task.name], Distance(to="folded")
+    said: list[tuple[np.ndarray, np.ndarray]] = []
     with (
-        follow(folded, onnx, TIE[recipe.format.compute], logits) as (places, run_both),
+        follow(folded, onnx, TIE[recipe.format.compute], said) as (places, run_both),
         reporter.bar("verify codes", len(windows)) as bar,
     ):
-        for window in windows:
-            order = run_both(task.collate([window]))
-            bar.advance(samples.first)
+        for rows in batches(task, windows, recipe.verify.batch_size):  # padded, as the row is measured
+            batch = [windows[row] for row in rows]
+            order = run_both(task.collate(batch))
+            for window, *pair in zip(batch, *said.pop(), strict=True):
+                distance.add(*(task.compared(window, logits) for logits in pair))
+                bar.advance(samples.first)
     found = [places[name] for name in order]
+    most = max(found, key=lambda place: place.share)
     return {
         "samples": len(windows),
         "codes": sum(place.codes for place in found),
         "differ": sum(place.differ for place in found),
         "unexplained": sum(place.unexplained for place in found),
         "first_unexplained": next((place.name for place in found if place.unexplained), None),
-        "distance": logits.to_json(),
+        "largest_share": most.share,
+        "at": most.name,
+        "distance": distance.to_json(),
     }
 
 
 @contextmanager
 def follow(
-    folded: FoldedModel, onnx: OnnxModel, limit: float, logits: Distance | None = None
+    folded: FoldedModel,
+    onnx: OnnxModel,
+    limit: float,
+    said: list[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Iterator[tuple[dict[str, Place], Callable[[Inputs], list[str]]]]:
     """The places of a model, and a function that runs one sample through the graph and through the held model
     and takes in what it finds; it returns the places in the order in which the model comes by.
 
-    `limit` is how far from the middle between two codes a tie may lie, in steps; `logits` takes in the
-    graph's logits against those of the held model.
+    `limit` is how far from the middle between two codes a tie may lie, in steps; to `said` the logits of the
+    held model and of the graph are added.
     """
     facts = read_json(folded.path / "folded.json")
     graph = Graph.read(onnx.file)
@@ -205,10 +137,10 @@ def follow(
     with _onnx_values(onnx, values, facts["family"]) as run_onnx:
 
         def run_both(inputs: Inputs) -> list[str]:
-            floats, codes, said = run_onnx(inputs)
-            order, held = run_held(inputs, floats, codes)
-            if logits is not None:
-                logits.add(_rows(held), _rows(said))
+            floats, codes, graph_said = run_onnx(inputs)
+            order, held_said = run_held(inputs, floats, codes)
+            if said is not None:
+                said.append((held_said, graph_said))
             return order
 
         yield places, run_both

@@ -60,7 +60,7 @@ def measure_row(
         for name, windows in samples.sets.items():
             measured: dict[int, dict[str, Any]] = {}
             compared = samples.compared if name == samples.first else 0
-            for rows in _batches(task, windows, size):
+            for rows in batches(task, windows, size):
                 batch = [windows[row] for row in rows]
                 logits = runner(task.collate(batch))
                 measured |= zip(rows, task.measure(batch, logits), strict=True)
@@ -85,7 +85,7 @@ def measure_row(
     return Measured(metrics, results, distance.to_json() if distance else None)
 
 
-def _batches(task: Any, windows: list[Any], size: int) -> Iterator[list[int]]:
+def batches(task: Any, windows: list[Any], size: int) -> Iterator[list[int]]:
     """Places of the samples of each batch: the longest first, so that a batch pads little and what does not
     fit into memory shows at once. Samples of one length stay in order.
     """

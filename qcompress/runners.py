@@ -7,6 +7,8 @@ logits: fp32 [batch, sequence, vocabulary] of a language model or a tagger, [bat
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Protocol
 
@@ -55,7 +57,8 @@ CPU = "CPUExecutionProvider"
 
 ORT_ERRORS = (
     native.Fail, native.EPFail, native.EngineError, native.InvalidGraph, native.NotImplemented,
-    native.RuntimeException,
+    native.RuntimeException, native.InvalidArgument, native.NotFound, native.DeviceReset, RuntimeError,
+    ValueError, OSError,
 )  # fmt: skip
 """What ONNX Runtime raises where a provider cannot take or run a graph; they have no base of their own."""
 
@@ -76,11 +79,15 @@ def open_session(
     # idle threads that spin take the processor from whoever shares the machine
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     without = {*disabled_optimizers(file), *(() if optimized else REWRITERS)}
+    if provider != CPU:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session = onnxruntime.InferenceSession(
         str(file),
         options,
         providers=[(provider, options_of or {})],
         disabled_optimizers=sorted(without) or None,
+        # or a provider that fails, now or in a later run, is replaced by the CPU without a word
+        **({} if provider == CPU else {"enable_fallback": 0}),
     )
     if provider not in session.get_providers():
         raise MachineError(
@@ -94,8 +101,19 @@ def usable_providers() -> tuple[str, ...]:
     """Providers that this ONNX Runtime was built with. CUDA's libraries are looked for in torch's and in the
     packages of NVIDIA, where pip leaves them.
     """
-    onnxruntime.preload_dlls()
+    with redirect_stdout(sys.stderr):  # it prints what it does not find
+        onnxruntime.preload_dlls()
     return tuple(onnxruntime.get_available_providers())
+
+
+def assigned_nodes(session: onnxruntime.InferenceSession) -> dict[str, int] | None:
+    """How many nodes each provider took; None where this ONNX Runtime does not say."""
+    if not hasattr(session, "get_provider_graph_assignment_info") or session.get_providers()[0] == CPU:
+        return None
+    counts: dict[str, int] = {}
+    for part in session.get_provider_graph_assignment_info():
+        counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
+    return counts
 
 
 def graph_inputs_of(file: Path) -> dict[str, list[int | str]]:

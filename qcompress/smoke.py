@@ -21,7 +21,7 @@ from qcompress.axes import PHASES
 from qcompress.check import check_model, head_of
 from qcompress.codekey import stage_key
 from qcompress.errors import UsageError
-from qcompress.goals import PARITY
+from qcompress.goals import PARITY, ParityGoal
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import copy_tensors, read_config
 from qcompress.plan import matches
@@ -128,10 +128,14 @@ def _within(profile, context: int):
 
 
 def _parity(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's own limits, and the default ones but for the engine; of the onnx row only the recipe's, so
-    that by default the graph may be judged from its own codes.
+    """The recipe's own limits and the default ones, without agreement, of which two blocks know little, and
+    without any for the engine. A graph that rounds activations is judged by default from its own codes.
     """
-    defaults = {row: goal for row, goal in PARITY[recipe.format.compute].items() if row == "folded"}
-    limits = {**defaults, **recipe.gate.parity}
-    return {row: goal.model_copy(update={"top1_agreement": None}) for row, goal in limits.items()
-            if row != "engine"}  # fmt: skip
+    form = recipe.format
+    forms = [form.activations, form.attention, form.residual, form.cache]
+    forms += [layer.activations for layer in form.layers.values() if layer.activations != "inherit"]
+    left_out = {"engine"} | ({"onnx"} if any(one not in (None, "float") for one in forms) else set())
+    limits = {row: goal for row, goal in PARITY[form.compute].items() if row not in left_out}
+    limits |= recipe.gate.parity
+    found = {row: goal.model_copy(update={"top1_agreement": None}) for row, goal in limits.items()}
+    return {**found, "engine": ParityGoal()}

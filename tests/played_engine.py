@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
+import torch
 
 from qcompress import engine
 
@@ -112,4 +113,5 @@ def tensorrt(onnx: Path) -> SimpleNamespace:
 if __name__ == "__main__":
     sys.modules["tensorrt_rtx"] = tensorrt(Path(sys.argv[1]))
     engine.TorchMemory = HostMemory
+    torch.cuda.is_available = lambda: True
     engine.main(sys.argv[2:])

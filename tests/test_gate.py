@@ -503,8 +503,8 @@ def held(unexplained: int = 0, **distance: Any) -> dict[str, Any]:
     """What `verify.held` adds to the onnx row; by default a graph without a defect."""
     far = {"to": "folded", "max_abs": 1e-5, "mean_abs": 1e-6, "range": 50.0, "top1_agreement": 1.0}
     where = "h.1.mlp" if unexplained else None
-    return {"samples": 4, "codes": 1000, "differ": 3, "unexplained": unexplained,
-            "first_unexplained": where, "distance": {**far, **distance}}  # fmt: skip
+    return {"samples": 4, "codes": 1000, "differ": 3, "unexplained": unexplained, "first_unexplained": where,
+            "largest_share": 1e-4, "at": "h.0.mlp", "distance": {**far, **distance}}  # fmt: skip
 
 
 def flipped(**found: Any) -> dict[str, Any]:
@@ -517,7 +517,9 @@ def test_flips_at_ties_alone_are_no_regression() -> None:
     found = verdict(report(onnx=flipped(held=held())))
     assert found["verdict"] == "accept"
     judged = {goal["metric"] for goal in found["goals"] if goal["metric"].startswith("parity.onnx")}
-    assert judged == {f"parity.onnx.held.{name}" for name in ("unexplained", "mean_abs", "top1_agreement")}
+    assert judged == {
+        f"parity.onnx.held.{name}" for name in ("unexplained", "ties", "mean_abs", "top1_agreement")
+    }
 
 
 @pytest.mark.parametrize(
@@ -542,6 +544,32 @@ def test_the_recipes_own_limits_are_about_the_graph_as_it_runs() -> None:
     wide = {**GOALS, "parity": {"onnx": {"mean_abs": 0.1}}}
     assert verdict(report(onnx=flipped(held=held())), wide)["verdict"] == "accept"
     assert verdict(report(onnx=flipped(held=held(1))), wide)["verdict"] == "regression"
+    assert verdict(report(onnx=flipped(held=held(mean_abs=1.0))), wide)["verdict"] == "accept"
+
+
+@pytest.mark.parametrize(("compute", "limit"), [("fp32", 1e-3), ("fp16", 0.03)])
+def test_more_ties_than_chance_makes_are_a_regression(compute: str, limit: float) -> None:
+    """An error of a part of a step flips only codes that a wide enough limit takes for ties."""
+    for share, expected in ((limit, "accept"), (1.1 * limit, "regression"), (math.nan, "regression")):
+        found = verdict(report(onnx=flipped(held={**held(), "largest_share": share})), compute=compute)
+        assert found["verdict"] == expected
+    assert one_reason(
+        verdict(report(onnx=flipped(held={**held(), "largest_share": 0.5})), compute=compute)
+    ) == (f"onnx.held: 50 % of the codes at h.0.mlp differ on ties, more than {100 * limit:g} %")
+
+
+def test_an_engine_is_not_judged_by_how_flips_take_it_away() -> None:
+    """The same recipe has the same verdict with a GPU and without; limits that it writes count."""
+    engine = row("engine", 30.4, 0.495, mean_abs=0.5, top1_agreement=0.95)
+    assert verdict(report(engine=engine))["verdict"] == "regression"
+    assert verdict(report(onnx=flipped(held=held()), engine=engine))["verdict"] == "accept"
+    goals = {**GOALS, "parity": {"engine": {"mean_abs": 0.001}}}
+    assert verdict(report(onnx=flipped(held=held()), engine=engine), goals)["verdict"] == "regression"
+
+
+def test_limits_that_say_nothing_ask_for_no_row() -> None:
+    assert verdict(goals={**GOALS, "parity": {"engine": {}}})["verdict"] == "accept"
+    assert verdict(goals={**GOALS, "parity": {"engine": {"max_abs": 1.0}}})["verdict"] == "anomalous"
 
 
 @pytest.mark.parametrize("where", ["row", "held"])

@@ -12,6 +12,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,15 @@ from qcompress import api, engine, gpu_rows
 from qcompress.artifacts import Engine, OnnxModel, read_json, write_json
 from qcompress.engine import TorchMemory
 from qcompress.errors import MachineError
+from qcompress.evaluation import Artifacts, evaluation_samples
 from qcompress.gpu_rows import profile_of
+from qcompress.progress import Reporter
 from qcompress.report.ladder import ladder
+from qcompress.runners import assigned_nodes
 from qcompress.samples import read_samples
 from qcompress.stages.gate import judge
 
+KIT = {"inputs.npz", "reference.npz", "probe.json", "measure_engine.py", "engine_speed.py"}
 PLAYED = Path(__file__).with_name("played_engine.py")
 
 
@@ -125,6 +130,15 @@ def test_with_a_gpu_verify_fills_the_engine_row(seen: Seen) -> None:
     assert not (seen.project.latest / "engine.json").exists()
 
 
+def test_a_measurement_of_something_else_is_a_reason(whole: Project, tmp_path: Path, plays: None) -> None:
+    kit, made, onnx, out = kit_of(whole, tmp_path, b"plan")
+    other = tmp_path / "other.onnx"
+    other.write_bytes(onnx.read_bytes() + b"\0")
+    found = engine.measure(kit, made, other, out)
+    assert isinstance(found, str) and "measured on another graph" in found
+    assert not (out / "engine.json").exists()
+
+
 def kit_of(project: Project, folder: Path, plan: bytes) -> tuple[Path, Engine, Path, Path]:
     """What `engine.measure` takes, for a plan of this content."""
     shutil.copytree(project.latest / "probe", folder / "probe")
@@ -138,7 +152,7 @@ def kit_of(project: Project, folder: Path, plan: bytes) -> tuple[Path, Engine, P
 
 @pytest.mark.parametrize(
     ("plan", "said"),
-    [(b"crash", "does not run on this GPU: exit code -11"), (b"broken", "cannot load")],
+    [(b"crash", "was not measured on this GPU (exit code -11)"), (b"broken", "cannot load")],
 )
 def test_an_engine_that_does_not_run_is_a_reason_and_no_error(
     plan: bytes, said: str, whole: Project, tmp_path: Path, plays: None
@@ -146,13 +160,16 @@ def test_an_engine_that_does_not_run_is_a_reason_and_no_error(
     found = engine.measure(*kit_of(whole, tmp_path, plan))
     assert isinstance(found, str) and said in found
     assert "\n" not in found and "Traceback" not in found
+    assert found.endswith(": measure it with probe/measure_engine.py")
+    assert not (tmp_path / "engine.json").exists()
+    assert {file.name for file in (tmp_path / "probe").iterdir()} == KIT  # no bytecode
 
 
 def test_a_plan_that_hangs_ends(whole: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "TIMEOUT_S", 0.2)
     monkeypatch.setattr(engine, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
     found = engine.measure(*kit_of(whole, tmp_path, b"plan"))
-    assert found == "the tensorrt_rtx plan did not end within 0.2 s on this GPU"
+    assert found.startswith("the tensorrt_rtx plan did not end within 0.2 s on this GPU: measure it")
 
 
 def test_an_engine_that_does_not_run_is_a_row_that_was_not_measured(
@@ -206,10 +223,11 @@ def test_a_provider_that_falls_back_to_the_cpu_is_not_measured(whole: Project, t
     seen = on_gpu(whole.copy(tmp_path / "project"))
     providers = seen.rows["onnx"]["providers"]
     assert providers.keys() == offered.keys()
-    for name, found in providers.items():
-        assert found == {
-            "status": "not-run", "reason": f"ONNX Runtime's {offered[name]} does not start on this machine"
-        }  # fmt: skip
+    for found in providers.values():
+        assert found.keys() == {"status", "reason"} and found["status"] == "not-run"
+        assert len(found["reason"]) > 30 and "\n" not in found["reason"]
+    cuda = "ONNX Runtime's CUDAExecutionProvider does not start on this machine"
+    assert providers["cuda"]["reason"] == cuda
     assert {"  on cuda", "  on tensorrt"} <= set(seen.lines())
 
 
@@ -226,6 +244,25 @@ def test_a_number_that_is_not_finite_on_a_provider_is_anomalous(whole: Project) 
     assert not any("tensorrt" in reason for reason in verdict["reasons"])
 
 
+def test_the_options_are_spelled_as_onnx_runtime_reads_them(whole: Project) -> None:
+    """It takes True and False alone for a flag of its TensorRT provider, and says so only where that runs."""
+    loaded = api.load(whole.latest)
+    samples = evaluation_samples(
+        loaded.recipe, whole.folder, Artifacts(None, None, None, OnnxModel(loaded.path), None, {})
+    )
+    found = gpu_rows.options_of(
+        "TensorrtExecutionProvider", loaded.path / "model.onnx", loaded.recipe, samples
+    )
+    assert found["trt_int8_enable"] == "True" and "trt_fp16_enable" not in found
+    assert found["trt_profile_max_shapes"].startswith(f"input_ids:4x{CONTEXT},")
+    half = loaded.recipe.model_copy(
+        update={"format": loaded.recipe.format.model_copy(update={"compute": "fp16"})}
+    )
+    found = gpu_rows.options_of("TensorrtExecutionProvider", loaded.path / "model.onnx", half, samples)
+    assert found["trt_fp16_enable"] == "True"
+    assert gpu_rows.options_of("CUDAExecutionProvider", Path(), half, samples) == {"use_tf32": "0"}
+
+
 def test_profiles_go_from_one_sample_to_the_largest_batch() -> None:
     inputs = {"input_ids": ["batch", "sequence"], "pixel_values": ["batch", 3, 32, 32]}
     found = profile_of(inputs, {"batch": (1, 8), "sequence": (1, 64)})
@@ -236,3 +273,36 @@ def test_profiles_go_from_one_sample_to_the_largest_batch() -> None:
     }
     with pytest.raises(MachineError, match="the axes past have no size"):
         profile_of({"past_key_values.0.key": ["batch", 2, "past", 8]}, {"batch": (1, 8)})
+
+
+def test_nodes_are_counted_by_the_provider_that_took_them() -> None:
+    def part(name: str, nodes: int) -> SimpleNamespace:
+        return SimpleNamespace(ep_name=name, get_nodes=lambda: [None] * nodes)
+
+    parts = [
+        part("CUDAExecutionProvider", 3),
+        part("CPUExecutionProvider", 1),
+        part("CUDAExecutionProvider", 2),
+    ]
+    session = SimpleNamespace(
+        get_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        get_provider_graph_assignment_info=lambda: parts,
+    )
+    assert assigned_nodes(session) == {"CUDAExecutionProvider": 5, "CPUExecutionProvider": 1}
+    assert assigned_nodes(SimpleNamespace(get_providers=session.get_providers)) is None
+
+
+def test_a_provider_that_took_no_node_is_not_measured(
+    whole: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_rows, "compute_capability", lambda: 89)
+    monkeypatch.setattr(gpu_rows, "PROVIDERS", {"cuda": "CPUExecutionProvider"})
+    monkeypatch.setattr(gpu_rows, "options_of", lambda *_: {})
+    monkeypatch.setattr(gpu_rows, "assigned_nodes", lambda session: {"AnotherProvider": 7})
+    loaded = api.load(whole.latest)
+    found = gpu_rows.provider_rows(
+        loaded.recipe, OnnxModel(loaded.path), None, None, 1, tmp_path, Reporter(silent=True)
+    )
+    assert found == {
+        "cuda": {"status": "not-run", "reason": "CPUExecutionProvider took no node of the graph"}
+    }

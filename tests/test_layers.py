@@ -54,7 +54,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "wording", "structure", "data_rules", "rules", "adapter_rules", "recipe", "codebook_rules", "check",
     }),
     ("models in three forms", {
-        "engine", "evaluation", "flips", "gpu_rows", "layerwise",
+        "engine", "evaluation", "flips", "gpu_rows", "held", "layerwise",
         "prepare", "observe", "checkpoint", "certificate", "certificate_codebooks",
         "certificate_graph",
         "certificate_points", "codebook_nodes", "precision", "sizes",
@@ -102,7 +102,7 @@ DOORS: dict[str, set[str]] = {
         "loop", "blockwise", "calibration", "trainedfile", "runners", "tensorfile", "train", "fold", "export",
         "verify",
         "tasks.image_classification", "tasks.images",
-        "layerwise", "sharpness", "engine",
+        "layerwise", "sharpness", "engine", "held",
     },
     "transformers": {"models", "models.attention", "models.cache", "models.gpt2", "models.residual",
                      "models.stock", "models.vit", "models.image_residual", "models.stock_images"},

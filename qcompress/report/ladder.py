@@ -9,8 +9,10 @@ from rich import box
 from rich.table import Table
 
 BESIDE = ("dynamic", "deployed")
-HELD = "same codes"
 """What else a row may have been measured as: its key in the row, and its line in the ladder."""
+
+HELD = "same codes"
+"""The line of `held` of the onnx row."""
 
 
 def ladder(report: dict[str, Any]) -> Table:

@@ -29,6 +29,7 @@ from study import Job, Place, Study, arm_job, read_study, start_job
 from table import rebuild
 
 from qcompress import api
+from qcompress.artifacts import sha256_file
 from qcompress.errors import INTERRUPTED, QcompressError, UsageError
 from qcompress.goals import METRICS
 from qcompress.processes import announced
@@ -68,8 +69,13 @@ class Runner:
     def prepare(self) -> None:
         """Make what the study's own script makes, if it is not there."""
         made = self.place.made
-        if self.study.prepare is None or made.is_dir():
+        if self.study.prepare is None:
             return
+        digest = sha256_file(self.place.folder / self.study.prepare)
+        mark = made.with_name("made.sha256")  # of the script alone, not of what it imports
+        if made.is_dir() and mark.is_file() and mark.read_text(encoding="utf-8") == digest:
+            return
+        shutil.rmtree(made, ignore_errors=True)
         partial = made.with_name("made.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -78,6 +84,7 @@ class Runner:
         if subprocess.run([sys.executable, str(script), str(partial), str(self.place.data)]).returncode != 0:
             raise UsageError(f"{script} failed", fix="mend it, or see what it says above")
         partial.rename(made)
+        mark.write_text(digest, encoding="utf-8")
 
     def start(self, task: str) -> tuple[Job, Path] | None:
         """The float model's job and run directory; a finished run is found again in its cache."""

@@ -68,6 +68,8 @@ class TaskOptions(Options):
             raise ValueError(
                 "`columns` names those of train and of test where `key` is npz, and nothing else"
             )
+        if {"test", "holdout"} & self.others.keys():
+            raise ValueError("`others` may not be called test or holdout, which are the task's own")
         return self
 
 
