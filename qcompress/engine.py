@@ -25,6 +25,9 @@ from qcompress.probe import SCRIPT, EngineMeasurement, read_measurement
 from qcompress.targets.child import command, environment
 from qcompress.targets.device import compute_capability
 
+HINT = "measure it with probe/measure_engine.py"
+"""What to do about an engine that was not measured here."""
+
 TIMEOUT_S = 1800
 """For loading, all samples and the clock; TensorRT-RTX compiles the plan for the GPU first."""
 
@@ -95,7 +98,7 @@ def why_not(engine: Engine) -> str | None:
     """What keeps this machine from running an engine, before anything is started; None if nothing does."""
     facts = read_json(engine.path / "build.json")
     if compute_capability() is None:
-        return f"a {facts['backend']} plan runs on its GPU: measure it with probe/measure_engine.py"
+        return f"a {facts['backend']} plan runs on its GPU: {HINT}"
     return None
 
 
@@ -107,7 +110,6 @@ def measure(kit: Path, engine: Engine, onnx: Path, out: Path) -> EngineMeasureme
     facts = read_json(engine.path / "build.json")
     file = out / "engine.json"
     arguments = [str(kit.resolve()), "--plan", str(engine.plan.resolve()), "--out", str(file.resolve())]
-    hint = "measure it with probe/measure_engine.py"
     if facts["version_compatible"]:
         arguments.append("--trust-plan")  # it was built here
     try:
@@ -123,12 +125,12 @@ def measure(kit: Path, engine: Engine, onnx: Path, out: Path) -> EngineMeasureme
         )
         if done.returncode != 0 or not file.is_file():
             last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-            return f"the {facts['backend']} plan was not measured on this GPU ({last}): {hint}"
+            return f"the {facts['backend']} plan was not measured on this GPU ({last}): {HINT}"
         return read_measurement(file, kit, onnx)
     except subprocess.TimeoutExpired:
-        return f"the {facts['backend']} plan did not end within {TIMEOUT_S} s on this GPU: {hint}"
+        return f"the {facts['backend']} plan did not end within {TIMEOUT_S} s on this GPU: {HINT}"
     except UsageError as error:
-        return f"{error.message}: {hint}"
+        return f"{error.message}: {HINT}"
     finally:
         file.unlink(missing_ok=True)
 

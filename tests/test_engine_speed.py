@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from played_engine import HostMemory
 
 from qcompress.probe import SCRIPT
 
@@ -31,47 +32,28 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-class HostCuda:
-    """Memory of this process; a stream is a list of what it was told."""
+class HostCuda(HostMemory):
+    """Counts what was waited for; its device may take no graph."""
 
     captures = True
 
     def __init__(self) -> None:
-        self.live: dict[int, Any] = {}
+        super().__init__()
         self.launched = 0
 
-    def allocate(self, size: int) -> ctypes.c_void_p:
-        memory = (ctypes.c_char * max(size, 1))()
-        self.live[ctypes.addressof(memory)] = memory
-        return ctypes.c_void_p(ctypes.addressof(memory))
-
-    def free(self, pointer: ctypes.c_void_p) -> None:
-        del self.live[pointer.value]
-
-    def upload(self, pointer: ctypes.c_void_p, array: np.ndarray) -> None:
-        ctypes.memmove(pointer, array.ctypes.data, array.nbytes)
-
-    def download(self, array: np.ndarray, pointer: ctypes.c_void_p) -> None:
-        ctypes.memmove(array.ctypes.data, pointer, array.nbytes)
-
-    def synchronize(self) -> None:
-        pass
-
-    def stream(self) -> ctypes.c_void_p:
-        return ctypes.c_void_p(1)
+    @property
+    def live(self) -> dict[int, Any]:
+        """What was allocated and not given back."""
+        return self._held
 
     def wait(self, stream: ctypes.c_void_p) -> None:
-        assert stream.value == 1
+        super().wait(stream)
         self.launched += 1
 
     def captured(self, stream: ctypes.c_void_p, launch: Any) -> Any:
         if not self.captures:
             raise RuntimeError("cudaStreamEndCapture: operation not permitted")
-        launch()
-        return launch
-
-    def replay(self, graph: Any, stream: ctypes.c_void_p) -> None:
-        graph()
+        return super().captured(stream, launch)
 
 
 class Context:

@@ -640,7 +640,7 @@ def test_there_are_studies() -> None:
 def test_the_table_of_a_study_is_made_of_its_results(tools: Machinery, tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     shutil.copytree(STUDIES / name, folder)
-    tools.table.rebuild(folder, tools.study.read_study(folder))
+    tools.table.rebuild(folder, tools.study.read_study(STUDIES / name))
     for file in ("README.md", "score.svg"):
         if (STUDIES / name / file).exists() or (folder / file).exists():
             assert (folder / file).read_bytes() == (STUDIES / name / file).read_bytes()

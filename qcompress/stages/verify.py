@@ -12,8 +12,7 @@ Two rows have another measurement in them, {"metrics", "distance"}, with which n
     onnx["deployed"]     the graph as ONNX Runtime runs it by default
 
 A third one, onnx["held"], compares the graph with the folded model from the graph's own codes, so that ties
-of rounding are told from defects (`layerwise.py`): {"samples", "codes", "differ", "unexplained",
-"first_unexplained", "distance"}.
+of rounding are told from defects (`layerwise.held_codes` says what is in it).
 """
 
 from __future__ import annotations
@@ -118,10 +117,7 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
                 recipe, artifacts, samples, reference, previous, out, reporter, device
             )
             if wants_held(recipe, artifacts, result):
-                try:
-                    row["held"] = held_codes(recipe, artifacts.folded, artifacts.onnx, samples, reporter)
-                except ContractError as error:  # the row is judged by its own distance then
-                    reporter.say(f"verify: the codes of the graph were not compared: {error.message}")
+                row |= _held(recipe, artifacts, samples, reporter)
             if on_gpu := provider_rows(recipe, artifacts.onnx, samples, reference, threads, out, reporter):
                 row["providers"] = on_gpu
             _write_kit(out, recipe, samples, artifacts, reporter)
@@ -142,6 +138,17 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
     write_json(out / "parity.json", {"rows": rows, **facts})
     results = {stage: result.samples for stage, result in measured.items()}
     write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN)
+
+
+def _held(recipe: Recipe, artifacts: Artifacts, samples: Samples, reporter: Reporter) -> dict[str, Any]:
+    """`held` of the onnx row; nothing where a place of the graph was not found, and the row is judged by its
+    own distance.
+    """
+    try:
+        return {"held": held_codes(recipe, artifacts.folded, artifacts.onnx, samples, reporter)}
+    except ContractError as error:
+        reporter.say(f"verify: the codes of the graph were not compared: {error.message}")
+        return {}
 
 
 def wants_held(recipe: Recipe, artifacts: Artifacts, onnx: Measured) -> bool:
