@@ -30,13 +30,14 @@ from qcompress.tasks import TASKS
 STUDIES = Path(__file__).parent.parent / "recipes" / "studies"
 SHIPPED = sorted(file.parent.name for file in STUDIES.glob("*/study.yaml"))
 
-MODULES = ("plot", "results", "run", "study", "table")
+MODULES = ("jobs", "plot", "results", "run", "study", "table")
 
 
 @dataclass(frozen=True)
 class Machinery:
     """The modules beside run.py, which are no package."""
 
+    jobs: ModuleType
     plot: ModuleType
     results: ModuleType
     run: ModuleType
@@ -365,12 +366,12 @@ def test_other_data_runs_again_and_another_folder_does_not(
     copy: Made, tools: Machinery, started: list[str], tmp_path: Path
 ) -> None:
     study = tools.study.read_study(copy.folder)
-    here = tools.study.Place(copy.folder, copy.data, copy.out / "letters")
+    here = tools.jobs.Place(copy.folder, copy.data, copy.out / "letters")
     shutil.copytree(copy.data, tmp_path / "moved")
-    there = tools.study.Place(copy.folder, tmp_path / "moved", tmp_path / "work")
+    there = tools.jobs.Place(copy.folder, tmp_path / "moved", tmp_path / "work")
 
     def digest(place: Any) -> str:
-        return tools.study.start_job(study, "letters", place).digest
+        return tools.jobs.start_job(study, "letters", place).digest
 
     before = digest(there)
     assert digest(here) == before
@@ -385,12 +386,12 @@ def test_other_data_runs_again_and_another_folder_does_not(
 
 @pytest.mark.slow
 def test_a_default_that_is_written_out_runs_nothing_again(copy: Made, tools: Machinery) -> None:
-    place = tools.study.Place(copy.folder, copy.data, copy.out / "letters")
+    place = tools.jobs.Place(copy.folder, copy.data, copy.out / "letters")
     digests = []
     for opset in (None, 21, 22):
         if opset is not None:
             change(copy, tools, "start", "set", "export.opset", value=opset)
-        digests.append(tools.study.start_job(tools.study.read_study(copy.folder), "letters", place).digest)
+        digests.append(tools.jobs.start_job(tools.study.read_study(copy.folder), "letters", place).digest)
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -400,7 +401,7 @@ def test_a_choice_among_classes_is_known_by_its_name(tools: Machinery) -> None:
     for name in ("lsq", "ternary", "minmax"):
         quantizer = {"weights": name, "activations": "minmax", "embeddings": "minmax"}
         recipe = make_recipe(Path("text.txt"), quantizer=quantizer)
-        found[name] = tools.study.essence(recipe, recipe.model_dump(mode="json", by_alias=True))
+        found[name] = tools.jobs.essence(recipe, recipe.model_dump(mode="json", by_alias=True))
     assert found["lsq"]["quantizer"]["weights"] == {"name": "lsq"}
     assert found["ternary"]["quantizer"]["weights"] == {"name": "ternary"}
     assert "quantizer" not in found["minmax"] and "cache" not in found["lsq"]["format"]
@@ -467,7 +468,7 @@ def test_rows_of_a_table_are_held_out_at_random_and_none_is_lost(
     head = [b"\xef\xbb\xbfQuality\tString\n"] if header else []
     (tmp_path / "train.tsv").write_bytes(b"".join([*head, *lines]))
     task = tools.study.TaskOptions(train="train.tsv", test="dev.tsv", header=header)
-    files = tools.study.split_data("task", task, tools.study.Place(tmp_path, tmp_path, tmp_path / "work"))
+    files = tools.jobs.split_data("task", task, tools.jobs.Place(tmp_path, tmp_path, tmp_path / "work"))
     parts = [files[name].read_bytes().splitlines(keepends=True) for name in ("train", "holdout")]
     for part in parts:
         assert part[: len(head)] == head
@@ -486,8 +487,8 @@ def test_rows_of_an_archive_are_held_out_at_random_and_stay_together(
         "train": {"image": "x_train", "label": "y_train"}, "test": {"image": "x_test", "label": "y_test"}
     }  # fmt: skip
     task = tools.study.TaskOptions(train="all.npz", test="all.npz", key="npz", columns=columns)
-    place = tools.study.Place(tmp_path, tmp_path, tmp_path / "work")
-    files = tools.study.split_data("images", task, place)
+    place = tools.jobs.Place(tmp_path, tmp_path, tmp_path / "work")
+    files = tools.jobs.split_data("images", task, place)
     found = {}
     for part, count in (("train", 36), ("holdout", 4)):
         with np.load(files[part]) as archive:
@@ -497,7 +498,7 @@ def test_rows_of_an_archive_are_held_out_at_random_and_stay_together(
     assert sorted(found["train"] + found["holdout"]) == labels.tolist()
     assert found["holdout"] != labels[-4:].tolist() and files["test"] == tmp_path / "all.npz"
     written = [files[part].stat().st_mtime_ns for part in ("train", "holdout")]
-    assert tools.study.split_data("images", task, place) == files
+    assert tools.jobs.split_data("images", task, place) == files
     assert [files[part].stat().st_mtime_ns for part in ("train", "holdout")] == written
     with pytest.raises(ValueError, match="columns"):
         tools.study.TaskOptions(train="all.npz", test="all.npz", key="npz")
@@ -514,7 +515,7 @@ def two_sets(folder: Path, tools: Machinery, tiny_model: Path, text_file: Path) 
     for name, part in (("train.txt", text[:4000]), ("test.txt", text[4000:6000])):
         (folder / name).write_text(part)
     (folder / "letters" / "more.txt").write_text(text[6000:8000])
-    place = tools.study.Place(folder / "letters", folder, folder / "work")
+    place = tools.jobs.Place(folder / "letters", folder, folder / "work")
     return tools.study.read_study(place.folder), place
 
 
@@ -525,13 +526,13 @@ def test_more_sets_are_measured_by_final_runs_alone_and_belong_to_their_digest(
     (tmp_path / "float").mkdir()
 
     def jobs() -> list[Any]:
-        start = tools.study.start_job(study, "letters", place), tmp_path / "float"
+        start = tools.jobs.start_job(study, "letters", place), tmp_path / "float"
         chosen = study.arms["lsq"].trials[0]
-        final = tools.study.arm_job(study, "lsq", "letters", 0, place, start, chosen)
+        final = tools.jobs.arm_job(study, "lsq", "letters", 0, place, start, chosen)
         return [
             start[0],
             final,
-            tools.study.arm_job(study, "lsq", "letters", 0, place, start, chosen, trial=0),
+            tools.jobs.arm_job(study, "lsq", "letters", 0, place, start, chosen, trial=0),
         ]
 
     recipes = [examine(job.recipe, job.overrides)[1] for job in jobs()]
@@ -673,17 +674,17 @@ def test_every_run_of_a_study_is_a_valid_recipe(tools: Machinery, tmp_path: Path
     study = tools.study.read_study(STUDIES / name)
     if not os.environ.get("QCOMPRESS_ASSETS"):
         pytest.skip("QCOMPRESS_ASSETS does not name a directory of real models and texts")
-    place = tools.study.Place(STUDIES / name, Path(os.environ["QCOMPRESS_ASSETS"]).resolve(), tmp_path)
+    place = tools.jobs.Place(STUDIES / name, Path(os.environ["QCOMPRESS_ASSETS"]).resolve(), tmp_path)
     count = 0
     for arm, task, seed in study.jobs():
         chooser = study.chooser(arm)
         trials = [{}] if chooser is None else study.arms[chooser].trials
         start = None
         if study.start is not None:
-            start = tools.study.start_job(study, task, place), tmp_path / "float"
+            start = tools.jobs.start_job(study, task, place), tmp_path / "float"
             start[1].mkdir(exist_ok=True)
         for chosen in trials:
-            job = tools.study.arm_job(study, arm, task, seed, place, start, chosen)
+            job = tools.jobs.arm_job(study, arm, task, seed, place, start, chosen)
             document, recipe = examine(job.recipe, job.overrides)
             assert recipe is not None and document.mistakes == []
             assert recipe.seed == seed

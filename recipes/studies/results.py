@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from study import essence
+from jobs import essence
 
 from qcompress import api
 from qcompress.artifacts import read_json

@@ -24,8 +24,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from jobs import Job, Place, arm_job, start_job
 from results import check_size, read_result, result_of, write_document
-from study import Job, Place, Study, arm_job, read_study, start_job
+from study import Study, read_study
 from table import rebuild
 
 from qcompress import api
