@@ -95,7 +95,7 @@ def _small(recipe: Recipe, source: Path) -> Recipe:
         "train": {"batch_size": min(recipe.train.batch_size, BATCH), "phases": _phases(recipe)},
         "build": {"profiles": [_within(profile, context) for profile in recipe.build.profiles]},
         "verify": {"samples": min(recipe.verify.samples or SEQUENCES, SEQUENCES)},
-        "gate": {"float_floor": {}, "recovery": {}, "parity": _parity(recipe)},
+        "gate": {"float_floor": {}, "recovery": {}, "parity": limits_of(recipe)},
     }
     update: dict[str, Any] = {"data": _little(recipe.data)}
     for section, values in sections.items():
@@ -127,14 +127,14 @@ def _within(profile, context: int):
     )
 
 
-def _parity(recipe: Recipe) -> dict[str, Any]:
+def limits_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe's own limits and the default ones, without agreement, of which two blocks know little, and
     without any for the engine. A graph that rounds activations is judged by default from its own codes.
     """
     form = recipe.format
-    forms = [form.activations, form.attention, form.residual, form.cache]
-    forms += [layer.activations for layer in form.layers.values() if layer.activations != "inherit"]
-    left_out = {"engine"} | ({"onnx"} if any(one not in (None, "float") for one in forms) else set())
+    rounded = [form.activations, form.attention, form.residual, form.cache]
+    rounded += [layer.activations for layer in form.layers.values() if layer.activations != "inherit"]
+    left_out = {"engine", "onnx"} if any(rounded) else {"engine"}
     limits = {row: goal for row, goal in PARITY[form.compute].items() if row not in left_out}
     limits |= recipe.gate.parity
     found = {row: goal.model_copy(update={"top1_agreement": None}) for row, goal in limits.items()}

@@ -10,15 +10,16 @@ import pytest
 import torch
 from lines import NAME, cli, finished, make_project
 from safetensors.torch import load_file
-from tiny import make_checkpoint
+from tiny import make_checkpoint, make_recipe
 from transformers import GPT2LMHeadModel
 
 from qcompress import api
 from qcompress.artifacts import read_json
 from qcompress.errors import UsageError
+from qcompress.goals import Gate, ParityGoal
 from qcompress.models import describe
 from qcompress.report.seeds import summarise
-from qcompress.smoke import BLOCKS, SEQUENCES, shorten
+from qcompress.smoke import BLOCKS, SEQUENCES, limits_of, shorten
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,24 @@ def test_a_smoke_run_is_the_whole_line_on_little(deep: Path, text_file: Path, tm
         ("calibrate", "transformer.h.0"), ("calibrate", "transformer.h.1"), ("finetune", None),
     ]  # fmt: skip
     assert cli("verify", run.path).code == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "mean_abs"),
+    [
+        ("w8a8", None), ({"preset": "w4a16-g64", "layers": {"*.c_fc": {"activations": "int8"}}}, None),
+        ({"preset": "w8a16", "cache": "int8"}, None), ("w4a16-g64", 2e-4),
+    ],
+)  # fmt: skip
+def test_what_rounds_is_judged_from_its_own_codes_and_the_rest_by_its_distance(
+    form: object, mean_abs: float | None, text_file: Path
+) -> None:
+    recipe = make_recipe(text_file, format=form, method="ptq")
+    limits = limits_of(recipe)
+    assert limits.get("onnx") == (mean_abs and ParityGoal(mean_abs=mean_abs))
+    assert limits["folded"] == ParityGoal(max_abs=0.0) and limits["engine"] == ParityGoal()
+    own = recipe.model_copy(update={"gate": Gate(parity={"onnx": {"mean_abs": 0.5, "top1_agreement": 0.5}})})
+    assert limits_of(own)["onnx"] == ParityGoal(mean_abs=0.5)
 
 
 def test_the_whole_recipe_is_checked_before(deep: Path, text_file: Path, tmp_path: Path) -> None:

@@ -67,6 +67,12 @@ def test_rows_of_an_archive_are_held_out_at_random_and_stay_together(
         tools.study.TaskOptions(train="all.npz", test="all.npz", key="npz")
 
 
+@pytest.mark.parametrize("name", ["test", "holdout"])
+def test_no_other_set_takes_the_name_of_the_tasks_own(tools: Machinery, name: str) -> None:
+    with pytest.raises(ValueError, match="the task's own"):
+        tools.study.TaskOptions(train="a.txt", test="b.txt", key="text", others={name: "c.txt"})
+
+
 def two_sets(folder: Path, tools: Machinery, tiny_model: Path, text_file: Path) -> tuple[Any, Any]:
     """A study whose final runs are measured on a second text, and where it is."""
     task = STUDY["tasks"]["letters"] | {
@@ -108,7 +114,7 @@ def test_more_sets_are_measured_by_final_runs_alone_and_belong_to_their_digest(
     assert after[:2] != before[:2] and after[0] != before[0] and after[1] != before[1]
 
 
-def test_what_a_study_prepares_is_made_once_and_a_failure_ends_it(
+def test_what_a_study_prepares_is_made_once_for_a_script_and_a_failure_ends_it(
     tools: Machinery, tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
     study, place = two_sets(tmp_path, tools, tiny_model, text_file)
@@ -127,6 +133,9 @@ def test_what_a_study_prepares_is_made_once_and_a_failure_ends_it(
     first = (place.made / "x").read_text()
     runner.prepare()
     assert (place.made / "x").read_text() == first
+    script.write_text(script.read_text() + "  # another script")
+    runner.prepare()
+    assert (place.made / "x").read_text() != first
 
 
 def fake_result(arm: str, seed: int, scores: dict[str, float], size: int | None) -> dict[str, Any]:
