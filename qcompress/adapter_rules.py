@@ -39,7 +39,9 @@ def judge_adapter(
 def _no_place(recipe: Recipe, document: Document, architecture: Architecture, key: Key) -> None:
     family, stated = architecture.family, sorted({site.kind for site in architecture.sites})
     if not stated:
-        message = f"nothing folds: a {family} model states no place for a rescaling"
+        shared = any(layer.kind == "linear" and layer.tied_to for layer in architecture.layers)
+        what = "blocks that share their weights state" if shared else f"a {family} model states"
+        message = f"nothing folds: {what} no place for a rescaling"
         document.report(key, message, "drop the adapter, such as with `method: lsq`")
         return
     asked = recipe.adapter.sites

@@ -19,10 +19,13 @@ from qcompress.certificate_codebooks import certify_codebook, looked_up
 from qcompress.certificate_graph import (
     FLOATS,
     Graph,
+    Use,
     first_difference,
     input_pair,
     matmuls,
+    own_matmuls,
     same,
+    uses_of,
     verdict,
     zero_is_zero,
 )
@@ -33,10 +36,12 @@ DTYPES = {8: TensorProto.INT8, 4: TensorProto.INT4, 2: TensorProto.INT2}
 
 def certify(file: Path, folded: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
     """Compare `file` with `folded`/folded.safetensors; `complete` only if every layer passed."""
-    graph = Graph.read(file)
+    graph, uses = Graph.read(file), uses_of(plan)
     with safe_open(folded / "folded.safetensors", framework="np") as tensors:
         layers = [
-            (certify_codebook if item.codebook else _certify_layer)(graph, tensors, item)
+            (certify_codebook if item.codebook else _certify_layer)(
+                graph, tensors, item, uses.get(item.name, Use())
+            )
             for item in plan
             if item.weights
         ]
@@ -46,7 +51,7 @@ def certify(file: Path, folded: Path, plan: tuple[LayerPlan, ...]) -> dict[str, 
     return {"layers": layers, "float_copies": copies, "expected": expected, "complete": complete}
 
 
-def _certify_layer(graph: Graph, tensors: Any, item: LayerPlan) -> dict[str, Any]:
+def _certify_layer(graph: Graph, tensors: Any, item: LayerPlan, use: Use) -> dict[str, Any]:
     owner = item.layer.tied_to or item.name
     codes_name, scale_name = f"{owner}.weight.codes", f"{owner}.weight.scale"
     reasons: list[str] = []
@@ -69,7 +74,7 @@ def _certify_layer(graph: Graph, tensors: Any, item: LayerPlan) -> dict[str, Any
 
     sources = [node.output[0] for node in decoders]
     scales_equal = bool(decoders) and not wrong_scales
-    return verdict(graph, sources, tensors, item, bool(codes_equal), scales_equal, reasons)
+    return verdict(graph, sources, tensors, item, use, bool(codes_equal), scales_equal, reasons)
 
 
 def _wrong_scales(graph: Graph, decoders: list[NodeProto], reference: np.ndarray) -> list[str]:
@@ -100,7 +105,8 @@ def _unread(graph: Graph, decoders: list[NodeProto], item: LayerPlan) -> list[st
 
 
 def _wrong_layout(decoders: list[NodeProto], item: LayerPlan) -> list[str]:
-    table = item.layer.kind in ("embedding", "conv") or item.layer.tied_to is not None
+    tied_head = item.layer.kind == "head" and item.layer.tied_to is not None
+    table = item.layer.kind in ("embedding", "conv") or tied_head
     channel_axis = 0 if table else 1
     axis = channel_axis if item.block is None else 1 - channel_axis
     found = []
@@ -117,7 +123,7 @@ def matmul_inputs(graph: Graph, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[
     In the order of the graph's nodes, which is a topological one. A layer whose weight no matmul reads under
     its own name is left out.
     """
-    order = {name: place for place, node in enumerate(graph.nodes) for name in node.output}
+    uses = uses_of(plan)
     found: dict[str, tuple[str, str | None]] = {}
     places: dict[str, int] = {}
     for item in plan:
@@ -129,11 +135,11 @@ def matmul_inputs(graph: Graph, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[
         ]
         sources = [node.output[0] for node in decoders] if item.weights else [f"{owner}.weight"]
         sources = looked_up(graph, owner) if item.codebook else sources
-        for matmul, own in (pair for name in sources for pair in matmuls(graph, name)):
+        for matmul, own in own_matmuls(graph, sources, uses[item.name]):
             value = next(name for name in matmul.input[:2] if name != own)
             pair = input_pair(graph, value)
             found[item.name] = (pair.quantize.input[0], pair.dequantize.input[0]) if pair else (value, None)
-            places[item.name] = order[matmul.output[0]]
+            places[item.name] = graph.order[matmul.output[0]]
     return {name: found[name] for name in sorted(found, key=places.__getitem__)}
 
 

@@ -14,6 +14,7 @@ from onnx import NodeProto
 
 from qcompress.certificate_graph import (
     Graph,
+    Use,
     first_difference,
     matmuls,
     same,
@@ -23,7 +24,7 @@ from qcompress.certificate_graph import (
 from qcompress.plan import LayerPlan
 
 
-def certify_codebook(graph: Graph, tensors: Any, item: LayerPlan) -> dict[str, Any]:
+def certify_codebook(graph: Graph, tensors: Any, item: LayerPlan, use: Use) -> dict[str, Any]:
     """One layer whose weight is indices and a table; `tensors` are those of folded.safetensors."""
     owner = item.layer.tied_to or item.name
     reasons: list[str] = []
@@ -31,7 +32,7 @@ def certify_codebook(graph: Graph, tensors: Any, item: LayerPlan) -> dict[str, A
     table = _stored(graph, tensors, f"{owner}.weight.centroids", reasons)
     scales = _table_scale(graph, tensors, owner, reasons) if item.weights.table == "int8" else True
     ends = _ends(graph, owner, item, reasons)
-    return verdict(graph, ends, tensors, item, indices and table, scales, reasons)
+    return verdict(graph, ends, tensors, item, use, indices and table, scales, reasons)
 
 
 def _stored(graph: Graph, tensors: Any, name: str, reasons: list[str]) -> bool:

@@ -26,6 +26,8 @@ class Graph:
     producer: dict[str, NodeProto]
     readers: dict[str, list[NodeProto]]
     nodes: tuple[NodeProto, ...]
+    order: dict[str, int]
+    """Place of the node that makes a value."""
 
     @classmethod
     def read(cls, file: Path) -> Graph:
@@ -41,6 +43,7 @@ class Graph:
             producer={name: node for node in graph.node for name in node.output},
             readers=readers,
             nodes=tuple(graph.node),
+            order={name: place for place, node in enumerate(graph.node) for name in node.output},
         )
 
     def array(self, name: str) -> np.ndarray | None:
@@ -57,37 +60,65 @@ def zero_is_zero(graph: Graph, node: NodeProto) -> bool:
     return zero is not None and not np.any(zero.astype(np.int8))
 
 
-def input_pairs(graph: Graph, sources: list[str], tensors: Any, item: LayerPlan) -> tuple[int, bool]:
+class Use(NamedTuple):
+    """Which of the matmuls with one weight is a layer's own: blocks that share their weights follow one
+    another in the graph as they do in the plan.
+    """
+
+    place: int = 0
+    count: int = 1
+
+
+def uses_of(plan: tuple[LayerPlan, ...]) -> dict[str, Use]:
+    """Of every layer with a matmul, by name."""
+    sharers: dict[str, list[str]] = {}
+    for item in plan:
+        if item.layer.kind != "embedding":
+            sharers.setdefault(item.layer.tied_to or item.name, []).append(item.name)
+    return {name: Use(place, len(names)) for names in sharers.values() for place, name in enumerate(names)}
+
+
+def own_matmuls(graph: Graph, sources: list[str], use: Use) -> list[tuple[NodeProto, str]]:
+    """The layer's own matmul among those that read its decoded weight, and the name it reads it by; all of
+    them where there are more or fewer than the layers that share it.
+    """
+    found = [pair for source in sources for pair in matmuls(graph, source)]
+    found.sort(key=lambda pair: graph.order[pair[0].output[0]])
+    return found[use.place : use.place + 1] if len(found) == use.count else found
+
+
+def input_pairs(
+    graph: Graph, sources: list[str], tensors: Any, item: LayerPlan, use: Use
+) -> tuple[int, bool]:
     """Q/DQ pairs in front of this layer's matmul, and whether their scale is the folded one; `sources` are
     the values that its decoded weight comes out of.
     """
     if item.layer.kind == "embedding":
         return 0, True
     pairs, equal = 0, True
-    for source in sources:
-        for matmul, own in matmuls(graph, source):
-            other = next((name for name in matmul.input[:2] if name != own), None)
-            pair = input_pair(graph, other or "")
-            if pair is None:
-                continue
-            pairs += 1
-            if not item.activations:
-                continue
-            reference = tensors.get_tensor(f"{item.name}.input.scale")
-            equal &= bounds_fit(graph, pair.clip, item.activations.bounds)
-            for node in (pair.quantize, pair.dequantize):
-                scale = graph.array(node.input[1])
-                equal &= scale is not None and same(scale, reference.astype(scale.dtype))
-                equal &= zero_is_zero(graph, node)
+    for matmul, own in own_matmuls(graph, sources, use):
+        other = next((name for name in matmul.input[:2] if name != own), None)
+        pair = input_pair(graph, other or "")
+        if pair is None:
+            continue
+        pairs += 1
+        if not item.activations:
+            continue
+        reference = tensors.get_tensor(f"{item.name}.input.scale")
+        equal &= bounds_fit(graph, pair.clip, item.activations.bounds)
+        for node in (pair.quantize, pair.dequantize):
+            scale = graph.array(node.input[1])
+            equal &= scale is not None and same(scale, reference.astype(scale.dtype))
+            equal &= zero_is_zero(graph, node)
     return pairs, equal
 
 
 def verdict(
-    graph: Graph, sources: list[str], tensors: Any, item: LayerPlan, codes_equal: bool, scales_equal: bool,
-    reasons: list[str],
+    graph: Graph, sources: list[str], tensors: Any, item: LayerPlan, use: Use, codes_equal: bool,
+    scales_equal: bool, reasons: list[str],
 ) -> dict[str, Any]:  # fmt: skip
     """What the certificate says of a layer whose decoded weight comes out of `sources`, with its input."""
-    pairs, input_equal = input_pairs(graph, sources, tensors, item)
+    pairs, input_equal = input_pairs(graph, sources, tensors, item, use)
     expected = 1 if item.activations else 0
     if pairs != expected:
         reasons.append(f"{pairs} Q/DQ pairs in front of the matmul, {expected} expected")

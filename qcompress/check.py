@@ -20,6 +20,7 @@ from qcompress.errors import Mistake, ModelError, RecipeError
 from qcompress.formats import INT2_OPSET, WeightFormat
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture, Head, Layer
+from qcompress.models.depth import BlocksError
 from qcompress.plan import CACHED, LayerPlan, PointPlan, matches, plan_layers, plan_points, rounded
 from qcompress.recipe import Resolved, base_of, examine, resolved
 from qcompress.rules import judge_profiles
@@ -95,11 +96,12 @@ def _describe_and_judge(
             document.report(key, message, f"write one of: {', '.join(carried)}")
         return None
     try:
-        architecture = describe(recipe.model.family, directory, head_of(recipe))
+        architecture = describe(recipe.model.family, directory, head_of(recipe), recipe.model.blocks)
     except (ModelError, OSError) as error:
-        if strict:
-            raise
         key = ("model", "source" if recipe.model.source else "run")
+        key = ("model", "blocks") if isinstance(error, BlocksError) else key
+        if strict and not isinstance(error, BlocksError):
+            raise
         fix = error.fix if isinstance(error, ModelError) else "check the permissions of the model's files"
         document.report(key, error.message if isinstance(error, ModelError) else str(error), fix)
         return None
@@ -112,7 +114,7 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
     settled = tuple(layer for layer in plan if _is_settled(recipe, document, layer.layer))
     _blocks(recipe, document, settled)
     _opset(recipe, document, settled)
-    _tied_head(recipe, document, settled)
+    _tied(recipe, document, settled)
     _ternary(recipe, document, settled)
     judge_codebooks(recipe, document, settled, lambda item: _origin(recipe, document, item.layer, "weights"))
     _target(recipe, document, settled)
@@ -120,6 +122,7 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
     _attentions(recipe, document, architecture)
     judge_adapter(recipe, document, architecture, settled)
     _new_head(recipe, document, architecture)
+    _layer_drop(recipe, document)
     _points(recipe, document, points)
     _cache(recipe, document)
     return Report(architecture, plan, counts, points)
@@ -206,18 +209,28 @@ def _opset(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> N
         document.report(key, message, f"write `opset: {INT2_OPSET}`, or `container: int4`")
 
 
-def _tied_head(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
-    """A head that reads the table of an embedding has that table's numbers, so it has its format as well."""
+def _tied(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
+    """A layer that has the weight of another one has its format as well; a key is told the first."""
     by_name = {layer.name: layer for layer in plan}
-    for head in plan:
-        table = by_name.get(head.layer.tied_to or "")
-        if table is None or table.weights == head.weights:
+    told: set[Key] = set()
+    for layer in plan:
+        owner = by_name.get(layer.layer.tied_to or "")
+        if owner is None or owner.weights == layer.weights:
             continue
-        origins = [_origin(recipe, document, layer.layer, "weights") for layer in (head, table)]
+        origins = [_origin(recipe, document, one.layer, "weights") for one in (layer, owner)]
         key = next((key for key in origins if key[:2] == ("format", "layers")), origins[0])
-        formats = [f"{layer.name} {layer.weights or 'float'}" for layer in (head, table)]
+        formats = [f"{one.name} {one.weights or 'float'}" for one in (layer, owner)]
         message = f"gives one tensor two formats: {' and '.join(formats)} are tied, and stored once"
-        document.report(key, message, f"name both layers, or neither: {head.name}, {table.name}")
+        if key not in told:
+            document.report(key, message, f"name both layers, or neither: {layer.name}, {owner.name}")
+        told.add(key)
+
+
+def _layer_drop(recipe: Recipe, document: Document) -> None:
+    family, key = recipe.model.family, ("train", "layer_drop")
+    if recipe.train.layer_drop and FAMILIES[family].DEPTH is None and document.sound(key):
+        message = f"leaves out blocks, and those of a {family} change the shape of what they are given"
+        document.report(key, message, "drop it")
 
 
 def _ternary(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:

@@ -170,6 +170,7 @@ def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
     return {
         "load": {
             "family": recipe.model.family,
+            "blocks": recipe.model.blocks,
             "head": asdict(head_of(recipe)),
             "processor": TASKS[recipe.task.name].processor(recipe.task),
         },

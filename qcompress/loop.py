@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qcompress.checkpoint import Checkpoints, Position, moving, restore
 from qcompress.errors import ModelError
+from qcompress.layerdrop import layer_drop
 from qcompress.methods.protocols import Group, Moment, Objective, Phase, Stepper
 from qcompress.models.architecture import Architecture
 from qcompress.prepare import Prepared, kind_of
@@ -218,7 +219,11 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
     model.train(phase.dropout)
     taps, position = taps_of(training.prepared), start
     began, read = time.monotonic(), 0
-    with training.reporter.bar(phase.name, phase.steps, done=start.step) as bar:
+    drops = recipe.train.layer_drop if phase.dropout and "weight" in phase.roles else 0.0
+    with (
+        training.reporter.bar(phase.name, phase.steps, done=start.step) as bar,
+        layer_drop(model, training.architecture, drops) as draw,
+    ):
         for step in range(start.step, phase.steps):
             rows = batch_rows(data.lengths, recipe.train.batch_size, step, recipe.seed)
             rows = training.processes.share(rows)
@@ -228,6 +233,7 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
 
             def closure(step: int = step, batch: Batch = batch) -> Tensor:
                 reseed(training.processes, recipe.seed, start.phase, 0, step)
+                draw(recipe.seed, start.phase, step)
                 return training.objective.loss(batch, step / phase.steps)
 
             set_rates(training, optimizer, groups, step, phase.steps)

@@ -240,7 +240,9 @@ def _placed(options: Build, base: Path) -> Build:
 
 
 def _float(plan: Plan, steps: Mapping[str, Step]) -> FloatModel:
-    return FloatModel(steps["load"].path, steps["load"].digest, source=plan.directory)
+    own = plan.recipe.model.blocks is not None  # the load stage has copied them
+    source = steps["load"].path if own else plan.directory
+    return FloatModel(steps["load"].path, steps["load"].digest, source=source)
 
 
 def _manifest(plan: Plan, steps: Mapping[str, Step]) -> dict[str, object]:

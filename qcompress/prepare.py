@@ -41,7 +41,7 @@ from qcompress.quant.layers import (
     FixedScale,
     QuantizedEmbedding,
     QuantizedLinear,
-    QuantizedTiedHead,
+    QuantizedTied,
     QuantizedWeight,
     RescaledNorm,
 )
@@ -54,7 +54,7 @@ from qcompress.quant.quantizers import (
 )
 from qcompress.quant.ranges import Statistics
 
-QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedTiedHead | QuantizedConv
+QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedTied | QuantizedConv
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer
             continue
         module = model.get_submodule(item.name)
         if item.layer.tied_to:
-            layer = QuantizedTiedHead(layers[item.layer.tied_to], input_quantizer(item))
+            layer = QuantizedTied(layers[item.layer.tied_to], input_quantizer(item))
         elif item.layer.kind == "embedding":
             layer = QuantizedEmbedding(module.weight, weight_quantizer(item, module.weight, 0))
         elif item.layer.kind == "conv":
@@ -298,8 +298,11 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: b
             rounding = Rounding(scale, item.activations.bounds)
         bias = tensors.pop(f"{item.name}.bias", None)
         bias = None if bias is None else bias.to(dtype)
-        if item.layer.tied_to:
-            layer = FoldedTiedHead(layers[item.layer.tied_to].weight, rounding, integer)
+        owner = layers.get(item.layer.tied_to or "")
+        if isinstance(owner, FoldedLinear):
+            layer = FoldedLinear(owner.weight, owner.bias, rounding, integer)
+        elif owner is not None:
+            layer = FoldedTiedHead(owner.weight, rounding, integer)
         elif item.layer.kind == "conv":
             codes, scale = (tensors.pop(f"{item.name}.weight.{part}") for part in ("codes", "scale"))
             weight = FoldedKernel(codes, scale.to(dtype), item.weights.stored_bits)

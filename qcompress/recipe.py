@@ -46,7 +46,7 @@ CHAIN_LIMIT = 16
 CHOICES: tuple[tuple[tuple[str, ...], tuple[str, ...] | None], ...] = (
     (("name",), None),
     (("bits",), None),
-    (("source", "run"), ("source", "run", "revision")),
+    (("source", "run"), ("source", "run", "revision", "blocks")),
     (
         ("text", "folder", "dataset"),
         ("text", "table", "npz", "folder", "columns", "dataset", "config", "split", "revision", "column"),

@@ -40,6 +40,7 @@ def judge(recipe: Recipe, document: Document, base: Path) -> None:
         _float(recipe, document)
         _phases(recipe, document)
         _roles(recipe, document)
+        _layer_drop(recipe, document)
         _training_data(recipe, document)
         _calibration_data(recipe, document)
     _evaluation_sets(recipe, document)
@@ -128,6 +129,18 @@ def _roles(recipe: Recipe, document: Document) -> None:
     for name, options in recipe.train.phases.items():
         if name in phases:
             _rates(("train", "phases", name, "lr"), options.lr, phases[name].roles, document)
+
+
+def _layer_drop(recipe: Recipe, document: Document) -> None:
+    key: Key = ("train", "layer_drop")
+    if recipe.train.layer_drop == 0 or not document.sound(key, ("schedule",), ("objective",), ("method",)):
+        return
+    if not any("weight" in phase.roles for phase in PHASES[recipe.schedule.name].values()):
+        message = f"leaves out blocks while weights train, and `{recipe.schedule.name}` trains none"
+        document.report(key, message, "drop it, or choose a method that trains weights")
+    elif recipe.objective.name in ("distillation", "teacher-intervention"):
+        message = f"leaves out blocks, and `objective: {recipe.objective.name}` compares each of them"
+        document.report(key, message, "drop it, or train with `objective: task`")
 
 
 def _rates(key: Key, rates: dict[Role, float], trained: Sequence[str], document: Document) -> None:

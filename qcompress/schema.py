@@ -103,6 +103,10 @@ class Model(Options):
     """Commit of a hub id."""
     run: str | None = None
     """Directory of an earlier run of `method: float`, instead of `source`."""
+    blocks: Annotated[list[int], Field(min_length=1)] | Literal["every-other", "pairs"] | None = None
+    """Which blocks the model is made of, by their numbers from 0; equal numbers share their weights.
+    every-other: the first, third ... (layer dropping); pairs: all, of which two and two share the weights of
+    the first. None: all, as they are."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
@@ -212,6 +216,9 @@ class Train(Options):
     """Of sgd; 0: none."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decay of the role `weight`; scales and adapters never decay."""
+    layer_drop: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that an update leaves out a block (LayerDrop, arXiv:1909.11556), in phases that train
+    weights, so that `model.blocks: every-other` can drop blocks afterwards."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of accelerate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -22,8 +22,8 @@ from qcompress.check import check_model, head_of
 from qcompress.codekey import stage_key
 from qcompress.errors import UsageError
 from qcompress.goals import PARITY, ParityGoal
-from qcompress.models import FAMILIES
-from qcompress.models.architecture import copy_tensors, read_config
+from qcompress.models import first_blocks
+from qcompress.models.architecture import copy_tensors
 from qcompress.plan import matches
 from qcompress.recipe import Resolved
 from qcompress.schema import Data, PhaseOptions, Recipe
@@ -57,11 +57,11 @@ def shorten(family: str, source: Path, folder: Path) -> Path:
     whole = folder / stage_key("smoke", {"inputs": digests, "values": {"blocks": BLOCKS}})[:16]
     if (whole / "config.json").is_file():
         return whole
-    config, keeps = FAMILIES[family].shorten(read_config(source), BLOCKS)
+    config, names = first_blocks(family, source, BLOCKS)
     partial = whole.with_name(f"{whole.name}.{os.getpid()}.tmp")
     with machine_errors(folder):
         partial.mkdir(parents=True, exist_ok=True)
-        copy_tensors(source, partial / "model.safetensors", keeps)
+        copy_tensors(source, partial / "model.safetensors", names)
         for name in READER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
@@ -89,7 +89,7 @@ def _small(recipe: Recipe, source: Path) -> Recipe:
     }
     sections: dict[str, Any] = {
         "name": f"{recipe.name[:94].rstrip('.-')}-smoke",
-        "model": {"source": str(source.absolute()), "revision": None, "run": None},
+        "model": {"source": str(source.absolute()), "revision": None, "run": None, "blocks": None},
         "task": recipe.task.within(CONTEXT),
         "format": {"layers": patterns},
         "train": {"batch_size": min(recipe.train.batch_size, BATCH), "phases": _phases(recipe)},

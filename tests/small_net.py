@@ -22,7 +22,7 @@ from qcompress.methods.squat import AlternatingUpdate
 from qcompress.options import PlainStepper, Saq, Squat
 from qcompress.prepare import kind_of
 from qcompress.quant.affine import Grid
-from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear, QuantizedTiedHead, QuantizedWeight
+from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear, QuantizedTied, QuantizedWeight
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
 from qcompress.quantizer_options import Lsq
 
@@ -170,7 +170,7 @@ class Tied(nn.Module):
         quantizer.init(table.detach())
         self.table = QuantizedEmbedding(table, quantizer)
         self.first = linear(WIDTH, WIDTH, 4, False)
-        self.head = QuantizedTiedHead(self.table, None)
+        self.head = QuantizedTied(self.table, None)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(torch.tanh(self.first(self.table(ids))))[:, :CLASSES]

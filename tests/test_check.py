@@ -235,6 +235,30 @@ def test_ternary_codes_under_a_format_of_more_bits_are_a_mistake_of_the_format(m
     assert len(shown(write(made, edited(narrow, "lm_head: {activations: float}")), mixed)) == 1
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.blocks=[0, 2]"], r"model\.blocks: names block 2, and the checkpoint has 2 \(fix: "),
+        (["model.blocks=[]"], r"model\.blocks: must be 1 or more"),
+        (["model.blocks=all"], r"model\.blocks: "),
+        (
+            ["model.blocks=pairs", "format.layers={transformer.h.1.*: {weights: {bits: 4, container: int8}}}",
+             "method=lsq", "train.phases=", "train.lr="],
+            r"two formats: transformer\.h\.1\.attn\.c_attn int4 in int8 and transformer\.h\.0\.attn\.c_attn ",
+        ),
+        (["model.blocks=pairs", "format.layers="], r"method: nothing folds: blocks that share their weights"),
+    ],
+)  # fmt: skip
+def test_what_picked_and_shared_blocks_do_not_allow(overrides: list[str], expected: str, made: Path) -> None:
+    found = shown(write(made), *overrides)
+    assert len(found) == 1 and re.search(expected, found[0]), found
+
+
+def test_picked_blocks_are_the_models_layers(made: Path) -> None:
+    _, report, mistakes = all_mistakes(write(made), ["model.blocks=[1]", "format.layers="])
+    assert mistakes == [] and report is not None and report.architecture.blocks == ("transformer.h.0",)
+
+
 def test_a_head_with_weights_of_its_own_may_be_float(tmp_path: Path) -> None:
     folder = prepare(tmp_path)
     save_model(folder / "model", tied=False)

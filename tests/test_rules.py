@@ -58,6 +58,18 @@ ONE_MISTAKE = {
         ),
         r":28: verify\.require\[0\]: requires the row `engine`",
     ),
+    "blocks left out where no weight trains": (
+        ("  batch_size: 4\n", "  batch_size: 4\n  layer_drop: 0.1\n"),
+        r":22: train\.layer_drop: .*`blockwise-then-end-to-end` trains none",
+    ),
+    "blocks left out that are compared": (
+        (
+            "method: quadapter\ntrain:\n  batch_size: 4\n  lr: {adapter: 1.0e-3, scale: 2e-4}\n  phases:\n"
+            "    calibrate: {steps: 2}\n",
+            "method: lsq\nobjective: distillation\ntrain:\n  layer_drop: 0.1\n  phases:\n",
+        ),
+        r":22: train\.layer_drop: .*`objective: distillation` compares each of them",
+    ),
     "a cache of fixed lengths": (
         ("{opset: 21, dynamic: [batch,", "{cache: true, dynamic: [batch,"),
         r":26: export\.dynamic: .*other lengths, and past is fixed",

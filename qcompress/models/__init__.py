@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import MachineError, ModelError
 from qcompress.models import bert, cifar_resnet, distilbert, efficientnet, gpt2, resnet, roberta, vit
@@ -18,6 +18,7 @@ from qcompress.models.architecture import (
     read_config,
     read_tensors,
 )
+from qcompress.models.depth import SHARED, Blocks, BlocksError, Names, Tensors, choose, share, with_shared
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
@@ -33,18 +34,55 @@ FAMILIES = {
     "efficientnet": efficientnet,
 }
 """Family name -> module with `describe`, `task_config`, `load_float`, `empty`, `tie`, `graph_inputs`,
-`signature`, `install_points`, `shorten`, and the constants LINEAR_AXIS, CAUSAL, INPUTS, TASKS."""
+`signature`, `install_points`, and the constants LINEAR_AXIS, CAUSAL, INPUTS, TASKS. DEPTH says where its
+blocks are; where they have several shapes it is None, and `shorten` makes a small model."""
 
 
 PROCESSOR = "preprocessor_config.json"
 """How a checkpoint says what its images are prepared with."""
 
 
-def describe(family: str, directory: Path, head: Head = CAUSAL_LM) -> Architecture:
+def describe(
+    family: str, directory: Path, head: Head = CAUSAL_LM, blocks: Blocks | None = None
+) -> Architecture:
     """The architecture of a checkpoint with a task's head, from config.json and the safetensors header
-    alone.
+    alone; with `blocks`, that of a model of these.
     """
-    return FAMILIES[family].describe(read_config(directory), read_tensors(directory), head)
+    config, tensors, _ = chosen(family, directory, blocks)
+    module = FAMILIES[family]
+    if module.DEPTH is None or SHARED not in config:
+        return module.describe(config, tensors, head)
+    whole = with_shared(tensors, config, module.DEPTH)
+    return share(module.describe(config, whole, head), tensors, config, module.DEPTH)
+
+
+def chosen(
+    family: str, directory: Path, blocks: Blocks | None = None
+) -> tuple[dict[str, Any], Tensors, Names]:
+    """The config and the tensors of a model of these blocks of a checkpoint, and what the checkpoint's
+    tensors are called in it. Raises BlocksError for blocks that it has not.
+    """
+    config, tensors = read_config(directory), read_tensors(directory)
+    depth = FAMILIES[family].DEPTH
+    if blocks is None or (depth is not None and type(config.get(depth.key)) is not int):
+        return config, tensors, lambda name: name  # `describe` says what is wrong with such a config
+    if depth is None:
+        raise BlocksError(
+            f"the blocks of a {family} have several shapes, and none stands for another",
+            fix="drop `model.blocks`",
+        )
+    config, names = choose(config, depth, blocks)
+    return config, {new: value for name, value in tensors.items() if (new := names(name))}, names
+
+
+def first_blocks(family: str, directory: Path, count: int) -> tuple[dict[str, Any], Names]:
+    """The config of the same model with its first blocks only, as far as that is a model, and the names of
+    its tensors.
+    """
+    config, module = read_config(directory), FAMILIES[family]
+    if module.DEPTH is None:
+        return module.shorten(config, count)
+    return choose(config, module.DEPTH, range(min(count, config[module.DEPTH.key])))
 
 
 def graph_signature(family: ModuleType, directory: Path) -> tuple[Input, ...]:

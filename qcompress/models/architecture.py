@@ -66,7 +66,8 @@ class Layer:
     in_features: int
     out_features: int
     tied_to: str | None = None
-    """The embedding whose table this layer reads."""
+    """The embedding whose table this layer reads, or the linear layer with the same weight and bias in the
+    first block with the same weights."""
     part: Literal["ffn", "attention", "rest"] = "rest"
     """Which part of a block it belongs to, as far as it is one of these two."""
     kernel: tuple[int, int] | None = None
@@ -306,9 +307,9 @@ def read_tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
-def copy_tensors(source: Path, out: Path, keeps: Callable[[str], bool]) -> None:
-    """Write one safetensors file with those tensors of a checkpoint whose name `keeps` accepts, byte for
-    byte.
+def copy_tensors(source: Path, out: Path, names: Callable[[str], str | None]) -> None:
+    """Write one safetensors file with the tensors of a checkpoint, byte for byte, under the names that
+    `names` gives them; those without one are left out.
     """
     entries: dict[str, dict[str, object]] = {}
     pieces: list[tuple[Path, int, int]] = []
@@ -317,8 +318,8 @@ def copy_tensors(source: Path, out: Path, keeps: Callable[[str], bool]) -> None:
         header, start = _header(file)
         for name, value in header.items():
             low, high = value["data_offsets"]
-            if keeps(name):
-                entries[name] = {**value, "data_offsets": [offset, offset + high - low]}
+            if new := names(name):
+                entries[new] = {**value, "data_offsets": [offset, offset + high - low]}
                 pieces.append((file, start + low, high - low))
                 offset += high - low
     head = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()

@@ -17,15 +17,15 @@ checkpoint.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from qcompress.errors import ModelError
 from qcompress.models.architecture import convolution
-from qcompress.models.convnet import CAUSAL, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
+from qcompress.models.convnet import CAUSAL, DEPTH, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
+from qcompress.models.depth import Names
 from qcompress.models.stock_images import OwnImages
 
-__all__ = ["CAUSAL", "INPUTS", "LINEAR_AXIS", "TASKS"]
+__all__ = ["CAUSAL", "DEPTH", "INPUTS", "LINEAR_AXIS", "TASKS"]
 
 WIDTHS = (16, 32, 64)
 """Channels of the three stages."""
@@ -77,11 +77,11 @@ load_float, empty, tie = STOCK.load_float, STOCK.empty, STOCK.tie
 graph_inputs, install_points = STOCK.graph_inputs, STOCK.install_points
 
 
-def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
+def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Names]:
     """The same model with as few blocks as possible, one of each stage."""
 
-    def keeps(name: str) -> bool:
+    def names(name: str) -> str | None:
         block = re.match(r"layer\d\.(\d+)\.", name)
-        return block is None or int(block[1]) < 1
+        return name if block is None or int(block[1]) < 1 else None
 
-    return {**config, "depth": 8}, keeps
+    return {**config, "depth": 8}, names

@@ -39,6 +39,9 @@ LINEAR_AXIS = 0
 CAUSAL = False
 """There are no tokens."""
 
+DEPTH = None
+"""Blocks have several shapes, and none stands for another."""
+
 INPUTS = (PIXELS,)
 """Inputs of the exported graph, fp32 [batch, channels, height, width]."""
 

@@ -13,15 +13,15 @@ enough, or set it to 0.01 in config.json.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from qcompress.errors import ModelError
 from qcompress.models.architecture import convolution
-from qcompress.models.convnet import CAUSAL, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
+from qcompress.models.convnet import CAUSAL, DEPTH, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
+from qcompress.models.depth import Names
 from qcompress.models.stock_images import StockImages
 
-__all__ = ["CAUSAL", "INPUTS", "LINEAR_AXIS", "TASKS"]
+__all__ = ["CAUSAL", "DEPTH", "INPUTS", "LINEAR_AXIS", "TASKS"]
 
 LISTS: dict[str, Any] = {
     "in_channels": [32, 16, 24, 40, 80, 112, 192],
@@ -117,6 +117,6 @@ load_float, empty, tie = STOCK.load_float, STOCK.empty, STOCK.tie
 graph_inputs, install_points = STOCK.graph_inputs, STOCK.install_points
 
 
-def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
+def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Names]:
     """The whole model: blocks are numbered through all stages, and no stage can be left out."""
-    return config, lambda name: True
+    return config, lambda name: name

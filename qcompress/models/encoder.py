@@ -24,7 +24,7 @@ seed that the load stage recorded. No torch outside the functions that make a mo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ from qcompress.models.architecture import (
     Site,
     token_inputs,
 )
+from qcompress.models.depth import Depth
 from qcompress.models.heads import check_config, check_shapes, config_of, labels_of
 
 Shapes = dict[str, tuple[int, ...]]
@@ -147,16 +148,11 @@ class Encoder:
         labels = self.labels(config, tensors, head)
         return config_of(config, self.title + CLASSES[head.task], labels, head)
 
-    def shorten(self, config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
-        """The config of the same model with its first blocks only, and which tensors such a model has."""
-        blocks = min(blocks, config[self.blocks])
-        pattern = re.compile(rf"(?:{self.family}\.)?{re.escape(self.stack)}\.(\d+)\.")
-
-        def keeps(name: str) -> bool:
-            block = pattern.match(name)
-            return block is None or int(block[1]) < blocks
-
-        return {**config, self.blocks: blocks}, keeps
+    @property
+    def depth(self) -> Depth:
+        """Where the blocks are."""
+        names = rf"(?:{self.family}\.)?{re.escape(self.stack)}\."
+        return Depth(self.blocks, f"{self.family}.{self.stack}", names)
 
     def _check_config(self, config: dict[str, Any], head: Head) -> None:
         keys = [self.width, self.heads, self.blocks, self.inner, "max_position_embeddings", "vocab_size"]

@@ -10,8 +10,7 @@ with wte). Points: the operands of both attention matmuls; the residual stream h
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from qcompress.models.architecture import (
     Site,
     token_inputs,
 )
+from qcompress.models.depth import Depth, lacking, share_parameters
 from qcompress.models.heads import check_config
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ def describe(
         ]
     layers.append(Layer("lm_head", "head", width, vocabulary, tied_to="transformer.wte" if tied else None))
     _check_shapes(layers, shapes)
-    counted = [
-        shape for name, shape in shapes.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))
-    ]
+    counted = [shape for name, shape in shapes.items() if not name.endswith(BUFFERS)]
     return Architecture(
         family="gpt2",
         layers=tuple(layers),
@@ -128,16 +126,10 @@ def _check_shapes(layers: list[Layer], shapes: dict[str, tuple[int, ...]]) -> No
             )
 
 
-def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
-    """The config of the same model with its first blocks only, and which tensors such a model has."""
-    blocks = min(blocks, config["n_layer"])
+BUFFERS = (".attn.bias", ".attn.masked_bias")
+"""How the names of masks end, which old checkpoints hold."""
 
-    def keeps(name: str) -> bool:
-        block = re.match(r"(?:transformer\.)?h\.(\d+)\.", name)
-        return block is None or int(block[1]) < blocks
-
-    return {**config, "n_layer": blocks}, keeps
-
+DEPTH = Depth("n_layer", "transformer.h", r"(?:transformer\.)?h\.", BUFFERS)
 
 LINEAR_AXIS = 1
 """Output channels of a linear layer's weight: Conv1D stores [in, out]."""
@@ -173,11 +165,16 @@ def load_float(source: Path, directory: Path | None = None) -> GPT2LMHeadModel:
     from transformers import GPT2LMHeadModel, logging
 
     logging.disable_progress_bar()
-    model, found = GPT2LMHeadModel.from_pretrained(
-        source, dtype="float32", use_safetensors=True, local_files_only=True, attn_implementation="eager",
-        output_loading_info=True,
-    )  # fmt: skip
-    if missing := sorted(found["missing_keys"]):
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it lists every tensor that blocks share
+    try:
+        model, found = GPT2LMHeadModel.from_pretrained(
+            source, dtype="float32", use_safetensors=True, local_files_only=True,
+            attn_implementation="eager", output_loading_info=True,
+        )  # fmt: skip
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := lacking(found["missing_keys"], model, DEPTH):
         raise ModelError(
             f"{source}: the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)",
             fix="take config.json and model.safetensors from the same checkpoint",
@@ -188,6 +185,7 @@ def load_float(source: Path, directory: Path | None = None) -> GPT2LMHeadModel:
             fix="set tie_word_embeddings to false in config.json",
         )
     model.config.use_cache = False
+    share_parameters(model, DEPTH)
     return model.eval()
 
 
@@ -201,13 +199,15 @@ def empty(directory: Path) -> GPT2LMHeadModel:
     config.use_cache = False
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
+    share_parameters(model, DEPTH)
     return model.eval()
 
 
 def tie(model: GPT2LMHeadModel) -> None:
-    """Share a float table that was set after construction; a quantized head shares by itself."""
+    """Share what is float and was set after construction; quantized layers share by themselves."""
     from torch.nn import Embedding
 
+    share_parameters(model, DEPTH)
     if model.config.tie_word_embeddings and isinstance(model.transformer.wte, Embedding):
         model.lm_head.weight = model.transformer.wte.weight
 

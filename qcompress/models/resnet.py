@@ -9,15 +9,15 @@ the classifier.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from qcompress.errors import ModelError
 from qcompress.models.architecture import convolution
-from qcompress.models.convnet import CAUSAL, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
+from qcompress.models.convnet import CAUSAL, DEPTH, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
+from qcompress.models.depth import Names
 from qcompress.models.stock_images import StockImages
 
-__all__ = ["CAUSAL", "INPUTS", "LINEAR_AXIS", "TASKS"]
+__all__ = ["CAUSAL", "DEPTH", "INPUTS", "LINEAR_AXIS", "TASKS"]
 
 DEFAULTS: dict[str, Any] = {
     "num_channels": 3,
@@ -94,15 +94,15 @@ load_float, empty, tie = STOCK.load_float, STOCK.empty, STOCK.tie
 graph_inputs, install_points = STOCK.graph_inputs, STOCK.install_points
 
 
-def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
+def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Names]:
     """The same model with its first blocks only, but one of each stage, which nothing else can replace."""
     left, depths = blocks, []
     for depth in config.get("depths", DEFAULTS["depths"]):
         depths.append(max(1, min(depth, left)))
         left -= depths[-1]
 
-    def keeps(name: str) -> bool:
+    def names(name: str) -> str | None:
         block = re.match(r"(?:resnet\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.", name)
-        return block is None or int(block[2]) < depths[int(block[1])]
+        return name if block is None or int(block[2]) < depths[int(block[1])] else None
 
-    return {**config, "depths": depths}, keeps
+    return {**config, "depths": depths}, names

@@ -32,7 +32,7 @@ NAMES = Encoder(
 STOCK = Stock(NAMES)
 
 INPUTS = NAMES.inputs
-describe, task_config, shorten = NAMES.describe, NAMES.task_config, NAMES.shorten
+describe, task_config, DEPTH = NAMES.describe, NAMES.task_config, NAMES.depth
 positions, signature = NAMES.positions, NAMES.signature
 load_float, empty, tie = STOCK.load_float, STOCK.empty, STOCK.tie
 graph_inputs, install_points = STOCK.graph_inputs, STOCK.install_points

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import ModelError
 from qcompress.models.architecture import OPERANDS, read_config
+from qcompress.models.depth import Depth, lacking, share_parameters
 from qcompress.models.encoder import CLASSES, Encoder
 
 if TYPE_CHECKING:
@@ -48,11 +49,14 @@ class Maker:
         return config, getattr(transformers, self.autos[named])
 
 
-def load_model(maker: Maker, source: Path, directory: Path | None = None) -> PreTrainedModel:
+def load_model(
+    maker: Maker, source: Path, directory: Path | None = None, depth: Depth | None = None
+) -> PreTrainedModel:
     """The stock model of a task in fp32, in evaluation mode, from safetensors in a local directory.
 
     `directory` is the load stage's folder: its config.json names the task, and its float.json the seed of
-    a new head. transformers fills missing tensors at random; anything but the new head is refused.
+    a new head. transformers fills missing tensors at random; anything but the new head, and what blocks share
+    (`depth` says where they are), is refused.
     """
     from transformers import logging
 
@@ -70,23 +74,31 @@ def load_model(maker: Maker, source: Path, directory: Path | None = None) -> Pre
         )  # fmt: skip
     finally:
         logging.set_verbosity(verbosity)
-    if missing := sorted(set(found["missing_keys"]) - set(new["tensors"] if new else ())):
+    missing = sorted(set(found["missing_keys"]) - set(new["tensors"] if new else ()))
+    if depth is not None:
+        missing = lacking(missing, model, depth)
+    if missing:
         raise ModelError(
             f"{source}: the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)",
             fix="take config.json and model.safetensors from the same checkpoint",
         )
     if new:
         _draw(model, new["tensors"], new["seed"])
+    if depth is not None:
+        share_parameters(model, depth)
     return model.eval()
 
 
-def empty_model(maker: Maker, directory: Path) -> PreTrainedModel:
+def empty_model(maker: Maker, directory: Path, depth: Depth | None = None) -> PreTrainedModel:
     """The stock model of a config.json with unset weights; buffers are unset as well."""
     import torch
 
     config, stock = maker.of(directory)
     with torch.device("meta"):
-        return stock.from_config(config, attn_implementation="eager").eval()
+        model = stock.from_config(config, attn_implementation="eager").eval()
+    if depth is not None:
+        share_parameters(model, depth)
+    return model
 
 
 def put_points(model: nn.Module, points: Mapping[str, nn.Module]) -> None:
@@ -131,13 +143,13 @@ class Stock:
 
     def load_float(self, source: Path, directory: Path | None = None) -> PreTrainedModel:
         """The stock model of a task, see `load_model`."""
-        return load_model(self.maker, source, directory)
+        return load_model(self.maker, source, directory, self.names.depth)
 
     def empty(self, directory: Path) -> PreTrainedModel:
         """The stock model of a config.json with unset weights, to be filled by the caller."""
         import torch
 
-        model = empty_model(self.maker, directory)
+        model = empty_model(self.maker, directory, self.names.depth)
         embeddings = model.get_submodule(f"{self.names.family}.embeddings")
         positions = torch.arange(model.config.max_position_embeddings).expand((1, -1))
         embeddings.position_ids = positions
@@ -146,7 +158,8 @@ class Stock:
         return model
 
     def tie(self, model: nn.Module) -> None:
-        """Nothing is shared."""
+        """Share what is float and was set after construction."""
+        share_parameters(model, self.names.depth)
 
     def install_points(self, model: nn.Module, points: Mapping[str, nn.Module]) -> None:
         """Put modules at points, by name: each is called with what it may round."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from qcompress.models.architecture import (
     Site,
     image_inputs,
 )
+from qcompress.models.depth import Depth, share_parameters
 from qcompress.models.heads import check_config, check_shapes, config_of, labels_of
 from qcompress.models.stock import Maker, empty_model, load_model, put_points
 
@@ -119,31 +120,24 @@ def graph_inputs(pixel_values: Tensor) -> dict[str, Tensor]:
     return {PIXELS: pixel_values}
 
 
-def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Callable[[str], bool]]:
-    """The config of the same model with its first blocks only, and which tensors such a model has."""
-    blocks = min(blocks, config["num_hidden_layers"])
-
-    def keeps(name: str) -> bool:
-        block = re.match(r"(?:vit\.)?layers\.(\d+)\.", _renamed(name))
-        return block is None or int(block[1]) < blocks
-
-    return {**config, "num_hidden_layers": blocks}, keeps
+DEPTH = Depth("num_hidden_layers", "vit.layers", r"(?:vit\.)?(?:encoder\.layer|layers)\.")
 
 
 def load_float(source: Path, directory: Path | None = None) -> PreTrainedModel:
     """The stock model in fp32, in evaluation mode, from safetensors in a local directory. `directory` is the
     load stage's folder: its config.json names the labels, and its float.json the seed of a new classifier.
     """
-    return load_model(MAKER, source, directory)
+    return load_model(MAKER, source, directory, DEPTH)
 
 
 def empty(directory: Path) -> PreTrainedModel:
     """The stock model of a config.json with unset weights, to be filled by the caller."""
-    return empty_model(MAKER, directory)
+    return empty_model(MAKER, directory, DEPTH)
 
 
 def tie(model: nn.Module) -> None:
-    """Nothing is shared."""
+    """Share what is float and was set after construction."""
+    share_parameters(model, DEPTH)
 
 
 def install_points(model: nn.Module, points: Mapping[str, nn.Module]) -> None:

@@ -258,23 +258,29 @@ class QuantizedEmbedding(QuantizedWeight):
         return self.noise(F.embedding(rows, weight), lambda: quantizer.of_rows(weight, rows))
 
 
-class QuantizedTiedHead(nn.Module):
-    """Logits from the table of an embedding: the rounded table serves both."""
+class QuantizedTied(nn.Module):
+    """A layer that has another one's rounded weight, and its bias: logits from the table of an embedding, or
+    a linear layer of a block that shares weights with an earlier one. It rounds what it reads for itself.
+    """
 
-    def __init__(self, embedding: QuantizedEmbedding, input_quantizer: nn.Module | None) -> None:
+    def __init__(
+        self, owner: QuantizedEmbedding | QuantizedLinear, input_quantizer: nn.Module | None
+    ) -> None:
         super().__init__()
-        # a tuple, so that the table is registered once, under the embedding's name
-        self._embedding = (embedding,)
+        # a tuple, so that the weight is registered once, under the owner's name
+        self._owner = (owner,)
         self.input_quantizer = input_quantizer
 
     @property
     def weight(self) -> Tensor:
-        """The shared table, [rows, width]."""
-        return self._embedding[0].weight
+        """The shared weight."""
+        return self._owner[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
+        (owner,) = self._owner
+        bias = owner.rescaled_bias() if isinstance(owner, QuantizedLinear) else None
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        return matmul(x, self._embedding[0].quantized_weight(), None, channel_axis=0)
+        return matmul(x, owner.quantized_weight(), bias, owner.channel_axis)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, channel_axis: int) -> Tensor:

@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ from qcompress.errors import ExportError
 from qcompress.formats import WeightFormat
 from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.architecture import read_config
+from qcompress.models.depth import lent_prefixes
 from qcompress.plan import LayerPlan, plans_from_json, points_from_json
 from qcompress.precision import keep_fp32
 from qcompress.prepare import assemble
@@ -73,7 +75,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     plan = plans_from_json(facts["plan"])
     program = _trace(folded, facts["family"], COMPUTE[facts["compute"]], options)
     model = program.model
-    _name(model, plan)
+    _name(model, plan, _stored_names(folded, facts["family"], plan))
     spell_out(model)
     _store_narrow(model, plan)
     if options.keep_fp32:
@@ -175,25 +177,44 @@ def _signature(
     return cached, arguments, dynamic, [*example, *layout.past], ["logits", *layout.present]
 
 
-def _name(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:
-    """Names of folded.safetensors for initializers, names of layers for Q/DQ nodes and their outputs."""
+def _stored_names(folded: FoldedModel, family: str, plan: tuple[LayerPlan, ...]) -> Callable[[str], str]:
+    """The name in folded.safetensors of what is stored once, and what the exporter calls after its last
+    reader: a tied table, or what blocks share.
+    """
+    with safe_open(folded.path / "folded.safetensors", framework="np") as tensors:
+        stored = set(tensors.keys())
     tied = {item.name: item.layer.tied_to for item in plan if item.layer.tied_to}
-    for value in list(model.graph.initializers.values()):
-        name = value.name.removeprefix(PREFIX)
-        layer, _, part = name.partition(".weight.")
+    depth = FAMILIES[family].DEPTH
+    firsts = lent_prefixes(read_config(folded.path), depth) if depth is not None else {}
+
+    def name(found: str) -> str:
+        layer, _, part = found.partition(".weight.")
         if layer in tied and part:
-            name = f"{tied[layer]}.weight.{part}"
+            return f"{tied[layer]}.weight.{part}"
+        block = next((block for block in firsts if found.startswith(block)), None)
+        other = found if block is None else firsts[block] + found[len(block) :]
+        return found if found in stored or other not in stored else other
+
+    return name
+
+
+def _name(model: ir.Model, plan: tuple[LayerPlan, ...], stored: Callable[[str], str]) -> None:
+    """Names of folded.safetensors (`stored`) for initializers, names of layers for Q/DQ nodes and their
+    outputs.
+    """
+    for value in list(model.graph.initializers.values()):
+        name = stored(value.name.removeprefix(PREFIX))
         if name != value.name:
             value.name = name
             if value.const_value is not None:
                 value.const_value.name = name
-    heads = {table: head for head, table in tied.items()}
+    layers = _layers_of_matmuls(model, plan)
     counts: dict[str, int] = {}
     for node in model.graph:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         # the exporter stores equal scales of two layers once, so a scale's name may be another layer's
-        read, layer = node.inputs[0].name, _reader(node, heads)
+        read, layer = node.inputs[0].name, _reader(node, layers)
         scale = f"{layer}.input.scale" if layer else node.inputs[1].name
         what = (read if read.endswith(".codes") else scale).rpartition(".")[0]
         name = f"{what}/{node.op_type}"
@@ -202,20 +223,42 @@ def _name(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:
         node.outputs[0].name = node.name + "_output"
 
 
-def _reader(node: ir.Node, heads: dict[str, str]) -> str | None:
-    """The layer whose matmul reads an activation's Q or DQ node; `heads` by the table they share."""
-    for user, place in node.outputs[0].uses():
+def _reader(node: ir.Node, layers: dict[ir.Node, str]) -> str | None:
+    """The layer whose matmul reads an activation's Q or DQ node; `layers` of all matmuls with a weight."""
+    for user, _ in node.outputs[0].uses():
         if user.op_type in ("Clip", "DequantizeLinear"):
-            return _reader(user, heads)
-        if user.op_type in ("MatMul", "Gemm", "Conv") and place < 2:
-            other = user.inputs[1 - place].producer()
-            while other is not None and other.op_type == "Transpose":
-                other = other.inputs[0].producer()
-            codes = other.inputs[0].name if other is not None and other.inputs else ""
-            for ending in (".weight.codes", ".weight.assignments"):
-                if codes.endswith(ending):
-                    owner = codes.removesuffix(ending)
-                    return heads.get(owner, owner)
+            return _reader(user, layers)
+        if user in layers:
+            return layers[user]
+    return None
+
+
+def _layers_of_matmuls(model: ir.Model, plan: tuple[LayerPlan, ...]) -> dict[ir.Node, str]:
+    """The layer of each matmul with a rounded weight. Of several with one weight the first in the graph is
+    that of the layer that comes first.
+    """
+    sharers: dict[str, list[str]] = {}
+    for item in plan:
+        if item.layer.kind != "embedding":
+            sharers.setdefault(item.layer.tied_to or item.name, []).append(item.name)
+    found = {}
+    for node in model.graph:
+        if node.op_type in ("MatMul", "Gemm", "Conv"):
+            owners = [owner for value in node.inputs[:2] if (owner := _owner(value))]
+            if owners and sharers.get(owners[0]):
+                found[node] = sharers[owners[0]].pop(0)
+    return found
+
+
+def _owner(value: ir.Value | None) -> str | None:
+    """The layer under whose name the codes lie that a value is decoded from."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type == "Transpose":
+        node = node.inputs[0].producer()
+    codes = node.inputs[0].name if node is not None and node.inputs and node.inputs[0] is not None else ""
+    for ending in (".weight.codes", ".weight.assignments"):
+        if (codes or "").endswith(ending):
+            return codes.removesuffix(ending)
     return None
 
 

@@ -49,7 +49,7 @@ def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> list[str]
         },
     )
     for file in float_model.path.iterdir():
-        if file.name not in ("float.json", "manifest.json"):
+        if file.name not in ("float.json", "manifest.json", "model.safetensors"):
             shutil.copyfile(file, out / file.name)
     if not imprecise:
         return notes

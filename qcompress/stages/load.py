@@ -3,7 +3,8 @@ is.
 
 Reads: a directory in transformers' layout, a hub id, or the folder of an earlier `method: float` run.
 Writes: float.json, config.json of the task's model, the files that prepare its inputs: a tokenizer's, or an
-image processor's. The weights stay where they are. No torch.
+image processor's. The weights stay where they are, unless the recipe picks blocks of the checkpoint: then
+the new model's are copied. No torch.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 from qcompress.artifacts import sha256_file, write_json
 from qcompress.errors import MachineError, ModelError
-from qcompress.models import FAMILIES, PROCESSOR, describe, graph_signature, prepared_size
-from qcompress.models.architecture import CAUSAL_LM, PIXELS, Head, read_config, read_tensors, weight_files
+from qcompress.models import FAMILIES, PROCESSOR, chosen, describe, graph_signature, prepared_size
+from qcompress.models.architecture import CAUSAL_LM, PIXELS, Head, copy_tensors, read_config, weight_files
 from qcompress.schema import Model
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -110,13 +111,15 @@ def load(
     float.json says which tensors of the head are new and the seed they are drawn with, so that every stage
     and every process draws the same ones; config.json names the task's class and labels.
     """
-    architecture = describe(model.family, directory, head)
-    config = read_config(directory)
-    own = FAMILIES[model.family].task_config(config, read_tensors(directory), head)
+    architecture = describe(model.family, directory, head, model.blocks)
+    config, tensors, names = chosen(model.family, directory, model.blocks)
+    own = FAMILIES[model.family].task_config(config, tensors, head)
     for name, file in checkpoint_files(directory).items():
         if name in READER_FILES or name == "config.json":
             shutil.copyfile(file, out / name)
-    if own != config:
+    if model.blocks is not None:
+        copy_tensors(directory, out / "model.safetensors", names)
+    if own != read_config(directory):
         write_json(out / "config.json", own)
     if processor is not None:
         write_json(out / PROCESSOR, processor)

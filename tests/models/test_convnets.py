@@ -225,8 +225,8 @@ def test_the_shortened_model_has_a_block_of_each_stage(
     kind: str, tmp_path: Path, sources: dict[str, Path]
 ) -> None:
     family, source = FAMILIES[FAMILY[kind]], sources[kind]
-    config, keeps = family.shorten(read_config(source), 1)
-    copy_tensors(source, tmp_path / "model.safetensors", keeps)
+    config, names = family.shorten(read_config(source), 1)
+    copy_tensors(source, tmp_path / "model.safetensors", names)
     (tmp_path / "config.json").write_text(json.dumps(config))
     short = describe(FAMILY[kind], tmp_path, HEAD)
     stages = {re.sub(r"\.\d+$", "", block) for block in describe(FAMILY[kind], source, HEAD).blocks}

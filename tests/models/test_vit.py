@@ -37,7 +37,7 @@ from qcompress.errors import ModelError
 from qcompress.layerwise import TIE, follow
 from qcompress.methods.protocols import Scene
 from qcompress.methods.teacher_intervention import Intervention
-from qcompress.models import FAMILIES, describe, vit
+from qcompress.models import FAMILIES, describe, first_blocks, vit
 from qcompress.models.architecture import OPERANDS, Head
 from qcompress.models.attention import open_attention
 from qcompress.observe import observe
@@ -128,8 +128,8 @@ def test_both_spellings_of_the_layers_and_a_bare_model_are_one_architecture(
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         assert describe("vit", folder, HEAD) == expected
         assert torch.equal(logits(vit.load_float(folder), inputs), wanted)
-        _, keeps = vit.shorten(json.loads((folder / "config.json").read_text()), 1)
-        left = {name for name in tensors if keeps(name)}
+        _, names = first_blocks("vit", folder, 1)
+        left = {name for name in tensors if names(name)}
         assert len(tensors) - len(left) == 16 and not any(".1." in name for name in left)
         bare = {
             name.removeprefix("vit."): value for name, value in tensors.items() if name.startswith("vit.")

@@ -26,7 +26,7 @@ from qcompress.quant.layers import (
     FixedScale,
     QuantizedEmbedding,
     QuantizedLinear,
-    QuantizedTiedHead,
+    QuantizedTied,
     QuantizedWeight,
     RescaledNorm,
 )
@@ -155,7 +155,7 @@ def test_a_table_and_the_head_tied_to_it_compute_the_same_bits_after_folding(for
     grid = Grid(0, form.block)
     scale = minmax(table, grid, form.bounds).scale_of(table)
     embedding = QuantizedEmbedding(table, FrozenWeight(scale, grid, form.bounds))
-    head = QuantizedTiedHead(embedding, FrozenActivation(torch.tensor(0.02), (-128, 127)))
+    head = QuantizedTied(embedding, FrozenActivation(torch.tensor(0.02), (-128, 127)))
     codes, _ = embedding.codes()
     weight = FoldedWeight(codes, scale, grid, form.stored_bits)
     folded = FoldedTiedHead(weight, Rounding(torch.tensor(0.02)))
@@ -285,7 +285,7 @@ def test_no_forward_writes_to_a_parameter_or_a_buffer() -> None:
     embedding = QuantizedEmbedding(
         nn.Parameter(random((20, INPUTS))), minmax(random((20, INPUTS)), Grid(0), (-128, 127))
     )
-    head = QuantizedTiedHead(embedding, LsqActivation(Lsq(), (-128, 127), INPUTS))
+    head = QuantizedTied(embedding, LsqActivation(Lsq(), (-128, 127), INPUTS))
     modules = nn.ModuleList(
         [layer, embedding, head, folded_linear(linear(FORMATS["int4"], 1), FORMATS["int4"])]
     )
