@@ -27,6 +27,8 @@ from qcompress.pipeline import Run
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 
+DATA = Path(__file__).parent / "data"
+
 UNMADE = ("method", "format", "train")
 
 
@@ -115,6 +117,20 @@ def test_a_graph_of_another_tool_is_measured_built_and_gated(project: Callable[.
     again = api.verify(run.path)
     assert again["verdict"] == "accept"
     assert all(step.reused for step in made.run().steps)
+
+
+@needs_rtx
+def test_the_whole_model_of_modelopts_quantizer_is_gated_as_well(
+    project: Callable[..., Project], tiny_model: Path
+) -> None:
+    run = project(DATA / "modelopt-int8-gpt2.onnx").run()
+    assert run.verdict == "accept" and read_json(run.path / "lint.json")["findings"] == []
+    (row,) = [row for row in read_json(run.path / "parity.json")["rows"] if row["stage"] == "onnx"]
+    assert 0 < row["distance"]["mean_abs"] / row["distance"]["range"] < 0.01
+    assert read_json(run.path / "engine" / "build.json")["status"] == "built"
+    layers = {layer["name"]: layer for layer in read_json(run.path / "sizes.json")["layers"]}
+    assert len([name for name in layers if ".h." in name]) == 8
+    assert all(layer["stored_bits"] == 8 for name, layer in layers.items() if ".h." in name)
 
 
 def test_its_perplexity_is_what_onnxruntime_gives_by_itself(done: Run, foreign: Path) -> None:
