@@ -107,6 +107,9 @@ def test_the_file_holds_what_is_shared_once_under_the_first_name(made: Made) -> 
     weights = [name for name in stored if name.endswith((".codes", ".assignments", ".bias", "ln_1.weight"))]
     codes = [name for name in weights if not name.endswith("lm_head.weight.codes")]
     assert names.issuperset(codes)
+    nodes = [node.name for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    rounded = [f"{item.name}.input/QuantizeLinear" for item in made.plan if item.activations]
+    assert set(rounded) <= set(nodes) and not [name for name in nodes if name.endswith("_2")]
     sizes = read_json(made.file.parent / "sizes.json")
     assert (
         sizes["initializer_bytes"]
