@@ -1,7 +1,7 @@
 """The look-ups of a graph as ONNX nodes, spelled out when no optimizer will fold them any more.
 
     weight [in, out]   Cast -> Gather -> Transpose -> Reshape       indices [in / block, out]
-    table              Cast -> Gather -> Reshape                    indices [rows, width / block]
+    table, kernel      Cast -> Gather -> Reshape                    indices [rows, width / block]
     rows of a table    Cast -> Gather(ids) -> Gather -> Reshape
 
 Indices are stored as uint8: an int8 constant would be taken for quantized values by TensorRT. Cast makes

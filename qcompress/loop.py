@@ -266,7 +266,7 @@ def settle(training: Training, names: Iterable[str], phase: int) -> None:
     with training.reporter.bar("k-means", len(names)) as bar:
         for name in names:
             layer = prepared.layers[name]
-            clusters = layer.weight_quantizer.settle(layer.rescaled_weight().detach())
+            clusters = layer.weight_quantizer.settle(layer.coded_weight().detach())
             layer.forget()
             empty = f", {clusters.empty} centroids unused" if clusters.empty else ""
             bar.advance(f"{name}: squared error {clusters.objective[-1]:.3g} a vector{empty}")

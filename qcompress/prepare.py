@@ -275,9 +275,20 @@ def _folded_weight(
     if item.codebook is not None:
         indices, centroids, scale = (tensors.pop(f"{item.name}.weight.{part}", None) for part in CODEBOOK)
         centroids, scale = (centroids.to(dtype), None) if scale is None else (centroids, scale.to(dtype))
-        return FoldedCodebook(indices, centroids, scale, axis)
+        kernel = item.layer.shape if item.layer.kind == "conv" else None
+        return FoldedCodebook(indices, centroids, scale, axis, kernel)
     codes, scale = (tensors.pop(f"{item.name}.weight.{part}") for part in ("codes", "scale"))
     return FoldedWeight(codes, scale.to(dtype), Grid(axis, item.block), item.weights.stored_bits)
+
+
+def _folded_kernel(
+    item: LayerPlan, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> FoldedKernel | FoldedCodebook:
+    """The weight of a convolution, whose tensors are taken out of `tensors`."""
+    if item.codebook is not None:
+        return _folded_weight(item, tensors, 0, dtype)
+    codes, scale = (tensors.pop(f"{item.name}.weight.{part}") for part in ("codes", "scale"))
+    return FoldedKernel(codes, scale.to(dtype), item.weights.stored_bits)
 
 
 def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: bool = False) -> nn.Module:
@@ -304,10 +315,12 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: b
         elif owner is not None:
             layer = FoldedTiedHead(owner.weight, rounding, integer)
         elif item.layer.kind == "conv":
-            codes, scale = (tensors.pop(f"{item.name}.weight.{part}") for part in ("codes", "scale"))
-            weight = FoldedKernel(codes, scale.to(dtype), item.weights.stored_bits)
+            weight = _folded_kernel(item, tensors, dtype)
+            gain = tensors.pop(f"{item.name}.gain", None)
             geometry = Geometry.of(model.get_submodule(item.name))
-            layer = FoldedConv(weight, bias, rounding, geometry, integer)
+            layer = FoldedConv(
+                weight, bias, rounding, geometry, integer, None if gain is None else gain.to(dtype)
+            )
         else:
             table = item.layer.kind == "embedding"
             weight = _folded_weight(item, tensors, 0 if table else 1, dtype)

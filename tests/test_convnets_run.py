@@ -64,7 +64,7 @@ def test_what_no_convolution_can_be_is_refused_before_anything_runs(tmp_path: Pa
     for form, said in (
         ({"preset": "w4a16-g32"}, "not blocks of 32"),
         ({"weights": {"bits": 4}, "activations": "int8"}, "not int4"),
-        ({"weights": "codebook", "layers": {"conv1": "int8"}}, "has no codebook"),
+        ({"weights": "codebook"}, "vectors of 8 do not divide the 27 inputs of conv1"),
         ({"preset": "w8a8", "activations": {"bits": 8, "signed": False}}, "do not fit into int8"),
         ({"preset": "w8a8", "attention": "int8"}, "no points of this kind"),
     ):

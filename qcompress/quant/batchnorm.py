@@ -76,6 +76,17 @@ def fold_batch_norm(
     return codes, torch.where(gone, scale, folded), shift.float(), int(gone.sum())
 
 
+@torch.no_grad()
+def gain_and_bias(bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a convolution of sign(gamma) * weight is multiplied by and what is added to it, [out] each, to be
+    the convolution and the batch norm behind it: for weights that no scale can take in.
+    """
+    factor, shift = factor_and_shift(norm)
+    if bias is not None:
+        shift = shift + bias.double() * factor
+    return factor.abs().float(), shift.float()
+
+
 def statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every buffer that a batch norm of the model keeps, by name."""
     for name, module in model.named_modules():

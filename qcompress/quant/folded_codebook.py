@@ -1,7 +1,8 @@
 """A weight that is looked up, after folding: indices, and a table of floats or of int8 codes.
 
 The ONNX form is Cast -> Gather -> Transpose -> Reshape (a matmul's weight, [in, out]) and Cast -> Gather ->
-Gather -> Reshape (rows of a table). Exporters fold constants, and would put the decoded weight into the file:
+Gather -> Reshape (rows of a table); a convolution's weight is Cast -> Gather -> Reshape. Exporters fold
+constants, and would put the decoded weight into the file:
 while exporting, the look-up is one node of a domain of its own, which `codebook_nodes.py` spells out when
 nothing folds any more.
 """
@@ -20,11 +21,16 @@ LOOKUP = "qcompress::Lookup"
 
 
 class FoldedCodebook(nn.Module):
-    """Indices uint8, [in / block, out] (axis 1) or [rows, width / block] (axis 0), and a table [k, block]."""
+    """Indices uint8, [in / block, out] (axis 1) or [rows, width / block] (axis 0), and a table [k, block].
+    `kernel`: shape of the weight of a convolution, whose rows are its output channels.
+    """
 
-    def __init__(self, assignments: Tensor, centroids: Tensor, scale: Tensor | None, axis: int) -> None:
+    def __init__(
+        self, assignments: Tensor, centroids: Tensor, scale: Tensor | None, axis: int,
+        kernel: tuple[int, ...] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.axis = axis
+        self.axis, self.kernel = axis, kernel
         self.register_buffer("assignments", assignments)
         self.register_buffer("centroids", centroids)
         self.register_buffer("scale", scale)
@@ -39,13 +45,14 @@ class FoldedCodebook(nn.Module):
         return self.centroids.to(self.scale.dtype) * self.scale
 
     def decoded(self, zero_point: bool = True) -> Tensor:
-        """The weight, [in, out] or [rows, width]; there is no zero point."""
+        """The weight, [in, out], [rows, width] or a kernel; there is no zero point."""
         table = self.table()
         if not torch.onnx.is_in_onnx_export():
-            return from_vectors(F.embedding(self.assignments.int(), table), self.axis)
+            weight = from_vectors(F.embedding(self.assignments.int(), table), self.axis)
+            return weight if self.kernel is None else weight.view(self.kernel)
         shape = list(self.assignments.shape)
         shape[1 - self.axis] *= table.shape[1]
-        return self._node((self.assignments, table), torch.Size(shape))
+        return self._node((self.assignments, table), torch.Size(self.kernel or shape))
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of a table, [..., width], without decoding the others."""

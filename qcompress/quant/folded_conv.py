@@ -2,6 +2,7 @@
 
 In the graph it is DequantizeLinear (axis 0, the output channels) -> Conv, and a Q/DQ pair in front, which is
 what TensorRT and ONNX Runtime read as an int8 convolution. The bias is float: TensorRT dequantizes no int32.
+A weight that is looked up has no scale for each channel, and takes no batch norm in, which becomes a gain.
 
 Shapes: codes [out, in / groups, height, width], scale [out], input [batch, in, height, width].
 """
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from qcompress.quant.affine import Grid
 from qcompress.quant.conv import Geometry, convolve
 from qcompress.quant.folded import FoldedWeight, Rounding, multiplies_integers
+from qcompress.quant.folded_codebook import FoldedCodebook
 
 
 class FoldedKernel(FoldedWeight):
@@ -33,12 +35,13 @@ class FoldedConv(nn.Module):
     """y = conv(Q(x), decode(codes)) + b. With `integer`, the same sums as an int8 convolution makes them."""
 
     def __init__(
-        self, weight: FoldedKernel, bias: Tensor | None, input: Rounding | None, geometry: Geometry,
-        integer: bool = False,
+        self, weight: FoldedKernel | FoldedCodebook, bias: Tensor | None, input: Rounding | None,
+        geometry: Geometry, integer: bool = False, gain: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.weight = weight
         self.register_buffer("bias", bias)
+        self.register_buffer("gain", gain)
         self.input = input
         self.geometry = geometry
         self.integer = integer and multiplies_integers(weight, input)
@@ -47,7 +50,10 @@ class FoldedConv(nn.Module):
         if self.integer:
             return self._integer(x)
         x = x if self.input is None else self.input(x)
-        return convolve(x, self.weight.decoded(), self.bias, self.geometry)
+        if self.gain is None:
+            return convolve(x, self.weight.decoded(), self.bias, self.geometry)
+        y = convolve(x, self.weight.decoded(), None, self.geometry) * self.gain.view(-1, 1, 1)
+        return y + self.bias.view(-1, 1, 1)
 
     def _integer(self, x: Tensor) -> Tensor:
         """An exact sum of integer products, which fp64 holds, times both scales."""

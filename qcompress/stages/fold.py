@@ -21,7 +21,7 @@ from qcompress.artifacts import FloatModel, TrainedModel, read_json, write_json
 from qcompress.errors import ContractError, ExportError
 from qcompress.plan import LayerPlan, plans_to_json, points_to_json
 from qcompress.prepare import Prepared, own_tensors, rebuild
-from qcompress.quant.batchnorm import fold_batch_norm
+from qcompress.quant.batchnorm import fold_batch_norm, gain_and_bias
 from qcompress.quant.codebook import FrozenCodebook, from_vectors
 from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.layers import QuantizedLinear, QuantizedWeight
@@ -76,10 +76,16 @@ def _folded(prepared: Prepared, compute: torch.dtype) -> tuple[dict[str, Tensor]
 
 
 def _fold_norms(prepared: Prepared, found: dict[str, Tensor], compute: torch.dtype) -> list[str]:
-    """Put batch norms into the scales and biases of the quantized convolutions in front of them."""
+    """Put batch norms into the scales and biases of the quantized convolutions in front of them; where a
+    weight is looked up, into a gain of its own.
+    """
     gone = 0
     for name, layer in prepared.layers.items():
         if isinstance(layer, QuantizedConv) and layer.norm is not None:
+            if f"{name}.weight.assignments" in found:
+                gain, bias = gain_and_bias(layer.bias, layer.norm)
+                found |= {f"{name}.gain": gain, f"{name}.bias": bias}
+                continue
             codes, scale = (found[f"{name}.weight.{part}"] for part in ("codes", "scale"))
             codes, scale, bias, lost = fold_batch_norm(codes, scale, layer.bias, layer.norm, compute)
             check_scale(scale, f"{name}.weight")
@@ -132,6 +138,7 @@ def _looked_up(name: str, layer: QuantizedWeight, item: LayerPlan) -> dict[str, 
         found |= {"assignments": indices.t() if transposed else indices, "centroids": table}
     else:
         codes = from_vectors(table[indices.int()], layer.channel_axis)
+        codes = codes.view(layer.weight.shape) if isinstance(layer, QuantizedConv) else codes
         found["scale"] = quantizer.scale.expand(codes.shape[layer.channel_axis])
         found["codes"] = codes.t() if transposed else codes
     return {f"{name}.weight.{part}": tensor.clone().contiguous() for part, tensor in found.items()}

@@ -265,21 +265,14 @@ def _refuse_kernels(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Ref
     def key(layer: LayerPlan) -> str | None:
         if layer.layer.kind != "conv" or layer.weights is None:
             return None
-        if isinstance(layer.weights, CodebookFormat):
-            return _key(layer, "codebook")
+        if isinstance(layer.weights, CodebookFormat):  # floats in the graph, or int8 codes with equal scales
+            return None
         if layer.block:
             return _key(layer, "block")
         return _key(layer, "container") if layer.weights.stored_bits != 8 else None
 
     for name, layers in _group(plan, key).items():
         weights = layers[0].weights
-        if isinstance(weights, CodebookFormat):
-            yield Refusal(
-                name,
-                f"a convolution has no codebook: {_name(layers)}",
-                "give convolutions an integer format in format.layers, such as int8",
-            )
-            continue
         stored = f"blocks of {weights.block}" if weights.block else f"int{weights.stored_bits}"
         ternary = ", ternary: true" if weights.ternary else ""
         yield Refusal(

@@ -60,6 +60,20 @@ FORMATS: dict[str, dict[str, Any]] = {
     "ipq": {"preset": "ipq"},
 }
 
+VECTORS = {
+    "cifar-resnet": {"*": 9},
+    "resnet": {"*": 9, "*.embedder.*": 7, "*.shortcut.*": 4},
+    "efficientnet": {
+        "*": 4,
+        "*.embeddings.*": 9,
+        "*.depthwise_conv": 9,
+        "*.blocks.[34].*.depthwise_conv": 25,
+    },
+}
+"""Lengths of the vectors of `ipq` in convolutions, the last match: kernels, as in its paper, and pieces of
+those of 7 x 7; 4 channels of a 1 x 1.
+"""
+
 HEADS = dict.fromkeys(FAMILIES, "*classifier*") | {"gpt2": "lm_head", "cifar-resnet": "linear"}
 
 LIMITS = {"fp32": (2e-4, 0.998), "fp16": (2e-3, 0.99)}
@@ -87,6 +101,9 @@ def settings(family: str, name: str, compute: str) -> list[str]:
         layers["*.0.*"] = {"weights": "int8", "activations": "float"}
     elif name == "mixed" and family in BLOCK:
         layers["*.0.*"] = {"weights": {"bits": 4, "block": BLOCK[family]}, "activations": "float"}
+    if name == "ipq":
+        books = VECTORS.get(family, {})
+        layers |= {one: {"weights": {"codebook": "gather", "block": size}} for one, size in books.items()}
     # what a rounding there does goes straight into the logits
     layers |= {HEADS[family]: {"activations": "float"} if family == "gpt2" else "float"}
     form = {**FORMATS[name], "compute": compute, "layers": layers}
