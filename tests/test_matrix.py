@@ -55,7 +55,6 @@ REFUSED = {
         for family in CONVOLUTIONAL
         for block in (32, 64, 128)
     },
-    **{(family, "ipq"): "vectors of 8 do not divide the" for family in CONVOLUTIONAL},
 }
 """And what `check` says of them."""
 

@@ -66,6 +66,7 @@ VECTORS = {
     "efficientnet": {
         "*": 4,
         "*.embeddings.*": 9,
+        "*.squeeze_excite.*": 2,
         "*.depthwise_conv": 9,
         "*.blocks.[34].*.depthwise_conv": 25,
     },
