@@ -14,7 +14,8 @@ import numpy as np
 from qcompress.errors import UsageError
 from qcompress.generate import Generator
 from qcompress.models import FAMILIES, load_tokenizer
-from qcompress.models.architecture import PIXELS, read_config
+from qcompress.models.architecture import PIXELS
+from qcompress.models.files import read_config
 from qcompress.runners import OnnxRunner
 from qcompress.schema import CausalLm
 from qcompress.tasks import TASKS

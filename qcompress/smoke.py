@@ -23,7 +23,7 @@ from qcompress.codekey import stage_key
 from qcompress.errors import UsageError
 from qcompress.goals import PARITY, ParityGoal
 from qcompress.models import first_blocks
-from qcompress.models.architecture import copy_tensors
+from qcompress.models.files import copy_tensors
 from qcompress.plan import matches
 from qcompress.recipe import Resolved
 from qcompress.schema import Data, PhaseOptions, Recipe

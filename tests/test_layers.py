@@ -27,7 +27,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "task_options",
         "export_options", "schema",
         "own", "artifacts", "plan",
-        "models.architecture", "codekey", "system", "host", "processes", "progress", "yamlfile",
+        "models.architecture", "models.files",
+        "codekey", "system", "host", "processes", "progress", "yamlfile",
         "distance", "tensorfile", "goals",
     }),
     ("numerics", {
@@ -38,7 +39,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     }),
     ("families, tasks, targets", {
         "models", "models.attention", "models.bert", "models.cache", "models.distilbert", "models.encoder",
-        "models.gpt2", "models.residual", "models.roberta", "models.stock",
+        "models.depth", "models.gpt2", "models.residual", "models.roberta", "models.stock",
         "tasks", "tasks.causal_lm", "tasks.examples", "tasks.labels", "tasks.padded", "tasks.scores",
         "tasks.sequence_classification", "tasks.table", "tasks.text", "tasks.token_classification",
         "targets", "targets.builder", "targets.checks", "targets.child", "targets.codebooks",
@@ -54,7 +55,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "wording", "structure", "data_rules", "rules", "adapter_rules", "recipe", "codebook_rules", "check",
     }),
     ("models in three forms", {
-        "engine", "evaluation", "flips", "gpu_rows", "held", "layerwise",
+        "engine", "evaluation", "flips", "layerdrop", "gpu_rows", "held", "layerwise",
         "prepare", "observe", "checkpoint", "certificate", "certificate_codebooks",
         "certificate_graph",
         "certificate_points", "codebook_nodes", "precision", "sizes",
@@ -102,7 +103,7 @@ DOORS: dict[str, set[str]] = {
         "loop", "blockwise", "calibration", "trainedfile", "runners", "tensorfile", "train", "fold", "export",
         "verify",
         "tasks.image_classification", "tasks.images",
-        "layerwise", "sharpness", "engine", "held",
+        "layerwise", "sharpness", "engine", "held", "layerdrop", "models.depth",
     },
     "transformers": {"models", "models.attention", "models.cache", "models.gpt2", "models.residual",
                      "models.stock", "models.vit", "models.image_residual", "models.stock_images"},

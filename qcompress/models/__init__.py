@@ -15,10 +15,9 @@ from qcompress.models.architecture import (
     Architecture,
     Head,
     Input,
-    read_config,
-    read_tensors,
 )
 from qcompress.models.depth import SHARED, Blocks, BlocksError, Names, Tensors, choose, share, with_shared
+from qcompress.models.files import read_config, read_tensors
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase

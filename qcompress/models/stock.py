@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import ModelError
-from qcompress.models.architecture import OPERANDS, read_config
+from qcompress.models.architecture import OPERANDS
 from qcompress.models.depth import Depth, lacking, share_parameters
 from qcompress.models.encoder import CLASSES, Encoder
+from qcompress.models.files import read_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import ModelError
-from qcompress.models.architecture import read_config, weight_files
 from qcompress.models.convnet import ConvNet
+from qcompress.models.files import read_config, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -167,7 +167,7 @@ class OwnImages(_Images):
 
 def _rows(directory: Path, name: str) -> int:
     """Rows of a tensor of a checkpoint."""
-    from qcompress.models.architecture import read_tensors
+    from qcompress.models.files import read_tensors
 
     return read_tensors(directory)[name][1][0]
 

@@ -33,8 +33,8 @@ from qcompress.codebook_nodes import spell_out
 from qcompress.errors import ExportError
 from qcompress.formats import WeightFormat
 from qcompress.models import FAMILIES, graph_signature
-from qcompress.models.architecture import read_config
 from qcompress.models.depth import lent_prefixes
+from qcompress.models.files import read_config
 from qcompress.plan import LayerPlan, plans_from_json, points_from_json
 from qcompress.precision import keep_fp32
 from qcompress.prepare import assemble

@@ -18,7 +18,8 @@ from typing import Any
 from qcompress.artifacts import sha256_file, write_json
 from qcompress.errors import MachineError, ModelError
 from qcompress.models import FAMILIES, PROCESSOR, chosen, describe, graph_signature, prepared_size
-from qcompress.models.architecture import CAUSAL_LM, PIXELS, Head, copy_tensors, read_config, weight_files
+from qcompress.models.architecture import CAUSAL_LM, PIXELS, Head
+from qcompress.models.files import copy_tensors, read_config, weight_files
 from qcompress.schema import Model
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -28,7 +28,8 @@ from qcompress.loop import Training, role_of, run_model_phase, settle
 from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 from qcompress.methods.protocols import Adapter, FittedAdapter, Phase, Scene
 from qcompress.models import FAMILIES
-from qcompress.models.architecture import Architecture, read_config
+from qcompress.models.architecture import Architecture
+from qcompress.models.files import read_config
 from qcompress.observe import make_static
 from qcompress.own import class_of
 from qcompress.plan import LayerPlan, PointPlan, plan_points, plan_sites, rounded

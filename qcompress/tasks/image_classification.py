@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qcompress.models import FAMILIES, graph_signature, load_processor
-from qcompress.models.architecture import Head, read_config
+from qcompress.models.architecture import Head
+from qcompress.models.files import read_config
 from qcompress.schema import ImageClassification, TextData
 from qcompress.task_options import AGREEMENT, Columns
 from qcompress.tasks import padded

@@ -19,7 +19,8 @@ from transformers import AutoModelForImageClassification
 
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES, describe, graph_signature
-from qcompress.models.architecture import Head, copy_tensors, read_config, read_header
+from qcompress.models.architecture import Head
+from qcompress.models.files import copy_tensors, read_config, read_header
 
 HEAD = Head("image-classification")
 FAMILIES_OF_NETS = ("resnet", "cifar-resnet", "efficientnet")
