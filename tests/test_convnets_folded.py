@@ -305,3 +305,12 @@ def test_a_conv_without_its_batch_norm_would_be_noticed(made) -> None:
         before = model(pixel_values=x).logits
         replace_module(model, "layer3.0.bn2", nn.Identity())
         assert not torch.allclose(model(pixel_values=x).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["basic", "efficientnet"])
+def test_a_float_net_is_folded_to_the_last_bit(kind: str, tmp_path: Path) -> None:
+    """There are no flips to judge then: the gate asks for no difference at all."""
+    archive = save_images(tmp_path / "images.npz")
+    line = net_line(tmp_path / "line", kind, archive, format="float", method="float").train().fold()
+    x = pixels(8)
+    assert torch.equal(line.logits("train", x), line.logits("fold", x))

@@ -80,28 +80,17 @@ class StockImages(_Images):
         self._refuse_missing(source, set(found["missing_keys"]), new)
         if new:
             _draw(model, new["tensors"], new["seed"])
-        return model.eval()
+        return _pooled(model.eval())
 
     def empty(self, directory: Path) -> PreTrainedModel:
-        """The stock model of a config.json with unset weights, to be filled by the caller.
-
-        EfficientNet's last pooling has a window of `hidden_dim` pixels, far larger than what it is given, and
-        rounds its count up; runtimes divide by the window or by what lies in it. Here it is what torch makes
-        of it, the mean (or maximum) of everything.
-        """
+        """The stock model of a config.json with unset weights, to be filled by the caller."""
         import torch
-        from torch import nn
         from transformers import AutoConfig, AutoModelForImageClassification
 
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForImageClassification.from_config(config).eval()
-        body = model.base_model
-        if isinstance(body.pooler, nn.AvgPool2d):
-            body.pooler = nn.AdaptiveAvgPool2d(1)
-        elif isinstance(body.pooler, nn.MaxPool2d):
-            body.pooler = nn.AdaptiveMaxPool2d(1)
-        return model
+        return _pooled(model)
 
     def install_points(self, model: nn.Module, points: Mapping[str, nn.Module]) -> None:
         """Put modules at points, by name: each is called with what it may round."""
@@ -184,3 +173,20 @@ def _draw(model: nn.Module, names: list[str], seed: int) -> None:
             parameter = model.get_parameter(name)
             noise = torch.randn(parameter.shape, generator=random) * SPREAD
             parameter.copy_(noise if name.endswith(".weight") else torch.zeros(parameter.shape))
+
+
+def _pooled(model: PreTrainedModel) -> PreTrainedModel:
+    """The same with a last pooling of everything, in whatever form the model is.
+
+    EfficientNet's has a window of `hidden_dim` pixels, far larger than what it is given, and rounds its count
+    up; runtimes divide by the window or by what lies in it. Here it is what torch makes of it, the mean (or
+    maximum) of everything, summed in another order than the stock module does.
+    """
+    from torch import nn
+
+    body = model.base_model
+    if isinstance(body.pooler, nn.AvgPool2d):
+        body.pooler = nn.AdaptiveAvgPool2d(1)
+    elif isinstance(body.pooler, nn.MaxPool2d):
+        body.pooler = nn.AdaptiveMaxPool2d(1)
+    return model

@@ -124,7 +124,11 @@ def test_the_loaded_model_is_the_stock_one(kind: str, sources: dict[str, Path]) 
         make_net(kind) if kind == "cifar" else AutoModelForImageClassification.from_pretrained(sources[kind])
     )
     with torch.no_grad():
-        assert torch.equal(loaded(pixel_values=x).logits, stock.eval()(pixel_values=x).logits)
+        found, expected = loaded(pixel_values=x).logits, stock.eval()(pixel_values=x).logits
+    if kind == "efficientnet":  # its last mean is summed in the order of the folded model's
+        assert (found - expected).abs().max() < 1e-6 * (expected.max() - expected.min())
+    else:
+        assert torch.equal(found, expected)
     assert not loaded.training
 
 
