@@ -283,9 +283,10 @@ def _artifacts(loaded: LoadedRun) -> Artifacts:
     from qcompress.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel
     from qcompress.evaluation import Artifacts
 
-    source, stages = Path(loaded.manifest["source"]), loaded.stage
+    stages = loaded.stage
+    model = FloatModel.of(stages("load"), "", Path(loaded.manifest["source"])) if stages("load") else None
     return Artifacts(
-        float_model=FloatModel(stages("load"), source=source) if stages("load") and source.is_dir() else None,
+        float_model=model if model and model.source.is_dir() else None,
         trained=TrainedModel(stages("train")) if stages("train") else None,
         folded=FoldedModel(stages("fold")) if stages("fold") else None,
         onnx=OnnxModel(loaded.path),

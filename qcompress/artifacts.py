@@ -66,6 +66,13 @@ class FloatModel(Artifact):
 
     source: Path = Path()
 
+    @classmethod
+    def of(cls, path: Path, digest: str, origin: Path) -> FloatModel:
+        """The model of a load stage; the weights are the stage's own where it has copied blocks of the
+        checkpoint at `origin`.
+        """
+        return cls(path, digest, source=path if (path / "model.safetensors").is_file() else origin)
+
 
 @dataclass(frozen=True)
 class TrainedModel(Artifact):

@@ -3,7 +3,7 @@
 What is left is the residual stream, so that a model trained so can lose blocks afterwards: `model.blocks:
 every-other` in the recipe that reads the run. Nothing is rescaled, and evaluation uses every block. Blocks
 that share their weights are left out together, as they would be dropped together (our reading of
-Quant-Noise, arXiv:2004.07320, which combines the two and does not say).
+Quant-Noise, arXiv:2004.07320, which combines the two and does not say). One block or chunk always stays.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ def layer_drop(model: nn.Module, architecture: Architecture, p: float) -> Iterat
 
     def draw(*where: int) -> None:
         random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(where, spawn_key=(STREAM,))))
+        values = random.random(len(chunks))
+        values[values.argmax()] = 1.0  # one stays: without any block nothing would be learned
         left_out.clear()
-        for chunk, value in zip(chunks, random.random(len(chunks)), strict=True):
+        for chunk, value in zip(chunks, values, strict=True):
             left_out.update(chunk if value < p else ())
 
     blocks = {name: model.get_submodule(name) for name in architecture.blocks}

@@ -240,9 +240,7 @@ def _placed(options: Build, base: Path) -> Build:
 
 
 def _float(plan: Plan, steps: Mapping[str, Step]) -> FloatModel:
-    own = plan.recipe.model.blocks is not None  # the load stage has copied them
-    source = steps["load"].path if own else plan.directory
-    return FloatModel(steps["load"].path, steps["load"].digest, source=source)
+    return FloatModel.of(steps["load"].path, steps["load"].digest, plan.directory)
 
 
 def _manifest(plan: Plan, steps: Mapping[str, Step]) -> dict[str, object]:

@@ -123,7 +123,7 @@ def test_a_graph_of_another_tool_is_measured_built_and_gated(project: Callable[.
 def test_the_whole_model_of_modelopts_quantizer_is_gated_as_well(
     project: Callable[..., Project], tiny_model: Path
 ) -> None:
-    run = project(DATA / "modelopt-int8-gpt2.onnx").run()
+    run = project(DATA / "models" / "modelopt-int8-gpt2.onnx").run()
     assert run.verdict == "accept" and read_json(run.path / "lint.json")["findings"] == []
     (row,) = [row for row in read_json(run.path / "parity.json")["rows"] if row["stage"] == "onnx"]
     assert 0 < row["distance"]["mean_abs"] / row["distance"]["range"] < 0.01

@@ -85,6 +85,14 @@ def test_the_share_of_blocks_left_out(source: Path) -> None:
     assert ((counts / 2000 - 0.2).abs() < spread).all()
 
 
+def test_one_block_always_stays(source: Path) -> None:
+    architecture, model = describe("gpt2", source), without_dropout(source).train()
+    with layer_drop(model, architecture, 0.97) as draw:
+        gone = [left_out(model, draw, 0, 0, step) for step in range(40)]
+    assert max(len(one) for one in gone) == BLOCKS - 1
+    assert len({frozenset(one) for one in gone}) == BLOCKS  # and not always the same one
+
+
 def test_draws_repeat_and_differ(source: Path) -> None:
     architecture, model = describe("gpt2", source), without_dropout(source).train()
     with layer_drop(model, architecture, 0.5) as draw:

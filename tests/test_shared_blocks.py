@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from qcompress import keys
+from qcompress import api, keys
 from qcompress.artifacts import FloatModel, read_json
 from qcompress.certificate import certify, matmul_inputs
 from qcompress.certificate_graph import Graph
@@ -79,6 +79,13 @@ def shared_line(folder: Path, source: Path, text: Path, recipe: Any) -> tiny.Lin
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(**gpt2.graph_inputs(tiny.token_ids())).logits
+
+
+def test_the_float_model_is_what_the_load_stage_has_copied(made: Made, source: Path, tmp_path: Path) -> None:
+    copied = made.line.float_model.path
+    assert FloatModel.of(copied, "", source).source == copied
+    load(Model(family="gpt2", source=str(source)), source, fingerprint(source), tmp_path)
+    assert FloatModel.of(tmp_path, "", source).source == source
 
 
 def test_training_keeps_the_weights_shared_and_folding_keeps_the_function(made: Made) -> None:
@@ -206,6 +213,10 @@ def test_a_run_that_shares_is_the_model_of_the_next_one(
     assert read_json(half.path / "config.json")["shared_blocks"] == [0, 0]
     sizes = [(found.path / "model.onnx").stat().st_size for found in (half, whole, first)]
     assert sizes == sorted(sizes) and len(set(sizes)) == 3
+    before = read_json(half.path / "parity.json")["rows"]
+    assert api.verify(half.path)["verdict"] == "accept"
+    after = read_json(half.path / "parity.json")["rows"]
+    assert [row.get("metrics") for row in after] == [row.get("metrics") for row in before]
     small = project.run(run, "method=lsq", *short, smoke=True)
     assert small.verdict == "accept"
 

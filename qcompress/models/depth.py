@@ -51,6 +51,8 @@ class Depth:
     """Pattern of what stands before a block's number in the names of a checkpoint's tensors."""
     buffers: tuple[str, ...] = ()
     """How the names of tensors end that old checkpoints have, and no parameter is."""
+    placed: tuple[str, ...] = ()
+    """Keys of config.json that, where they are true, make what a block computes depend on its place."""
 
     def split(self, name: str) -> tuple[str, int, str] | None:
         """What stands before the number of a block in a tensor's name, the number, and what follows."""
@@ -74,6 +76,12 @@ def choose(config: dict[str, Any], depth: Depth, blocks: Blocks) -> tuple[dict[s
         what = f"block {wrong[0]}" if wrong else "no block"
         raise BlocksError(
             f"names {what}, and the checkpoint has {count}", fix=f"write numbers from 0 to {count - 1}"
+        )
+    placed = next((key for key in depth.placed if config.get(key)), None)
+    if placed and numbers != list(range(len(numbers))):
+        raise BlocksError(
+            f"moves blocks, and with {placed} in config.json what a block computes depends on its place",
+            fix="keep the first blocks, such as [0, 1]",
         )
     used = [shared[number] for number in numbers]
     first = {number: used.index(number) for number in used}
@@ -106,6 +114,8 @@ def owners(config: dict[str, Any], depth: Depth) -> list[int]:
     ModelError where config.json names others.
     """
     count = config[depth.key]
+    if type(count) is not int:
+        raise ModelError(f"config.json: {depth.key} must be an integer, found {count!r}")
     found = config.get(SHARED, list(range(count)))
     right = isinstance(found, list) and len(found) == count
     if not right or any(

@@ -129,7 +129,9 @@ def _check_shapes(layers: list[Layer], shapes: dict[str, tuple[int, ...]]) -> No
 BUFFERS = (".attn.bias", ".attn.masked_bias")
 """How the names of masks end, which old checkpoints hold."""
 
-DEPTH = Depth("n_layer", "transformer.h", r"(?:transformer\.)?h\.", BUFFERS)
+DEPTH = Depth(
+    "n_layer", "transformer.h", r"(?:transformer\.)?h\.", BUFFERS, ("scale_attn_by_inverse_layer_idx",)
+)
 
 LINEAR_AXIS = 1
 """Output channels of a linear layer's weight: Conv1D stores [in, out]."""

@@ -48,7 +48,7 @@ def make_gpt2() -> None:
         quantize(
             str(graph.file), "int8", calibration_method="max", calibration_data=feed, calibration_eps=["cpu"],
             high_precision_dtype="fp32", dq_only=True, op_types_to_quantize=["MatMul", "Gemm"],
-            output_path=str(HERE / "modelopt-int8-gpt2.onnx"),
+            output_path=str(HERE / "models" / "modelopt-int8-gpt2.onnx"),
         )  # fmt: skip
 
 

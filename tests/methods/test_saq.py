@@ -211,7 +211,7 @@ def test_a_tied_head_is_perturbed_with_its_table_by_the_gradient_of_both_uses() 
     found = moves(made)
     assert found.keys() == {"table"}
     torch.testing.assert_close(found["table"], 0.1 * table.grad / table.grad.norm(), rtol=1e-4, atol=1e-6)
-    assert torch.equal(made.net.head._embedding[0].quantized_weight(), made.net.table.quantized_weight())
+    assert torch.equal(made.net.head._owner[0].quantized_weight(), made.net.table.quantized_weight())
 
 
 @pytest.mark.parametrize("stepper", [saq(ball=FULL), squat(alternate="fused")], ids=["saq", "squat"])

@@ -204,6 +204,23 @@ def test_a_block_that_is_not_there(blocks: list[int]) -> None:
         choose({"n": 5}, DEPTH, blocks)
 
 
+def test_blocks_that_know_their_place_are_not_moved() -> None:
+    config = {"n": 5, "by_place": True}
+    depth = Depth("n", "stack", "h\\.", placed=("by_place",))
+    assert choose(config, depth, [0, 1])[0]["n"] == 2
+    for blocks in ([0, 2], "pairs", [1]):
+        with pytest.raises(BlocksError, match="by_place"):
+            choose(config, depth, blocks)
+    assert choose({**config, "by_place": False}, depth, [0, 2])[0]["n"] == 2
+    assert "scale_attn_by_inverse_layer_idx" in FAMILIES["gpt2"].DEPTH.placed
+
+
+@pytest.mark.parametrize("n", ["4", None, True])
+def test_a_count_that_is_none(n: Any) -> None:
+    with pytest.raises(ModelError, match="must be an integer"):
+        owners({"n": n, SHARED: [0, 0]}, DEPTH)
+
+
 @pytest.mark.parametrize(
     "value", [[0, 0], [1, 1, 2, 3, 4], [0, 0, 1, 3, 4], [0, 1, 2, 3, True], "pairs", [0.0] * 5]
 )
