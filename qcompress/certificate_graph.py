@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from qcompress.plan import LayerPlan
+from qcompress.plan import LayerPlan, sharers
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
@@ -71,11 +71,8 @@ class Use(NamedTuple):
 
 def uses_of(plan: tuple[LayerPlan, ...]) -> dict[str, Use]:
     """Of every layer with a matmul, by name."""
-    sharers: dict[str, list[str]] = {}
-    for item in plan:
-        if item.layer.kind != "embedding":
-            sharers.setdefault(item.layer.tied_to or item.name, []).append(item.name)
-    return {name: Use(place, len(names)) for names in sharers.values() for place, name in enumerate(names)}
+    groups = sharers(plan).values()
+    return {name: Use(place, len(names)) for names in groups for place, name in enumerate(names)}
 
 
 def own_matmuls(graph: Graph, sources: list[str], use: Use) -> list[tuple[NodeProto, str]]:

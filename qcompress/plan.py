@@ -97,6 +97,17 @@ def _plan_layer(recipe: Recipe, layer: Layer) -> LayerPlan:
     )
 
 
+def sharers(plan: tuple[LayerPlan, ...]) -> dict[str, list[str]]:
+    """Layers with a matmul by the layer whose weight they have, in the order of the forward pass; most are
+    alone with their own.
+    """
+    found: dict[str, list[str]] = {}
+    for item in plan:
+        if item.layer.kind != "embedding":
+            found.setdefault(item.layer.tied_to or item.name, []).append(item.name)
+    return found
+
+
 def plan_points(recipe: Recipe, architecture: Architecture) -> tuple[PointPlan, ...]:
     """One plan for each point, in the architecture's order. Patterns match points as they match layers; of
     an exception only the activations count. A pattern rounds a point that is float only if it ends in

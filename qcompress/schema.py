@@ -92,6 +92,13 @@ Activations = Annotated[ActivationFormat | None, _word(ACTIVATION_WORDS, "{bits:
 # Sections -----------------------------------------------------------------------------------------
 
 
+def _picked(value: object) -> object:
+    """What `model.blocks` may be in one word, said where another word stands there."""
+    if isinstance(value, str) and value not in ("every-other", "pairs"):
+        raise ValueError("write every-other, pairs, or numbers of blocks such as [0, 0, 2, 2]")
+    return value
+
+
 class Model(Options):
     """Where the float model comes from."""
 
@@ -103,7 +110,10 @@ class Model(Options):
     """Commit of a hub id."""
     run: str | None = None
     """Directory of an earlier run of `method: float`, instead of `source`."""
-    blocks: Annotated[list[int], Field(min_length=1)] | Literal["every-other", "pairs"] | None = None
+    blocks: Annotated[
+        Annotated[list[int], Field(min_length=1)] | Literal["every-other", "pairs"] | None,
+        BeforeValidator(_picked),
+    ] = None
     """Which blocks the model is made of, by their numbers from 0; equal numbers share their weights.
     every-other: the first, third ... (layer dropping); pairs: all, of which two and two share the weights of
     the first. None: all, as they are."""

@@ -23,6 +23,7 @@ from qcompress.codekey import stage_key
 from qcompress.errors import UsageError
 from qcompress.goals import PARITY, ParityGoal
 from qcompress.models import first_blocks
+from qcompress.models.depth import Blocks
 from qcompress.models.files import copy_tensors
 from qcompress.plan import matches
 from qcompress.recipe import Resolved
@@ -47,17 +48,19 @@ def smoke(resolved: Resolved, cache: Path) -> Resolved:
                          fix="run the recipe whole")  # fmt: skip
     source = locate(recipe.model, resolved.base)
     check_model(resolved, source)
-    short = shorten(recipe.model.family, source, cache / "smoke")
+    short = shorten(recipe.model.family, source, cache / "smoke", recipe.model.blocks)
     return replace(resolved, recipe=_small(recipe, short))
 
 
-def shorten(family: str, source: Path, folder: Path) -> Path:
-    """A checkpoint with the first `BLOCKS` blocks of another one; made once for each content."""
-    digests = fingerprint(source)
-    whole = folder / stage_key("smoke", {"inputs": digests, "values": {"blocks": BLOCKS}})[:16]
+def shorten(family: str, source: Path, folder: Path, picked: Blocks | None = None) -> Path:
+    """A checkpoint with the first `BLOCKS` blocks of another one, or of those `picked` from it; made once for
+    each content.
+    """
+    values = {"blocks": BLOCKS} | ({} if picked is None else {"picked": picked})
+    whole = folder / stage_key("smoke", {"inputs": fingerprint(source), "values": values})[:16]
     if (whole / "config.json").is_file():
         return whole
-    config, names = first_blocks(family, source, BLOCKS)
+    config, names = first_blocks(family, source, BLOCKS, picked)
     partial = whole.with_name(f"{whole.name}.{os.getpid()}.tmp")
     with machine_errors(folder):
         partial.mkdir(parents=True, exist_ok=True)

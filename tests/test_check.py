@@ -240,7 +240,7 @@ def test_ternary_codes_under_a_format_of_more_bits_are_a_mistake_of_the_format(m
     [
         (["model.blocks=[0, 2]"], r"model\.blocks: names block 2, and the checkpoint has 2 \(fix: "),
         (["model.blocks=[]"], r"model\.blocks: must be 1 or more"),
-        (["model.blocks=all"], r"model\.blocks: "),
+        (["model.blocks=all"], r"model\.blocks: .*every-other, pairs, or numbers"),
         (
             ["model.blocks=pairs", "format.layers={transformer.h.1.*: {weights: {bits: 4, container: int8}}}",
              "method=lsq", "train.phases=", "train.lr="],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
-from tiny_nets import NetLine, net_line, pixels, save_images
+from tiny_nets import Done, net_line, pixels, save_images
 from torch import nn
 
 from qcompress.artifacts import read_json
@@ -27,7 +26,6 @@ from qcompress.quant.batchnorm import gain_and_bias
 from qcompress.quant.codebook import CodebookWeight
 from qcompress.quant.conv import QuantizedConv
 from qcompress.quantizer_options import Codebook
-from qcompress.runners import open_session
 from qcompress.schema import Build, Export
 from qcompress.stages.build import build_file
 from qcompress.stages.export import export
@@ -62,22 +60,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FEW = ("kernels", "decoded")
-
-
-@dataclass(frozen=True)
-class Done:
-    """A net with its folded form and its graph."""
-
-    line: NetLine
-    path: Path
-
-    @property
-    def file(self) -> Path:
-        return self.path / "model.onnx"
-
-    @property
-    def books(self) -> list[str]:
-        return [item.name for item in self.line.plan if item.codebook]
 
 
 @pytest.fixture(
@@ -144,7 +126,7 @@ def test_the_graph_is_certified_and_computes_what_was_folded(done: Done) -> None
     half = done.line.recipe.format.compute == "fp16"
     with np.errstate(over="ignore"):  # the reference's Sigmoid
         reference = ReferenceEvaluator(str(done.file)).run(["logits"], {"pixel_values": x.numpy()})[0]
-    by_runtime = open_session(done.file, 1, False).run(["logits"], {"pixel_values": x.numpy()})[0]
+    by_runtime = done.run(x)
     for found in (by_runtime, reference):
         assert apart(found, expected, done) < (2e-3 if half else 1e-5)
     model = onnx.load(str(done.file))

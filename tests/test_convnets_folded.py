@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
-from tiny_nets import CLASSIFIERS, KINDS, STEMS, NetLine, net_line, pixels, save_images
+from tiny_nets import CLASSIFIERS, KINDS, STEMS, Done, net_line, pixels, save_images
 from torch import nn
 
 from qcompress.artifacts import read_json
@@ -23,7 +22,7 @@ from qcompress.prepare import assemble, rebuild, replace_module
 from qcompress.quant.batchnorm import statistics
 from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.folded_conv import FoldedConv
-from qcompress.runners import REWRITERS, open_session
+from qcompress.runners import REWRITERS
 from qcompress.schema import Export
 from qcompress.stages.export import export
 from qcompress.targets.lint import lint
@@ -40,22 +39,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     },
 }
 """`stem` keeps the stem and the classifier float."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """A net with its folded form and its graph."""
-
-    line: NetLine
-    path: Path
-
-    @property
-    def file(self) -> Path:
-        return self.path / "model.onnx"
-
-    def run(self, x: torch.Tensor, optimized: bool = False) -> np.ndarray:
-        session = open_session(self.file, 1, optimized)
-        return session.run(["logits"], {"pixel_values": x.numpy()})[0]
 
 
 def sections(kind: str, name: str) -> dict[str, Any]:

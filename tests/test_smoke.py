@@ -31,6 +31,18 @@ def deep(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # A checkpoint with fewer blocks -------------------------------------------------------------------
 
 
+def test_it_takes_the_first_of_the_blocks_that_the_recipe_picks(deep: Path, tmp_path: Path) -> None:
+    tensors = load_file(deep / "model.safetensors")
+    short = shorten("gpt2", deep, tmp_path, [2, 0])
+    found = load_file(short / "model.safetensors")
+    for new, old in ((0, 2), (1, 0)):
+        name = "transformer.h.{}.mlp.c_fc.weight"
+        assert torch.equal(found[name.format(new)], tensors[name.format(old)])
+    shared = shorten("gpt2", deep, tmp_path, [0, 0, 1])
+    assert describe("gpt2", shared).layer("transformer.h.1.mlp.c_fc").tied_to == "transformer.h.0.mlp.c_fc"
+    assert shared != short != shorten("gpt2", deep, tmp_path)
+
+
 def test_the_short_model_is_the_long_one_without_its_last_blocks(deep: Path, tmp_path: Path) -> None:
     short = shorten("gpt2", deep, tmp_path)
     ids = torch.arange(20)[None]

@@ -31,6 +31,7 @@ from qcompress.models.cifar_net import CifarResNet
 from qcompress.plan import LayerPlan, PointPlan, plan_layers, plan_points
 from qcompress.prepare import assemble, rebuild
 from qcompress.progress import Reporter
+from qcompress.runners import open_session
 from qcompress.schema import Model, Recipe
 from qcompress.stages.fold import fold
 from qcompress.stages.load import fingerprint, load
@@ -213,3 +214,25 @@ def net_line(folder: Path, kind: str, archive: Path, source: Path | None = None,
         plan=plan_layers(recipe, architecture),
         points=plan_points(recipe, architecture),
     )
+
+
+@dataclass(frozen=True)
+class Done:
+    """A net with its folded form and its graph."""
+
+    line: NetLine
+    path: Path
+
+    @property
+    def file(self) -> Path:
+        return self.path / "model.onnx"
+
+    @property
+    def books(self) -> list[str]:
+        """Layers whose weights are looked up."""
+        return [item.name for item in self.line.plan if item.codebook]
+
+    def run(self, x: Tensor, optimized: bool = False) -> np.ndarray:
+        """Logits of the graph in ONNX Runtime."""
+        session = open_session(self.file, 1, optimized)
+        return session.run(["logits"], {"pixel_values": x.numpy()})[0]

@@ -74,14 +74,18 @@ def chosen(
     return config, {new: value for name, value in tensors.items() if (new := names(name))}, names
 
 
-def first_blocks(family: str, directory: Path, count: int) -> tuple[dict[str, Any], Names]:
+def first_blocks(
+    family: str, directory: Path, count: int, blocks: Blocks | None = None
+) -> tuple[dict[str, Any], Names]:
     """The config of the same model with its first blocks only, as far as that is a model, and the names of
-    its tensors.
+    its tensors; with `blocks`, of a model of these.
     """
-    config, module = read_config(directory), FAMILIES[family]
+    config, _, names = chosen(family, directory, blocks)
+    module = FAMILIES[family]
     if module.DEPTH is None:
         return module.shorten(config, count)
-    return choose(config, module.DEPTH, range(min(count, config[module.DEPTH.key])))
+    config, then = choose(config, module.DEPTH, range(min(count, config[module.DEPTH.key])))
+    return config, lambda name: then(new) if (new := names(name)) else None
 
 
 def graph_signature(family: ModuleType, directory: Path) -> tuple[Input, ...]:

@@ -35,7 +35,7 @@ from qcompress.formats import WeightFormat
 from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.depth import lent_prefixes
 from qcompress.models.files import read_config
-from qcompress.plan import LayerPlan, plans_from_json, points_from_json
+from qcompress.plan import LayerPlan, plans_from_json, points_from_json, sharers
 from qcompress.precision import keep_fp32
 from qcompress.prepare import assemble
 from qcompress.quant.types import COMPUTE
@@ -237,16 +237,12 @@ def _layers_of_matmuls(model: ir.Model, plan: tuple[LayerPlan, ...]) -> dict[ir.
     """The layer of each matmul with a rounded weight. Of several with one weight the first in the graph is
     that of the layer that comes first.
     """
-    sharers: dict[str, list[str]] = {}
-    for item in plan:
-        if item.layer.kind != "embedding":
-            sharers.setdefault(item.layer.tied_to or item.name, []).append(item.name)
-    found = {}
+    waiting, found = sharers(plan), {}
     for node in model.graph:
         if node.op_type in ("MatMul", "Gemm", "Conv"):
             owners = [owner for value in node.inputs[:2] if (owner := _owner(value))]
-            if owners and sharers.get(owners[0]):
-                found[node] = sharers[owners[0]].pop(0)
+            if owners and waiting.get(owners[0]):
+                found[node] = waiting[owners[0]].pop(0)
     return found
 
 
