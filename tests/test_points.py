@@ -421,7 +421,8 @@ def followed(graph: Graph, file: Path) -> dict[str, Any]:
     """What `follow` finds on 24 sequences, by place, in the order in which the model comes by."""
     limit = TIE[graph.kind.compute]
     with follow(graph.made.folded, OnnxModel(file.parent), limit) as (places, run):
-        inputs = {key: value.numpy() for key, value in graph.inputs(24, 12).items()}
+        given = {key: value.numpy() for key, value in graph.inputs(24, 12).items()}
+        inputs = {key: value for key, value in given.items() if key != "position_ids"}  # made of the mask
         for row in range(24):
             order = run({key: value[row : row + 1] for key, value in inputs.items()})
     return {name: places[name].to_json() for name in order}

@@ -210,9 +210,8 @@ def test_the_readme_holds_the_table_of_the_results(made: Made, tools: Machinery)
     found = made.results()
     for arm, updates in (("lsq", 10), ("lsq-long", 20)):
         scores = [found[f"{arm}-letters-{seed}"]["rows"]["onnx"]["test.perplexity"] for seed in (0, 1)]
-        shown = f"| {arm} | {statistics.mean(scores):.5g} ± {statistics.stdev(scores):.2g} | 2 "
-        shown += f"| {updates} | {updates} |"
-        assert shown in text
+        shown = f"| {arm} | {statistics.mean(scores):.5g} ± {statistics.stdev(scores):.2g} | 2 |"
+        assert re.search(rf"{re.escape(shown)} [\d.]+ \| {updates} \| {updates} \| ", text)
     apart = [
         found[f"lsq-long-letters-{seed}"]["rows"]["onnx"]["test.perplexity"]
         - found[f"lsq-letters-{seed}"]["rows"]["onnx"]["test.perplexity"]
