@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,39 +13,24 @@ from pydantic import ValidationError
 from qcompress import own, pipeline
 from qcompress.adopted import REASON, check_unchanged
 from qcompress.artifacts import read_json, write_json
-from qcompress.errors import ExportError, RecipeError, UsageError
+from qcompress.errors import ExportError, UsageError
+from qcompress.finished import LoadedRun, load
 from qcompress.progress import Reporter
-from qcompress.recipe import Resolved, load_recipe, read
+from qcompress.recipe import Resolved, load_recipe
 from qcompress.report.measured import arm_and_runs, measured
 from qcompress.report.seeds import summarise
-from qcompress.schema import ROWS, Build, Recipe
+from qcompress.schema import ROWS, Build
 from qcompress.smoke import smoke as shorten
 from qcompress.stages.gate import judge
-from qcompress.structure import validate
 
 if TYPE_CHECKING:
     from qcompress.evaluation import Artifacts
+    from qcompress.regression.standing import Standing
     from qcompress.targets.lint import Finding
 
 
 Classes = Mapping[str, type] | None
 """Classes of a user's own by name."""
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """A run directory: its recipe, its report and its verdict, and where its artifacts lie."""
-
-    path: Path
-    recipe: Recipe
-    manifest: dict[str, Any]
-    parity: dict[str, Any]
-    verdict: dict[str, Any]
-
-    def stage(self, name: str) -> Path | None:
-        """Folder of a stage in the cache, None if it is gone."""
-        folder = Path(self.manifest["stages"][name]["path"]) if name in self.manifest["stages"] else None
-        return folder if folder is not None and folder.is_dir() else None
 
 
 def run(
@@ -141,36 +125,6 @@ def _settings(
     resolved, folder = load_recipe(Path(recipe), overrides), Path(out)
     store = Path(cache) if cache is not None else folder / ".cache"
     return (shorten(resolved, store) if smoke else resolved), folder, store
-
-
-def load(path: str | os.PathLike[str]) -> LoadedRun:
-    """Open a run directory."""
-    folder = Path(path)
-    for name in ("recipe.resolved.yaml", "manifest.json", "parity.json", "verdict.json"):
-        if not (folder / name).is_file():
-            raise UsageError(
-                f"{folder} is not a finished run: {name} is missing",
-                fix="name the run directory that `qcompress run` printed, or let the run finish",
-            )
-    manifest = read_json(folder / "manifest.json")
-    with own.recorded(manifest.get("own", {})):
-        recipe = _recipe(folder / "recipe.resolved.yaml")
-    return LoadedRun(
-        path=folder,
-        recipe=recipe,
-        manifest=manifest,
-        parity=read_json(folder / "parity.json"),
-        verdict=read_json(folder / "verdict.json"),
-    )
-
-
-def _recipe(file: Path) -> Recipe:
-    """The recipe that a run wrote; its data may be gone, so only its structure is checked."""
-    document = read(file)
-    recipe = validate(document)
-    if document.mistakes or recipe is None:
-        raise RecipeError(document.mistakes)
-    return recipe
 
 
 def verify(
@@ -353,3 +307,48 @@ def gate(path: str | os.PathLike[str]) -> dict[str, Any]:
     )
     write_json(loaded.path / "verdict.json", verdict)
     return verdict
+
+
+def gate_against(
+    baseline: str | os.PathLike[str],
+    candidate: str | os.PathLike[str],
+    *,
+    goals: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Judge a run against a baseline (a run, or a file of `promote`) by the baseline's goals, or by those of
+    a YAML file; writes gate.json into the candidate and returns it (`regression/decide.py` has the document).
+
+    Raises UsageError for what is no run or states no goals, IncomparableError for one that was not measured.
+    """
+    from qcompress.regression.decide import decide  # scipy takes most of a second
+    from qcompress.regression.goals_file import read_goals
+    from qcompress.regression.standing import read_standing
+
+    given = read_goals(Path(goals)) if goals is not None else None
+    before = read_standing(Path(baseline))
+    after = read_standing(Path(candidate), before.row)
+    verdict = decide(before, after, given)
+    write_json(Path(candidate) / "gate.json", verdict)
+    return verdict
+
+
+def promote(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, row: str | None = None, force: bool = False
+) -> Standing:
+    """Write the baseline that later runs are held against. A run that was not accepted is refused unless
+    `force`: a broken baseline would pass whatever is no worse.
+    """
+    from qcompress.regression.baseline_file import write_baseline
+    from qcompress.regression.standing import read_standing
+
+    loaded = load(path)
+    if loaded.verdict["verdict"] != "accept" and not force:
+        raise UsageError(
+            f"{path} ended with {loaded.verdict['verdict']}, and what is worse than it could pass",
+            fix="mend the run, or say --force",
+        )
+    standing = read_standing(Path(path), row)
+    if standing.broken:
+        raise UsageError(f"{path}: {'; '.join(standing.broken)}", fix="run the recipe again")
+    write_baseline(standing, Path(out))
+    return standing

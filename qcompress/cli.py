@@ -7,20 +7,16 @@ interrupted. Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from qcompress import api, keys, pipeline
+from qcompress import api, cli_gate, keys, pipeline
 from qcompress.arguments import (
     AsJson,
     Cache,
@@ -36,7 +32,7 @@ from qcompress.arguments import (
     VersionCompatible,
 )
 from qcompress.check import all_mistakes
-from qcompress.errors import INTERRUPTED, ExportError, QcompressError, RecipeError, UsageError
+from qcompress.errors import ExportError, RecipeError, UsageError
 from qcompress.listing import LISTS
 from qcompress.progress import Reporter
 from qcompress.report.checked import check_json, print_check
@@ -49,6 +45,7 @@ from qcompress.report.shown import print_run, summary
 from qcompress.schema import STAGES
 from qcompress.stages.gate import exit_code
 from qcompress.stages.load import locate
+from qcompress.terminal import console, errors, print_json, report_run
 
 app = typer.Typer(
     name="qcompress",
@@ -58,8 +55,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-LOG_COLUMNS = 200
-"""Width of output that goes into a file or a pipe."""
+app.command()(cli_gate.gate)
+app.add_typer(cli_gate.baseline)
 
 
 def main() -> None:
@@ -67,19 +64,6 @@ def main() -> None:
     # threads that spin while they wait make a shared machine many times slower; torch reads this once
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
-
-
-@contextmanager
-def _errors(resume: str = "") -> Iterator[None]:
-    """Print an error as a user should see it, and leave with its exit code."""
-    try:
-        yield
-    except QcompressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted" + (f"; continue with:\n  {resume}" if resume else ""), file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command()
@@ -98,7 +82,7 @@ def run(
     """Run a recipe, from the float model to a verdict. What is finished is reused, what was killed goes
     on.
     """
-    with _errors(resume=shlex.join(["qcompress", *sys.argv[1:]])):
+    with errors(resume=shlex.join(["qcompress", *sys.argv[1:]])):
         for stage in (until, *(keep or ())):
             if stage not in STAGES:
                 raise UsageError(f"unknown stage {stage!r}", fix=f"choose one of {', '.join(STAGES)}")
@@ -116,9 +100,9 @@ def run(
             return
         loaded = api.load(result.path)
         if as_json:
-            _print_json(summary(loaded))
+            print_json(summary(loaded))
         else:
-            print_run(_console(), loaded)
+            print_run(console(), loaded)
         raise typer.Exit(exit_code(result.verdict))
 
 
@@ -131,9 +115,9 @@ def _run_seeds(recipe: Path, out: Path, seeds: str, options: dict[str, Any], as_
     if not first:
         raise typer.Exit(exit_code(found["verdict"]))
     if as_json:
-        _print_json({"path": str(folder), **found})
+        print_json({"path": str(folder), **found})
     else:
-        _console().print(seeds_table(found))
+        console().print(seeds_table(found))
         for seed, verdict in found["verdicts"].items():
             print(f"seed {seed}: {verdict}")
         print(f"{found['verdict']}  {found['recipe']}  {folder}")
@@ -143,7 +127,7 @@ def _run_seeds(recipe: Path, out: Path, seeds: str, options: dict[str, Any], as_
 def _finish_early(result: pipeline.Run, as_json: bool) -> None:
     stages = {step.stage: {"path": str(step.path), "reused": step.reused} for step in result.steps}
     if as_json:
-        _print_json({"path": str(result.path), "verdict": result.verdict, "stages": stages})
+        print_json({"path": str(result.path), "verdict": result.verdict, "stages": stages})
     else:
         print(f"{result.verdict}  {result.path.parent.name}  {result.path}")
 
@@ -157,7 +141,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check a recipe against its model and its target, in seconds and without training."""
-    with _errors():
+    with errors():
         resolved, report, mistakes = all_mistakes(recipe, overrides or ())
         if not mistakes and resolved is not None and report is None:
             directory = locate(resolved.recipe.model, resolved.base)
@@ -165,26 +149,26 @@ def check(
         if mistakes:
             if as_json:
                 fields = ("file", "line", "key", "message", "fix")
-                _print_json(
+                print_json(
                     {"mistakes": [{name: getattr(item, name) for name in fields} for item in mistakes]}
                 )
             raise RecipeError(mistakes)
         reuse = pipeline.reuse(keys.prepare(resolved), cache or out / ".cache")
         if as_json:
-            _print_json(check_json(resolved, report, reuse))
+            print_json(check_json(resolved, report, reuse))
         else:
-            print_check(_console(), resolved, report, reuse)
+            print_check(console(), resolved, report, reuse)
 
 
 @app.command()
 def show(folder: RunFolder, as_json: AsJson = False) -> None:
     """Show a run's ladder and verdict."""
-    with _errors():
+    with errors():
         loaded = api.load(folder)
         if as_json:
-            _print_json(summary(loaded))
+            print_json(summary(loaded))
         else:
-            print_run(_console(), loaded)
+            print_run(console(), loaded)
 
 
 @app.command()
@@ -202,12 +186,12 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare arms: mean, spread, paired differences with intervals, what could have been seen, and cost."""
-    with _errors():
+    with errors():
         found = api.compare(runs, row=row, metric=metric, baseline=baseline)
         if as_json:
-            _print_json(found)
+            print_json(found)
         else:
-            print_comparison(_console(), found)
+            print_comparison(console(), found)
 
 
 @app.command()
@@ -220,7 +204,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Measure a run again from its files, or take in a measurement made on the device."""
-    with _errors():
+    with errors():
         if layers:
             if engine is not None:
                 raise UsageError(
@@ -228,23 +212,12 @@ def verify(
                 )
             found = api.compare_layers(folder, reporter=Reporter())
             if as_json:
-                _print_json(found)
+                print_json(found)
             else:
-                print_layers(_console(), found)
+                print_layers(console(), found)
             raise typer.Exit(exit_code("regression" if found["unexplained"] else "accept"))
         verdict = api.verify(folder, engine=engine, reporter=Reporter())
-        _report(folder, verdict["verdict"], as_json)
-
-
-@app.command()
-def gate(
-    candidate: Annotated[Path, typer.Option(help="The run to judge.", show_default=False)],
-    as_json: AsJson = False,
-) -> None:
-    """Judge a run by the goals of its recipe."""
-    with _errors():
-        verdict = api.gate(candidate)
-        _report(candidate, verdict["verdict"], as_json)
+        report_run(folder, verdict["verdict"], as_json)
 
 
 @app.command()
@@ -255,14 +228,14 @@ def lint(
     as_sarif: Annotated[bool, typer.Option("--sarif", help="SARIF 2.1.0 on stdout, for code hosts.")] = False,
 ) -> None:
     """Say what TensorRT would refuse or silently change in an ONNX file, without building it."""
-    with _errors():
+    with errors():
         if as_json and as_sarif:
             raise UsageError("--json and --sarif are two documents", fix="drop one of the two")
         findings = api.lint(model, target)
         if as_sarif:
-            _print_json(sarif(findings, model, target))
+            print_json(sarif(findings, model, target))
         elif as_json:
-            _print_json({"target": target, "findings": [finding.to_json() for finding in findings]})
+            print_json({"target": target, "findings": [finding.to_json() for finding in findings]})
         else:
             for finding in findings:
                 print(finding)
@@ -274,12 +247,12 @@ def lint(
 @app.command()
 def inspect(model: OnnxFile, as_json: AsJson = False) -> None:
     """Say what an ONNX file stores: bits, scales and bytes of every weight."""
-    with _errors():
+    with errors():
         found = api.inspect(model)
         if as_json:
-            _print_json(found)
+            print_json(found)
         else:
-            print_contents(_console(), found)
+            print_contents(console(), found)
 
 
 @app.command()
@@ -293,20 +266,11 @@ def build(
     timing_cache: TimingCache = None,
 ) -> None:
     """Build an engine from any ONNX file with explicit Q/DQ; fails (6) where this machine cannot."""
-    with _errors():
+    with errors():
         options = {"version_compatible": version_compatible, "hardware_compatibility": hardware_compatibility}
         options |= {"timing_cache": None if timing_cache is None else str(timing_cache)}
         record = api.build(model, target, out, profiles, options, Reporter())
         print(f"{record['status']}  {target}  {out}")
-
-
-def _report(folder: Path, verdict: str, as_json: bool) -> None:
-    loaded = api.load(folder)
-    if as_json:
-        _print_json(summary(loaded))
-    else:
-        print_run(_console(), loaded)
-    raise typer.Exit(exit_code(verdict))
 
 
 @app.command()
@@ -322,7 +286,7 @@ def predict(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that a language model adds.")] = 32,
 ) -> None:
     """Continue a text with the run's ONNX file, greedily, or classify it, or an image."""
-    with _errors():
+    with errors():
         from qcompress.predict import answer
 
         print(answer(api.load(folder), text, pair, tokens))
@@ -334,27 +298,17 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """What there is to choose from."""
-    with _errors():
+    with errors():
         if what not in LISTS:
             raise UsageError(f"nothing to list under {what!r}", fix=f"choose one of {', '.join(LISTS)}")
         rows = LISTS[what]()
         if as_json:
-            _print_json([dict(zip(("name", "about"), row, strict=True)) for row in rows])
+            print_json([dict(zip(("name", "about"), row, strict=True)) for row in rows])
             return
         table = Table(show_header=False, box=None, pad_edge=False)
         for row in rows:
             table.add_row(*row)
-        _console().print(table)
-
-
-def _console() -> Console:
-    """Stdout; as wide as a table wants where it is no terminal, so that a log has every digit."""
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, width=None if known else LOG_COLUMNS)
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, sort_keys=True))
+        console().print(table)
 
 
 if __name__ == "__main__":

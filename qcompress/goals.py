@@ -29,8 +29,19 @@ BEST = {"cross_entropy": 0.0}
 """The best value of a metric, where it is not 1."""
 
 
+RESOURCES: dict[str, str] = {
+    "latency_ms": "median latency of the engine at the first profile's optimal shape, launched as it is",
+    "plan_bytes": "the serialized engine",
+    "onnx_bytes": "the graph and its external data",
+    "device_memory_bytes": "the engine's weights and activations on its device",
+}
+"""What a run costs where it is deployed; less is better. Goals against a baseline take them by name."""
+
+
 class Goal(Options):
-    """One limit on a metric, against its float value unless it is a threshold."""
+    """One limit on a metric, against a reference unless it is a threshold: the float value under `recovery`,
+    the baseline's under `regression`.
+    """
 
     threshold: float | None = None
     """The metric itself: at most this (lower is better) or at least this (higher is better)."""
@@ -38,17 +49,17 @@ class Goal(Options):
     """Largest absolute loss."""
     percent_max_degradation: float | None = Field(default=None, alias="percent-max-degradation", ge=0)
     """Largest loss in percent of the reference."""
+    min_recovery: float | None = Field(default=None, alias="min-recovery", gt=0)
+    """Least share of the reference that must be left: value / reference, or reference / value where lower is
+    better."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Goal:
-        if (
-            sum(
-                limit is not None
-                for limit in (self.threshold, self.max_degradation, self.percent_max_degradation)
+        limits = (self.threshold, self.max_degradation, self.percent_max_degradation, self.min_recovery)
+        if sum(limit is not None for limit in limits) != 1:
+            raise ValueError(
+                "give exactly one of threshold, max-degradation, percent-max-degradation, min-recovery"
             )
-            != 1
-        ):
-            raise ValueError("give exactly one of threshold, max-degradation, percent-max-degradation")
         return self
 
 
@@ -86,6 +97,11 @@ class Gate(Options):
     """Worst acceptable value of the float model's own metric: a broken model is no reference."""
     recovery: dict[str, Goal] = {}
     """Goals on the last measured row, against float."""
+    regression: dict[str, Goal] = {}
+    """Goals against another run (`gate --baseline`): on `<set>.<metric>`, on a part of a set as
+    `<set>.<metric>@<column>=<value>`, or on one of `RESOURCES`."""
+    on_inconclusive: Literal["fail", "pass"] = "fail"
+    """What `gate --baseline` makes of a goal that the samples can neither confirm nor refute."""
     parity: dict[Literal["trained", "folded", "onnx", "engine"], ParityGoal] = {}
     """Limits that replace the defaults (folded equals trained; onnx within 2e-4 of the range). Where the
     graph was compared from its own codes (`verify.held`), the default limits of the onnx row are about that

@@ -22,7 +22,7 @@ from qcompress.tasks import TASKS
 from qcompress.tasks.images import open_image
 
 if TYPE_CHECKING:
-    from qcompress.api import LoadedRun
+    from qcompress.finished import LoadedRun
 
 
 def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:

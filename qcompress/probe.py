@@ -127,7 +127,7 @@ def read_measurement(file: Path, probe: Path, onnx: Path) -> EngineMeasurement:
                 f"{file} has {len(found[name])} samples under {name!r}, the probe has {count}",
                 fix="copy probe/ of this run to the device and measure again",
             )
-    names = ("versions", "machine", "seconds", "measured", "file_sha256", "speed", "consistency")
+    names = ("versions", "machine", "seconds", "measured", "file_sha256", "speed", "consistency", "device")
     kept = {key: found.get(key) for key in names}
     samples = logits = None
     if facts["per_sample"] == "nll":

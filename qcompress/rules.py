@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qcompress.axes import AXES, ILLEGAL, PHASES
 from qcompress.data_rules import FORMATS, also, judge_directory, judge_files, judge_graph, judge_origins
-from qcompress.goals import METRICS
+from qcompress.goals import METRICS, RESOURCES
 from qcompress.schema import CausalLm, Format, Recipe, Role
 from qcompress.task_options import AGREEMENT
 from qcompress.wording import choose, found
@@ -168,11 +168,14 @@ def _metrics(recipe: Recipe, document: Document) -> None:
         return
     known = [f"{name}.{metric}" for name in recipe.data.evaluate for metric in _measured(recipe, document)]
     wrong: dict[str, list[Key]] = {}
-    for goals in ("float_floor", "recovery"):
+    for goals in ("float_floor", "recovery", "regression"):
         for name in getattr(recipe.gate, goals):
             key: Key = ("gate", goals, name)
-            if name not in known and document.present(key[:-1]):
-                section = name.rpartition(".")[0]
+            metric = name.partition("@")[0] if goals == "regression" else name
+            if goals == "regression" and name in RESOURCES:
+                continue
+            if metric not in known and document.present(key[:-1]):
+                section = metric.rpartition(".")[0]
                 wrong.setdefault(name if section in recipe.data.evaluate else section, []).append(key)
     for keys in wrong.values():
         message = f"is no metric of an evaluation set (`<set>.<metric>`){also(keys)}"

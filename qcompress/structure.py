@@ -57,6 +57,7 @@ STANDINS: tuple[tuple[Key, Any], ...] = (
     (("train", "phases", "*"), {"steps": 1}),
     (("train", "phases", "*", "steps"), 1),
     (("gate", "recovery", "*"), {"threshold": 0.0}),
+    (("gate", "regression", "*"), {"threshold": 0.0}),
     (("gate", "float_floor", "*"), 0.0),
 )
 """What stands in for a wrong value that the schema requires, or whose name other checks still need."""

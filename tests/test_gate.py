@@ -74,6 +74,15 @@ def one_reason(found: dict[str, Any]) -> str:
     return found["reasons"][0]
 
 
+@pytest.mark.parametrize(("least", "word"), [(0.98, "accept"), (0.99, "regression")])
+def test_recovery_is_the_share_that_is_left(least: float, word: str) -> None:
+    """30 of 30.4 is 0.987 of the perplexity, 0.495 of 0.5 is 0.99 of the accuracy."""
+    found = verdict(goals={"recovery": {"test.perplexity": {"min-recovery": least},
+                                        "test.token_accuracy": {"min-recovery": 0.99}}})  # fmt: skip
+    assert found["verdict"] == word
+    assert passed(found, "test.token_accuracy")
+
+
 # What is accepted ---------------------------------------------------------------------------------
 
 
@@ -366,8 +375,9 @@ def test_anomalous_outranks_regression_and_both_reasons_are_given() -> None:
 
 
 def test_every_verdict_has_its_exit_code() -> None:
-    assert EXIT_CODES == {"accept": 0, "regression": 3, "anomalous": 4}
-    assert [exit_code(name) for name in EXIT_CODES] == [0, 3, 4]
+    assert EXIT_CODES == {"accept": 0, "regression": 3, "anomalous": 4, "inconclusive": 3}
+    assert [exit_code(name) for name in EXIT_CODES] == [0, 3, 4, 3]
+    assert [exit_code(name, "pass") for name in EXIT_CODES] == [0, 3, 4, 0]
     with pytest.raises(QcompressError, match="unknown verdict 'splendid'"):
         exit_code("splendid")
 

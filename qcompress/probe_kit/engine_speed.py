@@ -1,9 +1,12 @@
-"""What measure_engine.py says of an engine besides its results: latency and throughput of each profile, and
-whether it agrees with itself. Needs numpy; any runner with the methods of TensorRTRunner will do.
+"""What measure_engine.py says of an engine besides its results: latency and throughput of each profile,
+whether it agrees with itself, and what it runs on. Needs numpy; any runner with the methods of TensorRTRunner
+will do.
 """
 
 from __future__ import annotations
 
+import pathlib
+import subprocess
 import time
 
 import numpy as np
@@ -90,3 +93,39 @@ def consistency(runner, inputs):
             first = logits[0] if first is None else first
             shapes = max(shapes, float(np.abs(logits[0] - first).max()))
     return {"repeated_rows_max_abs": repeated, "batches_max_abs": shapes}
+
+
+def device(runner, inputs):
+    """The GPU as it calls itself (None where nothing says it), and the bytes that the engine takes there: its
+    file, which is mostly weights, and the activations of one context.
+    """
+    engine = runner.engine
+    context = getattr(engine, "device_memory_size_v2", None)  # of 64 bits, from TensorRT 10.1 on
+    if context is None:
+        context = engine.device_memory_size
+    return {"gpu": gpu(), "memory_bytes": int(runner.plan_bytes + context)}
+
+
+BOARD = pathlib.Path("/proc/device-tree/model")
+"""What a Jetson is called, which has no nvidia-smi that would."""
+
+
+def gpu():
+    """Name of the first GPU, or of the board; None where it is not known."""
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=30,
+            check=True,
+        )
+        names = told.stdout.decode("utf-8", "replace").split("\n")
+        if names[0].strip():
+            return names[0].strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    try:
+        return BOARD.read_bytes().decode("utf-8", "replace").strip("\0\n ") or None
+    except OSError:
+        return None

@@ -152,7 +152,9 @@ class TensorRTRunner:
         logger = self.trt.Logger(self.trt.Logger.WARNING)
         runtime = self.trt.Runtime(logger)
         runtime.engine_host_code_allowed = trusted  # a version-compatible plan holds a runtime of its own
-        self.engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+        serialized = plan.read_bytes()
+        self.plan_bytes = len(serialized)
+        self.engine = runtime.deserialize_cuda_engine(serialized)
         if self.engine is None:
             raise RuntimeError(
                 f"{module} {self.trt.__version__} cannot load {plan}: it was built for another "
@@ -416,12 +418,14 @@ def run_logits(runner, inputs, reference, positions, limit):
 
 
 def beside(runner, inputs):
-    """Speed and self-consistency of an engine. The results do not depend on them: what fails is a reason."""
+    """Speed and self-consistency of an engine, and its device. The results do not depend on them: what fails
+    is a reason.
+    """
     sys.path.insert(0, str(HERE))
     import engine_speed
 
     found = {}
-    for name in ("consistency", "speed"):
+    for name in ("consistency", "speed", "device"):
         try:
             found[name] = getattr(engine_speed, name)(runner, inputs)
         except (RuntimeError, ValueError, OSError, AttributeError, MemoryError) as error:

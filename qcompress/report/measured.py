@@ -14,7 +14,7 @@ from qcompress.errors import IncomparableError, UsageError
 from qcompress.goals import METRICS
 
 if TYPE_CHECKING:
-    from qcompress.api import LoadedRun
+    from qcompress.finished import LoadedRun
 
 TRUTH = ("label", "labels", "tokens")
 """Per-sample results that are the data's and not the model's: equal in runs that may be compared."""

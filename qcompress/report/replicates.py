@@ -33,8 +33,32 @@ def perplexity(columns: Columns, counts: np.ndarray) -> np.ndarray:
 
 
 def token_accuracy(columns: Columns, counts: np.ndarray) -> np.ndarray:
-    """Share of the tokens that the model ranks first."""
-    return (counts @ _numbers(columns["correct"])) / (counts @ _numbers(columns["tokens"]))
+    """Share of the tokens that the model ranks first, or of the words that it labels as they are labelled."""
+    right, total = _words(columns, "label") if "positions" in columns else _tokens(columns)
+    return (counts @ right) / (counts @ total)
+
+
+def _tokens(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+    return _numbers(columns["correct"]), _numbers(columns["tokens"])
+
+
+def _words(columns: Columns, truth: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sequence: words that are labelled as `truth` has it, and all of its words."""
+    pairs = list(zip(columns[truth], columns["prediction"], strict=True))
+    right = [sum(one == other for one, other in zip(*pair, strict=True)) for pair in pairs]
+    return np.array(right, np.float64), np.array([len(label) for label, _ in pairs], np.float64)
+
+
+def agreement(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Share of answers (of words, in sequences) that are the float model's, `reference`; Pearson's
+    correlation of numbers.
+    """
+    if "positions" in columns:
+        right, total = _words(columns, "reference")
+        return (counts @ right) / (counts @ total)
+    if isinstance(columns["prediction"][0], float):
+        return pearson({**columns, "label": columns["reference"]}, counts)
+    return accuracy({**columns, "label": columns["reference"]}, counts)
 
 
 def accuracy(columns: Columns, counts: np.ndarray) -> np.ndarray:
@@ -59,6 +83,37 @@ def f1(columns: Columns, counts: np.ndarray) -> np.ndarray:
     label, answer = (np.array(columns[name]) == 1 for name in ("label", "prediction"))
     total = counts @ (label.astype(np.float64) + answer)
     return 2 * (counts @ (label & answer)) / np.maximum(total, 1)
+
+
+def f1_macro(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Mean F1 of the labels: of those that occur in a draw, or of all where a sample may have several."""
+    both, total = _label_counts(columns, counts)
+    each = 2 * both / np.maximum(total, 1)
+    if isinstance(columns["label"][0], list):
+        return each.mean(axis=1)
+    return each.sum(axis=1) / (total > 0).sum(axis=1)
+
+
+def f1_micro(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """F1 of all labels together; 0 where there are none."""
+    both, total = _label_counts(columns, counts)
+    return 2 * both.sum(axis=1) / np.maximum(total.sum(axis=1), 1)
+
+
+def _label_counts(columns: Columns, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each label [draws, labels]: samples that have it and are given it; the sum of having and giving."""
+    label, answer = (np.array(columns[name]) for name in ("label", "prediction"))
+    if label.ndim == 1:
+        classes = np.union1d(label, answer)
+        label, answer = (side[:, None] == classes for side in (label, answer))
+    label, answer = label.astype(np.float64), answer.astype(np.float64)
+    return counts @ (label * answer), counts @ (label + answer)
+
+
+def span_f1(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """F1 of whole entities, from the numbers of each sequence (`spans_right`, `spans_total`); 0 without."""
+    right, total = (counts @ _numbers(columns[name]) for name in ("spans_right", "spans_total"))
+    return np.where(total > 0, 2 * right / np.maximum(total, 1), 0.0)
 
 
 def mcc(columns: Columns, counts: np.ndarray) -> np.ndarray:
@@ -116,6 +171,10 @@ REPLICATES: dict[str, Callable[[Columns, np.ndarray], np.ndarray]] = {
     "top5_accuracy": top5_accuracy,
     "cross_entropy": cross_entropy,
     "f1": f1,
+    "f1_macro": f1_macro,
+    "f1_micro": f1_micro,
+    "span_f1": span_f1,
+    "agreement": agreement,
     "mcc": mcc,
     "pearson": pearson,
     "spearman": spearman,

@@ -9,7 +9,7 @@ from rich.console import Console
 from qcompress.report.ladder import cost_of_static, ladder, not_measured, ties
 
 if TYPE_CHECKING:
-    from qcompress.api import LoadedRun
+    from qcompress.finished import LoadedRun
 
 
 def summary(loaded: LoadedRun) -> dict[str, object]:

@@ -25,7 +25,7 @@ from qcompress.errors import QcompressError
 from qcompress.goals import BEST, METRICS, PARITY, Gate, Goal, ParityGoal
 from qcompress.schema import Recipe
 
-EXIT_CODES = {"accept": 0, "regression": 3, "anomalous": 4}
+EXIT_CODES = {"accept": 0, "regression": 3, "anomalous": 4, "inconclusive": 3}
 
 IMPLAUSIBLE_GAIN = 0.5
 """A compressed model that gains more than this share of float's distance to a perfect metric (1, for
@@ -170,7 +170,7 @@ def _float_floor(reference: dict[str, float], goals: Gate, judgement: _Judgement
 
 def _implausible(row: dict[str, Any], reference: dict[str, float], judgement: _Judgement) -> None:
     for metric, value in row["metrics"].items():
-        if metric in reference and _gain(metric, value, reference[metric]) > IMPLAUSIBLE_GAIN:
+        if metric in reference and gain_too_large(metric, value, reference[metric]):
             judgement.anomalies.append(
                 f"{row['stage']}: {metric} is {value:.6g} against {reference[metric]:.6g} in float: too good"
             )
@@ -194,10 +194,17 @@ def _limit(metric: str, goal: Goal, base: float) -> float:
     """Worst acceptable value of the metric."""
     if goal.threshold is not None:
         return goal.threshold
+    if goal.min_recovery is not None:
+        return base / goal.min_recovery if _lower(metric) else base * goal.min_recovery
     loss = goal.max_degradation
     if loss is None:
         loss = abs(base) * goal.percent_max_degradation / 100
     return base + loss if _lower(metric) else base - loss
+
+
+def gain_too_large(metric: str, value: float, base: float) -> bool:
+    """Whether a metric is so much better than the same one elsewhere that the measurement must be wrong."""
+    return _gain(metric, value, base) > IMPLAUSIBLE_GAIN
 
 
 def _gain(metric: str, value: float, base: float) -> float:
@@ -281,8 +288,10 @@ def _spell(goal: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in goal.items())
 
 
-def exit_code(verdict: str) -> int:
-    """Exit code of a verdict."""
+def exit_code(verdict: str, on_inconclusive: str = "fail") -> int:
+    """Exit code of a verdict; an inconclusive one (`gate --baseline` alone) passes where the goals say so."""
+    if verdict == "inconclusive" and on_inconclusive == "pass":
+        return 0
     try:
         return EXIT_CODES[verdict]
     except KeyError:

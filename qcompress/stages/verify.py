@@ -30,6 +30,7 @@ import torch
 from qcompress.artifacts import (
     FoldedModel,
     read_json,
+    sha256_file,
     write_json,
 )
 from qcompress.engine import why_not
@@ -135,6 +136,8 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
         "threads": threads,
         "device": str(device),
     }
+    if artifacts.onnx is not None and artifacts.onnx.file.is_file():
+        facts["onnx"] = {"sha256": sha256_file(artifacts.onnx.file)}
     write_json(out / "parity.json", {"rows": rows, **facts})
     results = {stage: result.samples for stage, result in measured.items()}
     write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN)

@@ -1,0 +1,259 @@
+"""The verdict of `gate --baseline`: a candidate against a baseline, by the baseline's goals. No torch.
+
+    anomalous     the two cannot be compared, the candidate's measurement cannot be trusted, or it brings
+                  goals of its own
+    regression    a goal is refuted: the lower bound of the loss is beyond its limit; or the candidate breaks
+                  a goal of the baseline on its own ladder (parity, recovery)
+    inconclusive  a goal is neither confirmed nor refuted by the samples
+    accept        every goal is confirmed
+
+In this order: a broken measurement proves nothing, and one refuted goal is enough. The document, gate.json,
+is verdict.json with a few keys more (`decide`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qcompress.errors import UsageError
+from qcompress.goals import RESOURCES, Gate, Goal
+from qcompress.regression.standing import REFERENCE, Standing
+from qcompress.regression.statistics import ALPHA, POWER, Loss, as_measured, loss_of
+from qcompress.stages.gate import gain_too_large, judge
+
+FEW = 30
+"""Samples below which a bootstrap says little: its verdict carries a note."""
+
+
+def decide(baseline: Standing, candidate: Standing, goals: Gate | None = None) -> dict[str, Any]:
+    """The document: verdict, goals, reasons, not_measured as in verdict.json. Beside them it has.
+
+        against       where baseline and candidate lie, their recipe, and the row that was compared
+        on_inconclusive, level, power
+        notes         what a reader must know and no goal depends on
+
+    and in each goal against the baseline `outcome` (pass, fail, inconclusive), `loss` and `allowed` in the
+    goal's unit, `interval` of the loss, `detectable` (the smallest loss these samples would have shown 80
+    times in 100), `samples`, `test` and `p_value`.
+
+    `goals` replace the baseline's; without them a candidate whose recipe states others is anomalous. Raises
+    UsageError where there is no goal to judge by.
+    """
+    judged = goals or baseline.goals
+    if not judged.regression:
+        raise UsageError(
+            f"{baseline.where} states no goal for a later run (`gate.regression`)",
+            fix=f"add it to the recipe, or name a file with --goals:\n{suggestion(baseline)}",
+        )
+    anomalies = [*_other_goals(baseline, candidate, goals), *candidate.broken, *baseline.broken]
+    apart = _incomparable(baseline, candidate)
+    anomalies += apart
+    own = judge(candidate.parity, judged, list(baseline.require), baseline.compute,
+                float_trains=baseline.float_trains)  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for name, goal in judged.regression.items():
+        if name in RESOURCES:
+            entry = _resource(name, goal, baseline, candidate, anomalies)
+        else:
+            entry = _metric(name, goal, baseline, candidate, anomalies) if not apart else None
+        if entry is not None:
+            found.append(entry)
+    own_anomalous = own["verdict"] == "anomalous"
+    anomalies += own["reasons"] if own_anomalous else []
+    broken = [] if own_anomalous else own["reasons"]
+    reasons = [*dict.fromkeys(anomalies), *broken]
+    reasons += [_spell(entry) for entry in found if entry["outcome"] != "pass"]
+    outcomes = {entry["outcome"] for entry in found}
+    verdict = "accept"
+    if anomalies:
+        verdict = "anomalous"
+    elif broken or "fail" in outcomes:
+        verdict = "regression"
+    elif "inconclusive" in outcomes:
+        verdict = "inconclusive"
+    return {
+        "verdict": verdict,
+        "goals": [*found, *own["goals"]],
+        "reasons": reasons,
+        "not_measured": own["not_measured"],
+        "against": {
+            "baseline": baseline.where,
+            "candidate": candidate.where,
+            "recipes": [baseline.recipe, candidate.recipe],
+            "row": baseline.row,
+        },
+        "on_inconclusive": judged.on_inconclusive,
+        "level": 1 - ALPHA,
+        "power": POWER,
+        "notes": _notes(baseline, candidate, found),
+    }
+
+
+def suggestion(baseline: Standing) -> str:
+    """A fragment of a recipe: on each set's main metric 1 % of what it is, rounded up to one digit."""
+    lines = ["    gate:", "      regression:"]
+    for name, metrics in baseline.parity.get("main", {}).items():
+        one = abs(baseline.metrics.get(f"{name}.{metrics[0]}", 1.0)) / 100
+        power = 10.0 ** math.floor(math.log10(max(one, 1e-6)))
+        limit = math.ceil(one / power - 1e-9) * power
+        lines.append(f"        {name}.{metrics[0]}: {{max-degradation: {limit:g}}}")
+    return "\n".join(lines)
+
+
+# What cannot be compared --------------------------------------------------------------------------
+
+
+def _other_goals(baseline: Standing, candidate: Standing, goals: Gate | None) -> Iterator[str]:
+    if goals is not None:
+        return
+    ours, theirs = (one.goals.model_dump(by_alias=True, exclude_none=True) for one in (baseline, candidate))
+    changed = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+    if baseline.require != candidate.require:
+        changed.append("verify.require")
+    if changed:
+        yield (
+            f"the candidate's recipe states other goals than the baseline ({', '.join(changed)}): "
+            "promote a baseline with the new ones, or name them with --goals"
+        )
+
+
+def _incomparable(baseline: Standing, candidate: Standing) -> list[str]:
+    """Why the two were not measured on the same thing."""
+    found = []
+    ours, theirs = baseline.parity.get("inputs", {}), candidate.parity.get("inputs", {})
+    for name in baseline.samples:
+        if name not in candidate.samples:
+            found.append(f"evaluation set {name} was not measured")
+            continue
+        before, after = baseline.samples[name], candidate.samples[name]
+        counts = [len(next(iter(columns.values()))) for columns in (before, after)]
+        if counts[0] != counts[1]:
+            found.append(f"{name}: {counts[1]} samples, and the baseline has {counts[0]}")
+        elif any(before.get(known) != after.get(known) for known in baseline.known[name]):
+            found.append(f"{name}: the samples have other labels than the baseline's")
+        elif not ours.get(name) or ours.get(name) != theirs.get(name):
+            found.append(f"{name}: the model's inputs are not those of the baseline")
+    for file in sorted(baseline.readers.keys() | candidate.readers.keys()):
+        if baseline.readers.get(file) != candidate.readers.get(file):
+            which = "is there on one side only" if not all(
+                file in one.readers for one in (baseline, candidate)
+            ) else "differs"  # fmt: skip
+            found.append(f"another tokenizer or preprocessor: {file} {which}")
+    return found
+
+
+# Goals --------------------------------------------------------------------------------------------
+
+
+def _metric(name: str, goal: Goal, baseline: Standing, candidate: Standing, anomalies: list[str]) -> Any:
+    """The goal's entry; None where it cannot be judged, and the reason among the anomalies."""
+    path, _, part = name.partition("@")
+    section, _, metric = path.rpartition(".")
+    missing = [one.where for one in (baseline, candidate) if path not in one.metrics]
+    if section not in baseline.samples or missing:
+        anomalies.append(f"{name} was not measured in {', '.join(missing) or baseline.where}")
+        return None
+    values = [one.metrics[path] for one in (baseline, candidate)]
+    if not all(map(math.isfinite, values)):
+        side = "baseline" if not math.isfinite(values[0]) else "candidate"
+        anomalies.append(f"{path} of the {side} is {values[int(math.isfinite(values[0]))]}")
+        return None
+    if gain_too_large(metric, values[1], values[0]):
+        anomalies.append(f"{path} is {values[1]:.6g} against {values[0]:.6g} in the baseline: too good")
+    sides = [one.columns(section) for one in (baseline, candidate)]
+    if metric == "agreement" and any(REFERENCE not in columns for columns in sides):
+        anomalies.append(f"{path}: the float model's answers are not there to agree with")
+        return None
+    count = len(next(iter(sides[0].values())))
+    if part:
+        chosen = _chosen(part, sides[0], baseline)
+        if not chosen:
+            anomalies.append(f"{name}: no sample of the baseline has {part}")
+            return None
+        sides = [
+            {key: [cells[place] for place in chosen] for key, cells in columns.items()} for columns in sides
+        ]
+        count = len(chosen)
+    found = loss_of(metric, goal, *sides)
+    if not part and not math.isclose(found.value, values[1], rel_tol=1e-6, abs_tol=1e-9):
+        anomalies.append(
+            f"{path} is {values[1]:.6g} in parity.json, and {found.value:.6g} by the candidate's samples"
+        )
+    return _entry(name, goal, found, count)
+
+
+def _chosen(part: str, columns: Mapping[str, list[Any]], baseline: Standing) -> list[int]:
+    """Places of the samples whose column says so; a label by its name or its number."""
+    column, _, wanted = part.partition("=")
+    labels = baseline.task.get("labels") if column == "label" else None
+    if column not in columns:
+        return []
+
+    def says(cell: Any) -> bool:
+        named = labels[cell] if labels and isinstance(cell, int) and 0 <= cell < len(labels) else None
+        return wanted in (str(cell), named)
+
+    return [place for place, cell in enumerate(columns[column]) if says(cell)]
+
+
+def _resource(name: str, goal: Goal, baseline: Standing, candidate: Standing, anomalies: list[str]) -> Any:
+    missing = [one.where for one in (baseline, candidate) if name not in one.resources]
+    if missing:
+        anomalies.append(f"{name} was not measured in {', '.join(missing)}")
+        return None
+    if name in ("latency_ms", "device_memory_bytes") and baseline.device != candidate.device:
+        anomalies.append(
+            f"{name} was measured on {candidate.device}, and the baseline's on {baseline.device}"
+        )
+        return None
+    return _entry(name, goal, as_measured(goal, baseline.resources[name], candidate.resources[name]), None)
+
+
+def _entry(name: str, goal: Goal, found: Loss, samples: int | None) -> dict[str, Any]:
+    return {
+        "metric": name,
+        "goal": goal.model_dump(by_alias=True, exclude_none=True),
+        "value": found.value,
+        "baseline": found.baseline,
+        "loss": found.loss,
+        "allowed": found.allowed,
+        "interval": list(found.interval) if found.interval else None,
+        "detectable": found.detectable,
+        "samples": samples,
+        "test": found.test,
+        "p_value": found.p_value,
+        "outcome": found.outcome,
+        "passed": found.outcome == "pass",
+    }
+
+
+def _spell(entry: dict[str, Any]) -> str:
+    goal = ", ".join(f"{name} {value:g}" for name, value in entry["goal"].items())
+    said = f"{entry['metric']} is {entry['value']:.6g} against {entry['baseline']:.6g} ({goal})"
+    if entry["interval"] is not None:
+        low, high = entry["interval"]
+        said += f": a loss of {entry['loss']:.3g}, between {low:.3g} and {high:.3g}"
+    if entry["outcome"] == "inconclusive":
+        said += "; the samples cannot tell"
+        if entry["detectable"] is not None:
+            said += f", they show a loss of {entry['detectable']:.2g} 80 times in 100"
+    return said
+
+
+def _notes(baseline: Standing, candidate: Standing, found: list[dict[str, Any]]) -> list[str]:
+    notes = []
+    names = sorted(baseline.versions.keys() & candidate.versions.keys())
+    changed = [f"{name} {baseline.versions[name]} -> {candidate.versions[name]}" for name in names
+               if baseline.versions[name] != candidate.versions[name]]  # fmt: skip
+    if changed:
+        notes.append(f"other versions: {', '.join(changed)}")
+    few = sorted(
+        {entry["metric"] for entry in found if entry["test"] == "bootstrap" and entry["samples"] < FEW}
+    )
+    if few:
+        notes.append(f"fewer than {FEW} samples, whose bootstrap interval is too narrow: {', '.join(few)}")
+    if baseline.recipe != candidate.recipe:
+        notes.append(f"the recipes have different names: {baseline.recipe}, {candidate.recipe}")
+    return notes

@@ -1,0 +1,306 @@
+"""What a gate knows of a run: a run directory, or the baseline.json that `baseline promote` wrote. No torch.
+
+baseline.json is made to be committed: one line for each field of the per-sample results, so that a diff shows
+what changed. It holds one row of the ladder with its results and the float model's predictions, the goals,
+digests of what turned data into inputs, and sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qcompress.artifacts import read_json, sha256_file
+from qcompress.errors import IncomparableError, UsageError
+from qcompress.finished import load
+from qcompress.goals import Gate
+from qcompress.report.replicates import Columns
+from qcompress.samples import read_samples
+from qcompress.tasks.scores import spans
+
+FORMAT = 1
+"""Version of baseline.json; a file of another one is refused."""
+
+READERS = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "preprocessor_config.json",
+)
+"""Files that turn data into inputs. Where tokenizer.json is there, the others are what it was made from."""
+
+AS_WRITTEN = ("recipe", "row", "compute", "float_trains", "task", "parity", "samples", "readers", "resources",
+              "device", "versions")  # fmt: skip
+"""Keys of baseline.json that are a standing's own."""
+
+REFERENCE = "reference"
+"""The float model's predictions among the columns of a row."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A row of a run as it is judged against another: where it stands, and by what."""
+
+    where: str
+    recipe: str
+    row: str
+    goals: Gate
+    require: tuple[str, ...]
+    compute: str
+    float_trains: bool
+    task: dict[str, Any]
+    parity: dict[str, Any]
+    samples: dict[str, dict[str, list[Any]]]
+    """Columns by evaluation set: what is known of the samples, the row's results, `reference`."""
+    known: dict[str, tuple[str, ...]]
+    """Names of the columns that no model changes, by evaluation set."""
+    readers: dict[str, str]
+    resources: dict[str, float]
+    device: str | None
+    """GPU that the engine was measured on."""
+    versions: dict[str, str]
+    broken: tuple[str, ...] = ()
+    """Files of a run that are not what was measured; a baseline.json has none."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The row's."""
+        return next(row["metrics"] for row in self.parity["rows"] if row["stage"] == self.row)
+
+    def columns(self, name: str) -> Columns:
+        """Columns of a set, with those that are made of others: entities of each sequence."""
+        columns = self.samples[name]
+        labels = self.task.get("labels")
+        if "positions" not in columns or not labels or "label" not in columns:
+            return columns
+        pairs = [
+            [spans([labels[index] for index in sequence]) for sequence in pair]
+            for pair in zip(columns["label"], columns["prediction"], strict=True)
+        ]
+        return {
+            **columns,
+            "spans_right": [len(label & answer) for label, answer in pairs],
+            "spans_total": [len(label) + len(answer) for label, answer in pairs],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of baseline.json: one row, without distances between files that are not committed."""
+        return {
+            "format": FORMAT,
+            "recipe": self.recipe,
+            "row": self.row,
+            "gate": self.goals.model_dump(mode="json", by_alias=True, exclude_none=True),
+            "require": list(self.require),
+            "compute": self.compute,
+            "float_trains": self.float_trains,
+            "task": self.task,
+            "parity": self.parity,
+            "known": {name: list(names) for name, names in self.known.items()},
+            "readers": self.readers,
+            "resources": self.resources,
+            "device": self.device,
+            "versions": self.versions,
+            "samples": self.samples,
+        }
+
+
+def read_standing(path: Path, row: str | None = None) -> Standing:
+    """A run directory, or a baseline.json; `row` of a run, by default the last that was measured.
+
+    Raises UsageError for what is neither, IncomparableError for a run without such a row.
+    """
+    if path.is_dir():
+        return _of_run(path, row)
+    if path.is_file():
+        return _of_file(path)
+    raise UsageError(
+        f"{path} does not exist", fix="name a run directory, or a file of `qcompress baseline promote`"
+    )
+
+
+# A run --------------------------------------------------------------------------------------------
+
+
+def _of_run(folder: Path, row: str | None) -> Standing:
+    loaded = load(folder)
+    if not (folder / "samples.json.gz").is_file():
+        raise UsageError(f"{folder} has no samples.json.gz, so it cannot be compared sample by sample",
+                         fix=f"measure it again: qcompress verify {folder}")  # fmt: skip
+    recipe, parity = loaded.recipe, loaded.parity
+    row = row or _last_measured(folder, parity)
+    sets = _samples(folder / "samples.json.gz")
+    _match(folder, parity, row, sets)
+    known = {name: tuple(key for key in entry if key not in ("ids", "rows")) for name, entry in sets.items()}
+    samples = {name: _columns(entry, row) for name, entry in sets.items()}
+    values = recipe.model_dump(mode="json", by_alias=True)
+    return Standing(
+        where=str(folder),
+        recipe=recipe.name,
+        row=row,
+        goals=recipe.gate,
+        require=tuple(recipe.verify.require),
+        compute=recipe.format.compute,
+        float_trains=recipe.trains_float,
+        task=values["task"],
+        parity=parity,
+        samples=samples,
+        known=known,
+        readers=_readers(folder),
+        resources=_resources(folder, parity),
+        device=_device(_row(parity, "engine")),
+        versions=loaded.manifest.get("versions", {}),
+        broken=tuple(_broken(folder, parity)),
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = read_json(file)
+    except (OSError, ValueError) as error:
+        raise IncomparableError(f"{file} cannot be read ({error})", fix="measure that run again") from None
+    if not isinstance(found, dict):
+        raise IncomparableError(f"{file} is no JSON object", fix="measure that run again")
+    return found
+
+
+def _samples(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return read_samples(file)
+    except (OSError, EOFError, zlib.error, ValueError, KeyError) as error:
+        raise IncomparableError(f"{file} cannot be read ({error})", fix="measure that run again") from None
+
+
+def _row(parity: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
+    return next((row for row in parity["rows"] if row["stage"] == stage), None)
+
+
+def _last_measured(folder: Path, parity: Mapping[str, Any]) -> str:
+    measured = [row["stage"] for row in parity.get("rows", []) if row["status"] == "measured"]
+    if not measured:
+        raise IncomparableError(f"{folder}: no row was measured", fix="let the run measure itself")
+    return measured[-1]
+
+
+def _match(folder: Path, parity: Mapping[str, Any], row: str, sets: Mapping[str, Any]) -> None:
+    """The row was measured, and its per-sample results are there."""
+    found = _row(parity, row)
+    if found is None or found["status"] != "measured":
+        why = found["reason"] if found else "there is no such row"
+        raise IncomparableError(f"{folder}: the row {row} was not measured: {why}")
+    for name, entry in sets.items():
+        if row not in entry["rows"]:
+            raise IncomparableError(f"{folder}: samples.json.gz has no results of the row {row} on {name}",
+                                    fix=f"measure it again: qcompress verify {folder}")  # fmt: skip
+
+
+def _columns(entry: Mapping[str, Any], row: str) -> dict[str, list[Any]]:
+    columns = {name: values for name, values in entry.items() if name not in ("ids", "rows")}
+    columns |= entry["rows"][row]
+    if "prediction" in entry["rows"].get("float", {}):
+        columns[REFERENCE] = entry["rows"]["float"]["prediction"]
+    return columns
+
+
+def _readers(folder: Path) -> dict[str, str]:
+    """Digests of what they say: JSON is written in another order by another version of a library."""
+    names = [name for name in READERS if (folder / name).is_file()]
+    if READERS[0] in names:
+        names = [name for name in names if name in (READERS[0], READERS[-1])]
+    return {name: _digest(folder / name) for name in names}
+
+
+def _digest(file: Path) -> str:
+    import hashlib
+
+    if file.suffix != ".json":
+        return sha256_file(file)
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise IncomparableError(f"{file} cannot be read ({error})") from None
+    if isinstance(value, dict) and file.name == READERS[-1]:
+        value = {key: item for key, item in value.items() if not key.endswith("_version")}
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _resources(folder: Path, parity: Mapping[str, Any]) -> dict[str, float]:
+    """What of `goals.RESOURCES` is known of a run."""
+    found: dict[str, float] = {}
+    if (folder / "sizes.json").is_file():
+        found["onnx_bytes"] = _json(folder / "sizes.json")["file_bytes"]
+    build = folder / "engine" / "build.json"
+    if build.is_file() and (plan := _json(build).get("plan")):
+        found["plan_bytes"] = plan["bytes"]
+    measured_on = (_row(parity, "engine") or {}).get("measured_on") or {}
+    speed, device = measured_on.get("speed"), measured_on.get("device") or {}
+    if speed and isinstance(speed, list):  # what could not be measured has a reason instead
+        found["latency_ms"] = speed[0]["latency_ms"]["median"]
+    if "memory_bytes" in device:
+        found["device_memory_bytes"] = device["memory_bytes"]
+    return found
+
+
+def _broken(folder: Path, parity: Mapping[str, Any]) -> Iterator[str]:
+    """The graph is the one that was measured, the engine was built from it, and the plan is that engine. A
+    file that is not there (CI keeps what it needs) cannot be asked.
+    """
+    graph, build = folder / "model.onnx", folder / "engine" / "build.json"
+    facts = _json(build) if build.is_file() else {}
+    found = sha256_file(graph) if graph.is_file() else None
+    if found and parity.get("onnx") and found != parity["onnx"]["sha256"]:
+        yield f"{graph} is not the file that was measured"
+    if found and facts.get("onnx") and found != facts["onnx"]["sha256"]:
+        yield f"the engine was built from another file than {graph}"
+    plan = folder / "engine" / "model.plan"
+    if plan.is_file() and facts.get("plan") and sha256_file(plan) != facts["plan"]["sha256"]:
+        yield f"{plan} is not the engine that was built"
+    measured = (_row(parity, "engine") or {}).get("measured_on") or {}
+    on_plan = measured.get("measured") == "plan" and facts.get("plan")
+    if on_plan and measured["file_sha256"] != facts["plan"]["sha256"]:
+        yield "the engine row was measured on another plan than the one that was built"
+
+
+def _device(row: Mapping[str, Any] | None) -> str | None:
+    measured_on = (row or {}).get("measured_on") or {}
+    return (measured_on.get("device") or {}).get("gpu")
+
+
+# A file -------------------------------------------------------------------------------------------
+
+
+def _of_file(file: Path) -> Standing:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{file} is no baseline ({error})", fix="make it anew: qcompress baseline promote RUN"
+        ) from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise UsageError(
+            f"{file} is no baseline of this version (format {found!r}, expected {FORMAT})",
+            fix="make it anew: qcompress baseline promote RUN",
+        )
+    try:
+        goals = Gate.model_validate_json(json.dumps(values["gate"]))
+        return Standing(
+            where=str(file),
+            goals=goals,
+            require=tuple(values["require"]),
+            known={name: tuple(names) for name, names in values["known"].items()},
+            **{name: values[name] for name in AS_WRITTEN},
+        )
+    except (KeyError, ValidationError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{file} is not as it was written ({type(error).__name__}: {error})",
+            fix="make it anew: qcompress baseline promote RUN",
+        ) from None

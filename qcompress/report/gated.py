@@ -1,0 +1,43 @@
+"""A candidate against its baseline in the terminal. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qcompress.report.compared import interval
+
+
+def print_gate(console: Console, verdict: dict[str, Any]) -> None:
+    """One line for each goal against the baseline, notes, reasons, and the verdict in the last line."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+    table.add_column("goal", overflow="fold")
+    for column in ("baseline", "candidate", "loss", "bounds\n(5 % each)", "could have\nseen", "samples"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("outcome", no_wrap=True)
+    for goal in verdict["goals"]:
+        if "outcome" not in goal:
+            continue
+        limit = ", ".join(f"{name} {value:g}" for name, value in goal["goal"].items())
+        table.add_row(
+            escape(f"{goal['metric']}\n{limit}"),
+            f"{goal['baseline']:.5g}",
+            f"{goal['value']:.5g}",
+            f"{goal['loss']:+.3g}",
+            interval(goal["interval"]),
+            "-" if goal["detectable"] is None else f"{goal['detectable']:.2g}",
+            "-" if goal["samples"] is None else str(goal["samples"]),
+            goal["outcome"],
+        )
+    against = verdict["against"]
+    console.print(f"{against['candidate']} against {against['baseline']}, row {against['row']}", markup=False)
+    console.print(table)
+    for note in verdict["notes"]:
+        console.print(f"note: {note}", markup=False, style="dim", soft_wrap=True)
+    for reason in verdict["reasons"]:
+        console.print(reason, markup=False, soft_wrap=True)
+    print(f"{verdict['verdict']}  {against['recipes'][1]}  {against['candidate']}")

@@ -1,0 +1,79 @@
+"""A verdict as code hosts show it: GitHub's annotations and step summary, GitLab's code quality. No torch.
+
+Sources: GitHub, "Workflow commands for GitHub Actions" (escapes of data and of properties); GitLab, "Code
+Quality", section "Code Quality report format".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+SEVERITY = {"anomalous": "critical", "regression": "major", "inconclusive": "minor"}
+"""GitLab's word for each verdict that is not `accept`."""
+
+
+def annotations(verdict: dict[str, Any], recipe: str) -> list[str]:
+    """One workflow command for each reason, on the file of the recipe; a notice where all is well."""
+    title = _property(f"qcompress gate: {verdict['verdict']}")
+    where = f"file={_property(recipe)},title={title}"
+    passes = verdict["verdict"] == "inconclusive" and verdict.get("on_inconclusive") == "pass"
+    if verdict["verdict"] == "accept":
+        return [f"::notice {where}::{_data('every goal holds')}"]
+    level = "warning" if passes else "error"
+    return [f"::{level} {where}::{_data(reason)}" for reason in verdict["reasons"]]
+
+
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def step_summary(verdict: dict[str, Any], name: str) -> str:
+    """Markdown: the verdict, its reasons, one line for each goal against the baseline."""
+    lines = [f"### qcompress gate: {verdict['verdict']} ({_cell(name)})", ""]
+    lines += [f"- {_cell(reason)}" for reason in verdict["reasons"]] + [""] * bool(verdict["reasons"])
+    lines += ["| goal | baseline | candidate | loss | interval | could have seen | outcome |",
+              "|---|---:|---:|---:|---:|---:|---|"]  # fmt: skip
+    for goal in verdict["goals"]:
+        if "outcome" not in goal:
+            continue
+        low, high = goal["interval"] or (None, None)
+        cells = [
+            f"{goal['metric']} ({', '.join(f'{key} {value:g}' for key, value in goal['goal'].items())})",
+            f"{goal['baseline']:.5g}",
+            f"{goal['value']:.5g}",
+            f"{goal['loss']:+.3g}",
+            "-" if low is None else f"{low:+.3g} to {high:+.3g}",
+            "-" if goal["detectable"] is None else f"{goal['detectable']:.2g}",
+            goal["outcome"],
+        ]
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """No cell and no list item of ours is more than text: pipes, markup and line ends lose their meaning."""
+    found = text.replace("\\", "\\\\").replace("\r", " ").replace("\n", " ").replace("|", "\\|")
+    return found.replace("<", "&lt;").replace("`", "\\`").replace("*", "\\*").replace("_", "\\_")
+
+
+def code_quality(verdict: dict[str, Any], recipe: str) -> list[dict[str, Any]]:
+    """GitLab's report: an issue for each reason, on the first line of the recipe. Equal reasons of equal
+    recipes have equal fingerprints, so that a merge request shows what is new.
+    """
+    if verdict["verdict"] == "accept":
+        return []
+    return [
+        {
+            "description": reason,
+            "check_name": f"qcompress-{verdict['verdict']}",
+            "fingerprint": hashlib.sha256(f"{recipe}\0{reason}".encode()).hexdigest(),
+            "severity": SEVERITY[verdict["verdict"]],
+            "location": {"path": recipe, "lines": {"begin": 1}},
+        }
+        for reason in verdict["reasons"]
+    ]

@@ -1,0 +1,54 @@
+"""What every command prints with, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from qcompress.errors import INTERRUPTED, QcompressError
+from qcompress.finished import load
+from qcompress.report.shown import print_run, summary
+from qcompress.stages.gate import exit_code
+
+LOG_COLUMNS = 200
+"""Width of output that goes into a file or a pipe."""
+
+
+@contextmanager
+def errors(resume: str = "") -> Iterator[None]:
+    """Print an error as a user should see it, and leave with its exit code."""
+    try:
+        yield
+    except QcompressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted" + (f"; continue with:\n  {resume}" if resume else ""), file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def report_run(folder: Path, verdict: str, as_json: bool) -> None:
+    """Print a run as it lies on disk, and leave with its verdict's exit code."""
+    loaded = load(folder)
+    if as_json:
+        print_json(summary(loaded))
+    else:
+        print_run(console(), loaded)
+    raise typer.Exit(exit_code(verdict))
+
+
+def console() -> Console:
+    """Stdout; as wide as a table wants where it is no terminal, so that a log has every digit."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if known else LOG_COLUMNS)
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True))
