@@ -317,6 +317,15 @@ def test_a_planted_fault_has_its_verdict_and_exit_code(
         assert found.stdout.splitlines()[-1].startswith({3: "regression", 4: "anomalous"}[code])
 
 
+def test_a_gain_over_the_baseline_that_is_too_large_is_looked_at_first(line: Project, tmp_path: Path) -> None:
+    """The candidate is where float is; it is the baseline that cannot have been right."""
+    runs = [with_goals(line, tmp_path / name) for name in ("one", "two")]
+    worse(runs[0], [1.5])
+    found = api.gate_against(*runs)
+    assert found["verdict"] == "anomalous"
+    assert len(found["reasons"]) == 1 and "in the baseline: too good" in found["reasons"][0]
+
+
 @pytest.mark.parametrize(
     ("resource", "gpu", "code", "says"),
     [(1.02, "RTX 4090", 0, "accept"), (1.2, "RTX 4090", 3, "latency_ms"),
