@@ -243,9 +243,14 @@ def _draw(
 
 
 def _gives(run: Measured, name: str, short: str) -> bool:
-    """Whether the per-sample results give the metric; those of a study have six digits."""
+    """Whether the per-sample results give the metric; those of a study have six digits, and what the float
+    model answered, or which words make an entity, is not among the results of a row.
+    """
     columns, once = run.columns(name), np.ones((1, len(run.samples[name]["ids"])))
-    again = float(REPLICATES[short](columns, once)[0])
+    try:
+        again = float(REPLICATES[short](columns, once)[0])
+    except KeyError:
+        return False
     return math.isclose(again, run.metrics[f"{name}.{short}"], rel_tol=1e-4, abs_tol=1e-6)
 
 
