@@ -308,7 +308,8 @@ def test_other_machines_and_other_float_models_are_named() -> None:
 def test_a_metric_that_the_results_do_not_give_has_no_bootstrap(metric: str) -> None:
     """Entities and the float model's answers are not in a row's results; the paired t test needs none."""
     runs = [one(arm, seed, [4] * 10) for arm in ("old", "new") for seed in (0, 1)]
-    runs = [replace(run, metrics={f"dev.{metric}": 0.5 + run.seed / 10}, main={"dev": metric}) for run in runs]
+    main = {"dev": metric}
+    runs = [replace(run, metrics={f"dev.{metric}": 0.5 + run.seed / 10}, main=main) for run in runs]
     answers = {"label": [[1]] * 10, "prediction": [[1]] * 10, "positions": [[0]] * 10}
     runs = [changed(run, results=answers) for run in runs]
     (item,) = compare(runs, "onnx")["differences"]
