@@ -56,6 +56,9 @@ def gate(
         else:
             verdict = api.gate_against(baseline, candidate, goals=goals)
         name = api.load(candidate).recipe.name
+        for file in (junit_file, code_quality_file):
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
         if junit_file is not None:
             junit_file.write_text(junit(verdict, name), encoding="utf-8")
         if code_quality_file is not None:

@@ -227,3 +227,20 @@ def test_the_clock_stops_after_its_seconds(script: Any) -> None:
         "least": 1.0,
         "runs": 4,
     }
+
+
+def test_an_engine_takes_its_file_and_one_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from qcompress.probe_kit import engine_speed
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(engine_speed, "BOARD", tmp_path / "model")
+    for sizes in ({"device_memory_size_v2": 5, "device_memory_size": 1}, {"device_memory_size": 5}):
+        runner = SimpleNamespace(engine=SimpleNamespace(**sizes), plan_bytes=7)
+        assert engine_speed.device(runner, {}) == {"gpu": None, "memory_bytes": 12}
+    (tmp_path / "model").write_bytes(b"NVIDIA Jetson Orin\0")
+    assert engine_speed.gpu() == "NVIDIA Jetson Orin"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H200\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert engine_speed.gpu() == "NVIDIA H200"

@@ -249,6 +249,14 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
         4,
         "from another file",
     ),
+    "weights of another file": (
+        lambda run: (
+            (run / "model.onnx.data").write_bytes(b"weights"),
+            build_json(run, lambda value: value["onnx"]["data"].update({"model.onnx.data": "0" * 64})),
+        ),
+        4,
+        "another file than",
+    ),
     "another plan": (
         lambda run: (run / "engine" / "model.plan").write_bytes(b"plan"),
         4,
@@ -300,7 +308,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
 
 
 def test_there_are_at_least_twelve_faults() -> None:
-    assert len(FAULTS) >= 21
+    assert len(FAULTS) >= 22
 
 
 @pytest.mark.parametrize("fault", FAULTS)

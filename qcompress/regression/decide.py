@@ -28,7 +28,7 @@ FEW = 30
 
 
 def decide(baseline: Standing, candidate: Standing, goals: Gate | None = None) -> dict[str, Any]:
-    """The document: verdict, goals, reasons, not_measured as in verdict.json. Beside them it has.
+    """The document: verdict, goals, reasons, not_measured as in verdict.json, and a few keys beside them.
 
         against       where baseline and candidate lie, their recipe, and the row that was compared
         on_inconclusive, level, power

@@ -260,6 +260,9 @@ def _broken(folder: Path, parity: Mapping[str, Any]) -> Iterator[str]:
         yield f"{graph} is not the file that was measured"
     if found and facts.get("onnx") and found != facts["onnx"]["sha256"]:
         yield f"the engine was built from another file than {graph}"
+    for name, digest in (facts.get("onnx") or {}).get("data", {}).items():
+        if (folder / name).is_file() and sha256_file(folder / name) != digest:
+            yield f"the engine was built from another file than {folder / name}"
     plan = folder / "engine" / "model.plan"
     if plan.is_file() and facts.get("plan") and sha256_file(plan) != facts["plan"]["sha256"]:
         yield f"{plan} is not the engine that was built"

@@ -74,18 +74,18 @@ class Loss:
         return "inconclusive" if low <= self.allowed else "fail"
 
 
-def loss_of(metric: str, goal: Goal, baseline: Mapping[str, list[Any]], candidate: Mapping[str, list[Any]],
-            *, paired: bool = True) -> Loss:  # fmt: skip
+def loss_of(metric: str, goal: Goal, baseline: Mapping[str, list[Any]], candidate: Mapping[str, list[Any]]
+            ) -> Loss:  # fmt: skip
     """The loss in a metric of samples that both runs were measured on.
 
     `metric` is a name of `goals.METRICS`; the columns are per-sample results by name, with what is known of
-    the samples. Both have the same samples in the same order. `paired`: false judges the numbers as measured.
+    the samples. Both have the same samples in the same order.
     """
     lower, once = METRICS[metric] == "lower", np.ones((1, _samples(baseline)))
     base, value = (float(REPLICATES[metric](columns, once)[0]) for columns in (baseline, candidate))
     loss, allowed = _loss(goal, base, value, lower)
     found = Loss(value, base, float(loss), allowed, None, None, "none")
-    if goal.threshold is not None or not paired:
+    if goal.threshold is not None:
         return found
     if baseline == candidate:  # the same answers with the same losses: the same model, as far as it was asked
         return replace(found, interval=(found.loss, found.loss), test="identical")
@@ -135,7 +135,7 @@ def _mcnemar(found: Loss, goal: Goal, before: np.ndarray, after: np.ndarray) -> 
     low, high = share_interval(lost, won, len(before))
     unit = 1.0
     if goal.max_degradation is None:
-        unit = (100.0 if goal.percent_max_degradation is not None else 1.0) / found.baseline
+        unit = (100.0 if goal.percent_max_degradation is not None else 1.0) / (found.baseline or math.nan)
     return Loss(
         found.value,
         found.baseline,

@@ -65,9 +65,7 @@ def test_junit_holds_reasons_that_xml_could_not() -> None:
 
 
 def test_annotations_cannot_be_broken_out_of() -> None:
-    found = annotations(
-        verdict("regression", BROKEN, ["50 % lost\n::set-output name=x", "b"]), "a,b:c.yaml"
-    )
+    found = annotations(verdict("regression", BROKEN, ["50 % lost\n::set-output name=x", "b"]), "a,b:c.yaml")
     assert found == [
         "::error file=a%2Cb%3Ac.yaml,title=qcompress gate%3A regression::50 %25 lost%0A::set-output name=x",
         "::error file=a%2Cb%3Ac.yaml,title=qcompress gate%3A regression::b",

@@ -155,6 +155,13 @@ def test_the_outcome_follows_from_the_bounds(interval: tuple[float, float], outc
     assert Loss(1.0, 1.0, 0.45, 0.5, interval, None, "bootstrap").outcome == outcome
 
 
+def test_a_share_of_nothing_is_no_number_and_fails() -> None:
+    found = loss_of(
+        "accuracy", goal(percent_max_degradation=5), classified(np.zeros(9)), classified(np.ones(9))
+    )
+    assert found.outcome == "fail"
+
+
 def test_the_same_results_are_no_loss_at_all() -> None:
     columns = classified(np.arange(50) < 30)
     found = loss_of("accuracy", goal(max_degradation=0.0), columns, dict(columns))
