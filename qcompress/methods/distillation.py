@@ -119,7 +119,7 @@ def scores_loss(said: list[Tensor], taught: list[Tensor]) -> Tensor:
     """Sum over layers of the mean squared error of the scores."""
     losses = []
     for student, teacher in zip(said, taught, strict=True):
-        pair = (torch.where(scores <= MASKED, 0.0, scores.float()) for scores in (student, teacher))
+        pair = (F.threshold(scores.float(), MASKED, 0.0) for scores in (student, teacher))
         losses.append(F.mse_loss(*pair))
     return torch.stack(losses).sum()
 

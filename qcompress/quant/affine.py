@@ -122,7 +122,11 @@ def fake_quantize(x: Tensor, scale: Tensor, bounds: tuple[int, int], slope: floa
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int, slope: float) -> Tensor:
-        y = torch.div(x, scale).round_().clamp_(qmin, qmax).mul_(scale)
+        ctx.inside = _all_inside(x, scale, qmin, qmax)
+        y = torch.div(x, scale).round_()
+        if not ctx.inside:
+            y.clamp_(qmin, qmax)
+        y.mul_(scale)
         ctx.save_for_backward(x, y, scale)
         ctx.bounds, ctx.slope = (qmin, qmax), slope
         return y
@@ -130,28 +134,55 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale = ctx.saved_tensors
-        qmin, qmax = ctx.bounds
-        mask_gradient = torch.ops.aten.hardtanh_backward  # one kernel; it passes strictly between its bounds
+        learned = ctx.needs_input_grad[1]
         if scale.numel() == 1:
-            through = mask_gradient(upstream, x, (qmin * scale).item(), (qmax * scale).item())
-        else:
-            # bounds that differ are made equal by a division, into whose memory the gradient goes: at these
-            # sizes a fresh tensor costs more than the arithmetic
-            v = torch.div(x, scale)
-            through = mask_gradient.grad_input(upstream, v, qmin, qmax, grad_input=v)
-        scale_gradient = None
-        if ctx.needs_input_grad[1]:
+            low, high = (bound * scale for bound in ctx.bounds)
+            through = upstream if ctx.inside else _MASK(upstream, x, low.item(), high.item())
             # sum(g * vbar) - sum over the inside of (g * v), times the scale, of what is already in memory
-            terms = _sum_of_differences(upstream, y, through, x, scale)
-            scale_gradient = terms * (ctx.slope / scale)
+            terms = _dot(upstream, y).sub_(_dot(through, x)).reshape(scale.shape) if learned else None
+        else:
+            through, terms = _backward_of_many(upstream, x, y, scale, ctx.bounds, learned)
+        scale_gradient = None if terms is None else terms * (ctx.slope / scale)
         return (through if ctx.needs_input_grad[0] else None), scale_gradient, None, None, None
 
 
-def _sum_of_differences(a: Tensor, b: Tensor, c: Tensor, d: Tensor, scale: Tensor) -> Tensor:
-    """sum(a * b - c * d) over everything that shares an element of `scale`, in the shape of `scale`."""
-    if scale.numel() == 1:
-        return (torch.dot(a.flatten(), b.flatten()) - torch.dot(c.flatten(), d.flatten())).reshape(
-            scale.shape
-        )
-    dims = [axis for axis in range(a.dim()) if scale.shape[axis] == 1 and a.shape[axis] != 1]
-    return torch.mul(a, b).addcmul_(c, d, value=-1).sum(dim=dims, keepdim=True)
+_MASK = torch.ops.aten.hardtanh_backward
+"""The gradient where x is strictly between two bounds, else 0: one kernel for two comparisons and a product."""
+
+PIECE = 1 << 16
+"""Elements that are worked on at once on a CPU: what several steps read again is still in its cache."""
+
+
+def _all_inside(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> bool:
+    """Whether nothing is clipped, so that the gradient is upstream's own and needs neither mask nor memory.
+
+    Asked where the answer costs less than it saves: with one scale, and not of a GPU, which would have to be
+    waited for.
+    """
+    if scale.numel() != 1 or x.is_cuda or x.numel() == 0:
+        return False
+    low, high = x.aminmax()
+    return bool((low > qmin * scale) & (high < qmax * scale))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten())
+
+
+def _backward_of_many(
+    upstream: Tensor, x: Tensor, y: Tensor, scale: Tensor, bounds: tuple[int, int], learned: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of x, and (where learned) the sum of g * y - through * x over all that shares a scale."""
+    dims = [axis for axis in range(x.dim()) if scale.shape[axis] == 1 and x.shape[axis] != 1]
+    size = len(x) if x.is_cuda else max(1, PIECE * len(x) // max(1, x.numel()))
+    tensors = (upstream, x, y, scale.expand(len(x), *scale.shape[1:]))
+    through, terms = torch.empty_like(x), []
+    for g, xs, ys, scales, out in zip(*(tensor.split(size) for tensor in (*tensors, through)), strict=True):
+        # bounds that differ are made equal by a division, into whose memory the gradient goes
+        torch.div(xs, scales, out=out)
+        _MASK.grad_input(g, out, *bounds, grad_input=out)
+        if learned:
+            terms.append(torch.mul(g, ys).addcmul_(out, xs, value=-1).sum(dim=dims, keepdim=True))
+    if not learned:
+        return through, None
+    return through, sum(terms) if 0 in dims else torch.cat(terms)

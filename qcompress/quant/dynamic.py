@@ -50,10 +50,15 @@ class DynamicActivation(nn.Module):
         return start_scale(limit, torch.ones_like(limit), self.bounds)
 
     def forward(self, x: Tensor) -> Tensor:
+        clip = self.options.clip
         with torch.no_grad():
             low, high = x.aminmax()
-            scale = self.scale_for(torch.maximum(-low, high).float())
-        return _RoundToRange.apply(x, scale, *self.bounds, self.options.clip)
+            largest = torch.maximum(-low, high)
+            scale = self.scale_for(largest.float())
+            # a GPU would have to be waited for
+            if clip is not None and not x.is_cuda and bool(largest < clip):
+                clip = None
+        return _RoundToRange.apply(x, scale, *self.bounds, clip)
 
     def advance(self) -> None:
         """Nothing is learned."""

@@ -286,4 +286,7 @@ class QuantizedTied(nn.Module):
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, channel_axis: int) -> Tensor:
     """x @ w + b. Every form of a layer calls this one, so that they agree to the last bit."""
     y = torch.matmul(x, weight if channel_axis == 1 else weight.t())
-    return y if bias is None else y + bias
+    if bias is None:
+        return y
+    # in place it costs half; under autocast the sum has the bias's precision and needs memory of its own
+    return y.add_(bias) if y.dtype == bias.dtype else y + bias

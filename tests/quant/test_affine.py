@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from qcompress.quant import affine
 from qcompress.quant.affine import Grid, fake_quantize, to_codes, to_ternary
 
 INT8, INT4, INT2 = (-128, 127), (-8, 7), (-2, 1)
@@ -170,11 +171,14 @@ def gradients(function, x: Tensor, scale: Tensor, upstream: Tensor) -> tuple[Ten
     return x.grad, scale.grad
 
 
+@pytest.mark.parametrize("piece", [affine.PIECE, 100])
 @pytest.mark.parametrize("slope", [1.0, 0.0173])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_those_of_the_composition_with_a_straight_through_estimator(
-    layout: str, slope: float
+    layout: str, slope: float, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In one piece and, where there are many scales, in pieces of a few rows."""
+    monkeypatch.setattr(affine, "PIECE", piece)
     bounds, grid, _ = LAYOUTS[layout]
     for seed in range(10):
         x, scale = sample(layout, seed, ties=0)  # double precision and fp32 decide ties differently
@@ -207,6 +211,32 @@ def test_nothing_passes_at_or_beyond_the_bounds(scale_shape: tuple[int, ...]) ->
     assert dx.tolist() == [[0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]] * len(x)
     # -8 - 8 (outside) + (-8 + 7.998) (inside, rounding error) + 0 + (7 - 6.998) + 7 + 7
     torch.testing.assert_close(ds.flatten(), torch.full((ds.numel(),), -2.0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("largest", [3.499, 3.5])
+@pytest.mark.parametrize("smallest", [-3.999, -4.0])
+def test_where_all_but_a_bound_is_inside_the_bound_alone_gets_nothing(smallest: float, largest: float) -> None:
+    """A hand example: s = 1/2, int4. Where nothing is clipped the gradient is upstream's, unmasked."""
+    x, upstream = torch.tensor([smallest, -1.3, 0.0, 1.2, largest]), torch.tensor([0.5, -2.0, 3.0, 1.0, 4.0])
+    dx, ds = gradients(lambda x, s: fake_quantize(x, s, INT4), x, torch.tensor(0.5), upstream)
+    inside = torch.tensor([smallest > -4, True, True, True, largest < 3.5])
+    assert dx.tolist() == (upstream * inside).tolist()
+    vbar = torch.tensor([-8.0, -3.0, 0.0, 2.0, 7.0])
+    torch.testing.assert_close(ds, (upstream * (vbar - inside * x / 0.5)).sum(), rtol=0, atol=1e-5)
+    assert fake_quantize(x, torch.tensor(0.5), INT4).tolist() == (vbar / 2).tolist()
+
+
+def test_a_tensor_with_a_value_that_is_no_number_is_not_taken_for_unclipped() -> None:
+    x = torch.tensor([float("nan"), 9.0, 1.0])
+    dx, _ = gradients(lambda x, s: fake_quantize(x, s, INT4), x, torch.tensor(0.5), torch.ones(3))
+    assert dx[1:].tolist() == [0.0, 1.0] and fake_quantize(x, torch.tensor(0.5), INT4)[1] == 3.5
+
+
+def test_a_tensor_without_elements_stays_as_it_is() -> None:
+    for scale in (torch.tensor(0.5), torch.ones(3, 1)):
+        x = torch.empty(3, 0)
+        dx, ds = gradients(lambda x, s: fake_quantize(x, s, INT4), x, scale, torch.empty(3, 0))
+        assert dx.shape == (3, 0) and not ds.any()
 
 
 def test_the_slope_multiplies_the_gradient_of_the_scale_alone() -> None:

@@ -62,6 +62,11 @@ def test_the_gradient_is_that_of_the_straight_through_composition(clip: float | 
     small = activation(3, 0.3).requires_grad_()
     quantizer(clip)(small).sum().backward()
     assert torch.equal(small.grad, torch.ones_like(small))
+    small = activation(3, 0.3)
+    small[0, 0, 0] = 2.5  # the largest value is at the clip, and beyond it there is none
+    small.requires_grad_()
+    quantizer(clip)(small).sum().backward()
+    assert small.grad[0, 0, 0] == (clip is None) and small.grad.sum() == small.numel() - (clip is not None)
 
 
 def test_half_precision_is_rounded_with_an_fp32_scale() -> None:
