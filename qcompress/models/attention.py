@@ -71,7 +71,9 @@ def attend(
     key = _rounded(module, "key_point", key.transpose(-1, -2))
     scores = torch.matmul(query, key).mul_(scaling)
     if attention_mask is not None:
-        scores = scores.add_(attention_mask) if attention_mask.dtype == scores.dtype else scores + attention_mask
+        scores = (
+            scores.add_(attention_mask) if attention_mask.dtype == scores.dtype else scores + attention_mask
+        )
     if probe is not None:
         probe.scores(scores)
     probabilities = F.softmax(scores, dim=-1).to(query.dtype)

@@ -215,7 +215,9 @@ def test_nothing_passes_at_or_beyond_the_bounds(scale_shape: tuple[int, ...]) ->
 
 @pytest.mark.parametrize("largest", [3.499, 3.5])
 @pytest.mark.parametrize("smallest", [-3.999, -4.0])
-def test_where_all_but_a_bound_is_inside_the_bound_alone_gets_nothing(smallest: float, largest: float) -> None:
+def test_where_all_but_a_bound_is_inside_the_bound_alone_gets_nothing(
+    smallest: float, largest: float
+) -> None:
     """A hand example: s = 1/2, int4. Where nothing is clipped the gradient is upstream's, unmasked."""
     x, upstream = torch.tensor([smallest, -1.3, 0.0, 1.2, largest]), torch.tensor([0.5, -2.0, 3.0, 1.0, 4.0])
     dx, ds = gradients(lambda x, s: fake_quantize(x, s, INT4), x, torch.tensor(0.5), upstream)
