@@ -21,7 +21,7 @@ from qcompress.report.measured import arm_and_runs, measured
 from qcompress.report.seeds import summarise
 from qcompress.schema import ROWS, Build
 from qcompress.smoke import smoke as shorten
-from qcompress.stages.gate import judge
+from qcompress.stages.gate import judge, write_verdict
 
 if TYPE_CHECKING:
     from qcompress.evaluation import Artifacts
@@ -295,7 +295,9 @@ def build(
 
 
 def gate(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Judge a run's parity.json by the goals of its recipe; writes and returns verdict.json."""
+    """Judge a run's parity.json by the goals of its recipe; writes verdict.json and junit.xml, returns the
+    verdict.
+    """
     loaded = load(path)
     recipe = loaded.recipe
     verdict = judge(
@@ -305,7 +307,7 @@ def gate(path: str | os.PathLike[str]) -> dict[str, Any]:
         recipe.format.compute,
         float_trains=recipe.trains_float,
     )
-    write_json(loaded.path / "verdict.json", verdict)
+    write_verdict(loaded.path, verdict, recipe.name)
     return verdict
 
 

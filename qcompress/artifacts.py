@@ -6,7 +6,7 @@
     export  -> OnnxModel      model.onnx (+ model.onnx.data), lint.json, certificate.json, sizes.json, probe/
     build   -> Engine         build.json, model.plan unless deferred
     verify  -> ParityReport   parity.json, samples.json.gz
-    gate    -> Verdict        verdict.json
+    gate    -> Verdict        verdict.json, junit.xml
 
 A stage writes into an empty folder and returns nothing but that folder's artifact; `workspace.py` decides
 where the folder is and when it counts as finished.
@@ -34,9 +34,14 @@ def sha256_file(path: Path) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write sorted, indented JSON in one step: a reader never sees half of it."""
+    """Write sorted, indented JSON in one step."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in one step: a reader never sees half of it."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=True) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -133,7 +138,7 @@ class ParityReport(Artifact):
 
 @dataclass(frozen=True)
 class Verdict(Artifact):
-    """verdict.json: {"verdict", "goals", "reasons"}."""
+    """verdict.json: {"verdict", "goals", "reasons"}; junit.xml: the same for a CI server."""
 
 
 def disabled_optimizers(file: Path) -> list[str]:

@@ -11,7 +11,7 @@ import typer
 
 from qcompress import api
 from qcompress.arguments import AsJson, RunFolder
-from qcompress.artifacts import write_json
+from qcompress.artifacts import write_json, write_text
 from qcompress.errors import UsageError
 from qcompress.report.gated import print_gate
 from qcompress.report.hosts import annotations, code_quality, step_summary
@@ -60,7 +60,7 @@ def gate(
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
         if junit_file is not None:
-            junit_file.write_text(junit(verdict, name), encoding="utf-8")
+            write_text(junit_file, junit(verdict, name))
         if code_quality_file is not None:
             write_json(code_quality_file, code_quality(verdict, recipe_file))
         if github:

@@ -56,7 +56,7 @@ PLACE: dict[str, dict[str, str]] = {
     },
     "build": {"build.json": "engine/build.json", "model.plan": "engine/model.plan"},
     "verify": {"parity.json": "parity.json", "samples.json.gz": "samples.json.gz", "probe": "probe"},
-    "gate": {"verdict.json": "verdict.json"},
+    "gate": {"verdict.json": "verdict.json", "junit.xml": "junit.xml"},
 }
 """What of a stage's folder a user finds in the run directory."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import onnx
 import pytest
@@ -113,8 +114,15 @@ def test_gate_judges_what_parity_json_says_now(mine: Project) -> None:
     assert api.gate(mine.latest)["verdict"] == "accept"
     file = mine.latest / "parity.json"
     file.write_text(file.read_text().replace('"max_abs": 0.0', '"max_abs": 1.0', 1))
+    assert suite_of(mine)["failures"] == "0"
     verdict = api.gate(mine.latest)
     assert verdict["verdict"] == "regression" and verdict == read_json(mine.latest / "verdict.json")
+    assert suite_of(mine)["failures"] == "2"  # the goal, and the verdict
+
+
+def suite_of(project: Project) -> dict[str, str]:
+    """Counts of the run's junit.xml."""
+    return ElementTree.parse(project.latest / "junit.xml").getroot().attrib
 
 
 def test_verify_finds_what_the_run_found(mine: Project) -> None:

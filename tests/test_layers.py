@@ -29,7 +29,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "own", "artifacts", "plan",
         "models.architecture", "models.files",
         "codekey", "system", "host", "processes", "progress", "yamlfile",
-        "distance", "tensorfile", "goals",
+        "distance", "tensorfile", "goals", "report.junit",
     }),
     ("numerics", {
         "quant", "quant.batchnorm", "quant.conv", "quant.folded_conv",
@@ -80,7 +80,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "report.replicates", "report.sarif", "report.seeds", "report.shown",
         "finished", "regression", "regression.baseline_file", "regression.decide", "regression.goals_file",
         "regression.standing", "regression.statistics",
-        "report.gated", "report.hosts", "report.junit",
+        "report.gated", "report.hosts",
     }),
     ("command line", {"arguments", "cli", "cli_gate", "terminal", "__main__"}),
 )  # fmt: skip

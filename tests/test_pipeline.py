@@ -21,7 +21,7 @@ from qcompress.recipe import dump_recipe, load_recipe
 from qcompress.schema import STAGES
 
 RUN_FILES = {
-    "recipe.resolved.yaml", "manifest.json", "parity.json", "samples.json.gz", "verdict.json",
+    "recipe.resolved.yaml", "manifest.json", "parity.json", "samples.json.gz", "verdict.json", "junit.xml",
     "certificate.json", "lint.json", "sizes.json", "model.onnx", "tokenizer.json", "tokenizer_config.json",
     "config.json", "engine/model.plan", "engine/build.json", "probe/inputs.npz", "probe/reference.npz",
     "probe/probe.json", "probe/measure_engine.py", "probe/engine_speed.py", "log.jsonl",

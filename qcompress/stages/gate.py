@@ -1,6 +1,6 @@
 """Stage `gate`: ParityReport, goals -> Verdict. Judges; measures nothing. No torch.
 
-Reads parity.json and the recipe's goals. Writes verdict.json.
+Reads parity.json and the recipe's goals. Writes verdict.json, and junit.xml for a CI server.
 
     accept       every goal holds
     regression   a parity or a recovery goal is broken                              exit 3
@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qcompress.artifacts import read_json, write_json
+from qcompress.artifacts import read_json, write_json, write_text
 from qcompress.errors import QcompressError
 from qcompress.goals import BEST, METRICS, PARITY, Gate, Goal, ParityGoal
+from qcompress.report.junit import junit
 from qcompress.schema import Recipe
 
 EXIT_CODES = {"accept": 0, "regression": 3, "anomalous": 4, "inconclusive": 3}
@@ -67,7 +68,7 @@ class _Judgement:
 
 
 def gate(parity: Path, recipe: Recipe, out: Path) -> None:
-    """Judge the measurement in `parity` (parity.json) and write `out`/verdict.json."""
+    """Judge the measurement in `parity` (parity.json) and write verdict.json and junit.xml to `out`."""
     report = read_json(parity)
     verdict = judge(
         report,
@@ -76,7 +77,13 @@ def gate(parity: Path, recipe: Recipe, out: Path) -> None:
         recipe.format.compute,
         float_trains=recipe.trains_float,
     )
+    write_verdict(out, verdict, recipe.name)
+
+
+def write_verdict(out: Path, verdict: dict[str, Any], name: str) -> None:
+    """A verdict in the two forms in which it lies in a run directory; `name` is the recipe's."""
     write_json(out / "verdict.json", verdict)
+    write_text(out / "junit.xml", junit(verdict, name))
 
 
 def judge(
