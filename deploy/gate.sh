@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Run a recipe, then hold the result against a committed baseline: the same script for every CI server.
+#
+#   gate.sh RECIPE BASELINE [RUNS]
+#
+# RECIPE and BASELINE are paths from the repository's root, where the script is started. RUNS (runs) is kept
+# between jobs where the server can: its cache makes a run that changes nothing take seconds. RUNS/reports gets
+# run.json, gate.json, junit.xml and code-quality.json, whatever the verdict. On GitHub it also prints
+# annotations and appends to the step summary.
+#
+# Exit code: the gate's (0 accept, 3 regression or inconclusive, 4 anomalous). Where there is nothing to judge,
+# the run's (2 recipe, 5 lint, export or build, 6 machine, 7 in use); where the gate accepts a run that breaks
+# the goals of its own recipe, the run's too.
+set -euo pipefail
+
+if [[ $# -lt 2 || $# -gt 3 ]]; then
+    echo "usage: gate.sh RECIPE BASELINE [RUNS]" >&2
+    exit 2
+fi
+recipe=$1 baseline=$2 runs=${3:-runs}
+reports=$runs/reports
+github=${GITHUB_ACTIONS:-false}
+
+complain() { # TEXT: on the recipe's line in a pull request, or on stderr
+    if [[ $github == true ]]; then
+        echo "::error file=$recipe,title=qcompress gate::$1"
+    else
+        echo "error: $1" >&2
+    fi
+}
+
+for file in "$recipe" "$baseline"; do
+    if [[ ! -f $file ]]; then
+        complain "$file does not exist; a baseline is made with: qcompress baseline promote RUN --out $baseline"
+        exit 2
+    fi
+done
+rm -rf "$reports" # what an earlier job left would be taken for this one's
+mkdir -p "$reports"
+
+ran=0
+qcompress run "$recipe" --out "$runs" --json >"$reports/run.json" || ran=$?
+if [[ $ran != 0 && $ran != 3 && $ran != 4 || ! -s $reports/run.json ]]; then
+    complain "the run ended with exit code $ran and has no result to judge; see the job's log"
+    exit $((ran == 0 ? 1 : ran))
+fi
+candidate=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["path"])' "$reports/run.json")
+
+options=(--baseline "$baseline" --candidate "$candidate" --recipe-file "$recipe"
+    --junit "$reports/junit.xml" --code-quality "$reports/code-quality.json")
+if [[ $github == true ]]; then
+    options+=(--github)
+fi
+gated=0
+qcompress gate "${options[@]}" || gated=$?
+if [[ -f $candidate/gate.json ]]; then
+    cp "$candidate/gate.json" "$reports/gate.json"
+fi
+if [[ $gated != 0 ]]; then
+    exit "$gated"
+fi
+if [[ $ran != 0 ]]; then
+    complain "the gate accepts, but the run breaks the goals of its own recipe (exit code $ran)"
+fi
+exit "$ran"
