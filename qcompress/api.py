@@ -354,3 +354,32 @@ def promote(
         raise UsageError(f"{path}: {'; '.join(standing.broken)}", fix="run the recipe again")
     write_baseline(standing, Path(out))
     return standing
+
+
+def sensitivity(
+    recipe: str | os.PathLike[str],
+    out: str | os.PathLike[str] = "runs",
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    formats: Sequence[str] = ("int8", "int4"),
+    samples: int = 64,
+    max_bytes: int | None = None,
+    max_cost: float | None = None,
+    as_small_as: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """What rounding each layer costs in each of `formats`, and with a budget the mixture that fits it:
+    sensitivity.json (`qcompress/sensitivity/study.py`), which it writes and returns.
+
+    A budget is one of `max_bytes`, `max_cost` in nats, and `as_small_as`, a format that all could have.
+    """
+    from qcompress.sensitivity.study import Budget
+    from qcompress.sensitivity.study import sensitivity as measure
+
+    given = [value for value in (max_bytes, max_cost, as_small_as) if value is not None]
+    if len(given) > 1:
+        raise UsageError("a mixture has one budget", fix="give one of max-bytes, max-cost and as-small-as")
+    budget = Budget(max_bytes, max_cost, as_small_as) if given else None
+    resolved, folder, store = _settings(recipe, out, cache, overrides, smoke=False)
+    return measure(resolved, folder, store, reporter or Reporter(silent=True), formats, samples, budget)

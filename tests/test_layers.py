@@ -78,11 +78,13 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "report.compared", "report.inspected", "report.ladder", "report.layers", "report.measured",
         "report.paired",
         "report.replicates", "report.sarif", "report.seeds", "report.shown",
+        "sensitivity", "sensitivity.candidates", "sensitivity.measure", "sensitivity.mixture",
+        "sensitivity.study", "report.sensitive",
         "finished", "regression", "regression.baseline_file", "regression.decide", "regression.goals_file",
         "regression.standing", "regression.statistics",
         "report.gated", "report.hosts",
     }),
-    ("command line", {"arguments", "cli", "cli_gate", "terminal", "__main__"}),
+    ("command line", {"arguments", "cli", "cli_gate", "cli_sensitivity", "terminal", "__main__"}),
 )  # fmt: skip
 """Bottom first. A module imports from its own level and from those before it."""
 
@@ -106,7 +108,8 @@ DOORS: dict[str, set[str]] = {
         "loop", "blockwise", "calibration", "trainedfile", "runners", "tensorfile", "train", "fold", "export",
         "verify",
         "tasks.image_classification", "tasks.images",
-        "layerwise", "sharpness", "engine", "held", "layerdrop", "models.depth",
+        "layerwise", "sharpness", "engine", "held", "layerdrop", "models.depth", "sensitivity.measure",
+        "sensitivity.study",
     },
     "transformers": {"models", "models.attention", "models.cache", "models.gpt2", "models.residual",
                      "models.stock", "models.vit", "models.image_residual", "models.stock_images"},
@@ -125,7 +128,7 @@ DOORS: dict[str, set[str]] = {
     "PIL": {"tasks.images"},
     "sklearn": {"tasks.scores"},
     "huggingface_hub": {"load"},
-    "typer": {"arguments", "cli", "cli_gate", "terminal"},
+    "typer": {"arguments", "cli", "cli_gate", "cli_sensitivity", "terminal"},
     "yaml": {"yamlfile"},
 }  # fmt: skip
 """Which modules may import a heavy package; each of them does."""

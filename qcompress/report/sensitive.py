@@ -1,0 +1,50 @@
+"""sensitivity.json as a table: the layers in order of cost, and the mixture. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qcompress.yamlfile import dump_yaml
+
+MOST = 20
+"""Layers that a terminal shows; sensitivity.json has all of them."""
+
+
+def print_sensitivity(console: Console, document: dict[str, Any], everything: bool = False) -> None:
+    """Each format as a whole, its costliest layers, and the mixture with what to write into the recipe."""
+    formats = document["formats"]
+    console.print(f"divergence from the float model in {document['unit']}, mean and standard error over "
+                  f"{document['samples']} calibration samples", style="dim")  # fmt: skip
+    whole = Table("format", "bytes", "all layers rounded", "sum of single costs")
+    for word, found in formats.items():
+        total = sum(layer["alone"][0] for layer in found["layers"].values())
+        whole.add_row(word, f"{found['bytes']:,}", _cost(found["all"]), f"{total:.3g}")
+    if mixture := document["mixture"]:
+        whole.add_row(
+            "mixture", f"{mixture['bytes']:,}", _cost(mixture["measured"]), f"{mixture['predicted']:.3g}"
+        )
+    console.print(whole)
+    for word, found in formats.items():
+        console.print(_layers(word, found["layers"], everything))
+    if mixture:
+        counts = Counter(mixture["formats"].values())
+        console.print("mixture: " + ", ".join(f"{count} x {word}" for word, count in counts.most_common()))
+        console.print(dump_yaml({"format": mixture["fragment"]}), markup=False)
+
+
+def _layers(word: str, layers: dict[str, Any], everything: bool) -> Table:
+    ranked = sorted(layers.items(), key=lambda item: -item[1]["alone"][0])
+    shown = ranked if everything else ranked[:MOST]
+    left = f", {len(ranked) - len(shown)} cheaper ones left out" if len(shown) < len(ranked) else ""
+    table = Table("layer", "rounded alone", "won if it stays float", "bytes", title=f"{word}{left}")
+    for name, found in shown:
+        table.add_row(name, _cost(found["alone"]), _cost(found["wins"]), f"{found['bytes']:,}")
+    return table
+
+
+def _cost(cost: list[float]) -> str:
+    return f"{cost[0]:.3g} ± {cost[1]:.1g}"
