@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from qcompress import api, cli_gate, keys, pipeline
+from qcompress import api, cli_deploy, cli_gate, keys, pipeline
 from qcompress.arguments import (
     AsJson,
     Cache,
@@ -57,6 +57,8 @@ app = typer.Typer(
 
 app.command()(cli_gate.gate)
 app.add_typer(cli_gate.baseline)
+app.command()(cli_deploy.bundle)
+app.command()(cli_deploy.doctor)
 
 
 def main() -> None:
