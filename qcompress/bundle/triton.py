@@ -26,9 +26,8 @@ from qcompress.bundle import config as triton
 from qcompress.bundle.warmup import FOLDER as WARMUP
 from qcompress.bundle.warmup import samples
 from qcompress.errors import IncomparableError, UsageError, VerdictError
-from qcompress.finished import LoadedRun
+from qcompress.finished import LoadedRun, broken
 from qcompress.models import FAMILIES
-from qcompress.regression.standing import read_standing
 from qcompress.stages.gate import exit_code
 from qcompress.system import machine_errors
 from qcompress.targets.graph import View, read
@@ -53,7 +52,8 @@ switch off single ones.
 
 
 def bundle(run: LoadedRun, out: Path, *, backend: str = "onnxruntime", name: str | None = None,
-           max_batch: int | None = None, instances: int = 1, force: bool = False) -> dict[str, Any]:  # fmt: skip
+           max_batch: int | None = None, instances: int = 1,
+           force: bool = False) -> dict[str, Any]:  # fmt: skip
     """Write the model repository; returns bundle.json. A run that was not accepted is refused, unless
     `force`.
 
@@ -91,8 +91,12 @@ def _check(run: LoadedRun, name: str, backend: str, force: bool) -> None:
         )
     if not (run.path / "model.onnx").is_file():
         raise UsageError(f"{run.path} has no model.onnx", fix="run the recipe again")
-    if broken := read_standing(run.path).broken:
-        raise IncomparableError(f"{run.path}: {'; '.join(broken)}", fix="run the recipe again")
+    if not run.parity.get("onnx"):
+        raise IncomparableError(
+            f"{run.path}: parity.json does not say which graph was measured", fix="run the recipe again"
+        )
+    if wrong := list(broken(run.path, run.parity)):
+        raise IncomparableError(f"{run.path}: {'; '.join(wrong)}", fix="run the recipe again")
     if backend == "tensorrt":
         _check_plan(run)
 
