@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from qcompress import api, cli_gate, cli_sensitivity, keys, pipeline
+from qcompress import api, cli_deploy, cli_gate, cli_sensitivity, keys, pipeline
 from qcompress.arguments import (
     AsJson,
     Cache,
@@ -58,6 +58,8 @@ app = typer.Typer(
 app.command()(cli_gate.gate)
 app.command()(cli_sensitivity.sensitivity)
 app.add_typer(cli_gate.baseline)
+app.command()(cli_deploy.bundle)
+app.command()(cli_deploy.doctor)
 
 
 def main() -> None:

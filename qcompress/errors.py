@@ -4,6 +4,7 @@
     |- UsageError             2   the command line or an argument of the Python API
     |- RecipeError            2   one or more mistakes in a recipe, all reported together
     |- ModelError             2   a checkpoint that cannot be used as asked
+    |- VerdictError         3/4   a run whose verdict forbids what was asked
     |- IncomparableError      4   runs that were not measured on the same thing, or not measured at all
     |- ExportError            5   export, lint or build refused the model
     |- MachineError           6   this machine lacks what the command requires (package, disk, device)
@@ -68,6 +69,14 @@ class RecipeError(QcompressError):
 
 class ModelError(QcompressError):
     exit_code = 2
+
+
+class VerdictError(QcompressError):
+    """`exit_code` is that of the verdict."""
+
+    def __init__(self, message: str, *, fix: str = "", exit_code: int) -> None:
+        super().__init__(message, fix=fix)
+        self.exit_code = exit_code
 
 
 class IncomparableError(QcompressError):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qcompress import own
-from qcompress.artifacts import read_json
-from qcompress.errors import RecipeError, UsageError
+from qcompress.artifacts import read_json, sha256_file
+from qcompress.errors import IncomparableError, RecipeError, UsageError
 from qcompress.recipe import read
 from qcompress.schema import Recipe
 from qcompress.structure import validate
@@ -59,3 +59,38 @@ def _recipe(file: Path, manifest: Mapping[str, Any]) -> Recipe:
     if document.mistakes or recipe is None:
         raise RecipeError(document.mistakes)
     return recipe
+
+
+def broken(folder: Path, parity: Mapping[str, Any]) -> Iterator[str]:
+    """The graph is the one that was measured, the engine was built from it, and the plan is that engine. A
+    file that is not there (CI keeps what it needs) cannot be asked.
+    """
+    graph, build = folder / "model.onnx", folder / "engine" / "build.json"
+    facts = read_object(build) if build.is_file() else {}
+    found = sha256_file(graph) if graph.is_file() else None
+    if found and parity.get("onnx") and found != parity["onnx"]["sha256"]:
+        yield f"{graph} is not the file that was measured"
+    if found and facts.get("onnx") and found != facts["onnx"]["sha256"]:
+        yield f"the engine was built from another file than {graph}"
+    for name, digest in (facts.get("onnx") or {}).get("data", {}).items():
+        if (folder / name).is_file() and sha256_file(folder / name) != digest:
+            yield f"the engine was built from another file than {folder / name}"
+    plan = folder / "engine" / "model.plan"
+    if plan.is_file() and facts.get("plan") and sha256_file(plan) != facts["plan"]["sha256"]:
+        yield f"{plan} is not the engine that was built"
+    engine = next((row for row in parity["rows"] if row["stage"] == "engine"), {})
+    measured = engine.get("measured_on") or {}
+    on_plan = measured.get("measured") == "plan" and facts.get("plan")
+    if on_plan and measured["file_sha256"] != facts["plan"]["sha256"]:
+        yield "the engine row was measured on another plan than the one that was built"
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object of a run."""
+    try:
+        found = read_json(file)
+    except (OSError, ValueError) as error:
+        raise IncomparableError(f"{file} cannot be read ({error})", fix="measure that run again") from None
+    if not isinstance(found, dict):
+        raise IncomparableError(f"{file} is no JSON object", fix="measure that run again")
+    return found

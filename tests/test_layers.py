@@ -83,8 +83,10 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "finished", "regression", "regression.baseline_file", "regression.decide", "regression.goals_file",
         "regression.standing", "regression.statistics",
         "report.gated", "report.hosts",
+        "bundle", "bundle.config", "bundle.examine", "bundle.opens", "bundle.triton",
+        "bundle.warmup", "doctor", "report.deployed",
     }),
-    ("command line", {"arguments", "cli", "cli_gate", "cli_sensitivity", "terminal", "__main__"}),
+    ("command line", {"arguments", "cli", "cli_deploy", "cli_gate", "cli_sensitivity", "terminal", "__main__"}),
 )  # fmt: skip
 """Bottom first. A module imports from its own level and from those before it."""
 
@@ -115,7 +117,7 @@ DOORS: dict[str, set[str]] = {
                      "models.stock", "models.vit", "models.image_residual", "models.stock_images"},
     "accelerate": {"processes", "train", "loop", "methods.ball", "methods.plain", "methods.protocols",
                    "methods.saq", "methods.squat"},
-    "onnxruntime": {"targets.trial", "generate", "runners", "probe_kit.measure_engine"},
+    "onnxruntime": {"bundle.opens", "targets.trial", "generate", "runners", "probe_kit.measure_engine"},
     "onnx": {"adopted", "export", "certificate", "certificate_codebooks", "certificate_graph",
              "certificate_points", "sizes", "targets.checks",
              "targets.codebooks", "targets.contents", "targets.convolutions",
@@ -128,7 +130,7 @@ DOORS: dict[str, set[str]] = {
     "PIL": {"tasks.images"},
     "sklearn": {"tasks.scores"},
     "huggingface_hub": {"load"},
-    "typer": {"arguments", "cli", "cli_gate", "cli_sensitivity", "terminal"},
+    "typer": {"arguments", "cli", "cli_deploy", "cli_gate", "cli_sensitivity", "terminal"},
     "yaml": {"yamlfile"},
 }  # fmt: skip
 """Which modules may import a heavy package; each of them does."""

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from qcompress.artifacts import read_json, sha256_file
+from qcompress.artifacts import sha256_file
 from qcompress.errors import IncomparableError, UsageError
-from qcompress.finished import load
+from qcompress.finished import broken, load, read_object
 from qcompress.goals import Gate
 from qcompress.report.replicates import Columns
 from qcompress.samples import read_samples
@@ -92,7 +92,7 @@ class Standing:
             "spans_total": [len(label) + len(answer) for label, answer in pairs],
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def toread_object(self) -> dict[str, Any]:
         """The content of baseline.json: one row, without distances between files that are not committed."""
         return {
             "format": FORMAT,
@@ -158,18 +158,8 @@ def _of_run(folder: Path, row: str | None) -> Standing:
         resources=_resources(folder, parity),
         device=_device(_row(parity, "engine")),
         versions=loaded.manifest.get("versions", {}),
-        broken=tuple(_broken(folder, parity)),
+        broken=tuple(broken(folder, parity)),
     )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = read_json(file)
-    except (OSError, ValueError) as error:
-        raise IncomparableError(f"{file} cannot be read ({error})", fix="measure that run again") from None
-    if not isinstance(found, dict):
-        raise IncomparableError(f"{file} is no JSON object", fix="measure that run again")
-    return found
 
 
 def _samples(file: Path) -> dict[str, dict[str, Any]]:
@@ -236,9 +226,9 @@ def _resources(folder: Path, parity: Mapping[str, Any]) -> dict[str, float]:
     """What of `goals.RESOURCES` is known of a run."""
     found: dict[str, float] = {}
     if (folder / "sizes.json").is_file():
-        found["onnx_bytes"] = _json(folder / "sizes.json")["file_bytes"]
+        found["onnx_bytes"] = read_object(folder / "sizes.json")["file_bytes"]
     build = folder / "engine" / "build.json"
-    if build.is_file() and (plan := _json(build).get("plan")):
+    if build.is_file() and (plan := read_object(build).get("plan")):
         found["plan_bytes"] = plan["bytes"]
     measured_on = (_row(parity, "engine") or {}).get("measured_on") or {}
     speed, device = measured_on.get("speed"), measured_on.get("device") or {}
@@ -247,29 +237,6 @@ def _resources(folder: Path, parity: Mapping[str, Any]) -> dict[str, float]:
     if "memory_bytes" in device:
         found["device_memory_bytes"] = device["memory_bytes"]
     return found
-
-
-def _broken(folder: Path, parity: Mapping[str, Any]) -> Iterator[str]:
-    """The graph is the one that was measured, the engine was built from it, and the plan is that engine. A
-    file that is not there (CI keeps what it needs) cannot be asked.
-    """
-    graph, build = folder / "model.onnx", folder / "engine" / "build.json"
-    facts = _json(build) if build.is_file() else {}
-    found = sha256_file(graph) if graph.is_file() else None
-    if found and parity.get("onnx") and found != parity["onnx"]["sha256"]:
-        yield f"{graph} is not the file that was measured"
-    if found and facts.get("onnx") and found != facts["onnx"]["sha256"]:
-        yield f"the engine was built from another file than {graph}"
-    for name, digest in (facts.get("onnx") or {}).get("data", {}).items():
-        if (folder / name).is_file() and sha256_file(folder / name) != digest:
-            yield f"the engine was built from another file than {folder / name}"
-    plan = folder / "engine" / "model.plan"
-    if plan.is_file() and facts.get("plan") and sha256_file(plan) != facts["plan"]["sha256"]:
-        yield f"{plan} is not the engine that was built"
-    measured = (_row(parity, "engine") or {}).get("measured_on") or {}
-    on_plan = measured.get("measured") == "plan" and facts.get("plan")
-    if on_plan and measured["file_sha256"] != facts["plan"]["sha256"]:
-        yield "the engine row was measured on another plan than the one that was built"
 
 
 def _device(row: Mapping[str, Any] | None) -> str | None:
@@ -294,7 +261,7 @@ def _of_file(file: Path) -> Standing:
             fix="make it anew: qcompress baseline promote RUN",
         )
     try:
-        goals = Gate.model_validate_json(json.dumps(values["gate"]))
+        goals = Gate.model_validateread_object(json.dumps(values["gate"]))
         return Standing(
             where=str(file),
             goals=goals,
