@@ -81,8 +81,12 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "finished", "regression", "regression.baseline_file", "regression.decide", "regression.goals_file",
         "regression.standing", "regression.statistics",
         "report.gated", "report.hosts", "report.junit",
+        "recipe_schema", "first", "first.asked", "first.choose", "first.data", "first.lengths", "first.model",
+        "first.splits", "first.start", "first.write",
     }),
-    ("command line", {"arguments", "cli", "cli_gate", "terminal", "__main__"}),
+    ("command line", {
+        "arguments", "cli", "cli_gate", "cli_start", "completion", "terminal", "__main__",
+    }),
 )  # fmt: skip
 """Bottom first. A module imports from its own level and from those before it."""
 
@@ -125,8 +129,9 @@ DOORS: dict[str, set[str]] = {
     "PIL": {"tasks.images"},
     "sklearn": {"tasks.scores"},
     "huggingface_hub": {"load"},
-    "typer": {"arguments", "cli", "cli_gate", "terminal"},
+    "typer": {"arguments", "cli", "cli_gate", "cli_start", "terminal"},
     "yaml": {"yamlfile"},
+    "tokenizers": {"first.lengths"},
 }  # fmt: skip
 """Which modules may import a heavy package; each of them does."""
 
@@ -144,7 +149,7 @@ DISTRIBUTIONS = {"yaml": "PyYAML", "faiss": "faiss-cpu", "onnx_ir": "onnxscript"
                  "onnx", "pydantic_core": "pydantic",
                  "huggingface_hub": "transformers", "ml_dtypes": "ml-dtypes",
                  "sklearn": "scikit-learn", "pyarrow": "datasets", "PIL": "Pillow",
-                 "modelopt": "nvidia-modelopt"}  # fmt: skip
+                 "modelopt": "nvidia-modelopt", "tokenizers": "transformers"}  # fmt: skip
 """What brings a package that has another name than its distribution, or comes with one."""
 
 BANNED = {"eval", "exec", "pickle", "cPickle", "marshal", "shelve", "torch.load", "joblib", "dill"}
