@@ -14,6 +14,7 @@ from qcompress.axes import METHODS
 from qcompress.completion import words
 from qcompress.first.asked import Asked
 from qcompress.first.start import Begun, begin
+from qcompress.first.write import flow
 from qcompress.formats import FORMAT_PRESETS
 from qcompress.recipe_schema import recipe_schema
 from qcompress.targets.table import TARGETS
@@ -35,6 +36,9 @@ def init(
     out: Annotated[Path, typer.Option(help="The recipe to write.", dir_okay=False)] = Path("recipe.yaml"),
     text_column: Annotated[str | None, typer.Option(help="Column of the text.", **OPTIONAL)] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the label.", **OPTIONAL)] = None,
+    pair_column: Annotated[
+        str | None, typer.Option(help="Column of the second text of a pair.", **OPTIONAL)
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(help="`qcompress list methods`.", autocompletion=words(METHODS), **OPTIONAL),
@@ -57,7 +61,9 @@ def init(
             model = model or Path(typer.prompt("Directory of the model", err=True))
             data = data or Path(typer.prompt("File of text or examples, or folder of images", err=True))
             target = target or _ask("Device to deploy on", list(TARGETS))
-        asked = Asked(model, data, target, out, text_column, label_column, method, form, with_schema)
+        asked = Asked(
+            model, data, target, out, text_column, label_column, pair_column, method, form, with_schema
+        )
         _report(begin(asked, _ask if asks else None), as_json)
 
 
@@ -80,7 +86,7 @@ def _report(begun: Begun, as_json: bool) -> None:
                     "notes": begun.notes, "next": begun.commands})  # fmt: skip
     else:
         for what, reason in begun.why.items():
-            print(f"{what:14}{begun.chosen.get(what) or ''}  ({reason})".replace("  (", " (", 1))
+            print(f"{what:13} {flow(begun.chosen.get(what))}  ({reason})")
         for what, file in files.items():
             print(f"wrote {file}" + ("" if what == "recipe" else f"  ({what})"))
     for note in begun.notes:

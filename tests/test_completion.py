@@ -59,10 +59,10 @@ def test_commands_are_completed() -> None:
 @pytest.mark.parametrize(
     ("shell", "how"), [("bash", "complete -o"), ("zsh", "compdef"), ("fish", "complete --command qcompress")]
 )
-def test_the_script_for_a_shell_is_shown(shell: str, how: str) -> None:
+def test_the_script_for_a_shell_is_shown(shell: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable is typer's own, for tests: a shell is named, and not looked for."""
-    named = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    done = cli("--show-completion", shell, environment=named)
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    done = cli("--show-completion", shell)
     assert done.code == 0 and how in done.stdout and f"_QCOMPRESS_COMPLETE=complete_{shell}" in done.stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import random
 import shutil
@@ -135,7 +136,7 @@ def test_a_checkpoint_of_the_datas_labels_is_quantized_as_it_is(
     begun = started(tmp_path, models["head"], write_table(tmp_path / "mine.csv", labels))
     assert set(begun.files) == {"recipe", "train", "test"} and begun.chosen["head"] == "its own"
     recipe = values(tmp_path / "recipe.yaml")
-    assert "labels" not in recipe["task"] and recipe["method"] == "ptq" and "train" not in recipe["data"]
+    assert "labels" not in recipe["task"] and recipe["method"] == "ptq"
     assert recipe["format"] == {"preset": "w8a8", "layers": {"classifier": "float"}}
     assert all_mistakes(tmp_path / "recipe.yaml")[2] == []
 
@@ -267,6 +268,21 @@ def test_what_is_measured_was_not_trained_on(tmp_path: Path, models: dict[str, P
     assert not {row["text"] for row in train} & {row["text"] for row in test}
 
 
+def test_a_parquet_table_is_split_into_lines_of_json(tmp_path: Path, models: dict[str, Path]) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = rows_of(write_table(tmp_path / "rows.jsonl", LABELS))
+    table = importlib.import_module("pyarrow").Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / "mine.parquet")
+    started(tmp_path, models["head"], tmp_path / "mine.parquet")
+    parts = [rows_of(tmp_path / f"mine-{part}.jsonl") for part in ("train", "test")]
+    assert sorted(map(str, [*parts[0], *parts[1]])) == sorted(map(str, rows)) and len(parts[1]) == 18
+
+
+def test_of_many_rows_not_all_are_measured_on(tmp_path: Path, models: dict[str, Path]) -> None:
+    started(tmp_path, models["head"], write_table(tmp_path / "mine.csv", LABELS, 12_000))
+    assert len(rows_of(tmp_path / "mine-test.csv")) == 2001  # 667 of each of three labels
+
+
 # Columns ------------------------------------------------------------------------------------------
 
 
@@ -275,6 +291,33 @@ def test_columns_are_found_by_what_they_hold(tmp_path: Path, models: dict[str, P
     started(tmp_path, models["head"], data)
     columns = values(tmp_path / "recipe.yaml")["data"]["calibration"]["columns"]
     assert columns == {"text": "Satz", "label": "Urteil"}
+
+
+def test_a_second_text_is_found_by_its_name_asked_for_or_pointed_out(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    def folder(name: str, *header: str) -> Path:
+        (tmp_path / name).mkdir()
+        rows = [[text, text[::-1], LABELS[row % 3]] for row, text in enumerate(sentences(60))]
+        with (tmp_path / name / "mine.csv").open("w", newline="") as stream:
+            csv.writer(stream).writerows([header, *rows])
+        return tmp_path / name
+
+    def columns(where: Path) -> dict[str, str]:
+        return values(where / "recipe.yaml")["data"]["evaluate"]["test"]["columns"]
+
+    here = folder("named", "sentence1", "sentence2", "label")
+    assert started(here, models["head"], here / "mine.csv").notes == []
+    assert columns(here)["pair"] == "sentence2"
+    here = folder("asked", "text", "other", "label")
+    assert "--pair-column" in refusal(here, models["head"], here / "mine.csv", pair_column="otter")
+    assert started(here, models["head"], here / "mine.csv", pair_column="other").notes == []
+    assert columns(here)["pair"] == "other"
+    here = folder("unread", "text", "other", "label")
+    assert started(here, models["head"], here / "mine.csv").notes == [
+        "the text of other is not read; where examples are pairs, add --pair-column 'other'"
+    ]
+    assert "pair" not in columns(here)
 
 
 def test_a_file_without_a_header_line_gets_one(tmp_path: Path, models: dict[str, Path]) -> None:
@@ -291,13 +334,13 @@ def test_columns_that_could_be_either_are_asked_for(tmp_path: Path, models: dict
         csv.writer(stream).writerows([["words", "first", "second"], *rows])
     data = tmp_path / "mine.csv"
     said = refusal(tmp_path, models["head"], data)
-    assert "first, second could all be the label (fix: say which with --label-column first)" in said
+    assert "second, first could all be the label (fix: say which with --label-column second)" in said
     assert "did you mean `first`?" in refusal(tmp_path, models["head"], data, label_column="fist")
     asked = Asked(models["head"], data, "cpu", tmp_path / "recipe.yaml")
     questions = []
     begin(asked, lambda question, words: questions.append((question, words)) or words[0])
-    assert questions == [("Which column holds the label?", ["first", "second"])]
-    assert values(tmp_path / "recipe.yaml")["data"]["calibration"]["columns"]["label"] == "first"
+    assert questions == [("Which column holds the label?", ["second", "first"])]
+    assert values(tmp_path / "recipe.yaml")["data"]["calibration"]["columns"]["label"] == "second"
 
 
 # What is refused ----------------------------------------------------------------------------------

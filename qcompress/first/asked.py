@@ -22,6 +22,7 @@ class Asked:
     out: Path = Path("recipe.yaml")
     text_column: str | None = None
     label_column: str | None = None
+    pair_column: str | None = None
     method: str | None = None
     format: str | None = None
     with_schema: bool = False

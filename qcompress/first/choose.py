@@ -120,6 +120,10 @@ def choose(asked: Asked, checkpoint: Checkpoint, found: Found, mistakes: Mistake
     steps, batch = _steps(train)
     goals, why["gate"] = _goals(found, task, test)
     notes = [fitting.warning] if fitting.warning else []
+    if isinstance(found, TableFound) and found.unread and found.kind != "words":
+        names = ", ".join(found.unread)
+        fix = f"where examples are pairs, add --pair-column '{found.unread[0]}'"
+        notes.append(f"the text of {names} is not read; {fix}")
     if isinstance(train, str) and not test:
         mistakes.add("--data", f"{asked.data} is too short to be split in two", "name a longer text")
     return Choice(_slug(checkpoint, asked, form), task, kind, fitting, form, compute, method, context, opt,
@@ -177,7 +181,7 @@ def _method(asked: Asked, checkpoint: Checkpoint, form: str) -> tuple[str, str]:
         return "quadapter", "GPT-2 has outliers in its activations, which observed ranges do not survive"
     if rounded and form != "w8a8":
         return "lsq", "fewer than 8 bits need training"
-    return "ptq", "observed ranges alone: a minute; if the gate refuses, `--method lsq` trains"
+    return "ptq", "observed ranges alone, in a minute; where the gate refuses, `method: lsq` trains"
 
 
 def _compute(asked: Asked) -> tuple[str, str]:

@@ -51,6 +51,8 @@ class TableFound:
     why: dict[str, str]
     pair: str | None = None
     """Column of the second text of a pair."""
+    unread: tuple[str, ...] = ()
+    """Columns that hold as much text, and are not read."""
     headless: bool = False
     """The file does not begin with names of columns; those in `header` are ours."""
 
@@ -93,7 +95,7 @@ def look_at_data(asked: Asked, mistakes: Mistakes, ask: Ask | None) -> Found | N
         mistakes.add("--data", f"{file} is an archive, and init does not split archives", fix)
         return None
     if file.suffix not in SUFFIXES:
-        if asked.text_column or asked.label_column:
+        if asked.text_column or asked.label_column or asked.pair_column:
             mistakes.add("--data", f"{file.name} is read as plain text, which has no columns",
                          f"name a table ({', '.join(SUFFIXES)}), or drop the columns")  # fmt: skip
         return _text(file, mistakes)
@@ -179,8 +181,11 @@ def _table(
         mistakes.add("--label-column", f"{label} is {labels[0]} everywhere", "name a column of two labels")
         return None
     pairs = [name for name in header if name.casefold() in PAIR_NAMES and name not in (text, label)]
-    pair = pairs[0] if pairs and kind != "words" else None
-    return TableFound(asked.data, tuple(header), rows, text, label, kind, labels, counts, why, pair, headless)
+    pair = asked.pair_column or (pairs[0] if pairs and kind != "words" else None)
+    unread = _unread(text, [name for name in header if name not in (text, label, pair)], rows)
+    return TableFound(
+        asked.data, tuple(header), rows, text, label, kind, labels, counts, why, pair, unread, headless
+    )
 
 
 def _is_headless(asked: Asked, header: list[str], rows: list[Row]) -> bool:
@@ -195,7 +200,8 @@ def _columns(
     asked: Asked, header: list[str], rows: list[Row], mistakes: Mistakes, ask: Ask | None
 ) -> tuple[str, str, dict[str, str]] | None:
     """The columns of text and label, and why."""
-    given = (("--text-column", asked.text_column), ("--label-column", asked.label_column))
+    given = (("--text-column", asked.text_column), ("--label-column", asked.label_column),
+             ("--pair-column", asked.pair_column))  # fmt: skip
     unknown = [(option, name) for option, name in given if name is not None and name not in header]
     for option, name in unknown:
         message = f"{asked.data.name} has the columns {', '.join(header)}, and not {name!r}"
@@ -204,12 +210,13 @@ def _columns(
         return None
     labels, why_label = _label_columns(asked, header, rows)
     label = _one("label", "--label-column", labels, header, mistakes, ask)
-    texts, why_text = _text_columns(asked, [name for name in header if name != label], rows)
+    others = [name for name in header if name not in (label, asked.pair_column)]
+    texts, why_text = _text_columns(asked, others, rows)
     text = _one("text", "--text-column", texts, header, mistakes, ask) if label else None
     if label is None or text is None:
         return None
-    if text == label:
-        mistakes.add("--text-column", f"{text} is the label, too", "name two columns")
+    if len({text, label, asked.pair_column}) < 3:
+        mistakes.add("--text-column", f"{text} is the label or the second text, too", "name other columns")
         return None
     return text, label, {"text_column": why_text, "label_column": why_label}
 
@@ -221,13 +228,16 @@ def _label_columns(asked: Asked, header: list[str], rows: list[Row]) -> tuple[li
     if len(named) == 1:
         return named, "by its name"
     tried = named or [name for name in header if name != asked.text_column]
-    fit = [name for name in tried if _repeats([cells.get(name) for _, cells in rows])]
-    return fit, "the only column whose values repeat themselves"
+    different = {name: _different([cells.get(name) for _, cells in rows]) for name in tried}
+    fit = [name for name in tried if 2 <= different[name] <= min(MOST_LABELS, len(rows) // 4)]
+    return sorted(fit, key=different.__getitem__), "the only column whose values repeat themselves"
 
 
-def _repeats(cells: list[Any]) -> bool:
-    different = {json.dumps(cell, sort_keys=True) for cell in cells}
-    return 2 <= len(different) <= min(MOST_LABELS, len(cells) // 4)
+def _different(cells: list[Any]) -> int:
+    """How many values there are; 0 for a column with gaps, which is no label."""
+    if any(cell in (None, "") for cell in cells):
+        return 0
+    return len({json.dumps(cell, sort_keys=True) for cell in cells})
 
 
 def _text_columns(asked: Asked, header: list[str], rows: list[Row]) -> tuple[list[str], str]:
@@ -240,6 +250,12 @@ def _text_columns(asked: Asked, header: list[str], rows: list[Row]) -> tuple[lis
     worded = [name for name in header if not all(_is_number(cells.get(name)) for _, cells in rows)]
     longest = max(worded, key=lengths.__getitem__, default=None)
     return ([longest] if longest else []), "the column with the longest text"
+
+
+def _unread(text: str, others: list[str], rows: list[Row]) -> tuple[str, ...]:
+    """Columns that could be the second text of a pair."""
+    lengths = {name: sum(len(_spelled(cells.get(name, ""))) for _, cells in rows) for name in (text, *others)}
+    return tuple(name for name in others if lengths[name] >= lengths[text] / 2)
 
 
 def _one(

@@ -21,6 +21,9 @@ SHARE = 0.2
 ENOUGH = 200
 AT_MOST = 0.3
 
+MOST = 2000
+"""Examples that are measured on: more would only cost time."""
+
 TEXT_SHARE = 0.1
 
 
@@ -34,7 +37,7 @@ def split_table(found: TableFound) -> tuple[list[Row], list[Row]]:
         label = str(found.rows[rows[0]][1][found.label]) if found.kind == "single" else ""
         by_label[label].append(rows)
     count = len(found.rows)
-    share = max(SHARE, min(ENOUGH / count, AT_MOST))
+    share = min(max(SHARE, min(ENOUGH / count, AT_MOST)), MOST / count)
     chosen: set[int] = set()
     shuffle = random.Random(0)
     for label in sorted(by_label):

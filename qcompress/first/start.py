@@ -59,7 +59,7 @@ def begin(asked: Asked, ask: Ask | None = None) -> Begun:
     with _all_or_nothing() as made, machine_errors(asked.out.parent):
         _write(asked, checkpoint, found, choice, files, made)
         _check(asked, checkpoint, files, mistakes)
-    return Begun(files, _found(checkpoint, found), _chosen(asked, choice), choice.why, choice.notes,
+    return Begun(files, _found(checkpoint, found), _chosen(asked, choice, found), choice.why, choice.notes,
                  _commands(asked, choice, files))  # fmt: skip
 
 
@@ -159,9 +159,13 @@ def _found(checkpoint: Checkpoint, found: Found) -> dict[str, Any]:
     return {"model": model, "data": {"kind": "images", "labels": list(found.labels)}}
 
 
-def _chosen(asked: Asked, choice: Choice) -> dict[str, Any]:
+def _chosen(asked: Asked, choice: Choice, found: Found) -> dict[str, Any]:
     architecture = choice.fit.architecture
+    columns: dict[str, Any] = {}
+    if isinstance(found, TableFound):
+        columns = {"text_column": found.text, "pair_column": found.pair, "label_column": found.label}
     return {
+        **columns,
         "name": choice.name,
         "family": architecture.family,
         "parameters": architecture.parameters,

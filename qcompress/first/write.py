@@ -17,6 +17,9 @@ from qcompress.formats import FORMAT_PRESETS
 PLAIN = re.compile(r"[A-Za-z_./][\w./-]*( [\w./-]+)*")
 WORDS = {"true", "false", "null", "yes", "no", "on", "off", "none", "nan", "inf", "y", "n"}
 
+WINDOWS = 256
+"""Sequences that a language model is measured on."""
+
 WIDE = 768
 """Width of a model that is fine-tuned more slowly."""
 
@@ -49,10 +52,12 @@ def recipe_text(
     lines += _task(choice)
     lines += _data(choice, found, folder, files, method)
     lines += _format(choice, as_float)
-    lines.append(f"method: {method}{'' if as_float else _about_method(choice)}")
+    if not as_float:
+        lines.append(f"# {choice.why['method']}")
+    lines.append(f"method: {method}")
     lines += _train(choice, method)
     if as_float:
-        lines.append("build: {here: never}                   # the quantized model is what is built")
+        lines.append("build: {here: never}    # the quantized model is what is built")
     else:
         lines += _build(asked, choice)
     lines.append(f"verify: {flow({'batch_size': 32 if choice.context and choice.context <= 128 else 8})}")
@@ -100,19 +105,21 @@ def _task(choice: Choice) -> list[str]:
 
 
 def _data(choice: Choice, found: Found, folder: Path, files: dict[str, Path], method: str) -> list[str]:
-    train, test = _origins(found, folder, files)
+    train, test = _origins(choice, found, folder, files)
     calibration = {**train, "limit": CALIBRATION}
     lines = [f"# {_about_data(choice, found)}", "data:"]
-    if PHASES[METHODS[method]["schedule"]] and not (
-        isinstance(found, TextFound) and choice.task != "causal-lm"
-    ):
-        lines.append(f"  train: {flow(train)}")
+    if not (isinstance(found, TextFound) and choice.task != "causal-lm"):
+        about = "" if PHASES[METHODS[method]["schedule"]] else "    # for methods that train"
+        lines.append(f"  train: {flow(train)}{about}")
     if method != "float":
         lines.append(f"  calibration: {flow(calibration)}")
     return [*lines, "  evaluate:", f"    test: {flow(test)}"]
 
 
-def _origins(found: Found, folder: Path, files: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _origins(
+    choice: Choice, found: Found, folder: Path, files: dict[str, Path]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where the two parts of the data come from."""
     if isinstance(found, ImagesFound):
         return {"folder": near(found.train, folder)}, {"folder": near(found.test, folder)}
     key = "table" if isinstance(found, TableFound) else "text"
@@ -122,7 +129,9 @@ def _origins(found: Found, folder: Path, files: dict[str, Path]) -> tuple[dict[s
     elif isinstance(found, TableFound):
         pair = {"pair": found.pair} if found.pair else {}
         columns = {"columns": {"text": found.text, **pair, "label": found.label}}
-    return {key: [files["train"].name], **columns}, {key: [files["test"].name], **columns}
+    most = {"limit": WINDOWS} if choice.task == "causal-lm" else {}
+    train, test = [files["train"].name], [files["test"].name]
+    return {key: train, **columns}, {key: test, **columns, **most}
 
 
 def _about_data(choice: Choice, found: Found) -> str:
@@ -146,14 +155,8 @@ def _format(choice: Choice, as_float: bool) -> list[str]:
         form |= {"layers": {head: {"activations": "float"}}} if rounded else {}
     elif head and choice.format != "ipq":
         form["layers"] = {head: "float"}
-    about = "      # the head's rounding would go straight into the answers" if "layers" in form else ""
-    return [f"format: {flow(form)}{about}"]
-
-
-def _about_method(choice: Choice) -> str:
-    return (
-        f"                             # {choice.why['method']}" if choice.why["method"] != "as asked" else ""
-    )
+    about = ["# the head's rounding would go straight into the answers"] if "layers" in form else []
+    return [*about, f"format: {flow(form)}"]
 
 
 def _train(choice: Choice, method: str) -> list[str]:
