@@ -57,14 +57,17 @@ def init(
     """Write a first recipe for a model and a file of data; asks for what is not named, at a terminal."""
     with errors():
         asks = is_terminal()
-        if asks:
-            model = model or Path(typer.prompt("Directory of the model", err=True))
-            data = data or Path(typer.prompt("File of text or examples, or folder of images", err=True))
-            target = target or _ask("Device to deploy on", list(TARGETS))
-        asked = Asked(
-            model, data, target, out, text_column, label_column, pair_column, method, form, with_schema
-        )
-        _report(begin(asked, _ask if asks else None), as_json)
+        try:
+            if asks:
+                model = model or Path(typer.prompt("Directory of the model", err=True))
+                data = data or Path(typer.prompt("File of text or examples, or folder of images", err=True))
+                target = target or _ask("Device to deploy on", list(TARGETS))
+            asked = Asked(
+                model, data, target, out, text_column, label_column, pair_column, method, form, with_schema
+            )
+            _report(begin(asked, _ask if asks else None), as_json)
+        except (typer.Abort, EOFError):  # Ctrl-C and Ctrl-D at a question
+            raise KeyboardInterrupt from None
 
 
 def is_terminal() -> bool:
@@ -86,7 +89,8 @@ def _report(begun: Begun, as_json: bool) -> None:
                     "notes": begun.notes, "next": begun.commands})  # fmt: skip
     else:
         for what, reason in begun.why.items():
-            print(f"{what:13} {flow(begun.chosen.get(what))}  ({reason})")
+            value = begun.chosen[what]
+            print(f"{what:13} {value if isinstance(value, str) else flow(value)}  ({reason})")
         for what, file in files.items():
             print(f"wrote {file}" + ("" if what == "recipe" else f"  ({what})"))
     for note in begun.notes:

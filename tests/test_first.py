@@ -457,6 +457,12 @@ def test_at_a_terminal_what_is_missing_is_asked_for(
     assert values(tmp_path / "recipe.yaml")["build"]["target"] == "l4"
 
 
+def test_who_leaves_at_a_question_has_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_start, "is_terminal", lambda: True)
+    done = cli("init", "--out", tmp_path / "recipe.yaml")  # stdin is empty
+    assert done.code == 130 and done.stderr.endswith("interrupted\n") and list(files(tmp_path)) == []
+
+
 BARE = """
 import sys
 class Refuse:
