@@ -154,6 +154,27 @@ def test_a_head_of_other_labels_is_left_out(tmp_path: Path, models: dict[str, Pa
     assert values(tmp_path / "recipe-float.yaml")["model"]["source"] == "recipe-model"
 
 
+def test_the_method_float_is_one_recipe(tmp_path: Path, models: dict[str, Path]) -> None:
+    data = write_table(tmp_path / "mine.csv")
+    begun = started(tmp_path, models["body"], data, method="float")
+    assert set(begun.files) == {"recipe", "train", "test"}
+    recipe = values(tmp_path / "recipe.yaml")
+    assert recipe["name"] == "bert-mine-float" and recipe["format"] == "float" and "gate" not in recipe
+    assert "quantizes" not in (tmp_path / "recipe.yaml").read_text()
+    assert all_mistakes(tmp_path / "recipe.yaml")[2] == []
+
+
+def test_lines_without_labels_are_measured_by_agreement(tmp_path: Path, models: dict[str, Path]) -> None:
+    (tmp_path / "mine.txt").write_text("\n".join(sentences(100)))
+    started(tmp_path, models["head"], tmp_path / "mine.txt")
+    recipe = values(tmp_path / "recipe.yaml")
+    assert "train" not in recipe["data"] and list(recipe["gate"]["recovery"]) == ["test.agreement"]
+    (tmp_path / "again").mkdir()
+    out = {"out": tmp_path / "again" / "recipe.yaml"}
+    said = refusal(tmp_path, models["head"], tmp_path / "mine.txt", method="lsq", **out)
+    assert "init: data.train: is missing: the phase finetune trains" in said
+
+
 def test_labels_of_a_checkpoint_without_a_head_bind_nobody(tmp_path: Path, models: dict[str, Path]) -> None:
     shutil.copytree(models["body"], tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -291,6 +312,16 @@ def test_columns_are_found_by_what_they_hold(tmp_path: Path, models: dict[str, P
     started(tmp_path, models["head"], data)
     columns = values(tmp_path / "recipe.yaml")["data"]["calibration"]["columns"]
     assert columns == {"text": "Satz", "label": "Urteil"}
+
+
+def test_a_column_with_gaps_is_no_label(tmp_path: Path, models: dict[str, Path]) -> None:
+    """As CoLA's column of marks, which are `*` or nothing."""
+    rows = [[("*", "")[row % 2], text, LABELS[row % 3]] for row, text in enumerate(sentences(60))]
+    with (tmp_path / "mine.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["mark", "words", "answer"], *rows])
+    started(tmp_path, models["head"], tmp_path / "mine.csv")
+    columns = values(tmp_path / "recipe.yaml")["data"]["evaluate"]["test"]["columns"]
+    assert columns == {"text": "words", "label": "answer"}
 
 
 def test_a_second_text_is_found_by_its_name_asked_for_or_pointed_out(

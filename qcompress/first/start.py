@@ -128,6 +128,10 @@ def _write(
             stream.write(text)
 
 
+OPTIONS = {"format": "--format", "method": "--method", "build": "--target"}
+"""Options that sections of a recipe come from."""
+
+
 def _check(asked: Asked, checkpoint: Checkpoint, files: dict[str, Path], mistakes: Mistakes) -> None:
     """What `check` says of the recipes. One that starts from a run which is not made yet is held against the
     checkpoint that the run will start from.
@@ -139,8 +143,9 @@ def _check(asked: Asked, checkpoint: Checkpoint, files: dict[str, Path], mistake
         found = [one for one in found if one.key != "model.source"]
     found += all_mistakes(files["float"])[2] if "float" in files else []
     for one in found:
-        option = {"format": "--format", "method": "--method", "build": "--target"}.get(one.key.split(".")[0])
-        mistakes.add(option or one.key, f"{one.key}: {one.message}", one.fix or "choose another")
+        option = OPTIONS.get(one.key.split(".")[0])
+        message = f"{one.key}: {one.message}" if option else one.message
+        mistakes.add(option or one.key, message, one.fix or "choose another")
     mistakes.settle()
 
 

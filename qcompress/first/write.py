@@ -44,7 +44,7 @@ def recipe_text(
 ) -> str:
     """The recipe; `as_float`: the one that fine-tunes a float model first. `origin`: `source` or `run`."""
     folder = asked.out.parent
-    name = f"{choice.name}-float" if as_float else choice.name
+    name = f"{choice.name}-float" if as_float and "float" in files else choice.name
     method = "float" if as_float else choice.method
     lines = _head(asked, choice, found, files, as_float)
     lines += [f"name: {name}", "seed: 0"]
@@ -70,9 +70,8 @@ def _head(asked: Asked, choice: Choice, found: Found, files: dict[str, Path], as
     about = asked.data.name if not asked.data.is_dir() else asked.data.resolve().name
     lines.append(f"# {choice.fit.architecture.family} on {about}, {what}; made by `qcompress init`.")
     if choice.head_is_new and as_float:
-        lines += _wrapped(
-            f"Head: {choice.fit.why}. That is this recipe, and {asked.out.name} quantizes its run."
-        )
+        then = f", and {asked.out.name} quantizes its run" if "float" in files else ""
+        lines += _wrapped(f"Head: {choice.fit.why}. That is this recipe{then}.")
         lines += _wrapped(
             "Read: `float` is the checkpoint with the untrained head; `trained` is what counts."
         )
