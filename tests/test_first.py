@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import importlib
 import json
 import random
@@ -22,9 +23,10 @@ from tiny_vit import LABELS as SHAPES
 from tiny_vit import save_vit, write_images
 from word_tokenizer import word_tokenizer
 
-from qcompress import cli_start
+from qcompress import cli_start, completion
 from qcompress.check import all_mistakes
 from qcompress.errors import QcompressError
+from qcompress.first import lengths, write
 from qcompress.first.asked import Asked
 from qcompress.first.start import Begun, begin
 from qcompress.models import FAMILIES
@@ -121,8 +123,9 @@ def test_a_checkpoint_without_a_head_is_fine_tuned_by_a_recipe_of_its_own(
 def test_both_recipes_run(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     started(Path(), models["body"], write_table(Path("mine.csv")), target="cpu")
-    short = ["--set", "train.phases.finetune.steps=2"]
-    assert cli("run", "recipe-float.yaml", *short).code == 0
+    short = ["--set", "train.phases.finetune.steps=2", "--set", "gate.recovery="]
+    done = cli("run", "recipe-float.yaml", *short)
+    assert done.code == 0, done.stderr
     assert cli("check", "recipe.yaml").code == 0
     done = cli("run", "recipe.yaml", "--smoke")
     assert done.code == 0, done.stderr
@@ -159,7 +162,8 @@ def test_the_method_float_is_one_recipe(tmp_path: Path, models: dict[str, Path])
     begun = started(tmp_path, models["body"], data, method="float")
     assert set(begun.files) == {"recipe", "train", "test"}
     recipe = values(tmp_path / "recipe.yaml")
-    assert recipe["name"] == "bert-mine-float" and recipe["format"] == "float" and "gate" not in recipe
+    assert recipe["name"] == "bert-mine-float" and recipe["format"] == "float"
+    assert recipe["gate"] == {"recovery": {"test.accuracy": {"threshold": 0.5}}}
     assert "quantizes" not in (tmp_path / "recipe.yaml").read_text()
     assert all_mistakes(tmp_path / "recipe.yaml")[2] == []
 
@@ -372,6 +376,12 @@ def test_columns_that_could_be_either_are_asked_for(tmp_path: Path, models: dict
     begin(asked, lambda question, words: questions.append((question, words)) or words[0])
     assert questions == [("Which column holds the label?", ["second", "first"])]
     assert values(tmp_path / "recipe.yaml")["data"]["calibration"]["columns"]["label"] == "second"
+
+
+def test_examples_in_docstrings_are_true() -> None:
+    for module in (lengths, write, completion):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -186,9 +186,12 @@ def _build(asked: Asked, choice: Choice) -> list[str]:
 
 
 def _gate(choice: Choice, as_float: bool) -> list[str]:
-    goals = {key: value for key, value in choice.goals.items() if key == "float_floor" or not as_float}
-    if as_float:
-        return []  # its float row is the model as it came, which has not learned anything yet
+    goals = choice.goals
+    if as_float:  # its row `float` has not learned anything yet: what came out is held to the floor
+        floors = goals.get("float_floor", {})
+        goals = {"recovery": {metric: {"threshold": least} for metric, least in floors.items()}}
+        lines = ["# what comes out must be better than answers without reading"] if floors else []
+        return [*lines, *([f"gate: {flow(goals)}"] if floors else [])]
     lines = [f"# {choice.why['gate']}", "gate:"]
     return [*lines, *(f"  {key}: {flow(value)}" for key, value in goals.items())]
 
