@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
+
+from qcompress.completion import words
+from qcompress.export_options import Build
+from qcompress.targets.table import TARGETS
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 OnnxFile = Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)]
 TargetName = Annotated[
-    str, typer.Option("--target", help="A device; `qcompress list targets`.", show_default=False)
+    str,
+    typer.Option(
+        "--target",
+        help="A device; `qcompress list targets`.",
+        show_default=False,
+        autocompletion=words(TARGETS),
+    ),
 ]
 RunFolder = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
 Out = Annotated[Path, typer.Option(help="Where runs go.")]
@@ -26,7 +36,11 @@ Profiles = Annotated[
 VersionCompatible = Annotated[
     bool, typer.Option("--version-compatible", help="For later versions of TensorRT too.")
 ]
-HardwareLevel = Annotated[str, typer.Option(help="none, ampere-plus or same-compute-capability.")]
+LEVELS = get_args(Build.model_fields["hardware_compatibility"].annotation)
+HardwareLevel = Annotated[
+    str,
+    typer.Option(help="none, ampere-plus or same-compute-capability.", autocompletion=words(LEVELS)),
+]
 TimingCache = Annotated[
     Path | None, typer.Option(help="What the builder timed: read, and written.", show_default=False)
 ]

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from qcompress import api, cli_deploy, cli_gate, cli_sensitivity, keys, pipeline
+from qcompress import api, cli_deploy, cli_gate, cli_sensitivity, cli_start, keys, pipeline
 from qcompress.arguments import (
     AsJson,
     Cache,
@@ -32,6 +32,7 @@ from qcompress.arguments import (
     VersionCompatible,
 )
 from qcompress.check import all_mistakes
+from qcompress.completion import words
 from qcompress.errors import ExportError, RecipeError, UsageError
 from qcompress.listing import LISTS
 from qcompress.progress import Reporter
@@ -42,7 +43,7 @@ from qcompress.report.layers import print_layers
 from qcompress.report.sarif import sarif
 from qcompress.report.seeds import seeds_table
 from qcompress.report.shown import print_run, summary
-from qcompress.schema import STAGES
+from qcompress.schema import ROWS, STAGES
 from qcompress.stages.gate import exit_code
 from qcompress.stages.load import locate
 from qcompress.terminal import console, errors, print_json, report_run
@@ -51,10 +52,11 @@ app = typer.Typer(
     name="qcompress",
     help="From a float model to a quantized TensorRT engine that provably is the same model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
+app.command()(cli_start.init)
+app.command()(cli_start.schema)
 app.command()(cli_gate.gate)
 app.command()(cli_sensitivity.sensitivity)
 app.add_typer(cli_gate.baseline)
@@ -75,8 +77,13 @@ def run(
     out: Out = Path("runs"),
     cache: Cache = None,
     overrides: Set = None,
-    until: Annotated[str, typer.Option(help=f"Last stage: {', '.join(STAGES)}.")] = "gate",
-    keep: Annotated[list[str] | None, typer.Option(help="Copy a stage's whole folder into the run.")] = None,
+    until: Annotated[
+        str, typer.Option(help=f"Last stage: {', '.join(STAGES)}.", autocompletion=words(STAGES))
+    ] = "gate",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Copy a stage's whole folder into the run.", autocompletion=words(STAGES)),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage anew.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two blocks, little data, a minute.")] = False,
     seeds: Annotated[str | None, typer.Option(help="Once for each seed: 0,1,2.", show_default=False)] = None,
@@ -179,7 +186,7 @@ def compare(
     runs: Annotated[
         list[str], typer.Argument(help="Runs or folders of seeds; ARM=RUN names an arm.", show_default=False)
     ],
-    row: Annotated[str, typer.Option(help="Row of the ladder.")] = "onnx",
+    row: Annotated[str, typer.Option(help="Row of the ladder.", autocompletion=words(ROWS))] = "onnx",
     metric: Annotated[
         str | None, typer.Option(help="set.metric; default: the task's first.", show_default=False)
     ] = None,
@@ -297,7 +304,10 @@ def predict(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, axes, models, tasks, targets or recipes.")],
+    what: Annotated[
+        str,
+        typer.Argument(help="methods, axes, models, tasks, targets or recipes.", autocompletion=words(LISTS)),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """What there is to choose from."""

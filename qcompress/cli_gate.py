@@ -12,10 +12,12 @@ import typer
 from qcompress import api
 from qcompress.arguments import AsJson, RunFolder
 from qcompress.artifacts import write_json, write_text
+from qcompress.completion import words
 from qcompress.errors import UsageError
 from qcompress.report.gated import print_gate
 from qcompress.report.hosts import annotations, code_quality, step_summary
 from qcompress.report.junit import junit
+from qcompress.schema import ROWS
 from qcompress.stages.gate import exit_code
 from qcompress.terminal import console, errors, print_json, report_run
 
@@ -88,7 +90,12 @@ def promote(
     folder: RunFolder,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("baseline.json"),
     row: Annotated[
-        str | None, typer.Option(help="Row of the ladder; default: the last measured.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Row of the ladder; default: the last measured.",
+            show_default=False,
+            autocompletion=words(ROWS),
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Take a run whose own verdict is not accept.")

@@ -85,8 +85,13 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "report.gated", "report.hosts",
         "bundle", "bundle.config", "bundle.examine", "bundle.opens", "bundle.triton",
         "bundle.warmup", "doctor", "report.deployed",
+        "recipe_schema", "first", "first.asked", "first.choose", "first.data", "first.lengths", "first.model",
+        "first.splits", "first.start", "first.write",
     }),
-    ("command line", {"arguments", "cli", "cli_deploy", "cli_gate", "cli_sensitivity", "terminal", "__main__"}),
+    ("command line", {
+        "arguments", "cli", "cli_deploy", "cli_gate", "cli_sensitivity", "cli_start", "completion",
+        "terminal", "__main__",
+    }),
 )  # fmt: skip
 """Bottom first. A module imports from its own level and from those before it."""
 
@@ -130,8 +135,9 @@ DOORS: dict[str, set[str]] = {
     "PIL": {"tasks.images"},
     "sklearn": {"tasks.scores"},
     "huggingface_hub": {"load"},
-    "typer": {"arguments", "cli", "cli_deploy", "cli_gate", "cli_sensitivity", "terminal"},
+    "typer": {"arguments", "cli", "cli_deploy", "cli_gate", "cli_sensitivity", "cli_start", "terminal"},
     "yaml": {"yamlfile"},
+    "tokenizers": {"first.lengths"},
 }  # fmt: skip
 """Which modules may import a heavy package; each of them does."""
 
@@ -149,7 +155,7 @@ DISTRIBUTIONS = {"yaml": "PyYAML", "faiss": "faiss-cpu", "onnx_ir": "onnxscript"
                  "onnx", "pydantic_core": "pydantic",
                  "huggingface_hub": "transformers", "ml_dtypes": "ml-dtypes",
                  "sklearn": "scikit-learn", "pyarrow": "datasets", "PIL": "Pillow",
-                 "modelopt": "nvidia-modelopt"}  # fmt: skip
+                 "modelopt": "nvidia-modelopt", "tokenizers": "transformers"}  # fmt: skip
 """What brings a package that has another name than its distribution, or comes with one."""
 
 BANNED = {"eval", "exec", "pickle", "cPickle", "marshal", "shelve", "torch.load", "joblib", "dill"}

@@ -76,6 +76,14 @@ def _read_file(file: Path, wanted: Wanted) -> Table:
     return _collect(file.name, *readers[file.suffix](file, wanted), wanted)
 
 
+def read_whole(file: Path) -> tuple[list[str], list[Row]]:
+    """Every column of a file, and its rows. A .csv or .tsv must begin with the names of its columns."""
+    reader = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[file.suffix]
+    header, _ = reader(file, Wanted({}))
+    header, rows = reader(file, Wanted({name: name for name in header}))
+    return list(header), list(rows)
+
+
 def _collect(name: str, header: Sequence[str], rows: Iterator[Row], wanted: Wanted) -> Table:
     """The wanted columns of some rows; `header`: all columns of the file."""
     roles = {role: column for role, column in wanted.columns.items()

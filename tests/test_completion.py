@@ -1,0 +1,81 @@
+"""What a shell completes after `qcompress`, and that starting up brings no heavy package along."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+from lines import cli, python
+from typer.testing import CliRunner
+
+from qcompress.axes import METHODS
+from qcompress.cli import app
+from qcompress.formats import FORMAT_PRESETS
+from qcompress.listing import LISTS
+from qcompress.schema import ROWS, STAGES
+from qcompress.targets.table import TARGETS
+
+LEVELS = ("none", "ampere-plus", "same-compute-capability")
+
+VALUES = {
+    "lint model.onnx --target": TARGETS,
+    "build model.onnx --target": TARGETS,
+    "build model.onnx --hardware-compatibility": LEVELS,
+    "init --target": TARGETS,
+    "init --method": METHODS,
+    "init --format": FORMAT_PRESETS,
+    "run recipe.yaml --until": STAGES,
+    "run recipe.yaml --keep": STAGES,
+    "compare a b --row": ROWS,
+    "baseline promote run --row": ROWS,
+    "list": LISTS,
+}
+
+
+def completed(line: str, typed: str = "") -> list[str]:
+    """What bash offers for a word that begins as typed, after a line."""
+    words = f"qcompress {line} {typed}"
+    variables = {
+        "_QCOMPRESS_COMPLETE": "complete_bash",
+        "COMP_WORDS": words.rstrip(),
+        "COMP_CWORD": str(len(line.split()) + 1),
+    }
+    return CliRunner().invoke(app, [], env=variables).stdout.split()
+
+
+@pytest.mark.parametrize("line", VALUES)
+def test_values_come_from_the_tables(line: str) -> None:
+    known = list(VALUES[line])
+    assert len(known) >= 3 and completed(line) == known
+    first = known[0][:2]
+    assert completed(line, first) == [word for word in known if word.startswith(first)]
+    assert completed(line, "zz") == []
+
+
+def test_commands_are_completed() -> None:
+    assert completed("", "in") == ["init", "inspect"]
+    assert len(typer.main.get_command(app).commands) >= 14
+
+
+@pytest.mark.parametrize(
+    ("shell", "how"), [("bash", "complete -o"), ("zsh", "compdef"), ("fish", "complete --command qcompress")]
+)
+def test_the_script_for_a_shell_is_shown(shell: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable is typer's own, for tests: a shell is named, and not looked for."""
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    done = cli("--show-completion", shell)
+    assert done.code == 0 and how in done.stdout and f"_QCOMPRESS_COMPLETE=complete_{shell}" in done.stdout
+
+
+HELP = """
+import sys
+from qcompress.cli import app
+try:
+    app(["--help"])
+finally:
+    heavy = {"torch", "transformers", "onnxruntime", "datasets", "tokenizers", "pyarrow", "scipy"}
+    print("imported:", sorted(heavy & set(sys.modules)))
+"""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    assert python(HELP).stdout.splitlines()[-1] == "imported: []"
