@@ -92,7 +92,7 @@ class Standing:
             "spans_total": [len(label) + len(answer) for label, answer in pairs],
         }
 
-    def toread_object(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The content of baseline.json: one row, without distances between files that are not committed."""
         return {
             "format": FORMAT,
@@ -261,7 +261,7 @@ def _of_file(file: Path) -> Standing:
             fix="make it anew: qcompress baseline promote RUN",
         )
     try:
-        goals = Gate.model_validateread_object(json.dumps(values["gate"]))
+        goals = Gate.model_validate_json(json.dumps(values["gate"]))
         return Standing(
             where=str(file),
             goals=goals,
