@@ -17,7 +17,7 @@ from qcompress.report.gated import print_gate
 from qcompress.report.hosts import annotations, code_quality, step_summary
 from qcompress.report.junit import junit
 from qcompress.stages.gate import exit_code
-from qcompress.terminal import console, errors, print_json, report_run
+from qcompress.terminal import console, errors, print_json, refresh_report, report_run
 
 baseline = typer.Typer(
     name="baseline", help="What later runs are held against.", no_args_is_help=True, add_completion=False
@@ -67,6 +67,7 @@ def gate(
             _tell_github(verdict, name, recipe_file, as_json)
         if baseline is None:
             report_run(candidate, verdict["verdict"], as_json)
+        refresh_report(candidate)
         if as_json:
             print_json(verdict)
         else:

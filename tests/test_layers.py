@@ -81,8 +81,12 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "finished", "regression", "regression.baseline_file", "regression.decide", "regression.goals_file",
         "regression.standing", "regression.statistics",
         "report.gated", "report.hosts", "report.junit",
+        "report.html", "report.html.beside", "report.html.charts", "report.html.evidence",
+        "report.html.figures", "report.html.judged", "report.html.logged", "report.html.made",
+        "report.html.page", "report.html.parts", "report.html.rungs", "report.html.several",
+        "report.html.weighed",
     }),
-    ("command line", {"arguments", "cli", "cli_gate", "terminal", "__main__"}),
+    ("command line", {"arguments", "cli", "cli_gate", "cli_report", "terminal", "__main__"}),
 )  # fmt: skip
 """Bottom first. A module imports from its own level and from those before it."""
 
@@ -125,7 +129,9 @@ DOORS: dict[str, set[str]] = {
     "PIL": {"tasks.images"},
     "sklearn": {"tasks.scores"},
     "huggingface_hub": {"load"},
-    "typer": {"arguments", "cli", "cli_gate", "terminal"},
+    "typer": {"arguments", "cli", "cli_gate", "cli_report", "terminal"},
+    "matplotlib": {"report.html.charts"},
+    "jinja2": {"report.html.page"},
     "yaml": {"yamlfile"},
 }  # fmt: skip
 """Which modules may import a heavy package; each of them does."""

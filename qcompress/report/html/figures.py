@@ -1,9 +1,9 @@
 """A number as a page shows it, and where it comes from.
 
-Every number that a page shows is a `Figure`, spelled by `spelled` and nowhere else. It carries the number
-itself and a pointer into the file of the run that has it, so that a reader, or a test, can look it up:
-`parity.json#/rows/0/metrics/test.perplexity` (a JSON pointer, RFC 6901). On a page about several runs the file
-has the place of its run before it: `1/parity.json#/...`.
+Every number in a table is a `Figure`, spelled by `spelled` and nowhere else. It carries the number itself
+and a pointer into the file of the run that has it, so that a reader, or a test, can look it up:
+`parity.json#/rows/0/metrics/test.perplexity` (a JSON pointer, RFC 6901). On a page about several runs the
+file has the place of its run before it: `1/parity.json#/...`.
 """
 
 from __future__ import annotations

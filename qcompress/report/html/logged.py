@@ -1,7 +1,7 @@
 """How training went, as far as log.jsonl and the manifest say.
 
-A run that writes to a file logs a line every ten seconds, such as
-`finetune: 24/60  loss 3.1339  2395 tokens/s  15 s left`; on a terminal a bar takes its place, and there is none.
+A run logs a line every ten seconds, such as `finetune: 24/60  loss 3.1339  2395 tokens/s  15 s left`. On a
+terminal a bar takes their place, and the log has none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ NUMBERS = ("steps", "passes", "before", "after", "last_loss")
 def training(run: Evidence) -> Section:
     """Loss curves, and what each phase did."""
     curves = _curves(run.log())
-    lines = [] if curves else ["The log has no loss, so there is no loss curve."]
+    lines = (
+        ["The loss as it was logged, at most every ten seconds."]
+        if curves
+        else ["The log has no loss (on a terminal none is logged), so there is no loss curve."]
+    )
     lines.append("The log does not record learned scales, so there are no curves of them.")
     charted = (_chart(curves),) if curves else ()
     return Section("training", "Training", tuple(lines), tables=_phases(run), charts=charted)

@@ -7,31 +7,43 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import qcompress
-from qcompress.errors import MachineError
+from qcompress.errors import MachineError, UsageError
 from qcompress.report.html import judged, logged, made, rungs, several, weighed
 from qcompress.report.html.evidence import Evidence, evidence
 from qcompress.report.html.parts import Section
+from qcompress.report.measured import arm_and_runs
 
 NAME = "report.html"
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of one run, into its directory unless `out` names a file, or of several beside each
-    other, into report.html here. Returns the file.
+def write_report(runs: Sequence[str], out: Path | None = None) -> Path:
+    """Write the page of one run, or of several beside each other (run directories or folders of seeds);
+    returns the file: `report.html` in the run's directory, of several runs in the current one, unless `out`
+    names it.
 
     Raises UsageError for what is no finished run, MachineError where a package is missing.
     """
+    folders = [folder for run in runs for folder in _folders(run)]
     alone = len(folders) == 1
     file = out or (folders[0] / NAME if alone else Path(NAME))
     try:
         text = one(evidence(folders[0])) if alone else many(folders)
     except ModuleNotFoundError as error:
-        raise MachineError(f"a report needs the package {error.name}", fix="pip install qcompress") from None
+        raise MachineError(
+            f"a report needs the package {error.name}", fix=f"pip install {error.name}"
+        ) from None
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
     return file
+
+
+def _folders(run: str) -> list[Path]:
+    arm, folders = arm_and_runs(run)
+    if arm is not None:
+        raise UsageError(f"a report has no arms, found {run!r}", fix="drop the name before `=`")
+    return folders
 
 
 def one(run: Evidence) -> str:

@@ -23,8 +23,8 @@ LOSS = ("reference", "value", "loss %", "at least", "at most", "how")
 """Columns of a loss after its name."""
 
 SURE = (
-    "A loss is in percent of the reference, positive where the metric is worse. Each of its bounds is crossed "
-    "by chance in 5 of 100 comparisons: paired, sample by sample."
+    "A loss is in percent of the reference, positive where the metric is worse. Each of its bounds is "
+    "crossed by chance in 5 of 100 comparisons: paired, sample by sample."
 )
 
 
@@ -42,7 +42,7 @@ def main_metrics(run: Evidence) -> list[str]:
 
 def last_measured(run: Evidence) -> int | None:
     """Place of the row that says what the run made of the model."""
-    places = [place for place, row in enumerate(run.parity.content["rows"]) if row["status"] == "measured"]
+    places = [place for place, _ in _measured_rows(run)]
     return places[-1] if places else None
 
 
@@ -52,7 +52,12 @@ def ladder(run: Evidence) -> Section:
     rows = [_line(run, label, path, entry, metrics) for label, path, entry in _lines(report)]
     columns = ("row", *metrics, "compared with", "max |d| / range", "mean |d| / range", "SNR dB", "same top 1",
                "status")  # fmt: skip
-    lines = [*cost_of_static(report), *ties(report)]
+    lines = [
+        f"{label}: {entry['status']}: {entry.get('reason')}"
+        for label, _, entry in _lines(report)
+        if entry.get("status", "measured") != "measured"
+    ]
+    lines += [*cost_of_static(report), *ties(report)]
     flipped = next((row["flipped"] for row in report["rows"] if row.get("flipped")), None)
     if isinstance(flipped, dict):
         lines.append(
@@ -85,7 +90,7 @@ def _line(
 ) -> list[Cell]:
     status = entry.get("status", "measured")
     if status != "measured":
-        return [label, *["-"] * (len(metrics) + 5), f"{status}: {entry.get('reason')}"]
+        return [label, *["-"] * (len(metrics) + 5), status]
     known = entry.get("metrics", {})
     values = [run.parity.figure(*path, "metrics", name) if name in known else "-" for name in metrics]
     distance = entry.get("distance")
