@@ -32,5 +32,6 @@ def write_beside(folder: Path, say: Callable[[str], None]) -> None:
         say(f"no report.html: {error}")
         return
     if done.returncode:
-        told = [line for line in done.stderr.splitlines() if line.strip()]
-        say(f"no report.html: {told[-1] if told else f'exit code {done.returncode}'}")
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        error = [line for line in lines if line.startswith("error: ")] or lines[-1:]
+        say(f"no report.html: {error[0] if error else f'exit code {done.returncode}'}")

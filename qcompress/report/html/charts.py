@@ -90,6 +90,8 @@ def lines(anchor: str, title: str, series: Sequence[Series], along: str = "") ->
         fields = figure.subplots(len(series), 1, squeeze=False)[:, 0]
         for place, (field, item) in enumerate(zip(fields, series, strict=True)):
             field.plot(item.x, item.y, color=SERIES[place % len(SERIES)], marker="o", markersize=4)
+            if not isinstance(item.x[0], str):
+                field.locator_params(axis="x", integer=True)
             field.set_title(item.title)
         fields[-1].set_xlabel(along)
 
@@ -106,7 +108,8 @@ def bars(anchor: str, title: str, labels: Sequence[str], columns: Sequence[Bars]
         for place, (field, column) in enumerate(zip(fields, columns, strict=True)):
             field.barh(places, [value or 0.0 for value in column.values], color=SERIES[place], height=0.7)
             field.set_title(column.title)
-            field.locator_params(axis="x", nbins=4)
+            whole = all(isinstance(value, int) for value in column.values)
+            field.locator_params(axis="x", nbins=4, integer=whole)
             field.grid(visible=False, axis="y")
         if len(labels) <= NAMED:
             fields[0].set_yticks(places, [_short(label) for label in labels])
@@ -129,11 +132,12 @@ def intervals(
     def draw(figure: Drawing) -> None:
         field = figure.subplots()
         places = range(len(labels))
-        values = [value for value, _, _ in found]
-        below = [value - low for value, low, _ in found]
-        above = [high - value for value, _, high in found]
+        values, lows, highs = zip(*found, strict=True)
         field.axvline(0, color=INK, linewidth=0.8, linestyle="--")
-        field.errorbar(values, places, xerr=[below, above], fmt="o", color=SERIES[0], capsize=4)
+        field.hlines(places, lows, highs, color=SERIES[0])
+        for ends in (lows, highs):
+            field.plot(ends, places, "|", color=SERIES[0])
+        field.plot(values, places, "o", color=SERIES[0])
         field.set_yticks(places, [_short(label) for label in labels])
         field.set_ylim(len(labels) - 0.5, -0.5)
         field.set_xlabel(along)
@@ -158,8 +162,9 @@ def _told(names: Sequence[float | str], values: Sequence[float | None]) -> str:
 
 
 def _short(label: str) -> str:
-    printable = "".join(letter if letter.isprintable() else " " for letter in label)
-    return printable if len(printable) <= LABEL else f"…{printable[1 - LABEL :]}"
+    """The end of each line of a label, which is what tells layers apart."""
+    lines = [_clean(line) for line in label.splitlines()]
+    return "\n".join(line if len(line) <= LABEL else f"…{line[1 - LABEL :]}" for line in lines)
 
 
 # From matplotlib to the page ----------------------------------------------------------------------

@@ -28,7 +28,7 @@ def training(run: Evidence) -> Section:
     lines = (
         ["The loss as it was logged, at most every ten seconds."]
         if curves
-        else ["The log has no loss (on a terminal none is logged), so there is no loss curve."]
+        else ["The log has too few losses (on a terminal none is logged), so there is no loss curve."]
     )
     lines.append("The log does not record learned scales, so there are no curves of them.")
     charted = (_chart(curves),) if curves else ()
@@ -36,7 +36,7 @@ def training(run: Evidence) -> Section:
 
 
 def _curves(log: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """For each phase (update, loss) of the training that was logged last."""
+    """For each phase (update, loss) of the training that was logged last; one point makes no curve."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in log:
         said = LINE.match(str(line.get("text", "")))
@@ -51,7 +51,7 @@ def _curves(log: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
             points.clear()
         if math.isfinite(loss):
             points.append((update, loss))
-    return {phase: points for phase, points in found.items() if points}
+    return {phase: points for phase, points in found.items() if len(points) > 1}
 
 
 def _chart(curves: dict[str, list[tuple[int, float]]]) -> Chart:

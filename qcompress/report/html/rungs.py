@@ -50,8 +50,8 @@ def ladder(run: Evidence) -> Section:
     """One line for each row and what was measured beside it, read downwards."""
     report, metrics = run.parity.content, main_metrics(run)
     rows = [_line(run, label, path, entry, metrics) for label, path, entry in _lines(report)]
-    columns = ("row", *metrics, "compared with", "max |d| / range", "mean |d| / range", "SNR dB", "same top 1",
-               "status")  # fmt: skip
+    far = ("compared with", "max |d| / range", "mean |d| / range", "SNR dB", "same top 1")
+    columns = ("row", *metrics, *far, "status")
     lines = [
         f"{label}: {entry['status']}: {entry.get('reason')}"
         for label, _, entry in _lines(report)

@@ -78,7 +78,7 @@ def _losses(runs: Sequence[Evidence]) -> Section:
                 side.parity.figure("rows", last_measured(side), "metrics", name) for side in (runs[0], run)
             ]
             rows.append([run.name, name, *ends, *loss_cells(apart)])
-            drawn.append((f"{run.name}, {name}", apart))
+            drawn.append((f"{run.name}\n{name}", apart))
     tables = (table(title, ("run", "metric", *LOSS), rows),) if rows else ()
     chart = _chart(drawn)
     return Section("losses", title, tuple(lines), tables=tables, charts=(chart,) if chart else ())
