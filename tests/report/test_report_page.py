@@ -296,6 +296,8 @@ def test_a_chart_has_the_colours_of_the_page_and_no_other(page: Page) -> None:
     assert {f"var(--series-{number})" for number in (1, 2)} <= set(
         re.findall(r"var\([\w-]+\)", "".join(styles))
     )
+    fonts = [style for style in styles if "font" in style]
+    assert len(fonts) > 50 and all("var(--font)" in style and "DejaVu" not in style for style in fonts)
     assert "prefers-color-scheme: dark" in page.source and "@media print" in page.source
 
 

@@ -222,7 +222,7 @@ def _settled(name: str, value: str, anchor: str) -> str:
     value = value.replace("url(#", f"url(#{anchor}-")
     for drawn, shown in COLOURS.items():
         value = value.replace(drawn, shown)
-    return re.sub(r"(font: [\d.]+px)[^;]*", r"\1 var(--font)", value)
+    return re.sub(r"(font-family: |font: [\d.]+px )[^;]*", r"\1var(--font)", value)  # either, by version
 
 
 def _tell(root: ElementTree.Element, anchor: str, title: str, told: Sequence[str]) -> None:
