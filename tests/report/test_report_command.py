@@ -149,6 +149,12 @@ def test_several_runs_stand_beside_each_other(
     one, other = (
         next(line for line in body if line[1] == f"{name}.perplexity") for name in ("test", "other")
     )
+    ends = [node.attributes["data-from"] for node in losses.all("data") if "data-from" in node.attributes]
+    assert ends == [
+        f"{place}/parity.json#/rows/3/metrics/{name}.perplexity"
+        for name in ("test", "other")
+        for place in (0, 1)
+    ]
     assert one[4:] == ["+0", "+0", "+0", "identical"]
     assert other[4:] == ["-", "-", "-", "the per-sample results do not give it"]
 
