@@ -131,6 +131,21 @@ def test_recovery_is_the_paired_loss_in_percent_with_its_bootstrap_interval(page
         assert [low, high] == pytest.approx(wanted, abs=0.2 * (wanted[1] - wanted[0]))
 
 
+def test_goals_against_a_baseline_stand_there_with_their_intervals(mine: Path, run: Path, page: Page) -> None:
+    goals = mine / "goals.yaml"
+    goals.write_text("gate: {regression: {test.perplexity: {percent-max-degradation: 1}}}\n")
+    found = api.gate_against(run, mine, goals=goals)
+    baseline = read(api.report([mine])).section("baseline")
+    assert "accept against" in baseline.text and "baseline" not in {
+        node.attributes["id"] for node in page.all("section")
+    }
+    line = next(row for row in rows_of(baseline) if row[0] == "test.perplexity")
+    assert found["goals"][0]["interval"] == [0.0, 0.0]
+    assert line[1:3] == ["percent-max-degradation", "1"] and line[-1] == "pass"
+    pointers = {node.attributes.get("data-from") for node in baseline.all("data")}
+    assert {f"gate.json#/goals/0/{key}" for key in ("value", "loss", "interval/0", "interval/1")} <= pointers
+
+
 # What a page may not do ---------------------------------------------------------------------------
 
 
