@@ -82,7 +82,7 @@ def manifest(run: Evidence) -> Section:
     content = run.manifest.content
     made: list[list[Cell]] = [
         ["recipe", str(content.get("recipe", ""))],
-        ["seed", run.manifest.figure("seed")],
+        ["seed", str(run.manifest.at("seed"))],
         ["model", str(content.get("source", ""))],
         ["run", str(run.loaded.path)],
         *([f"host, {key}", _plain(value)] for key, value in content.get("host", {}).items()),
