@@ -220,6 +220,13 @@ def compare(
     return compare_measured(found, row, metric, baseline)
 
 
+def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> Path:
+    """Write report.html about a run or several (`report/html/page.py`); returns the file."""
+    from qcompress.report.html.page import write_report  # scipy takes most of a second
+
+    return write_report([os.fspath(run) for run in runs], None if out is None else Path(out))
+
+
 def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:
     import tempfile
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from qcompress import api, cli_deploy, cli_gate, cli_sensitivity, cli_start, keys, pipeline
+from qcompress import api, cli_deploy, cli_gate, cli_report, cli_sensitivity, cli_start, keys, pipeline
 from qcompress.arguments import (
     AsJson,
     Cache,
@@ -38,6 +38,7 @@ from qcompress.listing import LISTS
 from qcompress.progress import Reporter
 from qcompress.report.checked import check_json, print_check
 from qcompress.report.compared import print_comparison
+from qcompress.report.html.beside import write_beside
 from qcompress.report.inspected import print_contents
 from qcompress.report.layers import print_layers
 from qcompress.report.sarif import sarif
@@ -46,7 +47,7 @@ from qcompress.report.shown import print_run, summary
 from qcompress.schema import ROWS, STAGES
 from qcompress.stages.gate import exit_code
 from qcompress.stages.load import locate
-from qcompress.terminal import console, errors, print_json, report_run
+from qcompress.terminal import console, errors, print_json, refresh_report, report_run
 
 app = typer.Typer(
     name="qcompress",
@@ -59,6 +60,7 @@ app.command()(cli_start.init)
 app.command()(cli_start.schema)
 app.command()(cli_gate.gate)
 app.command()(cli_sensitivity.sensitivity)
+app.command()(cli_report.report)
 app.add_typer(cli_gate.baseline)
 app.command()(cli_deploy.bundle)
 app.command()(cli_deploy.doctor)
@@ -108,6 +110,7 @@ def run(
         if until != "gate":
             _finish_early(result, as_json)
             return
+        write_beside(result.path, options["reporter"].say)
         loaded = api.load(result.path)
         if as_json:
             print_json(summary(loaded))
@@ -124,6 +127,8 @@ def _run_seeds(recipe: Path, out: Path, seeds: str, options: dict[str, Any], as_
     folder, found, first = api.run_seeds(recipe, numbers, out, **options)
     if not first:
         raise typer.Exit(exit_code(found["verdict"]))
+    for seed in found["verdicts"]:
+        write_beside(folder / f"seed-{seed}", options["reporter"].say)
     if as_json:
         print_json({"path": str(folder), **found})
     else:
@@ -221,6 +226,7 @@ def verify(
                     "--layers compares files of this run, not an engine", fix="drop one of the two"
                 )
             found = api.compare_layers(folder, reporter=Reporter())
+            refresh_report(folder)
             if as_json:
                 print_json(found)
             else:

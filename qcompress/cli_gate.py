@@ -19,7 +19,7 @@ from qcompress.report.hosts import annotations, code_quality, step_summary
 from qcompress.report.junit import junit
 from qcompress.schema import ROWS
 from qcompress.stages.gate import exit_code
-from qcompress.terminal import console, errors, print_json, report_run
+from qcompress.terminal import console, errors, print_json, refresh_report, report_run
 
 baseline = typer.Typer(
     name="baseline", help="What later runs are held against.", no_args_is_help=True, add_completion=False
@@ -69,6 +69,7 @@ def gate(
             _tell_github(verdict, name, recipe_file, as_json)
         if baseline is None:
             report_run(candidate, verdict["verdict"], as_json)
+        refresh_report(candidate)
         if as_json:
             print_json(verdict)
         else:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from qcompress.errors import INTERRUPTED, QcompressError
 from qcompress.finished import load
+from qcompress.report.html.beside import write_beside
 from qcompress.report.shown import print_run, summary
 from qcompress.stages.gate import exit_code
 
@@ -36,12 +37,19 @@ def errors(resume: str = "") -> Iterator[None]:
 
 def report_run(folder: Path, verdict: str, as_json: bool) -> None:
     """Print a run as it lies on disk, and leave with its verdict's exit code."""
+    refresh_report(folder)
     loaded = load(folder)
     if as_json:
         print_json(summary(loaded))
     else:
         print_run(console(), loaded)
     raise typer.Exit(exit_code(verdict))
+
+
+def refresh_report(folder: Path) -> None:
+    """Make the run's report.html anew where there is one, after what it shows has changed."""
+    if (folder / "report.html").is_file():
+        write_beside(folder, lambda line: print(line, file=sys.stderr))
 
 
 def console() -> Console:

@@ -87,10 +87,14 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "bundle.warmup", "doctor", "report.deployed",
         "recipe_schema", "first", "first.asked", "first.choose", "first.data", "first.lengths", "first.model",
         "first.splits", "first.start", "first.write",
+        "report.html", "report.html.beside", "report.html.charts", "report.html.evidence",
+        "report.html.figures", "report.html.judged", "report.html.logged", "report.html.made",
+        "report.html.page", "report.html.parts", "report.html.rungs", "report.html.several",
+        "report.html.weighed",
     }),
     ("command line", {
-        "arguments", "cli", "cli_deploy", "cli_gate", "cli_sensitivity", "cli_start", "completion",
-        "terminal", "__main__",
+        "arguments", "cli", "cli_deploy", "cli_gate", "cli_report", "cli_sensitivity", "cli_start",
+        "completion", "terminal", "__main__",
     }),
 )  # fmt: skip
 """Bottom first. A module imports from its own level and from those before it."""
@@ -135,7 +139,10 @@ DOORS: dict[str, set[str]] = {
     "PIL": {"tasks.images"},
     "sklearn": {"tasks.scores"},
     "huggingface_hub": {"load"},
-    "typer": {"arguments", "cli", "cli_deploy", "cli_gate", "cli_sensitivity", "cli_start", "terminal"},
+    "typer": {"arguments", "cli", "cli_deploy", "cli_gate", "cli_report", "cli_sensitivity", "cli_start",
+              "terminal"},
+    "matplotlib": {"report.html.charts"},
+    "jinja2": {"report.html.page"},
     "yaml": {"yamlfile"},
     "tokenizers": {"first.lengths"},
 }  # fmt: skip

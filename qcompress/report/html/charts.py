@@ -1,0 +1,239 @@
+"""Charts as SVG by matplotlib, made to live inside a page.
+
+Drawn in stand-in colours, which become the page's CSS variables, so that one drawing serves light and dark;
+text stays text. Each drawing has a title and a description for those who do not see it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
+COLOURS = {
+    "#000001": "var(--ink)",
+    "#000002": "var(--line)",
+    "#000011": "var(--series-1)",
+    "#000012": "var(--series-2)",
+    "#000013": "var(--series-3)",
+}
+"""What is drawn, and what the page makes of it. None of them is a colour that matplotlib uses by itself."""
+
+INK, LINE, *SERIES = COLOURS
+
+WIDTH = 5.6
+"""Inches of 72 units: at 400 pixels, the width of a small screen, text is as large as it was drawn."""
+
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "axes.formatter.useoffset": False,
+    "figure.facecolor": "none",
+    "grid.color": LINE,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+}
+
+SVG = "{http://www.w3.org/2000/svg}"
+XLINK = "{http://www.w3.org/1999/xlink}href"
+
+NAMED = 48
+"""Most bars that have their names beside them; more would not be legible, and the table has them."""
+
+LABEL = 30
+"""Longest label of a bar."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values along x, drawn as one line in a field of its own."""
+
+    title: str
+    x: Sequence[float | str]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One column of bars; None is a bar that is missing."""
+
+    title: str
+    values: Sequence[float | None]
+
+
+def lines(anchor: str, title: str, series: Sequence[Series], along: str = "") -> str:
+    """Each series in a field of its own, one below the other."""
+
+    def draw(figure: Drawing) -> None:
+        fields = figure.subplots(len(series), 1, squeeze=False)[:, 0]
+        for place, (field, item) in enumerate(zip(fields, series, strict=True)):
+            field.plot(item.x, item.y, color=SERIES[place % len(SERIES)], marker="o", markersize=4)
+            if not isinstance(item.x[0], str):
+                field.locator_params(axis="x", integer=True)
+            field.set_title(item.title)
+        fields[-1].set_xlabel(along)
+
+    told = [f"{item.title}: {_told(item.x, item.y)}" for item in series]
+    return _svg(anchor, title, told, (WIDTH, 0.5 + 1.6 * len(series)), draw)
+
+
+def bars(anchor: str, title: str, labels: Sequence[str], columns: Sequence[Bars]) -> str:
+    """Columns of bars that share their labels."""
+
+    def draw(figure: Drawing) -> None:
+        fields = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+        places = range(len(labels))
+        for place, (field, column) in enumerate(zip(fields, columns, strict=True)):
+            field.barh(places, [value or 0.0 for value in column.values], color=SERIES[place], height=0.7)
+            field.set_title(column.title)
+            whole = all(isinstance(value, int) for value in column.values)
+            field.locator_params(axis="x", nbins=4, integer=whole)
+            field.grid(visible=False, axis="y")
+        if len(labels) <= NAMED:
+            fields[0].set_yticks(places, [_short(label) for label in labels])
+        fields[0].invert_yaxis()
+
+    height = 0.7 + (0.21 * len(labels) if len(labels) <= NAMED else 6)
+    told = [f"{column.title}: {_told(labels, column.values)}" for column in columns]
+    return _svg(anchor, title, told, (WIDTH, height), draw)
+
+
+def intervals(
+    anchor: str,
+    title: str,
+    labels: Sequence[str],
+    found: Sequence[tuple[float, float, float]],
+    along: str,
+) -> str:
+    """For each label a value with its lower and upper bound, and a line at 0."""
+
+    def draw(figure: Drawing) -> None:
+        field = figure.subplots()
+        places = range(len(labels))
+        values, lows, highs = zip(*found, strict=True)
+        field.axvline(0, color=INK, linewidth=0.8, linestyle="--")
+        field.hlines(places, lows, highs, color=SERIES[0])
+        for ends in (lows, highs):
+            field.plot(ends, places, "|", color=SERIES[0])
+        field.plot(values, places, "o", color=SERIES[0])
+        field.set_yticks(places, [_short(label) for label in labels])
+        field.set_ylim(len(labels) - 0.5, -0.5)
+        field.set_xlabel(along)
+
+    told = [
+        f"{label}: {value:.3g}, between {low:.3g} and {high:.3g}"
+        for label, (value, low, high) in zip(labels, found, strict=True)
+    ]
+    return _svg(anchor, title, told, (WIDTH, 0.9 + 0.35 * len(labels)), draw)
+
+
+def _told(names: Sequence[float | str], values: Sequence[float | None]) -> str:
+    there = [(name, value) for name, value in zip(names, values, strict=True) if value is not None]
+    if len(there) <= 8:
+        return ", ".join(f"{name} {value:.5g}" for name, value in there) or "nothing"
+    low, high = min(value for _, value in there), max(value for _, value in there)
+    first, last = there[0], there[-1]
+    return (
+        f"{len(there)} values between {low:.5g} and {high:.5g}, "
+        f"from {first[1]:.5g} at {first[0]} to {last[1]:.5g} at {last[0]}"
+    )
+
+
+def _short(label: str) -> str:
+    """The end of each line of a label, which is what tells layers apart."""
+    lines = [_clean(line) for line in label.splitlines()]
+    return "\n".join(line if len(line) <= LABEL else f"…{line[1 - LABEL :]}" for line in lines)
+
+
+# From matplotlib to the page ----------------------------------------------------------------------
+
+
+def _svg(
+    anchor: str,
+    title: str,
+    told: Sequence[str],
+    inches: tuple[float, float],
+    draw: Callable[[Drawing], None],
+) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure as Drawing
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": anchor}), _any_letter():
+        figure = Drawing(figsize=inches, layout="constrained")
+        draw(figure)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    root = ElementTree.fromstring(buffer.getvalue())
+    _settle(root, anchor)
+    _tell(root, anchor, title, told)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+@contextmanager
+def _any_letter() -> Iterator[None]:
+    """Names in any script: the reader's fonts have letters that the font which measures them has not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def _settle(root: ElementTree.Element, anchor: str) -> None:
+    """Names of SVG as HTML spells them, ids of this drawing alone, the page's colours and font."""
+    for node in root.iter():
+        node.tag = node.tag.removeprefix(SVG)
+        for name, value in list(node.attrib.items()):
+            del node.attrib[name]
+            node.set({XLINK: "href"}.get(name, name), _settled(name, value, anchor))
+    for parent in list(root.iter()):
+        for child in [child for child in parent if child.tag == "metadata"]:
+            parent.remove(child)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+
+
+def _settled(name: str, value: str, anchor: str) -> str:
+    if name == "id":
+        return f"{anchor}-{value}"
+    if name == XLINK:
+        return value.replace("#", f"#{anchor}-", 1)
+    value = value.replace("url(#", f"url(#{anchor}-")
+    for drawn, shown in COLOURS.items():
+        value = value.replace(drawn, shown)
+    return re.sub(r"(font-family: |font: [\d.]+px )[^;]*", r"\1var(--font)", value)  # either, by version
+
+
+def _tell(root: ElementTree.Element, anchor: str, title: str, told: Sequence[str]) -> None:
+    facts: dict[str, Any] = {"title": title, "desc": ". ".join(told) + "."}
+    for place, (tag, text) in enumerate(facts.items()):
+        node = ElementTree.Element(tag, {"id": f"{anchor}-{tag}"})
+        node.text = _clean(text)
+        root.insert(place, node)
+    root.set("role", "img")
+    root.set("aria-labelledby", f"{anchor}-title {anchor}-desc")
+
+
+def _clean(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -1,0 +1,73 @@
+"""What a run left on disk, as a page needs it: files that may be missing are None."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcompress.artifacts import read_json
+from qcompress.errors import UsageError
+from qcompress.finished import LoadedRun, load
+from qcompress.report.html.figures import Document
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run and its files; `place` is its number on a page about several."""
+
+    loaded: LoadedRun
+    place: int | None = None
+
+    @property
+    def name(self) -> str:
+        """How a page about several runs calls it."""
+        return f"{self.loaded.recipe.name}/{self.loaded.path.resolve().name}"
+
+    @property
+    def parity(self) -> Document:
+        return self._document("parity.json", self.loaded.parity)
+
+    @property
+    def verdict(self) -> Document:
+        return self._document("verdict.json", self.loaded.verdict)
+
+    @property
+    def manifest(self) -> Document:
+        return self._document("manifest.json", self.loaded.manifest)
+
+    def optional(self, name: str) -> Document | None:
+        """A file that a run may lack."""
+        file = self.loaded.path / name
+        if not file.is_file():
+            return None
+        try:
+            return self._document(name, read_json(file))
+        except ValueError as error:
+            raise UsageError(
+                f"{file} cannot be read: {error}", fix="run the recipe again to put it back"
+            ) from None
+
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl; a line that a killed run did not finish is none."""
+        file = self.loaded.path / "log.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        found = []
+        for line in lines:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return [line for line in found if isinstance(line, dict)]
+
+    def recipe_text(self) -> str:
+        return (self.loaded.path / "recipe.resolved.yaml").read_text(encoding="utf-8")
+
+    def _document(self, name: str, content: Any) -> Document:
+        return Document(name if self.place is None else f"{self.place}/{name}", content)
+
+
+def evidence(folder: Path, place: int | None = None) -> Evidence:
+    """The run in a folder. Raises UsageError for what is no finished run."""
+    return Evidence(load(folder), place)

@@ -1,0 +1,67 @@
+"""The verdict, its reasons and the goals, of the run itself and against a baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcompress.report.html.evidence import Evidence
+from qcompress.report.html.figures import Document, Figure
+from qcompress.report.html.parts import Cell, Section, Table, table
+from qcompress.report.ladder import not_measured
+
+OUTCOMES = {True: "kept", False: "broken"}
+
+
+def verdict(run: Evidence) -> Section:
+    """Why the run has the verdict that it has."""
+    reasons = tuple(run.verdict.content["reasons"])
+    goals = run.verdict.content["goals"]
+    lines = [] if reasons else [f"Every one of {len(goals)} goals holds." if goals else "There was no goal."]
+    lines += [f"Not measured: {line}" for line in not_measured(run.parity.content)]
+    tables = (_goals("Goals of the recipe", run.verdict),) if goals else ()
+    return Section("verdict", "Verdict", tuple(lines), reasons, tables)
+
+
+def against(run: Evidence) -> Section | None:
+    """What `gate --baseline` found, if it was asked."""
+    found = run.optional("gate.json")
+    if found is None or "against" not in found.content:
+        return None
+    line = f"{found.content['verdict']} against {_named(found.content['against'].get('baseline'))}"
+    notes = tuple(found.content.get("notes", ()))
+    reasons = tuple(found.content["reasons"])
+    goals = (_goals("Goals against the baseline", found),)
+    return Section("baseline", "Against a baseline", (line, *notes), reasons, goals)
+
+
+def _named(baseline: Any) -> str:
+    return str(baseline.get("where", "a baseline")) if isinstance(baseline, dict) else str(baseline)
+
+
+def _goals(title: str, document: Document) -> Table:
+    columns = ("metric", "goal", "limit", "value", "baseline", "loss", "at least", "at most",
+               "could have seen", "outcome")  # fmt: skip
+    return table(title, columns, [_goal(document, place) for place in range(len(document.content["goals"]))])
+
+
+def _goal(document: Document, place: int) -> list[Cell]:
+    goal = document.content["goals"][place]
+    limit = next(iter(goal["goal"]), None)
+
+    def figure(*path: str | int) -> Figure:
+        return document.figure("goals", place, *path)
+
+    low: Cell = figure("interval", 0) if goal["interval"] else "-"
+    high: Cell = figure("interval", 1) if goal["interval"] else "-"
+    return [
+        goal["metric"],
+        limit.replace("_", " ") if limit else "",
+        figure("goal", limit) if limit else "-",
+        figure("value"),
+        figure("baseline"),
+        figure("loss"),
+        low,
+        high,
+        figure("detectable"),
+        goal.get("outcome", OUTCOMES[bool(goal["passed"])]),
+    ]
