@@ -20,6 +20,13 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page at the end of a run takes seconds, and many tests run a line; tests/report makes it."""
+    if request.path.parent.name != "report":
+        monkeypatch.setattr("qcompress.cli.write_beside", lambda folder, say: None)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A UTF-8 text file of about 25,000 characters."""
