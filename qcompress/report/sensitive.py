@@ -31,6 +31,12 @@ def print_sensitivity(console: Console, document: dict[str, Any], everything: bo
     for word, found in formats.items():
         console.print(_layers(word, found["layers"], everything))
     if mixture:
+        data = "fresh samples" if mixture["fresh"] else "the samples that chose it, for want of others"
+        said = f"mixture, on {mixture['samples']} of {data}: {_cost(mixture['measured'])}"
+        if mixture["difference"]:
+            uniform, difference = (_cost(mixture[key]) for key in ("uniform", "difference"))
+            said += f"; the uniform format: {uniform}; difference {difference}"
+        console.print(said, markup=False)
         counts = Counter(mixture["formats"].values())
         console.print("mixture: " + ", ".join(f"{count} x {word}" for word, count in counts.most_common()))
         console.print(dump_yaml({"format": mixture["fragment"]}), markup=False)

@@ -3,11 +3,13 @@
 For each format the recipe is calibrated (method ptq) with that format of all its weights, through the same
 stages and the same cache as a run, and measured on the calibration data (`measure.py`): data that judge a run
 choose nothing. Layers that the recipe leaves float stay out. A mixture is then calibrated and measured as a
-whole, since costs that were measured one by one need not add up.
+whole, since costs that were measured one by one need not add up, on samples that did not choose it (the next
+ones of the calibration data; `fresh` says whether there were any).
 
 The document: {"recipe", "samples", "unit", "float_bytes", "formats": {format: {"bytes", "all", "layers":
-{name: {"alone", "wins", "bytes"}}}}, "mixture": null | {"formats", "predicted", "measured", "bytes",
-"fragment"}}; a cost is [mean, standard error].
+{name: {"alone", "wins", "bytes"}}}}, "mixture": null | {"formats", "predicted", "measured", "uniform",
+"difference", "samples", "fresh", "bytes", "fragment"}}; a cost is [mean, standard error], and so is the
+difference of the mixture to the uniform format of the budget, sample by sample; both null without one.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ def sensitivity(
     stored: dict[str, dict[str, Form]] = {}
     for word, plan in plans.items():
         groups = groups_of(plan.report.plan)
-        costs, count = _measure(
+        costs, count, _ = _measure(
             with_formats(resolved, forms[word]), out, cache, reporter, groups, samples, word
         )
         owned = {item.name: item for item in plan.report.plan if item.name in groups}
@@ -119,10 +121,11 @@ def _folder(out: Path, name: str) -> Path:
 
 def _measure(
     resolved: Resolved, out: Path, cache: Path, reporter: Reporter, groups: Mapping[str, list[str]],
-    samples: int, title: str, each: bool = True,
-) -> tuple[Costs, int]:  # fmt: skip
-    """Costs of a recipe whose formats are settled, of `each` layer or of all together, and on how many
-    samples.
+    samples: int, title: str, whole: bool = False,
+) -> tuple[Costs, int, bool]:  # fmt: skip
+    """Costs of a recipe whose formats are settled, on how many samples, and whether these are fresh ones.
+
+    Of each layer, on the first `samples`; or of the `whole`, on those after them where there are two.
     """
     run = pipeline.run(resolved, out, cache, reporter, until="train")
     import torch
@@ -142,17 +145,20 @@ def _measure(
         update={"evaluate": {"calibration": recipe.data.calibration or recipe.data.train}}
     )
     measured = recipe.model_copy(
-        update={"data": data, "verify": recipe.verify.model_copy(update={"samples": samples})}
+        update={"data": data, "verify": recipe.verify.model_copy(update={"samples": 2 * samples})}
     )
     artifacts = Artifacts(model, trained, None, None, None, {})
     found = evaluation_samples(measured, resolved.base, artifacts)
-    windows = found.sets["calibration"]
+    windows, later = found.sets["calibration"][:samples], found.sets["calibration"][samples:]
+    fresh = whole and len(later) > 1
+    windows = later if fresh else windows
     kind = getattr(found.task, "kind", "single")
     costs = measure_costs(
         rebuild(model, trained), groups, TASKS[recipe.task.name], windows, recipe.verify.batch_size,
-        torch.device(device_kind(recipe.train.device)), reporter, title, kind, each,
+        torch.device(device_kind(recipe.train.device)), reporter, title, kind,
+        not whole,
     )  # fmt: skip
-    return costs, len(windows)
+    return costs, len(windows), fresh
 
 
 def _mix(
@@ -161,14 +167,25 @@ def _mix(
     samples: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The mixture for a budget, what it should cost and what it does."""
+    from qcompress.sensitivity.measure import Cost
+
     most = document["formats"][budget.like]["bytes"] if budget.like else budget.bytes
     chosen = choose(layers, max_bytes=most, max_cost=budget.cost)
     forms = {name: stored[name][word] for name, word in chosen.items()}
     mixed = with_formats(resolved, layers=forms)
     plan = prepare(mixed).report.plan
     groups, tables = groups_of(plan), {item.name for item in plan if item.layer.section == "embeddings"}
-    costs, _ = _measure(mixed, out, cache, reporter, groups, samples, "mixture", each=False)
+    costs, count, fresh = _measure(mixed, out, cache, reporter, groups, samples, "mixture", whole=True)
+    uniform = None
+    if budget.like:
+        same = with_formats(resolved, parse_format(budget.like))
+        groups = groups_of(prepare(same).report.plan)
+        uniform = _measure(same, out, cache, reporter, groups, samples, budget.like, whole=True)[0].all
     return {
+        "samples": count,
+        "fresh": fresh,
+        "uniform": uniform and uniform.to_json(),
+        "difference": uniform and Cost.of(costs.all.samples - uniform.samples).to_json(),
         "formats": chosen,
         "predicted": sum(layers[name][word].cost for name, word in chosen.items()),
         "measured": costs.all.to_json(),

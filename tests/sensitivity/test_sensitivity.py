@@ -88,10 +88,11 @@ def stock(project: Project) -> Any:
 
     loaded = load_recipe(project.recipe).recipe
     reader = task.reader(project.folder / "model")
-    windows = task.samples(loaded.data.calibration, project.folder, reader, loaded.task, SAMPLES)
-    assert len(windows) == SAMPLES and recipe["data"]["calibration"]["limit"] >= SAMPLES
+    every = task.samples(loaded.data.calibration, project.folder, reader, loaded.task, 2 * SAMPLES)
+    assert len(every) == 2 * SAMPLES <= recipe["data"]["calibration"]["limit"]
 
-    def measure(block: int | None, largest: int, names: list[str]) -> float:
+    def measure(block: int | None, largest: int, names: list[str], skip: int = 0) -> float:
+        windows = every[skip : skip + SAMPLES]
         said = []
         for rounded in (False, True):
             model = GPT2LMHeadModel.from_pretrained(project.folder / "model").eval()
@@ -156,11 +157,26 @@ def test_the_mixture_is_no_larger_than_the_uniform_format_and_no_worse(document:
     mixture, uniform = document["mixture"], document["formats"]["int4-g32"]
     assert mixture["bytes"] <= uniform["bytes"] < document["formats"]["int8"]["bytes"]
     assert mixture["predicted"] <= sum(layer["alone"][0] for layer in uniform["layers"].values()) + 1e-12
-    assert read_json_of(document) == document
+    assert json.loads(json.dumps(document)) == document
 
 
-def read_json_of(document: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(document))
+def test_the_mixture_is_measured_on_samples_that_did_not_choose_it(
+    project: Project, document: dict[str, Any], stock: Any
+) -> None:
+    mixture = document["mixture"]
+    assert mixture["fresh"] is True and mixture["samples"] == SAMPLES
+    uniform = document["formats"]["int4-g32"]
+    assert mixture["uniform"] != uniform["all"]
+    linear = [name for name in uniform["layers"] if ".h." in name]
+    assert mixture["uniform"][0] == pytest.approx(stock(32, 7, linear, skip=SAMPLES), rel=0.05)
+    mean, error = mixture["difference"]
+    assert mean == pytest.approx(mixture["measured"][0] - mixture["uniform"][0], abs=1e-12)
+    # paired: less than what two independent means would have
+    assert error < math.hypot(mixture["measured"][1], mixture["uniform"][1])
+    most = yaml.safe_load(project.recipe.read_text())["data"]["calibration"]["limit"]
+    again = api.sensitivity(project.recipe, project.out, formats=("int4-g32",), samples=most, max_cost=1.0)
+    assert again["mixture"]["fresh"] is False and again["mixture"]["samples"] == again["samples"]
+    assert again["mixture"]["difference"] is None
 
 
 def test_the_fragment_gives_each_layer_its_format(project: Project, document: dict[str, Any]) -> None:
