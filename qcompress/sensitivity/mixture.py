@@ -13,6 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcompress.errors import UsageError
+from qcompress.sensitivity.candidates import Form
+
+BYTES = ("bytes", "try a smaller format")
+DIVERGENCE = ("of divergence", "try a format with more bits")
+"""What a budget is of, and what helps beside raising it."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,16 @@ class Choice:
 
     cost: float
     bytes: int
+    form: Form = None
+
+
+def affordable(least: float, budget: float, word: str, fix: str) -> None:
+    """Raises UsageError where the least there is costs more than the budget."""
+    if least > budget:
+        raise UsageError(
+            f"the least that these formats make possible is {least:.10g} {word}, the budget {budget:.10g}",
+            fix=f"raise the budget, or {fix}",
+        )
 
 
 def choose(
@@ -46,20 +61,15 @@ def choose(
     sizes = np.array([layers[layer][form].bytes for layer, form in names], float)
     one_each = np.array([[float(layer == owner) for owner, _ in names] for layer in layers])
     wanted, spent, budget = (costs, sizes, max_bytes) if max_bytes is not None else (sizes, costs, max_cost)
-    least = sum(min(row) for row in (spent[one > 0] for one in one_each))
-    if least > budget:
-        word = "bytes" if max_bytes is not None else "nats"
-        raise UsageError(
-            f"the least that these formats make possible is {least:.10g} {word}, the budget {budget:.10g}",
-            fix="raise the budget, or try a smaller format" if max_bytes is not None else
-            "raise the budget, or try a format with more bits",
-        )  # fmt: skip
-    largest = float(np.abs(wanted).max()) or 1.0
+    least = sum(spent[one > 0].min() for one in one_each)
+    bound = BYTES if max_bytes is not None else DIVERGENCE
+    affordable(least, budget, *bound)
+    most = [float(np.abs(values).max()) or 1.0 for values in (wanted, spent)]
     # bytes are small integers in units of their common divisor: within a budget then means within it exactly
-    unit = float(np.gcd.reduce(sizes.astype(int)) or 1) if max_bytes is not None else spent.max() or 1.0
+    unit = float(np.gcd.reduce(sizes.astype(int)) or 1) if max_bytes is not None else most[1]
     found = milp(
         # a millionth of what is spent decides between equals
-        wanted / largest + 1e-6 * spent / spent.max(),
+        wanted / most[0] + 1e-6 * spent / most[1],
         constraints=[
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(spent[None] / unit, -np.inf, budget / unit),

@@ -24,6 +24,7 @@ from qcompress import pipeline
 from qcompress.artifacts import FloatModel, TrainedModel, write_json
 from qcompress.errors import UsageError
 from qcompress.keys import prepare
+from qcompress.plan import LayerPlan
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved
 from qcompress.sensitivity.candidates import (
@@ -34,7 +35,7 @@ from qcompress.sensitivity.candidates import (
     stored_bytes,
     with_formats,
 )
-from qcompress.sensitivity.mixture import Choice, choose
+from qcompress.sensitivity.mixture import BYTES, Choice, affordable, choose
 
 if TYPE_CHECKING:
     from qcompress.sensitivity.measure import Costs
@@ -72,60 +73,84 @@ def sensitivity(
     if recipe.export.graph is not None:
         raise UsageError("`export.graph` was quantized elsewhere", fix="name the recipe of the float model")
     words = list(dict.fromkeys([*formats, *([budget.like] if budget and budget.like else [])]))
-    forms: dict[str, Form] = {word: parse_format(word) for word in words}
-    # every format is held against the model and the target before the first one is measured
-    plans = {word: prepare(with_formats(resolved, form)) for word, form in forms.items()}
-    document: dict[str, Any] = {"recipe": recipe.name, "samples": None, "unit": "nats", "formats": {},
+    # every format is held against the model, the target and the budget before the first one is measured
+    candidates = {word: _candidate(resolved, word) for word in words}
+    if budget is not None and budget.bytes is not None:
+        sizes = [candidate.sizes for candidate in candidates.values()]
+        affordable(sum(min(one[name] for one in sizes) for name in sizes[0]), budget.bytes, *BYTES)
+    document: dict[str, Any] = {"recipe": recipe.name, "samples": None, "unit": None, "formats": {},
                                 "mixture": None}  # fmt: skip
     layers: dict[str, dict[str, Choice]] = {}
-    stored: dict[str, dict[str, Form]] = {}
-    for word, plan in plans.items():
-        groups = groups_of(plan.report.plan)
-        costs, count, _ = _measure(
-            with_formats(resolved, forms[word]), out, cache, reporter, groups, samples, word
-        )
-        owned = {item.name: item for item in plan.report.plan if item.name in groups}
-        sizes = {
-            name: stored_bytes(item.layer, item.weights, recipe.format.compute)
-            for name, item in owned.items()
-        }
-        document["samples"] = count
-        document["formats"][word] = {
-            "bytes": sum(sizes.values()),
-            "all": costs.all.to_json(),
-            "layers": {
-                name: {"alone": costs.alone[name].to_json(), "wins": costs.wins[name].to_json(),
-                       "bytes": sizes[name]}
-                for name in groups
-            },
-        }  # fmt: skip
-        for name, item in owned.items():
-            choices, known = layers.setdefault(name, {}), stored.setdefault(name, {FLOAT: None})
+    for word, candidate in candidates.items():
+        measured = _measure(candidate.resolved, out, cache, reporter, samples, word)
+        document |= {"samples": measured.samples, "unit": measured.unit}
+        document["formats"][word] = _told(candidate, measured.costs)
+        for name, item in candidate.owned.items():
             # a table, and a layer to which the recipe gives a format of its own, keep theirs
-            kept = word if item.weights == forms[word] else str(item.weights)
-            known[kept] = item.weights
-            choices[FLOAT] = Choice(0.0, stored_bytes(item.layer, None, recipe.format.compute))
-            choices[kept] = Choice(max(costs.alone[name].mean, 0.0), sizes[name])
+            kept = word if item.weights == candidate.form else str(item.weights)
+            cost = max(measured.costs.alone[name].mean, 0.0)
+            unrounded = Choice(0.0, stored_bytes(item.layer, None, recipe.format.compute))
+            layers.setdefault(name, {FLOAT: unrounded})
+            layers[name][kept] = Choice(cost, candidate.sizes[name], item.weights)
     document["float_bytes"] = sum(choices[FLOAT].bytes for choices in layers.values())
     if budget is not None:
-        document["mixture"] = _mix(resolved, document, layers, stored, budget, out, cache, reporter, samples)
-    write_json(_folder(out, recipe.name) / "sensitivity.json", document)
+        like = candidates[budget.like] if budget.like else None
+        most = sum(like.sizes.values()) if like else budget.bytes
+        chosen = choose(layers, max_bytes=most, max_cost=budget.cost)
+        document["mixture"] = _mix(resolved, chosen, layers, like, out, cache, reporter, samples)
+    folder = out / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "sensitivity.json", document)
     return document
 
 
-def _folder(out: Path, name: str) -> Path:
-    folder = out / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+@dataclass(frozen=True)
+class _Candidate:
+    """One format of all weights: the recipe that has it, and the weights that it rounds with their bytes."""
+
+    form: Form
+    resolved: Resolved
+    owned: dict[str, LayerPlan]
+    sizes: dict[str, int]
+
+
+def _candidate(resolved: Resolved, word: str) -> _Candidate:
+    form = parse_format(word)
+    with_it = with_formats(resolved, form)
+    owned = _owned(with_it)
+    compute = resolved.recipe.format.compute
+    sizes = {name: stored_bytes(item.layer, item.weights, compute) for name, item in owned.items()}
+    return _Candidate(form, with_it, owned, sizes)
+
+
+def _owned(resolved: Resolved) -> dict[str, LayerPlan]:
+    plan = prepare(resolved).report.plan
+    groups = groups_of(plan)
+    return {item.name: item for item in plan if item.name in groups}
+
+
+def _told(candidate: _Candidate, costs: Costs) -> dict[str, Any]:
+    layers = {
+        name: {"alone": costs.alone[name].to_json(), "wins": costs.wins[name].to_json(), "bytes": size}
+        for name, size in candidate.sizes.items()
+    }
+    return {"bytes": sum(candidate.sizes.values()), "all": costs.all.to_json(), "layers": layers}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    costs: Costs
+    samples: int
+    fresh: bool
+    unit: str
 
 
 def _measure(
-    resolved: Resolved, out: Path, cache: Path, reporter: Reporter, groups: Mapping[str, list[str]],
-    samples: int, title: str, whole: bool = False,
-) -> tuple[Costs, int, bool]:  # fmt: skip
-    """Costs of a recipe whose formats are settled, on how many samples, and whether these are fresh ones.
-
-    Of each layer, on the first `samples`; or of the `whole`, on those after them where there are two.
+    resolved: Resolved, out: Path, cache: Path, reporter: Reporter, samples: int, title: str,
+    whole: bool = False,
+) -> _Measured:  # fmt: skip
+    """Costs of a recipe whose formats are settled: of each layer on the first `samples`, or of the `whole` on
+    those after them, where there are two.
     """
     run = pipeline.run(resolved, out, cache, reporter, until="train")
     import torch
@@ -136,60 +161,51 @@ def _measure(
     from qcompress.sensitivity.measure import measure_costs
     from qcompress.tasks import TASKS
 
-    steps = {step.stage: step for step in run.steps}
-    recipe = resolved.recipe
-    source = prepare(resolved).directory
-    model = FloatModel.of(steps["load"].path, steps["load"].digest, source)
+    steps, recipe = {step.stage: step for step in run.steps}, resolved.recipe
+    model = FloatModel.of(steps["load"].path, steps["load"].digest, prepare(resolved).directory)
     trained = TrainedModel(steps["train"].path, steps["train"].digest)
-    data = recipe.data.model_copy(
-        update={"evaluate": {"calibration": recipe.data.calibration or recipe.data.train}}
-    )
-    measured = recipe.model_copy(
-        update={"data": data, "verify": recipe.verify.model_copy(update={"samples": 2 * samples})}
-    )
+    data = {"evaluate": {"calibration": recipe.data.calibration or recipe.data.train}}
+    changes = {
+        "data": recipe.data.model_copy(update=data),
+        "verify": recipe.verify.model_copy(update={"samples": 2 * samples}),
+    }
     artifacts = Artifacts(model, trained, None, None, None, {})
-    found = evaluation_samples(measured, resolved.base, artifacts)
+    found = evaluation_samples(recipe.model_copy(update=changes), resolved.base, artifacts)
     windows, later = found.sets["calibration"][:samples], found.sets["calibration"][samples:]
     fresh = whole and len(later) > 1
-    windows = later if fresh else windows
-    kind = getattr(found.task, "kind", "single")
+    windows, kind = later if fresh else windows, getattr(found.task, "kind", "single")
+    prepared = rebuild(model, trained)
     costs = measure_costs(
-        rebuild(model, trained), groups, TASKS[recipe.task.name], windows, recipe.verify.batch_size,
-        torch.device(device_kind(recipe.train.device)), reporter, title, kind,
-        not whole,
+        prepared, groups_of(prepared.plan), TASKS[recipe.task.name], windows, recipe.verify.batch_size,
+        torch.device(device_kind(recipe.train.device)), reporter, title, kind, each=not whole,
     )  # fmt: skip
-    return costs, len(windows), fresh
+    return _Measured(costs, len(windows), fresh, "squared difference" if kind == "regression" else "nats")
 
 
 def _mix(
-    resolved: Resolved, document: dict[str, Any], layers: Mapping[str, Mapping[str, Choice]],
-    stored: Mapping[str, Mapping[str, Form]], budget: Budget, out: Path, cache: Path, reporter: Reporter,
-    samples: int,
+    resolved: Resolved, chosen: Mapping[str, str], layers: Mapping[str, Mapping[str, Choice]],
+    like: _Candidate | None, out: Path, cache: Path, reporter: Reporter, samples: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """The mixture for a budget, what it should cost and what it does."""
+    """What the chosen mixture should cost and what it does, beside the uniform format it is to be like."""
     from qcompress.sensitivity.measure import Cost
 
-    most = document["formats"][budget.like]["bytes"] if budget.like else budget.bytes
-    chosen = choose(layers, max_bytes=most, max_cost=budget.cost)
-    forms = {name: stored[name][word] for name, word in chosen.items()}
+    picked = {name: layers[name][word] for name, word in chosen.items()}
+    forms = {name: choice.form for name, choice in picked.items()}
     mixed = with_formats(resolved, layers=forms)
-    plan = prepare(mixed).report.plan
-    groups, tables = groups_of(plan), {item.name for item in plan if item.layer.section == "embeddings"}
-    costs, count, fresh = _measure(mixed, out, cache, reporter, groups, samples, "mixture", whole=True)
+    tables = {item.name for item in prepare(mixed).report.plan if item.layer.section == "embeddings"}
+    found = _measure(mixed, out, cache, reporter, samples, "mixture", whole=True)
     uniform = None
-    if budget.like:
-        same = with_formats(resolved, parse_format(budget.like))
-        groups = groups_of(prepare(same).report.plan)
-        uniform = _measure(same, out, cache, reporter, groups, samples, budget.like, whole=True)[0].all
+    if like is not None:
+        uniform = _measure(like.resolved, out, cache, reporter, samples, "uniform", whole=True).costs.all
     return {
-        "samples": count,
-        "fresh": fresh,
+        "formats": dict(chosen),
+        "predicted": sum(choice.cost for choice in picked.values()),
+        "measured": found.costs.all.to_json(),
         "uniform": uniform and uniform.to_json(),
-        "difference": uniform and Cost.of(costs.all.samples - uniform.samples).to_json(),
-        "formats": chosen,
-        "predicted": sum(layers[name][word].cost for name, word in chosen.items()),
-        "measured": costs.all.to_json(),
-        "bytes": sum(layers[name][word].bytes for name, word in chosen.items()),
+        "difference": uniform and Cost.of(found.costs.all.samples - uniform.samples).to_json(),
+        "samples": found.samples,
+        "fresh": found.fresh,
+        "bytes": sum(choice.bytes for choice in picked.values()),
         "fragment": fragment(forms, tables),
     }
 

@@ -76,7 +76,7 @@ def test_a_budget_that_is_met_to_the_byte_is_met_and_one_byte_less_is_not() -> N
 
 def test_a_cost_below_that_of_the_best_formats_is_refused() -> None:
     layers = {"a": {"int8": Choice(0.5, 10)}, "b": {"int8": Choice(0.25, 10)}}
-    with pytest.raises(UsageError, match="the least that these formats make possible is 0.75 nats"):
+    with pytest.raises(UsageError, match="the least that these formats make possible is 0.75 of divergence"):
         choose(layers, max_cost=0.7)
     with pytest.raises(UsageError, match="a mixture has one budget"):
         choose(layers)

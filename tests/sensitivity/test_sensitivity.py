@@ -157,7 +157,7 @@ def test_the_mixture_is_no_larger_than_the_uniform_format_and_no_worse(document:
     mixture, uniform = document["mixture"], document["formats"]["int4-g32"]
     assert mixture["bytes"] <= uniform["bytes"] < document["formats"]["int8"]["bytes"]
     assert mixture["predicted"] <= sum(layer["alone"][0] for layer in uniform["layers"].values()) + 1e-12
-    assert json.loads(json.dumps(document)) == document
+    assert json.loads(json.dumps(document)) == document and document["unit"] == "nats"
 
 
 def test_the_mixture_is_measured_on_samples_that_did_not_choose_it(
@@ -241,3 +241,12 @@ def test_a_recipe_for_the_float_model_is_enough(project: Project, document: dict
     same = document["formats"]["int4-g32"]["layers"]
     assert found["layers"] == {name: found["layers"][name] for name in same if ".h." in name}
     assert found["layers"][BLOCK]["alone"] == pytest.approx(same[BLOCK]["alone"], rel=1e-4)
+
+
+def test_a_budget_that_no_mixture_keeps_is_refused_before_anything_is_measured(
+    project: Project, document: dict[str, Any], tmp_path: Path
+) -> None:
+    least = document["formats"]["int4-g32"]["bytes"]
+    with pytest.raises(UsageError, match=f"the least that these formats make possible is {least} bytes"):
+        api.sensitivity(project.recipe, tmp_path / "runs", formats=("int8", "int4-g32"), max_bytes=least - 1)
+    assert not (tmp_path / "runs").exists()
