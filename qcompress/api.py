@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
 
 from qcompress import own, pipeline
 from qcompress.adopted import REASON, check_unchanged
@@ -19,14 +16,13 @@ from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, load_recipe
 from qcompress.report.measured import arm_and_runs, measured
 from qcompress.report.seeds import summarise
-from qcompress.schema import ROWS, Build
+from qcompress.schema import ROWS
 from qcompress.smoke import smoke as shorten
 from qcompress.stages.gate import judge, write_verdict
 
 if TYPE_CHECKING:
     from qcompress.evaluation import Artifacts
     from qcompress.regression.standing import Standing
-    from qcompress.targets.lint import Finding
 
 
 Classes = Mapping[str, type] | None
@@ -254,51 +250,6 @@ def _artifacts(loaded: LoadedRun) -> Artifacts:
         engine=Engine(stages("build")) if stages("build") else None,
         missing=dict.fromkeys(("trained", "folded"), REASON) if loaded.recipe.export.graph else {},
     )
-
-
-def lint(model: Path, target: str) -> list[Finding]:
-    """What a target would refuse or silently change in an ONNX file."""
-    from qcompress.targets.lint import lint as find
-    from qcompress.targets.table import find_target
-
-    return find(model, find_target(target))
-
-
-def inspect(model: Path) -> dict[str, Any]:
-    """What an ONNX file stores, weight by weight (`targets/contents.py` has the document)."""
-    from qcompress.targets.contents import contents
-
-    return contents(model)
-
-
-def build(
-    model: Path, target: str, out: Path, profiles: str | None, options: dict[str, Any], reporter: Reporter
-) -> dict[str, Any]:
-    """Build an engine from an ONNX file; returns build.json. The folder must not hold anything yet.
-
-    `profiles` is JSON, `options` are other keys of a recipe's section `build`.
-    """
-    from qcompress.stages.build import build_file
-
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not an empty folder", fix="name a new one")
-    values: dict[str, Any] = {"target": target, "here": "required", **options}
-    if profiles is not None:
-        try:
-            values["profiles"] = json.loads(profiles)
-        except ValueError as error:
-            raise UsageError(f"--profiles is not JSON: {error}") from None
-    try:
-        checked = Build.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        name, _, inside = where.replace("_", "-").partition(".")
-        raise UsageError(f"--{name}: {inside + ': ' if inside else ''}{first['msg']}") from None
-    out.mkdir(parents=True, exist_ok=True)
-    with reporter.bar("build", 100) as bar:
-        engine = build_file(model, checked, out, lambda what, share: bar.at(what, round(100 * share)))
-    return read_json(engine.path / "build.json")
 
 
 def gate(path: str | os.PathLike[str]) -> dict[str, Any]:

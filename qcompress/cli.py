@@ -16,7 +16,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from qcompress import api, cli_deploy, cli_gate, cli_report, cli_sensitivity, cli_start, keys, pipeline
+from qcompress import (
+    api,
+    cli_deploy,
+    cli_gate,
+    cli_report,
+    cli_sensitivity,
+    cli_start,
+    graph_files,
+    keys,
+    pipeline,
+)
 from qcompress.arguments import (
     AsJson,
     Cache,
@@ -247,7 +257,7 @@ def lint(
     with errors():
         if as_json and as_sarif:
             raise UsageError("--json and --sarif are two documents", fix="drop one of the two")
-        findings = api.lint(model, target)
+        findings = graph_files.lint(model, target)
         if as_sarif:
             print_json(sarif(findings, model, target))
         elif as_json:
@@ -264,7 +274,7 @@ def lint(
 def inspect(model: OnnxFile, as_json: AsJson = False) -> None:
     """Say what an ONNX file stores: bits, scales and bytes of every weight."""
     with errors():
-        found = api.inspect(model)
+        found = graph_files.inspect(model)
         if as_json:
             print_json(found)
         else:
@@ -285,7 +295,7 @@ def build(
     with errors():
         options = {"version_compatible": version_compatible, "hardware_compatibility": hardware_compatibility}
         options |= {"timing_cache": None if timing_cache is None else str(timing_cache)}
-        record = api.build(model, target, out, profiles, options, Reporter())
+        record = graph_files.build(model, target, out, profiles, options, Reporter())
         print(f"{record['status']}  {target}  {out}")
 
 

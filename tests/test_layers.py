@@ -74,7 +74,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("workspace", {"workspace"}),
     ("pipeline", {"keys", "pipeline", "smoke"}),
     ("what a user calls", {
-        "api", "generate", "predict", "listing", "report", "report.checked", "report.compare",
+        "api", "graph_files", "generate", "predict", "listing", "report", "report.checked", "report.compare",
         "report.compared", "report.inspected", "report.ladder", "report.layers", "report.measured",
         "report.paired",
         "report.replicates", "report.sarif", "report.seeds", "report.shown",
