@@ -120,6 +120,7 @@ def test_a_checkpoint_without_a_head_is_fine_tuned_by_a_recipe_of_its_own(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_both_recipes_run(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     started(Path(), models["body"], write_table(Path("mine.csv")), target="cpu")

@@ -52,29 +52,14 @@ def decide(baseline: Standing, candidate: Standing, goals: Gate | None = None) -
     anomalies += apart
     own = judge(candidate.parity, judged, list(baseline.require), baseline.compute,
                 float_trains=baseline.float_trains)  # fmt: skip
-    found: list[dict[str, Any]] = []
-    for name, goal in judged.regression.items():
-        if name in RESOURCES:
-            entry = _resource(name, goal, baseline, candidate, anomalies)
-        else:
-            entry = _metric(name, goal, baseline, candidate, anomalies) if not apart else None
-        if entry is not None:
-            found.append(entry)
+    found = _judged(judged, baseline, candidate, anomalies, comparable=not apart)
     own_anomalous = own["verdict"] == "anomalous"
     anomalies += own["reasons"] if own_anomalous else []
     broken = [] if own_anomalous else own["reasons"]
     reasons = [*dict.fromkeys(anomalies), *broken]
     reasons += [_spell(entry) for entry in found if entry["outcome"] != "pass"]
-    outcomes = {entry["outcome"] for entry in found}
-    verdict = "accept"
-    if anomalies:
-        verdict = "anomalous"
-    elif broken or "fail" in outcomes:
-        verdict = "regression"
-    elif "inconclusive" in outcomes:
-        verdict = "inconclusive"
     return {
-        "verdict": verdict,
+        "verdict": _word(bool(anomalies), bool(broken), {entry["outcome"] for entry in found}),
         "goals": [*found, *own["goals"]],
         "reasons": reasons,
         "not_measured": own["not_measured"],
@@ -89,6 +74,30 @@ def decide(baseline: Standing, candidate: Standing, goals: Gate | None = None) -
         "power": POWER,
         "notes": _notes(baseline, candidate, found),
     }
+
+
+def _judged(
+    goals: Gate, baseline: Standing, candidate: Standing, anomalies: list[str], comparable: bool
+) -> list[dict[str, Any]]:
+    """Each goal against the baseline; what makes one anomalous is added to `anomalies`. Metrics of runs that
+    are not `comparable` are left out, and what they take is not.
+    """
+    found = []
+    for name, goal in goals.regression.items():
+        if name in RESOURCES:
+            found.append(_resource(name, goal, baseline, candidate, anomalies))
+        elif comparable:
+            found.append(_metric(name, goal, baseline, candidate, anomalies))
+    return [entry for entry in found if entry is not None]
+
+
+def _word(anomalous: bool, broken: bool, outcomes: set[str]) -> str:
+    """The verdict: the worst that was found."""
+    if anomalous:
+        return "anomalous"
+    if broken or "fail" in outcomes:
+        return "regression"
+    return "inconclusive" if "inconclusive" in outcomes else "accept"
 
 
 def suggestion(baseline: Standing) -> str:

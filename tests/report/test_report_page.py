@@ -337,6 +337,9 @@ def test_the_distances_of_layers_are_drawn_where_there_are_any(mine: Path, page:
     (line,) = [row for row in rows_of(layers.all("figure")[1].all("table")[0]) if row[0] == "h.0"]
     assert line == ["h.0", "0.025", "51.5", "100", "3", "2"]
     assert "SNR, dB: h.0 51.5" in layers.all("desc")[1].text
+    (mine / "sizes.json").unlink()
+    layers = read(api.report([mine])).section("layers")
+    assert "sizes.json is missing, so no bits." in layers.text and len(layers.all("figure")) == 1
 
 
 def test_a_page_stays_below_five_megabytes_with_a_thousand_layers(mine: Path) -> None:
