@@ -24,7 +24,7 @@ import onnx
 from layouts import FAMILIES as ENCODERS
 from layouts import lay_out
 
-from qcompress import api
+from qcompress import api, graph_files
 from qcompress.artifacts import read_json
 from qcompress.errors import QcompressError, UsageError
 from qcompress.progress import Reporter
@@ -174,7 +174,7 @@ def look(run: Path, compute: str) -> dict[str, Any]:
     """What is said of a finished run, measured from its files."""
     file = run / "model.onnx"
     onnx.checker.check_model(str(file), full_check=True)
-    findings = api.lint(file, TARGET)
+    findings = graph_files.lint(file, TARGET)
     (row,) = [row for row in api.load(run).parity["rows"] if row["stage"] == "onnx"]
     distance, engine = row["distance"], read_json(run / "engine" / "build.json")
     mean, top1 = distance["mean_abs"] / distance["range"], distance["top1_agreement"]
