@@ -346,17 +346,21 @@ def test_a_stage_that_leaves_no_plain_content_is_refused(
 
 
 def race(folder: Path, key: str, dies: bool = False) -> None:
-    """Child process: make the stage slowly, and say how it went."""
+    """Child process: make the stage, the first one until the second has said something; say how it went."""
     said: list[str] = []
 
+    def log(line: str) -> None:
+        said.append(line)
+        (folder / f"{key}.said").write_text(line)
+
     def reached(moment: str) -> None:
-        if moment == "step 1":
+        if moment == "step 1" and key == "first":
             (folder / "making").write_text(key)
-            time.sleep(1.0)
+            wait_for(folder / "second.said")
             if dies:
                 die()
 
-    with open_space(folder, key, log=said.append) as space:
+    with open_space(folder, key, log=log) as space:
         step = space.step("train", PARTS, lambda partial: train(partial, folder / "calls", reached))
     result = {"reused": step.reused, "digest": step.digest, "log": said}
     (folder / f"{key}.tmp").write_text(json.dumps(result))
