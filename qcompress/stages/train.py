@@ -39,6 +39,7 @@ from qcompress.progress import Reporter
 from qcompress.quant.batchnorm import BatchNorm
 from qcompress.quant.codebook import is_codebook
 from qcompress.schema import Recipe
+from qcompress.system import memory_kept
 from qcompress.tasks import TASKS
 from qcompress.tasks.examples import Examples
 from qcompress.trainedfile import save_trained
@@ -82,7 +83,8 @@ def train(
     )  # fmt: skip
     prepared = training.prepared
     before = frozen_digest(prepared.model, architecture) if frozen else None
-    _run(training, phases)
+    with memory_kept():
+        _run(training, phases)
     if frozen and frozen_digest(prepared.model, architecture) != before:
         raise ContractError("a phase that trains only scales and adapters has changed a weight")
     ranges = make_static(prepared, calibration.batches())
