@@ -71,7 +71,7 @@ def save_distributions(prepared: Prepared, tensors: Mapping[str, Tensor], out: P
         {
             "weights": weights,
             "histograms": [
-                _histogram(entry["layer"], *_both(*pairs[entry["layer"]], tensors)) for entry in worst
+                {**entry, **_histogram(*_both(*pairs[entry["layer"]], tensors))} for entry in worst
             ],
             "sites": [site.summary() for site in sites],
             "channels": [site.histogram() for site in outlying],
@@ -101,12 +101,12 @@ def _noise(name: str, weight: Tensor, deployed: Tensor) -> dict[str, Any]:
     return {"layer": name, "values": weight.numel(), "snr_db": snr}
 
 
-def _histogram(name: str, weight: Tensor, deployed: Tensor) -> dict[str, Any]:
+def _histogram(weight: Tensor, deployed: Tensor) -> dict[str, Any]:
     both = [tensor.cpu().numpy().ravel() for tensor in (weight, deployed)]
     limit = max(float(np.abs(values).max()) for values in both)
     edges = np.linspace(-limit, limit, BINS + 1)
     counts = [np.histogram(values, edges)[0].tolist() for values in both]
-    return {"layer": name, "edges": _shorts(edges), "float": counts[0], "deployed": counts[1]}
+    return {"edges": _shorts(edges), "float": counts[0], "deployed": counts[1]}
 
 
 # Channels -----------------------------------------------------------------------------------------

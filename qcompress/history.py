@@ -15,6 +15,7 @@ and goes on leaves the records of one that was not.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ class History:
             if (record["number"], record["step"]) < here
             or ((record["number"], record["step"]) == here and step > 0)
         ]
-        self._file.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        partial = self._file.with_name(f"{NAME}.tmp")
+        partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        os.replace(partial, self._file)
         self._reporter.settle(kept)
 
     def update_due(self, number: int, step: int) -> bool:

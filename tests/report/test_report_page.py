@@ -207,6 +207,7 @@ MISSING = {
     "engine/build.json": {"sizes": "engine/build.json is missing"},
     "log.jsonl": {"training": "no loss curve"},
     "lint.json": {},
+    "distributions.json": {"distributions": "distributions.json is missing"},
 }
 
 
@@ -326,12 +327,60 @@ def test_what_was_not_logged_is_left_out_and_said(mine: Path) -> None:
     assert "no learned scale" in training.text
 
 
+# Before and after ---------------------------------------------------------------------------------
+
+
+def test_histograms_are_those_of_the_file_bin_by_bin(page: Page, run: Path) -> None:
+    found = json.loads((run / "distributions.json").read_text())
+    channels, weights = page.section("distributions").all("figure")
+    for chart, entries, named, keys in (
+        (channels, found["channels"], "site", ("before", "after")),
+        (weights, found["histograms"], "layer", ("float", "deployed")),
+    ):
+        assert len(entries) == 4 and len(chart.all("svg")) == 1
+        wanted = [
+            [entry[named], *(json.dumps(value) for value in (*entry["edges"][at : at + 2],
+                                                              *(entry[key][at] for key in keys)))]
+            for entry in entries
+            for at in range(len(entry["edges"]) - 1)
+        ]  # fmt: skip
+        rows = [
+            [row.all("th")[0].text.strip(), *(cell.attributes["data-value"] for cell in row.all("data"))]
+            for row in chart.all("table")[0].all("tr")[1:]
+        ]
+        assert rows == wanted and len(rows) > 90
+        for key in keys:
+            assert str(sum(entries[0][key])) in chart.all("desc")[0].text
+    assert "mathdefault" not in page.source
+
+
+def test_sites_and_layers_stand_in_tables_the_worst_first(page: Page, run: Path) -> None:
+    found = json.loads((run / "distributions.json").read_text())
+    tables = {
+        table.all("caption")[0].text: rows_of(table) for table in page.section("distributions").all("table")
+    }
+    sites = tables["Sites of the adapter"]
+    ratio = {site["site"]: site["before"]["largest"] / site["before"]["median"] for site in found["sites"]}
+    assert [row[0] for row in sites[1:]] == sorted(ratio, key=lambda name: -ratio[name])
+    snr = {entry["layer"]: entry["snr_db"] for entry in found["weights"]}
+    assert [row[0] for row in tables["SNR of the weights"][1:]] == sorted(snr, key=snr.__getitem__)
+
+
+def test_a_run_without_adapter_has_no_channels(mine: Path) -> None:
+    change(mine / "distributions.json", lambda content: content.update(sites=[], channels=[]))
+    found = read(api.report([mine])).section("distributions")
+    assert len(found.all("figure")) == 1 and "magnitude" not in found.text
+    change(mine / "distributions.json", lambda content: content.update(weights=[], histograms=[]))
+    found = read(api.report([mine])).section("distributions")
+    assert "No weight is quantized" in found.text and not found.all("figure")
+
+
 # Charts -------------------------------------------------------------------------------------------
 
 
 def test_every_chart_has_a_text_and_its_figures_as_a_table(page: Page) -> None:
     charts = page.all("figure")
-    assert len(charts) == 7
+    assert len(charts) == 9
     for chart in charts:
         (svg,) = chart.all("svg")
         assert svg.attributes["role"] == "img"
@@ -388,5 +437,6 @@ def test_the_distances_of_layers_are_drawn_where_there_are_any(mine: Path, page:
 def test_a_page_stays_below_five_megabytes_with_a_thousand_layers(mine: Path) -> None:
     for name in ("sizes", "certificate"):
         change(mine / f"{name}.json", lambda content: content.update(layers=content["layers"][:1] * 1000))
+    change(mine / "distributions.json", lambda content: content.update(weights=content["weights"][:1] * 1000))
     assert api.report([mine]).stat().st_size < 5e6
     assert api.report([mine]).read_text().count("sizes.json#/layers/999/bytes") == 1

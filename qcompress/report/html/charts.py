@@ -116,7 +116,7 @@ def lines(anchor: str, title: str, series: Sequence[Series], along: str = "") ->
 
 
 def stairs(anchor: str, title: str, fields: Sequence[Stairs]) -> str:
-    """Each histogram in a field of its own, one below the other: first over second, which is dashed."""
+    """Each pair of histograms in a field of its own, one below the other; the second one is dashed."""
 
     def draw(figure: Drawing) -> None:
         places = figure.subplots(len(fields), 1, squeeze=False)[:, 0]
@@ -126,8 +126,10 @@ def stairs(anchor: str, title: str, fields: Sequence[Stairs]) -> str:
                 place.stairs(counts, item.edges, label=name, **style)
             place.set_yscale("log")
             place.set_ylim(bottom=0.5)
+            _plain_log(place.yaxis, (1,))
             if item.ratios:
                 place.set_xscale("log")
+                _plain_log(place.xaxis, (1, 2, 5))
             place.set_title(item.title)
             place.set_xlabel(item.along)
             place.set_ylabel(item.what)
@@ -139,6 +141,15 @@ def stairs(anchor: str, title: str, fields: Sequence[Stairs]) -> str:
         for name, counts in item.counts.items()
     ]
     return _svg(anchor, title, told, (WIDTH, 0.3 + 2.1 * len(fields)), draw)
+
+
+def _plain_log(axis: Any, parts: Sequence[int]) -> None:
+    """Numbers as they are and not as formulas; at these multiples of powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=parts))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _middles(edges: Sequence[float]) -> list[float]:

@@ -72,10 +72,9 @@ def _weights(found: Document) -> list[Chart]:
     if not found.content["histograms"]:
         return []
     title = "Weights of the layers with the lowest SNR"
-    snr = {entry["layer"]: entry["snr_db"] for entry in found.content["weights"]}
     fields = [
         charts.Stairs(
-            f"{layer['layer']}, {snr[layer['layer']]:.3g} dB",
+            f"{layer['layer']}, {layer['snr_db']:.3g} dB",
             layer["edges"],
             {name: layer[key] for key, name in WEIGHTS.items()},
             "value",
