@@ -37,6 +37,7 @@ from qcompress.recipe import Resolved, dump_recipe
 from qcompress.schema import STAGES, Build
 from qcompress.stages.load import load
 from qcompress.tasks import TASKS
+from qcompress.tracking import tracking
 from qcompress.workspace import Step, Workspace, would_reuse
 
 PLACE: dict[str, dict[str, str]] = {
@@ -107,16 +108,17 @@ def run(
         folder = workspace.run_dir
         (folder / "recipe.resolved.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
         reporter.log_to(folder / "log.jsonl")
-        for stage in stages[: stages.index(until) + 1]:
-            place = dict(PLACE[stage])
-            if stage == "fold" and plan.recipe.format.is_float:
-                place["folded.safetensors"] = "model.safetensors"  # a checkpoint for `model: {run: ...}`
-            if stage in keep:
-                place["*"] = f"{stage}/"
-            make = _makers(plan, steps, reporter, processes)[stage]
-            reporter.stage(stage)
-            steps[stage] = workspace.step(stage, parts(plan, stage, steps), make, place=place)
-            _record(steps[stage], reporter)
+        with tracking(plan.recipe, folder, reporter):
+            for stage in stages[: stages.index(until) + 1]:
+                place = dict(PLACE[stage])
+                if stage == "fold" and plan.recipe.format.is_float:
+                    place["folded.safetensors"] = "model.safetensors"  # a checkpoint for `model: {run: ...}`
+                if stage in keep:
+                    place["*"] = f"{stage}/"
+                make = _makers(plan, steps, reporter, processes)[stage]
+                reporter.stage(stage)
+                steps[stage] = workspace.step(stage, parts(plan, stage, steps), make, place=place)
+                _record(steps[stage], reporter)
         write_json(folder / "manifest.json", _manifest(plan, steps))
         verdict = read_json(folder / "verdict.json")["verdict"] if "gate" in steps else "unfinished"
         processes.agree({"run": (folder, verdict)})

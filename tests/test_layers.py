@@ -73,7 +73,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("loops", {"distributions", "logpoints", "loop", "blockwise", "calibration", "trainedfile"}),
     ("stages", {"stages", *STAGES}),
     ("workspace", {"workspace"}),
-    ("pipeline", {"keys", "pipeline", "smoke"}),
+    ("pipeline", {"keys", "pipeline", "smoke", "tracking", "tracker"}),
     ("what a user calls", {
         "api", "graph_files", "generate", "predict", "listing", "report", "report.checked", "report.compare",
         "report.compared", "report.inspected", "report.ladder", "report.layers", "report.measured",
@@ -126,7 +126,7 @@ DOORS: dict[str, set[str]] = {
     },
     "transformers": {"models", "models.attention", "models.cache", "models.gpt2", "models.residual",
                      "models.stock", "models.vit", "models.image_residual", "models.stock_images"},
-    "accelerate": {"processes", "train", "loop",
+    "accelerate": {"tracker", "processes", "train", "loop",
                    "methods.ball", "methods.plain", "methods.protocols",
                    "methods.saq", "methods.squat"},
     "onnxruntime": {"bundle.opens", "targets.trial", "generate", "runners", "probe_kit.measure_engine"},
