@@ -68,9 +68,10 @@ def tracking(recipe: Recipe, folder: Path, reporter: Reporter) -> Iterator[None]
     try:
         yield
     finally:
+        for tracker in trackers:  # what one of them says at its end is for the run alone
+            reporter.unlisten(tracker.send)
         for tracker in trackers:
             tracker.close()
-            reporter.unlisten(tracker.send)
 
 
 class _Tracker:

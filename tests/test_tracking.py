@@ -196,6 +196,17 @@ def test_a_tracker_that_fails_is_one_line_and_the_run_goes_on(
     assert said.startswith("tracking: tensorboard has stopped, and the run goes on: ") and why in said
 
 
+def test_one_tracker_that_fails_at_the_end_is_no_failure_of_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "import sys; sys.stdin.read(); sys.exit({'mlflow': 'no space left'}.get(sys.argv[1]))"
+    monkeypatch.setattr(
+        qcompress.tracking, "command", lambda _, *words: [sys.executable, "-c", source, *words]
+    )
+    (said,) = track(resolved(tmp_path, "tensorboard", "mlflow").recipe, tmp_path / "run")
+    assert "mlflow has stopped" in said and "no space left" in said
+
+
 def test_a_tracker_that_does_not_read_never_holds_up_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
