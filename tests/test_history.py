@@ -85,6 +85,9 @@ def test_a_block_phase_counts_over_its_blocks_and_ends_each_with_the_scales_it_k
     records = logged(made, tmp_path / "log.jsonl")
     updates = [record for record in records if record["event"] == "update"]
     assert [record["step"] for record in updates] == [1, 2, 3, 4, 5, 6]
+    ends = [(record["step"], record["scales"].keys()) for record in records if "scales" in record]
+    assert [step for step, _ in ends] == [0, 3, 6]
+    assert {name.split(".")[2] for name in ends[1][1]} == {"0"}
     deployed = load_file(made.trained.path / "trained.safetensors")
     last: dict[str, Any] = {}
     for record in records:

@@ -104,7 +104,7 @@ def records(run: Path, *events: str) -> list[dict[str, Any]]:
 def test_the_log_of_a_silent_run_has_training_metrics_and_verdict(project: Project) -> None:
     updates = records(project.latest, "update")
     assert [line["update"] for line in updates if line["phase"] == "finetune"] == list(range(81, 121))
-    assert {key for line in updates for key in line["lr"]} == {"adapter"}
+    assert {key for line in updates for key in line["lr"]} == {"adapter", "scale"}
     assert all(line["loss"] > 0 for line in updates)
     assert "transformer.h.0.ln_1.rescale" in records(project.latest, "scales")[-1]["scales"]
     rows = read_json(project.latest / "parity.json")["rows"]
