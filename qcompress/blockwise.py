@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.checkpoint import Position, moving
+from qcompress.logpoints import log_scales
 from qcompress.loop import (
     Training,
     advance,
     batch_rows,
     groups_of,
     in_order,
+    log_update,
     optimizer_of,
     refuse_nan,
     reseed,
@@ -85,12 +87,15 @@ def run_block_phase(training: Training, phase: Phase, start: Position) -> None:
     inputs = _block_inputs(training, reference, blocks[0])
     training.prepared.model.train(phase.dropout)
     total = len(blocks) * phase.steps
+    if start.block == 0:
+        log_scales(training, start.phase, 0)
     with training.reporter.bar(phase.name, total, done=start.block * phase.steps) as bar:
         for index, name in enumerate(blocks):
             with torch.no_grad():
                 outputs = inputs.through(reference.get_submodule(name), size)
             if index >= start.block:
                 before, after = _fit_block(training, phase, start.phase, index, inputs, outputs, bar)
+                log_scales(training, start.phase, (index + 1) * phase.steps, f"{name}.", last=True)
                 training.facts.append({"name": phase.name, "block": name, "before": before, "after": after})
                 training.save(Position(start.phase, index + 1), None)
             inputs = replace(inputs, hidden=outputs)
@@ -120,6 +125,7 @@ def _fit_block(
     kept = _snapshot(training.prepared.model, names)
     for step in range(phase.steps):
         rows = training.processes.share(batch_rows(np.ones(len(inputs)), size, step, recipe.seed))
+        done = index * phase.steps + step + 1
 
         def closure(step: int = step, rows: list[int] = rows) -> Tensor:
             reseed(training.processes, recipe.seed, phase_index, index, step)
@@ -131,6 +137,10 @@ def _fit_block(
         report = training.stepper.step(closure, optimizer, groups, taps, training.accelerator, moment)
         refuse_nan(report.loss, f"phase {phase.name}, block {name}, step {step + 1}")
         advance(training.prepared)
+        if training.history.update_due(phase_index, done):
+            log_update(training, phase_index, done, report, {}, optimizer, groups)
+        if step + 1 < phase.steps:  # of the last one the best state is kept, which may be an earlier one
+            log_scales(training, phase_index, done, f"{name}.")
         where = f"block {index + 1} of {len(training.architecture.blocks)}"
         bar.advance(f"{where}  error {before:.3g} -> {best:.3g}  loss {report.loss:.3g}")
         if (step + 1) % phase.evaluate_every == 0 or step + 1 == phase.steps:

@@ -26,6 +26,7 @@ from qcompress.stages.load import fingerprint, locate
 from qcompress.task_options import FILES
 from qcompress.tasks import TASKS
 from qcompress.tasks.text import fingerprint as text_fingerprint
+from qcompress.tracking import demand_trackers
 from qcompress.workspace import Step
 
 TOOLS: dict[str, tuple[str, ...]] = {
@@ -80,6 +81,7 @@ class Plan:
 
 def prepare(resolved: Resolved) -> Plan:
     """Find the checkpoint and check the recipe against it. Seconds, no torch."""
+    demand_trackers(resolved.recipe.tracking)
     directory = locate(resolved.recipe.model, resolved.base)
     digests = fingerprint(directory)
     report = check_model(resolved, directory)
@@ -95,7 +97,7 @@ def stages_of(recipe: Recipe) -> tuple[str, ...]:
 
 def run_key(plan: Plan, one_of_seeds: bool = False) -> str:
     """Name of the run's folder: a digest of the recipe and of the content it names."""
-    values = plan.recipe.model_dump(mode="json")
+    values = plan.recipe.model_dump(mode="json", exclude={"tracking"})
     if one_of_seeds:
         del values["seed"]
     inputs = {"values": values, "inputs": plan.digests} | ({"graph": plan.graph} if plan.graph else {})
@@ -213,9 +215,11 @@ def _unplaced(data: dict[str, object] | None) -> dict[str, object] | None:
 
 
 def provenance(recipe: Recipe) -> dict[str, str]:
-    """Metadata of the ONNX file. The hash covers what shapes the file: not the gate, not the evaluation."""
+    """Metadata of the ONNX file. The hash covers what shapes the file: not the gate, not the evaluation, not
+    who is told of it.
+    """
     whole = recipe.model_dump(mode="json", by_alias=True)
-    for section in ("gate", "verify", "build"):
+    for section in ("gate", "verify", "build", "tracking"):
         del whole[section]
     del whole["data"]["evaluate"]
     whole["data"] = {key: _unplaced(section) for key, section in whole["data"].items()}

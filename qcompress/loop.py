@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from qcompress.checkpoint import Checkpoints, Position, moving, restore
 from qcompress.errors import ModelError
+from qcompress.history import History
 from qcompress.layerdrop import layer_drop
-from qcompress.methods.protocols import Group, Moment, Objective, Phase, Stepper
+from qcompress.logpoints import Heard, log_scales
+from qcompress.methods.protocols import Group, Moment, Objective, Phase, Report, Stepper
 from qcompress.models.architecture import Architecture
 from qcompress.prepare import Prepared, kind_of
 from qcompress.processes import Processes
@@ -44,6 +46,7 @@ class Training:
     processes: Processes
     checkpoints: Checkpoints
     reporter: Reporter
+    history: History
     train_data: Examples | None
     calibration_data: Examples | None
     reference: Callable[[], nn.Module]
@@ -197,6 +200,15 @@ def advance(prepared: Prepared) -> None:
         scale.advance()
 
 
+def log_update(
+    training: Training, number: int, step: int, report: Report, terms: Mapping[str, float], optimizer,
+    groups: Sequence[Group],
+) -> None:  # fmt: skip
+    """Record update `step` (from 1) of phase `number`."""
+    rates = {group.role: target["lr"] for group, target in zip(groups, optimizer.param_groups, strict=True)}
+    training.history.update(number, step, report.passes, report.loss, terms, rates)
+
+
 def taps_of(prepared: Prepared, scope: str = "") -> list[QuantizedWeight]:
     """The quantized weights under `scope`, for steppers that perturb them; a tied head taps its table."""
     return [prepared.layers[name] for name, _ in prepared.weight_quantizers() if name.startswith(scope)]
@@ -218,6 +230,8 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
     recipe, data, model = training.recipe, training.train_data, training.prepared.model
     model.train(phase.dropout)
     taps, position = taps_of(training.prepared), start
+    if start.step == 0:
+        log_scales(training, start.phase, 0)
     began, read = time.monotonic(), 0
     drops = recipe.train.layer_drop if phase.dropout and "weight" in phase.roles else 0.0
     with (
@@ -225,16 +239,17 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
         layer_drop(model, training.architecture, drops) as draw,
     ):
         for step in range(start.step, phase.steps):
-            rows = batch_rows(data.lengths, recipe.train.batch_size, step, recipe.seed)
-            rows = training.processes.share(rows)
-            batch = data.batch(rows, (recipe.seed, start.phase, step))
-            batch = to_device(batch, training.accelerator.device)
-            read += int(data.lengths[rows].sum())
+            batch, size = _batch_of(training, start.phase, step)
+            read += size
 
-            def closure(step: int = step, batch: Batch = batch) -> Tensor:
+            due = training.history.update_due(start.phase, step + 1)
+            heard = Heard(training.objective) if due else None
+
+            def closure(step: int = step, batch: Batch = batch, heard: Heard | None = heard) -> Tensor:
                 reseed(training.processes, recipe.seed, start.phase, 0, step)
                 draw(recipe.seed, start.phase, step)
-                return training.objective.loss(batch, step / phase.steps)
+                loss = training.objective.loss(batch, step / phase.steps)
+                return heard.of(loss) if heard else loss
 
             set_rates(training, optimizer, groups, step, phase.steps)
             moment = Moment(recipe.seed, start.phase, 0, step)
@@ -243,6 +258,10 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
             advance(training.prepared)
             training.recent = [*training.recent, report.loss][-10:]
             position = replace(position, step=step + 1, passes=position.passes + report.passes)
+            if heard:
+                terms = heard.terms_of(report.loss)
+                log_update(training, start.phase, step + 1, report, terms, optimizer, groups)
+            log_scales(training, start.phase, step + 1)
             if training.processes.first and training.checkpoints.due():
                 training.save(position, optimizer)
             speed = read / (time.monotonic() - began)
@@ -252,6 +271,15 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
         {"name": phase.name, "steps": phase.steps, "passes": position.passes, "last_loss": last}
     )
     training.recent = []
+
+
+def _batch_of(training: Training, number: int, step: int) -> tuple[Batch, int]:
+    """This process's share of an update's batch, and how many tokens or images it has."""
+    data, recipe = training.train_data, training.recipe
+    rows = batch_rows(data.lengths, recipe.train.batch_size, step, recipe.seed)
+    rows = training.processes.share(rows)
+    batch = to_device(data.batch(rows, (recipe.seed, number, step)), training.accelerator.device)
+    return batch, int(data.lengths[rows].sum())
 
 
 def settle(training: Training, names: Iterable[str], phase: int) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import qcompress
+from qcompress import history
 from qcompress.adopted import REASON, adopt
 from qcompress.artifacts import (
     Engine,
@@ -36,11 +37,12 @@ from qcompress.recipe import Resolved, dump_recipe
 from qcompress.schema import STAGES, Build
 from qcompress.stages.load import load
 from qcompress.tasks import TASKS
+from qcompress.tracking import tracking
 from qcompress.workspace import Step, Workspace, would_reuse
 
 PLACE: dict[str, dict[str, str]] = {
     "load": {},
-    "train": {},
+    "train": {"distributions.json": "distributions.json"},
     "fold": {},
     "export": {
         "model.onnx*": "./",
@@ -106,19 +108,35 @@ def run(
         folder = workspace.run_dir
         (folder / "recipe.resolved.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
         reporter.log_to(folder / "log.jsonl")
-        for stage in stages[: stages.index(until) + 1]:
-            place = dict(PLACE[stage])
-            if stage == "fold" and plan.recipe.format.is_float:
-                place["folded.safetensors"] = "model.safetensors"  # a checkpoint for `model: {run: ...}`
-            if stage in keep:
-                place["*"] = f"{stage}/"
-            make = _makers(plan, steps, reporter, processes)[stage]
-            reporter.stage(stage)
-            steps[stage] = workspace.step(stage, parts(plan, stage, steps), make, place=place)
+        with tracking(plan.recipe, folder, reporter):
+            for stage in stages[: stages.index(until) + 1]:
+                place = dict(PLACE[stage])
+                if stage == "fold" and plan.recipe.format.is_float:
+                    place["folded.safetensors"] = "model.safetensors"  # a checkpoint for `model: {run: ...}`
+                if stage in keep:
+                    place["*"] = f"{stage}/"
+                make = _makers(plan, steps, reporter, processes)[stage]
+                reporter.stage(stage)
+                steps[stage] = workspace.step(stage, parts(plan, stage, steps), make, place=place)
+                _record(steps[stage], reporter)
         write_json(folder / "manifest.json", _manifest(plan, steps))
         verdict = read_json(folder / "verdict.json")["verdict"] if "gate" in steps else "unfinished"
         processes.agree({"run": (folder, verdict)})
         return Run(folder, verdict, tuple(steps.values()))
+
+
+def _record(step: Step, reporter: Reporter) -> None:
+    """What a finished stage says in log.jsonl, the same whether it was made now or before."""
+    if step.stage == "train" and step.reused:
+        reporter.settle(history.read(step.path))
+    if step.stage == "verify":
+        for row in read_json(step.path / "parity.json")["rows"]:
+            if row["status"] == "measured":
+                reporter.record(event="metrics", row=row["stage"], metrics=row["metrics"])
+    reporter.record(event="finished", stage=step.stage, seconds=round(step.seconds, 3), reused=step.reused)
+    if step.stage == "gate":
+        found = read_json(step.path / "verdict.json")
+        reporter.record(event="verdict", verdict=found["verdict"], reasons=found["reasons"])
 
 
 def _follow(plan: Plan, processes: Processes) -> Run:

@@ -6,12 +6,13 @@ Everything goes to stderr; stdout belongs to results.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -25,6 +26,11 @@ from rich.progress import (
 
 PLAIN_EVERY_S = 10.0
 """Seconds between two plain lines of one task."""
+
+TRAINING = ("update", "scales")
+"""Events of training (`history.py`), which a run has once, however often it was stopped or started."""
+
+Record = dict[str, Any]
 
 
 class Bar:
@@ -51,17 +57,56 @@ class Reporter:
         self.silent = silent
         self.console = Console(file=self.stream, highlight=False)
         self._log: Path | None = None
+        self._listeners: list[Callable[[Record], None]] = []
 
     def log_to(self, file: Path) -> None:
-        """Append every line from now on to a file of JSON lines, also when silent."""
+        """Append every record from now on to a file of JSON lines, also when silent."""
         self._log = file
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if text and not text.endswith("\n"):  # a killed run
+            _replace(file, text.rpartition("\n")[0])
 
-    def record(self, **facts: object) -> None:
+    def listen(self, listener: Callable[[Record], None]) -> None:
+        """Tell every record from now on to a listener, too."""
+        self._listeners.append(listener)
+
+    def unlisten(self, listener: Callable[[Record], None]) -> None:
+        """Tell it no more."""
+        self._listeners.remove(listener)
+
+    def record(self, **facts: Any) -> None:
         """One line of log.jsonl."""
+        self._write(facts)
+        self._tell(facts)
+
+    def settle(self, records: Sequence[Record]) -> None:
+        """Make these the records of training: what log.jsonl has beyond them goes, what it lacks is added.
+        Listeners are told all of them.
+        """
+        if self._log is not None:
+            wanted = {_spelled(record): record for record in records}
+            text = self._log.read_text(encoding="utf-8") if self._log.is_file() else ""
+            kept, lines = [], text.splitlines()
+            for line in lines:
+                found = _record(line)
+                if found.get("event") not in TRAINING or wanted.pop(_spelled(found), None) is not None:
+                    kept.append(line)
+            if len(kept) < len(lines):
+                _replace(self._log, "\n".join(kept))
+            for record in wanted.values():
+                self._write(record)
+        for record in records:
+            self._tell(record)
+
+    def _write(self, facts: Record) -> None:
         if self._log is not None:
             line = json.dumps({"time": round(time.time(), 3), **facts}, sort_keys=True)
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+    def _tell(self, facts: Record) -> None:
+        for listener in self._listeners:
+            listener(facts)
 
     def stage(self, name: str) -> None:
         """A stage begins."""
@@ -114,3 +159,24 @@ class Reporter:
         bar = Bar(total, show)
         bar.done = done
         yield bar
+
+
+def _record(line: str) -> Record:
+    """A line of the log; an empty record where it is none."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _spelled(record: Record) -> str:
+    """A record without the time at which it was written."""
+    return json.dumps({key: value for key, value in record.items() if key != "time"}, sort_keys=True)
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write whole lines, in one step."""
+    partial = file.with_name(f"{file.name}.tmp")
+    partial.write_text(f"{text}\n" if text else "", encoding="utf-8")
+    os.replace(partial, file)

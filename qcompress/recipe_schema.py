@@ -18,7 +18,7 @@ from qcompress.axes import AXES, METHODS, PHASES
 from qcompress.goals import METRICS, RESOURCES
 from qcompress.quantizer_options import ROLES
 from qcompress.rules import SLUG
-from qcompress.schema import Recipe
+from qcompress.schema import TRACKERS, Recipe
 from qcompress.structure import WORDS
 from qcompress.targets.table import TARGETS
 
@@ -83,9 +83,10 @@ def _short_words(schema: Schema) -> None:
 
 
 def _short_names(schema: Schema) -> None:
-    """An axis or a task by its name alone."""
+    """An axis, a task or a tracker by its name alone."""
     for key in ("task", *(axis for axis in AXES if axis != "quantizer")):
         _beside(schema["properties"], key, {"enum": _names(schema, schema["properties"][key])})
+    _beside(schema["properties"], "tracking", {"enum": list(TRACKERS)})
     roles = schema["$defs"]["Quantizers"]["properties"]
     options: list[Schema] = []
     for role in (*ROLES, "codebook"):

@@ -266,6 +266,15 @@ class Verify(Options):
     """Measure the sharpness of the trained model as well (`{}`: with the defaults); none: do not."""
 
 
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+TRACKERS: tuple[str, ...] = ("tensorboard", "mlflow", "wandb")
+
+
+def _several(value: object) -> object:
+    """One tracker by its name alone."""
+    return [value] if isinstance(value, str) else value
+
+
 class Recipe(Options):
     """One run: a float model, a method, a format, a target, and what must hold."""
 
@@ -289,6 +298,9 @@ class Recipe(Options):
     build: Build = Build()
     verify: Verify = Verify()
     gate: Gate = Gate()
+    tracking: Annotated[list[Tracker], BeforeValidator(_several)] = []
+    """Trackers of accelerate that are told what log.jsonl says: tensorboard, mlflow, wandb, or several of
+    them. They change nothing about the run, neither its numbers nor what is reused."""
 
     @model_validator(mode="before")
     @classmethod

@@ -24,9 +24,9 @@ from qcompress.tensorfile import save_tensors
 def save_trained(
     training: Training, adapter: Adapter, float_names: set[str], frozen: bool, digest: str | None,
     ranges: dict[str, dict[str, float]], out: Path,
-) -> None:  # fmt: skip
-    """Write both files into `out`. `float_names`: the parameters of the float model; `frozen`: none of them
-    was trained, and `digest` is theirs; `ranges`: what `make_static` found.
+) -> dict[str, Tensor]:  # fmt: skip
+    """Write both files into `out`, and return the tensors. `float_names`: the parameters of the float model;
+    `frozen`: none of them was trained, and `digest` is theirs; `ranges`: what `make_static` found.
     """
     recipe, prepared = training.recipe, training.prepared
     compute = COMPUTE[recipe.format.compute]
@@ -68,6 +68,7 @@ def save_trained(
             "phases": training.facts,
         },
     )
+    return contents
 
 
 def snap(scale: Tensor, compute: torch.dtype, name: str) -> Tensor:

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,6 +26,7 @@ RUN_FILES = {
     "certificate.json", "lint.json", "sizes.json", "model.onnx", "tokenizer.json", "tokenizer_config.json",
     "config.json", "engine/model.plan", "engine/build.json", "probe/inputs.npz", "probe/reference.npz",
     "probe/probe.json", "probe/measure_engine.py", "probe/engine_speed.py", "log.jsonl",
+    "distributions.json",
 }  # fmt: skip
 
 
@@ -91,6 +93,36 @@ def test_what_lies_in_the_run_is_what_the_stages_made(project: Project) -> None:
 def test_the_log_has_every_stage(project: Project) -> None:
     lines = [json.loads(line) for line in (project.latest / "log.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines if line["event"] == "stage"][:7] == list(STAGES)
+
+
+def records(run: Path, *events: str) -> list[dict[str, Any]]:
+    """Records of log.jsonl, without their times."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key != "time"} for line in lines if line["event"] in events]
+
+
+def test_the_log_of_a_silent_run_has_training_metrics_and_verdict(project: Project) -> None:
+    updates = records(project.latest, "update")
+    assert [line["update"] for line in updates if line["phase"] == "finetune"] == list(range(81, 121))
+    assert {key for line in updates for key in line["lr"]} == {"adapter", "scale"}
+    assert all(line["loss"] > 0 for line in updates)
+    assert "transformer.h.0.ln_1.rescale" in records(project.latest, "scales")[-1]["scales"]
+    rows = read_json(project.latest / "parity.json")["rows"]
+    assert {line["row"]: line["metrics"] for line in records(project.latest, "metrics")} == {
+        row["stage"]: row["metrics"] for row in rows if row["status"] == "measured"
+    }
+    assert records(project.latest, "verdict")[0]["verdict"] == "accept"
+    assert [line["stage"] for line in records(project.latest, "finished")][:7] == list(STAGES)
+
+
+def test_a_training_that_is_reused_is_logged_once_in_every_run(mine: Project) -> None:
+    before = records(mine.latest, "update", "scales")
+    assert len(before) > 50
+    mine.run()
+    assert records(mine.latest, "update", "scales") == before
+    other = mine.run("gate.recovery={test.perplexity: {threshold: 1.5}}")
+    assert records(other.path, "update", "scales") == before
+    assert [line["verdict"] for line in records(other.path, "verdict")] == ["regression"]
 
 
 # What re-runs -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from lines import cli
 from qcompress.axes import AXES, METHODS
 from qcompress.formats import FORMAT_PRESETS
 from qcompress.recipe_schema import recipe_schema
-from qcompress.schema import Recipe
+from qcompress.schema import TRACKERS, Recipe
 from qcompress.structure import WORDS
 from qcompress.targets.table import TARGETS
 from qcompress.yamlfile import parse_yaml, read_yaml
@@ -73,6 +73,7 @@ PLANTED = {
     "a goal on no metric": ("recovery: {test.perplexity:", "recovery: {test.perplexy:"),
     "an unknown kind of goal": ("{percent-max-degradation: 2}", "{percent_degradation: 2}"),
     "an unknown row": ("require: [float,", "require: [flot,"),
+    "an unknown tracker": ("seed: 0", "tracking: tensorbord"),
     "an evaluation set that is no slug": ("other: {text", "Other Set: {text"),
 }
 
@@ -103,6 +104,8 @@ SHORT = (
     *({"method": name} for name in METHODS),
     *({"format": name} for name in FORMAT_PRESETS),
     *({"build": {"target": name}} for name in TARGETS),
+    *({"tracking": name} for name in TRACKERS),
+    {"tracking": list(TRACKERS)},
     *({axis: value.model_fields["name"].default} for axis, values in AXES.items() for value in values),
     {"stepper": {"clip_norm": 2.0}},
     {"adapter": {"bound": 50.0}},

@@ -107,7 +107,8 @@ def run(made: Line, moment: Moment | None = None, resuming: bool = False) -> int
 
 
 def outcome(made: Line) -> dict[str, bytes]:
-    return {name: (made.trained.path / name).read_bytes() for name in ("trained.safetensors", "trained.json")}
+    names = ("trained.safetensors", "trained.json", "history.jsonl", "distributions.json")
+    return {name: (made.trained.path / name).read_bytes() for name in names}
 
 
 RECIPES = {

@@ -36,6 +36,8 @@ class DistillationLoss:
         self, options: Distillation | TeacherIntervention, task_loss: Callable[[Tensor, Batch], Tensor]
     ) -> None:
         self.options, self.task_loss = options, task_loss
+        self.terms: dict[str, Tensor] = {}
+        """Terms of the last loss, as they are summed."""
         self.student: Watch | None = None
         self.teacher: Watch | None = None
         self._run: nn.Module | None = None
@@ -81,17 +83,18 @@ class DistillationLoss:
     def _weighted(self, said: Signals, taught: Signals, batch: Batch) -> Tensor:
         options = self.options
         problem = self.teacher.model.config.problem_type
-        terms: list[Tensor] = []
+        terms: dict[str, Tensor] = {}
         if options.logits:
             loss = prediction_loss(said.logits, taught.logits, batch, options.temperature, problem)
-            terms.append(options.logits * loss)
+            terms["logits"] = options.logits * loss
         if options.attention:
-            terms.append(options.attention * scores_loss(said.scores, taught.scores))
+            terms["attention"] = options.attention * scores_loss(said.scores, taught.scores)
         if options.hidden:
-            terms.append(options.hidden * states_loss(said.hidden, taught.hidden))
+            terms["hidden"] = options.hidden * states_loss(said.hidden, taught.hidden)
         if options.task:
-            terms.append(options.task * self.task_loss(said.logits, batch))
-        return torch.stack(terms).sum()
+            terms["task"] = options.task * self.task_loss(said.logits, batch)
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        return torch.stack([*terms.values()]).sum()
 
 
 def prediction_loss(

@@ -90,7 +90,9 @@ class Objective(Protocol):
         """Called when a phase begins, also when it goes on after an interruption."""
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
-        """Loss of a batch; `progress` in [0, 1) is the share of the phase that is done."""
+        """Loss of a batch; `progress` in [0, 1) is the share of the phase that is done. Who sums
+        several may keep them in `terms`, for the log (`logpoints.OfTerms`).
+        """
 
     def detach(self) -> None:
         """Remove every hook."""

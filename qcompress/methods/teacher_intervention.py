@@ -63,7 +63,11 @@ class Intervention(DistillationLoss):
         finally:
             self.student.replace(None, None)
         loss = self._weighted(said, taught, batch)
-        return loss + self.options.output * self._output_loss(said, taught) if self.options.output else loss
+        if not self.options.output:
+            return loss
+        output = self.options.output * self._output_loss(said, taught)
+        self.terms["output"] = output.detach()
+        return loss + output
 
     def _output_loss(self, said: Signals, taught: Signals) -> Tensor:
         if self.options.out_loss == "post_ln":

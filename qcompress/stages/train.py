@@ -2,7 +2,7 @@
 
 Reads the checkpoint, the training and the calibration text. Writes trained.safetensors (the final scale of
 every quantizer, every rescaling, and the tensors that training changed) and trained.json. After this stage
-nobody can tell which paper trained the model.
+nobody can tell which paper trained the model. history.jsonl and distributions.json are for the reader alone.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from qcompress.artifacts import FloatModel
 from qcompress.blockwise import run_block_phase
 from qcompress.calibration import Calibration, observe_all
 from qcompress.checkpoint import Checkpoints, Position, moving
+from qcompress.distributions import keep_channels, save_distributions
 from qcompress.errors import ContractError, MachineError
 from qcompress.formats import CodebookFormat
+from qcompress.history import History
+from qcompress.logpoints import learned
 from qcompress.loop import Training, role_of, run_model_phase, settle
 from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 from qcompress.methods.protocols import Adapter, FittedAdapter, Phase, Scene
@@ -33,7 +36,7 @@ from qcompress.models.files import read_config
 from qcompress.observe import make_static
 from qcompress.own import class_of
 from qcompress.plan import LayerPlan, PointPlan, plan_points, plan_sites, rounded
-from qcompress.prepare import initialise, open_points, quantize
+from qcompress.prepare import Prepared, initialise, open_points, quantize
 from qcompress.processes import Processes
 from qcompress.progress import Reporter
 from qcompress.quant.batchnorm import BatchNorm
@@ -89,7 +92,8 @@ def train(
         raise ContractError("a phase that trains only scales and adapters has changed a weight")
     ranges = make_static(prepared, calibration.batches())
     if processes.first:
-        save_trained(training, adapter, float_names, frozen, before, ranges, out)
+        tensors = save_trained(training, adapter, float_names, frozen, before, ranges, out)
+        save_distributions(prepared, tensors, out)
     processes.agree(None)  # the others leave when everything is written
 
 
@@ -120,6 +124,8 @@ def _set_up(
         statistics = observe_all(model, plan, points, calibration, reporter)
     prepared = quantize(model, architecture.family, plan, points)
     adapter.attach(prepared, sites, statistics)
+    if sites and not resuming and processes.first:
+        keep_channels(sites, statistics, out)
     prepared.model.to(accelerator.device)
     if not resuming:
         torch.manual_seed(recipe.seed)  # k-means draws where it starts
@@ -139,6 +145,7 @@ def _set_up(
         processes=processes,
         checkpoints=checkpoints,
         reporter=reporter,
+        history=_history(out, phases, prepared, architecture, reporter, processes),
         train_data=data.train,
         calibration_data=data.calibration,
         reference=reference,
@@ -147,6 +154,17 @@ def _set_up(
         recent=[],
     )
     return training, float_names, frozen
+
+
+def _history(
+    out: Path, phases: tuple[Phase, ...], prepared: Prepared, architecture: Architecture, reporter: Reporter,
+    processes: Processes,
+) -> History:  # fmt: skip
+    """The records of this training, which the first process keeps."""
+    blocks = len(architecture.blocks)
+    updates = [(phase.name, phase.steps * (blocks if phase.scope == "blocks" else 1)) for phase in phases]
+    scales = sum(1 for _ in learned(prepared))
+    return History(out if processes.first else None, updates, scales, reporter)
 
 
 def _judge_norms(model: nn.Module, processes: Processes, reporter: Reporter) -> None:
@@ -261,7 +279,9 @@ def _run(training: Training, phases: tuple[Phase, ...]) -> None:
             f"train: resuming in phase {min(position.phase + 1, len(phases))} of {len(phases)}, "
             f"block {position.block}, step {position.step}"
         )
-    elif phases:
+    block_steps = phases[position.phase].steps if position.phase < len(phases) else 0
+    training.history.go_on(position.phase, position.block * block_steps + position.step)
+    if resumed is None and phases:
         training.save(position, None)  # a run that is killed now is not calibrated a second time
     training.processes.agree(None)  # nobody trains, and so writes a checkpoint, before all have read it
     training.processes.equalise(moving(training.prepared.model, training.moving).values())

@@ -87,7 +87,10 @@ def look_up(pointer: str, runs: list[Path]) -> Any:
     name, _, path = pointer.partition("#/")
     place, _, rest = name.partition("/")
     folder, file = (runs[int(place)], rest) if place.isdigit() else (runs[0], name)
-    found = json.loads((folder / file).read_text(encoding="utf-8"))
+    text = (folder / file).read_text(encoding="utf-8")
+    lines = file.endswith(".jsonl")
+    whole = (line for line in text.splitlines() if line.endswith("}"))
+    found = [*map(json.loads, whole)] if lines else json.loads(text)
     for key in path.split("/"):
         key = key.replace("~1", "/").replace("~0", "~")
         if found is None:

@@ -207,6 +207,7 @@ MISSING = {
     "engine/build.json": {"sizes": "engine/build.json is missing"},
     "log.jsonl": {"training": "no loss curve"},
     "lint.json": {},
+    "distributions.json": {"distributions": "distributions.json is missing"},
 }
 
 
@@ -250,37 +251,128 @@ def test_numbers_that_are_none_are_shown_and_not_drawn(mine: Path) -> None:
 # Training -----------------------------------------------------------------------------------------
 
 
-def logged(mine: Path, *lines: str) -> Node:
-    text = "".join(json.dumps({"event": "say", "text": line, "time": 1.0}) + "\n" for line in lines)
+def logged(mine: Path, *records: dict[str, Any]) -> Page:
+    text = "".join(json.dumps({"time": 1.0, **record}) + "\n" for record in records)
     (mine / "log.jsonl").write_text(text + '{"event": "sa')  # a killed run
-    return read(api.report([mine])).section("training")
+    return read(api.report([mine]))
 
 
-def test_the_loss_curve_is_what_was_logged_last(mine: Path) -> None:
-    training = logged(
+def update(number: int, step: int, loss: float, **more: Any) -> dict[str, Any]:
+    facts = {"phase": ("calibrate", "finetune")[number], "steps": 60, "update": 60 * number + step}
+    return {"event": "update", "number": number, "step": step, "loss": loss, **facts, **more}
+
+
+def scales(step: int, **found: Any) -> dict[str, Any]:
+    return {"event": "scales", "number": 0, "phase": "calibrate", "step": step, "update": step,
+            "scales": found}  # fmt: skip
+
+
+def test_a_silent_run_has_curves_of_its_losses_and_scales(page: Page, run: Path) -> None:
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    updates = [place for place, record in enumerate(records) if record["event"] == "update"]
+    pointers = [node.attributes.get("data-from") for node in page.section("training").all("data")]
+    assert len(updates) == 120
+    assert {f"log.jsonl#/{place}/loss" for place in updates} <= set(pointers)
+    titles = [svg.all("title")[0].text for svg in page.section("training").all("svg")]
+    assert titles == ["Loss by update of each phase", "Learned scales that moved the most"]
+
+
+def test_curves_are_the_records_in_the_order_of_their_updates(mine: Path) -> None:
+    found = logged(
         mine,
-        "finetune: 10/60  loss 9.5  100 tokens/s  9 s left",
-        "finetune: 60/60  loss 9.0  100 tokens/s  0 s left",
-        "calibrate: 94/180  block 2 of 3  error 0.00148 -> 0.00143  loss 0.00136  9 s left",
-        "calibrate: 180/180  block 3 of 3  error 0.0011 -> 0.00103  loss 9.9e-04  0 s left",
-        "finetune: 24/60  loss 3.1339  2395 tokens/s  15 s left",
-        "finetune: 30/60  loss nan  2395 tokens/s  15 s left",
-        "finetune: 60/60  loss 3.2303  2465 tokens/s  0 s left",
-        "verify onnx: 24/24  wikitext2  0 s left",
-    )
-    (chart,) = training.all("figure")
-    (table,) = chart.all("table")
-    assert rows_of(table)[1:] == [
-        ["finetune", "24", "3.1339"], ["finetune", "60", "3.2303"],
-        ["calibrate", "94", "0.00136"], ["calibrate", "180", "0.00099"],
+        update(1, 30, 2.5, terms={"logits": 2.0, "hidden": 0.5}, lr={"weight": 1e-3}),
+        update(1, 1, 3.5, terms={"logits": 3.0, "hidden": 0.5}, lr={"weight": 2e-3}),
+        {"event": "say", "text": "finetune: 30/60  loss 9.5"},
+        update(0, 1, 0.25, lr={"adapter": 0.1}),
+        update(0, 60, 0.125, lr={"adapter": 0.2}),
+    ).section("training")
+    losses, terms = (chart.all("table")[0] for chart in found.all("figure"))
+    assert rows_of(losses)[1:] == [
+        ["calibrate", "1", "0.25", "0.1", "-"], ["calibrate", "60", "0.125", "0.2", "-"],
+        ["finetune", "1", "3.5", "-", "0.002"], ["finetune", "30", "2.5", "-", "0.001"],
     ]  # fmt: skip
-    assert "finetune: 24 3.1339, 60 3.2303" in chart.all("desc")[0].text
+    assert rows_of(terms)[1:] == [["finetune", "61", "3", "0.5"], ["finetune", "90", "2", "0.5"]]
+    told = [node.text for node in found.all("desc")]
+    assert told == ["calibrate: 1 0.25, 60 0.125. finetune: 1 3.5, 30 2.5.",
+                    "logits: 61 3, 90 2. hidden: 61 0.5, 90 0.5."]  # fmt: skip
+
+
+def test_the_scales_that_moved_most_are_drawn_and_the_others_listed(mine: Path) -> None:
+    first = {f"still.{place}": 1.0 + place for place in range(300)}
+    found = logged(
+        mine,
+        scales(0, **first, **{"a/b.input": 0.5, "c.weight": [0.1, 0.2, 0.3]}),
+        scales(30, **{"a/b.input": 0.4}),
+        scales(60, **first, **{"a/b.input": 0.25, "c.weight": [0.1, 0.8, 0.3]}),
+        scales(60, once=2.0),
+    )
+    training = found.section("training")
+    (chart,) = training.all("figure")
+    told = chart.all("desc")[0].text
+    assert told.startswith("c.weight, median: 0 0.2, 60 0.8. a/b.input: 0 0.5, 30 0.4, 60 0.25. still.0: ")
+    assert told.count("still") == 4 and "302 learned scales" in training.text
+    rows = rows_of(chart.all("table")[0])
+    assert rows[1:3] == [["c.weight", "median", "0.2", "0.8", "4"], ["a/b.input", "", "0.5", "0.25", "0.5"]]
+    assert len(rows) == 201
+    assert "The 102 that are not in the table moved by a factor of 1 at most" in training.text
+    pointed = [node.attributes for node in found.figures if "log.j" in node.attributes.get("data-from", "")]
+    assert len(pointed) == 400
+    for figure in pointed:
+        assert json.loads(figure["data-value"]) == look_up(figure["data-from"], [mine])
 
 
 def test_what_was_not_logged_is_left_out_and_said(mine: Path) -> None:
-    training = logged(mine, "train: runs (never finished for this recipe)", "finetune: 60/60  loss 3.2")
+    training = logged(mine, update(0, 60, 3.2), scales(60, alone=1.0)).section("training")
     assert "no loss curve" in training.text and not training.all("figure")
-    assert "does not record learned scales" in training.text
+    assert "no learned scale" in training.text
+
+
+# Before and after ---------------------------------------------------------------------------------
+
+
+def test_histograms_are_those_of_the_file_bin_by_bin(page: Page, run: Path) -> None:
+    found = json.loads((run / "distributions.json").read_text())
+    channels, weights = page.section("distributions").all("figure")
+    for chart, entries, named, keys in (
+        (channels, found["channels"], "site", ("before", "after")),
+        (weights, found["histograms"], "layer", ("float", "deployed")),
+    ):
+        assert len(entries) == 4 and len(chart.all("svg")) == 1
+        wanted = [
+            [entry[named], *(json.dumps(value) for value in (*entry["edges"][at : at + 2],
+                                                              *(entry[key][at] for key in keys)))]
+            for entry in entries
+            for at in range(len(entry["edges"]) - 1)
+        ]  # fmt: skip
+        rows = [
+            [row.all("th")[0].text.strip(), *(cell.attributes["data-value"] for cell in row.all("data"))]
+            for row in chart.all("table")[0].all("tr")[1:]
+        ]
+        assert rows == wanted and len(rows) > 90
+        for key in keys:
+            assert str(sum(entries[0][key])) in chart.all("desc")[0].text
+    assert "mathdefault" not in page.source
+
+
+def test_sites_and_layers_stand_in_tables_the_worst_first(page: Page, run: Path) -> None:
+    found = json.loads((run / "distributions.json").read_text())
+    tables = {
+        table.all("caption")[0].text: rows_of(table) for table in page.section("distributions").all("table")
+    }
+    sites = tables["Sites of the adapter"]
+    ratio = {site["site"]: site["before"]["largest"] / site["before"]["median"] for site in found["sites"]}
+    assert [row[0] for row in sites[1:]] == sorted(ratio, key=lambda name: -ratio[name])
+    snr = {entry["layer"]: entry["snr_db"] for entry in found["weights"]}
+    assert [row[0] for row in tables["SNR of the weights"][1:]] == sorted(snr, key=snr.__getitem__)
+
+
+def test_a_run_without_adapter_has_no_channels(mine: Path) -> None:
+    change(mine / "distributions.json", lambda content: content.update(sites=[], channels=[]))
+    found = read(api.report([mine])).section("distributions")
+    assert len(found.all("figure")) == 1 and "magnitude" not in found.text
+    change(mine / "distributions.json", lambda content: content.update(weights=[], histograms=[]))
+    found = read(api.report([mine])).section("distributions")
+    assert "No weight is quantized" in found.text and not found.all("figure")
 
 
 # Charts -------------------------------------------------------------------------------------------
@@ -288,7 +380,7 @@ def test_what_was_not_logged_is_left_out_and_said(mine: Path) -> None:
 
 def test_every_chart_has_a_text_and_its_figures_as_a_table(page: Page) -> None:
     charts = page.all("figure")
-    assert len(charts) == 5
+    assert len(charts) == 9
     for chart in charts:
         (svg,) = chart.all("svg")
         assert svg.attributes["role"] == "img"
@@ -345,5 +437,6 @@ def test_the_distances_of_layers_are_drawn_where_there_are_any(mine: Path, page:
 def test_a_page_stays_below_five_megabytes_with_a_thousand_layers(mine: Path) -> None:
     for name in ("sizes", "certificate"):
         change(mine / f"{name}.json", lambda content: content.update(layers=content["layers"][:1] * 1000))
+    change(mine / "distributions.json", lambda content: content.update(weights=content["weights"][:1] * 1000))
     assert api.report([mine]).stat().st_size < 5e6
     assert api.report([mine]).read_text().count("sizes.json#/layers/999/bytes") == 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,9 @@ XLINK = "{http://www.w3.org/1999/xlink}href"
 NAMED = 48
 """Most bars that have their names beside them; more would not be legible, and the table has them."""
 
+MARKED = 40
+"""Most values of a line that are marked one by one."""
+
 LABEL = 30
 """Longest label of a bar."""
 
@@ -83,13 +86,26 @@ class Bars:
     values: Sequence[float | None]
 
 
+@dataclass(frozen=True)
+class Stairs:
+    """Two histograms over the same bins, by name. `ratios`: bins are of equal ratios."""
+
+    title: str
+    edges: Sequence[float]
+    counts: Mapping[str, Sequence[int]]
+    along: str
+    what: str
+    ratios: bool = False
+
+
 def lines(anchor: str, title: str, series: Sequence[Series], along: str = "") -> str:
     """Each series in a field of its own, one below the other."""
 
     def draw(figure: Drawing) -> None:
         fields = figure.subplots(len(series), 1, squeeze=False)[:, 0]
         for place, (field, item) in enumerate(zip(fields, series, strict=True)):
-            field.plot(item.x, item.y, color=SERIES[place % len(SERIES)], marker="o", markersize=4)
+            marker = "o" if len(item.x) <= MARKED else None
+            field.plot(item.x, item.y, color=SERIES[place % len(SERIES)], marker=marker, markersize=4)
             if not isinstance(item.x[0], str):
                 field.locator_params(axis="x", integer=True)
             field.set_title(item.title)
@@ -97,6 +113,47 @@ def lines(anchor: str, title: str, series: Sequence[Series], along: str = "") ->
 
     told = [f"{item.title}: {_told(item.x, item.y)}" for item in series]
     return _svg(anchor, title, told, (WIDTH, 0.5 + 1.6 * len(series)), draw)
+
+
+def stairs(anchor: str, title: str, fields: Sequence[Stairs]) -> str:
+    """Each pair of histograms in a field of its own, one below the other; the second one is dashed."""
+
+    def draw(figure: Drawing) -> None:
+        places = figure.subplots(len(fields), 1, squeeze=False)[:, 0]
+        for place, item in zip(places, fields, strict=True):
+            for number, (name, counts) in enumerate(item.counts.items()):
+                style = {"color": SERIES[number], "linestyle": ("-", "--")[number], "linewidth": 1.5}
+                place.stairs(counts, item.edges, label=name, **style)
+            place.set_yscale("log")
+            place.set_ylim(bottom=0.5)
+            _plain_log(place.yaxis, (1,))
+            if item.ratios:
+                place.set_xscale("log")
+                _plain_log(place.xaxis, (1, 2, 5))
+            place.set_title(item.title)
+            place.set_xlabel(item.along)
+            place.set_ylabel(item.what)
+        places[0].legend(frameon=False, labelcolor=INK, loc="upper right", fontsize=9)
+
+    told = [
+        f"{item.title}, {name}: {sum(counts)} {item.what}, {_told(_middles(item.edges), counts)}"
+        for item in fields
+        for name, counts in item.counts.items()
+    ]
+    return _svg(anchor, title, told, (WIDTH, 0.3 + 2.1 * len(fields)), draw)
+
+
+def _plain_log(axis: Any, parts: Sequence[int]) -> None:
+    """Numbers as they are and not as formulas; at these multiples of powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=parts))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+
+
+def _middles(edges: Sequence[float]) -> list[float]:
+    return [float(f"{(low + high) / 2:.3g}") for low, high in zip(edges, edges[1:], strict=False)]
 
 
 def bars(anchor: str, title: str, labels: Sequence[str], columns: Sequence[Bars]) -> str:

@@ -49,23 +49,25 @@ class Evidence:
                 f"{file} cannot be read: {error}", fix="run the recipe again to put it back"
             ) from None
 
-    def log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl; a line that a killed run did not finish is none."""
+    def log(self) -> Document:
+        """The records of log.jsonl, one a line; a line that a killed run did not finish is an empty one."""
         file = self.loaded.path / "log.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        found = []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return [line for line in found if isinstance(line, dict)]
+        return self._document("log.jsonl", [_record(line) for line in lines])
 
     def recipe_text(self) -> str:
         return (self.loaded.path / "recipe.resolved.yaml").read_text(encoding="utf-8")
 
     def _document(self, name: str, content: Any) -> Document:
         return Document(name if self.place is None else f"{self.place}/{name}", content)
+
+
+def _record(line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def evidence(folder: Path, place: int | None = None) -> Evidence:

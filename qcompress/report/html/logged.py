@@ -1,74 +1,209 @@
-"""How training went, as far as log.jsonl and the manifest say.
-
-A run logs a line every ten seconds, such as `finetune: 24/60  loss 3.1339  2395 tokens/s  15 s left`. On a
-terminal a bar takes their place, and the log has none.
+"""How training went: losses and learned scales from the records of log.jsonl (`history.py`), and what the
+manifest says of each phase.
 """
 
 from __future__ import annotations
 
 import math
-import re
+from dataclasses import dataclass
 from typing import Any
 
 from qcompress.report.html import charts
 from qcompress.report.html.evidence import Evidence
-from qcompress.report.html.figures import computed
-from qcompress.report.html.parts import Chart, Section, Table, table
-
-LINE = re.compile(r"(?P<phase>[^:]+): (?P<update>\d+)/\d+  (?:.*  )?loss (?P<loss>\S+)(?:  |$)")
+from qcompress.report.html.figures import Document, Figure, computed
+from qcompress.report.html.parts import Cell, Chart, Section, Table, table
 
 NAMES = ("name", "block")
 NUMBERS = ("steps", "passes", "before", "after", "last_loss")
 """What manifest.json may know of a phase."""
 
+DRAWN = 6
+"""Scales that are drawn: those that moved the most."""
+
+LISTED = 200
+"""Scales that the table has; a sentence tells how little the others moved."""
+
+WHICH = ("least", "median", "largest")
+
+Lines = list[int]
+"""Places of records in the log."""
+
 
 def training(run: Evidence) -> Section:
-    """Loss curves, and what each phase did."""
-    curves = _curves(run.log())
+    """Curves of losses and learned scales, and what each phase did."""
+    log = run.log()
+    updates, scales = (_ordered(log, event) for event in ("update", "scales"))
+    drawn = [*_losses(log, updates), *_terms(log, updates)]
     lines = (
-        ["The loss as it was logged, at most every ten seconds."]
-        if curves
-        else ["The log has too few losses (on a terminal none is logged), so there is no loss curve."]
+        ["Each point is one update, and the losses are those of its batch."]
+        if drawn
+        else ["log.jsonl has fewer than two updates, so there is no loss curve."]
     )
-    lines.append("The log does not record learned scales, so there are no curves of them.")
-    charted = (_chart(curves),) if curves else ()
-    return Section("training", "Training", tuple(lines), tables=_phases(run), charts=charted)
+    moved = _moved(log, scales)
+    if moved:
+        drawn.append(_scales(log, moved))
+        lines += _said(moved)
+    else:
+        lines.append("It has no learned scale that was recorded twice, so there are no curves of them.")
+    return Section("training", "Training", tuple(lines), tables=_phases(run), charts=tuple(drawn))
 
 
-def _curves(log: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """For each phase (update, loss) of the training that was logged last; one point makes no curve."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for line in log:
-        said = LINE.match(str(line.get("text", "")))
-        if said is None:
-            continue
-        try:
-            loss = float(said["loss"])
-        except ValueError:
-            continue
-        points, update = found.setdefault(said["phase"], []), int(said["update"])
-        if points and update < points[-1][0]:  # a later training of the same recipe
-            points.clear()
-        if math.isfinite(loss):
-            points.append((update, loss))
-    return {phase: points for phase, points in found.items() if len(points) > 1}
+def _ordered(log: Document, event: str) -> Lines:
+    places = [place for place, record in enumerate(log.content) if record.get("event") == event]
+    return sorted(places, key=lambda place: (log.content[place]["number"], log.content[place]["step"]))
 
 
-def _chart(curves: dict[str, list[tuple[int, float]]]) -> Chart:
-    title = "Loss by update"
+# Losses -------------------------------------------------------------------------------------------
+
+
+def _losses(log: Document, updates: Lines) -> list[Chart]:
+    """The loss of every phase that has at least two records."""
+    phases: dict[int, Lines] = {}
+    for place in updates:
+        phases.setdefault(log.content[place]["number"], []).append(place)
+    phases = {number: places for number, places in phases.items() if len(places) > 1}
+    if not phases:
+        return []
     series = [
-        charts.Series(phase, [update for update, _ in points], [loss for _, loss in points])
-        for phase, points in curves.items()
+        charts.Series(
+            log.content[places[0]]["phase"],
+            [log.content[place]["step"] for place in places],
+            [log.content[place]["loss"] for place in places],
+        )
+        for places in phases.values()
     ]
+    roles = _keys(log, updates, "lr")
     rows = [
-        [phase, computed(update), computed(loss)]
-        for phase, points in curves.items()
-        for update, loss in points
+        [
+            log.content[place]["phase"],
+            log.figure(place, "step"),
+            log.figure(place, "loss"),
+            *(log.figure(place, "lr", role) for role in roles),
+        ]
+        for places in phases.values()
+        for place in places
     ]
-    return Chart(
-        charts.lines("chart-loss", title, series, "update"),
-        table(title, ("phase", "update", "loss"), rows, folded=True),
-    )
+    title = "Loss by update of each phase"
+    told = table(title, ("phase", "update", "loss", *(f"rate of {role}" for role in roles)), rows)
+    return [Chart(charts.lines("chart-loss", title, series, "update"), told)]
+
+
+def _terms(log: Document, updates: Lines) -> list[Chart]:
+    """What the loss is the sum of, where an objective says so."""
+    summed = [place for place in updates if log.content[place].get("terms")]
+    if len(summed) < 2:
+        return []
+    series = []
+    for name in _keys(log, summed, "terms"):
+        there = [place for place in summed if name in log.content[place]["terms"]]
+        steps = [log.content[place]["update"] for place in there]
+        series.append(charts.Series(name, steps, [log.content[place]["terms"][name] for place in there]))
+    names = [item.title for item in series]
+    rows = [
+        [
+            log.content[place]["phase"],
+            log.figure(place, "update"),
+            *(log.figure(place, "terms", name) for name in names),
+        ]
+        for place in summed
+    ]
+    title = "Terms of the loss"
+    drawing = charts.lines("chart-terms", title, series, "update of the run")
+    return [Chart(drawing, table(title, ("phase", "update of the run", *names), rows))]
+
+
+def _keys(log: Document, places: Lines, key: str) -> list[str]:
+    return list(dict.fromkeys(name for place in places for name in log.content[place].get(key, {})))
+
+
+# Learned scales -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """A learned scale and the records that have it; of many scales the least, median or largest stands for
+    them, the one that moved the most.
+    """
+
+    name: str
+    places: Lines
+    which: int | None
+    by: float
+    """|log(last / first)|."""
+
+    @property
+    def title(self) -> str:
+        return self.name if self.which is None else f"{self.name}, {WHICH[self.which]}"
+
+    def path(self, place: int) -> tuple[str | int, ...]:
+        """Where a record has it."""
+        return (place, "scales", self.name, *(() if self.which is None else (self.which,)))
+
+
+def _moved(log: Document, scales: Lines) -> list[_Moved]:
+    """Every scale that was recorded at least twice, those first that moved the most."""
+    places: dict[str, Lines] = {}
+    for place in scales:
+        for name in log.content[place]["scales"]:
+            places.setdefault(name, []).append(place)
+    found = []
+    for name, there in places.items():
+        if len(there) > 1:
+            first, last = (log.content[place]["scales"][name] for place in (there[0], there[-1]))
+            found.append(_farthest(name, there, first, last))
+    return sorted(found, key=lambda item: -item.by)
+
+
+def _farthest(name: str, places: Lines, first: Any, last: Any) -> _Moved:
+    if not isinstance(first, list):
+        return _Moved(name, places, None, _far(first, last))
+    far = [_far(*ends) for ends in zip(first, last, strict=True)]
+    which = max(range(len(far)), key=far.__getitem__)
+    return _Moved(name, places, which, far[which])
+
+
+def _far(first: float, last: float) -> float:
+    return abs(math.log(last / first)) if first > 0 and last > 0 else 0.0
+
+
+def _said(moved: list[_Moved]) -> list[str]:
+    count = len(moved)
+    lines = [
+        f"{count} learned scales are in the log; drawn are the {min(DRAWN, count)} that moved the most. Of a "
+        "quantizer with many scales it is the least, the median or the largest, whichever moved the most."
+    ]
+    if count > LISTED:
+        factor = math.exp(moved[LISTED].by)
+        lines.append(
+            f"The {count - LISTED} that are not in the table moved by a factor of {factor:.4g} at most."
+        )
+    return lines
+
+
+def _scales(log: Document, moved: list[_Moved]) -> Chart:
+    series = [
+        charts.Series(
+            item.title,
+            [log.content[place]["update"] for place in item.places],
+            [log.at(*item.path(place)) for place in item.places],
+        )
+        for item in moved[:DRAWN]
+    ]
+    rows: list[list[Cell]] = []
+    for item in moved[:LISTED]:
+        first, last = (log.figure(*item.path(place)) for place in (item.places[0], item.places[-1]))
+        which = "" if item.which is None else WHICH[item.which]
+        rows.append([item.name, which, first, last, _ratio(first, last)])
+    title = "Learned scales that moved the most"
+    told = table(title, ("scale", "which of many", "at first", "at last", "last / first"), rows)
+    return Chart(charts.lines("chart-scales", title, series, "update of the run"), told)
+
+
+def _ratio(first: Figure, last: Figure) -> Figure:
+    return computed(last.value / first.value if first.value else None)
+
+
+# Phases -------------------------------------------------------------------------------------------
 
 
 def _phases(run: Evidence) -> tuple[Table, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import qcompress
 from qcompress.errors import MachineError, UsageError
-from qcompress.report.html import judged, logged, made, rungs, several, weighed
+from qcompress.report.html import distributed, judged, logged, made, rungs, several, weighed
 from qcompress.report.html.evidence import Evidence, evidence
 from qcompress.report.html.parts import Section
 from qcompress.report.measured import arm_and_runs
@@ -56,6 +56,7 @@ def one(run: Evidence) -> str:
         rungs.recovery(run),
         logged.training(run),
         weighed.layers(run),
+        distributed.distributions(run),
         weighed.sizes(run),
         made.cost(run),
         made.certificate(run),
