@@ -391,6 +391,55 @@ def test_a_file_that_is_no_baseline_is_refused(content: str, line: Project, tmp_
     assert cli("gate", "--baseline", tmp_path / "none", "--candidate", line.latest).code == 2
 
 
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no parity": (lambda value: value.pop("parity"), "parity: Field required"),
+    "parity of another kind": (lambda value: value.update(parity=[1]), "parity: "),
+    "no rows": (lambda value: value["parity"].pop("rows"), "parity.rows: Field required"),
+    "rows of another kind": (lambda value: value["parity"].update(rows={"onnx": 1}), "parity.rows: "),
+    "a row without a stage": (lambda value: value["parity"]["rows"][0].pop("stage"), "parity.rows.0.stage"),
+    "metrics of another kind": (lambda value: row(value["parity"]).update(metrics=[1.0]), "metrics: "),
+    "a metric that is text": (
+        lambda value: row(value["parity"])["metrics"].update({"test.perplexity": "low"}),
+        "metrics.test.perplexity: ",
+    ),
+    "main of another kind": (lambda value: value["parity"].update(main=["test"]), "parity.main: "),
+    "inputs of another kind": (lambda value: value["parity"].update(inputs=3), "parity.inputs: "),
+    "the row is gone": (
+        lambda value: value["parity"]["rows"].remove(row(value["parity"])),
+        "parity.rows has no measured row onnx",
+    ),
+    "a cell is gone": (lambda value: value["samples"]["test"]["nll"].pop(), "columns of 11, 12 cells"),
+    "a known column is gone": (lambda value: value["samples"]["test"].pop("tokens"), "lacks the column tokens"),
+    "a set is gone": (lambda value: value["samples"].pop("other"), "different evaluation sets"),
+    "a resource that is text": (lambda value: value["resources"].update(onnx_bytes="1"), "resources.onnx_bytes"),
+    "a key of nobody": (lambda value: value.update(paritty={}), "paritty: "),
+}
+
+
+def test_an_edited_baseline_is_refused_with_the_key_that_is_wrong(baseline: Path, tmp_path: Path) -> None:
+    file = tmp_path / "baseline.json"
+    api.promote(baseline, file)
+    whole = file.read_text()
+    for edit, (change, says) in EDITS.items():
+        value = json.loads(whole)
+        change(value)
+        file.write_text(json.dumps(value))
+        found = cli("gate", "--baseline", file, "--candidate", baseline)
+        assert found.code == 2, edit
+        assert "not as it was written: " in found.stderr and says in found.stderr, (edit, found.stderr)
+        assert "baseline promote" in found.stderr, edit
+
+
+def test_results_that_do_not_give_a_metric_are_anomalous(baseline: Path, tmp_path: Path) -> None:
+    file = tmp_path / "baseline.json"
+    api.promote(baseline, file)
+    value = json.loads(file.read_text())
+    value["samples"]["test"]["nll"][3] = "high"
+    file.write_text(json.dumps(value))
+    found = cli("gate", "--baseline", file, "--candidate", baseline)
+    assert found.code == 4 and "the per-sample results do not give it" in found.stdout
+
+
 def test_a_run_that_was_not_accepted_is_no_baseline(baseline: Path, tmp_path: Path) -> None:
     write_json(baseline / "verdict.json", {**read_json(baseline / "verdict.json"), "verdict": "regression"})
     file = tmp_path / "baseline.json"

@@ -81,7 +81,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "sensitivity", "sensitivity.candidates", "sensitivity.measure", "sensitivity.mixture",
         "sensitivity.study", "report.sensitive",
         "finished", "regression", "regression.baseline_file", "regression.decide", "regression.goals_file",
-        "regression.standing", "regression.statistics",
+        "regression.standing", "regression.statistics", "regression.written",
         "report.gated", "report.hosts",
         "bundle", "bundle.config", "bundle.examine", "bundle.opens", "bundle.triton",
         "bundle.warmup", "doctor", "report.deployed",

@@ -185,7 +185,11 @@ def _metric(name: str, goal: Goal, baseline: Standing, candidate: Standing, anom
             {key: [cells[place] for place in chosen] for key, cells in columns.items()} for columns in sides
         ]
         count = len(chosen)
-    found = loss_of(metric, goal, *sides)
+    try:
+        found = loss_of(metric, goal, *sides)
+    except (KeyError, TypeError, ValueError) as error:
+        anomalies.append(f"{name}: the per-sample results do not give it ({type(error).__name__}: {error})")
+        return None
     if not part and not math.isclose(found.value, values[1], rel_tol=1e-6, abs_tol=1e-9):
         anomalies.append(
             f"{path} is {values[1]:.6g} in parity.json, and {found.value:.6g} by the candidate's samples"

@@ -14,18 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from qcompress.artifacts import sha256_file
 from qcompress.errors import IncomparableError, UsageError
 from qcompress.finished import broken, load, read_object
 from qcompress.goals import Gate
+from qcompress.regression.written import FORMAT, read_written
 from qcompress.report.replicates import Columns
 from qcompress.samples import read_samples
 from qcompress.tasks.scores import spans
-
-FORMAT = 1
-"""Version of baseline.json; a file of another one is refused."""
 
 READERS = (
     "tokenizer.json",
@@ -38,9 +34,9 @@ READERS = (
 )
 """Files that turn data into inputs. Where tokenizer.json is there, the others are what it was made from."""
 
-AS_WRITTEN = ("recipe", "row", "compute", "float_trains", "task", "parity", "samples", "readers", "resources",
-              "device", "versions")  # fmt: skip
-"""Keys of baseline.json that are a standing's own."""
+AS_WRITTEN = ("recipe", "row", "compute", "float_trains", "task", "samples", "readers", "resources", "device",
+              "versions")  # fmt: skip
+"""Keys of baseline.json that are a standing's own as they are."""
 
 REFERENCE = "reference"
 """The float model's predictions among the columns of a row."""
@@ -248,29 +244,12 @@ def _device(row: Mapping[str, Any] | None) -> str | None:
 
 
 def _of_file(file: Path) -> Standing:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{file} is no baseline ({error})", fix="make it anew: qcompress baseline promote RUN"
-        ) from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise UsageError(
-            f"{file} is no baseline of this version (format {found!r}, expected {FORMAT})",
-            fix="make it anew: qcompress baseline promote RUN",
-        )
-    try:
-        goals = Gate.model_validate_json(json.dumps(values["gate"]))
-        return Standing(
-            where=str(file),
-            goals=goals,
-            require=tuple(values["require"]),
-            known={name: tuple(names) for name, names in values["known"].items()},
-            **{name: values[name] for name in AS_WRITTEN},
-        )
-    except (KeyError, ValidationError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{file} is not as it was written ({type(error).__name__}: {error})",
-            fix="make it anew: qcompress baseline promote RUN",
-        ) from None
+    written = read_written(file)
+    return Standing(
+        where=str(file),
+        goals=written.gate,
+        require=tuple(written.require),
+        known={name: tuple(names) for name, names in written.known.items()},
+        parity=written.parity.model_dump(),
+        **{name: getattr(written, name) for name in AS_WRITTEN},
+    )
