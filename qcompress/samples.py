@@ -10,8 +10,17 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from qcompress.tasks.scores import spans
+
+Columns = Mapping[str, list[Any]]
+"""Per-sample results by name, one value a sample, with what is known of the samples."""
+
+REFERENCE = "reference"
+"""The float model's predictions among the columns of a row."""
 
 
 def write_samples(
@@ -64,3 +73,20 @@ def pack_samples(file: Path, sets: dict[str, dict[str, Any]]) -> None:
 def read_samples(file: Path) -> dict[str, dict[str, Any]]:
     """The sets of a file."""
     return json.loads(gzip.decompress(file.read_bytes()))["sets"]
+
+
+def with_entities(columns: Columns, labels: Sequence[str] | None) -> Columns:
+    """The columns with what `span_f1` is made of, where they are of sequences of labelled words: the entities
+    that are right, and those of label and prediction together. `labels`: names of the model's outputs.
+    """
+    if "positions" not in columns or not labels or "label" not in columns or None in columns["prediction"]:
+        return columns
+    pairs = [
+        [spans([labels[index] for index in sequence]) for sequence in pair]
+        for pair in zip(columns["label"], columns["prediction"], strict=True)
+    ]
+    return {
+        **columns,
+        "spans_right": [len(label & answer) for label, answer in pairs],
+        "spans_total": [len(label) + len(answer) for label, answer in pairs],
+    }

@@ -409,9 +409,15 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "parity.rows has no measured row onnx",
     ),
     "a cell is gone": (lambda value: value["samples"]["test"]["nll"].pop(), "columns of 11, 12 cells"),
-    "a known column is gone": (lambda value: value["samples"]["test"].pop("tokens"), "lacks the column tokens"),
+    "a known column is gone": (
+        lambda value: value["samples"]["test"].pop("tokens"),
+        "lacks the column tokens",
+    ),
     "a set is gone": (lambda value: value["samples"].pop("other"), "different evaluation sets"),
-    "a resource that is text": (lambda value: value["resources"].update(onnx_bytes="1"), "resources.onnx_bytes"),
+    "a resource that is text": (
+        lambda value: value["resources"].update(onnx_bytes="1"),
+        "resources.onnx_bytes",
+    ),
     "a key of nobody": (lambda value: value.update(paritty={}), "paritty: "),
 }
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from qcompress.errors import UsageError
 from qcompress.goals import RESOURCES, Gate, Goal
-from qcompress.regression.standing import REFERENCE, Standing
+from qcompress.regression.standing import Standing
 from qcompress.regression.statistics import ALPHA, POWER, Loss, as_measured, loss_of
+from qcompress.samples import REFERENCE
 from qcompress.stages.gate import gain_too_large, judge
 
 FEW = 30
@@ -267,6 +268,25 @@ def _notes(baseline: Standing, candidate: Standing, found: list[dict[str, Any]])
     )
     if few:
         notes.append(f"fewer than {FEW} samples, whose bootstrap interval is too narrow: {', '.join(few)}")
+    if any(entry["metric"] == "latency_ms" for entry in found):
+        notes.append(_about_latency(baseline.latency, candidate.latency))
     if baseline.recipe != candidate.recipe:
         notes.append(f"the recipes have different names: {baseline.recipe}, {candidate.recipe}")
     return notes
+
+
+def _about_latency(before: dict[str, float] | None, after: dict[str, float] | None) -> str:
+    """How much a median of one run may be believed: what changes from run to run (clocks, other load) is not
+    in it, so that it has no interval.
+    """
+    said = "latency_ms is compared as it was measured, a median without an interval"
+    if not all(side and side.keys() >= {"median", "p99", "least", "runs"} for side in (before, after)):
+        return said
+    spreads = [
+        f"{side['least']:.4g} to {side['p99']:.4g} ms (least and 99th percentile of {side['runs']:.0f} runs)"
+        for side in (before, after)
+    ]
+    said += f"; single runs took {spreads[0]} in the baseline and {spreads[1]} in the candidate"
+    if before["least"] <= after["median"] <= before["p99"]:
+        said += ", and the candidate's median lies within the baseline's spread: measure again to be sure"
+    return said

@@ -19,9 +19,7 @@ from qcompress.errors import IncomparableError, UsageError
 from qcompress.finished import broken, load, read_object
 from qcompress.goals import Gate
 from qcompress.regression.written import FORMAT, read_written
-from qcompress.report.replicates import Columns
-from qcompress.samples import read_samples
-from qcompress.tasks.scores import spans
+from qcompress.samples import REFERENCE, Columns, read_samples, with_entities
 
 READERS = (
     "tokenizer.json",
@@ -34,12 +32,9 @@ READERS = (
 )
 """Files that turn data into inputs. Where tokenizer.json is there, the others are what it was made from."""
 
-AS_WRITTEN = ("recipe", "row", "compute", "float_trains", "task", "samples", "readers", "resources", "device",
-              "versions")  # fmt: skip
+AS_WRITTEN = ("recipe", "row", "compute", "float_trains", "task", "samples", "readers", "resources", "latency",
+              "device", "versions")  # fmt: skip
 """Keys of baseline.json that are a standing's own as they are."""
-
-REFERENCE = "reference"
-"""The float model's predictions among the columns of a row."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,8 @@ class Standing:
     """Names of the columns that no model changes, by evaluation set."""
     readers: dict[str, str]
     resources: dict[str, float]
+    latency: dict[str, float] | None
+    """`median`, `p99`, `least` and `runs` of the engine's latency, where it was measured."""
     device: str | None
     """GPU that the engine was measured on."""
     versions: dict[str, str]
@@ -74,19 +71,7 @@ class Standing:
 
     def columns(self, name: str) -> Columns:
         """Columns of a set, with those that are made of others: entities of each sequence."""
-        columns = self.samples[name]
-        labels = self.task.get("labels")
-        if "positions" not in columns or not labels or "label" not in columns:
-            return columns
-        pairs = [
-            [spans([labels[index] for index in sequence]) for sequence in pair]
-            for pair in zip(columns["label"], columns["prediction"], strict=True)
-        ]
-        return {
-            **columns,
-            "spans_right": [len(label & answer) for label, answer in pairs],
-            "spans_total": [len(label) + len(answer) for label, answer in pairs],
-        }
+        return with_entities(self.samples[name], self.task.get("labels"))
 
     def to_json(self) -> dict[str, Any]:
         """The content of baseline.json: one row, without distances between files that are not committed."""
@@ -103,6 +88,7 @@ class Standing:
             "known": {name: list(names) for name, names in self.known.items()},
             "readers": self.readers,
             "resources": self.resources,
+            "latency": self.latency,
             "device": self.device,
             "versions": self.versions,
             "samples": self.samples,
@@ -137,7 +123,7 @@ def _of_run(folder: Path, row: str | None) -> Standing:
     _match(folder, parity, row, sets)
     known = {name: tuple(key for key in entry if key not in ("ids", "rows")) for name, entry in sets.items()}
     samples = {name: _columns(entry, row) for name, entry in sets.items()}
-    values = recipe.model_dump(mode="json", by_alias=True)
+    task = recipe.task.model_dump(mode="json", by_alias=True)
     return Standing(
         where=str(folder),
         recipe=recipe.name,
@@ -146,13 +132,14 @@ def _of_run(folder: Path, row: str | None) -> Standing:
         require=tuple(recipe.verify.require),
         compute=recipe.format.compute,
         float_trains=recipe.trains_float,
-        task=values["task"],
+        task=task | ({"labels": list(loaded.labels)} if loaded.labels else {}),
         parity=parity,
         samples=samples,
         known=known,
         readers=_readers(folder),
         resources=_resources(folder, parity),
-        device=_device(_row(parity, "engine")),
+        latency=_latency(parity),
+        device=(_measured_on(parity).get("device") or {}).get("gpu"),
         versions=loaded.manifest.get("versions", {}),
         broken=tuple(broken(folder, parity)),
     )
@@ -226,18 +213,22 @@ def _resources(folder: Path, parity: Mapping[str, Any]) -> dict[str, float]:
     build = folder / "engine" / "build.json"
     if build.is_file() and (plan := read_object(build).get("plan")):
         found["plan_bytes"] = plan["bytes"]
-    measured_on = (_row(parity, "engine") or {}).get("measured_on") or {}
-    speed, device = measured_on.get("speed"), measured_on.get("device") or {}
-    if speed and isinstance(speed, list):  # what could not be measured has a reason instead
-        found["latency_ms"] = speed[0]["latency_ms"]["median"]
+    if latency := _latency(parity):
+        found["latency_ms"] = latency["median"]
+    device = _measured_on(parity).get("device") or {}
     if "memory_bytes" in device:
         found["device_memory_bytes"] = device["memory_bytes"]
     return found
 
 
-def _device(row: Mapping[str, Any] | None) -> str | None:
-    measured_on = (row or {}).get("measured_on") or {}
-    return (measured_on.get("device") or {}).get("gpu")
+def _latency(parity: Mapping[str, Any]) -> dict[str, float] | None:
+    """Of the first profile; what could not be measured has a reason instead of a list."""
+    speed = _measured_on(parity).get("speed")
+    return speed[0]["latency_ms"] if speed and isinstance(speed, list) else None
+
+
+def _measured_on(parity: Mapping[str, Any]) -> Mapping[str, Any]:
+    return (_row(parity, "engine") or {}).get("measured_on") or {}
 
 
 # A file -------------------------------------------------------------------------------------------

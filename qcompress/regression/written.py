@@ -52,6 +52,7 @@ class Written(BaseModel):
     known: dict[str, list[str]]
     readers: dict[str, str]
     resources: dict[str, float]
+    latency: dict[str, float] | None = None
     device: str | None
     versions: dict[str, str]
     samples: dict[str, dict[str, list[Any]]]
@@ -68,7 +69,9 @@ class Written(BaseModel):
                 raise ValueError(f"samples.{name} lacks the column {missing[0]}")
             lengths = {len(cells) for cells in columns.values()}
             if len(lengths) != 1 or lengths == {0}:
-                raise ValueError(f"samples.{name} has columns of {', '.join(map(str, sorted(lengths)))} cells")
+                raise ValueError(
+                    f"samples.{name} has columns of {', '.join(map(str, sorted(lengths)))} cells"
+                )
         return self
 
 

@@ -7,13 +7,13 @@ computing it again for every draw takes minutes. A draw in which a metric is und
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-Columns = Mapping[str, list[Any]]
+from qcompress.samples import Columns
 
 
 def draw_counts(samples: int, draws: int, task: int) -> np.ndarray:
