@@ -23,7 +23,7 @@ from qcompress.report.compare import compare
 from qcompress.report.compared import finding, print_comparison
 from qcompress.report.measured import Cost, Measured
 from qcompress.report.paired import DRAWS, bootstrap_interval, detectable, t_interval
-from qcompress.report.replicates import REPLICATES, draw_counts
+from qcompress.report.replicates import BLOCK, REPLICATES, draw_counts
 from qcompress.samples import REFERENCE
 from qcompress.schema import ImageClassification
 from qcompress.tasks import TASKS
@@ -152,6 +152,14 @@ def test_a_replicate_is_the_metric_of_the_drawn_samples(metric: str, kind: str) 
     for draw, row in enumerate(counts.astype(int)):
         rows = {name: np.repeat(np.array(values), row, axis=0) for name, values in columns.items()}
         assert found[draw] == pytest.approx(by_hand(metric, rows), rel=1e-9), draw
+
+
+@pytest.mark.parametrize("metric", ["pearson", "spearman"])
+def test_a_draw_has_its_correlation_wherever_it_stands(metric: str) -> None:
+    columns, counts = columns_of("numbers"), draw_counts(60, 2 * BLOCK + 3, task=0)
+    whole = REPLICATES[metric](columns, counts)
+    each = [REPLICATES[metric](columns, counts[place : place + 1])[0] for place in range(len(counts))]
+    assert whole == pytest.approx(each, rel=1e-12)
 
 
 def test_every_replicate_is_tested() -> None:
