@@ -1,9 +1,11 @@
 """Per-sample results, samples.json.gz: what tables are rebuilt from without a model. No torch.
 
-{"sets": {name: {"ids": [...], <known>: [...], "rows": {stage: {<field>: [...]}}}}}
+{"sets": {name: {"ids": [...], <known>: [...], "slices": {column: [...]}, "rows": {stage: {<field>: [...]}}}}}
 
 <known> are the fields that no model changes (tokens of a window, label), one value a sample; a row's fields
 are what its model made of each sample (nll and correct of a language model, loss and prediction otherwise).
+`slices`, where the recipe names some, are values of the user's own columns: text, or null where a sample has
+none.
 """
 
 from __future__ import annotations
@@ -23,8 +25,15 @@ REFERENCE = "reference"
 """The float model's predictions among the columns of a row."""
 
 
+APART = ("ids", "slices", "rows")
+"""Keys of a set that are no known fields."""
+
+
 def write_samples(
-    file: Path, rows: dict[str, dict[str, list[dict[str, Any]]]], known: tuple[str, ...]
+    file: Path,
+    rows: dict[str, dict[str, list[dict[str, Any]]]],
+    known: tuple[str, ...],
+    slices: Mapping[str, dict[str, list[str | None]]] = {},
 ) -> None:
     """Write the results of each stage and set; `known` names the fields that no model changes."""
     sets: dict[str, dict[str, Any]] = {}
@@ -33,7 +42,8 @@ def write_samples(
             if name not in sets:
                 ids = [f"{name}:{index}" for index in range(len(found))]
                 constant = {key: [sample[key] for sample in found] for key in known if key in found[0]}
-                sets[name] = {"ids": ids, **constant, "rows": {}}
+                parts = {"slices": slices[name]} if name in slices else {}
+                sets[name] = {"ids": ids, **constant, **parts, "rows": {}}
             sets[name]["rows"][stage] = fields_of(found, known)
     pack_samples(file, sets)
 
@@ -50,7 +60,7 @@ def known_in(found: list[dict[str, Any]], known: tuple[str, ...]) -> list[dict[s
 
 def known_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
     """What is known of each sample of a set of samples.json.gz, whatever the row."""
-    names = [name for name in entry if name not in ("ids", "rows")]
+    names = [name for name in entry if name not in APART]
     return [{name: entry[name][place] for name in names} for place in range(len(entry["ids"]))]
 
 

@@ -206,14 +206,22 @@ def too_good(run: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
-    "a scale is off by 10 %": (scale_off, 4, "is not the file that was measured"),
-    "another tokenizer": (other_tokenizer, 4, "tokenizer.json differs"),
+    "a scale is off by 10 %": (
+        scale_off,
+        4,
+        "is not the file that was measured: let that run build and measure again",
+    ),
+    "another tokenizer": (other_tokenizer, 4, "tokenizer.json differs: take the baseline's"),
     "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), 4, "on one side only"),
-    "a truncated evaluation set": (truncated, 4, "11 samples, and the baseline has 12"),
+    "a truncated evaluation set": (
+        truncated,
+        4,
+        "11 samples, and the baseline has 12: measure both on the same data",
+    ),
     "a missing evaluation set": (
         lambda run: samples(run, lambda sets: sets.pop("other")),
         4,
-        "evaluation set other was not measured",
+        "evaluation set other was not measured: measure the candidate on every set",
     ),
     "other labels": (
         lambda run: samples(run, lambda sets: sets["test"]["tokens"].__setitem__(3, 5)),
@@ -223,7 +231,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "other inputs": (
         lambda run: parity(run, lambda report: report["inputs"].update(test="0" * 64)),
         4,
-        "inputs are not those",
+        "inputs are not those of the baseline: measure both",
     ),
     "NaN weights": (
         of_row(lambda found: found["metrics"].update({"test.perplexity": float("nan")})),
@@ -345,12 +353,17 @@ def test_latency_is_compared_on_one_gpu(
     goals = {"latency_ms": {"percent-max-degradation": 10}, "device_memory_bytes": {"threshold": 2e9}}
     runs = [with_goals(line, tmp_path / name, regression=goals) for name in ("one", "two")]
     for run, factor, device in ((runs[0], 1.0, "RTX 4090"), (runs[1], resource, gpu)):
-        speed = [{"latency_ms": {"median": 2.0 * factor}}] if factor is not None else {"reason": "no clock"}
+        taken = {"median": 2.0 * (factor or 0), "least": 1.9, "p99": 2.2, "runs": 200}
+        speed = [{"latency_ms": taken}] if factor is not None else {"reason": "no clock"}
         facts = {"speed": speed, "device": {"gpu": device, "memory_bytes": 10**9}, "measured": "plan"}
         facts["file_sha256"] = read_json(run / "engine" / "build.json")["plan"]["sha256"]
         parity(run, lambda report, facts=facts: row(report, "engine").update(measured_on=facts))
     found = cli("gate", "--baseline", runs[0], "--candidate", runs[1])
     assert found.code == code and says in found.stdout, found.stdout + found.stderr
+    told = code in (0, 3)
+    spread = "single runs took 1.9 to 2.2 ms (least and 99th percentile of 200 runs) in the baseline"
+    assert ("compared as it was measured" in found.stdout and spread in found.stdout) == told
+    assert ("lies within the baseline's spread: measure again" in found.stdout) == (code == 0)
 
 
 # What is refused ----------------------------------------------------------------------------------

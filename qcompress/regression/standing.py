@@ -19,7 +19,7 @@ from qcompress.errors import IncomparableError, UsageError
 from qcompress.finished import broken, load, read_object
 from qcompress.goals import Gate
 from qcompress.regression.written import FORMAT, read_written
-from qcompress.samples import REFERENCE, Columns, read_samples, with_entities
+from qcompress.samples import APART, REFERENCE, Columns, read_samples, with_entities
 
 READERS = (
     "tokenizer.json",
@@ -32,8 +32,8 @@ READERS = (
 )
 """Files that turn data into inputs. Where tokenizer.json is there, the others are what it was made from."""
 
-AS_WRITTEN = ("recipe", "row", "compute", "float_trains", "task", "samples", "readers", "resources", "latency",
-              "device", "versions")  # fmt: skip
+AS_WRITTEN = ("recipe", "row", "compute", "float_trains", "task", "samples", "slices", "readers", "resources",
+              "latency", "device", "versions")  # fmt: skip
 """Keys of baseline.json that are a standing's own as they are."""
 
 
@@ -54,6 +54,8 @@ class Standing:
     """Columns by evaluation set: what is known of the samples, the row's results, `reference`."""
     known: dict[str, tuple[str, ...]]
     """Names of the columns that no model changes, by evaluation set."""
+    slices: dict[str, dict[str, list[str | None]]]
+    """Values of a user's columns, by the evaluation sets that have some."""
     readers: dict[str, str]
     resources: dict[str, float]
     latency: dict[str, float] | None
@@ -91,6 +93,7 @@ class Standing:
             "latency": self.latency,
             "device": self.device,
             "versions": self.versions,
+            "slices": self.slices,
             "samples": self.samples,
         }
 
@@ -121,7 +124,7 @@ def _of_run(folder: Path, row: str | None) -> Standing:
     row = row or _last_measured(folder, parity)
     sets = _samples(folder / "samples.json.gz")
     _match(folder, parity, row, sets)
-    known = {name: tuple(key for key in entry if key not in ("ids", "rows")) for name, entry in sets.items()}
+    known = {name: tuple(key for key in entry if key not in APART) for name, entry in sets.items()}
     samples = {name: _columns(entry, row) for name, entry in sets.items()}
     task = recipe.task.model_dump(mode="json", by_alias=True)
     return Standing(
@@ -136,6 +139,7 @@ def _of_run(folder: Path, row: str | None) -> Standing:
         parity=parity,
         samples=samples,
         known=known,
+        slices={name: entry["slices"] for name, entry in sets.items() if "slices" in entry},
         readers=_readers(folder),
         resources=_resources(folder, parity),
         latency=_latency(parity),
@@ -176,7 +180,7 @@ def _match(folder: Path, parity: Mapping[str, Any], row: str, sets: Mapping[str,
 
 
 def _columns(entry: Mapping[str, Any], row: str) -> dict[str, list[Any]]:
-    columns = {name: values for name, values in entry.items() if name not in ("ids", "rows")}
+    columns = {name: values for name, values in entry.items() if name not in APART}
     columns |= entry["rows"][row]
     if "prediction" in entry["rows"].get("float", {}):
         columns[REFERENCE] = entry["rows"]["float"]["prediction"]

@@ -56,6 +56,7 @@ class Written(BaseModel):
     device: str | None
     versions: dict[str, str]
     samples: dict[str, dict[str, list[Any]]]
+    slices: dict[str, dict[str, list[str | None]]] = {}
 
     @model_validator(mode="after")
     def _adds_up(self) -> Written:
@@ -67,7 +68,7 @@ class Written(BaseModel):
         for name, columns in self.samples.items():
             if missing := [column for column in self.known[name] if column not in columns]:
                 raise ValueError(f"samples.{name} lacks the column {missing[0]}")
-            lengths = {len(cells) for cells in columns.values()}
+            lengths = {len(cells) for cells in (*columns.values(), *self.slices.get(name, {}).values())}
             if len(lengths) != 1 or lengths == {0}:
                 raise ValueError(
                     f"samples.{name} has columns of {', '.join(map(str, sorted(lengths)))} cells"

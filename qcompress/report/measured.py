@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 TRUTH = ("label", "labels", "tokens")
 """Per-sample results that are the data's and not the model's: equal in runs that may be compared."""
 
-OWN = ("results", REFERENCE)
-"""What of a set is a model's: its row's results and float's answers, which another float model gives others
-of.
+OWN = ("results", REFERENCE, "slices")
+"""What of a set does not say what was measured: its row's results, float's answers, and how a user parts
+it.
 """
 
 
