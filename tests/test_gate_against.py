@@ -221,7 +221,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "a missing evaluation set": (
         lambda run: samples(run, lambda sets: sets.pop("other")),
         4,
-        "evaluation set other was not measured: measure the candidate on every set",
+        "evaluation set other was not measured: measure the candidate on the baseline's sets",
     ),
     "other labels": (
         lambda run: samples(run, lambda sets: sets["test"]["tokens"].__setitem__(3, 5)),
