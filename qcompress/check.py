@@ -25,6 +25,7 @@ from qcompress.plan import CACHED, LayerPlan, PointPlan, matches, plan_layers, p
 from qcompress.recipe import Resolved, base_of, examine, resolved
 from qcompress.rules import judge_profiles
 from qcompress.schema import Recipe
+from qcompress.slice_rules import judge_values
 from qcompress.tasks import TASKS
 from qcompress.yamlfile import Document, Key
 
@@ -57,6 +58,7 @@ def check_model(recipe: Resolved, directory: Path) -> Report:
     """Hold a recipe against a checkpoint. Raises RecipeError with every mistake, or ModelError."""
     document = recipe.document()
     report = _describe_and_judge(recipe.recipe, document, directory, strict=True)
+    judge_values(recipe.recipe, document, recipe.base, hub=True)
     if document.mistakes or report is None:
         raise RecipeError(document.mistakes)
     return report
@@ -79,6 +81,8 @@ def all_mistakes(
         source = base_of(file) / recipe.model.source if recipe.model.source else None
         directory = directory or (source if source and os.path.isdir(source) else None)
         report = _describe_and_judge(recipe, document, directory) if directory else None
+    if () not in document.tainted:
+        judge_values(recipe, document, base_of(file), hub=False)
     if document.mistakes:
         return whole, None, RecipeError(document.mistakes).mistakes
     return whole, report, []

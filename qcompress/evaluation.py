@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcompress.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel, read_json
-from qcompress.errors import UsageError
+from qcompress.errors import ContractError, UsageError
 from qcompress.rows import Samples
 from qcompress.schema import Recipe
+from qcompress.slice_rules import slices_of
 from qcompress.tasks import TASKS
 
 LOGIT_BYTES = 2**30
@@ -37,12 +38,18 @@ def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samp
         name: task.samples(data, base, reader, options, recipe.verify.samples)
         for name, data in recipe.data.evaluate.items()
     }
+    slices = {
+        name: slices_of(recipe, data, base) for name, data in recipe.data.evaluate.items() if data.slices
+    }
+    for name, columns in slices.items():
+        if any(len(cells) != len(sets[name]) for cells in columns.values()):
+            raise ContractError(f"{name}: {len(sets[name])} samples, and slices of another number")
     first = next(iter(sets.values()))
     positions, logits = task.logits_of(options, config)
     affordable = max(1, LOGIT_BYTES // (positions * logits * 4))
     # a classifier's sample is one position: of a few of them, one that flips would look like a regression
     wanted = recipe.verify.distance_samples if positions > 1 else len(first)
-    return Samples(options, sets, min(wanted, affordable, len(first)), positions)
+    return Samples(options, sets, min(wanted, affordable, len(first)), positions, slices)
 
 
 def _checkpoint(artifacts: Artifacts) -> Path:

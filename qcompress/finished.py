@@ -14,6 +14,7 @@ from qcompress.errors import IncomparableError, RecipeError, UsageError
 from qcompress.recipe import read
 from qcompress.schema import Recipe
 from qcompress.structure import validate
+from qcompress.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,15 @@ class LoadedRun:
     manifest: dict[str, Any]
     parity: dict[str, Any]
     verdict: dict[str, Any]
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Names of the model's outputs, in their order; None where they have none."""
+        task, config = self.recipe.task, self.path / "config.json"
+        if config.is_file():
+            task = TASKS[task.name].settled(task, read_json(config))
+        names = getattr(task, "labels", None)
+        return tuple(names) if names else None
 
     def stage(self, name: str) -> Path | None:
         """Folder of a stage in the cache, None if it is gone."""

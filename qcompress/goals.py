@@ -99,7 +99,8 @@ class Gate(Options):
     """Goals on the last measured row, against float."""
     regression: dict[str, Goal] = {}
     """Goals against another run (`gate --baseline`): on `<set>.<metric>`, on a part of a set as
-    `<set>.<metric>@<column>=<value>`, or on one of `RESOURCES`."""
+    `<set>.<metric>@<column>=<value>` (a column of the set's `slices`, or `label`; `*` for the value: on each
+    that there is), or on one of `RESOURCES`."""
     on_inconclusive: Literal["fail", "pass"] = "fail"
     """What `gate --baseline` makes of a goal that the samples can neither confirm nor refute."""
     parity: dict[Literal["trained", "folded", "onnx", "engine"], ParityGoal] = {}

@@ -49,13 +49,25 @@ CHOICES: tuple[tuple[tuple[str, ...], tuple[str, ...] | None], ...] = (
     (("source", "run"), ("source", "run", "revision", "blocks")),
     (
         ("text", "folder", "dataset"),
-        ("text", "table", "npz", "folder", "columns", "dataset", "config", "split", "revision", "column"),
+        (
+            "text",
+            "table",
+            "npz",
+            "folder",
+            "columns",
+            "slices",
+            "dataset",
+            "config",
+            "split",
+            "revision",
+            "column",
+        ),
     ),
     (("table",), ("text", "npz", "folder", "dataset", "config", "split", "revision", "column")),
     (("npz",), ("text", "table", "folder", "dataset", "config", "split", "revision", "column")),
     (
-        ("threshold", "max-degradation", "percent-max-degradation"),
-        ("threshold", "max-degradation", "percent-max-degradation"),
+        ("threshold", "max-degradation", "percent-max-degradation", "min-recovery"),
+        ("threshold", "max-degradation", "percent-max-degradation", "min-recovery"),
     ),
 )
 """Keys that choose what a mapping is, and the keys that go when another choice lies over it; None: all."""
@@ -66,6 +78,7 @@ FREE: tuple[Key, ...] = (
     ("format", "layers"),
     ("gate", "float_floor"),
     ("gate", "recovery"),
+    ("gate", "regression"),
     ("train", "phases"),
 )
 """Mappings whose keys are names that a user makes up, and the recipe itself: nothing in them is a choice."""

@@ -125,7 +125,7 @@ def _known_names(schema: Schema) -> None:
     gate = definitions["Gate"]["properties"]
     for goals in ("float_floor", "recovery"):
         gate[goals]["propertyNames"] = {"pattern": f"{metric}$"}
-    gate["regression"]["propertyNames"] = {"pattern": rf"{metric}(?:@.+)?$|^(?:{'|'.join(RESOURCES)})$"}
+    gate["regression"]["propertyNames"] = {"pattern": rf"{metric}(?:@[^=]+=.+)?$|^(?:{'|'.join(RESOURCES)})$"}
 
 
 def _spelled(value: object) -> str:

@@ -6,7 +6,7 @@ The logits that a distance needs wait on disk, in `logits-<row>.npy`: one model 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Samples:
     compared: int
     positions: int
     """Most positions of one sample that have logits."""
+    slices: dict[str, dict[str, list[str | None]]] = field(default_factory=dict)
+    """Of the sets that are parted: the value of each sample, by column; None where it has none."""
 
     @property
     def first(self) -> str:

@@ -16,6 +16,7 @@ from qcompress.axes import AXES, ILLEGAL, PHASES
 from qcompress.data_rules import FORMATS, also, judge_directory, judge_files, judge_graph, judge_origins
 from qcompress.goals import METRICS, RESOURCES
 from qcompress.schema import CausalLm, Format, Recipe, Role
+from qcompress.slice_rules import judge_slices
 from qcompress.task_options import AGREEMENT
 from qcompress.wording import choose, found
 from qcompress.yamlfile import Document, Key
@@ -46,6 +47,7 @@ def judge(recipe: Recipe, document: Document, base: Path) -> None:
     _evaluation_sets(recipe, document)
     judge_origins(recipe, document)
     _metrics(recipe, document)
+    judge_slices(recipe, document)
     _target(recipe, document)
     _build(recipe, document, base)
     _rows(recipe, document)

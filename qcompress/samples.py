@@ -1,21 +1,39 @@
 """Per-sample results, samples.json.gz: what tables are rebuilt from without a model. No torch.
 
-{"sets": {name: {"ids": [...], <known>: [...], "rows": {stage: {<field>: [...]}}}}}
+{"sets": {name: {"ids": [...], <known>: [...], "slices": {column: [...]}, "rows": {stage: {<field>: [...]}}}}}
 
 <known> are the fields that no model changes (tokens of a window, label), one value a sample; a row's fields
 are what its model made of each sample (nll and correct of a language model, loss and prediction otherwise).
+`slices`, where the recipe names some, are values of the user's own columns: text, or null where a sample has
+none.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qcompress.tasks.scores import spans
+
+Columns = Mapping[str, list[Any]]
+"""Per-sample results by name, one value a sample, with what is known of the samples."""
+
+REFERENCE = "reference"
+"""The float model's predictions among the columns of a row."""
+
+
+APART = ("ids", "slices", "rows")
+"""Keys of a set that are no known fields."""
+
 
 def write_samples(
-    file: Path, rows: dict[str, dict[str, list[dict[str, Any]]]], known: tuple[str, ...]
+    file: Path,
+    rows: dict[str, dict[str, list[dict[str, Any]]]],
+    known: tuple[str, ...],
+    slices: Mapping[str, dict[str, list[str | None]]] = {},
 ) -> None:
     """Write the results of each stage and set; `known` names the fields that no model changes."""
     sets: dict[str, dict[str, Any]] = {}
@@ -24,7 +42,8 @@ def write_samples(
             if name not in sets:
                 ids = [f"{name}:{index}" for index in range(len(found))]
                 constant = {key: [sample[key] for sample in found] for key in known if key in found[0]}
-                sets[name] = {"ids": ids, **constant, "rows": {}}
+                parts = {"slices": slices[name]} if name in slices else {}
+                sets[name] = {"ids": ids, **constant, **parts, "rows": {}}
             sets[name]["rows"][stage] = fields_of(found, known)
     pack_samples(file, sets)
 
@@ -41,7 +60,7 @@ def known_in(found: list[dict[str, Any]], known: tuple[str, ...]) -> list[dict[s
 
 def known_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
     """What is known of each sample of a set of samples.json.gz, whatever the row."""
-    names = [name for name in entry if name not in ("ids", "rows")]
+    names = [name for name in entry if name not in APART]
     return [{name: entry[name][place] for name in names} for place in range(len(entry["ids"]))]
 
 
@@ -64,3 +83,20 @@ def pack_samples(file: Path, sets: dict[str, dict[str, Any]]) -> None:
 def read_samples(file: Path) -> dict[str, dict[str, Any]]:
     """The sets of a file."""
     return json.loads(gzip.decompress(file.read_bytes()))["sets"]
+
+
+def with_entities(columns: Columns, labels: Sequence[str] | None) -> Columns:
+    """The columns with what `span_f1` is made of, where they are of sequences of labelled words: the entities
+    that are right, and those of label and prediction together. `labels`: names of the model's outputs.
+    """
+    if "positions" not in columns or not labels or "label" not in columns or None in columns["prediction"]:
+        return columns
+    pairs = [
+        [spans([labels[index] for index in sequence]) for sequence in pair]
+        for pair in zip(columns["label"], columns["prediction"], strict=True)
+    ]
+    return {
+        **columns,
+        "spans_right": [len(label & answer) for label, answer in pairs],
+        "spans_total": [len(label) + len(answer) for label, answer in pairs],
+    }

@@ -98,7 +98,7 @@ def _small(recipe: Recipe, source: Path) -> Recipe:
         "train": {"batch_size": min(recipe.train.batch_size, BATCH), "phases": _phases(recipe)},
         "build": {"profiles": [_within(profile, context) for profile in recipe.build.profiles]},
         "verify": {"samples": min(recipe.verify.samples or SEQUENCES, SEQUENCES)},
-        "gate": {"float_floor": {}, "recovery": {}, "parity": limits_of(recipe)},
+        "gate": {"float_floor": {}, "recovery": {}, "regression": {}, "parity": limits_of(recipe)},
     }
     update: dict[str, Any] = {"data": _little(recipe.data)}
     for section, values in sections.items():
@@ -109,7 +109,9 @@ def _small(recipe: Recipe, source: Path) -> Recipe:
 
 def _little(data: Data) -> Data:
     def few(part):
-        return part and part.model_copy(update={"limit": min(part.limit or SEQUENCES, SEQUENCES)})
+        # a handful of samples need not have a value of every slice
+        least = {"limit": min(part.limit or SEQUENCES, SEQUENCES), "slices": None} if part else {}
+        return part and part.model_copy(update=least)
 
     evaluate = {name: few(part) for name, part in data.evaluate.items()}
     return Data(train=few(data.train), calibration=few(data.calibration), evaluate=evaluate)

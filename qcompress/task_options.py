@@ -48,10 +48,10 @@ class CausalLm(Options):
         return self.model_copy(update={"context": context, "stride": min(self.stride or context, context)})
 
 
-def _distinct(labels: list[str] | None) -> None:
-    twice = sorted({label for label in labels or () if (labels or []).count(label) > 1})
+def _distinct(names: list[str] | None, key: str = "labels") -> None:
+    twice = sorted({name for name in names or () if (names or []).count(name) > 1})
     if twice:
-        raise ValueError(f"`labels` names {', '.join(twice)} more than once")
+        raise ValueError(f"`{key}` names {', '.join(twice)} more than once")
 
 
 class SequenceClassification(Options):
@@ -267,6 +267,10 @@ SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 """Tables that can be read."""
 
 
+RESULTS = ("label", "positions", "tokens", "prediction", "reference", "rank", "correct", "nll", "loss")
+"""What the results of a sample may have of their own: parts of a set without `slices`."""
+
+
 class TextData(_Grown):
     """Text from files, examples from tables, images from archives or folders, or any from a `datasets`
     name.
@@ -296,11 +300,14 @@ class TextData(_Grown):
     """Commit of a hub dataset."""
     column: str = "text"
     """The dataset's column that holds the text, for causal-lm."""
+    slices: list[str] | None = Field(default=None, min_length=1)
+    """Columns whose values part an evaluation set, so that goals hold for each part (`gate.regression`:
+    `<set>.<metric>@<column>=<value>`). An array for each in an archive."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many sequences of `task.context` tokens, or examples: spread over the whole for training
     and calibration, the first ones for evaluation."""
 
-    _ADDED: ClassVar[tuple[str, ...]] = ("npz", "folder", "augment")
+    _ADDED: ClassVar[tuple[str, ...]] = ("npz", "folder", "augment", "slices")
 
     @model_validator(mode="after")
     def _one_origin(self) -> TextData:
@@ -315,6 +322,18 @@ class TextData(_Grown):
         if self.columns is not None and (self.text is not None or self.folder is not None):
             origin = "text" if self.text is not None else "folder"
             raise ValueError(f"`columns` belong to `table` or `dataset` (or `npz`), and `{origin}` has none")
+        return self
+
+    @model_validator(mode="after")
+    def _slices_have_names(self) -> TextData:
+        for name in self.slices or ():
+            if name in RESULTS:
+                raise ValueError(
+                    f"`slices` names {name!r}, which the results of a sample have: rename the column"
+                )
+            if not name.strip() or "=" in name:
+                raise ValueError(f"`slices` names {name!r}, and a goal could not: rename the column")
+        _distinct(self.slices, "slices")
         return self
 
     @property

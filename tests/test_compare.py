@@ -23,9 +23,11 @@ from qcompress.report.compare import compare
 from qcompress.report.compared import finding, print_comparison
 from qcompress.report.measured import Cost, Measured
 from qcompress.report.paired import DRAWS, bootstrap_interval, detectable, t_interval
-from qcompress.report.replicates import REPLICATES, draw_counts
+from qcompress.report.replicates import BLOCK, REPLICATES, draw_counts
+from qcompress.samples import REFERENCE
 from qcompress.schema import ImageClassification
 from qcompress.tasks import TASKS
+from qcompress.tasks.scores import span_f1
 
 # Statistics ---------------------------------------------------------------------------------------
 
@@ -150,6 +152,14 @@ def test_a_replicate_is_the_metric_of_the_drawn_samples(metric: str, kind: str) 
     for draw, row in enumerate(counts.astype(int)):
         rows = {name: np.repeat(np.array(values), row, axis=0) for name, values in columns.items()}
         assert found[draw] == pytest.approx(by_hand(metric, rows), rel=1e-9), draw
+
+
+@pytest.mark.parametrize("metric", ["pearson", "spearman"])
+def test_a_draw_has_its_correlation_wherever_it_stands(metric: str) -> None:
+    columns, counts = columns_of("numbers"), draw_counts(60, 2 * BLOCK + 3, task=0)
+    whole = REPLICATES[metric](columns, counts)
+    each = [REPLICATES[metric](columns, counts[place : place + 1])[0] for place in range(len(counts))]
+    assert whole == pytest.approx(each, rel=1e-12)
 
 
 def test_every_replicate_is_tested() -> None:
@@ -306,7 +316,9 @@ def test_other_machines_and_other_float_models_are_named() -> None:
 
 @pytest.mark.parametrize("metric", ["span_f1", "agreement"])
 def test_a_metric_that_the_results_do_not_give_has_no_bootstrap(metric: str) -> None:
-    """Entities and the float model's answers are not in a row's results; the paired t test needs none."""
+    """A study's results say neither which words make an entity nor what float answered; the paired t test
+    needs no results.
+    """
     runs = [one(arm, seed, [4] * 10) for arm in ("old", "new") for seed in (0, 1)]
     main = {"dev": metric}
     runs = [replace(run, metrics={f"dev.{metric}": 0.5 + run.seed / 10}, main=main) for run in runs]
@@ -314,6 +326,66 @@ def test_a_metric_that_the_results_do_not_give_has_no_bootstrap(metric: str) -> 
     runs = [changed(run, results=answers) for run in runs]
     (item,) = compare(runs, "onnx")["differences"]
     assert item["bootstrap_interval"] is None and item["t_interval"] == (0.0, 0.0)
+
+
+TAGS = ["O", "B-PER", "I-PER", "B-LOC"]
+
+
+def tagged(arm: str, seed: int, wrong: float, *, labelled: bool) -> Measured:
+    """A run on 40 sequences of six words; of each word the model is wrong with this chance."""
+    random = np.random.default_rng([seed, int(100 * wrong)])
+    truth = np.random.default_rng(40).integers(0, 4, (40, 6))
+    answer = np.where(random.random((40, 6)) < wrong, (truth + 1) % 4, truth)
+    known, made = {"label": truth.tolist()}, {"prediction": answer.tolist()}
+    metric, value = "span_f1", span_score(truth.tolist(), answer.tolist())
+    if not labelled:
+        known, made = {}, {**made, REFERENCE: truth.tolist()}
+        metric, value = "agreement", float((truth == answer).mean())
+    entry = {"ids": [f"dev:{index}" for index in range(40)], "positions": [list(range(6))] * 40, **known,
+             "inputs": "same", "results": {"prediction": made.pop("prediction")}, **made}  # fmt: skip
+    return replace(
+        one(arm, seed, [4] * 10), metrics={f"dev.{metric}": value}, main={"dev": metric},
+        samples={"dev": entry}, labels=tuple(TAGS),
+    )  # fmt: skip
+
+
+def span_score(truth: list[list[int]], answer: list[list[int]]) -> float:
+    spelled = [[[TAGS[tag] for tag in words] for words in side] for side in (truth, answer)]
+    return span_f1(*spelled)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_entities_and_agreement_are_drawn_by_sequences(labelled: bool) -> None:
+    """The oracle writes each drawn sequence out and scores it anew; another float model is no other data."""
+    runs = [tagged(arm, seed, wrong, labelled=labelled) for arm, wrong in (("old", 0.1), ("new", 0.3))
+            for seed in (0, 1)]  # fmt: skip
+    if not labelled:
+        runs[0].samples["dev"][REFERENCE] = [[0] * 6] * 40
+        runs[0] = replace(runs[0], metrics={"dev.agreement": agrees(runs[0], np.arange(40))})
+    found = compare(runs, "onnx")
+    assert found["notes"] == []
+    replicates = []
+    for counts in draw_counts(40, DRAWS, 0).astype(int)[:300]:
+        drawn = np.repeat(np.arange(40), counts)
+        values = [(entities if labelled else agrees)(run, drawn) for run in runs]
+        replicates.append([values[2] - values[0], values[3] - values[1]])
+    low, high = found["differences"][0]["bootstrap_interval"]
+    expected = bootstrap_interval([np.array(replicates).T])
+    assert (low, high) == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
+    assert high < 0 or not labelled
+
+
+def entities(run: Measured, drawn: np.ndarray) -> float:
+    entry = run.samples["dev"]
+    return span_score(
+        *([side[at] for at in drawn] for side in (entry["label"], entry["results"]["prediction"]))
+    )
+
+
+def agrees(run: Measured, drawn: np.ndarray) -> float:
+    entry = run.samples["dev"]
+    sides = [np.array(side)[drawn] for side in (entry[REFERENCE], entry["results"]["prediction"])]
+    return float((sides[0] == sides[1]).mean())
 
 
 def changed(run: Measured, **entry: Any) -> Measured:

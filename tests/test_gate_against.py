@@ -206,14 +206,22 @@ def too_good(run: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
-    "a scale is off by 10 %": (scale_off, 4, "is not the file that was measured"),
-    "another tokenizer": (other_tokenizer, 4, "tokenizer.json differs"),
+    "a scale is off by 10 %": (
+        scale_off,
+        4,
+        "is not the file that was measured: let that run build and measure again",
+    ),
+    "another tokenizer": (other_tokenizer, 4, "tokenizer.json differs: take the baseline's"),
     "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), 4, "on one side only"),
-    "a truncated evaluation set": (truncated, 4, "11 samples, and the baseline has 12"),
+    "a truncated evaluation set": (
+        truncated,
+        4,
+        "11 samples, and the baseline has 12: measure both on the same data",
+    ),
     "a missing evaluation set": (
         lambda run: samples(run, lambda sets: sets.pop("other")),
         4,
-        "evaluation set other was not measured",
+        "evaluation set other was not measured: measure the candidate on the baseline's sets",
     ),
     "other labels": (
         lambda run: samples(run, lambda sets: sets["test"]["tokens"].__setitem__(3, 5)),
@@ -223,7 +231,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "other inputs": (
         lambda run: parity(run, lambda report: report["inputs"].update(test="0" * 64)),
         4,
-        "inputs are not those",
+        "inputs are not those of the baseline: measure both",
     ),
     "NaN weights": (
         of_row(lambda found: found["metrics"].update({"test.perplexity": float("nan")})),
@@ -345,12 +353,17 @@ def test_latency_is_compared_on_one_gpu(
     goals = {"latency_ms": {"percent-max-degradation": 10}, "device_memory_bytes": {"threshold": 2e9}}
     runs = [with_goals(line, tmp_path / name, regression=goals) for name in ("one", "two")]
     for run, factor, device in ((runs[0], 1.0, "RTX 4090"), (runs[1], resource, gpu)):
-        speed = [{"latency_ms": {"median": 2.0 * factor}}] if factor is not None else {"reason": "no clock"}
+        taken = {"median": 2.0 * (factor or 0), "least": 1.9, "p99": 2.2, "runs": 200}
+        speed = [{"latency_ms": taken}] if factor is not None else {"reason": "no clock"}
         facts = {"speed": speed, "device": {"gpu": device, "memory_bytes": 10**9}, "measured": "plan"}
         facts["file_sha256"] = read_json(run / "engine" / "build.json")["plan"]["sha256"]
         parity(run, lambda report, facts=facts: row(report, "engine").update(measured_on=facts))
     found = cli("gate", "--baseline", runs[0], "--candidate", runs[1])
     assert found.code == code and says in found.stdout, found.stdout + found.stderr
+    told = code in (0, 3)
+    spread = "single runs took 1.9 to 2.2 ms (least and 99th percentile of 200 runs) in the baseline"
+    assert ("compared as it was measured" in found.stdout and spread in found.stdout) == told
+    assert ("lies within the baseline's spread: measure again" in found.stdout) == (code == 0)
 
 
 # What is refused ----------------------------------------------------------------------------------
@@ -389,6 +402,61 @@ def test_a_file_that_is_no_baseline_is_refused(content: str, line: Project, tmp_
     found = cli("gate", "--baseline", file, "--candidate", line.latest)
     assert found.code == 2 and "baseline promote" in found.stderr
     assert cli("gate", "--baseline", tmp_path / "none", "--candidate", line.latest).code == 2
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no parity": (lambda value: value.pop("parity"), "parity: Field required"),
+    "parity of another kind": (lambda value: value.update(parity=[1]), "parity: "),
+    "no rows": (lambda value: value["parity"].pop("rows"), "parity.rows: Field required"),
+    "rows of another kind": (lambda value: value["parity"].update(rows={"onnx": 1}), "parity.rows: "),
+    "a row without a stage": (lambda value: value["parity"]["rows"][0].pop("stage"), "parity.rows.0.stage"),
+    "metrics of another kind": (lambda value: row(value["parity"]).update(metrics=[1.0]), "metrics: "),
+    "a metric that is text": (
+        lambda value: row(value["parity"])["metrics"].update({"test.perplexity": "low"}),
+        "metrics.test.perplexity: ",
+    ),
+    "main of another kind": (lambda value: value["parity"].update(main=["test"]), "parity.main: "),
+    "inputs of another kind": (lambda value: value["parity"].update(inputs=3), "parity.inputs: "),
+    "the row is gone": (
+        lambda value: value["parity"]["rows"].remove(row(value["parity"])),
+        "parity.rows has no measured row onnx",
+    ),
+    "a cell is gone": (lambda value: value["samples"]["test"]["nll"].pop(), "columns of 11, 12 cells"),
+    "a known column is gone": (
+        lambda value: value["samples"]["test"].pop("tokens"),
+        "lacks the column tokens",
+    ),
+    "a set is gone": (lambda value: value["samples"].pop("other"), "different evaluation sets"),
+    "a resource that is text": (
+        lambda value: value["resources"].update(onnx_bytes="1"),
+        "resources.onnx_bytes",
+    ),
+    "a key of nobody": (lambda value: value.update(paritty={}), "paritty: "),
+}
+
+
+def test_an_edited_baseline_is_refused_with_the_key_that_is_wrong(baseline: Path, tmp_path: Path) -> None:
+    file = tmp_path / "baseline.json"
+    api.promote(baseline, file)
+    whole = file.read_text()
+    for edit, (change, says) in EDITS.items():
+        value = json.loads(whole)
+        change(value)
+        file.write_text(json.dumps(value))
+        found = cli("gate", "--baseline", file, "--candidate", baseline)
+        assert found.code == 2, edit
+        assert "not as it was written: " in found.stderr and says in found.stderr, (edit, found.stderr)
+        assert "baseline promote" in found.stderr, edit
+
+
+def test_results_that_do_not_give_a_metric_are_anomalous(baseline: Path, tmp_path: Path) -> None:
+    file = tmp_path / "baseline.json"
+    api.promote(baseline, file)
+    value = json.loads(file.read_text())
+    value["samples"]["test"]["nll"][3] = "high"
+    file.write_text(json.dumps(value))
+    found = cli("gate", "--baseline", file, "--candidate", baseline)
+    assert found.code == 4 and "the per-sample results do not give it" in found.stdout
 
 
 def test_a_run_that_was_not_accepted_is_no_baseline(baseline: Path, tmp_path: Path) -> None:

@@ -41,8 +41,10 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("families, tasks, targets", {
         "models", "models.attention", "models.bert", "models.cache", "models.distilbert", "models.encoder",
         "models.depth", "models.gpt2", "models.residual", "models.roberta", "models.stock",
-        "tasks", "tasks.causal_lm", "tasks.examples", "tasks.labels", "tasks.padded", "tasks.scores",
-        "tasks.sequence_classification", "tasks.table", "tasks.text", "tasks.token_classification",
+        "tasks", "tasks.causal_lm", "tasks.examples", "tasks.image_slices",
+        "tasks.labels", "tasks.padded", "tasks.scores",
+        "tasks.sequence_classification",
+        "tasks.slices", "tasks.table", "tasks.text", "tasks.token_classification",
         "targets", "targets.builder", "targets.checks", "targets.child", "targets.codebooks",
         "targets.contents",
         "models.cifar_net", "models.cifar_resnet", "models.convnet", "models.efficientnet",
@@ -53,7 +55,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "targets.table", "targets.trial",
     }),
     ("recipes", {
-        "wording", "structure", "data_rules", "rules", "adapter_rules", "recipe", "codebook_rules", "check",
+        "wording", "structure", "data_rules",
+        "slice_rules", "rules", "adapter_rules", "recipe", "codebook_rules", "check",
     }),
     ("models in three forms", {
         "engine", "evaluation", "flips", "layerdrop", "gpu_rows", "held", "layerwise",
@@ -82,7 +85,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "sensitivity", "sensitivity.candidates", "sensitivity.measure", "sensitivity.mixture",
         "sensitivity.study", "report.sensitive",
         "finished", "regression", "regression.baseline_file", "regression.decide", "regression.goals_file",
-        "regression.standing", "regression.statistics",
+        "regression.judged",
+        "regression.standing", "regression.statistics", "regression.written",
         "report.gated", "report.hosts",
         "bundle", "bundle.config", "bundle.examine", "bundle.opens", "bundle.triton",
         "bundle.warmup", "doctor", "report.deployed",

@@ -18,8 +18,9 @@ from qcompress.artifacts import read_json
 from qcompress.errors import UsageError
 from qcompress.goals import Gate, ParityGoal
 from qcompress.models import describe
-from qcompress.report.seeds import summarise
+from qcompress.report.seeds import SEVERITY, seeds_table, summarise
 from qcompress.smoke import BLOCKS, SEQUENCES, limits_of, shorten
+from qcompress.stages.gate import EXIT_CODES
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,28 @@ def test_the_worst_verdict_counts() -> None:
     assert found["verdict"] == "anomalous"
     assert found["rows"][0]["metrics"]["a.perplexity"] == {"mean": 4.0, "sd": 2.0, "values": [2.0, 4.0, 6.0]}
     assert summarise("x", {0: run("accept", 2.0)})["rows"][0]["metrics"]["a.perplexity"]["sd"] is None
+    order = [word for word in EXIT_CODES if word != "accept"]
+    assert sorted(order, key=SEVERITY.index) == ["inconclusive", "regression", "anomalous"]
+    for word in order:
+        assert summarise("x", {0: run("accept", 2.0), 1: run(word, 2.0)})["verdict"] == word
+
+
+def test_what_was_measured_beside_a_row_has_its_spread_and_its_line() -> None:
+    def run(value: float, **more: float) -> tuple[dict, dict]:
+        beside = {name: {"metrics": {"a.perplexity": one}, "distance": None} for name, one in more.items()}
+        row = {"stage": "onnx", "status": "measured", "metrics": {"a.perplexity": value}, **beside}
+        return {"rows": [row], "sets": ["a"]}, {"verdict": "accept"}
+
+    found = summarise("x", {0: run(2.0, deployed=3.0, dynamic=1.0), 1: run(2.0, deployed=7.0)})
+    (row,) = found["rows"]
+    assert row["deployed"]["metrics"]["a.perplexity"] == {
+        "mean": 5.0,
+        "sd": pytest.approx(8**0.5),
+        "values": [3.0, 7.0],
+    }
+    assert "dynamic" not in row  # one seed has none
+    names, means = seeds_table(found).columns[:2]
+    assert list(names.cells) == ["onnx", "  deployed"] and list(means.cells) == ["2 ± 0", "5 ± 2.8"]
 
 
 @pytest.mark.parametrize(

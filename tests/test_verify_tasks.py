@@ -30,7 +30,7 @@ from qcompress.predict import continue_text
 from qcompress.probe import SCRIPT, read_measurement
 from qcompress.progress import Reporter
 from qcompress.report.ladder import ladder, order_metrics
-from qcompress.samples import read_samples, results_of
+from qcompress.samples import known_of, read_samples, results_of
 from qcompress.schema import Recipe
 from qcompress.stages import verify as stage
 from qcompress.stages.gate import judge
@@ -89,7 +89,7 @@ def write_graph(file: Path, kind: str) -> None:
 def write_rows(file: Path, kind: str, labelled: bool) -> None:
     random = np.random.default_rng(5)
     lines = []
-    for _ in range(COUNT):
+    for number in range(COUNT):
         words = list(random.choice(WORDS, random.integers(1, 8)))
         label = {
             "single": NAMES[random.integers(3)],
@@ -99,7 +99,8 @@ def write_rows(file: Path, kind: str, labelled: bool) -> None:
         }[kind]
         texts = {"tokens": words} if kind == "tokens" else {"text": " ".join(words)}
         answer = {"tags" if kind == "tokens" else "label": label} if labelled else {}
-        lines.append(json.dumps({**texts, **answer}))
+        parts = {"language": ("de", "fr", None)[number % 3], "fold": number % 2}
+        lines.append(json.dumps({**texts, **answer, **parts}))
     file.write_text("\n".join(lines))
 
 
@@ -134,7 +135,7 @@ class Listener(Reporter):
 def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Measured]:
     """`measure("single", labelled=False)`: a float row and an onnx row, measured."""
 
-    def run(kind: str, labelled: bool = True, **options: Any) -> Measured:
+    def run(kind: str, labelled: bool = True, slices: list[str] | None = None, **options: Any) -> Measured:
         write_graph(tmp_path / "model.onnx", kind)
         tokenizer = word_tokenizer()
         tokenizer.model_input_names = ["input_ids", "attention_mask"]  # as the family's graph has them
@@ -147,7 +148,7 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Me
             "name": "adds",
             "model": {"family": "gpt2", "source": "unused"},
             "task": {**KINDS[kind], "context": 8, **options},
-            "data": {"evaluate": {"dev": {"table": ["dev.jsonl"]},
+            "data": {"evaluate": {"dev": {"table": ["dev.jsonl"], "slices": slices},
                                   "few": {"table": ["dev.jsonl"], "limit": 5}}},
             "format": "w8a8",
             "train": {"device": "cpu"},
@@ -163,6 +164,22 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Me
         return Measured(tmp_path, recipe, listener.said)
 
     return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_columns_that_a_user_names_are_kept_beside_the_results(
+    kind: str, measure: Callable[..., Measured]
+) -> None:
+    found = measure(kind, slices=["language", "fold"])
+    sets = read_samples(found.folder / "samples.json.gz")
+    assert "slices" not in sets["few"] and sets["dev"].keys() - sets["few"].keys() == {"slices"}
+    assert sets["dev"]["slices"] == {
+        "language": [("de", "fr", None)[number % 3] for number in range(COUNT)],
+        "fold": [str(number % 2) for number in range(COUNT)],
+    }
+    assert "verify: dev: 7 of 23 samples have no language, and no slice has them" in found.said
+    assert not any("fold" in line for line in found.said)
+    assert "slices" not in known_of(sets["dev"])[0]
 
 
 def on_device(folder: Path) -> subprocess.CompletedProcess[str]:

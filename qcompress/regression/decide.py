@@ -14,14 +14,15 @@ is verdict.json with a few keys more (`decide`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from qcompress.errors import UsageError
-from qcompress.goals import RESOURCES, Gate, Goal
-from qcompress.regression.standing import REFERENCE, Standing
-from qcompress.regression.statistics import ALPHA, POWER, Loss, as_measured, loss_of
-from qcompress.stages.gate import gain_too_large, judge
+from qcompress.goals import Gate
+from qcompress.regression.judged import judge_each
+from qcompress.regression.standing import Standing
+from qcompress.regression.statistics import ALPHA, POWER
+from qcompress.stages.gate import judge
 
 FEW = 30
 """Samples below which a bootstrap says little: its verdict carries a note."""
@@ -36,7 +37,8 @@ def decide(baseline: Standing, candidate: Standing, goals: Gate | None = None) -
 
     and in each goal against the baseline `outcome` (pass, fail, inconclusive), `loss` and `allowed` in the
     goal's unit, `interval` of the loss, `detectable` (the smallest loss these samples would have shown 80
-    times in 100), `samples`, `test` and `p_value`.
+    times in 100), `samples`, `test` and `p_value`. A goal on every value of a column has an entry for each,
+    the worst first, with `every`, the goal's name, and `slices`, their number.
 
     `goals` replace the baseline's; without them a candidate whose recipe states others is anomalous. Raises
     UsageError where there is no goal to judge by.
@@ -47,12 +49,15 @@ def decide(baseline: Standing, candidate: Standing, goals: Gate | None = None) -
             f"{baseline.where} states no goal for a later run (`gate.regression`)",
             fix=f"add it to the recipe, or name a file with --goals:\n{suggestion(baseline)}",
         )
-    anomalies = [*_other_goals(baseline, candidate, goals), *candidate.broken, *baseline.broken]
+    anomalies = list(_other_goals(baseline, candidate, goals))
+    anomalies += [
+        f"{what}: let that run build and measure again" for what in (*candidate.broken, *baseline.broken)
+    ]
     apart = _incomparable(baseline, candidate)
     anomalies += apart
     own = judge(candidate.parity, judged, list(baseline.require), baseline.compute,
                 float_trains=baseline.float_trains)  # fmt: skip
-    found = _judged(judged, baseline, candidate, anomalies, comparable=not apart)
+    found = judge_each(judged, baseline, candidate, anomalies, comparable=not apart)
     own_anomalous = own["verdict"] == "anomalous"
     anomalies += own["reasons"] if own_anomalous else []
     broken = [] if own_anomalous else own["reasons"]
@@ -74,21 +79,6 @@ def decide(baseline: Standing, candidate: Standing, goals: Gate | None = None) -
         "power": POWER,
         "notes": _notes(baseline, candidate, found),
     }
-
-
-def _judged(
-    goals: Gate, baseline: Standing, candidate: Standing, anomalies: list[str], comparable: bool
-) -> list[dict[str, Any]]:
-    """Each goal against the baseline; what makes one anomalous is added to `anomalies`. Metrics of runs that
-    are not `comparable` are left out, and what they take is not.
-    """
-    found = []
-    for name, goal in goals.regression.items():
-        if name in RESOURCES:
-            found.append(_resource(name, goal, baseline, candidate, anomalies))
-        elif comparable:
-            found.append(_metric(name, goal, baseline, candidate, anomalies))
-    return [entry for entry in found if entry is not None]
 
 
 def _word(anomalous: bool, broken: bool, outcomes: set[str]) -> str:
@@ -134,108 +124,40 @@ def _incomparable(baseline: Standing, candidate: Standing) -> list[str]:
     ours, theirs = baseline.parity.get("inputs", {}), candidate.parity.get("inputs", {})
     for name in baseline.samples:
         if name not in candidate.samples:
-            found.append(f"evaluation set {name} was not measured")
+            found.append(
+                f"evaluation set {name} was not measured: measure the candidate on the baseline's sets"
+            )
             continue
         before, after = baseline.samples[name], candidate.samples[name]
         counts = [len(next(iter(columns.values()))) for columns in (before, after)]
         if counts[0] != counts[1]:
-            found.append(f"{name}: {counts[1]} samples, and the baseline has {counts[0]}")
+            found.append(
+                f"{name}: {counts[1]} samples, and the baseline has {counts[0]}: measure both on the same "
+                "data, with the same `verify.samples`"
+            )
         elif any(before.get(known) != after.get(known) for known in baseline.known[name]):
-            found.append(f"{name}: the samples have other labels than the baseline's")
+            found.append(
+                f"{name}: the samples have other labels than the baseline's: measure the baseline again on "
+                "these data, and promote it"
+            )
         elif not ours.get(name) or ours.get(name) != theirs.get(name):
-            found.append(f"{name}: the model's inputs are not those of the baseline")
+            found.append(
+                f"{name}: the model's inputs are not those of the baseline: measure both on the same data, "
+                "with the same tokenizer and `task.context`"
+            )
     for file in sorted(baseline.readers.keys() | candidate.readers.keys()):
         if baseline.readers.get(file) != candidate.readers.get(file):
             which = "is there on one side only" if not all(
                 file in one.readers for one in (baseline, candidate)
             ) else "differs"  # fmt: skip
-            found.append(f"another tokenizer or preprocessor: {file} {which}")
+            found.append(
+                f"another tokenizer or preprocessor: {file} {which}: take the baseline's, or promote a "
+                "baseline with the new one"
+            )
     return found
 
 
-# Goals --------------------------------------------------------------------------------------------
-
-
-def _metric(name: str, goal: Goal, baseline: Standing, candidate: Standing, anomalies: list[str]) -> Any:
-    """The goal's entry; None where it cannot be judged, and the reason among the anomalies."""
-    path, _, part = name.partition("@")
-    section, _, metric = path.rpartition(".")
-    missing = [one.where for one in (baseline, candidate) if path not in one.metrics]
-    if section not in baseline.samples or missing:
-        anomalies.append(f"{name} was not measured in {', '.join(missing) or baseline.where}")
-        return None
-    values = [one.metrics[path] for one in (baseline, candidate)]
-    if not all(map(math.isfinite, values)):
-        side = "baseline" if not math.isfinite(values[0]) else "candidate"
-        anomalies.append(f"{path} of the {side} is {values[int(math.isfinite(values[0]))]}")
-        return None
-    if gain_too_large(metric, values[1], values[0]):
-        anomalies.append(f"{path} is {values[1]:.6g} against {values[0]:.6g} in the baseline: too good")
-    sides = [one.columns(section) for one in (baseline, candidate)]
-    if metric == "agreement" and any(REFERENCE not in columns for columns in sides):
-        anomalies.append(f"{path}: the float model's answers are not there to agree with")
-        return None
-    count = len(next(iter(sides[0].values())))
-    if part:
-        chosen = _chosen(part, sides[0], baseline)
-        if not chosen:
-            anomalies.append(f"{name}: no sample of the baseline has {part}")
-            return None
-        sides = [
-            {key: [cells[place] for place in chosen] for key, cells in columns.items()} for columns in sides
-        ]
-        count = len(chosen)
-    found = loss_of(metric, goal, *sides)
-    if not part and not math.isclose(found.value, values[1], rel_tol=1e-6, abs_tol=1e-9):
-        anomalies.append(
-            f"{path} is {values[1]:.6g} in parity.json, and {found.value:.6g} by the candidate's samples"
-        )
-    return _entry(name, goal, found, count)
-
-
-def _chosen(part: str, columns: Mapping[str, list[Any]], baseline: Standing) -> list[int]:
-    """Places of the samples whose column says so; a label by its name or its number."""
-    column, _, wanted = part.partition("=")
-    labels = baseline.task.get("labels") if column == "label" else None
-    if column not in columns:
-        return []
-
-    def says(cell: Any) -> bool:
-        named = labels[cell] if labels and isinstance(cell, int) and 0 <= cell < len(labels) else None
-        return wanted in (str(cell), named)
-
-    return [place for place, cell in enumerate(columns[column]) if says(cell)]
-
-
-def _resource(name: str, goal: Goal, baseline: Standing, candidate: Standing, anomalies: list[str]) -> Any:
-    missing = [one.where for one in (baseline, candidate) if name not in one.resources]
-    if missing:
-        anomalies.append(f"{name} was not measured in {', '.join(missing)}")
-        return None
-    if name in ("latency_ms", "device_memory_bytes") and baseline.device != candidate.device:
-        anomalies.append(
-            f"{name} was measured on {candidate.device}, and the baseline's on {baseline.device}"
-        )
-        return None
-    return _entry(name, goal, as_measured(goal, baseline.resources[name], candidate.resources[name]), None)
-
-
-def _entry(name: str, goal: Goal, found: Loss, samples: int | None) -> dict[str, Any]:
-    return {
-        "metric": name,
-        "goal": goal.model_dump(by_alias=True, exclude_none=True),
-        "value": found.value,
-        "baseline": found.baseline,
-        "loss": found.loss,
-        "allowed": found.allowed,
-        "interval": list(found.interval) if found.interval else None,
-        "detectable": found.detectable,
-        "samples": samples,
-        "test": found.test,
-        "p_value": found.p_value,
-        "outcome": found.outcome,
-        "passed": found.outcome == "pass",
-    }
+# In words -----------------------------------------------------------------------------------------
 
 
 def _spell(entry: dict[str, Any]) -> str:
@@ -262,7 +184,32 @@ def _notes(baseline: Standing, candidate: Standing, found: list[dict[str, Any]])
         {entry["metric"] for entry in found if entry["test"] == "bootstrap" and entry["samples"] < FEW}
     )
     if few:
-        notes.append(f"fewer than {FEW} samples, whose bootstrap interval is too narrow: {', '.join(few)}")
+        notes.append(f"fewer than {FEW} samples, of which a bootstrap knows little: {', '.join(few)}")
+    for name in dict.fromkeys(entry["every"] for entry in found if "every" in entry):
+        slices = [entry for entry in found if entry.get("every") == name]
+        notes.append(
+            f"{name}: {len(slices)} slices, the worst {slices[0]['metric'].partition('=')[2]} with a loss of "
+            f"{slices[0]['loss']:.3g}; the 5 % of a lower bound are shared by all"
+        )
+    if any(entry["metric"] == "latency_ms" for entry in found):
+        notes.append(_about_latency(baseline.latency, candidate.latency))
     if baseline.recipe != candidate.recipe:
         notes.append(f"the recipes have different names: {baseline.recipe}, {candidate.recipe}")
     return notes
+
+
+def _about_latency(before: dict[str, float] | None, after: dict[str, float] | None) -> str:
+    """How much a median of one run may be believed: what changes from run to run (clocks, other load) is not
+    in it, so that it has no interval.
+    """
+    said = "latency_ms is compared as it was measured, a median without an interval"
+    if not all(side and side.keys() >= {"median", "p99", "least", "runs"} for side in (before, after)):
+        return said
+    spreads = [
+        f"{side['least']:.4g} to {side['p99']:.4g} ms (least and 99th percentile of {side['runs']:.0f} runs)"
+        for side in (before, after)
+    ]
+    said += f"; single runs took {spreads[0]} in the baseline and {spreads[1]} in the candidate"
+    if before["least"] <= after["median"] <= before["p99"]:
+        said += ", and the candidate's median lies within the baseline's spread: measure again to be sure"
+    return said

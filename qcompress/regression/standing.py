@@ -14,18 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from qcompress.artifacts import sha256_file
 from qcompress.errors import IncomparableError, UsageError
 from qcompress.finished import broken, load, read_object
 from qcompress.goals import Gate
-from qcompress.report.replicates import Columns
-from qcompress.samples import read_samples
-from qcompress.tasks.scores import spans
-
-FORMAT = 1
-"""Version of baseline.json; a file of another one is refused."""
+from qcompress.regression.written import FORMAT, read_written
+from qcompress.samples import APART, REFERENCE, Columns, read_samples, with_entities
 
 READERS = (
     "tokenizer.json",
@@ -38,12 +32,9 @@ READERS = (
 )
 """Files that turn data into inputs. Where tokenizer.json is there, the others are what it was made from."""
 
-AS_WRITTEN = ("recipe", "row", "compute", "float_trains", "task", "parity", "samples", "readers", "resources",
-              "device", "versions")  # fmt: skip
-"""Keys of baseline.json that are a standing's own."""
-
-REFERENCE = "reference"
-"""The float model's predictions among the columns of a row."""
+AS_WRITTEN = ("recipe", "row", "compute", "float_trains", "task", "samples", "slices", "readers", "resources",
+              "latency", "device", "versions")  # fmt: skip
+"""Keys of baseline.json that are a standing's own as they are."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +54,12 @@ class Standing:
     """Columns by evaluation set: what is known of the samples, the row's results, `reference`."""
     known: dict[str, tuple[str, ...]]
     """Names of the columns that no model changes, by evaluation set."""
+    slices: dict[str, dict[str, list[str | None]]]
+    """Values of a user's columns, by the evaluation sets that have some."""
     readers: dict[str, str]
     resources: dict[str, float]
+    latency: dict[str, float] | None
+    """`median`, `p99`, `least` and `runs` of the engine's latency, where it was measured."""
     device: str | None
     """GPU that the engine was measured on."""
     versions: dict[str, str]
@@ -78,19 +73,7 @@ class Standing:
 
     def columns(self, name: str) -> Columns:
         """Columns of a set, with those that are made of others: entities of each sequence."""
-        columns = self.samples[name]
-        labels = self.task.get("labels")
-        if "positions" not in columns or not labels or "label" not in columns:
-            return columns
-        pairs = [
-            [spans([labels[index] for index in sequence]) for sequence in pair]
-            for pair in zip(columns["label"], columns["prediction"], strict=True)
-        ]
-        return {
-            **columns,
-            "spans_right": [len(label & answer) for label, answer in pairs],
-            "spans_total": [len(label) + len(answer) for label, answer in pairs],
-        }
+        return with_entities(self.samples[name], self.task.get("labels"))
 
     def to_json(self) -> dict[str, Any]:
         """The content of baseline.json: one row, without distances between files that are not committed."""
@@ -107,8 +90,10 @@ class Standing:
             "known": {name: list(names) for name, names in self.known.items()},
             "readers": self.readers,
             "resources": self.resources,
+            "latency": self.latency,
             "device": self.device,
             "versions": self.versions,
+            "slices": self.slices,
             "samples": self.samples,
         }
 
@@ -139,9 +124,9 @@ def _of_run(folder: Path, row: str | None) -> Standing:
     row = row or _last_measured(folder, parity)
     sets = _samples(folder / "samples.json.gz")
     _match(folder, parity, row, sets)
-    known = {name: tuple(key for key in entry if key not in ("ids", "rows")) for name, entry in sets.items()}
+    known = {name: tuple(key for key in entry if key not in APART) for name, entry in sets.items()}
     samples = {name: _columns(entry, row) for name, entry in sets.items()}
-    values = recipe.model_dump(mode="json", by_alias=True)
+    task = recipe.task.model_dump(mode="json", by_alias=True)
     return Standing(
         where=str(folder),
         recipe=recipe.name,
@@ -150,13 +135,15 @@ def _of_run(folder: Path, row: str | None) -> Standing:
         require=tuple(recipe.verify.require),
         compute=recipe.format.compute,
         float_trains=recipe.trains_float,
-        task=values["task"],
+        task=task | ({"labels": list(loaded.labels)} if loaded.labels else {}),
         parity=parity,
         samples=samples,
         known=known,
+        slices={name: entry["slices"] for name, entry in sets.items() if "slices" in entry},
         readers=_readers(folder),
         resources=_resources(folder, parity),
-        device=_device(_row(parity, "engine")),
+        latency=_latency(parity),
+        device=(_measured_on(parity).get("device") or {}).get("gpu"),
         versions=loaded.manifest.get("versions", {}),
         broken=tuple(broken(folder, parity)),
     )
@@ -193,7 +180,7 @@ def _match(folder: Path, parity: Mapping[str, Any], row: str, sets: Mapping[str,
 
 
 def _columns(entry: Mapping[str, Any], row: str) -> dict[str, list[Any]]:
-    columns = {name: values for name, values in entry.items() if name not in ("ids", "rows")}
+    columns = {name: values for name, values in entry.items() if name not in APART}
     columns |= entry["rows"][row]
     if "prediction" in entry["rows"].get("float", {}):
         columns[REFERENCE] = entry["rows"]["float"]["prediction"]
@@ -230,47 +217,34 @@ def _resources(folder: Path, parity: Mapping[str, Any]) -> dict[str, float]:
     build = folder / "engine" / "build.json"
     if build.is_file() and (plan := read_object(build).get("plan")):
         found["plan_bytes"] = plan["bytes"]
-    measured_on = (_row(parity, "engine") or {}).get("measured_on") or {}
-    speed, device = measured_on.get("speed"), measured_on.get("device") or {}
-    if speed and isinstance(speed, list):  # what could not be measured has a reason instead
-        found["latency_ms"] = speed[0]["latency_ms"]["median"]
+    if latency := _latency(parity):
+        found["latency_ms"] = latency["median"]
+    device = _measured_on(parity).get("device") or {}
     if "memory_bytes" in device:
         found["device_memory_bytes"] = device["memory_bytes"]
     return found
 
 
-def _device(row: Mapping[str, Any] | None) -> str | None:
-    measured_on = (row or {}).get("measured_on") or {}
-    return (measured_on.get("device") or {}).get("gpu")
+def _latency(parity: Mapping[str, Any]) -> dict[str, float] | None:
+    """Of the first profile; what could not be measured has a reason instead of a list."""
+    speed = _measured_on(parity).get("speed")
+    return speed[0]["latency_ms"] if speed and isinstance(speed, list) else None
+
+
+def _measured_on(parity: Mapping[str, Any]) -> Mapping[str, Any]:
+    return (_row(parity, "engine") or {}).get("measured_on") or {}
 
 
 # A file -------------------------------------------------------------------------------------------
 
 
 def _of_file(file: Path) -> Standing:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{file} is no baseline ({error})", fix="make it anew: qcompress baseline promote RUN"
-        ) from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise UsageError(
-            f"{file} is no baseline of this version (format {found!r}, expected {FORMAT})",
-            fix="make it anew: qcompress baseline promote RUN",
-        )
-    try:
-        goals = Gate.model_validate_json(json.dumps(values["gate"]))
-        return Standing(
-            where=str(file),
-            goals=goals,
-            require=tuple(values["require"]),
-            known={name: tuple(names) for name, names in values["known"].items()},
-            **{name: values[name] for name in AS_WRITTEN},
-        )
-    except (KeyError, ValidationError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{file} is not as it was written ({type(error).__name__}: {error})",
-            fix="make it anew: qcompress baseline promote RUN",
-        ) from None
+    written = read_written(file)
+    return Standing(
+        where=str(file),
+        goals=written.gate,
+        require=tuple(written.require),
+        known={name: tuple(names) for name, names in written.known.items()},
+        parity=written.parity.model_dump(),
+        **{name: getattr(written, name) for name in AS_WRITTEN},
+    )

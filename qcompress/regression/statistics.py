@@ -8,7 +8,7 @@ just beyond the limit at most 5 % pass.
 
 Accuracies of single answers (right or wrong a sample): McNemar's exact test (McNemar 1947) widened, for
 limits other than 0, to Tango's score interval (Statistics in Medicine 17, 1998, 891-908). Everything else: a
-paired bootstrap over samples, both runs on the same draws.
+paired bootstrap over samples, both runs on the same draws, expanded for few samples.
 
 Shapes: samples [n]; counts and replicates [draws, n] and [draws].
 """
@@ -57,7 +57,8 @@ class Loss:
     loss: float
     allowed: float
     interval: tuple[float, float] | None
-    """Lower and upper bound, each exceeded with a chance of 5 %; None for what is judged as measured."""
+    """Lower and upper bound, each exceeded with a chance of 5 % (the lower one of a slice among several: of
+    5 % for all of them together); None for what is judged as measured."""
     detectable: float | None
     """The smallest true loss that would be called one, beyond a limit of 0, 80 times in 100."""
     test: str
@@ -74,9 +75,13 @@ class Loss:
         return "inconclusive" if low <= self.allowed else "fail"
 
 
-def loss_of(metric: str, goal: Goal, baseline: Mapping[str, list[Any]], candidate: Mapping[str, list[Any]]
-            ) -> Loss:  # fmt: skip
+def loss_of(metric: str, goal: Goal, baseline: Mapping[str, list[Any]], candidate: Mapping[str, list[Any]],
+            among: int = 1) -> Loss:  # fmt: skip
     """The loss in a metric of samples that both runs were measured on.
+
+    `among` so many slices of a set, all of which a goal is about, a lower bound is exceeded with a chance of
+    5 % / `among`: of slices that are no worse one is called worse with a chance of at most 5 % (Bonferroni).
+    The upper bound stays: that every slice keeps a limit is shown where each does (Berger 1982).
 
     `metric` is a name of `goals.METRICS`; the columns are per-sample results by name, with what is known of
     the samples. Both have the same samples in the same order.
@@ -90,8 +95,8 @@ def loss_of(metric: str, goal: Goal, baseline: Mapping[str, list[Any]], candidat
     if baseline == candidate:  # the same answers with the same losses: the same model, as far as it was asked
         return replace(found, interval=(found.loss, found.loss), test="identical")
     if metric in RIGHT and _single(baseline):
-        return _mcnemar(found, goal, RIGHT[metric](baseline), RIGHT[metric](candidate))
-    return _bootstrap(found, metric, goal, baseline, candidate, lower)
+        return _mcnemar(found, goal, RIGHT[metric](baseline), RIGHT[metric](candidate), ALPHA / among)
+    return _bootstrap(found, metric, goal, baseline, candidate, lower, ALPHA / among)
 
 
 def as_measured(goal: Goal, baseline: float, value: float) -> Loss:
@@ -129,10 +134,10 @@ def _equal(first: list[Any], second: list[Any]) -> np.ndarray:
     return np.array([one == other for one, other in zip(first, second, strict=True)])
 
 
-def _mcnemar(found: Loss, goal: Goal, before: np.ndarray, after: np.ndarray) -> Loss:
+def _mcnemar(found: Loss, goal: Goal, before: np.ndarray, after: np.ndarray, chance: float) -> Loss:
     """The share's loss with its bounds; a relative goal takes the baseline's accuracy as given."""
     lost, won = int((before & ~after).sum()), int((after & ~before).sum())
-    low, high = share_interval(lost, won, len(before))
+    low, high = share_interval(lost, won, len(before), chance)
     unit = 1.0
     if goal.max_degradation is None:
         unit = (100.0 if goal.percent_max_degradation is not None else 1.0) / (found.baseline or math.nan)
@@ -142,7 +147,7 @@ def _mcnemar(found: Loss, goal: Goal, before: np.ndarray, after: np.ndarray) -> 
         found.loss,
         found.allowed,
         (low * unit, high * unit),
-        share_detectable(lost, won, len(before)) * unit,
+        share_detectable(lost, won, len(before), chance) * unit,
         "mcnemar",
         mcnemar_exact(lost, won),
     )
@@ -157,21 +162,22 @@ def mcnemar_exact(lost: int, won: int) -> float:
     return float(stats.binom.sf(lost - 1, lost + won, 0.5))
 
 
-def share_interval(lost: int, won: int, samples: int) -> tuple[float, float]:
-    """Bounds of (lost - won) / samples, 5 % each: the wider of Tango's score interval and what McNemar's
-    exact test says about the sign, so that a bound is beyond 0 only where that test agrees.
+def share_interval(lost: int, won: int, samples: int, chance: float = ALPHA) -> tuple[float, float]:
+    """Bounds of (lost - won) / samples, the lower one exceeded with this chance, the upper one with 5 %: the
+    wider of Tango's score interval and what McNemar's exact test says about the sign, so that a bound is
+    beyond 0 only where that test agrees.
     """
-    low, high = (_tango(lost, won, samples, side) for side in (1, -1))
-    if mcnemar_exact(lost, won) > ALPHA:
+    low, high = _tango(lost, won, samples, 1, chance), _tango(lost, won, samples, -1, ALPHA)
+    if mcnemar_exact(lost, won) > chance:
         low = min(low, 0.0)
     if mcnemar_exact(won, lost) > ALPHA:
         high = max(high, 0.0)
     return low, high
 
 
-def _tango(lost: int, won: int, samples: int, side: int) -> float:
+def _tango(lost: int, won: int, samples: int, side: int, chance: float) -> float:
     """The loss at which the score statistic is `side` times the normal quantile: the lower bound for 1."""
-    limit = side * stats.norm.ppf(1 - ALPHA)
+    limit = side * stats.norm.ppf(1 - chance)
     if lost == won == 0:  # the statistic's variance is that of the loss alone: +-z^2 / (n + z^2)
         return -side * limit**2 / (samples + limit**2)
     edge = 1 - 1e-12
@@ -198,13 +204,13 @@ def tango_score(lost: int, won: int, samples: int, loss: float) -> float:
     return apart / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, apart) if apart else 0.0
 
 
-def share_detectable(lost: int, won: int, samples: int) -> float:
+def share_detectable(lost: int, won: int, samples: int, chance: float = ALPHA) -> float:
     """The loss that McNemar's test sees with a chance of 80 %, at the observed share of changed samples
-    (Connor 1987): d sqrt(n) = z(0.95) sqrt(s) + z(0.8) sqrt(s - d^2). At least one changed sample is assumed:
-    no change says that the share is small, not that it is 0.
+    (Connor 1987): d sqrt(n) = z(1 - chance) sqrt(s) + z(0.8) sqrt(s - d^2). At least one changed sample is
+    assumed: no change says that the share is small, not that it is 0.
     """
     share = max(lost + won, 1) / samples
-    high, power = stats.norm.ppf(1 - ALPHA), stats.norm.ppf(POWER)
+    high, power = stats.norm.ppf(1 - chance), stats.norm.ppf(POWER)
 
     def lacking(loss: float) -> float:
         return loss * math.sqrt(samples) - high * math.sqrt(share) - power * math.sqrt(share - loss**2)
@@ -220,7 +226,7 @@ def share_detectable(lost: int, won: int, samples: int) -> float:
 
 def _bootstrap(
     found: Loss, metric: str, goal: Goal, baseline: Mapping[str, list[Any]],
-    candidate: Mapping[str, list[Any]], lower: bool,
+    candidate: Mapping[str, list[Any]], lower: bool, chance: float,
 ) -> Loss:  # fmt: skip
     samples = _samples(baseline)
     drawn: list[list[np.ndarray]] = [[], []]
@@ -230,15 +236,27 @@ def _bootstrap(
     before, after = (np.concatenate(parts) for parts in drawn)
     losses, _ = _loss(goal, before, after, lower)
     losses = losses[np.isfinite(losses)]
-    if len(losses) < 0.99 * DRAWS:  # undefined in many draws: nothing can be said, so nothing is confirmed
+    if samples < 2 or len(losses) < 0.99 * DRAWS:  # nothing can be said where a metric is undefined in many
         return Loss(found.value, found.baseline, found.loss, found.allowed, (-math.inf, math.inf), None,
                     "bootstrap")  # fmt: skip
     # percentiles of a bootstrap are those of a variance with n in place of n - 1
-    grown = found.loss + (losses - found.loss) * math.sqrt(samples / max(samples - 1, 1))
-    low, high = np.quantile(grown, [ALPHA, 1 - ALPHA])
-    seen = (stats.norm.ppf(1 - ALPHA) + stats.norm.ppf(POWER)) * float(np.std(grown))
-    return Loss(found.value, found.baseline, found.loss, found.allowed, (float(low), float(high)), seen,
-                "bootstrap")  # fmt: skip
+    apart = (losses - found.loss) * math.sqrt(samples / (samples - 1))
+    low, high = (
+        found.loss + _expanded(level, samples) * float(np.quantile(apart, side))
+        for level, side in ((chance, chance), (ALPHA, 1 - ALPHA))
+    )
+    seen = (_expanded(chance, samples) * stats.norm.ppf(1 - chance) + stats.norm.ppf(POWER)) * float(
+        np.std(apart)
+    )
+    return Loss(found.value, found.baseline, found.loss, found.allowed, (low, high), seen, "bootstrap")
+
+
+def _expanded(chance: float, samples: int) -> float:
+    """How much wider a bound must be than a bootstrap's percentile, which is as narrow as if the variance of
+    few samples were known: Student's quantile to the normal one (the expanded percentile interval of
+    Hesterberg, The American Statistician 69, 2015, 371-386).
+    """
+    return float(stats.t.ppf(1 - chance, samples - 1) / stats.norm.ppf(1 - chance))
 
 
 def _counts(samples: int) -> Iterator[np.ndarray]:

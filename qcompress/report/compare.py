@@ -243,8 +243,8 @@ def _draw(
 
 
 def _gives(run: Measured, name: str, short: str) -> bool:
-    """Whether the per-sample results give the metric; those of a study have six digits, and what the float
-    model answered, or which words make an entity, is not among the results of a row.
+    """Whether the per-sample results give the metric: those of a study have six digits, and no answers of the
+    float model.
     """
     columns, once = run.columns(name), np.ones((1, len(run.samples[name]["ids"])))
     try:

@@ -12,12 +12,19 @@ from qcompress.artifacts import read_json
 from qcompress.axes import AXES, PHASES
 from qcompress.errors import IncomparableError, UsageError
 from qcompress.goals import METRICS
+from qcompress.samples import REFERENCE, Columns, with_entities
+from qcompress.task_options import AGREEMENT
 
 if TYPE_CHECKING:
     from qcompress.finished import LoadedRun
 
 TRUTH = ("label", "labels", "tokens")
 """Per-sample results that are the data's and not the model's: equal in runs that may be compared."""
+
+OWN = ("results", REFERENCE, "slices")
+"""What of a set does not say what was measured: its row's results, float's answers, and how a user parts
+it.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of one run. `samples`: as in samples.json.gz, with this row's results under `results`."""
+    """One row of one run. `samples`: as in samples.json.gz, with this row's results under `results`, and
+    under `reference` the float model's answers where the row's are held against them.
+    """
 
     arm: str
     task: str
@@ -49,18 +58,22 @@ class Measured:
     start: str
     """Digest of the float model."""
     machine: str
+    labels: tuple[str, ...] | None = None
+    """Names of the model's outputs."""
 
-    def columns(self, name: str) -> dict[str, list[Any]]:
-        """Per-sample results of an evaluation set, and what is known of its samples, by name."""
+    def columns(self, name: str) -> Columns:
+        """Per-sample results of an evaluation set, what is known of its samples, and what is made of both, by
+        name.
+        """
         entry = self.samples[name]
         known = {key: value for key, value in entry.items() if isinstance(value, list)}
-        return known | entry["results"]
+        return with_entities(known | entry["results"], self.labels)
 
     def identity(self, name: str) -> dict[str, Any]:
         """What was measured in an evaluation set: ids, digest of the inputs, labels."""
         entry = self.samples[name]
         truth = {key: value for key, value in entry["results"].items() if key in TRUTH}
-        return {key: value for key, value in entry.items() if key != "results"} | truth
+        return {key: value for key, value in entry.items() if key not in OWN} | truth
 
     def split(self, metric: str | None) -> tuple[str, str]:
         """Evaluation set and metric that `set.metric`, `metric` or None (the task's first) mean."""
@@ -90,6 +103,9 @@ def measured(loaded: LoadedRun, row: str, arm: str | None = None) -> Measured:
             )
         samples[name] = {key: value for key, value in entry.items() if key != "rows"}
         samples[name] |= {"inputs": loaded.parity["inputs"][name], "results": entry["rows"][row]}
+        agrees = f"{name}.{AGREEMENT}" in found["metrics"]
+        if agrees and "prediction" in entry["rows"].get("float", {}):
+            samples[name][REFERENCE] = entry["rows"]["float"]["prediction"]
     values = recipe.model_dump(mode="json", by_alias=True)
     order = tuple(loaded.parity.get("sets") or sets)
     host = manifest["host"]
@@ -105,6 +121,7 @@ def measured(loaded: LoadedRun, row: str, arm: str | None = None) -> Measured:
         cost=cost_of(values, manifest),
         settings={key: values[key] for key in ("task", "format", "train", *AXES)},
         start=manifest["stages"]["load"]["digest"],
+        labels=loaded.labels,
         machine=f"{host['name']}, {host['threads']} threads, {'GPU' if host['gpu']['sm'] else 'no GPU'}",
     )
 

@@ -7,13 +7,13 @@ computing it again for every draw takes minutes. A draw in which a metric is und
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-Columns = Mapping[str, list[Any]]
+from qcompress.samples import Columns
 
 
 def draw_counts(samples: int, draws: int, task: int) -> np.ndarray:
@@ -131,33 +131,51 @@ def mcc(columns: Columns, counts: np.ndarray) -> np.ndarray:
     return np.where(spread > 0, apart / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
 
 
+BLOCK = 128
+"""Draws whose correlations are made at once: what they take stays in a processor's cache."""
+
+
 def pearson(columns: Columns, counts: np.ndarray) -> np.ndarray:
     """Pearson's correlation of labels and predictions."""
     label, answer = (_numbers(columns[name]) for name in ("label", "prediction"))
-    size = counts.shape[1]
-    return _correlation(counts, np.tile(label, (len(counts), 1)), np.tile(answer, (len(counts), 1)), size)
+    return np.concatenate([
+        _correlation(part, np.tile(label, (len(part), 1)), np.tile(answer, (len(part), 1)))
+        for part in _blocks(counts)
+    ])  # fmt: skip
 
 
 def spearman(columns: Columns, counts: np.ndarray) -> np.ndarray:
     """Spearman's: Pearson's of the ranks within each draw, ties sharing the mean of their ranks."""
-    label, answer = (_ranks(_numbers(columns[name]), counts) for name in ("label", "prediction"))
-    return _correlation(counts, label, answer, counts.shape[1])
+    label, answer = (_numbers(columns[name]) for name in ("label", "prediction"))
+    return np.concatenate([
+        _correlation(part, _ranks(label, part), _ranks(answer, part)) for part in _blocks(counts)
+    ])  # fmt: skip
+
+
+def _blocks(counts: np.ndarray) -> list[np.ndarray]:
+    return [counts[start : start + BLOCK] for start in range(0, len(counts), BLOCK)]
 
 
 def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Mean rank of each value among the drawn ones, less one half, [draws, samples]."""
     place = stats.rankdata(values, method="dense") - 1
-    levels = np.zeros((place.max() + 1, len(values)))
-    levels[place, np.arange(len(values))] = 1.0
-    each = counts @ levels.T  # how many drawn samples have each of the different values
+    order = np.argsort(place, kind="stable")
+    starts = np.searchsorted(place[order], np.arange(place.max() + 1))
+    # how many drawn samples have each of the different values
+    each = np.add.reduceat(counts[:, order], starts, axis=1)
     return (np.cumsum(each, axis=1) - each / 2)[:, place]
 
 
-def _correlation(counts: np.ndarray, a: np.ndarray, b: np.ndarray, size: int) -> np.ndarray:
+def _correlation(counts: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    size = counts.shape[1]
     a = a - (counts * a).sum(1, keepdims=True) / size
     b = b - (counts * b).sum(1, keepdims=True) / size
+
+    def together(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.einsum("ij,ij,ij->i", counts, one, other)
+
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (counts * a * b).sum(1) / np.sqrt((counts * a * a).sum(1) * (counts * b * b).sum(1))
+        return together(a, b) / np.sqrt(together(a, a) * together(b, b))
 
 
 def _numbers(values: list[Any]) -> np.ndarray:

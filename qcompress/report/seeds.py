@@ -8,9 +8,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from qcompress.report.ladder import order_metrics, spell
+from qcompress.report.ladder import BESIDE, order_metrics, spell
 
-SEVERITY = ("accept", "regression", "anomalous")
+SEVERITY = ("accept", "inconclusive", "regression", "anomalous")
 """Verdicts, from best to worst."""
 
 
@@ -18,8 +18,9 @@ def summarise(recipe: str, runs: dict[int, tuple[dict[str, Any], dict[str, Any]]
     """seeds.json from each seed's parity.json and verdict.json.
 
     {"recipe", "verdict": the worst, "verdicts": {seed: verdict}, "sets", "main" (as in parity.json), "rows":
-    {"mean", "sd", "values"}}}]}. sd is the sample's standard deviation (n - 1), None for one seed. Only rows
-    that every seed measured are there.
+    [{"stage", "status", "metrics": {name: {"mean", "sd", "values"}}}]}. sd is the sample's standard deviation
+    (n - 1), None for one seed. Only rows that every seed measured are there; `dynamic` and `deployed` of a
+    row, which were measured beside it, have `metrics` of the same form.
     """
     verdicts = {str(seed): verdict["verdict"] for seed, (_, verdict) in runs.items()}
     reports = [parity for parity, _ in runs.values()]
@@ -27,9 +28,13 @@ def summarise(recipe: str, runs: dict[int, tuple[dict[str, Any], dict[str, Any]]
     for stage in [row["stage"] for row in reports[0]["rows"]]:
         found = [next(row for row in report["rows"] if row["stage"] == stage) for report in reports]
         if all(row["status"] == "measured" for row in found):
-            names = [name for name in found[0]["metrics"] if all(name in row["metrics"] for row in found)]
-            metrics = {name: _spread([row["metrics"][name] for row in found]) for name in names}
-            rows.append({"stage": stage, "status": "measured", "metrics": metrics})
+            beside = {
+                name: {"metrics": _spreads([row[name]["metrics"] for row in found])}
+                for name in BESIDE
+                if all(row.get(name) for row in found)
+            }
+            metrics = _spreads([row["metrics"] for row in found])
+            rows.append({"stage": stage, "status": "measured", "metrics": metrics, **beside})
     return {
         "recipe": recipe,
         "verdict": max(verdicts.values(), key=SEVERITY.index),
@@ -40,13 +45,21 @@ def summarise(recipe: str, runs: dict[int, tuple[dict[str, Any], dict[str, Any]]
     }
 
 
+def _spreads(metrics: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Of the metrics that every seed has."""
+    names = [name for name in metrics[0] if all(name in one for one in metrics)]
+    return {name: _spread([one[name] for one in metrics]) for name in names}
+
+
 def _spread(values: list[float]) -> dict[str, Any]:
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "sd": deviation, "values": values}
 
 
 def seeds_table(found: dict[str, Any]) -> Table:
-    """One line for each row of the ladder, mean and standard deviation of the main metric of each set."""
+    """One line for each row of the ladder and for what was measured beside it, mean and standard deviation of
+    the main metric of each set.
+    """
     metrics = order_metrics(found["rows"], found["sets"], found["main"])
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     table.add_column("row", no_wrap=True)
@@ -54,6 +67,10 @@ def seeds_table(found: dict[str, Any]) -> Table:
         table.add_column(metric.replace(".", "\n"), justify="right", no_wrap=True)
     for row in found["rows"]:
         table.add_row(row["stage"], *(_shown(row["metrics"].get(name)) for name in metrics))
+        for name in BESIDE:
+            if name in row:
+                values = (_shown(row[name]["metrics"].get(metric)) for metric in metrics)
+                table.add_row(f"  {name}", *values, style="dim")
     return table
 
 

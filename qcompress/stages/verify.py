@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,8 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
     for name, found in samples.sets.items():
         for note in TASKS[recipe.task.name].notes(found):
             reporter.say(f"verify: {name}: {note}")
+    for note in _without_value(samples):
+        reporter.say(f"verify: {note}")
     device = _device(recipe)
     threads = torch.get_num_threads()
     family = recipe.model.family
@@ -140,7 +142,15 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
         facts["onnx"] = {"sha256": sha256_file(artifacts.onnx.file)}
     write_json(out / "parity.json", {"rows": rows, **facts})
     results = {stage: result.samples for stage, result in measured.items()}
-    write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN)
+    write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN, samples.slices)
+
+
+def _without_value(samples: Samples) -> Iterator[str]:
+    """Samples that no goal on a part of their set is about."""
+    for name, columns in samples.slices.items():
+        for column, values in columns.items():
+            if lacking := values.count(None):
+                yield f"{name}: {lacking} of {len(values)} samples have no {column}, and no slice has them"
 
 
 def _held(recipe: Recipe, artifacts: Artifacts, samples: Samples, reporter: Reporter) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from qcompress.models.architecture import CAUSAL_LM, Head
 from qcompress.schema import CausalLm, TextData
 from qcompress.tasks.examples import Batch
 from qcompress.tasks.padded import processor
+from qcompress.tasks.table import Slices
 from qcompress.tasks.text import read_text
 
 if TYPE_CHECKING:
@@ -121,6 +122,14 @@ def samples(data: TextData, base: Path, tokenizer: Any, task: CausalLm, limit: i
         raise UsageError(f"the text has {len(ids)} tokens: nothing to measure", fix="name more text")
     limits = [number for number in (limit, data.limit) if number is not None]
     return found[: min(limits)] if limits else found
+
+
+def slices(data: TextData, base: Path, task: CausalLm) -> Slices:
+    """Refused: rows are joined to one text, and a window of it begins and ends anywhere."""
+    raise UsageError(
+        "a sample of causal-lm is a window of the whole text, and no row of a table: it has no slices",
+        fix="drop `slices`, or name an evaluation set for each part",
+    )
 
 
 def head(task: CausalLm) -> Head:

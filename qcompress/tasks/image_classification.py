@@ -26,9 +26,11 @@ from qcompress.schema import ImageClassification, TextData
 from qcompress.task_options import AGREEMENT, Columns
 from qcompress.tasks import padded
 from qcompress.tasks.examples import Batch
+from qcompress.tasks.image_slices import image_slices
 from qcompress.tasks.images import ImageExamples, ImageSample, Picture, Reader, collate, read_pictures, shaped
 from qcompress.tasks.labels import MISSING, both_sets, dataset_names, labels_of, named_outputs, settle
 from qcompress.tasks.scores import agreement, cross_entropy, scores
+from qcompress.tasks.table import Slices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +94,11 @@ def samples(
 ) -> list[ImageSample]:
     """Evaluation samples in the order of the data, at most `limit` and `data.limit` of them."""
     return shaped(padded.first(_read(data, base, task), limit, data.limit), reader)
+
+
+def slices(data: TextData, base: Path, task: ImageClassification) -> Slices:
+    """What `data.slices` say of each image, in the order of the data."""
+    return image_slices(data, base)
 
 
 def loss(logits: Tensor, batch: Batch) -> Tensor:

@@ -11,6 +11,7 @@ Shapes: an image uint8 [height, width, 3]; pixel values fp32 [batch, 3, height, 
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -221,27 +222,34 @@ def read_pictures(data: TextData, base: Path, columns: Mapping[str, str]) -> Pic
     return found
 
 
-def _archive(file: Path, columns: Mapping[str, str]) -> Iterator[Picture]:
-    """Images uint8 [images, height, width, 3] of a numpy archive, with labels [images] if it has them."""
+@contextlib.contextmanager
+def opened_archive(file: Path) -> Iterator[Any]:
+    """A numpy archive. Raises UsageError for what is none, also while it is read."""
     try:
         opened = np.load(file, allow_pickle=False)
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise ValueError("it is one array, without a name")
         with opened as archive:
-            names = {"image": columns.get("image", "images"), "label": columns.get("label", "labels")}
-            for role, name in names.items():
-                if name not in archive.files and (role == "image" or role in columns):
-                    raise UsageError(
-                        f"{file.name} has the arrays {', '.join(archive.files)}, and not {name!r}",
-                        fix=f"name the right one with `columns: {{{role}: ...}}`",
-                    )
-            images = archive[names["image"]]
-            labels = archive[names["label"]] if names["label"] in archive.files else None
+            yield archive
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
         raise UsageError(
             f"{file.name} is not a numpy archive that can be read ({error})",
             fix="write it with numpy.savez_compressed, from arrays of numbers or texts",
         ) from None
+
+
+def _archive(file: Path, columns: Mapping[str, str]) -> Iterator[Picture]:
+    """Images uint8 [images, height, width, 3] of a numpy archive, with labels [images] if it has them."""
+    with opened_archive(file) as archive:
+        names = {"image": columns.get("image", "images"), "label": columns.get("label", "labels")}
+        for role, name in names.items():
+            if name not in archive.files and (role == "image" or role in columns):
+                raise UsageError(
+                    f"{file.name} has the arrays {', '.join(archive.files)}, and not {name!r}",
+                    fix=f"name the right one with `columns: {{{role}: ...}}`",
+                )
+        images = archive[names["image"]]
+        labels = archive[names["label"]] if names["label"] in archive.files else None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UsageError(
             f"{file.name}: {names['image']} is {images.dtype} {list(images.shape)}, and images are uint8 "

@@ -29,7 +29,7 @@ from qcompress.tasks.examples import Batch
 from qcompress.tasks.labels import MISSING, both_sets, dataset_names, labels_of, named_outputs, settle
 from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
 from qcompress.tasks.scores import agreement, cross_entropy, scores
-from qcompress.tasks.table import Table, Wanted, read_table
+from qcompress.tasks.table import Slices, Table, Wanted, read_table, table_slices
 from qcompress.tasks.text import read_lines
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ def samples(
     """Evaluation samples in the order of the data, at most `limit` and `data.limit` of them."""
     found = padded.first(_read(data, base, task), limit, data.limit)
     return _tokenize(found, tokenizer, task)
+
+
+def slices(data: TextData, base: Path, task: SequenceClassification) -> Slices:
+    """What `data.slices` say of each example, in the order of the data."""
+    return table_slices(data, base, wanted(data, task))
 
 
 def label_array(samples: Sequence[Sample], longest: int) -> np.ndarray:

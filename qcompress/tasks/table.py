@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ Row = tuple[str, dict[str, Any]]
 class Wanted:
     """What a task reads of a table: columns by role, and the roles that may be missing.
 
-    `header`: names of the columns of files without a header line. `broken`: share of rows that may lack a
+    `slices` are columns that a user names, which part an evaluation set: a row may lack their cell. `header`:
+    names of the columns of files without a header line. `broken`: share of rows that may lack a
     column and are left out, as the hub's GLUE does with the few broken lines of QQP; any more are refused.
     """
 
@@ -33,6 +34,12 @@ class Wanted:
     optional: frozenset[str] = frozenset()
     header: tuple[str, ...] | None = None
     broken: float = 0.0
+    slices: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every column that is read."""
+        return frozenset((*self.columns.values(), *self.slices))
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,21 @@ class Table:
     places: list[str]
     names: tuple[str, ...] | None = None
     """What a dataset itself calls the integers of its labels."""
+    slices: dict[str, list[Any]] = field(default_factory=dict)
+    """Cells of `Wanted.slices` by the name of their column, None where a row has none."""
 
     def __len__(self) -> int:
         return len(self.places)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Cells of the columns that part a set, by the column's name, None where a row has none; `places`: where
+    each row stands.
+    """
+
+    columns: dict[str, list[Any]]
+    places: list[str]
 
 
 def read_table(data: TextData, base: Path, wanted: Wanted) -> Table:
@@ -63,12 +82,19 @@ def read_table(data: TextData, base: Path, wanted: Wanted) -> Table:
                          fix="give all tables of one list the same columns")  # fmt: skip
     columns = {role: [cell for part in parts for cell in part.columns[role]] for role in parts[0].columns}
     places = [place for part in parts for place in part.places]
-    table = Table(columns, places, parts[0].names)
+    slices = {name: [cell for part in parts for cell in part.slices[name]] for name in wanted.slices}
+    table = Table(columns, places, parts[0].names, slices)
     if not len(table):
         raise UsageError(
             f"{', '.join(data.table or [str(data.dataset)])} has no row", fix="name a larger table"
         )
     return table
+
+
+def table_slices(data: TextData, base: Path, wanted: Wanted) -> Slices:
+    """The slices of the rows that `read_table` gives for the same columns."""
+    table = read_table(data, base, replace(wanted, slices=tuple(data.slices or ())))
+    return Slices(table.slices, table.places)
 
 
 def _read_file(file: Path, wanted: Wanted) -> Table:
@@ -93,7 +119,13 @@ def _collect(name: str, header: Sequence[str], rows: Iterator[Row], wanted: Want
             shown = ", ".join(header[:20]) or "none"
             raise UsageError(f"{name} has the columns {shown}, and not {column!r}",
                              fix=f"name the right one with `columns: {{{role}: ...}}`")  # fmt: skip
+    for column in wanted.slices:
+        if column not in header:
+            shown = ", ".join(header[:20]) or "none"
+            raise UsageError(f"{name} has the columns {shown}, and not {column!r}",
+                             fix="name the right one under `slices`")  # fmt: skip
     columns: dict[str, list[Any]] = {role: [] for role in roles}
+    slices: dict[str, list[Any]] = {column: [] for column in wanted.slices}
     places, broken = [], []
     for place, cells in rows:
         if missing := [column for column in roles.values() if column not in cells]:
@@ -101,11 +133,13 @@ def _collect(name: str, header: Sequence[str], rows: Iterator[Row], wanted: Want
             continue
         for role, column in roles.items():
             columns[role].append(cells[column])
+        for column, found in slices.items():
+            found.append(cells.get(column))
         places.append(place)
     if len(broken) > wanted.broken * (len(places) + len(broken)):
         also = f", and of {len(broken) - 1} more" if len(broken) > 1 else ""
         raise UsageError(f"{broken[0]}{also}", fix="mend or remove such rows")
-    return Table(columns, places)
+    return Table(columns, places, slices=slices)
 
 
 def _tsv(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
@@ -123,7 +157,7 @@ def _separated(
 ) -> tuple[list[str], Iterator[Row]]:
     lines = _parsed(file, delimiter, quoting)
     header = list(wanted.header) if wanted.header is not None else next(lines, ("", []))[1]
-    twice = sorted({name for name in header if name in wanted.columns.values() and header.count(name) > 1})
+    twice = sorted({name for name in header if name in wanted.names and header.count(name) > 1})
     if twice:
         raise UsageError(f"{file.name} has the column {twice[0]!r} more than once", fix="rename one of them")
 
@@ -179,7 +213,7 @@ def _parquet(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
 
     try:
         header = parquet.read_schema(file).names
-        names = [name for name in wanted.columns.values() if name in header]
+        names = [name for name in wanted.names if name in header]
         cells = parquet.read_table(file, columns=names).to_pydict() if names else {}
     except (OSError, ArrowException) as error:
         raise UsageError(f"{file.name} cannot be read as parquet: {error}", fix="write it again") from None
@@ -188,14 +222,23 @@ def _parquet(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
 
 def _read_dataset(data: TextData, base: Path, wanted: Wanted) -> Table:
     found = open_dataset(data, base)
-    columns = [name for name in wanted.columns.values() if name in found.column_names]
+    columns = [name for name in wanted.names if name in found.column_names]
     rows = _by_row(str(data.dataset), {name: list(found[name]) for name in columns})
     table = _collect(f"dataset {data.dataset}", found.column_names, rows, wanted)
     label = next(
         (found.features[wanted.columns[role]] for role in ("label", "tags") if role in table.columns), None
     )
     names = getattr(getattr(label, "feature", label), "names", None)
-    return replace(table, names=tuple(names) if names else None)
+    slices = {name: named_cells(found.features[name], cells) for name, cells in table.slices.items()}
+    return replace(table, names=tuple(names) if names else None, slices=slices)
+
+
+def named_cells(feature: Any, cells: Sequence[Any]) -> list[Any]:
+    """Integers as what a dataset calls them, where it does; -1 is its word for no value."""
+    names = getattr(feature, "names", None)
+    if not names:
+        return list(cells)
+    return [names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else None for cell in cells]
 
 
 def _by_row(name: str, cells: Mapping[str, Sequence[Any]]) -> Iterator[Row]:

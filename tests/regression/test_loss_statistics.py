@@ -181,6 +181,38 @@ def test_a_bootstrap_interval_is_that_of_the_mean() -> None:
     assert found.detectable == pytest.approx((1.645 + 0.842) * error, rel=0.05)
 
 
+def losses(values: np.ndarray) -> dict[str, list[Any]]:
+    return {"loss": values.tolist()}
+
+
+def test_the_bounds_of_few_samples_are_students() -> None:
+    random = np.random.default_rng(9)
+    for samples in (6, 12):
+        before = random.normal(2.0, 1.0, samples)
+        apart = stats.norm.ppf((np.arange(samples) + 0.5) / samples)  # as normal as so few can be
+        found = loss_of("cross_entropy", goal(max_degradation=1.0), losses(before), losses(before + apart))
+        error = apart.std(ddof=1) / math.sqrt(samples)
+        half = stats.t.ppf(0.95, samples - 1) * error
+        assert found.interval == pytest.approx((-half, half), abs=0.06 * half)
+        assert found.detectable == pytest.approx(half + 0.842 * error, rel=0.02)
+
+
+@pytest.mark.slow
+def test_6_samples_raise_as_few_false_alarms_as_many_do() -> None:
+    """Percentiles alone raise 8 in 100."""
+    random, alarms = np.random.default_rng(10), 0
+    for _ in range(2000):
+        before = random.normal(2.0, 1.0, 6)
+        pair = losses(before), losses(before + random.normal(0, 0.3, 6))
+        alarms += loss_of("cross_entropy", goal(max_degradation=0.0), *pair).outcome == "fail"
+    assert 0.02 < alarms / 2000 <= 0.062
+
+
+def test_one_sample_says_nothing() -> None:
+    found = loss_of("cross_entropy", goal(max_degradation=1.0), losses(np.ones(1)), losses(np.ones(1) * 1.1))
+    assert found.outcome == "inconclusive" and found.interval == (-math.inf, math.inf)
+
+
 # False alarms -------------------------------------------------------------------------------------
 
 

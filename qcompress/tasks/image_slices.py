@@ -1,0 +1,60 @@
+"""Columns that part a set of images: arrays beside those of an archive, columns of a dataset. Torch-free.
+
+A folder of images has a label for each, and no columns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qcompress.errors import UsageError
+from qcompress.schema import TextData
+from qcompress.task_options import Columns
+from qcompress.tasks.images import opened_archive
+from qcompress.tasks.table import Slices, named_cells
+from qcompress.tasks.text import open_dataset
+
+
+def image_slices(data: TextData, base: Path) -> Slices:
+    """The columns of a recipe's `slices`, of the images that `read_pictures` gives."""
+    if data.npz is None:
+        return _dataset(data, base)
+    images = (data.columns or Columns()).image or "images"
+    parts = [_archive(base / name, data, images) for name in data.npz]
+    columns = {name: [cell for part in parts for cell in part.columns[name]] for name in data.slices or ()}
+    return Slices(columns, [place for part in parts for place in part.places])
+
+
+def _archive(file: Path, data: TextData, images: str) -> Slices:
+    found: dict[str, list[Any]] = {}
+    with opened_archive(file) as archive:
+        wanted = data.slices or []
+        for name in (images, *wanted):
+            if name not in archive.files:
+                raise UsageError(f"{file.name} has the arrays {', '.join(archive.files)}, and not {name!r}",
+                                 fix="name the right one under `slices`")  # fmt: skip
+        count = len(archive[images])
+        for name in wanted:
+            array = archive[name]
+            if array.shape != (count,):
+                raise UsageError(
+                    f"{file.name}: {count} images, and {name} is of shape {list(array.shape)}",
+                    fix="write one value for each image",
+                )
+            found[name] = array.tolist()
+    return Slices(found, [f"{file.name}, row {row + 1}" for row in range(count)])
+
+
+def _dataset(data: TextData, base: Path) -> Slices:
+    rows = open_dataset(data, base)
+    names = data.slices or []
+    for name in names:
+        if name not in rows.column_names:
+            raise UsageError(
+                f"dataset {data.dataset} has the columns {', '.join(rows.column_names)}, and not {name!r}",
+                fix="name the right one under `slices`",
+            )
+    cells = rows.select_columns(names)[:]
+    columns = {name: named_cells(rows.features[name], cells[name]) for name in names}
+    return Slices(columns, [f"dataset {data.dataset}, row {row + 1}" for row in range(len(rows))])
