@@ -322,22 +322,28 @@ def sensitivity(
     overrides: Sequence[str] = (),
     formats: Sequence[str] = ("int8", "int4"),
     samples: int = 64,
+    fresh: int | None = None,
+    seed: int | None = None,
     max_bytes: int | None = None,
     max_cost: float | None = None,
     as_small_as: str | None = None,
+    controls: Sequence[str] = (),
+    wins: bool = True,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """What rounding each layer costs in each of `formats`, and with a budget the mixture that fits it:
     sensitivity.json (`qcompress/sensitivity/study.py`), which it writes and returns.
 
-    A budget is one of `max_bytes`, `max_cost` in nats, and `as_small_as`, a format that all could have.
+    A budget is one of `max_bytes`, `max_cost` in nats, and `as_small_as`, a format that all could have; other
+    costs, `controls`, choose mixtures of the same bytes. `fresh` samples judge them, else as many as choose.
     """
-    from qcompress.sensitivity.study import Budget
+    from qcompress.sensitivity.calibrated import Place
+    from qcompress.sensitivity.sampling import Sampling
+    from qcompress.sensitivity.study import budget_of
     from qcompress.sensitivity.study import sensitivity as measure
 
-    given = [value for value in (max_bytes, max_cost, as_small_as) if value is not None]
-    if len(given) > 1:
-        raise UsageError("a mixture has one budget", fix="give one of max-bytes, max-cost and as-small-as")
-    budget = Budget(max_bytes, max_cost, as_small_as) if given else None
+    budget = budget_of(max_bytes, max_cost, as_small_as)
     resolved, folder, store = _settings(recipe, out, cache, overrides, smoke=False)
-    return measure(resolved, folder, store, reporter or Reporter(silent=True), formats, samples, budget)
+    place = Place(folder, store, reporter or Reporter(silent=True))
+    sampling = Sampling(samples, fresh or samples, seed)
+    return measure(resolved, place, sampling, formats, budget, controls, wins)

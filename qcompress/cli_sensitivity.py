@@ -26,6 +26,18 @@ def sensitivity(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=2, help="Calibration samples to measure on.")] = 64,
+    fresh: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Other samples that judge the mixture; default as many.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Draw the samples from all of the data; default the first ones.", show_default=False
+        ),
+    ] = None,
     max_bytes: Annotated[
         int | None,
         typer.Option(min=1, help="Find the best mixture of at most so many bytes.", show_default=False),
@@ -38,6 +50,15 @@ def sensitivity(
         str | None,
         typer.Option(help="Find the best mixture of at most this format's bytes.", show_default=False),
     ] = None,
+    controls: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control", help="Also a mixture of the same bytes by other costs: weight-error, shuffled."
+        ),
+    ] = None,
+    wins: Annotated[
+        bool, typer.Option("--wins/--no-wins", help="Measure what each layer wins by staying float.")
+    ] = True,
     all_layers: Annotated[bool, typer.Option("--all", help="Show all layers.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -45,8 +66,8 @@ def sensitivity(
     with errors():
         document = api.sensitivity(
             recipe, out, cache=cache, overrides=overrides or (), formats=formats or ("int8", "int4"),
-            samples=samples, max_bytes=max_bytes, max_cost=max_cost, as_small_as=as_small_as,
-            reporter=Reporter(),
+            samples=samples, fresh=fresh, seed=seed, max_bytes=max_bytes, max_cost=max_cost,
+            as_small_as=as_small_as, controls=controls or (), wins=wins, reporter=Reporter(),
         )  # fmt: skip
         if as_json:
             print_json(document)

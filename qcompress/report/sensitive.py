@@ -37,6 +37,9 @@ def print_sensitivity(console: Console, document: dict[str, Any], everything: bo
             uniform, difference = (_cost(mixture[key]) for key in ("uniform", "difference"))
             said += f"; the uniform format: {uniform}; difference {difference}"
         console.print(said, markup=False)
+        for control, other in mixture["controls"].items():
+            said = f"control {control}, {other['bytes']:,} bytes: {_cost(other['measured'])}; "
+            console.print(f"{said}difference of the mixture {_cost(other['difference'])}", markup=False)
         counts = Counter(mixture["formats"].values())
         console.print("mixture: " + ", ".join(f"{count} x {word}" for word, count in counts.most_common()))
         console.print(dump_yaml({"format": mixture["fragment"]}), markup=False)
@@ -52,5 +55,5 @@ def _layers(word: str, layers: dict[str, Any], everything: bool) -> Table:
     return table
 
 
-def _cost(cost: list[float]) -> str:
-    return f"{cost[0]:.3g} ± {cost[1]:.1g}"
+def _cost(cost: list[float] | None) -> str:
+    return "-" if cost is None else f"{cost[0]:.3g} ± {cost[1]:.1g}"

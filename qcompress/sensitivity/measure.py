@@ -51,22 +51,28 @@ class Costs:
     all: Cost
     alone: dict[str, Cost]
     wins: dict[str, Cost]
+    """Empty where that was not asked for."""
 
 
 def divergence(reference: np.ndarray, found: np.ndarray, kind: Kind = "single") -> float:
     """Distance of logits [positions, outputs] from those of the float model, mean over positions."""
-    p, q = (torch.from_numpy(np.ascontiguousarray(logits)).double() for logits in (reference, found))
+    return _apart(_predicted(reference, kind), _predicted(found, kind), kind)
+
+
+def _predicted(logits: np.ndarray, kind: Kind) -> Tensor:
+    """Log-probabilities [positions, outputs], of several labels [2, positions, outputs]; or the numbers."""
+    values = torch.from_numpy(np.ascontiguousarray(logits)).double()
+    if kind == "regression":
+        return values
+    if kind == "multi":
+        return torch.stack([F.logsigmoid(values), F.logsigmoid(-values)])
+    return values.log_softmax(-1)
+
+
+def _apart(p: Tensor, q: Tensor, kind: Kind) -> float:
     if kind == "regression":
         return float((p - q).square().mean())
-    if kind == "multi":
-        return float(
-            sum(_kl(*(F.logsigmoid(sign * logits) for logits in (p, q))) for sign in (1, -1)) / len(p)
-        )
-    return float(_kl(p.log_softmax(-1), q.log_softmax(-1)) / len(p))
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    return F.kl_div(q, p, reduction="sum", log_target=True)
+    return float(F.kl_div(q, p, reduction="sum", log_target=True) / p.shape[-2])
 
 
 class Switches:
@@ -102,16 +108,19 @@ def measure_costs(
     title: str,
     kind: Kind = "single",
     each: bool = True,
+    wins: bool = True,
 ) -> Costs:
-    """Costs of one format, on `windows` in batches of `size`; without `each`, of all layers together alone.
-    Every batch goes through all settings, so that the float model's logits of one batch are all that is kept.
+    """Costs of one format, on `windows` in batches of `size`; without `each`, of all layers together alone;
+    without `wins`, not of what a layer wins by staying float, which takes the larger half of the time. Every
+    batch goes through all settings, so that the float model's logits of one batch are all that is kept.
     """
     switches = Switches(prepared, groups)
     runner = TorchRunner(prepared.model, prepared.family, device)
     settings: dict[tuple[str, str], tuple[Collection[str], bool]] = {("all", ""): (groups, True)}
     single = list(groups) if each else []
     settings |= {("alone", name): ((name,), False) for name in single}
-    settings |= {("without", name): ([other for other in groups if other != name], True) for name in single}
+    floats = single if wins else []
+    settings |= {("without", name): ([other for other in groups if other != name], True) for name in floats}
     found = {key: np.zeros(len(windows)) for key in settings}
     order = list(batches(task, windows, size))
     with reporter.bar(title, len(order) * len(settings)) as bar:
@@ -119,17 +128,31 @@ def measure_costs(
             batch = [windows[row] for row in rows]
             inputs = task.collate(batch)
             switches.only((), False)
-            reference = runner(inputs)
+            reference = [
+                _predicted(task.compared(window, logits), kind)
+                for window, logits in zip(batch, runner(inputs), strict=True)
+            ]
             for key, (names, points) in settings.items():
                 switches.only(names, points)
                 for row, window, before, now in zip(rows, batch, reference, runner(inputs), strict=True):
-                    pair = (task.compared(window, logits) for logits in (before, now))
-                    found[key][row] = divergence(*pair, kind)
+                    found[key][row] = _apart(before, _predicted(task.compared(window, now), kind), kind)
                 bar.advance(key[1] or "all")
     switches.only(groups, True)
     every = found["all", ""]
     return Costs(
         all=Cost.of(every),
         alone={name: Cost.of(found["alone", name]) for name in single},
-        wins={name: Cost.of(every - found["without", name]) for name in single},
+        wins={name: Cost.of(every - found["without", name]) for name in floats},
     )
+
+
+@torch.no_grad()
+def weight_errors(prepared: Prepared, groups: Collection[str]) -> dict[str, float]:
+    """What rounding does to each weight by itself: the energy of its error over that of the weight."""
+    found = {}
+    for name in groups:
+        layer = prepared.layers[name]
+        weight, rounded = layer.rescaled_weight().double(), layer.quantized_weight().double()
+        energy = float(weight.square().sum())
+        found[name] = float((rounded - weight).square().sum()) / energy if energy else 0.0
+    return found

@@ -4,12 +4,15 @@ For each format the recipe is calibrated (method ptq) with that format of all it
 stages and the same cache as a run, and measured on the calibration data (`measure.py`): data that judge a run
 choose nothing. Layers that the recipe leaves float stay out. A mixture is then calibrated and measured as a
 whole, since costs that were measured one by one need not add up, on samples that did not choose it (the next
-ones of the calibration data; `fresh` says whether there were any).
+ones of the calibration data, or with a seed others that are drawn from all of it; `fresh` says whether there
+were any). What was measured of single layers stays in the cache: another budget costs its mixture alone.
 
-The document: {"recipe", "samples", "unit", "float_bytes", "formats": {format: {"bytes", "all", "layers":
-{name: {"alone", "wins", "bytes"}}}}, "mixture": null | {"formats", "predicted", "measured", "uniform",
-"difference", "samples", "fresh", "bytes", "fragment"}}; a cost is [mean, standard error], and so is the
-difference of the mixture to the uniform format of the budget, sample by sample; both null without one.
+The document: {"recipe", "samples", "seed", "unit", "float_bytes", "formats": {format: {"bytes", "all",
+"layers": {name: {"alone", "wins", "weight_error", "bytes"}}}}, "mixture": null | {"formats", "predicted",
+"measured", "uniform", "difference", "samples", "fresh", "bytes", "fragment", "controls": {control:
+{"formats", "measured", "difference", "bytes", "fragment"}}}}; a cost is [mean, standard error], and so is the
+difference of the mixture to the uniform format of the budget, sample by sample, both null without one, and
+that of the mixture to a control (`controls.py`). `wins` is null where it was not asked for.
 """
 
 from __future__ import annotations
@@ -17,16 +20,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qcompress import pipeline
-from qcompress.artifacts import FloatModel, TrainedModel, write_json
+from qcompress.artifacts import write_json
 from qcompress.errors import UsageError
 from qcompress.keys import prepare
 from qcompress.plan import LayerPlan
-from qcompress.progress import Reporter
 from qcompress.recipe import Resolved
+from qcompress.sensitivity.calibrated import LayerCosts, Place, WholeCost, measure_layers, measure_whole
 from qcompress.sensitivity.candidates import (
     Form,
     groups_of,
@@ -35,10 +36,9 @@ from qcompress.sensitivity.candidates import (
     stored_bytes,
     with_formats,
 )
+from qcompress.sensitivity.controls import check_controls, other_costs
 from qcompress.sensitivity.mixture import BYTES, Choice, affordable, choose
-
-if TYPE_CHECKING:
-    from qcompress.sensitivity.measure import Costs
+from qcompress.sensitivity.sampling import Sampling
 
 FLOAT = "float"
 
@@ -52,56 +52,65 @@ class Budget:
     like: str | None = None
 
 
+def budget_of(most_bytes: int | None, most_cost: float | None, like: str | None) -> Budget | None:
+    """The budget that was given, if one was. Raises UsageError for more than one."""
+    given = [value for value in (most_bytes, most_cost, like) if value is not None]
+    if len(given) > 1:
+        raise UsageError("a mixture has one budget", fix="give one of max-bytes, max-cost and as-small-as")
+    return Budget(most_bytes, most_cost, like) if given else None
+
+
 def sensitivity(
     resolved: Resolved,
-    out: Path,
-    cache: Path,
-    reporter: Reporter,
+    place: Place,
+    sampling: Sampling,
     formats: Sequence[str] = ("int8", "int4"),
-    samples: int = 64,
     budget: Budget | None = None,
+    controls: Sequence[str] = (),
+    wins: bool = True,
 ) -> dict[str, Any]:
-    """Measure every format of every layer, choose a mixture where there is a `budget`; writes and returns
-    sensitivity.json (the document above) in the folder of the recipe's runs.
+    """Measure every format of every layer, choose a mixture where there is a `budget`, and hold it against
+    `controls`; writes and returns sensitivity.json (the document above) in the folder of the recipe's runs.
+    Without `wins` nothing is measured that a choice does not need.
 
     Raises UsageError for a recipe without calibration data, a format that is not one, and a budget that no
     mixture of these formats keeps; RecipeError where a format is not for the target or the recipe's layers.
     """
     recipe = resolved.recipe
-    if recipe.data.calibration is None and recipe.data.train is None:
-        raise UsageError("sensitivity is measured on calibration data", fix="name some at data.calibration")
-    if recipe.export.graph is not None:
-        raise UsageError("`export.graph` was quantized elsewhere", fix="name the recipe of the float model")
+    _check(resolved, budget, controls)
     words = list(dict.fromkeys([*formats, *([budget.like] if budget and budget.like else [])]))
     # every format is held against the model, the target and the budget before the first one is measured
     candidates = {word: _candidate(resolved, word) for word in words}
     if budget is not None and budget.bytes is not None:
         sizes = [candidate.sizes for candidate in candidates.values()]
         affordable(sum(min(one[name] for one in sizes) for name in sizes[0]), budget.bytes, *BYTES)
-    document: dict[str, Any] = {"recipe": recipe.name, "samples": None, "unit": None, "formats": {},
-                                "mixture": None}  # fmt: skip
-    layers: dict[str, dict[str, Choice]] = {}
+    document: dict[str, Any] = {"recipe": recipe.name, "samples": None, "seed": sampling.seed, "unit": None,
+                                "formats": {}, "mixture": None}  # fmt: skip
+    offer = _Offer({}, {})
     for word, candidate in candidates.items():
-        measured = _measure(candidate.resolved, out, cache, reporter, samples, word)
-        document |= {"samples": measured.samples, "unit": measured.unit}
-        document["formats"][word] = _told(candidate, measured.costs)
-        for name, item in candidate.owned.items():
-            # a table, and a layer to which the recipe gives a format of its own, keep theirs
-            kept = word if item.weights == candidate.form else str(item.weights)
-            cost = max(measured.costs.alone[name].mean, 0.0)
-            unrounded = Choice(0.0, stored_bytes(item.layer, None, recipe.format.compute))
-            layers.setdefault(name, {FLOAT: unrounded})
-            layers[name][kept] = Choice(cost, candidate.sizes[name], item.weights)
-    document["float_bytes"] = sum(choices[FLOAT].bytes for choices in layers.values())
+        costs = measure_layers(candidate.resolved, place, sampling, word, wins)
+        document |= {"samples": costs.samples, "unit": costs.unit}
+        document["formats"][word] = _told(candidate, costs)
+        offer.add(word, candidate, costs, recipe.format.compute)
+    document["float_bytes"] = sum(choices[FLOAT].bytes for choices in offer.layers.values())
     if budget is not None:
         like = candidates[budget.like] if budget.like else None
-        most = sum(like.sizes.values()) if like else budget.bytes
-        chosen = choose(layers, max_bytes=most, max_cost=budget.cost)
-        document["mixture"] = _mix(resolved, chosen, layers, like, out, cache, reporter, samples)
-    folder = out / recipe.name
+        document["mixture"] = _mix(resolved, place, sampling, offer, budget, like, controls)
+    folder = place.out / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "sensitivity.json", document)
     return document
+
+
+def _check(resolved: Resolved, budget: Budget | None, controls: Sequence[str]) -> None:
+    recipe = resolved.recipe
+    if recipe.data.calibration is None and recipe.data.train is None:
+        raise UsageError("sensitivity is measured on calibration data", fix="name some at data.calibration")
+    if recipe.export.graph is not None:
+        raise UsageError("`export.graph` was quantized elsewhere", fix="name the recipe of the float model")
+    check_controls(controls)
+    if controls and budget is None:
+        raise UsageError("a control is a mixture, and a mixture has a budget", fix="give a budget, or none")
 
 
 @dataclass(frozen=True)
@@ -129,85 +138,93 @@ def _owned(resolved: Resolved) -> dict[str, LayerPlan]:
     return {item.name: item for item in plan if item.name in groups}
 
 
-def _told(candidate: _Candidate, costs: Costs) -> dict[str, Any]:
+def _told(candidate: _Candidate, costs: LayerCosts) -> dict[str, Any]:
     layers = {
-        name: {"alone": costs.alone[name].to_json(), "wins": costs.wins[name].to_json(), "bytes": size}
+        name: {
+            "alone": costs.alone[name],
+            "wins": costs.wins and costs.wins[name],
+            "weight_error": costs.weight_errors[name],
+            "bytes": size,
+        }
         for name, size in candidate.sizes.items()
     }
-    return {"bytes": sum(candidate.sizes.values()), "all": costs.all.to_json(), "layers": layers}
+    return {"bytes": sum(candidate.sizes.values()), "all": costs.all, "layers": layers}
 
 
 @dataclass(frozen=True)
-class _Measured:
-    costs: Costs
-    samples: int
-    fresh: bool
-    unit: str
+class _Offer:
+    """What each layer may get, by the name of the format, and the errors of its weight."""
 
+    layers: dict[str, dict[str, Choice]]
+    errors: dict[str, dict[str, float]]
 
-def _measure(
-    resolved: Resolved, out: Path, cache: Path, reporter: Reporter, samples: int, title: str,
-    whole: bool = False,
-) -> _Measured:  # fmt: skip
-    """Costs of a recipe whose formats are settled: of each layer on the first `samples`, or of the `whole` on
-    those after them, where there are two.
-    """
-    run = pipeline.run(resolved, out, cache, reporter, until="train")
-    import torch
-
-    from qcompress.evaluation import Artifacts, evaluation_samples
-    from qcompress.host import device_kind
-    from qcompress.prepare import rebuild
-    from qcompress.sensitivity.measure import measure_costs
-    from qcompress.tasks import TASKS
-
-    steps, recipe = {step.stage: step for step in run.steps}, resolved.recipe
-    model = FloatModel.of(steps["load"].path, steps["load"].digest, prepare(resolved).directory)
-    trained = TrainedModel(steps["train"].path, steps["train"].digest)
-    data = {"evaluate": {"calibration": recipe.data.calibration or recipe.data.train}}
-    changes = {
-        "data": recipe.data.model_copy(update=data),
-        "verify": recipe.verify.model_copy(update={"samples": 2 * samples}),
-    }
-    artifacts = Artifacts(model, trained, None, None, None, {})
-    found = evaluation_samples(recipe.model_copy(update=changes), resolved.base, artifacts)
-    windows, later = found.sets["calibration"][:samples], found.sets["calibration"][samples:]
-    fresh = whole and len(later) > 1
-    windows, kind = later if fresh else windows, getattr(found.task, "kind", "single")
-    prepared = rebuild(model, trained)
-    costs = measure_costs(
-        prepared, groups_of(prepared.plan), TASKS[recipe.task.name], windows, recipe.verify.batch_size,
-        torch.device(device_kind(recipe.train.device)), reporter, title, kind, each=not whole,
-    )  # fmt: skip
-    return _Measured(costs, len(windows), fresh, "squared difference" if kind == "regression" else "nats")
+    def add(self, word: str, candidate: _Candidate, costs: LayerCosts, compute: str) -> None:
+        for name, item in candidate.owned.items():
+            # a table, and a layer to which the recipe gives a format of its own, keep theirs
+            kept = word if item.weights == candidate.form else str(item.weights)
+            cost = max(costs.alone[name][0], 0.0)
+            choices = self.layers.setdefault(
+                name, {FLOAT: Choice(0.0, stored_bytes(item.layer, None, compute))}
+            )
+            choices[kept] = Choice(cost, candidate.sizes[name], item.weights)
+            self.errors.setdefault(name, {FLOAT: 0.0})[kept] = costs.weight_errors[name]
 
 
 def _mix(
-    resolved: Resolved, chosen: Mapping[str, str], layers: Mapping[str, Mapping[str, Choice]],
-    like: _Candidate | None, out: Path, cache: Path, reporter: Reporter, samples: int,
+    resolved: Resolved, place: Place, sampling: Sampling, offer: _Offer, budget: Budget,
+    like: _Candidate | None, controls: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """What the chosen mixture should cost and what it does, beside the uniform format it is to be like."""
-    from qcompress.sensitivity.measure import Cost
+    """What the chosen mixture should cost and what it does, beside the uniform format it is to be like, and
+    beside mixtures of its bytes that were chosen by other costs.
+    """
+    most = sum(like.sizes.values()) if like else budget.bytes
+    picked = _picked(offer.layers, max_bytes=most, max_cost=budget.cost)
+    told, found = _measured(resolved, place, sampling, picked, "mixture")
+    uniform = None if like is None else measure_whole(like.resolved, place, sampling, "uniform")
+    others = {}
+    for control in controls:
+        costs = other_costs(control, offer.layers, offer.errors, sampling.seed or 0)
+        instead = _picked(costs, max_bytes=told["bytes"])
+        others[control], measured = _measured(resolved, place, sampling, instead, control)
+        others[control]["difference"] = _difference(found, measured)
+    return told | {
+        "predicted": sum(choice.cost for _, choice in picked.values()),
+        "uniform": uniform and uniform.cost.to_json(),
+        "difference": uniform and _difference(found, uniform),
+        "samples": len(found.cost.samples),
+        "fresh": found.fresh,
+        "controls": others,
+    }
 
-    picked = {name: layers[name][word] for name, word in chosen.items()}
-    forms = {name: choice.form for name, choice in picked.items()}
+
+def _picked(
+    layers: Mapping[str, Mapping[str, Choice]], max_bytes: int | None = None, max_cost: float | None = None
+) -> dict[str, tuple[str, Choice]]:
+    """The best choice of each layer, with its name."""
+    chosen = choose(layers, max_bytes=max_bytes, max_cost=max_cost)
+    return {name: (word, layers[name][word]) for name, word in chosen.items()}
+
+
+def _measured(
+    resolved: Resolved, place: Place, sampling: Sampling, picked: Mapping[str, tuple[str, Choice]], title: str
+) -> tuple[dict[str, Any], WholeCost]:
+    """A mixture as the document tells it, and its cost sample by sample."""
+    forms = {name: choice.form for name, (_, choice) in picked.items()}
     mixed = with_formats(resolved, layers=forms)
     tables = {item.name for item in prepare(mixed).report.plan if item.layer.section == "embeddings"}
-    found = _measure(mixed, out, cache, reporter, samples, "mixture", whole=True)
-    uniform = None
-    if like is not None:
-        uniform = _measure(like.resolved, out, cache, reporter, samples, "uniform", whole=True).costs.all
-    return {
-        "formats": dict(chosen),
-        "predicted": sum(choice.cost for choice in picked.values()),
-        "measured": found.costs.all.to_json(),
-        "uniform": uniform and uniform.to_json(),
-        "difference": uniform and Cost.of(found.costs.all.samples - uniform.samples).to_json(),
-        "samples": found.samples,
-        "fresh": found.fresh,
-        "bytes": sum(choice.bytes for choice in picked.values()),
+    found = measure_whole(mixed, place, sampling, title)
+    told = {
+        "formats": {name: word for name, (word, _) in picked.items()},
+        "measured": found.cost.to_json(),
+        "bytes": sum(choice.bytes for _, choice in picked.values()),
         "fragment": fragment(forms, tables),
     }
+    return told, found
+
+
+def _difference(found: WholeCost, other: WholeCost) -> list[float]:
+    """[mean, standard error] of how much more it costs than the other, sample by sample."""
+    return type(found.cost).of(found.cost.samples - other.cost.samples).to_json()
 
 
 def fragment(forms: Mapping[str, Form], tables: Collection[str]) -> dict[str, Any]:
