@@ -252,7 +252,7 @@ print(before, inside)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library keeps memory as it likes")
 def test_memory_that_is_freed_is_used_again_without_asking_the_system() -> None:
-    """20 times 48 MiB; left alone, glibc gives back what exceeds 24 MiB of it, and all of it is faulted in again."""
+    """20 times 48 MiB; left alone, glibc gives back what exceeds 24 MiB of it, and it is faulted in again."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     before, inside = map(int, done.stdout.split())
     assert before > 20_000 and inside < 1000
