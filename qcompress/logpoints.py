@@ -12,6 +12,7 @@ from qcompress.history import Scale
 from qcompress.methods.protocols import Objective
 from qcompress.prepare import Prepared
 from qcompress.quant.codebook import is_codebook
+from qcompress.quant.dynamic import DynamicActivation
 
 if TYPE_CHECKING:
     from qcompress.loop import Training
@@ -51,13 +52,18 @@ class Heard:
 
 def learned(prepared: Prepared, scope: str = "") -> Iterator[tuple[str, nn.Module]]:
     """What has a learned scale under `scope`, by the name of the scale: the quantizers of `<layer>.weight`,
-    `<layer>.input` and `<point>`, the rescaling `<writer>.rescale`. Codebooks have none to speak of.
+    `<layer>.input` and `<point>`, the rescaling `<writer>.rescale`. Codebooks have none to speak of, and
+    dynamic activations none, though one behind an adapter holds the parameters of its rescaling.
     """
     weights = ((f"{name}.weight", part) for name, part in prepared.weight_quantizers())
     rescalings = ((f"{name}.rescale", part) for name, part in prepared.rescalings.items())
     for name, part in (*weights, *prepared.activation_quantizers(), *rescalings):
-        if name.startswith(scope) and not is_codebook(part) and any(True for _ in part.parameters()):
+        if name.startswith(scope) and not _without_scale(part) and any(True for _ in part.parameters()):
             yield name, part
+
+
+def _without_scale(part: nn.Module) -> bool:
+    return is_codebook(part) or isinstance(part, DynamicActivation)
 
 
 @torch.no_grad()

@@ -120,6 +120,7 @@ def test_a_graph_of_another_tool_is_measured_built_and_gated(project: Callable[.
 
 
 @needs_rtx
+@pytest.mark.slow
 def test_the_whole_model_of_modelopts_quantizer_is_gated_as_well(
     project: Callable[..., Project], tiny_model: Path
 ) -> None:

@@ -319,6 +319,7 @@ def test_every_code_is_that_of_the_folded_model_or_a_tie(graph: Graph, prompts: 
         )
 
 
+@pytest.mark.slow
 def test_the_whole_line_measures_a_graph_with_a_cache(
     tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:

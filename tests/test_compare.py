@@ -466,6 +466,7 @@ def folder(project: Project, name: str) -> Path:
     return found.pop()
 
 
+@pytest.mark.slow
 def test_compare_reads_folders_of_seeds_and_single_runs(seeds: Project) -> None:
     done = cli("compare", folder(seeds, NAME), folder(seeds, "fast"), "--json")
     assert done.code == 0
@@ -483,6 +484,7 @@ def test_compare_reads_folders_of_seeds_and_single_runs(seeds: Project) -> None:
     assert one_seed.code == 0 and "b: one pair has no spread" in one_seed.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_is_compared_with_itself_shows_no_difference(seeds: Project) -> None:
     mine = folder(seeds, NAME)
     (item,) = api.compare([f"a={mine}", f"b={mine}"])["differences"]
@@ -490,6 +492,7 @@ def test_a_run_that_is_compared_with_itself_shows_no_difference(seeds: Project) 
     assert item["t_interval"] == item["bootstrap_interval"] == (0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_compare_fits_into_80_columns(seeds: Project) -> None:
     done = cli("compare", folder(seeds, NAME), folder(seeds, "fast"), environment={"COLUMNS": "80"})
     assert done.code == 0 and "…" not in done.stdout
@@ -511,6 +514,7 @@ def test_a_run_on_other_data_is_refused_with_4(seeds: Project) -> None:
     assert done.code == 4 and "measured on other samples of test" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_row_that_was_not_measured_is_refused_with_4(seeds: Project) -> None:
     done = cli("compare", folder(seeds, NAME), "--row", "engine")
     assert done.code == 4 and "the row engine was not measured" in done.stderr
@@ -518,6 +522,7 @@ def test_a_row_that_was_not_measured_is_refused_with_4(seeds: Project) -> None:
     assert done.code == 2 and "unknown row 'plan'" in done.stderr
 
 
+@pytest.mark.slow
 def test_runs_of_an_earlier_version_say_what_to_do(seeds: Project) -> None:
     run = seeds.copy(seeds.folder.parent / "earlier").latest
     manifest = read_json(run / "manifest.json")

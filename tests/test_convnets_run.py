@@ -24,6 +24,7 @@ needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensor
     ],
     ids=["resnet", "efficientnet"],
 )
+@pytest.mark.slow
 def test_a_run_ends_with_a_plan_and_a_verdict(kind: str, sections: dict, tmp_path: Path) -> None:
     save_net(tmp_path / "model", kind)
     archive = save_images(tmp_path / "images.npz")

@@ -132,6 +132,7 @@ def test_a_change_that_makes_the_model_worse_fails_and_says_where(repository: Re
     assert [finding["location"]["path"] for finding in findings] == ["recipe.yaml"] * 2
 
 
+@pytest.mark.slow
 def test_a_change_that_looks_at_less_is_not_taken_for_a_good_one(repository: Repository) -> None:
     repository.branch("less", lambda recipe: recipe["data"]["evaluate"]["test"].update(limit=6))
     code, notes, text, _ = repository.gate()

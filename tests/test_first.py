@@ -218,6 +218,7 @@ def test_a_table_of_words_and_tags(tmp_path: Path, models: dict[str, Path]) -> N
     assert recipe["data"]["evaluate"]["test"]["columns"] == {"tokens": "tokens", "tags": "tags"}
 
 
+@pytest.mark.slow
 def test_a_text_is_for_a_language_model(tmp_path: Path, tiny_model: Path, text_file: Path) -> None:
     shutil.copyfile(text_file, tmp_path / "mine.txt")
     begun = started(tmp_path, tiny_model, tmp_path / "mine.txt")

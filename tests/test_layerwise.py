@@ -190,6 +190,7 @@ def test_a_defect_in_the_graph_of_a_run_is_a_regression_and_named(copy: Project)
     )
 
 
+@pytest.mark.slow
 def test_a_defect_behind_the_last_rounding_is_seen_in_the_logits(copy: Project) -> None:
     """The head of this run reads floats: no code follows the last norm."""
     run = copy.run(

@@ -42,7 +42,7 @@ CELLS = [
 ]
 QUICK = [
     ("gpt2", "mixed", "fp32"),
-    pytest.param(("cifar-resnet", "w8a8", "fp16"), marks=needs_assets),
+    pytest.param(("cifar-resnet", "w8a8", "fp16"), marks=[needs_assets, pytest.mark.slow]),
 ]
 SMALL = ("data.calibration.limit=8", "data.evaluate.test.limit=4", "verify.distance_samples=4")
 CONVOLUTIONAL = ("cifar-resnet", "resnet", "efficientnet")

@@ -136,6 +136,7 @@ def project(tiny_model: Path, text_file: Path, tmp_path_factory: pytest.TempPath
     return made
 
 
+@pytest.mark.slow
 def test_a_quantizer_of_ones_own_reaches_the_onnx_file(project: Project) -> None:
     """Every weight scale of the graph is a power of two, and none of the same run with lsq."""
     graph = onnx.load(project.latest / "model.onnx").graph

@@ -308,6 +308,7 @@ def ended(process: subprocess.Popen[str]) -> Result:
     return Result(process.returncode, stdout, stderr)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_bytes(
     project: Project, tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:

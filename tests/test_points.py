@@ -282,14 +282,17 @@ class Kind:
 QUICK = (
     Kind("bert", SEQUENCE, "some"),
     Kind("distilbert", TOKEN, "both", "fp16"),
-    Kind("roberta", SEQUENCE, "narrow"),
 )
 SLOW = tuple(
     Kind(family, task, form, compute)
     for family, task in KINDS
     for form, compute in (("both", "fp32"), ("w8a8", "fp32"), ("w4a16", "fp32"), ("both", "fp16"))
     if Kind(family, task, form, compute) not in QUICK
-) + (Kind("gpt2", "causal-lm", "attention"), Kind("gpt2", "causal-lm", "attention", "fp16"))
+) + (
+    Kind("roberta", SEQUENCE, "narrow"),
+    Kind("gpt2", "causal-lm", "attention"),
+    Kind("gpt2", "causal-lm", "attention", "fp16"),
+)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from qcompress.yamlfile import parse_yaml, read_yaml
 RECIPES = sorted(
     file
     for file in (Path(__file__).parent.parent / "recipes").rglob("*.yaml")
-    if file.name != "study.yaml"  # which lists the arms of a study
+    if file.name not in ("study.yaml", "mixtures.yaml")  # which list what a study compares
 )
 SCHEMA = recipe_schema()
 VALIDATOR = Draft202012Validator(SCHEMA)

@@ -55,7 +55,12 @@ def source(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_checkpoint(tmp_path_factory.mktemp("deep"), text_file, blocks=BLOCKS)
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) if name in ("ipq", "w4a16") else name for name in FORMATS
+    ],
+)
 def made(request: pytest.FixtureRequest, source: Path, text_file: Path, tmp_path_factory: Any) -> Made:
     folder = tmp_path_factory.mktemp(request.param)
     phases = {"schedule": {"name": "staged"}} if request.param == "ipq" else {}
@@ -151,6 +156,7 @@ def test_tensorrt_rtx_builds_it(made: Made, tmp_path: Path) -> None:
     assert (tmp_path / "model.plan").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_roundings_that_changed_places_fail_the_certificate(
     source: Path, text_file: Path, tmp_path: Path
 ) -> None:

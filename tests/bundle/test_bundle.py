@@ -83,7 +83,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text_file
     return project.latest
 
 
-@pytest.fixture(params=["gpt2", "bert", "cached"])
+@pytest.fixture(params=["gpt2", "bert", pytest.param("cached", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 

@@ -253,8 +253,7 @@ def pair_of(metric: str, samples: int) -> tuple[dict[str, list[Any]], dict[str, 
     "metric",
     [
         "accuracy",
-        "perplexity",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("f1", "mcc", "spearman")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("perplexity", "f1", "mcc", "spearman")),
     ],
 )
 def test_2000_comparisons_without_a_difference_raise_at_most_6_2_percent_false_alarms(metric: str) -> None:

@@ -130,6 +130,7 @@ def test_what_a_layer_wins_is_what_the_others_cost_less(document: dict[str, Any]
     assert found["layers"][BLOCK]["wins"][0] == pytest.approx(every - without, rel=0.1)
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_exported_file(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     """sizes.json of a run counts initializers; here of a file in fp16 with int4 and int8 weights."""
     words = {
