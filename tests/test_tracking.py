@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -213,9 +214,11 @@ def test_a_tracker_that_does_not_read_never_holds_up_the_run(
     played(monkeypatch, "import time; time.sleep(60)")
     monkeypatch.setattr(qcompress.tracking, "LAST_WORDS_S", 0.2)
     recipe, reporter = resolved(tmp_path, "tensorboard").recipe, Reporter(silent=True)
+    began = time.monotonic()
     with tracking(recipe, tmp_path / "run", reporter):
         for _ in range(100):
             reporter.record(event="say", text="x" * 10_000)  # a pipe holds 64 KiB
+    assert time.monotonic() - began < 30  # the tracker sleeps for 60
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
