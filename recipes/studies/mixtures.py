@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from command import command, data_and_work
 from jobs import essence
 from mixture_table import rebuild
 from pydantic import Field, ValidationError
@@ -31,7 +30,7 @@ from results import machine, write_document
 from qcompress import api
 from qcompress.artifacts import read_json
 from qcompress.codekey import stage_key
-from qcompress.errors import INTERRUPTED, QcompressError, UsageError
+from qcompress.errors import UsageError
 from qcompress.formats import Options
 from qcompress.goals import Goal
 from qcompress.host import describe_host
@@ -266,29 +265,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
     parser.add_argument("--data", type=Path, help="default: the directory that QCOMPRESS_ASSETS names")
     options = parser.parse_args(arguments)
-    try:
+    with command():
         folder = options.study.resolve()
         study = read_mixtures(folder)
         if not options.table:
-            data = options.data or Path(os.environ.get("QCOMPRESS_ASSETS", ""))
-            if not data.is_dir() or not (options.data or os.environ.get("QCOMPRESS_ASSETS")):
-                raise UsageError("the data of this study is not here", fix="set QCOMPRESS_ASSETS, or --data")
-            work = (options.out / folder.name).resolve()
-            work.mkdir(parents=True, exist_ok=True)
+            data, work = data_and_work(folder, options.data, options.out)
             (folder / "results").mkdir(exist_ok=True)
-            runner = Runner(study, folder, data.resolve(), work)
+            runner = Runner(study, folder, data, work)
             for job in study.jobs():
                 if fnmatch(name_of(*job), options.only):
                     made = runner.make(*job)
                     Reporter().say(f"{name_of(*job)}: {'there' if made is None else 'made'}")
                     rebuild(folder, study)
         print(rebuild(folder, study))
-    except QcompressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from command import command, data_and_work
 from jobs import Job, Place, arm_job, start_job
 from results import check_size, read_result, result_of, write_document
 from study import Study, read_study
@@ -31,9 +31,8 @@ from table import rebuild
 
 from qcompress import api
 from qcompress.artifacts import sha256_file
-from qcompress.errors import INTERRUPTED, QcompressError, UsageError
+from qcompress.errors import UsageError
 from qcompress.goals import METRICS
-from qcompress.processes import announced
 from qcompress.progress import Reporter
 from qcompress.report.measured import measured
 
@@ -173,30 +172,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
     parser.add_argument("--data", type=Path, help="default: the directory that QCOMPRESS_ASSETS names")
     options = parser.parse_args(arguments)
-    try:
-        if announced() > 1:
-            raise UsageError(
-                f"a study runs in one process, and this is one of {announced()}",
-                fix="start it without torchrun",
-            )
+    with command():
         folder = options.study.resolve()
         study = read_study(folder)
         if not options.table:
-            data = options.data or Path(os.environ.get("QCOMPRESS_ASSETS", ""))
-            if not data.is_dir() or not (options.data or os.environ.get("QCOMPRESS_ASSETS")):
-                raise UsageError("the data of this study is not here", fix="set QCOMPRESS_ASSETS, or --data")
-            work = (options.out / folder.name).resolve()
-            work.mkdir(parents=True, exist_ok=True)
-            place = Place(folder, data.resolve(), work)
+            place = Place(folder, *data_and_work(folder, options.data, options.out))
             runner = Runner(study, place, options.only, options.keep, Reporter())
             runner.all(lambda: rebuild(folder, study))
         print(rebuild(folder, study))
-    except QcompressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":
