@@ -213,7 +213,7 @@ def _parquet(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
 
     try:
         header = parquet.read_schema(file).names
-        names = [name for name in wanted.names if name in header]
+        names = [name for name in header if name in wanted.names]
         cells = parquet.read_table(file, columns=names).to_pydict() if names else {}
     except (OSError, ArrowException) as error:
         raise UsageError(f"{file.name} cannot be read as parquet: {error}", fix="write it again") from None
@@ -222,7 +222,7 @@ def _parquet(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
 
 def _read_dataset(data: TextData, base: Path, wanted: Wanted) -> Table:
     found = open_dataset(data, base)
-    columns = [name for name in wanted.names if name in found.column_names]
+    columns = [name for name in found.column_names if name in wanted.names]
     rows = _by_row(str(data.dataset), {name: list(found[name]) for name in columns})
     table = _collect(f"dataset {data.dataset}", found.column_names, rows, wanted)
     label = next(
