@@ -136,13 +136,12 @@ class _FakeQuantize(torch.autograd.Function):
         x, y, scale = ctx.saved_tensors
         learned = ctx.needs_input_grad[1]
         if scale.numel() == 1:
-            low, high = (bound * scale for bound in ctx.bounds)
-            through = upstream if ctx.inside else _MASK(upstream, x, low.item(), high.item())
+            through = upstream if ctx.inside else _MASK(upstream, x, *_limits(scale, ctx.bounds))
             # sum(g * vbar) - sum over the inside of (g * v), times the scale, of what is already in memory
             terms = _dot(upstream, y).sub_(_dot(through, x)).reshape(scale.shape) if learned else None
         else:
             through, terms = _backward_of_many(upstream, x, y, scale, ctx.bounds, learned)
-        scale_gradient = None if terms is None else terms * (ctx.slope / scale)
+        scale_gradient = None if terms is None else terms.mul_(ctx.slope).div_(scale)
         return (through if ctx.needs_input_grad[0] else None), scale_gradient, None, None, None
 
 
@@ -151,6 +150,9 @@ _MASK = torch.ops.aten.hardtanh_backward
 
 PIECE = 1 << 16
 """Elements that are worked on at once on a CPU: what several steps read again is still in its cache."""
+
+MANY = 3
+"""Pieces below which taking them one by one costs more than it saves."""
 
 
 def _all_inside(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> bool:
@@ -161,8 +163,13 @@ def _all_inside(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> bool:
     """
     if scale.numel() != 1 or x.is_cuda or x.numel() == 0:
         return False
-    low, high = x.aminmax()
-    return bool((low > qmin * scale) & (high < qmax * scale))
+    found, limits = x.aminmax(), _limits(scale, (qmin, qmax))
+    return found.min.item() > limits[0] and found.max.item() < limits[1]
+
+
+def _limits(scale: Tensor, bounds: tuple[int, int]) -> tuple[float, float]:
+    """The values at which one scale begins to clip, rounded to its own precision."""
+    return (bounds[0] * scale).item(), (bounds[1] * scale).item()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -174,15 +181,19 @@ def _backward_of_many(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of x, and (where learned) the sum of g * y - through * x over all that shares a scale."""
     dims = [axis for axis in range(x.dim()) if scale.shape[axis] == 1 and x.shape[axis] != 1]
-    size = len(x) if x.is_cuda else max(1, PIECE * len(x) // max(1, x.numel()))
-    tensors = (upstream, x, y, scale.expand(len(x), *scale.shape[1:]))
-    through, terms = torch.empty_like(x), []
-    for g, xs, ys, scales, out in zip(*(tensor.split(size) for tensor in (*tensors, through)), strict=True):
+    through = torch.empty_like(x)
+
+    def piece(g: Tensor, x: Tensor, y: Tensor, scale: Tensor, out: Tensor) -> Tensor | None:
         # bounds that differ are made equal by a division, into whose memory the gradient goes
-        torch.div(xs, scales, out=out)
+        torch.div(x, scale, out=out)
         _MASK.grad_input(g, out, *bounds, grad_input=out)
-        if learned:
-            terms.append(torch.mul(g, ys).addcmul_(out, xs, value=-1).sum(dim=dims, keepdim=True))
+        return torch.mul(g, y).addcmul_(out, x, value=-1).sum(dim=dims, keepdim=True) if learned else None
+
+    if x.is_cuda or x.numel() <= MANY * PIECE:
+        return through, piece(upstream, x, y, scale, through)
+    tensors = (upstream, x, y, scale.expand(len(x), *scale.shape[1:]), through)
+    size = max(1, PIECE * len(x) // x.numel())
+    terms = [piece(*parts) for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True)]
     if not learned:
         return through, None
     return through, sum(terms) if 0 in dims else torch.cat(terms)
