@@ -3,6 +3,7 @@
     python -m qcompress.tracker NAME FOLDER
 
 Reads JSON lines: first {"project", "run", "recipe"}, then the records of log.jsonl, until there are no more.
+The last one is {"event": "ended", "status": finished | failed | interrupted}; a run that was killed has none.
 Whatever goes wrong ends this process alone.
 """
 
@@ -34,12 +35,25 @@ def follow(name: str, folder: Path, lines: Iterable[str]) -> None:
     project = first["run"] if name == "tensorboard" else first["project"]
     clean = _for_mlflow if name == "mlflow" else dict
     accelerator.init_trackers(project, config=clean(flat(first["recipe"])), init_kwargs={name: own[name]})
-    update = 0
+    update, status = 0, "interrupted"
     for record in told:
         update = record.get("update", update)
+        status = record["status"] if record.get("event") == "ended" else status
         if values := clean(values_of(record)):
             accelerator.log(values, step=update)
+    _end(name, accelerator, status)
     accelerator.end_training()
+
+
+def _end(name: str, accelerator: Accelerator, status: str) -> None:
+    """Close the run as what it was, where a tracker tells runs apart by that. accelerate calls each a success."""
+    if name == "mlflow":
+        import mlflow
+
+        words = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+        mlflow.end_run(words[status])
+    elif name == "wandb":
+        accelerator.get_tracker("wandb", unwrap=True).finish(exit_code=int(status != "finished"))
 
 
 def _for_mlflow(values: dict[str, Any]) -> dict[str, Any]:

@@ -65,11 +65,18 @@ def tracking(recipe: Recipe, folder: Path, reporter: Reporter) -> Iterator[None]
     trackers = [_Tracker(name, folder / "tracking" / name, values, reporter) for name in names]
     for tracker in trackers:
         reporter.listen(tracker.send)
+    status = "failed"
     try:
         yield
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
     finally:
         for tracker in trackers:  # what one of them says at its end is for the run alone
             reporter.unlisten(tracker.send)
+        for tracker in trackers:
+            tracker.send({"event": "ended", "status": status})
         for tracker in trackers:
             tracker.close()
 

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,26 @@ def test_mlflow_reads_back_what_the_run_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="pip install mlflow")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("a mistake"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_mlflow_tells_a_failed_run_from_a_finished_one(
+    error: BaseException, status: str, tmp_path: Path
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    recipe = resolved(tmp_path, "mlflow").recipe
+    with pytest.raises(type(error)), tracking(recipe, tmp_path / "run", Reporter(silent=True)):
+        raise error
+    client = MlflowClient(f"sqlite:///{tmp_path / 'run' / 'tracking' / 'mlflow' / 'mlflow.db'}")
+    (experiment,) = [item for item in client.search_experiments() if item.name == recipe.name]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == status
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("wandb") is None, reason="pip install wandb")
 def test_wandb_stays_offline(tmp_path: Path) -> None:
     assert track(resolved(tmp_path, "wandb").recipe, tmp_path / "run") == []
@@ -177,6 +198,28 @@ def test_a_tracker_that_nobody_knows_is_a_mistake_of_the_recipe(tmp_path: Path) 
 def played(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     """A tracker's process that does something else."""
     monkeypatch.setattr(qcompress.tracking, "command", lambda *words: [sys.executable, "-c", source])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "finished"), (RuntimeError("a mistake"), "failed"), (KeyboardInterrupt(), "interrupted")],
+    ids=["finished", "failed", "interrupted"],
+)
+def test_a_tracker_is_told_at_last_how_the_run_ended(
+    error: BaseException | None, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played(monkeypatch, "import sys; print(sys.stdin.read(), end='')")
+    reporter = Reporter(silent=True)
+    with (
+        nullcontext() if error is None else pytest.raises(type(error)),
+        tracking(resolved(tmp_path, "mlflow").recipe, tmp_path / "run", reporter),
+    ):
+        reporter.record(**RECORDS[1])
+        if error is not None:
+            raise error
+    lines = (tmp_path / "run" / "tracking" / "mlflow" / "tracker.log").read_text().splitlines()
+    assert [json.loads(line).get("event") for line in lines] == [None, "update", "ended"]
+    assert json.loads(lines[-1]) == {"event": "ended", "status": status}
 
 
 @pytest.mark.parametrize(
