@@ -46,7 +46,7 @@ def follow(name: str, folder: Path, lines: Iterable[str]) -> None:
 
 
 def _end(name: str, accelerator: Accelerator, status: str) -> None:
-    """Close the run as what it was, where a tracker tells runs apart by that. accelerate calls each a success."""
+    """Close the run as what it was, which accelerate calls a success every time."""
     if name == "mlflow":
         import mlflow
 
