@@ -21,7 +21,8 @@ from qcompress.formats import INT2_OPSET, WeightFormat
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture, Head, Layer
 from qcompress.models.depth import BlocksError
-from qcompress.plan import CACHED, LayerPlan, PointPlan, matches, plan_layers, plan_points, rounded
+from qcompress.plan import LayerPlan, PointPlan, matches, plan_layers, plan_points
+from qcompress.point_rules import judge_attentions, judge_cache, judge_points
 from qcompress.recipe import Resolved, base_of, examine, resolved
 from qcompress.rules import judge_profiles
 from qcompress.schema import Recipe
@@ -123,12 +124,12 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
     judge_codebooks(recipe, document, settled, lambda item: _origin(recipe, document, item.layer, "weights"))
     _target(recipe, document, settled)
     _context(recipe, document, architecture)
-    _attentions(recipe, document, architecture)
+    judge_attentions(recipe, document, architecture)
     judge_adapter(recipe, document, architecture, settled)
     _new_head(recipe, document, architecture)
     _layer_drop(recipe, document)
-    _points(recipe, document, points)
-    _cache(recipe, document)
+    judge_points(recipe, document, points)
+    judge_cache(recipe, document)
     return Report(architecture, plan, counts, points)
 
 
@@ -297,61 +298,3 @@ def _new_head(recipe: Recipe, document: Document, architecture: Architecture) ->
     lacking = f"{architecture.new_head[0]} and {len(architecture.new_head) - 1} more"
     message = f"lacks the head of the task {recipe.task.name} ({lacking}), and no phase trains weights"
     document.report(key, message, "fine-tune first with `method: float`, and name that run under `model.run`")
-
-
-def _points(recipe: Recipe, document: Document, points: tuple[PointPlan, ...]) -> None:
-    """Report rounding that the family has no points for, and formats that no point can have."""
-    for word, kind in (("attention", "attention"), ("cache", "attention"), ("residual", "residual")):
-        key: Key = ("format", word)
-        none = not any(item.point.kind == kind for item in points)
-        if none and getattr(recipe.format, word) is not None and document.sound(key):
-            message = f"a {recipe.model.family} model has no points of this kind"
-            document.report(key, message, "drop the line, or write float")
-    wrong: dict[Key, PointPlan] = {}
-    for item in rounded(points):
-        form = item.activations
-        if form.granularity != "tensor" or not form.symmetric:
-            wrong.setdefault(_point_origin(recipe, item), item)
-    for key, item in wrong.items():
-        if document.sound(key):
-            message = (
-                f"rounds {item.name} to {item.activations}, and a point takes one scale and no zero point"
-            )
-            document.report(key, message, "write int8, or float")
-
-
-def _cache(recipe: Recipe, document: Document) -> None:
-    """Report a cache of a family that generates nothing."""
-    if hasattr(FAMILIES[recipe.model.family], "cache_layout"):
-        return
-    keys: dict[Key, bool] = {
-        ("export", "cache"): recipe.export.cache,
-        ("format", "cache"): recipe.format.cache is not None,
-    }
-    for key, wanted in keys.items():
-        if wanted and document.sound(key):
-            message = f"a {recipe.model.family} model continues no text and has no key-value cache"
-            document.report(key, message, "drop the line")
-
-
-def _point_origin(recipe: Recipe, item: PointPlan) -> Key:
-    """The key that decides about a point."""
-    for pattern, exception in reversed(recipe.format.layers.items()):
-        if exception.activations == item.activations and matches(pattern, item.name):
-            return ("format", "layers", pattern)
-    cached = recipe.format.cache is not None and item.name.endswith(CACHED)
-    return ("format", "cache" if cached else item.point.kind)
-
-
-def _attentions(recipe: Recipe, document: Document, architecture: Architecture) -> None:
-    """Report what looks into attentions where query, key and value are one layer."""
-    if architecture.attentions or not document.sound(("objective",)):
-        return
-    objective = recipe.objective
-    fused = f"{architecture.family} computes query, key and value in one layer"
-    key: Key = ("objective",) if ("objective",) in document.places else ("method",)
-    if objective.name == "teacher-intervention":
-        document.report(key, f"the teacher cannot intervene: {fused}", "choose another objective")
-    elif getattr(objective, "attention", 0):
-        message = f"compares attention scores, and {fused}"
-        document.report(key, message, "write `objective: {name: distillation, attention: 0}`")

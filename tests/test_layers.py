@@ -56,7 +56,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     }),
     ("recipes", {
         "wording", "structure", "data_rules",
-        "slice_rules", "rules", "adapter_rules", "recipe", "codebook_rules", "check",
+        "slice_rules", "rules", "adapter_rules", "recipe", "codebook_rules", "point_rules", "check",
     }),
     ("models in three forms", {
         "engine", "evaluation", "flips", "layerdrop", "gpu_rows", "held", "layerwise",
@@ -166,8 +166,8 @@ LAZY = {"processes", "models", "models.gpt2", "models.stock", "models.stock_imag
         "tasks.table"}  # fmt: skip
 """Modules that torch-free commands import, and that need torch or transformers only inside functions."""
 
-DISTRIBUTIONS = {"yaml": "PyYAML", "faiss": "faiss-cpu", "onnx_ir": "onnxscript", "google":
-                 "onnx", "pydantic_core": "pydantic",
+DISTRIBUTIONS = {"mlflow": "mlflow-skinny", "yaml": "PyYAML", "faiss": "faiss-cpu",
+                 "onnx_ir": "onnxscript", "google": "onnx", "pydantic_core": "pydantic",
                  "huggingface_hub": "transformers", "ml_dtypes": "ml-dtypes",
                  "sklearn": "scikit-learn", "pyarrow": "datasets", "PIL": "Pillow",
                  "modelopt": "nvidia-modelopt", "tokenizers": "transformers"}  # fmt: skip
