@@ -81,7 +81,7 @@ def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[s
         message = f"has no labels, and {task.name} trains on them"
         yield "text", message, "write `table: [FILE, ...]` (.tsv, .csv, .jsonl, .parquet) with `columns:`"
     role = COLUMNS[task.name][0]
-    if "column" in data.model_fields_set:
+    if data.column != TextData.model_fields["column"].default:  # which a dumped recipe spells out
         yield "column", "belongs to causal-lm", f"write `columns: {{{role}: {data.column}}}`"
     for name, column in (data.columns.model_dump() if data.columns else {}).items():
         if column is not None and name not in COLUMNS[task.name]:

@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import yaml
@@ -94,6 +95,35 @@ def test_a_dumped_recipe_loads_as_an_equal_one(method: str, preset: str) -> None
 def test_a_dumped_recipe_has_no_mistake_of_its_own(folder: Path) -> None:
     recipe = load_recipe(write(folder)).recipe
     assert load_recipe(write(folder, dump_recipe(recipe), "resolved.yaml")).recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [
+        ("sequence-classification", "{table: [a.csv]}"),
+        ("token-classification", "{table: [a.jsonl], columns: {tags: ner}}"),
+        ("image-classification", "{folder: images}"),
+    ],
+)
+def test_a_dumped_classification_loads_as_an_equal_one(task: str, data: str, folder: Path) -> None:
+    """It spells out `column: text`, the default of a key that belongs to causal-lm."""
+    family = "vit" if task.startswith("image") else "bert"
+    for name in ("a.csv", "a.jsonl", "images"):
+        (folder / name).mkdir() if name == "images" else (folder / name).write_text("")
+    text = f"""
+        name: a
+        model: {{family: {family}, source: model}}
+        task: {{name: {task}}}
+        data: {{train: {data}, calibration: {data}, evaluate: {{test: {data}}}}}
+        format: w8a8
+        method: lsq
+        """
+    recipe = load_recipe(write(folder, dedent(text))).recipe
+    again = dump_recipe(recipe)
+    assert "column: text" in again
+    assert load_recipe(write(folder, again, "resolved.yaml")).recipe == recipe
+    (mistake,) = mistakes(write(folder, again.replace("column: text", "column: body", 1), "wrong.yaml"))
+    assert "belongs to causal-lm" in mistake
 
 
 # extends ------------------------------------------------------------------------------------------
