@@ -87,7 +87,7 @@ def _divergence(results: list[Result], budget: str, study: MixtureStudy) -> list
         f"{len(found)} seeds, {choosing} samples to choose and {fresh} fresh ones to judge; divergence from "
         f"the float model in {results[0]['unit']}.",
         "",
-        *_head("weights", "bytes", "divergence", "mixture less it", "95 % paired t", "seeds below 0"),
+        *_head("weights", "bytes", "divergence", "mixture less it", "95 % paired t", "intervals below 0"),
         _row("mixture by sensitivity", _sizes({item["bytes"] for item in found}), _mean(mixed), "", "", ""),
     ]
     for name, (costs, differences) in arms.items():
