@@ -141,7 +141,7 @@ class _FakeQuantize(torch.autograd.Function):
             terms = _dot(upstream, y).sub_(_dot(through, x)).reshape(scale.shape) if learned else None
         else:
             through, terms = _backward_of_many(upstream, x, y, scale, ctx.bounds, learned)
-        scale_gradient = None if terms is None else terms.mul_(ctx.slope).div_(scale)
+        scale_gradient = None if terms is None else terms * (ctx.slope / scale)
         return (through if ctx.needs_input_grad[0] else None), scale_gradient, None, None, None
 
 
