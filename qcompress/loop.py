@@ -297,7 +297,7 @@ def settle(training: Training, names: Iterable[str], phase: int) -> None:
             clusters = layer.weight_quantizer.settle(layer.coded_weight().detach())
             layer.forget()
             empty = f", {clusters.empty} centroids unused" if clusters.empty else ""
-            bar.advance(f"{name}: squared error {clusters.objective[-1]:.3g} a vector{empty}")
+            bar.advance(f"{name}: squared error {clusters.objective:.3g} a vector{empty}")
     training.processes.equalise(moving(prepared.model, training.moving).values())
 
 

@@ -83,7 +83,7 @@ class Codebook(Options):
 
     name: Literal["codebook"] = "codebook"
     iterations: int = Field(default=15, ge=1)
-    """Most iterations of k-means; it ends earlier where nothing moves."""
+    """Rounds of k-means."""
     splits: int = Field(default=100, ge=0)
     """Most rounds in which empty clusters are filled by splitting the fullest ones."""
     gradient: Literal["sum", "mean"] = "sum"

@@ -8,6 +8,7 @@ fullest one: it takes over that cluster's farthest member, so that the objective
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import faiss
@@ -16,6 +17,9 @@ from torch import Tensor
 
 CHUNK = 2**26
 """Distances that a GPU holds at once."""
+
+ROWS = {"cpu": 2**13, "cuda": 2**22}
+"""Vectors that are summed at once: what that writes on the way stays in a core's cache, or fits a GPU."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,8 @@ class Clusters:
     """[k, d]; those of clusters that stayed empty are 0."""
     assignments: Tensor
     """Index of each vector's centroid, [n], uint8."""
-    objective: tuple[float, ...]
-    """Mean squared distance of a vector to its centroid, after each assignment; it never rises."""
+    objective: float
+    """Mean squared distance of a vector to its centroid; more iterations never raise it."""
     empty: int
     """Clusters that have no vector, because fewer different vectors are there than centroids."""
     splits: int
@@ -36,70 +40,95 @@ class Clusters:
 
 @torch.no_grad()
 def kmeans(vectors: Tensor, k: int, iterations: int, splits: int, generator: torch.Generator) -> Clusters:
-    """At most `iterations` rounds over `vectors` [n, d], and at most `splits` refills in each; `generator`
-    (of a CPU) chooses the vectors to start from.
+    """So many rounds over `vectors` [n, d], and at most `splits` refills in each; `generator` (of a CPU)
+    chooses the vectors to start from.
     """
     vectors = vectors.float().contiguous()
-    count = len(vectors)
-    start = torch.randperm(count, generator=generator)[:k].to(vectors.device)
+    start = torch.randperm(len(vectors), generator=generator)[:k].to(vectors.device)
     centroids = vectors.new_zeros(k, vectors.shape[1])
     centroids[: len(start)] = vectors[start]
     alive = torch.arange(k, device=vectors.device) < len(start)
-    objective: list[float] = []
     split = 0
-    for _ in range(iterations):
-        assigned, distances = nearest(vectors, centroids, alive)
+    for number in range(iterations):
+        # the last round's means are exact to the bit, which a library's sums in float32 are not
+        if number + 1 < iterations and (moved := _round_by_faiss(vectors, centroids, alive)) is not None:
+            centroids = moved
+            continue
+        assigned = nearest(vectors, centroids, alive)
         for _ in range(splits):
-            filled = _refill(vectors, centroids, alive, assigned, distances)
+            filled = _refill(vectors, centroids, alive, assigned)
             if not filled:
                 break
             split += filled
-            assigned, distances = nearest(vectors, centroids, alive)
-        objective.append(float(distances.double().mean()))
-        if len(objective) > 1 and objective[-1] >= objective[-2]:
-            break
-        centroids, alive = _means(vectors, assigned, k)
-    assigned, distances = nearest(vectors, centroids, alive)
-    objective.append(float(distances.double().mean()))
+            assigned = nearest(vectors, centroids, alive)
+        counts = torch.bincount(assigned, minlength=k)
+        sums = torch.zeros(centroids.shape, dtype=torch.float64, device=vectors.device)
+        for part, index in _parts(vectors, assigned):
+            sums.index_add_(0, index, part.double())
+        centroids, alive = (sums / counts.clamp_min(1)[:, None]).float(), counts > 0
+    assigned = nearest(vectors, centroids, alive)
+    total = torch.zeros((), dtype=torch.float64, device=vectors.device)
+    for part, index in _parts(vectors, assigned):
+        total += _distances(part, centroids, index).sum()
     used = torch.bincount(assigned, minlength=k) > 0
     centroids = torch.where(used[:, None], centroids, torch.zeros_like(centroids))
-    return Clusters(centroids, assigned.to(torch.uint8), tuple(objective), int((~used).sum()), split)
+    objective, empty = float(total) / len(vectors), int((~used).sum())
+    return Clusters(centroids, assigned.to(torch.uint8), objective, empty, split)
 
 
-def nearest(vectors: Tensor, centroids: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the nearest centroid that is alive, [n], and the squared distance to it, [n]."""
+def _round_by_faiss(vectors: Tensor, centroids: Tensor, alive: Tensor) -> Tensor | None:
+    """The centroids after a round by the library that was measured to be the fastest, on a CPU; None where a
+    cluster is empty: it would split another one by a random step, whether it can be split or not.
+    """
+    if vectors.device.type != "cpu" or not bool(alive.all()):
+        return None
+    k, width = centroids.shape
+    options = faiss.ClusteringParameters()
+    options.niter = options.min_points_per_centroid = 1
+    options.max_points_per_centroid = len(vectors)  # it would draw a sample
+    made = faiss.Clustering(width, k, options)
+    faiss.copy_array_to_vector(centroids.numpy().ravel(), made.centroids)
+    made.train(vectors.numpy(), faiss.IndexFlatL2(width))
+    if made.iteration_stats.at(0).nsplit:
+        return None
+    return torch.from_numpy(faiss.vector_float_to_array(made.centroids).reshape(k, width))
+
+
+def nearest(vectors: Tensor, centroids: Tensor, alive: Tensor) -> Tensor:
+    """Index of the nearest centroid that is alive, [n]."""
     return (_by_faiss if vectors.device.type == "cpu" else _by_torch)(vectors, centroids, alive)
 
 
-def _by_faiss(vectors: Tensor, centroids: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+def _by_faiss(vectors: Tensor, centroids: Tensor, alive: Tensor) -> Tensor:
     """On all cores, and two to three times as fast as torch."""
     places = alive.nonzero().flatten()
     index = faiss.IndexFlatL2(vectors.shape[1])
     index.add(centroids[places].numpy())
     _, found = index.search(vectors.numpy(), 1)
-    indices = places[torch.from_numpy(found[:, 0])]
-    # its distances are differences of large numbers: those of equal vectors are not 0
-    return indices, (vectors - centroids[indices]).square().sum(1)
+    return places.index_select(0, torch.from_numpy(found[:, 0]))
 
 
-def _by_torch(vectors: Tensor, centroids: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+def _by_torch(vectors: Tensor, centroids: Tensor, alive: Tensor) -> Tensor:
     # |x - c|^2 = |x|^2 + (|c|^2 - 2 x.c); the first term does not decide
     offsets = centroids.square().sum(1).masked_fill(~alive, torch.inf)
     rows = max(1, CHUNK // len(centroids))
     found = [torch.addmm(offsets, part, centroids.t(), alpha=-2).argmin(1) for part in vectors.split(rows)]
-    indices = torch.cat(found)
-    return indices, (vectors - centroids[indices]).square().sum(1)
+    return torch.cat(found)
 
 
-def _means(vectors: Tensor, assigned: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Mean of the vectors of each cluster, [k, d], and which clusters have any."""
-    counts = torch.bincount(assigned, minlength=k)
-    sums = torch.zeros(k, vectors.shape[1], dtype=torch.float64, device=vectors.device)
-    sums.index_add_(0, assigned, vectors.double())
-    return (sums / counts.clamp_min(1)[:, None]).float(), counts > 0
+def _distances(vectors: Tensor, centroids: Tensor, assigned: Tensor) -> Tensor:
+    """Squared distance of each vector to its centroid, [n]. faiss's are differences of large numbers: those
+    of equal vectors are not 0.
+    """
+    return centroids.index_select(0, assigned).sub_(vectors).square_().sum(1)
 
 
-def _refill(vectors: Tensor, centroids: Tensor, alive: Tensor, assigned: Tensor, distances: Tensor) -> int:
+def _parts(vectors: Tensor, assigned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = ROWS[vectors.device.type]
+    return zip(vectors.split(rows), assigned.split(rows), strict=True)
+
+
+def _refill(vectors: Tensor, centroids: Tensor, alive: Tensor, assigned: Tensor) -> int:
     """Give each empty cluster the farthest member of one of the fullest clusters, in place; how many got one.
     A cluster of equal vectors cannot be split.
     """
@@ -108,6 +137,7 @@ def _refill(vectors: Tensor, centroids: Tensor, alive: Tensor, assigned: Tensor,
     empty = (counts == 0).nonzero().flatten()
     if not len(empty):
         return 0
+    distances = _distances(vectors, centroids, assigned)
     farthest = torch.zeros(k, device=vectors.device).scatter_reduce(0, assigned, distances, "amax")
     fullest = counts.masked_fill(farthest <= 0, 0).argsort(descending=True, stable=True)[: len(empty)]
     filled = 0

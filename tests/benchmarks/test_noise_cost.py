@@ -81,52 +81,58 @@ def test_noise_costs_a_tenth_of_an_update_at_most(tmp_path: Path, text_file: Pat
 
 
 ITERATIONS, CENTROIDS, BLOCK = 15, 256, 8
+Codes = tuple[Tensor, Tensor]
+"""Centroids [k, d], and the index of each vector's own [n]."""
 
 
-def by_torch(x: Tensor) -> Tensor:
-    """Lloyd's algorithm as one would write it down; the centroids."""
+def by_torch(x: Tensor) -> Codes:
+    """Lloyd's algorithm as one would write it down."""
     centroids = x[torch.randperm(len(x))[:CENTROIDS]].clone()
-    for _ in range(ITERATIONS):
+    for number in range(ITERATIONS + 1):
         nearest = torch.cat([torch.cdist(part, centroids).argmin(1) for part in x.split(16384)])
-        sums = torch.zeros_like(centroids).index_add_(0, nearest, x)
-        centroids = sums / torch.bincount(nearest, minlength=CENTROIDS).clamp_min(1)[:, None]
-    return centroids
+        if number < ITERATIONS:
+            sums = torch.zeros_like(centroids).index_add_(0, nearest, x)
+            centroids = sums / torch.bincount(nearest, minlength=CENTROIDS).clamp_min(1)[:, None]
+    return centroids, nearest
 
 
-def by_sklearn(x: Tensor) -> Tensor:
+def by_sklearn(x: Tensor) -> Codes:
     made = KMeans(CENTROIDS, init="random", n_init=1, max_iter=ITERATIONS, tol=0, random_state=0)
-    return torch.from_numpy(made.fit(x.numpy()).cluster_centers_)
+    made.fit(x.numpy())
+    return torch.from_numpy(made.cluster_centers_), torch.from_numpy(made.labels_)
 
 
-def by_faiss(x: Tensor) -> Tensor:
+def by_faiss(x: Tensor) -> Codes:
     made = faiss.Kmeans(BLOCK, CENTROIDS, niter=ITERATIONS, max_points_per_centroid=len(x), seed=1)
     made.train(x.numpy())
-    return torch.from_numpy(np.asarray(made.centroids))
+    return torch.from_numpy(np.asarray(made.centroids)), torch.from_numpy(made.assign(x.numpy())[1])
 
 
-def ours(x: Tensor) -> Tensor:
-    return kmeans(x, CENTROIDS, ITERATIONS, 100, torch.Generator().manual_seed(0)).centroids
+def ours(x: Tensor) -> Codes:
+    made = kmeans(x, CENTROIDS, ITERATIONS, 100, torch.Generator().manual_seed(0))
+    return made.centroids, made.assignments
 
 
 @pytest.mark.benchmark
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_k_means_is_as_fast_as_the_fastest_library_and_as_good() -> None:
-    """A layer of 768 x 3072, blocks of 8."""
+def test_k_means_is_the_fastest_librarys_and_as_good() -> None:
+    """A layer of 768 x 3072, blocks of 8. What is above the library's time is the last round, whose means are
+    summed in float64.
+    """
     x = torch.randn(768 * 3072 // BLOCK, BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02
-    makers: dict[str, Callable[[Tensor], Tensor]] = {
+    makers: dict[str, Callable[[Tensor], Codes]] = {
         "ours": ours, "faiss": by_faiss, "scikit-learn": by_sklearn, "torch": by_torch,
     }  # fmt: skip
     least = dict.fromkeys(makers, float("inf"))
     errors: dict[str, float] = {}
-    for _ in range(4):
+    for _ in range(6):
         for name, make in makers.items():
             torch.manual_seed(0)
             began = time.process_time()
-            centroids = make(x)
+            centroids, indices = make(x)
             least[name] = min(least[name], time.process_time() - began)
-            distances = [torch.cdist(part, centroids).min(1).values for part in x.split(16384)]
-            errors[name] = float(torch.cat(distances).double().square().mean())
+            errors[name] = float((x - centroids[indices.long()]).double().square().sum(1).mean())
     ratios = {name: least[name] / least["faiss"] for name in makers}
     print("\n" + ", ".join(f"{name} {least[name]:.2f} s ({errors[name]:.4e})" for name in makers))
     assert max(errors.values()) <= 1.005 * min(errors.values()), errors
-    assert ratios["ours"] <= 1.6 and ratios["ours"] < ratios["scikit-learn"] < ratios["torch"], ratios
+    assert ratios["ours"] <= 1.25 and ratios["ours"] < ratios["scikit-learn"] < ratios["torch"], ratios
