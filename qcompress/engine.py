@@ -138,6 +138,7 @@ def measure(kit: Path, engine: Engine, onnx: Path, out: Path) -> EngineMeasureme
 def main(arguments: list[str]) -> None:
     """Run the kit's script on torch's memory, or, where torch has no CUDA, on what it finds itself."""
     kit, *others = arguments
+    sys.path.insert(0, kit)  # the script's neighbours
     spec = importlib.util.spec_from_file_location("measure_engine", Path(kit) / SCRIPT.name)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

@@ -58,7 +58,11 @@ BY_MODELOPT = ("smoothquant", "awq")
 
 HIDDEN_CODE = {
     "build": ("qcompress.targets.builder",),
-    "verify": ("qcompress.probe_kit.measure_engine", "qcompress.probe_kit.engine_speed"),
+    "verify": (
+        "qcompress.probe_kit.measure_engine",
+        "qcompress.probe_kit.engine_runners",
+        "qcompress.probe_kit.engine_speed",
+    ),
 }
 """Code that a stage starts as a process or copies, and does not import."""
 

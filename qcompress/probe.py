@@ -6,7 +6,7 @@ probe/inputs.npz     length [samples], set (index into `sets`), and the task's o
 probe/reference.npz  logits [compared, positions, outputs] of the onnx row, and which positions these are:
                      all of them, or as many as fit into 20 MB, spread over the sequence
 probe/probe.json     names of the sets, hashes of the graph and the plan, what is written of each sample
-probe/measure_engine.py, and engine_speed.py beside it
+probe/measure_engine.py, with engine_runners.py and engine_speed.py beside it
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def write_probe(
             "per_sample": "nll" if "first" in arrays else "logits",
         },
     )
-    for script in (SCRIPT, SCRIPT.with_name("engine_speed.py")):
+    for script in SCRIPT.parent.glob("*.py"):
         shutil.copyfile(script, folder / script.name)
 
 

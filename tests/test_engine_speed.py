@@ -24,11 +24,11 @@ TABLE = np.random.default_rng(0).normal(size=(TOKENS, WIDTH)).astype(np.float32)
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
     spec = importlib.util.spec_from_file_location("measure_engine", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "Cuda", HostCuda)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys.modules["engine_runners"], "Cuda", HostCuda)
     return module
 
 
@@ -181,10 +181,7 @@ def test_what_fails_beside_the_results_is_a_reason(
 
 
 def test_samples_begin_again_where_they_end_and_nothing_is_padded(script: Any) -> None:
-    import importlib
-
-    script.sys.path.insert(0, str(SCRIPT.parent))
-    speed = importlib.import_module("engine_speed")
+    speed = script.engine_speed
     feed = speed.feed_of(INPUTS, 5, 12)
     assert feed["input_ids"].shape == (5, 12)
     assert feed["input_ids"][3, :10].tolist() == list(range(10)) and feed["input_ids"][0, 10:].tolist() == [
@@ -198,10 +195,7 @@ def test_samples_begin_again_where_they_end_and_nothing_is_padded(script: Any) -
 
 
 def test_images_are_whole(script: Any) -> None:
-    import importlib
-
-    script.sys.path.insert(0, str(SCRIPT.parent))
-    speed = importlib.import_module("engine_speed")
+    speed = script.engine_speed
     images = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
     feed = speed.feed_of({"input.pixel_values": images}, 3, 3, 4, 5)
     assert feed["pixel_values"].dtype == np.float32 and feed["pixel_values"].shape == (3, 3, 4, 5)
@@ -214,10 +208,7 @@ def test_images_are_whole(script: Any) -> None:
 
 
 def test_the_clock_stops_after_its_seconds(script: Any) -> None:
-    import importlib
-
-    script.sys.path.insert(0, str(SCRIPT.parent))
-    speed = importlib.import_module("engine_speed")
+    speed = script.engine_speed
     ticks = iter(range(1000))
     found = speed.clocked(lambda: None, clock=lambda: next(ticks) * 0.5)
     assert 1 <= len(found) <= 4 and set(found) == {500.0}

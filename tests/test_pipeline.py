@@ -25,8 +25,8 @@ RUN_FILES = {
     "recipe.resolved.yaml", "manifest.json", "parity.json", "samples.json.gz", "verdict.json", "junit.xml",
     "certificate.json", "lint.json", "sizes.json", "model.onnx", "tokenizer.json", "tokenizer_config.json",
     "config.json", "engine/model.plan", "engine/build.json", "probe/inputs.npz", "probe/reference.npz",
-    "probe/probe.json", "probe/measure_engine.py", "probe/engine_speed.py", "log.jsonl",
-    "distributions.json",
+    "probe/probe.json", "probe/measure_engine.py", "probe/engine_runners.py", "probe/engine_speed.py",
+    "log.jsonl", "distributions.json",
 }  # fmt: skip
 
 

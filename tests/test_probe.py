@@ -37,7 +37,9 @@ from qcompress.probe import KIT_BYTES, SCRIPT, read_measurement, write_probe
 from qcompress.tasks.causal_lm import Window, kit
 
 SAMPLES = sum(SETS.values())
-KIT = {"inputs.npz", "reference.npz", "probe.json", "measure_engine.py", "engine_speed.py"}
+KIT = {
+    "inputs.npz", "reference.npz", "probe.json", "measure_engine.py", "engine_runners.py", "engine_speed.py"
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -155,25 +157,34 @@ def names_after(tree: ast.AST, *path: str) -> set[str]:
 
 
 def test_the_script_needs_numpy_and_one_runtime_and_python_3_8_can_read_it() -> None:
-    tree = ast.parse(SCRIPT.read_text(), feature_version=(3, 8))
+    own = sorted(SCRIPT.parent.glob("*.py"))
+    assert {file.name for file in own} == {name for name in KIT if name.endswith(".py")}
+    trees = [ast.parse(file.read_text(), feature_version=(3, 8)) for file in own]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
     imported = {
         name.partition(".")[0]
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
     }
-    assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime", "engine_speed"}
-    top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    assert imported - set(sys.stdlib_module_names) == {
+        "numpy", "onnxruntime", "engine_runners", "engine_speed",
+    }  # fmt: skip
+    top = {
+        alias.name
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     assert "onnxruntime" not in top
-    calls = [
-        node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and hasattr(node.func, "id")
-    ]
+    calls = [node.func.id for node in nodes if isinstance(node, ast.Call) and hasattr(node.func, "id")]
     assert calls.count("__import__") == 1  # of tensorrt or tensorrt_rtx, as the plan was built
 
 
 def test_every_call_of_the_script_exists_in_tensorrt_rtx() -> None:
     pytest.importorskip("tensorrt_rtx")
-    tree = ast.parse(SCRIPT.read_text())
+    tree = ast.parse(SCRIPT.with_name("engine_runners.py").read_text())
     used = {
         "": names_after(tree, "self", "trt"),
         "Logger": names_after(tree, "self", "trt", "Logger"),
@@ -274,7 +285,9 @@ def script() -> Any:
 
     spec = importlib.util.spec_from_file_location("measure_engine", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        spec.loader.exec_module(module)
     return module
 
 
@@ -404,7 +417,7 @@ def test_verify_takes_the_engine_row_in(project: Project, engine_json: Path, tmp
     for name, value in onnx["deployed"]["metrics"].items():
         assert engine["metrics"][name] == pytest.approx(value, rel=1e-6), name
     assert len(engine["metrics"]) == 4 and engine["distance"]["to"] == "onnx"
-    from qcompress.stages.verify import read_samples
+    from qcompress.samples import read_samples
 
     for name, entry in read_samples(mine.latest / "samples.json.gz").items():
         assert list(entry["rows"]) == ["engine", "float", "folded", "onnx", "trained"]

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
-import ctypes
 import hashlib
 import json
 import math
@@ -25,264 +23,12 @@ import sys
 import time
 from pathlib import Path
 
+import engine_speed
 import numpy as np
+from engine_runners import OnnxRunner, TensorRTRunner
 
 HERE = Path(__file__).resolve().parent
 FORMAT = 1
-PAST = "past_key_values."
-
-
-class CudaError(RuntimeError):
-    """A CUDA runtime call failed."""
-
-
-class Cuda:
-    """The five functions of the CUDA runtime that an engine needs, through ctypes."""
-
-    def __init__(self):
-        for name in (
-            "libcudart.so",
-            "libcudart.so.13",
-            "libcudart.so.12",
-            "cudart64_13.dll",
-            "cudart64_12.dll",
-        ):
-            try:
-                self.library = ctypes.CDLL(name)
-                break
-            except OSError:
-                continue
-        else:
-            raise CudaError("no CUDA runtime (libcudart) found: install it or set LD_LIBRARY_PATH")
-
-    def _check(self, code, what):
-        if code != 0:
-            self.library.cudaGetErrorString.restype = ctypes.c_char_p
-            raise CudaError(f"{what}: {self.library.cudaGetErrorString(code).decode()}")
-
-    def allocate(self, size):
-        """Device memory of `size` bytes, as an address."""
-        pointer = ctypes.c_void_p()
-        self._check(
-            self.library.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(max(size, 1))), "cudaMalloc"
-        )
-        return pointer
-
-    def free(self, pointer):
-        """Give device memory back."""
-        self._check(self.library.cudaFree(pointer), "cudaFree")
-
-    def upload(self, pointer, array):
-        """Host to device."""
-        source = ctypes.c_void_p(array.ctypes.data)
-        self._check(self.library.cudaMemcpy(pointer, source, ctypes.c_size_t(array.nbytes), 1), "cudaMemcpy")
-
-    def download(self, array, pointer):
-        """Device to host."""
-        target = ctypes.c_void_p(array.ctypes.data)
-        self._check(self.library.cudaMemcpy(target, pointer, ctypes.c_size_t(array.nbytes), 2), "cudaMemcpy")
-
-    def synchronize(self):
-        """Wait for the device."""
-        self._check(self.library.cudaDeviceSynchronize(), "cudaDeviceSynchronize")
-
-    def stream(self):
-        """A stream of its own: nothing can be captured on the default one."""
-        stream = ctypes.c_void_p()
-        self._check(self.library.cudaStreamCreate(ctypes.byref(stream)), "cudaStreamCreate")
-        return stream
-
-    def wait(self, stream):
-        """Until all work of a stream is done."""
-        self._check(self.library.cudaStreamSynchronize(stream), "cudaStreamSynchronize")
-
-    def captured(self, stream, launch):
-        """What `launch` puts onto the stream, as a graph that `replay` starts."""
-        graph, made = ctypes.c_void_p(), ctypes.c_void_p()
-        self._check(self.library.cudaStreamBeginCapture(stream, 2), "cudaStreamBeginCapture")
-        launch()
-        self._check(self.library.cudaStreamEndCapture(stream, ctypes.byref(graph)), "cudaStreamEndCapture")
-        flags = ctypes.c_ulonglong(0)
-        instantiate = self.library.cudaGraphInstantiateWithFlags
-        self._check(instantiate(ctypes.byref(made), graph, flags), "cudaGraphInstantiateWithFlags")
-        return made
-
-    def replay(self, graph, stream):
-        """Start a captured graph."""
-        self._check(self.library.cudaGraphLaunch(graph, stream), "cudaGraphLaunch")
-
-
-def no_past(rows, shape):
-    """Keys or values of no tokens, for a graph with a key-value cache; shape [batch, heads, past, width]."""
-    return np.zeros((rows, shape[1], 0, shape[3]), np.float32)
-
-
-class Launcher:
-    """An engine with its inputs on the device, to be run again and again."""
-
-    def __init__(self, runner):
-        self.runner, self.cuda = runner, runner.cuda
-        self.stream, self.graph = self.cuda.stream(), None
-
-    def _enqueue(self):
-        if not self.runner.context.execute_async_v3(self.stream.value or 0):
-            raise RuntimeError("the engine refused to run")
-
-    def launch(self):
-        """Run once, and wait."""
-        self._enqueue()
-        self.cuda.wait(self.stream)
-
-    def capture(self):
-        """Make a CUDA graph of a run."""
-        self.graph = self.cuda.captured(self.stream, self._enqueue)
-
-    def replay(self):
-        """Run the graph, and wait."""
-        self.cuda.replay(self.graph, self.stream)
-        self.cuda.wait(self.stream)
-
-
-class TensorRTRunner:
-    """A plan: dict of arrays -> logits."""
-
-    def __init__(self, plan, module, trusted, cuda=None):
-        self.trt = __import__(module)
-        self.module = module
-        logger = self.trt.Logger(self.trt.Logger.WARNING)
-        runtime = self.trt.Runtime(logger)
-        runtime.engine_host_code_allowed = trusted  # a version-compatible plan holds a runtime of its own
-        serialized = plan.read_bytes()
-        self.plan_bytes = len(serialized)
-        self.engine = runtime.deserialize_cuda_engine(serialized)
-        if self.engine is None:
-            raise RuntimeError(
-                f"{module} {self.trt.__version__} cannot load {plan}: it was built for another "
-                "version or another device"
-            )
-        self.context = self.engine.create_execution_context()
-        self.cuda = cuda or Cuda()
-        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
-        is_input = self.trt.TensorIOMode.INPUT
-        self.inputs = [name for name in names if self.engine.get_tensor_mode(name) == is_input]
-        outputs = [name for name in names if name not in self.inputs]
-        self.output = "logits" if "logits" in outputs else outputs[0]
-        self.ignored = [name for name in outputs if name != self.output]
-        self.past = [name for name in self.inputs if name.startswith(PAST)]
-        self.profiles, self.shapes = [], []
-        for index in range(self.engine.num_optimization_profiles):
-            low, best, high = self.engine.get_tensor_profile_shape(self.tokens(), index)
-            self.shapes.append((tuple(low), tuple(best), tuple(high)))
-            if self.past and self.engine.get_tensor_profile_shape(self.past[0], index)[0][2]:
-                high = [0] * len(high)  # only for what follows a prompt
-            self.profiles.append((tuple(low), tuple(high)))
-
-    def tokens(self):
-        """The input whose shape chooses a profile."""
-        return "input_ids" if "input_ids" in self.inputs else self.inputs[0]
-
-    def version(self):
-        """Backend and version."""
-        return {self.module: self.trt.__version__}
-
-    def largest_batch(self, length):
-        """Most sequences of this length, or images, that some profile accepts; 0 if none does."""
-        fits = [high[0] for low, high in self.profiles if len(low) > 2 or low[1] <= length <= high[1]]
-        return max(fits or [0])
-
-    def select(self, shape):
-        """Switch to a profile that accepts the shape."""
-        for index, (low, high) in enumerate(self.profiles):
-            if np.all(np.less_equal(low, shape) & np.less_equal(shape, high)):
-                if index != self.context.active_optimization_profile:
-                    self.context.set_optimization_profile_async(index, 0)
-                    self.cuda.synchronize()
-                return
-        raise RuntimeError(f"no profile of this engine accepts the shape {tuple(shape)}")
-
-    def element(self, name):
-        """numpy's type of an input or output."""
-        return np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
-
-    @contextlib.contextmanager
-    def _bound(self, feed):
-        """The engine with its inputs uploaded; yields the array for the logits and where they will be."""
-        rows = len(feed[self.tokens()])
-        feed = {**feed, **{name: no_past(rows, self.engine.get_tensor_shape(name)) for name in self.past}}
-        self.select(feed[self.tokens()].shape)
-        pointers = []
-
-        def place(name, array):
-            pointer = self.cuda.allocate(max(array.nbytes, 1))  # an address also for nothing
-            pointers.append(pointer)
-            self.context.set_tensor_address(name, pointer.value)
-            return pointer
-
-        try:
-            for name in self.inputs:
-                array = np.ascontiguousarray(feed[name], dtype=self.element(name))
-                if not self.context.set_input_shape(name, array.shape):
-                    raise RuntimeError(f"{name}: the engine does not accept the shape {array.shape}")
-                self.cuda.upload(place(name, array), array)
-            for name in self.ignored:
-                place(name, np.empty(tuple(self.context.get_tensor_shape(name)), self.element(name)))
-            logits = np.empty(tuple(self.context.get_tensor_shape(self.output)), self.element(self.output))
-            yield logits, place(self.output, logits)
-        finally:
-            for pointer in pointers:
-                self.cuda.free(pointer)
-
-    def __call__(self, feed):
-        with self._bound(feed) as (logits, pointer):
-            if not self.context.execute_async_v3(0):
-                raise RuntimeError("the engine refused to run")
-            self.cuda.synchronize()
-            self.cuda.download(logits, pointer)
-            return logits.astype(np.float32)
-
-    @contextlib.contextmanager
-    def held(self, feed):
-        """A Launcher of these inputs."""
-        with self._bound(feed):
-            yield Launcher(self)
-
-
-class OnnxRunner:
-    """An ONNX file through onnxruntime: dict of arrays -> logits."""
-
-    def __init__(self, file, disabled_optimizers=()):
-        import onnxruntime
-
-        self.runtime = onnxruntime
-        self.session = onnxruntime.InferenceSession(
-            str(file),
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=list(disabled_optimizers) or None,
-        )
-
-    def version(self):
-        """Backend and version."""
-        return {"onnxruntime": self.runtime.__version__}
-
-    def largest_batch(self, length):
-        """No profile limits an ONNX session."""
-        return 8
-
-    def __call__(self, feed):
-        known = {item.name for item in self.session.get_inputs()}
-        arrays = {
-            name: array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
-            for name, array in feed.items()
-            if name in known
-        }
-        rows = len(next(iter(arrays.values())))
-        elements = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
-        for item in self.session.get_inputs():
-            if item.name.startswith(PAST):
-                arrays[item.name] = no_past(rows, item.shape).astype(elements[item.type])
-        names = [item.name for item in self.session.get_outputs()]
-        name = "logits" if "logits" in names else names[0]
-        return self.session.run([name], arrays)[0].astype(np.float32)
 
 
 def measure(logits, ids, first):
@@ -421,9 +167,6 @@ def beside(runner, inputs):
     """Speed and self-consistency of an engine, and its device. The results do not depend on them: what fails
     is a reason.
     """
-    sys.path.insert(0, str(HERE))
-    import engine_speed
-
     found = {}
     for name in ("consistency", "speed", "device"):
         try:
@@ -439,8 +182,8 @@ def packed(logits):
     return {"shape": list(logits.shape), "float32": base64.b64encode(data).decode("ascii")}
 
 
-def main(arguments=None, cuda=None):
-    """Command line. `cuda`: device memory that stands in for the CUDA runtime, with the methods of `Cuda`."""
+def read_options(arguments):
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--plan", type=Path, help="the serialized engine")
@@ -454,9 +197,11 @@ def main(arguments=None, cuda=None):
     parser.add_argument("--no-speed", action="store_true", help="measure no latency")
     parser.add_argument("--batch", type=int, default=8, help="largest batch")
     parser.add_argument("--out", type=Path, default=Path("engine.json"))
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
-    facts = json.loads((HERE / "probe.json").read_text())
+
+def own_file(options, facts):
+    """The file to measure and its sha256; ends the program if it is not the one that the kit belongs to."""
     file = options.plan or options.onnx
     digest = sha256(file)
     expected = facts["plan_sha256"] if options.plan else facts["onnx_sha256"]
@@ -465,6 +210,14 @@ def main(arguments=None, cuda=None):
             f"{file} is not the file that this probe belongs to (sha256 {digest[:12]}, expected "
             f"{expected[:12]}): copy probe/ and engine/ from the same run"
         )
+    return file, digest
+
+
+def main(arguments=None, cuda=None):
+    """Measure. `cuda`: device memory that stands in for the CUDA runtime, with the methods of `Cuda`."""
+    options = read_options(arguments)
+    facts = json.loads((HERE / "probe.json").read_text())
+    file, digest = own_file(options, facts)
     if options.onnx:
         runner = OnnxRunner(file, facts.get("disabled_optimizers", ()))
     else:
@@ -493,18 +246,24 @@ def main(arguments=None, cuda=None):
         **({} if options.onnx or options.no_speed else beside(runner, inputs)),
     }
     options.out.write_text(json.dumps(result, indent=1))
-    words = [f"{len(inputs['length'])} samples"]
-    if "nll" in found:
+    print(", ".join(words(result, inputs)) + f", {seconds:.1f} s -> {options.out}")
+
+
+def words(result, inputs):
+    """What is said of a measurement."""
+    yield f"{len(inputs['length'])} samples"
+    if "nll" in result:
         tokens = int((inputs["length"] - inputs["first"]).sum())
-        mean = sum(nll) / tokens  # of an engine gone astray, too large for exp
-        words.append(f"perplexity {math.exp(mean) if mean < 700 else math.inf:.4f}")
+        mean = sum(result["nll"]) / tokens  # of an engine gone astray, too large for exp
+        yield f"perplexity {math.exp(mean) if mean < 700 else math.inf:.4f}"
+    far = result["distance"]
     if far["top1_agreement"] is not None:
-        words.append(f"top-1 agreement with ONNX {far['top1_agreement']:.5f}")
-    words.append(f"largest difference to ONNX {far['max_abs']:.3g}")
-    for entry in result.get("speed", ()) if isinstance(result.get("speed"), list) else ():
+        yield f"top-1 agreement with ONNX {far['top1_agreement']:.5f}"
+    yield f"largest difference to ONNX {far['max_abs']:.3g}"
+    speed = result.get("speed")
+    for entry in speed if isinstance(speed, list) else ():
         latency = entry["latency_ms"]
-        words.append(f"{entry['shape']}: {latency['median']:.3g} ms (p99 {latency['p99']:.3g})")
-    print(", ".join(words) + f", {seconds:.1f} s -> {options.out}")
+        yield f"{entry['shape']}: {latency['median']:.3g} ms (p99 {latency['p99']:.3g})"
 
 
 if __name__ == "__main__":
