@@ -9,8 +9,9 @@ run that reuses everything never imports it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import qcompress
@@ -102,6 +103,7 @@ def run(
     if not processes.first:
         return _follow(plan, processes)
     steps: dict[str, Step] = {}
+    maker = _Maker(plan, steps, reporter, processes)
     with Workspace(
         out, cache, plan.recipe.name, run_key(plan, one_of_seeds), fresh=fresh, log=reporter.say
     ) as workspace:
@@ -115,8 +117,8 @@ def run(
                     place["folded.safetensors"] = "model.safetensors"  # a checkpoint for `model: {run: ...}`
                 if stage in keep:
                     place["*"] = f"{stage}/"
-                make = _makers(plan, steps, reporter, processes)[stage]
                 reporter.stage(stage)
+                make = partial(maker.make, stage)
                 steps[stage] = workspace.step(stage, parts(plan, stage, steps), make, place=place)
                 _record(steps[stage], reporter)
         write_json(folder / "manifest.json", _manifest(plan, steps))
@@ -152,91 +154,84 @@ def _follow(plan: Plan, processes: Processes) -> Run:
               silent, processes)  # fmt: skip
 
 
-def _makers(
-    plan: Plan, steps: Mapping[str, Step], reporter: Reporter, processes: Processes
-) -> dict[str, Callable[[Path], None]]:
-    """For each stage the call that fills its folder."""
-    recipe, base = plan.recipe, plan.resolved.base
+@dataclass(frozen=True)
+class _Maker:
+    """Fills the folders of the stages: a method for each. `steps`: those that are done."""
 
-    def make_train(folder: Path) -> None:
+    plan: Plan
+    steps: Mapping[str, Step]
+    reporter: Reporter
+    processes: Processes
+
+    def make(self, stage: str, folder: Path) -> None:
+        """Fill the folder of a stage."""
+        try:
+            getattr(self, f"_{stage}")(folder)
+        except ModuleNotFoundError as error:
+            raise MachineError(
+                f"this stage needs the package {error.name}", fix="pip install 'qcompress[all]'"
+            ) from None
+
+    def _load(self, folder: Path) -> None:
+        plan, recipe = self.plan, self.plan.recipe
+        processor = TASKS[recipe.task.name].processor(recipe.task)
+        load(recipe.model, plan.directory, plan.digests, folder, head_of(recipe), recipe.seed, processor)
+
+    def _train(self, folder: Path) -> None:
         from qcompress.stages.train import train
 
-        report, model = plan.report, _float(plan, steps)
-        processes.agree({"model": model, "out": folder})
-        train(model, recipe, base, report.architecture, report.plan, folder, reporter, processes)
+        plan, report, model = self.plan, self.plan.report, self._float_model()
+        self.processes.agree({"model": model, "out": folder})
+        train(model, plan.recipe, plan.resolved.base, report.architecture, report.plan, folder,
+              self.reporter, self.processes)  # fmt: skip
 
-    def make_fold(folder: Path) -> None:
+    def _fold(self, folder: Path) -> None:
         from qcompress.stages.fold import fold
 
-        for note in fold(_float(plan, steps), TrainedModel(steps["train"].path), folder):
-            reporter.say(note)
+        for note in fold(self._float_model(), TrainedModel(self.steps["train"].path), folder):
+            self.reporter.say(note)
 
-    def make_export(folder: Path) -> None:
-        if plan.graph:
-            _adopt(plan, steps["load"].path, folder, reporter)
+    def _export(self, folder: Path) -> None:
+        recipe = self.plan.recipe
+        if self.plan.graph:
+            _adopt(self.plan, self.steps["load"].path, folder, self.reporter)
             return
         from qcompress.stages.export import export
 
-        export(
-            FoldedModel(steps["fold"].path), recipe.export, recipe.build.target, provenance(recipe), folder
-        )
+        folded = FoldedModel(self.steps["fold"].path)
+        export(folded, recipe.export, recipe.build.target, provenance(recipe), folder)
 
-    def make_build(folder: Path) -> None:
+    def _build(self, folder: Path) -> None:
         from qcompress.stages.build import build
 
-        with reporter.bar("build", 100) as bar:
-            graph = OnnxModel(steps["export"].path)
-            options = _placed(recipe.build, base)
+        with self.reporter.bar("build", 100) as bar:
+            options = _placed(self.plan.recipe.build, self.plan.resolved.base)
+            graph = OnnxModel(self.steps["export"].path)
             build(graph, options, folder, lambda what, share: bar.at(what, round(100 * share)))
 
-    def make_verify(folder: Path) -> None:
+    def _verify(self, folder: Path) -> None:
         from qcompress.evaluation import Artifacts
         from qcompress.stages.verify import verify
 
+        steps = self.steps
         artifacts = Artifacts(
-            float_model=_float(plan, steps),
+            float_model=self._float_model(),
             trained=TrainedModel(steps["train"].path) if "train" in steps else None,
             folded=FoldedModel(steps["fold"].path) if "fold" in steps else None,
             onnx=OnnxModel(steps["export"].path),
             engine=Engine(steps["build"].path),
             missing=dict.fromkeys(("trained", "folded"), REASON),
         )
-        verify(recipe, base, artifacts, folder, reporter)
+        verify(self.plan.recipe, self.plan.resolved.base, artifacts, folder, self.reporter)
 
-    def make_gate(folder: Path) -> None:
+    def _gate(self, folder: Path) -> None:
         from qcompress.stages.gate import gate
 
-        gate(steps["verify"].path / "parity.json", recipe, folder)
+        gate(self.steps["verify"].path / "parity.json", self.plan.recipe, folder)
 
-    return {
-        "load": lambda folder: load(
-            recipe.model,
-            plan.directory,
-            plan.digests,
-            folder,
-            head_of(recipe),
-            recipe.seed,
-            TASKS[recipe.task.name].processor(recipe.task),
-        ),  # fmt: skip
-        "train": _needs_torch(make_train),
-        "fold": _needs_torch(make_fold),
-        "export": _needs_torch(make_export),
-        "build": make_build,
-        "verify": _needs_torch(make_verify),
-        "gate": make_gate,
-    }
-
-
-def _needs_torch(make: Callable[[Path], None]) -> Callable[[Path], None]:
-    def checked(folder: Path) -> None:
-        try:
-            make(folder)
-        except ModuleNotFoundError as error:
-            raise MachineError(
-                f"this stage needs the package {error.name}", fix="pip install 'qcompress[all]'"
-            ) from None
-
-    return checked
+    def _float_model(self) -> FloatModel:
+        load = self.steps["load"]
+        return FloatModel.of(load.path, load.digest, self.plan.directory)
 
 
 def _adopt(plan: Plan, checkpoint: Path, out: Path, reporter: Reporter) -> None:
@@ -255,10 +250,6 @@ def _placed(options: Build, base: Path) -> Build:
     if options.timing_cache is None:
         return options
     return options.model_copy(update={"timing_cache": str(base / options.timing_cache)})
-
-
-def _float(plan: Plan, steps: Mapping[str, Step]) -> FloatModel:
-    return FloatModel.of(steps["load"].path, steps["load"].digest, plan.directory)
 
 
 def _manifest(plan: Plan, steps: Mapping[str, Step]) -> dict[str, object]:
