@@ -142,7 +142,7 @@ def verify(
         check_unchanged(loaded.path)
     reporter = reporter or Reporter(silent=True)
     if engine is not None:
-        from qcompress.stages.verify import take_engine_row
+        from qcompress.gpu_rows import take_engine_row
 
         take_engine_row(loaded.path, loaded.recipe.task, Path(engine))
     else:

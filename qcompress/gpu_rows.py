@@ -16,14 +16,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from qcompress.artifacts import Engine, OnnxModel
+from qcompress.artifacts import Engine, OnnxModel, read_json, write_json
 from qcompress.engine import measure
 from qcompress.errors import MachineError
-from qcompress.probe import EngineMeasurement
+from qcompress.probe import EngineMeasurement, read_measurement
 from qcompress.progress import Reporter
-from qcompress.rows import Measured, Samples, measure_row
+from qcompress.rows import Measured, Results, Samples, measure_row
 from qcompress.runners import ORT_ERRORS, OnnxRunner, assigned_nodes, graph_inputs_of, usable_providers
-from qcompress.samples import known_in
+from qcompress.samples import fields_of, known_in, known_of, pack_samples, read_samples, results_of
 from qcompress.schema import Recipe
 from qcompress.targets.device import compute_capability
 from qcompress.task_options import Task
@@ -31,9 +31,6 @@ from qcompress.tasks import TASKS
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 """Names in parity.json, and ONNX Runtime's."""
-
-Results = dict[str, list[dict[str, Any]]]
-"""Per-sample results by set."""
 
 
 def engine_row(
@@ -160,3 +157,22 @@ def profile_of(inputs: Mapping[str, list[int | str]], sizes: Mapping[str, tuple[
         "trt_profile_opt_shapes": high,
         "trt_profile_max_shapes": high,
     }
+
+
+def take_engine_row(run: Path, task: Task, measurement: Path) -> None:
+    """Fill the engine row of a run's parity.json and samples.json.gz from what a device measured."""
+    found = read_measurement(measurement, run / "probe", run / "model.onnx")
+    report = read_json(run / "parity.json")
+    samples = read_samples(run / "samples.json.gz")
+    module = TASKS[task.name]
+    row, by_set = engine_row(
+        found,
+        module.settled(task, read_json(run / "config.json")),
+        {name: known_of(entry) for name, entry in samples.items()},
+        {name: results_of(entry, "float") for name, entry in samples.items()},
+    )
+    report["rows"] = [row if old["stage"] == "engine" else old for old in report["rows"]]
+    for name, results in by_set.items():
+        samples[name]["rows"]["engine"] = fields_of(results, module.KNOWN)
+    pack_samples(run / "samples.json.gz", samples)
+    write_json(run / "parity.json", report)

@@ -17,6 +17,9 @@ from qcompress.schema import Recipe
 from qcompress.task_options import Task
 from qcompress.tasks import TASKS
 
+Results = dict[str, list[dict[str, Any]]]
+"""Per-sample results by set."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -41,14 +44,13 @@ class Measured:
     """One row: metrics, per-sample results by set, distance to the row before."""
 
     metrics: dict[str, float]
-    samples: dict[str, list[dict[str, Any]]]
+    samples: Results
     distance: dict[str, object] | None
 
 
 def measure_row(
-    stage: str, runner: Runner, recipe: Recipe, samples: Samples,
-    reference: dict[str, list[dict[str, Any]]] | None, previous: str | None, out: Path, reporter: Reporter,
-    keep: bool = True,
+    stage: str, runner: Runner, recipe: Recipe, samples: Samples, reference: Results | None,
+    previous: str | None, out: Path, reporter: Reporter, keep: bool = True,
 ) -> Measured:  # fmt: skip
     """Run all samples; compare the first ones with the logits that the row before left on disk.
 
@@ -56,7 +58,7 @@ def measure_row(
     """
     task, size = TASKS[recipe.task.name], recipe.verify.batch_size
     distance = Distance(to=previous) if previous else None
-    results: dict[str, list[dict[str, Any]]] = {}
+    results: Results = {}
     total = sum(-(-len(windows) // size) for windows in samples.sets.values())
     with reporter.bar(f"verify {stage}", total) as bar:
         for name, windows in samples.sets.items():

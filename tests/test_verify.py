@@ -22,7 +22,8 @@ from qcompress.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, Trai
 from qcompress.errors import UsageError
 from qcompress.evaluation import Artifacts
 from qcompress.progress import Reporter
-from qcompress.stages.verify import read_samples, verify
+from qcompress.samples import read_samples
+from qcompress.stages.verify import verify
 
 ROWS = ["float", "trained", "folded", "onnx", "engine"]
 

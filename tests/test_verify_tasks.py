@@ -26,6 +26,7 @@ from qcompress.artifacts import FloatModel, OnnxModel, read_json
 from qcompress.errors import UsageError
 from qcompress.evaluation import Artifacts
 from qcompress.goals import Gate
+from qcompress.gpu_rows import take_engine_row
 from qcompress.predict import continue_text
 from qcompress.probe import SCRIPT, read_measurement
 from qcompress.progress import Reporter
@@ -276,7 +277,7 @@ def test_what_a_device_measures_comes_back_as_the_engine_row(
     assert measurement.samples is None and {name: len(one) for name, one in measurement.logits.items()} == {
         "dev": COUNT, "few": 5,
     }  # fmt: skip
-    stage.take_engine_row(found.folder, found.recipe.task, found.folder / "engine.json")
+    take_engine_row(found.folder, found.recipe.task, found.folder / "engine.json")
     engine, onnx = found.row("engine"), found.row("onnx")
     assert engine["status"] == "measured" and engine["samples"] == COUNT + 5
     assert engine["metrics"] == pytest.approx(onnx["metrics"]) and len(engine["metrics"]) >= 2

@@ -19,32 +19,27 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from qcompress.artifacts import (
-    FoldedModel,
-    read_json,
-    sha256_file,
-    write_json,
-)
+from qcompress.artifacts import FoldedModel, read_json, sha256_file, write_json
 from qcompress.engine import why_not
 from qcompress.errors import ContractError
 from qcompress.evaluation import Artifacts, evaluation_samples
 from qcompress.flips import count_flips
 from qcompress.goals import PARITY
-from qcompress.gpu_rows import engine_here, engine_row, provider_rows
+from qcompress.gpu_rows import engine_here, provider_rows
 from qcompress.layerwise import held_codes
 from qcompress.plan import plans_from_json, points_from_json, rounded
 from qcompress.prepare import assemble, rebuild
-from qcompress.probe import KIT_BYTES, read_measurement, write_probe
+from qcompress.probe import KIT_BYTES, write_probe
 from qcompress.progress import Reporter
-from qcompress.rows import Measured, Samples, measure_row
+from qcompress.rows import Measured, Results, Samples, measure_row
 from qcompress.runners import (
     OnnxRunner,
     Runner,
@@ -55,18 +50,32 @@ from qcompress.runners import (
     made_static,
     trained_runner,
 )
-from qcompress.samples import (
-    fields_of,
-    known_of,
-    pack_samples,
-    read_samples,
-    results_of,
-    write_samples,
-)
+from qcompress.samples import write_samples
 from qcompress.schema import ROWS, Recipe
 from qcompress.sharpness import trained_sharpness
 from qcompress.task_options import AGREEMENT, Task
 from qcompress.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every row is measured with."""
+
+    recipe: Recipe
+    base: Path
+    artifacts: Artifacts
+    samples: Samples
+    out: Path
+    reporter: Reporter
+    device: torch.device
+
+    def measure(
+        self, row: str, runner: Runner, reference: Results | None, previous: str | None, keep: bool = True
+    ) -> Measured:
+        """As `measure_row`, on all samples."""
+        return measure_row(
+            row, runner, self.recipe, self.samples, reference, previous, self.out, self.reporter, keep
+        )
 
 
 def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter: Reporter) -> None:
@@ -78,15 +87,7 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
             reporter.say(f"verify: {name}: {note}")
     for note in _without_value(samples):
         reporter.say(f"verify: {note}")
-    device = _device(recipe)
-    threads = torch.get_num_threads()
-    family = recipe.model.family
-    factories: dict[str, Callable[[], Runner]] = {
-        "float": lambda: float_runner(artifacts.float_model, device),
-        "trained": lambda: trained_runner(artifacts.float_model, artifacts.trained, device),
-        "folded": lambda: folded_runner(artifacts.folded, device),
-        "onnx": lambda: OnnxRunner(artifacts.onnx.file, family, threads, optimized=False),
-    }
+    job = _Job(recipe, base, artifacts, samples, out, reporter, _device(recipe))
     rows: list[dict[str, Any]] = []
     measured: dict[str, Measured] = {}
     previous: str | None = None
@@ -102,47 +103,77 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
             rows.append({"stage": stage, **reason})
             continue
         gc.collect()  # the row before is not needed any more, and a model refers to itself
-        reference = reference_of(measured)
-        result = measure_row(stage, factories[stage](), recipe, samples, reference, previous, out, reporter)
+        reference = measured["float"].samples if "float" in measured else None
+        result = job.measure(stage, _runner(job, stage), reference, previous)
         measured[stage] = result
         row = {"stage": stage, "status": "measured", "reason": None, "metrics": result.metrics}
         row |= {"samples": sum(map(len, samples.sets.values())), "distance": result.distance}
-        if stage == "trained" and recipe.verify.sharpness is not None:
-            row["metrics"] |= trained_sharpness(
-                recipe, base, artifacts.float_model, artifacts.trained, device, reporter
-            )
-        if stage == "trained" and made_static(artifacts.trained):
-            row["dynamic"] = _dynamic(recipe, artifacts, samples, reference, out, reporter, device)
-        if stage == "folded" and (flipped := _flipped(recipe, artifacts, samples)):
-            row["flipped"] = flipped
-        if stage == "onnx":
-            row["deployed"] = _deployed(
-                recipe, artifacts, samples, reference, previous, out, reporter, device
-            )
-            if wants_held(recipe, artifacts, result):
-                row |= _held(recipe, artifacts, samples, reporter)
-            if on_gpu := provider_rows(recipe, artifacts.onnx, samples, reference, threads, out, reporter):
-                row["providers"] = on_gpu
-            _write_kit(out, recipe, samples, artifacts, reporter)
-        rows.append(row)
+        rows.append(row | _beside(job, stage, result, reference, previous))
         previous = stage
     _forget_logits(out)
-    task = TASKS[recipe.task.name]
-    inputs = {
-        name: _digest(task.collate([sample]) for sample in found) for name, found in samples.sets.items()
-    }
+    write_json(out / "parity.json", {"rows": rows, **_facts(job, rows)})
+    results = {stage: result.samples for stage, result in measured.items()}
+    write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN, samples.slices)
+
+
+def _runner(job: _Job, stage: str) -> Runner:
+    artifacts, device = job.artifacts, job.device
+    if stage == "float":
+        return float_runner(artifacts.float_model, device)
+    if stage == "trained":
+        return trained_runner(artifacts.float_model, artifacts.trained, device)
+    if stage == "folded":
+        return folded_runner(artifacts.folded, device)
+    return _onnx_runner(job, optimized=False)
+
+
+def _onnx_runner(job: _Job, optimized: bool) -> Runner:
+    family, threads = job.recipe.model.family, torch.get_num_threads()
+    return OnnxRunner(job.artifacts.onnx.file, family, threads, optimized=optimized)
+
+
+def _beside(
+    job: _Job, stage: str, result: Measured, reference: Results | None, previous: str | None
+) -> dict[str, Any]:
+    """What only one stage's row has."""
+    recipe, artifacts, samples, reporter = job.recipe, job.artifacts, job.samples, job.reporter
+    row: dict[str, Any] = {}
+    if stage == "trained" and recipe.verify.sharpness is not None:
+        sharpness = trained_sharpness(
+            recipe, job.base, artifacts.float_model, artifacts.trained, job.device, reporter
+        )
+        row["metrics"] = result.metrics | sharpness
+    if stage == "trained" and made_static(artifacts.trained):
+        row["dynamic"] = _dynamic(job, reference)
+    if stage == "folded" and (flipped := _flipped(recipe, artifacts, samples)):
+        row["flipped"] = flipped
+    if stage == "onnx":
+        row["deployed"] = _deployed(job, reference, previous)
+        if wants_held(recipe, artifacts, result):
+            row |= _held(recipe, artifacts, samples, reporter)
+        threads = torch.get_num_threads()
+        if on_gpu := provider_rows(recipe, artifacts.onnx, samples, reference, threads, job.out, reporter):
+            row["providers"] = on_gpu
+        _write_kit(job)
+    return row
+
+
+def _facts(job: _Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What parity.json says of all rows."""
+    recipe, samples, artifacts = job.recipe, job.samples, job.artifacts
+    collate = TASKS[recipe.task.name].collate
     facts = {
         "sets": list(samples.sets),
         "main": _main_metrics(samples.task, rows),
-        "inputs": inputs,
-        "threads": threads,
-        "device": str(device),
+        "inputs": {
+            name: _digest(collate([sample]) for sample in found) for name, found in samples.sets.items()
+        },
+        "threads": torch.get_num_threads(),
+        "device": str(job.device),
     }
     if artifacts.onnx is not None and artifacts.onnx.file.is_file():
         facts["onnx"] = {"sha256": sha256_file(artifacts.onnx.file)}
-    write_json(out / "parity.json", {"rows": rows, **facts})
-    results = {stage: result.samples for stage, result in measured.items()}
-    write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN, samples.slices)
+    return facts
 
 
 def _without_value(samples: Samples) -> Iterator[str]:
@@ -175,11 +206,6 @@ def wants_held(recipe: Recipe, artifacts: Artifacts, onnx: Measured) -> bool:
     within = far["mean_abs"] <= limits.mean_abs * far["range"]
     agrees = far["top1_agreement"] is None or far["top1_agreement"] >= limits.top1_agreement
     return not (within and agrees)
-
-
-def reference_of(measured: dict[str, Measured]) -> dict[str, list[dict[str, Any]]] | None:
-    """Results of the float row, which agreement is measured against."""
-    return measured["float"].samples if "float" in measured else None
 
 
 def _flipped(recipe: Recipe, artifacts: Artifacts, samples: Samples) -> dict[str, int] | None:
@@ -220,8 +246,9 @@ def _main_metrics(task: Task, rows: list[dict[str, Any]]) -> dict[str, list[str]
     return {name: metrics[:shown] for name, metrics in found.items()}
 
 
-def _write_kit(out: Path, recipe: Recipe, samples: Samples, artifacts: Artifacts, reporter: Reporter) -> None:
+def _write_kit(job: _Job) -> None:
     """The same measurement for a device."""
+    recipe, samples, artifacts, out = job.recipe, job.samples, job.artifacts, job.out
     task = TASKS[recipe.task.name]
     every = [sample for found in samples.sets.values() for sample in found]
     inputs = complete(recipe.model.family, task.collate(every))
@@ -230,7 +257,7 @@ def _write_kit(out: Path, recipe: Recipe, samples: Samples, artifacts: Artifacts
     write_probe(out / "probe", sizes, arrays, out / "logits-onnx.npy", artifacts.onnx, artifacts.engine)
     taken = sum(file.stat().st_size for file in (out / "probe").iterdir())
     if taken > KIT_BYTES:  # images: all samples of a set are in it
-        reporter.say(f"verify: the probe kit takes {taken / 1e6:.0f} MB: `verify.samples` limits it")
+        job.reporter.say(f"verify: the probe kit takes {taken / 1e6:.0f} MB: `verify.samples` limits it")
 
 
 def _digest(samples: Iterable[dict[str, np.ndarray]]) -> str:
@@ -243,10 +270,7 @@ def _digest(samples: Iterable[dict[str, np.ndarray]]) -> str:
     return digest.hexdigest()
 
 
-def _dynamic(
-    recipe: Recipe, artifacts: Artifacts, samples: Samples, reference: dict[str, list[dict[str, Any]]] | None,
-    out: Path, reporter: Reporter, device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
+def _dynamic(job: _Job, reference: Results | None) -> dict[str, Any]:
     """The trained model with dynamic ranges again, compared with the trained row. Weights, samples and
     batches are the same: all that differs is what static ranges changed.
 
@@ -254,33 +278,28 @@ def _dynamic(
     depend on `verify.batch_size` and on which samples share a batch: those of like length.
     """
     gc.collect()  # as between rows
-    runner = dynamic_runner(artifacts.float_model, artifacts.trained, recipe.quantizer.activations, device)
-    found = measure_row(
-        "trained-dynamic", runner, recipe, samples, reference, "trained", out, reporter, keep=False
-    )
+    artifacts, options = job.artifacts, job.recipe.quantizer.activations
+    runner = dynamic_runner(artifacts.float_model, artifacts.trained, options, job.device)
+    found = job.measure("trained-dynamic", runner, reference, "trained", keep=False)
     return {"metrics": found.metrics, "distance": found.distance}
 
 
-def _deployed(
-    recipe: Recipe, artifacts: Artifacts, samples: Samples, reference: dict[str, list[dict[str, Any]]] | None,
-    previous: str | None, out: Path, reporter: Reporter, device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
+def _deployed(job: _Job, reference: Results | None, previous: str | None) -> dict[str, Any]:
     """The graph as ONNX Runtime runs it by default: int8 layers as integer GEMMs.
 
     It is compared with the folded model computed the same way where that is there; comparing integer sums
     with fp32 products shows flipped roundings and nothing about the file. Without int8 activations there are
     no integer sums.
     """
-    if artifacts.folded is not None and _rounds_activations(artifacts.folded):
-        runner = folded_runner(artifacts.folded, device, integer=True)
+    folded, samples = job.artifacts.folded, job.samples
+    if folded is not None and _rounds_activations(folded):
+        runner = folded_runner(folded, job.device, integer=True)
         compared = samples.sets[samples.first][: samples.compared]
-        few = replace(samples, sets={samples.first: compared})
-        measure_row("folded-integer", runner, recipe, few, None, None, out, reporter)
+        few = replace(job, samples=replace(samples, sets={samples.first: compared}))
+        few.measure("folded-integer", runner, None, None)
         previous = "folded-integer"
-    runner = OnnxRunner(artifacts.onnx.file, recipe.model.family, torch.get_num_threads(), optimized=True)
-    found = measure_row(
-        "onnx-deployed", runner, recipe, samples, reference, previous, out, reporter, keep=False
-    )
+    runner = _onnx_runner(job, optimized=True)
+    found = job.measure("onnx-deployed", runner, reference, previous, keep=False)
     return {"metrics": found.metrics, "distance": found.distance}
 
 
@@ -320,22 +339,3 @@ def _not_run(stage: str, artifacts: Artifacts, recipe: Recipe) -> dict[str, Any]
 def _device(recipe: Recipe) -> torch.device:
     wanted = recipe.train.device
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def take_engine_row(run: Path, task: Task, measurement: Path) -> None:
-    """Fill the engine row of a run's parity.json and samples.json.gz from what a device measured."""
-    found = read_measurement(measurement, run / "probe", run / "model.onnx")
-    report = read_json(run / "parity.json")
-    samples = read_samples(run / "samples.json.gz")
-    module = TASKS[task.name]
-    row, by_set = engine_row(
-        found,
-        module.settled(task, read_json(run / "config.json")),
-        {name: known_of(entry) for name, entry in samples.items()},
-        {name: results_of(entry, "float") for name, entry in samples.items()},
-    )
-    report["rows"] = [row if old["stage"] == "engine" else old for old in report["rows"]]
-    for name, results in by_set.items():
-        samples[name]["rows"]["engine"] = fields_of(results, module.KNOWN)
-    pack_samples(run / "samples.json.gz", samples)
-    write_json(run / "parity.json", report)
