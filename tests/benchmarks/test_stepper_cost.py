@@ -59,8 +59,9 @@ def training(folder: Path, text: Path, batch: dict[str, Tensor], method: str = "
     AcceleratorState._reset_state(reset_partial_state=True)
     return Training(
         recipe=recipe, architecture=architecture, prepared=prepared, objective=None, stepper=None,
-        accelerator=Accelerator(cpu=True), processes=Processes(), checkpoints=None, reporter=None, history=None,
-        train_data=None, calibration_data=None, reference=None, moving=set(), facts=[], recent=[],
+        accelerator=Accelerator(cpu=True), processes=Processes(), checkpoints=None, reporter=None,
+        history=None, train_data=None, calibration_data=None, reference=None, moving=set(), facts=[],
+        recent=[],
     )  # fmt: skip
 
 
