@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from qcompress.data_options import COLUMNS, FILES, SUFFIXES
 from qcompress.schema import CausalLm, ImageClassification, Recipe, TextData
-from qcompress.task_options import COLUMNS, FILES, SUFFIXES
 from qcompress.yamlfile import Document, Key, dotted
 
 FORMATS: tuple[Key, ...] = tuple(

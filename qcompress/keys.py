@@ -16,6 +16,7 @@ import qcompress
 from qcompress.adopted import files_of
 from qcompress.check import Report, check_model, head_of
 from qcompress.codekey import code_digest, stage_key
+from qcompress.data_options import FILES
 from qcompress.formats import CodebookFormat
 from qcompress.host import describe_host, device_kind, threads
 from qcompress.own import active
@@ -23,7 +24,6 @@ from qcompress.processes import announced
 from qcompress.recipe import Resolved
 from qcompress.schema import STAGES, Recipe
 from qcompress.stages.load import fingerprint, locate
-from qcompress.task_options import FILES
 from qcompress.tasks import TASKS
 from qcompress.tasks.text import fingerprint as text_fingerprint
 from qcompress.tracking import demand_trackers

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompress.axes import AXES
+from qcompress.data_options import FILES
 from qcompress.data_rules import LOCAL
 from qcompress.errors import Mistake, RecipeError
 from qcompress.formats import as_mapping
@@ -34,7 +35,6 @@ from qcompress.quantizer_options import Quantizers, named, quantizers
 from qcompress.rules import is_hub_id, judge
 from qcompress.schema import Recipe
 from qcompress.structure import validate
-from qcompress.task_options import FILES
 from qcompress.yamlfile import Document, Key, Place, dotted, dump_yaml, parse_value, read_yaml, split_key
 
 SET = "--set"

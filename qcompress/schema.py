@@ -13,6 +13,8 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_serialize
 
 from qcompress.adapter_options import Adapter, NoAdapter
 from qcompress.axes import METHODS, beside_preset
+from qcompress.data_options import Data
+from qcompress.data_options import TextData as TextData
 from qcompress.export_options import Build, Export
 from qcompress.export_options import Profile as Profile  # what a recipe is made of is found here
 from qcompress.formats import (
@@ -38,10 +40,9 @@ from qcompress.options import (
 )
 from qcompress.quantizer_options import Quantizers, quantizers
 from qcompress.task_options import CausalLm as CausalLm
-from qcompress.task_options import Data, Task
 from qcompress.task_options import ImageClassification as ImageClassification
 from qcompress.task_options import SequenceClassification as SequenceClassification
-from qcompress.task_options import TextData as TextData
+from qcompress.task_options import Task
 from qcompress.task_options import TokenClassification as TokenClassification
 
 Stage = Literal["load", "train", "fold", "export", "build", "verify", "gate"]

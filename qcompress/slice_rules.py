@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from qcompress.data_options import RESULTS
 from qcompress.errors import MachineError, UsageError
 from qcompress.schema import Recipe, TextData
-from qcompress.task_options import RESULTS
 from qcompress.tasks import TASKS
 from qcompress.tasks.padded import first
 from qcompress.tasks.slices import EVERY, spelled

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from good_recipe import mistakes, write
 
+from qcompress.data_options import COLUMNS, Columns
 from qcompress.data_rules import ORIGINS
 from qcompress.recipe import load_recipe
-from qcompress.task_options import COLUMNS, Columns
 from qcompress.tasks import TASKS
 
 GOOD = """\

@@ -24,7 +24,7 @@ STAGES = ("load", "train", "fold", "export", "build", "verify", "gate")
 LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("plain values", {
         "errors", "formats", "axes", "options", "quantizer_options", "adapter_options", "glue",
-        "task_options",
+        "task_options", "data_options",
         "export_options", "schema",
         "own", "artifacts", "plan",
         "models.architecture", "models.files",
@@ -52,7 +52,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "models.heads", "models.vit", "tasks.image_classification", "tasks.images",
         "targets.device", "targets.graph", "targets.inline", "targets.lint", "targets.process",
         "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes", "targets.soundness",
-        "targets.table", "targets.trial",
+        "targets.table", "targets.trial", "targets.weight_checks",
     }),
     ("recipes", {
         "wording", "structure", "data_rules",
@@ -138,7 +138,8 @@ DOORS: dict[str, set[str]] = {
     "onnx": {"adopted", "export", "certificate", "certificate_codebooks", "certificate_graph",
              "certificate_points", "sizes", "targets.checks",
              "targets.codebooks", "targets.contents", "targets.convolutions",
-             "targets.graph", "targets.inline", "targets.quantizers", "targets.sizes", "targets.soundness"},
+             "targets.graph", "targets.inline", "targets.quantizers", "targets.sizes", "targets.soundness",
+             "targets.weight_checks"},
     "onnx_ir": {"codebook_nodes", "export", "precision"},
     "faiss": {"quant.kmeans"},
     "datasets": {"tasks.text"},

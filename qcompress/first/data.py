@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qcompress.data_options import SUFFIXES
 from qcompress.errors import QcompressError
 from qcompress.first.asked import Ask, Asked, Mistakes
-from qcompress.task_options import SUFFIXES
 from qcompress.tasks.labels import IGNORED
 from qcompress.tasks.table import Row, read_whole
 from qcompress.wording import choose

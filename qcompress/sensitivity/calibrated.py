@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qcompress import pipeline
 from qcompress.artifacts import FloatModel, TrainedModel, read_json, write_json
 from qcompress.codekey import code_digest, stage_key
+from qcompress.data_options import FILES
 from qcompress.host import device_kind, threads
 from qcompress.keys import prepare, versions_of
 from qcompress.progress import Reporter
@@ -17,7 +18,6 @@ from qcompress.recipe import Resolved
 from qcompress.sensitivity.candidates import groups_of
 from qcompress.sensitivity.sampling import Sampling
 from qcompress.system import make_folder
-from qcompress.task_options import FILES
 from qcompress.tasks.text import fingerprint
 from qcompress.workspace import Step
 

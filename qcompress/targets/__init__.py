@@ -3,7 +3,7 @@
     table       the devices, and what a recipe may not ask of them
     graph       a read-only view of an ONNX file
     quantizers  the Q/DQ nodes of a view, in the words of the linter
-    checks      what the linter looks for
+    checks      what the linter looks for (more: weight_checks, convolutions, soundness)
     rules       the linter's rules, as a table
     lint        the rules applied to a file
     sizes       bytes that an engine of quantized weights may have

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from qcompress.targets import checks, convolutions, soundness
+from qcompress.targets import checks, convolutions, soundness, weight_checks
 from qcompress.targets.checks import Broken
 from qcompress.targets.graph import View
 from qcompress.targets.table import Target
@@ -154,44 +154,44 @@ RULES: tuple[Rule, ...] = (
         "int4-opset", "refused", "checker",
         "int4 and blocks come with opset 21, int2 with opset 25",
         "export with that opset",
-        checks.int4_opset,
+        weight_checks.int4_opset,
     ),
     Rule(
         "int4-target", "refused", "builder",
         "the target has no int4",
         "store 4-bit codes as int8, or name a target from SM80 on",
-        checks.int4_target,
+        weight_checks.int4_target,
     ),
     Rule(
         "block-remainder", "refused", "parser",
         "the axis divides into whole blocks; where the number of scales divides it, TensorRT takes blocks of "
         "another size than the graph says",
         "choose a block that divides the input features",
-        checks.uneven_blocks,
+        weight_checks.uneven_blocks,
     ),
     Rule(
         "block-size", "slow", "behaviour",
         "int4 kernels exist for blocks of 32, 64 and 128",
         "use blocks of 128 or 64",
-        checks.odd_blocks,
+        weight_checks.odd_blocks,
     ),
     Rule(
         "int4-per-channel", "slow", "behaviour",
         "int4 without blocks is dequantized apart from the matmul",
         "use blocks of 128 or 64",
-        checks.int4_channels,
+        weight_checks.int4_channels,
     ),
     Rule(
         "int4-weight-int8-activation", "slow", "behaviour",
         "int4 weights are computed in float: quantizing the activation beside them costs time and accuracy",
         "keep the activation in float, or store 4-bit codes as int8 for an int8 matmul",
-        checks.int4_products,
+        weight_checks.int4_products,
     ),
     Rule(
         "int4-blocks-int8-activation", "refused", "builder",
         "TensorRT-RTX 1.7 cannot multiply several int4 blocks with an int8 activation of rank 3",
         "keep the activation in float, or store 4-bit codes as int8 for an int8 matmul",
-        checks.int4_block_products,
+        weight_checks.int4_block_products,
     ),
     Rule(
         "conv-int4", "refused", "builder",
@@ -229,7 +229,7 @@ RULES: tuple[Rule, ...] = (
         "weight-reader", "slow", "behaviour",
         "only matmuls, convolutions and Gather compute with an integer weight",
         "store this tensor in float",
-        checks.weight_readers,
+        weight_checks.weight_readers,
     ),
     Rule(
         "quantizer-alone", "refused", "parser",

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qcompress.data_options import Columns
 from qcompress.errors import UsageError
 from qcompress.schema import TextData
-from qcompress.task_options import Columns
 from qcompress.tasks.images import opened_archive
 from qcompress.tasks.table import Slices, named_cells
 from qcompress.tasks.text import open_dataset

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from qcompress.data_options import Augment
 from qcompress.errors import ModelError, UsageError
 from qcompress.models.architecture import PIXELS
 from qcompress.schema import TextData
-from qcompress.task_options import Augment
 from qcompress.tasks.examples import LABELS, Batch
 from qcompress.tasks.text import open_dataset
 
