@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -151,10 +153,60 @@ def test_mlflow_tells_a_failed_run_from_a_finished_one(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="pip install mlflow")
+@pytest.mark.filterwarnings("ignore")
+def test_of_a_run_that_was_killed_mlflow_is_told_no_success(tmp_path: Path) -> None:
+    """Its tracker reads to the end of the pipe, and no word of how the run ended is among the records."""
+    from mlflow.tracking import MlflowClient
+
+    place = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    values = {"project": "p", "run": "r", "recipe": {"seed": 0}}
+    told = "".join(f"{json.dumps(record)}\n" for record in (values, *RECORDS))
+    made = subprocess.run(
+        [sys.executable, "-m", "qcompress.tracker", "mlflow", str(tmp_path)],
+        input=told, text=True, capture_output=True, env={**os.environ, "MLFLOW_TRACKING_URI": place},
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    client = MlflowClient(place)
+    (experiment,) = [item for item in client.search_experiments() if item.name == "p"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "KILLED" and run.data.metrics["finetune/loss"] == 2.5
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("wandb") is None, reason="pip install wandb")
 def test_wandb_stays_offline(tmp_path: Path) -> None:
     assert track(resolved(tmp_path, "wandb").recipe, tmp_path / "run") == []
-    assert list((tmp_path / "run" / "tracking" / "wandb").rglob("offline-run-*/*.wandb"))
+    assert exit_code(tmp_path / "run") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("wandb") is None, reason="pip install wandb")
+def test_wandb_tells_a_failed_run_from_a_finished_one(tmp_path: Path) -> None:
+    recipe = resolved(tmp_path, "wandb").recipe
+    with pytest.raises(RuntimeError), tracking(recipe, tmp_path / "run", Reporter(silent=True)):
+        raise RuntimeError("a mistake")
+    assert exit_code(tmp_path / "run") == 1
+
+
+def exit_code(run: Path) -> int:
+    """What wandb keeps of an offline run's end: LevelDB's log format, of which each record is a message."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = (run / "tracking" / "wandb").rglob("offline-run-*/*.wandb")
+    data, at, whole, codes = file.read_bytes(), 7, b"", []
+    while at < len(data):
+        if (left := 32768 - at % 32768) < 7:  # no header begins in what is left of a block
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole, at = whole + data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):  # all of a record, or its last part
+            record = Record.FromString(whole)
+            codes += [record.exit.exit_code] if record.WhichOneof("record_type") == "exit" else []
+            whole = b""
+    (code,) = codes
+    return code
 
 
 # What it may not change ---------------------------------------------------------------------------
