@@ -82,9 +82,12 @@ def broken(folder: Path, parity: Mapping[str, Any]) -> Iterator[str]:
         yield f"{graph} is not the file that was measured"
     if found and facts.get("onnx") and found != facts["onnx"]["sha256"]:
         yield f"the engine was built from another file than {graph}"
-    for name, digest in (facts.get("onnx") or {}).get("data", {}).items():
-        if (folder / name).is_file() and sha256_file(folder / name) != digest:
-            yield f"the engine was built from another file than {folder / name}"
+    for file, digest in _data(folder, parity):
+        if sha256_file(file) != digest:
+            yield f"{file} is not the file that was measured"
+    for file, digest in _data(folder, facts):
+        if sha256_file(file) != digest:
+            yield f"the engine was built from another file than {file}"
     plan = folder / "engine" / "model.plan"
     if plan.is_file() and facts.get("plan") and sha256_file(plan) != facts["plan"]["sha256"]:
         yield f"{plan} is not the engine that was built"
@@ -93,6 +96,13 @@ def broken(folder: Path, parity: Mapping[str, Any]) -> Iterator[str]:
     on_plan = measured.get("measured") == "plan" and facts.get("plan")
     if on_plan and measured["file_sha256"] != facts["plan"]["sha256"]:
         yield "the engine row was measured on another plan than the one that was built"
+
+
+def _data(folder: Path, facts: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """The graph's external data that are there, and their digests in what was written of the graph."""
+    for name, digest in (facts.get("onnx") or {}).get("data", {}).items():
+        if (folder / name).is_file():
+            yield folder / name, digest
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -265,6 +265,14 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
         4,
         "another file than",
     ),
+    "weights that were not measured": (
+        lambda run: (
+            (run / "model.onnx.data").write_bytes(b"weights"),
+            parity(run, lambda report: report["onnx"]["data"].update({"model.onnx.data": "0" * 64})),
+        ),
+        4,
+        "model.onnx.data is not the file that was measured",
+    ),
     "another plan": (
         lambda run: (run / "engine" / "model.plan").write_bytes(b"plan"),
         4,

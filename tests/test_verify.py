@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -193,6 +195,22 @@ def test_samples_bound_what_is_measured_whatever_the_batches(measure: Callable[.
     rows = measure(samples=4, distance_samples=1000, batch_size=3)
     assert {rows[stage]["samples"] for stage in ROWS[:4]} == {8}
     assert {rows[stage]["distance"]["positions"] for stage in ROWS[1:4]} == {4 * CONTEXT}
+
+
+def test_the_report_names_the_graph_and_the_weights_beside_it(
+    project: Project, measure: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """A graph whose initializers lie in a file of their own says nothing of them by itself."""
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    onnx.save(
+        onnx.load(project.latest / "model.onnx"), apart / "model.onnx", save_as_external_data=True,
+        location="weights.bin",
+    )  # fmt: skip
+    measure(samples=2, float_model=None, trained=None, onnx=OnnxModel(apart))
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in apart.iterdir()}
+    found = read_json(tmp_path / "parity.json")["onnx"]
+    assert found == {"sha256": digests["model.onnx"], "data": {"weights.bin": digests["weights.bin"]}}
 
 
 # Rows that cannot run -----------------------------------------------------------------------------

@@ -53,6 +53,7 @@ from qcompress.runners import (
 from qcompress.samples import write_samples
 from qcompress.schema import ROWS, Recipe
 from qcompress.sharpness import trained_sharpness
+from qcompress.targets.graph import read
 from qcompress.task_options import AGREEMENT, Task
 from qcompress.tasks import TASKS
 
@@ -172,7 +173,8 @@ def _facts(job: _Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "device": str(job.device),
     }
     if artifacts.onnx is not None and artifacts.onnx.file.is_file():
-        facts["onnx"] = {"sha256": sha256_file(artifacts.onnx.file)}
+        data = {file.name: sha256_file(file) for file in read(artifacts.onnx.file).data_files}
+        facts["onnx"] = {"sha256": sha256_file(artifacts.onnx.file), "data": data}
     return facts
 
 
