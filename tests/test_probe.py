@@ -73,6 +73,13 @@ def engine_json(project: Project, tmp_path_factory: pytest.TempPathFactory) -> P
 # The kit ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("flag", ["-I", "-P"])
+def test_the_kit_starts_where_python_does_not_look_beside_its_script(flag: str, project: Project) -> None:
+    script = project.latest / "probe" / SCRIPT.name
+    done = subprocess.run([sys.executable, flag, "-B", str(script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_kit_has_its_files_and_names_the_graph_and_the_plan(project: Project) -> None:
     kit = project.latest / "probe"
     assert {file.name for file in kit.iterdir()} == KIT

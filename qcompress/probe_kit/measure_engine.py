@@ -23,11 +23,14 @@ import sys
 import time
 from pathlib import Path
 
-import engine_speed
 import numpy as np
-from engine_runners import OnnxRunner, TensorRTRunner
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # which an isolated or safe-path interpreter leaves out
+
+import engine_speed  # noqa: E402
+from engine_runners import OnnxRunner, TensorRTRunner  # noqa: E402
+
 FORMAT = 1
 
 

@@ -3,7 +3,7 @@
 Source: iPQ (Quant-Noise, arXiv:2004.07320, section 3.2) after "And the bit goes down" (arXiv:1907.05686,
 section 3): centroids start at k random vectors, each iteration assigns every vector to its nearest centroid
 and moves each centroid to the mean of its vectors. A cluster without vectors is refilled by splitting the
-fullest one: it takes over that cluster's farthest member, so that the objective never rises.
+fullest one: it takes over that cluster's farthest member, so that the objective does not rise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import faiss
 import torch
 from torch import Tensor
+
+from qcompress.errors import ModelError
 
 CHUNK = 2**26
 """Distances that a GPU holds at once."""
@@ -31,7 +33,7 @@ class Clusters:
     assignments: Tensor
     """Index of each vector's centroid, [n], uint8."""
     objective: float
-    """Mean squared distance of a vector to its centroid; more iterations never raise it."""
+    """Mean squared distance of a vector to its centroid; more iterations raise it by rounding alone."""
     empty: int
     """Clusters that have no vector, because fewer different vectors are there than centroids."""
     splits: int
@@ -42,8 +44,16 @@ class Clusters:
 def kmeans(vectors: Tensor, k: int, iterations: int, splits: int, generator: torch.Generator) -> Clusters:
     """So many rounds over `vectors` [n, d], and at most `splits` refills in each; `generator` (of a CPU)
     chooses the vectors to start from.
+
+    Raises ModelError for vectors whose squared distances are not finite: training has diverged, and faiss
+    would end the process.
     """
     vectors = vectors.float().contiguous()
+    if not bool((4 * vectors.square().sum(1)).isfinite().all()):
+        raise ModelError(
+            "k-means was given weights that are not finite, or too large to be squared",
+            fix="lower the learning rates under train.lr",
+        )
     start = torch.randperm(len(vectors), generator=generator)[:k].to(vectors.device)
     centroids = vectors.new_zeros(k, vectors.shape[1])
     centroids[: len(start)] = vectors[start]

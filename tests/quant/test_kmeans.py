@@ -7,6 +7,7 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from qcompress.errors import ModelError
 from qcompress.quant import kmeans as module
 from qcompress.quant.kmeans import kmeans
 
@@ -106,3 +107,16 @@ def test_clusters_of_equal_vectors_are_not_split_again_and_again() -> None:
     x = 50 * vectors(20, 8)[torch.randint(20, (5000,), generator=seeded(3))]
     found = kmeans(x, 64, 15, 100, seeded())
     assert found.objective == 0 and found.splits < 20 and found.empty == 64 - len(x.unique(dim=0))
+
+
+@pytest.mark.parametrize("iterations", [1, 15])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e20, 1e19])
+def test_weights_that_have_diverged_are_an_error_and_not_the_end_of_the_process(
+    value: float, iterations: int
+) -> None:
+    x = vectors()
+    x[5, 3] = value
+    with pytest.raises(ModelError, match="not finite"):
+        kmeans(x, 64, iterations, 100, seeded())
+    x[5, 3] = 1e18  # as large as squares allow
+    assert kmeans(x, 64, iterations, 100, seeded()).empty == 0
