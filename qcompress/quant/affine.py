@@ -9,6 +9,7 @@ Source of the gradient: LSQ (arXiv:1902.08153), equations 1 to 3. With v = x / s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,13 +123,10 @@ def fake_quantize(x: Tensor, scale: Tensor, bounds: tuple[int, int], slope: floa
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int, slope: float) -> Tensor:
-        ctx.inside = _all_inside(x, scale, qmin, qmax)
-        y = torch.div(x, scale).round_()
-        if not ctx.inside:
-            y.clamp_(qmin, qmax)
-        y.mul_(scale)
+        y, ctx.inside = _round(x, scale, (qmin, qmax))
         ctx.save_for_backward(x, y, scale)
         ctx.bounds, ctx.slope = (qmin, qmax), slope
+        ctx.wants_sum, ctx.told = scale.numel() == 1 and ctx.needs_input_grad[1], None
         return y
 
     @staticmethod
@@ -138,7 +136,7 @@ class _FakeQuantize(torch.autograd.Function):
         if scale.numel() == 1:
             through = upstream if ctx.inside else _MASK(upstream, x, *_limits(scale, ctx.bounds))
             # sum(g * vbar) - sum over the inside of (g * v), times the scale, of what is already in memory
-            terms = _dot(upstream, y).sub_(_dot(through, x)).reshape(scale.shape) if learned else None
+            terms = (_sum_of(ctx, upstream, y) - _dot(through, x)).reshape(scale.shape) if learned else None
         else:
             through, terms = _backward_of_many(upstream, x, y, scale, ctx.bounds, learned)
         scale_gradient = None if terms is None else terms * (ctx.slope / scale)
@@ -148,28 +146,49 @@ class _FakeQuantize(torch.autograd.Function):
 _MASK = torch.ops.aten.hardtanh_backward
 """Passes the gradient where x is strictly between two bounds, in one kernel instead of four."""
 
-PIECE = 1 << 16
-"""Elements that are worked on at once on a CPU: what several steps read again is still in its cache."""
-
-MANY = 3
-"""Pieces below which taking them one by one costs more than it saves."""
+PIECE = 1 << 17
+"""Elements a thread of a CPU works on at once: what several steps read again is still in its cache."""
 
 
-def _all_inside(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> bool:
-    """Whether nothing is clipped, so that the gradient is upstream's own and needs neither mask nor memory.
-
-    Asked where the answer costs less than it saves: with one scale, and not of a GPU, which would have to be
-    waited for.
+def _round(x: Tensor, scale: Tensor, bounds: tuple[int, int]) -> tuple[Tensor, bool]:
+    """The rounded x, and whether nothing in it is clipped, so that its gradient is upstream's own and needs
+    neither mask nor memory. This is asked where the answer costs less than it saves: with one scale, and not
+    of a GPU, which would have to be waited for.
     """
     if scale.numel() != 1 or x.is_cuda or x.numel() == 0:
-        return False
-    found, limits = x.aminmax(), _limits(scale, (qmin, qmax))
-    return found.min.item() > limits[0] and found.max.item() < limits[1]
+        return torch.div(x, scale).round_().clamp_(*bounds).mul_(scale), False
+    y, limits, step, inside = torch.empty_like(x), _limits(scale, bounds), scale.reshape(()), True
+    for values, out in _pieces(x, y):
+        found = values.aminmax()
+        torch.div(values, step, out=out).round_()
+        if not (found.min.item() > limits[0] and found.max.item() < limits[1]):
+            out.clamp_(*bounds)
+            inside = False
+        out.mul_(step)
+    return y, inside
+
+
+def _pieces(x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Both in parts that a cache holds together, as views; whole where x does not lie in one row."""
+    if not x.is_contiguous():
+        return [(x, y)]
+    size = PIECE * torch.get_num_threads()
+    return zip(x.view(-1).split(size), y.view(-1).split(size), strict=True)
 
 
 def _limits(scale: Tensor, bounds: tuple[int, int]) -> tuple[float, float]:
     """The values at which one scale begins to clip, rounded to its own precision."""
     return (bounds[0] * scale).item(), (bounds[1] * scale).item()
+
+
+def _sum_of(ctx, upstream: Tensor, y: Tensor) -> Tensor:
+    """sum(g * y), which the one reader of y may have told (`product.py`): if g is all it handed back, and
+    nobody else read y or changed g on its way.
+    """
+    told, ctx.told = ctx.told, None
+    if told is not None and told[0].data_ptr() == upstream.data_ptr() and told[0].shape == upstream.shape:
+        return told[1]
+    return _dot(upstream, y)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -180,20 +199,11 @@ def _backward_of_many(
     upstream: Tensor, x: Tensor, y: Tensor, scale: Tensor, bounds: tuple[int, int], learned: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of x, and (where learned) the sum of g * y - through * x over all that shares a scale."""
-    dims = [axis for axis in range(x.dim()) if scale.shape[axis] == 1 and x.shape[axis] != 1]
-    through = torch.empty_like(x)
-
-    def piece(g: Tensor, x: Tensor, y: Tensor, scale: Tensor, out: Tensor) -> Tensor | None:
-        # bounds that differ are made equal by a division, into whose memory the gradient goes
-        torch.div(x, scale, out=out)
-        _MASK.grad_input(g, out, *bounds, grad_input=out)
-        return torch.mul(g, y).addcmul_(out, x, value=-1).sum(dim=dims, keepdim=True) if learned else None
-
-    if x.is_cuda or x.numel() <= MANY * PIECE:
-        return through, piece(upstream, x, y, scale, through)
-    tensors = (upstream, x, y, scale.expand(len(x), *scale.shape[1:]), through)
-    size = max(1, PIECE * len(x) // x.numel())
-    terms = [piece(*parts) for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True)]
+    # bounds that differ are made equal by a division, into whose memory the terms go
+    quotients = torch.div(x, scale)
+    through = _MASK(upstream, quotients, *bounds)
     if not learned:
         return through, None
-    return through, sum(terms) if 0 in dims else torch.cat(terms)
+    dims = [axis for axis in range(x.dim()) if scale.shape[axis] == 1 and x.shape[axis] != 1]
+    terms = torch.mul(upstream, y, out=quotients).addcmul_(through, x, value=-1)
+    return through, terms.sum(dim=dims, keepdim=True)

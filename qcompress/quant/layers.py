@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.quant.noise import QuantNoise
+from qcompress.quant.product import matmul, product
 
 
 class ChannelScale(nn.Module):
@@ -223,7 +224,7 @@ class QuantizedLinear(QuantizedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        return matmul(x, self.quantized_weight(), self.rescaled_bias(), self.channel_axis)
+        return product(x, self.quantized_weight(), self.rescaled_bias(), self.channel_axis)
 
     def rescaled_bias(self) -> Tensor | None:
         """The bias that will be deployed, [out]."""
@@ -281,12 +282,3 @@ class QuantizedTied(nn.Module):
         bias = owner.rescaled_bias() if isinstance(owner, QuantizedLinear) else None
         x = x if self.input_quantizer is None else self.input_quantizer(x)
         return matmul(x, owner.quantized_weight(), bias, owner.channel_axis)
-
-
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, channel_axis: int) -> Tensor:
-    """x @ w + b. Every form of a layer calls this one, so that they agree to the last bit."""
-    y = torch.matmul(x, weight if channel_axis == 1 else weight.t())
-    if bias is None:
-        return y
-    # in place it costs half; under autocast the sum has the bias's precision and needs memory of its own
-    return y.add_(bias) if y.dtype == bias.dtype else y + bias
