@@ -181,14 +181,26 @@ def _limits(scale: Tensor, bounds: tuple[int, int]) -> tuple[float, float]:
     return (bounds[0] * scale).item(), (bounds[1] * scale).item()
 
 
+@dataclass(frozen=True)
+class Told:
+    """sum(g * y) as the reader of y told it (`product.py`), and the g that it handed back."""
+
+    gradient: Tensor
+    version: int
+    sum: Tensor
+
+    def holds_for(self, upstream: Tensor) -> bool:
+        """Whether that g is all that arrived: nobody else read y, or changed g on its way."""
+        told = self.gradient
+        same = told.data_ptr() == upstream.data_ptr() and told.dtype == upstream.dtype
+        same = same and told.shape == upstream.shape and told.stride() == upstream.stride()
+        return same and self.version == upstream._version and not torch.is_grad_enabled()
+
+
 def _sum_of(ctx, upstream: Tensor, y: Tensor) -> Tensor:
-    """sum(g * y), which the one reader of y may have told (`product.py`): if g is all it handed back, and
-    nobody else read y or changed g on its way.
-    """
+    """sum(g * y), told or taken."""
     told, ctx.told = ctx.told, None
-    if told is not None and told[0].data_ptr() == upstream.data_ptr() and told[0].shape == upstream.shape:
-        return told[1]
-    return _dot(upstream, y)
+    return told.sum if told is not None and told.holds_for(upstream) else _dot(upstream, y)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompress.quant.affine import Told
+
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, channel_axis: int) -> Tensor:
     """x @ w + b. Every form of a layer calls this one, so that they agree to the last bit."""
@@ -28,11 +30,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, channel_axis: int) -
     told its sum(g * y) in the backward pass.
     """
     tells = getattr(x.grad_fn, "wants_sum", False) and weight.requires_grad
-    # a gradient of less precision than fp32 would do for a weight but not for its sum
-    exact = x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if tells and exact and torch.get_float32_matmul_precision() == "highest":
+    single = all(tensor is None or tensor.dtype == torch.float32 for tensor in (x, weight, bias))
+    if tells and single and x.is_cpu and _is_exact():
         return _Product.apply(x, weight, bias, channel_axis, x.grad_fn)
     return matmul(x, weight, bias, channel_axis)
+
+
+def _is_exact() -> bool:
+    """Whether products of fp32 have fp32's precision: less would do for a gradient, but not for its sum."""
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set for one backend, which this function cannot put in one word
+        return False
 
 
 class _Product(torch.autograd.Function):
@@ -53,7 +64,8 @@ class _Product(torch.autograd.Function):
             of_weight, of_x = rows.t().mm(inputs), rows.mm(weight)
         of_x = of_x.view(x.shape)
         # under a graph of gradients the rounding would hold what holds it, and the graph would never be freed
-        if not torch.is_grad_enabled():
-            ctx.rounding.told = (of_x, torch.dot(of_weight.flatten(), weight.flatten()))
+        if not torch.is_grad_enabled() and of_weight.dtype == weight.dtype:  # another one under autocast
+            total = torch.dot(of_weight.flatten(), weight.flatten())
+            ctx.rounding.told = Told(of_x, of_x._version, total)
         of_bias = upstream.sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[2] else None
         return of_x, of_weight, of_bias, None, None

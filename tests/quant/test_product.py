@@ -119,6 +119,64 @@ def test_a_hook_that_changes_the_gradient_on_its_way_is_heard(dots: list[int]) -
     assert len(dots) == 2
 
 
+def test_a_gradient_changed_in_its_memory_is_heard(dots: list[int]) -> None:
+    case = Case(1, 8.0)
+    y = case.rounded()
+    output = product(y, case.weight, None, 1)
+    (g,) = torch.autograd.grad(output, [y], case.upstream, retain_graph=True)
+    g.mul_(3)
+    (ds,) = torch.autograd.grad(y, [case.scale], g)
+    assert float(ds) == pytest.approx(3 * case.scale_gradient_in_float64(), rel=1e-3)
+    assert len(dots) == 2
+
+
+def test_a_gradient_that_is_seen_in_another_order_is_not_the_one_told() -> None:
+    x = torch.randn(24, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    scale, weight = torch.tensor(0.05).requires_grad_(), torch.randn(24, 8).requires_grad_()
+    found = []
+    for way in (product, matmul):
+        y = fake_quantize(x, scale, BOUNDS)
+        y.register_hook(lambda gradient: gradient.t())
+        found += torch.autograd.grad(way(y, weight, None, 1).sum(), [scale])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=0)
+
+
+def test_a_graph_of_the_last_part_of_a_backward_pass_reaches_its_gradient() -> None:
+    """ds = sum(g * (y - x)) / s, so that its gradient in g is (y - x) / s."""
+    case = Case(1, 8.0)
+    y = case.rounded()
+    (g,) = torch.autograd.grad(product(y, case.weight, None, 1), [y], case.upstream, retain_graph=True)
+    (ds,) = torch.autograd.grad(y, [case.scale], g.requires_grad_(), create_graph=True)
+    (of_g,) = torch.autograd.grad(ds, [g])
+    torch.testing.assert_close(of_g, (y - case.x) / case.scale, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("channel_axis", [0, 1])
+def test_a_backward_pass_under_autocast_takes_its_own_sum(channel_axis: int, dots: list[int]) -> None:
+    case = Case(channel_axis, 8.0)
+    output = case.output()
+    with torch.autocast("cpu", torch.bfloat16):
+        (ds,) = torch.autograd.grad(output, [case.scale], case.upstream)
+    assert len(dots) == 2 and float(ds) == pytest.approx(case.scale_gradient_in_float64(), rel=0.1)
+
+
+def test_a_precision_set_for_one_backend_is_no_error() -> None:
+    case, backend = Case(0, 8.0), torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    try:
+        backend.fp32_precision = "bf16"
+        assert "_Product" not in type(case.output().grad_fn).__name__
+    finally:
+        backend.fp32_precision = before
+    assert "_Product" in type(case.output().grad_fn).__name__
+
+
+def test_a_bias_of_another_precision_is_left_to_stock_autograd() -> None:
+    case = Case(0, 8.0)
+    output = product(case.rounded(), case.weight, case.bias.detach().double().requires_grad_(), 0)
+    assert output.dtype == torch.float64 and "_Product" not in type(output.grad_fn).__name__
+
+
 def test_a_second_backward_pass_through_one_graph_gives_the_same(dots: list[int]) -> None:
     case = Case(0, 2.0)
     output = case.output()
