@@ -29,10 +29,11 @@ LAYERS, WIDTH, INNER, HEADS, BATCH, TOKENS = 6, 384, 1536, 12, 32, 64
 ROUNDS = 20
 LIMIT = 1.12
 """The aim is 1.05, which nothing that was tried reaches on a Xeon at one thread. Noise is 2 % over the
-fastest of each part, 8 % over whole steps. Per channel this has 1.11 to 1.14, per tensor 1.09 to 1.11. What
-is left is memory, not arithmetic: with one kernel each direction (numba, which rounds and sums in one pass)
-the rounding of a step takes 155 ms of 1450 where this takes 165 to 185. Tried on another Xeon, with cheaper
-matrix products: one kernel of torch.compile each direction, 1.143 to 1.146.
+fastest of each part, 8 % over whole steps. Per channel this has 1.11 to 1.14, per tensor 1.09 to 1.12. Much
+of what is left is memory and not arithmetic: the rounding of a step of 1450 ms takes 160 ms per channel and
+137 per tensor, without the sum that the product tells; kernels of numba, one pass a direction and every sum
+their own, 150 and 153, and 80 of them forward (84 here). Tried on another Xeon, with cheaper matrix
+products: one kernel of torch.compile each direction, 1.143 to 1.146.
 """
 
 Linear = Callable[[int, int], nn.Module]

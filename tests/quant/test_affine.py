@@ -205,8 +205,8 @@ def test_gradients_are_those_of_the_composition_with_a_straight_through_estimato
 def test_rounding_in_pieces_is_rounding(
     clipped: int | None, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of ten pieces the first, the last or none has a value beyond the bounds."""
-    monkeypatch.setattr(affine, "PIECE", 100 // torch.get_num_threads())
+    """Of several pieces the first, the last or none has a value beyond the bounds."""
+    monkeypatch.setattr(affine, "PIECE", max(1, 100 // torch.get_num_threads()))
     values = torch.rand(1000, generator=torch.Generator().manual_seed(0)).sub_(0.5).mul_(0.8)
     if clipped is not None:
         values[clipped] = -9.0
