@@ -24,7 +24,8 @@ from qcompress.layerdrop import layer_drop
 from qcompress.logpoints import Heard, log_scales
 from qcompress.methods.protocols import Group, Moment, Objective, Phase, Report, Stepper
 from qcompress.models.architecture import Architecture
-from qcompress.prepare import Prepared, kind_of
+from qcompress.parameter_roles import ParameterRole
+from qcompress.prepare import Prepared
 from qcompress.processes import Processes
 from qcompress.progress import Reporter
 from qcompress.quant.codebook import is_codebook
@@ -51,6 +52,8 @@ class Training:
     calibration_data: Examples | None
     reference: Callable[[], nn.Module]
     moving: set[str]
+    roles: dict[str, ParameterRole]
+    """Of each parameter of the prepared model, by name."""
     facts: list[dict[str, object]]
     recent: list[float]
 
@@ -121,23 +124,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def role_of(name: str, architecture: Architecture) -> str:
-    """The role of a parameter, by its name."""
-    if name.endswith(("_quantizer.ratio", "_point.ratio")):
-        return "scale"
-    if name.endswith("_quantizer.centroids"):
-        return "centroid"
-    if name.endswith(".theta"):
-        return "adapter"
-    return "weight" if name in {f"{layer.name}.weight" for layer in architecture.layers} else "other"
-
-
 def groups_of(training: Training, phase: Phase, scope: str = "") -> list[Group]:
     """The phase's parameters by role, those under `scope` only; all others stop requiring gradients."""
     chosen: dict[str, dict[str, nn.Parameter]] = {role: {} for role in phase.roles}
-    model = training.prepared.model
-    for name, parameter in model.named_parameters():
-        role = role_of(name, training.architecture)
+    for name, parameter in training.prepared.model.named_parameters():
+        role = training.roles[name].role
         wanted = role in chosen and name.startswith(scope)
         parameter.requires_grad_(wanted)
         if wanted:
@@ -150,7 +141,7 @@ def groups_of(training: Training, phase: Phase, scope: str = "") -> list[Group]:
             tuple(members.values()),
             rates[role],
             train.weight_decay if role == "weight" else 0.0,
-            kinds=tuple(kind_of(model, name) for name in members),
+            kinds=tuple(training.roles[name].kind for name in members),
         )
         for role, members in chosen.items()
         if members

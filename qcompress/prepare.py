@@ -199,21 +199,6 @@ def _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer
     return Prepared(family=family, model=model, plan=plan, layers=layers)
 
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, RescaledNorm)
-
-
-def kind_of(model: nn.Module, name: str) -> str:
-    """What a parameter of a prepared model is: weight-scale, activation-scale, norm, bias or other."""
-    if name.endswith("_quantizer.centroids"):
-        return "centroid"
-    if name.endswith(("_quantizer.ratio", "_point.ratio")):
-        return "weight-scale" if name.endswith(".weight_quantizer.ratio") else "activation-scale"
-    owner, _, own_name = name.rpartition(".")
-    if isinstance(model.get_submodule(owner), NORMS):
-        return "norm"
-    return "bias" if own_name == "bias" else "other"
-
-
 def initialise(prepared: Prepared, statistics: dict[str, Statistics], later: Collection[str] = ()) -> None:
     """Starting scales of all quantizers, after adapters are in place: they see rescaled tensors. The weights
     of the layers `later` become codebooks while training, and have nothing to start from.

@@ -20,7 +20,7 @@ from qcompress.methods.protocols import Group, Moment, Report, Stepper
 from qcompress.methods.saq import SharpnessAwareUpdate
 from qcompress.methods.squat import AlternatingUpdate
 from qcompress.options import PlainStepper, Saq, Squat
-from qcompress.prepare import kind_of
+from qcompress.parameter_roles import kind_of_float
 from qcompress.quant.affine import Grid
 from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear, QuantizedTied, QuantizedWeight
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
@@ -121,6 +121,13 @@ def role_of(name: str) -> str:
     return (
         "weight" if name in {f"{part}.weight" for part in ("table", "first", "second", "third")} else "other"
     )
+
+
+def kind_of(net: nn.Module, name: str) -> str:
+    module = net.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, LsqWeight | LsqActivation):
+        return "weight-scale" if isinstance(module, LsqWeight) else "activation-scale"
+    return kind_of_float(net, name)
 
 
 def small(

@@ -60,7 +60,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     }),
     ("models in three forms", {
         "engine", "evaluation", "flips", "layerdrop", "gpu_rows", "held", "layerwise",
-        "prepare", "observe", "checkpoint", "certificate", "certificate_codebooks",
+        "parameter_roles", "prepare", "observe", "checkpoint", "certificate", "certificate_codebooks",
         "certificate_graph",
         "certificate_points", "codebook_nodes", "precision", "sizes",
         "adopted",
@@ -122,7 +122,7 @@ DOORS: dict[str, set[str]] = {
         "models.attention", "models.cache", "models.gpt2", "models.residual", "models.stock", "models.vit",
         "methods.modelopt",
         "tasks.causal_lm", "tasks.examples", "tasks.padded", "tasks.sequence_classification",
-        "tasks.token_classification", "prepare", "observe", "processes", "checkpoint",
+        "tasks.token_classification", "parameter_roles", "prepare", "observe", "processes", "checkpoint",
         "distributions", "logpoints", "loop", "blockwise", "calibration", "trainedfile", "runners",
         "tensorfile", "train", "fold", "export", "verify",
         "tasks.image_classification", "tasks.images",

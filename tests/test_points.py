@@ -36,7 +36,7 @@ from qcompress.certificate_points import certify_all
 from qcompress.errors import ContractError
 from qcompress.keys import provenance
 from qcompress.layerwise import TIE, follow
-from qcompress.loop import role_of
+from qcompress.parameter_roles import parameter_roles
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import OPERANDS
 from qcompress.observe import observe
@@ -185,9 +185,12 @@ def test_a_learned_scale_of_a_point_has_the_role_of_a_scale_and_moves(
 ) -> None:
     made = encoder(family, task, format=POINTS, method="lsq", steps=2)
     model = made.model("float")
+    own = set(model.state_dict())
     prepared = quantize(model, family, made.plan, made.points)
-    names = [name for name, _ in model.named_parameters() if name.endswith("_point.ratio")]
-    assert len(names) == 16 and {role_of(name, made.architecture) for name in names} == {"scale"}
+    roles = parameter_roles(prepared, made.architecture.layers, own)
+    points = [item for name, item in roles.items() if name.split(".")[-2].endswith("_point")]
+    assert len(points) == 16
+    assert {(item.role, item.kind) for item in points} == {("scale", "activation-scale")}
     assert [name for name, _ in prepared.activation_quantizers()][-16:] == [item.name for item in made.points]
     moved = load_file(made.train().trained.path / "trained.safetensors")
     other = encoder(family, task, format=POINTS, method="lsq", steps=0).train()

@@ -8,7 +8,7 @@ step sees the same dropout, and a resumed run the same as an uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qcompress.models.architecture import Architecture, Site
+from qcompress.options import Role
 from qcompress.plan import LayerPlan
 from qcompress.prepare import Prepared
 from qcompress.quant.layers import QuantizedWeight
@@ -30,6 +31,8 @@ class Quantizer(Protocol):
     """How one tensor becomes integers while training. Built from its options, its grid and its bounds."""
 
     bounds: tuple[int, int]
+    parameter_roles: Mapping[str, Role]
+    """Role of each of its parameters, by the name in `named_parameters()`; not needed without parameters."""
 
     def init(self, seen: Tensor | Statistics) -> None:
         """Choose a starting scale from the weight itself, or from what calibration saw of an activation."""
@@ -47,7 +50,9 @@ class Quantizer(Protocol):
 
 
 class Adapter(Protocol):
-    """A function-preserving rescaling in front of activation quantizers, folded when training has ended."""
+    """A function-preserving rescaling in front of activation quantizers, folded when training has ended. The
+    modules that it gives to `Prepared.rescale` declare the roles of their parameters (`parameter_roles`).
+    """
 
     def attach(self, prepared: Prepared, sites: Sequence[Site], statistics: dict[str, Statistics]) -> None:
         """Install the rescalings and give them their starting values."""
@@ -107,7 +112,7 @@ class Group:
     lr: float
     weight_decay: float = 0.0
     kinds: tuple[str, ...] = ()
-    """What each parameter is (`prepare.kind_of`), for steppers that perturb some kinds."""
+    """Kind of each parameter (`parameter_roles.py`), for steppers that perturb some kinds."""
 
 
 @dataclass(frozen=True)

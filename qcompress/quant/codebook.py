@@ -11,6 +11,8 @@ train. Indices lie as their weight does: [out, in / block] for [out, in], [in / 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,6 +70,8 @@ class _Decoded(CodedWeight):
 
 class CodebookWeight(_Decoded):
     """A weight that trains as it is until `settle`, and as its centroids afterwards."""
+
+    parameter_roles: ClassVar[dict[str, str]] = {"centroids": "centroid"}
 
     def __init__(
         self, options: Codebook, form: CodebookFormat, channel_axis: int, shape: torch.Size, estimates: bool

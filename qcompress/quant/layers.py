@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ class ChannelScale(nn.Module):
     Source: Quadapter (arXiv:2211.16912) learns channel-wise scales; the exponential keeps them positive,
     without which they could not be folded.
     """
+
+    parameter_roles: ClassVar[dict[str, str]] = {"theta": "adapter"}
 
     def __init__(self, channels: int, bound: float) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ relative, whatever the magnitude of the tensor, and LSQ's gradient is unchanged 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,8 @@ class MinMaxWeight(CodedWeight):
 class LsqWeight(CodedWeight):
     """Learned scale (LSQ, arXiv:1902.08153, section 2)."""
 
+    parameter_roles: ClassVar[dict[str, str]] = {"ratio": "scale"}
+
     def __init__(self, options: Lsq, grid: Grid, bounds: tuple[int, int], shape: torch.Size) -> None:
         super().__init__()
         self.options, self.grid, self.bounds = options, grid, bounds
@@ -145,6 +148,8 @@ class MinMaxActivation(nn.Module):
 
 class LsqActivation(nn.Module):
     """Learned scale of an activation; the gradient's slope counts features as LSQ section 2.2 does."""
+
+    parameter_roles: ClassVar[dict[str, str]] = {"ratio": "scale"}
 
     def __init__(self, options: Lsq, bounds: tuple[int, int], channels: int) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from qcompress.errors import ContractError, MachineError
 from qcompress.formats import CodebookFormat
 from qcompress.history import History
 from qcompress.logpoints import learned
-from qcompress.loop import Training, role_of, run_model_phase, settle
+from qcompress.loop import Training, run_model_phase, settle
 from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 from qcompress.methods.protocols import Adapter, FittedAdapter, Phase, Scene
 from qcompress.models import FAMILIES
@@ -35,6 +35,7 @@ from qcompress.models.architecture import Architecture
 from qcompress.models.files import read_config
 from qcompress.observe import make_static
 from qcompress.own import class_of
+from qcompress.parameter_roles import ParameterRole, parameter_roles
 from qcompress.plan import LayerPlan, PointPlan, plan_points, plan_sites, rounded
 from qcompress.prepare import Prepared, initialise, open_points, quantize
 from qcompress.processes import Processes
@@ -85,10 +86,10 @@ def train(
         accelerator, processes,
     )  # fmt: skip
     prepared = training.prepared
-    before = frozen_digest(prepared.model, architecture) if frozen else None
+    before = frozen_digest(prepared.model, training.roles) if frozen else None
     with memory_kept():
         _run(training, phases)
-    if frozen and frozen_digest(prepared.model, architecture) != before:
+    if frozen and frozen_digest(prepared.model, training.roles) != before:
         raise ContractError("a phase that trains only scales and adapters has changed a weight")
     ranges = make_static(prepared, calibration.batches())
     if processes.first:
@@ -124,6 +125,8 @@ def _set_up(
         statistics = observe_all(model, plan, points, calibration, reporter)
     prepared = quantize(model, architecture.family, plan, points)
     adapter.attach(prepared, sites, statistics)
+    roles = parameter_roles(prepared, architecture.layers, float_names)
+    _say_untrained(roles, phases, reporter)
     if sites and not resuming and processes.first:
         keep_channels(sites, statistics, out)
     prepared.model.to(accelerator.device)
@@ -131,8 +134,8 @@ def _set_up(
         torch.manual_seed(recipe.seed)  # k-means draws where it starts
         initialise(prepared, statistics, later=_later(plan, phases))
 
-    roles = {role for phase in phases for role in phase.roles}
-    frozen = not roles & {"weight", "other"}
+    trained = {role for phase in phases for role in phase.roles}
+    frozen = not trained & {"weight", "other"}
     training = Training(
         recipe=recipe,
         architecture=architecture,
@@ -150,10 +153,25 @@ def _set_up(
         calibration_data=data.calibration,
         reference=reference,
         moving=set(prepared.model.state_dict()) - (float_names if frozen else set()),
+        roles=roles,
         facts=[],
         recent=[],
     )
     return training, float_names, frozen
+
+
+def _say_untrained(
+    roles: Mapping[str, ParameterRole], phases: tuple[Phase, ...], reporter: Reporter
+) -> None:
+    """Tell which declared parameters keep their starting values, because no phase trains their role."""
+    trained = {role for phase in phases if phase.steps for role in phase.roles}
+    declared = {item.role for item in roles.values() if item.declared}
+    for role in sorted(declared - trained) if trained else ():
+        names = [name for name, item in roles.items() if item.declared and item.role == role]
+        reporter.say(
+            f"train: {len(names)} parameters with the role {role} ({names[0]}, ...) keep their starting "
+            "values: no phase of the schedule trains this role"
+        )
 
 
 def _history(
@@ -256,11 +274,11 @@ def _reference(
     return load
 
 
-def frozen_digest(model: nn.Module, architecture: Architecture) -> str:
-    """Digest of every parameter with the role weight or other: proof that a phase left them alone."""
+def frozen_digest(model: nn.Module, roles: Mapping[str, ParameterRole]) -> str:
+    """Digest of every parameter of the float model: proof that a phase left them alone."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if role_of(name, architecture) in ("weight", "other"):
+        if not roles[name].declared:
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

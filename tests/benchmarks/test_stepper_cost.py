@@ -27,6 +27,7 @@ from qcompress.methods.protocols import Moment, Phase
 from qcompress.models import FAMILIES, describe
 from qcompress.observe import observe
 from qcompress.options import PlainStepper, Saq, Squat
+from qcompress.parameter_roles import parameter_roles
 from qcompress.plan import plan_layers
 from qcompress.prepare import initialise, quantize
 from qcompress.processes import Processes
@@ -53,6 +54,7 @@ def training(folder: Path, text: Path, batch: dict[str, Tensor], method: str = "
     recipe, architecture = make_recipe(text, method=method, format="w4a8"), describe("gpt2", folder)
     plan = plan_layers(recipe, architecture)
     model = FAMILIES["gpt2"].load_float(folder)
+    names = set(model.state_dict())
     statistics = observe(model, plan, [batch], batch["input_ids"].numel())
     prepared = quantize(model, "gpt2", plan)
     initialise(prepared, statistics)
@@ -60,8 +62,8 @@ def training(folder: Path, text: Path, batch: dict[str, Tensor], method: str = "
     return Training(
         recipe=recipe, architecture=architecture, prepared=prepared, objective=None, stepper=None,
         accelerator=Accelerator(cpu=True), processes=Processes(), checkpoints=None, reporter=None,
-        history=None, train_data=None, calibration_data=None, reference=None, moving=set(), facts=[],
-        recent=[],
+        history=None, train_data=None, calibration_data=None, reference=None, moving=set(),
+        roles=parameter_roles(prepared, architecture.layers, names), facts=[], recent=[],
     )  # fmt: skip
 
 

@@ -33,7 +33,8 @@ from qcompress.loop import taps_of
 from qcompress.methods import STEPPERS
 from qcompress.methods.ball import Ball, Perturbation, random_share
 from qcompress.methods.protocols import Moment
-from qcompress.prepare import kind_of, quantize
+from qcompress.parameter_roles import parameter_roles
+from qcompress.prepare import quantize
 from qcompress.quant.layers import Tap, tapped
 
 FULL = ["weight", "bias", "norm", "weight-scale", "activation-scale"]
@@ -541,8 +542,10 @@ def test_the_kinds_of_a_models_parameters(line: Callable[..., Line]) -> None:
     """By counts that can be read off GPT-2's architecture: two blocks of four linear layers, tied head."""
     made = line(format="w8a8", quantizer="lsq", schedule="plain", adapter="none")
     model = GPT2LMHeadModel.from_pretrained(made.source)
+    names = set(model.state_dict())
     prepared = quantize(model, "gpt2", made.plan)
-    kinds = Counter(kind_of(model, name) for name, _ in model.named_parameters())
+    roles = parameter_roles(prepared, made.architecture.layers, names)
+    kinds = Counter(item.kind for item in roles.values())
     assert kinds == {"norm": 10, "bias": 8, "other": 10, "weight-scale": 8, "activation-scale": 9}
     assert len(taps_of(prepared)) == 10 and len(taps_of(prepared, "transformer.h.1.")) == 4
 
