@@ -102,14 +102,24 @@ class _Code:
 def _read(source: bytes, module: str, is_package: bool) -> _Code:
     """Parse one file. Keyed by content: the stages of a run share most of their files."""
     tree = ast.parse(source, filename=module)
-    digest = hashlib.sha256(_spell(tree).encode("utf-8", "surrogatepass")).hexdigest()
+    digest = tree_digest(tree)
     here = module if is_package else module.rpartition(".")[0]
     imports = [
         imported
-        for node, lazy in _import_statements(tree.body, lazy=False)
+        for node, lazy in import_statements(tree.body, lazy=False)
         for imported in _imports(node, here, lazy)
     ]
     return _Code(digest, tuple(dict.fromkeys(imports)))
+
+
+def tree_digest(tree: ast.AST) -> str:
+    """Digest of a syntax tree without positions and bare strings."""
+    return hashlib.sha256(_spell(tree).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def is_module(name: str) -> bool:
+    """Whether this package holds a module of this name."""
+    return _find(PACKAGE, name) is not None
 
 
 def _spell(node: object) -> str:
@@ -134,7 +144,7 @@ def _is_bare_string(node: object) -> bool:
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
-def _import_statements(
+def import_statements(
     body: list[ast.stmt], *, lazy: bool
 ) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
     """Every import statement under `body`, and whether it stands inside a function."""
@@ -144,11 +154,11 @@ def _import_statements(
             continue
         inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         if not (isinstance(node, ast.If) and _is_type_checking(node.test)):
-            yield from _import_statements(getattr(node, "body", []), lazy=inside)
+            yield from import_statements(getattr(node, "body", []), lazy=inside)
         for field in ("orelse", "finalbody"):
-            yield from _import_statements(getattr(node, field, []), lazy=inside)
+            yield from import_statements(getattr(node, field, []), lazy=inside)
         for part in [*getattr(node, "handlers", []), *getattr(node, "cases", [])]:
-            yield from _import_statements(part.body, lazy=inside)
+            yield from import_statements(part.body, lazy=inside)
 
 
 def _is_type_checking(test: ast.expr) -> bool:

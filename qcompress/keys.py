@@ -140,7 +140,11 @@ def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object
     if stage == "train" and announced() > 1:  # sums in another order give other bits
         found["device"]["processes"] = announced()
     if stage == "train":
-        found["code"] |= {f"own {name}": digest for name, digest in active().digests(recipe).items()}
+        custom = active().code(recipe)
+        # a method's module imports the table of all methods first; only who names the table uses the others
+        table = {"qcompress.methods"} - custom.modules
+        found["code"] |= custom.files | code_digest(sorted(custom.modules), {"qcompress", *table})
+        found["versions"] |= custom.versions
     if stage == "verify":  # where there is a GPU, the engine runs on it
         found["device"]["gpu"] = describe_host()["gpu"]
     if stage == "build":

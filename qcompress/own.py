@@ -12,8 +12,13 @@ A class fulfils its axis's protocol (`methods/protocols.py`) and is built as thi
     steppers     cls(options)
 
 Its options are the attribute `Options`, a subclass of `qcompress.formats.Options`, so that a recipe's
-mistakes in them are found and worded as in all others; without the attribute it has none. The digest of the
-file that defines it is part of the train stage's key. Folding erases the method: a run that was made with a
+mistakes in them are found and worded as in all others; without the attribute it has none. Quantizers, and the
+rescalings that an adapter installs, declare the role of each parameter, which is the key of its learning rate:
+
+    parameter_roles = {"alpha": "scale"}        one of weight, scale, adapter, centroid, other
+
+The train stage's key covers the code that the class can run (`custom_code.py`): its bases, the user's files
+that they import, installed packages by version, and modules of this package. Folding erases the method: a run that was made with a
 class of one's own is opened, judged and deployed without it. Schedules are not offered here: their phases'
 names are keys of the recipe, which is checked before anything is trained.
 """
@@ -21,21 +26,19 @@ names are keys of the recipe, which is checked before anything is trained.
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 import operator
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, create_model
 
 from qcompress.adapter_options import NoAdapter
 from qcompress.axes import AXES
+from qcompress.custom_code import CustomCode, code_of
 from qcompress.errors import UsageError
 from qcompress.formats import Options
 from qcompress.options import PlainStepper, TaskObjective
@@ -77,13 +80,12 @@ class Own:
         found = {axis: sorted(named[axis] & classes.keys()) for axis, classes in self.classes.items()}
         return {axis: names for axis, names in found.items() if names}
 
-    def digests(self, recipe: Recipe) -> dict[str, str]:
-        """Digest of the source of each class that a recipe uses, by `<axis> <name>`."""
-        return {
-            f"{axis} {name}": _digest(axis, name, self.classes[axis][name])
-            for axis, names in self.used(recipe).items()
-            for name in names
-        }
+    def code(self, recipe: Recipe) -> CustomCode:
+        """The code that the classes of a recipe can run."""
+        used = self.used(recipe)
+        return code_of(
+            {f"{axis} {name}": self.classes[axis][name] for axis, names in used.items() for name in names}
+        )
 
 
 _NONE = Own()
@@ -152,22 +154,6 @@ def _check(axis: str, name: str, kind: object) -> None:
             f"{what}: {kind.__name__}.Options is no section of a recipe",
             fix="derive it from qcompress.formats.Options",
         )
-    _digest(axis, name, kind)
-
-
-def _digest(axis: str, name: str, kind: type) -> str:
-    try:
-        text = Path(inspect.getsourcefile(kind) or "").read_bytes()
-    except (OSError, TypeError):
-        try:
-            text = inspect.getsource(kind).encode()  # of a notebook's cell
-        except (OSError, TypeError):
-            raise UsageError(
-                f"{axis} {name!r}: the source of {kind.__name__} cannot be read, so that nobody could tell "
-                "whether a result is still the one of this class",
-                fix="define the class in a file",
-            ) from None
-    return hashlib.sha256(text).hexdigest()
 
 
 def _section(name: str, base: type[Options]) -> type[Options]:
