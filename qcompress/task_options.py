@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from qcompress.formats import Options
 from qcompress.glue import GLUE
@@ -55,7 +61,21 @@ def distinct(names: list[str] | None, key: str = "labels") -> None:
         raise ValueError(f"`{key}` names {', '.join(twice)} more than once")
 
 
-class SequenceClassification(Options):
+LabelsAre = Literal["names", "indices"]
+
+
+class Labelled(Options):
+    """Options of a task with labels. `labels_are` is not written where it is not set, so that the digest of a
+    recipe without it stays as it was.
+    """
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)
+        return {key: value for key, value in values.items() if value is not None or key != "labels_are"}
+
+
+class SequenceClassification(Labelled):
     """One answer to each text, or pair of texts. Metrics: accuracy, f1 and mcc (single), f1_micro, f1_macro
     and accuracy (multi), spearman and pearson (regression).
     """
@@ -69,6 +89,10 @@ class SequenceClassification(Options):
     """Names of the labels; none: those of the checkpoint's config.json."""
     context: int = Field(default=128, ge=2)
     """Most tokens of one example; what is longer is cut."""
+    labels_are: LabelsAre | None = None
+    """Content of a column of labels: names, or indices from 0 in the model's order. none: a cell that is a
+    name of the model is that label, and whole numbers that are not all names are indices; a column that gives
+    other labels by the one reading than by the other is refused."""
 
     @model_validator(mode="before")
     @classmethod
@@ -87,6 +111,8 @@ class SequenceClassification(Options):
                 raise ValueError(f"`glue: {self.glue}` has labels of its own: drop `labels`")
         if self.kind == "regression" and self.labels is not None:
             raise ValueError("a regression gives a number and has no labels: drop `labels`")
+        if self.kind == "regression" and self.labels_are is not None:
+            raise ValueError("a regression gives a number and has no labels: drop `labels_are`")
         distinct(self.labels)
         return self
 
@@ -113,7 +139,7 @@ class SequenceClassification(Options):
         return self.model_copy(update={"context": min(self.context, context)})
 
 
-class TokenClassification(Options):
+class TokenClassification(Labelled):
     """One label for each word. Metrics: token_accuracy, and span_f1 where the labels are IOB2 (`B-...`,
     `I-...`, `O`).
     """
@@ -123,6 +149,10 @@ class TokenClassification(Options):
     """Names of the tags; none: those of the checkpoint's config.json."""
     context: int = Field(default=128, ge=2)
     """Most tokens of one example; what is longer is cut."""
+    labels_are: LabelsAre | None = None
+    """Content of a column of labels: names, or indices from 0 in the model's order. none: a cell that is a
+    name of the model is that label, and whole numbers that are not all names are indices; a column that gives
+    other labels by the one reading than by the other is refused."""
 
     @model_validator(mode="after")
     def _labels_fit(self) -> TokenClassification:
@@ -153,7 +183,7 @@ class TokenClassification(Options):
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
-class ImageClassification(Options):
+class ImageClassification(Labelled):
     """One label for each image. Metrics: accuracy, top5_accuracy (of five labels and more), cross_entropy."""
 
     name: Literal["image-classification"] = "image-classification"
@@ -166,6 +196,10 @@ class ImageClassification(Options):
     """Standard deviation of each, of values from 0 to 1."""
     size: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
     """Height and width that images are resized to (bilinear), with `mean` and `std`; none: they are not."""
+    labels_are: LabelsAre | None = None
+    """Content of a column of labels: names, or indices from 0 in the model's order. none: a cell that is a
+    name of the model is that label, and whole numbers that are not all names are indices; a column that gives
+    other labels by the one reading than by the other is refused."""
 
     @model_validator(mode="after")
     def _add_up(self) -> ImageClassification:

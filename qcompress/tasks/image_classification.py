@@ -29,7 +29,7 @@ from qcompress.tasks import padded
 from qcompress.tasks.examples import Batch
 from qcompress.tasks.image_slices import image_slices
 from qcompress.tasks.images import ImageExamples, ImageSample, Picture, Reader, collate, read_pictures, shaped
-from qcompress.tasks.labels import MISSING, both_sets, dataset_names, labels_of, named_outputs, settle
+from qcompress.tasks.labels import MISSING, dataset_names, labels_of, named_outputs, settle
 from qcompress.tasks.scores import agreement, cross_entropy, scores
 from qcompress.tasks.table import Slices
 
@@ -193,8 +193,6 @@ def _read(data: TextData, base: Path, task: ImageClassification) -> list[Picture
         return [replace(one, known={}) for one in read.found]
     labels = labels_of(task)
     cells = dataset_names(read.names, labels, spelled)
-    both_sets(sorted({cell for cell in cells if isinstance(cell, str) and cell.strip()}), labels, "the data")
-    return [
-        replace(one, known={"label": labels.index(cell, one.place)})
-        for one, cell in zip(read.found, cells, strict=True)
-    ]
+    named = data.folder is not None or read.names is not None
+    outputs = labels.read(cells, [one.place for one in read.found], named=named)
+    return [replace(one, known={"label": output}) for one, output in zip(read.found, outputs, strict=True)]

@@ -7,9 +7,9 @@ it. Names of a recipe or of GLUE fill in where the checkpoint has none but trans
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qcompress.errors import UsageError
 from qcompress.glue import GLUE
@@ -24,15 +24,23 @@ IGNORED = -100
 MISSING = -1
 """What the hub's GLUE writes for a label that is not published."""
 
+SHOWN = 12
+"""Labels named in one message."""
+
 
 def named_outputs(config: dict[str, Any]) -> tuple[str, ...]:
-    """The names in a config.json; transformers writes none for two outputs without names.
+    """The names in a config.json; as transformers has it, LABEL_0... where it names none, and two outputs
+    where it does not count them either.
 
-    >>> named_outputs({"id2label": {"1": "good", "0": "bad"}}), named_outputs({})
-    (('bad', 'good'), ('LABEL_0', 'LABEL_1'))
+    >>> named_outputs({"id2label": {"1": "good", "0": "bad"}}), named_outputs({"num_labels": 1})
+    (('bad', 'good'), ('LABEL_0',))
+    >>> named_outputs({})
+    ('LABEL_0', 'LABEL_1')
     """
     names = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
-    return tuple(names[number] for number in sorted(names)) or ("LABEL_0", "LABEL_1")
+    count = config.get("num_labels")
+    counted = count if type(count) is int and count > 0 else 2
+    return tuple(names[number] for number in sorted(names)) or tuple(f"LABEL_{one}" for one in range(counted))
 
 
 def settle(wanted: Sequence[str] | None, config: dict[str, Any]) -> list[str]:
@@ -59,51 +67,134 @@ def settle(wanted: Sequence[str] | None, config: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Labels:
-    """What labels may look like. `names`: of the outputs, None where only their indices are known.
+    """Labels of a model, and the one rule by which a column of labels is read.
 
-    `numbers`: names that the integers of the data stand for, where that is another order than the outputs'.
+    A cell counts by its spelling alone: the text `1` of a CSV file and the integer 1 of a JSON file are one
+    label. A spelling that is a name of the model is that label. Whole numbers of a column that are not all
+    names are indices. A column that gives other labels by names than by indices is refused unless the recipe
+    says which it holds (`task.labels_are`).
     """
 
     names: tuple[str, ...] | None
+    """Names of the outputs in their order; None where only their indices are known."""
     numbers: tuple[str, ...] | None = None
+    """Names that the integers of the data stand for, where that is another order than the outputs'."""
+    are: Literal["names", "indices"] | None = None
+    """Content of the columns, where the recipe says it."""
 
     @property
     def are_named(self) -> bool:
         """Whether somebody named the outputs."""
         return bool(self.names) and not all(PLACEHOLDER.fullmatch(name) for name in self.names)
 
-    def index(self, value: object, where: str) -> int:
-        """The output that a label means: a name, or an integer (also as text) that is an index."""
-        known = {name: place for place, name in enumerate(self.names or ())}
-        known = {name.casefold(): place for name, place in known.items()} | known
-        if isinstance(value, str) and (name := value.strip()) and not _is_integer(name):
-            return self._found(known, name, name.casefold(), where=where)
-        if isinstance(value, str) and value.strip() in known:  # labels that are called 1, 2, 3
-            return known[value.strip()]
-        if value is None or isinstance(value, (bool, float)) or not _is_integer(str(value)):
-            raise UsageError(f"{where}: {_shown(value)} is no label", fix=self.fix())
-        number = int(value)
-        if self.numbers is not None and 0 <= number < len(self.numbers):
-            return self._found(known, self.numbers[number], self.numbers[number].casefold(), where=where)
-        if number < 0 or (self.names is not None and number >= len(self.names)):
-            raise UsageError(f"{where}: {number} is no index of a label", fix=self.fix())
-        return number
+    def read(self, cells: Sequence[Any], places: Sequence[str], *, named: bool = False) -> list[int]:
+        """The output that each cell of a column means; `places`: where each cell stands.
 
-    def _found(self, known: dict[str, int], *spellings: str, where: str) -> int:
-        for name in spellings:
-            if name in known:
-                return known[name]
+        `named`: the origin of the data says that the cells are names (a folder's name, `datasets`).
+        Raises UsageError for a cell that is not a label, and for a column that can be read in two ways.
+        """
+        first: dict[str, str] = {}
+        spelled = []
+        for cell, place in zip(cells, places, strict=True):
+            word = spelling(cell)
+            if word is None:
+                raise UsageError(f"{place}: {_shown(cell)} is not a label", fix=self.fix())
+            first.setdefault(word, place)
+            spelled.append(word)
+        outputs = self._outputs(first, named)
+        return [outputs[word] for word in spelled]
+
+    def _outputs(self, first: Mapping[str, str], named: bool) -> dict[str, int]:
+        """The output that each spelling means; `first`: where each stands first."""
+        by_name = {word: output for word in first if (output := self._named(word)) is not None}
+        by_index = {word: output for word in first if (output := self._indexed(word)) is not None}
+        if self.are is not None:
+            chosen = by_name if self.are == "names" else by_index
+        elif len(by_name) < len(first):
+            chosen = {word: output for word, output in by_name.items() if not _is_integer(word)} | by_index
+            self._refuse_half_named(first, by_name, by_index)
+        else:
+            chosen = by_name
+            differ = [word for word in first if by_index.get(word) not in (None, by_name[word])]
+            if differ and len(by_index) == len(first) and not named:
+                self._refuse_two_readings(differ[0], first[differ[0]], by_name, by_index)
+        self._refuse_unknown([word for word in first if word not in chosen], first)
+        return chosen
+
+    def _named(self, word: str) -> int | None:
+        """The output of this name; case counts only where names differ in nothing else."""
+        names = self.names or ()
+        if word in names:
+            return names.index(word)
+        alike = [output for output, name in enumerate(names) if name.casefold() == word.casefold()]
+        return alike[0] if len(alike) == 1 else None
+
+    def _indexed(self, word: str) -> int | None:
+        """The output of this index."""
+        if not _is_integer(word):
+            return None
+        number = int(word)
+        if self.numbers is not None:
+            return self._named(self.numbers[number]) if 0 <= number < len(self.numbers) else None
+        return number if 0 <= number and (self.names is None or number < len(self.names)) else None
+
+    def _refuse_two_readings(
+        self, word: str, place: str, by_name: Mapping[str, int], by_index: Mapping[str, int]
+    ) -> None:
+        names = self.names or ()
         raise UsageError(
-            f"{where}: the label {spellings[0]!r} is none of the model's: "
-            f"{', '.join(self.names) if self.names else 'its labels have no names'}",
-            fix=self.fix(),
+            f"{place}: the label {word} can be read in two ways: as the name it is output {by_name[word]}, "
+            f"as an index it is output {by_index[word]}, which is called {names[by_index[word]]!r}",
+            fix="write `labels_are: names` or `labels_are: indices` under `task`",
         )
 
+    def _refuse_half_named(
+        self, first: Mapping[str, str], by_name: Mapping[str, int], by_index: Mapping[str, int]
+    ) -> None:
+        """Whole numbers of which some are names and not all are indices: neither reading is possible."""
+        whole = [word for word in first if _is_integer(word)]
+        names = [word for word in whole if word in by_name]
+        others = [word for word in whole if word not in by_name]
+        wrong = [word for word in first if word not in by_index]
+        if names and others and wrong:
+            raise UsageError(
+                f"{first[others[0]]}: the label {others[0]} is not a name of the model, and {names[0]} is; "
+                f"as indices the labels fail at {wrong[0]}",
+                fix=self.fix(),
+            )
+
+    def _refuse_unknown(self, unknown: Sequence[str], first: Mapping[str, str]) -> None:
+        words = sorted(word for word in unknown if not _is_integer(word) or self.are == "names")
+        if words:
+            listed = sorted(word for word in first if not _is_integer(word) or self.are == "names")
+            raise UsageError(
+                f"{first[words[0]]}: the label {words[0]!r} is not one of the model's; the data have the "
+                f"labels {', '.join(listed[:SHOWN])}{' ...' if len(listed) > SHOWN else ''}, and the model "
+                f"has {', '.join(self.names) if self.names else 'labels without names'}",
+                fix=self.fix(),
+            )
+        if unknown:
+            what = "the index" if self.are == "indices" or not self.are_named else "the name or the index"
+            raise UsageError(f"{first[unknown[0]]}: {unknown[0]} is not {what} of a label", fix=self.fix())
+
     def fix(self) -> str:
-        """What to do about a label that is none of the model's."""
+        """The fix for a cell that is not a label of the model."""
         if not self.are_named:
-            return "name the labels in the model's order under `task.labels`"
-        return f"labels are {', '.join(self.names[:12])}, or an index from 0 to {len(self.names) - 1}"
+            count = f", {len(self.names)} of them," if self.names else ""
+            return f"name the labels{count} in the model's order under `task.labels`"
+        known = f"{', '.join(self.names[:SHOWN])}{' ...' if len(self.names) > SHOWN else ''}"
+        return f"labels are {known}, or an index from 0 to {len(self.names) - 1}"
+
+
+def spelling(cell: object) -> str | None:
+    """A cell of a label as a text file would spell it; None where it cannot be a label.
+
+    >>> spelling(" 1 "), spelling(1), spelling(True), spelling(None), spelling([1])
+    ('1', '1', 'true', None, None)
+    """
+    if isinstance(cell, bool):
+        return str(cell).lower()
+    return str(cell).strip() or None if isinstance(cell, (str, int, float)) else None
 
 
 def labels_of(task: SequenceClassification | TokenClassification | ImageClassification) -> Labels:
@@ -111,22 +202,7 @@ def labels_of(task: SequenceClassification | TokenClassification | ImageClassifi
     glue = GLUE[task.glue].labels if isinstance(task, SequenceClassification) and task.glue else None
     names = task.labels or glue
     numbers = glue if glue and names and list(names) != list(glue) else None
-    return Labels(tuple(names) if names else None, numbers)
-
-
-def both_sets(found: Sequence[str], labels: Labels, where: str) -> None:
-    """Refuse data whose label names are not the model's, all of them at once.
-
-    Names of the data that are a part of the model's are fine: a small table need not have every label.
-    """
-    known = {name.casefold() for name in labels.names or ()}
-    strange = [name for name in found if name.casefold() not in known and not _is_integer(name)]
-    if strange:
-        raise UsageError(
-            f"{where} has the labels {', '.join(found[:12])}{' ...' if len(found) > 12 else ''}, and the "
-            f"model has {', '.join(labels.names) if labels.names else 'labels without names'}",
-            fix=labels.fix(),
-        )
+    return Labels(tuple(names) if names else None, numbers, task.labels_are)
 
 
 def dataset_names(names: Sequence[str] | None, labels: Labels, cells: list[Any]) -> list[Any]:
@@ -150,4 +226,5 @@ def _is_integer(text: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    return "an empty field" if value is None or value == "" else repr(value)
+    empty = value is None or (isinstance(value, str) and not value.strip())
+    return "an empty field" if empty else f"{value!r:.60}"

@@ -27,7 +27,7 @@ from qcompress.schema import SequenceClassification, TextData
 from qcompress.task_options import AGREEMENT
 from qcompress.tasks import padded
 from qcompress.tasks.examples import Batch
-from qcompress.tasks.labels import MISSING, both_sets, dataset_names, labels_of, named_outputs, settle
+from qcompress.tasks.labels import MISSING, dataset_names, labels_of, named_outputs, settle, spelling
 from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
 from qcompress.tasks.scores import agreement, cross_entropy, scores
 from qcompress.tasks.table import Slices, Table, Wanted, read_table, table_slices
@@ -56,6 +56,8 @@ PROBLEMS = {
 
 BROKEN = 1e-3
 """Largest share of broken lines in a file that GLUE published."""
+
+ZEROS_AND_ONES = ("0", "1", "0.0", "1.0", "false", "true")
 
 AT_ONCE = 1000
 """Texts tokenized together."""
@@ -189,7 +191,7 @@ def _read(data: TextData, base: Path, task: SequenceClassification) -> list[dict
         for place, cell in zip(table.places, columns.get(role, ()), strict=False):
             if not isinstance(cell, str):
                 raise UsageError(
-                    f"{place}: the {role} is no text but {cell!r:.60}", fix="mend or remove that row"
+                    f"{place}: the {role} is not text but {cell!r:.60}", fix="mend or remove that row"
                 )
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -215,25 +217,33 @@ def _labels(table: Table, task: SequenceClassification) -> list[Any]:
         return [
             _number(cell, place) for cell, place in zip(table.columns["label"], table.places, strict=True)
         ]
-    labels, cells = labels_of(task), table.columns["label"]
+    labels, cells, places = labels_of(task), table.columns["label"], table.places
     if task.kind == "multi":
-        cells = [_several(cell, place) for cell, place in zip(cells, table.places, strict=True)]
-    cells = dataset_names(table.names, labels, cells) if task.glue is None else cells
-    spelled = [name for cell in cells for name in (cell if isinstance(cell, list) else [cell])]
-    both_sets(
-        sorted({name.strip() for name in spelled if isinstance(name, str) and name.strip()}),
-        labels,
-        "the data",
-    )
+        cells = [_several(cell, place) for cell, place in zip(cells, places, strict=True)]
+    known = table.names if task.glue is None else None
+    cells = dataset_names(known, labels, cells)
     if task.kind == "single":
-        return [labels.index(cell, place) for cell, place in zip(cells, table.places, strict=True)]
+        return labels.read(cells, places, named=known is not None)
     if labels.names is None:
         raise UsageError("the model's labels have no names", fix="name them under `task.labels`")
-    found = []
-    for cell, place in zip(cells, table.places, strict=True):
-        chosen = {labels.index(one, place) for one in cell}
-        found.append([int(index in chosen) for index in range(len(labels.names))])
-    return found
+    _refuse_vectors(cells, places, len(labels.names))
+    flat = [(one, place) for cell, place in zip(cells, places, strict=True) for one in cell]
+    outputs = iter(labels.read(*zip(*flat, strict=True), named=known is not None) if flat else ())
+    rows = [[next(outputs) for _ in cell] for cell in cells]
+    for row, place in zip(rows, places, strict=True):
+        if len(set(row)) < len(row):
+            raise UsageError(f"{place}: a label is there twice", fix="write each label of a row once")
+    return [[int(index in row) for index in range(len(labels.names))] for row in rows]
+
+
+def _refuse_vectors(cells: Sequence[Sequence[Any]], places: Sequence[str], outputs: int) -> None:
+    """Refuse lists that hold a 0 or a 1 for each label: their numbers would be read as indices."""
+    if all(len(cell) == outputs and all(spelling(one) in ZEROS_AND_ONES for one in cell) for cell in cells):
+        raise UsageError(
+            f"{places[0]}: every row has {outputs} numbers 0 or 1, one for each label, and a list names the "
+            "labels that apply",
+            fix="write the names or the indices of the labels that apply, such as [0, 2] for [1, 0, 1]",
+        )
 
 
 def _number(cell: Any, place: str) -> float:
@@ -242,17 +252,21 @@ def _number(cell: Any, place: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UsageError(f"{place}: the label {cell!r:.60} is no number", fix="mend or remove that row")
+        raise UsageError(f"{place}: the label {cell!r:.60} is not a number", fix="mend or remove that row")
     return number
 
 
 def _several(cell: Any, place: str) -> list[Any]:
-    """The labels of one example: a list, or text with `|` between them."""
+    """The labels of one example: a list, text with `|` between them, or an integer, as text would be."""
     if isinstance(cell, str):
         return [name for name in cell.split("|") if name.strip()]
     if isinstance(cell, list):
         return cell
-    raise UsageError(f"{place}: the labels {cell!r:.60} are no list", fix="write a list of names or indices")
+    if isinstance(cell, int):
+        return [cell]
+    raise UsageError(
+        f"{place}: the labels {cell!r:.60} are not a list", fix="write a list of names or indices"
+    )
 
 
 def _tokenize(found: list[dict[str, Any]], tokenizer: Any, task: SequenceClassification) -> list[Sample]:

@@ -27,7 +27,7 @@ from qcompress.schema import TextData, TokenClassification
 from qcompress.task_options import AGREEMENT
 from qcompress.tasks import padded
 from qcompress.tasks.examples import Batch
-from qcompress.tasks.labels import IGNORED, both_sets, dataset_names, labels_of, named_outputs, settle
+from qcompress.tasks.labels import IGNORED, dataset_names, labels_of, named_outputs, settle, spelling
 from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
 from qcompress.tasks.scores import agreement, span_f1
 from qcompress.tasks.table import Slices, Table, Wanted, read_table, table_slices
@@ -176,7 +176,7 @@ def _read(data: TextData, base: Path, task: TokenClassification) -> list[dict[st
                for role, cells in table.columns.items()}  # fmt: skip
     for place, words in zip(table.places, columns["tokens"], strict=True):
         if not words or not all(isinstance(word, str) for word in words):
-            raise UsageError(f"{place}: the words are no list of texts", fix="mend or remove that row")
+            raise UsageError(f"{place}: the words are not a list of texts", fix="mend or remove that row")
     if "tags" in columns:
         columns["tags"] = _tags(table, columns, task)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -191,23 +191,27 @@ def wanted(data: TextData) -> Wanted:
 
 def _list(cell: Any, place: str) -> list[Any]:
     if not isinstance(cell, list):
-        raise UsageError(f"{place}: {cell!r:.60} is no list", fix="write words and tags as lists, in .jsonl")
+        raise UsageError(f"{place}: {cell!r:.60} is not a list", fix="write words and tags as lists, in .jsonl")
     return cell
 
 
 def _tags(table: Table, columns: dict[str, list[Any]], task: TokenClassification) -> list[list[int]]:
     labels = labels_of(task)
     cells = dataset_names(table.names, labels, columns["tags"])
-    names = {name for cell in cells for name in cell if isinstance(name, str)}
-    both_sets(sorted(names), labels, "the data")
-    found = []
     for place, words, tags in zip(table.places, columns["tokens"], cells, strict=True):
         if len(words) != len(tags):
             raise UsageError(
                 f"{place}: {len(words)} words and {len(tags)} tags", fix="mend or remove that row"
             )
-        found.append([IGNORED if tag == IGNORED else labels.index(tag, place) for tag in tags])
-    return found
+    counted = [(tag, place) for place, tags in zip(table.places, cells, strict=True)
+               for tag in tags if not _is_ignored(tag)]  # fmt: skip
+    read = labels.read(*zip(*counted, strict=True), named=table.names is not None) if counted else []
+    outputs = iter(read)
+    return [[IGNORED if _is_ignored(tag) else next(outputs) for tag in tags] for tags in cells]
+
+
+def _is_ignored(tag: Any) -> bool:
+    return spelling(tag) == str(IGNORED)
 
 
 def _tokenize(found: list[dict[str, Any]], tokenizer: Any, task: TokenClassification) -> list[Sample]:

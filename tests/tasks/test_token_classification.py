@@ -80,12 +80,12 @@ def test_words_may_have_no_tags(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"tokens": ["a"], "tags": ["B-ORG"]}, "has the labels B-ORG, and the model has O, B-PER"),
-        ({"tokens": ["a"], "tags": [5]}, "data.jsonl:1: 5 is no index of a label"),
+        ({"tokens": ["a"], "tags": ["B-ORG"]}, "have the labels B-ORG, and the model has O, B-PER"),
+        ({"tokens": ["a"], "tags": [5]}, "data.jsonl:1: 5 is not the name or the index of a label"),
         ({"tokens": ["a", "film"], "tags": [0]}, "data.jsonl:1: 2 words and 1 tags"),
-        ({"tokens": "a film", "tags": [0]}, "data.jsonl:1: 'a film' is no list"),
-        ({"tokens": [], "tags": []}, "data.jsonl:1: the words are no list of texts"),
-        ({"tokens": [1], "tags": [0]}, "data.jsonl:1: the words are no list of texts"),
+        ({"tokens": "a film", "tags": [0]}, "data.jsonl:1: 'a film' is not a list"),
+        ({"tokens": [], "tags": []}, "data.jsonl:1: the words are not a list of texts"),
+        ({"tokens": [1], "tags": [0]}, "data.jsonl:1: the words are not a list of texts"),
         ({"words": ["a"]}, "data.jsonl has the columns words, and not 'tokens'"),
     ],
 )
