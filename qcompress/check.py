@@ -21,6 +21,7 @@ from qcompress.formats import INT2_OPSET, WeightFormat
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture, Head, Layer
 from qcompress.models.depth import BlocksError
+from qcompress.models.heads import HeadError
 from qcompress.plan import LayerPlan, PointPlan, matches, plan_layers, plan_points
 from qcompress.point_rules import judge_attentions, judge_cache, judge_points
 from qcompress.recipe import Resolved, base_of, examine, resolved
@@ -105,7 +106,8 @@ def _describe_and_judge(
     except (ModelError, OSError) as error:
         key = ("model", "source" if recipe.model.source else "run")
         key = ("model", "blocks") if isinstance(error, BlocksError) else key
-        if strict and not isinstance(error, BlocksError):
+        key = error.key if isinstance(error, HeadError) else key
+        if strict and not isinstance(error, (BlocksError, HeadError)):
             raise
         fix = error.fix if isinstance(error, ModelError) else "check the permissions of the model's files"
         document.report(key, error.message if isinstance(error, ModelError) else str(error), fix)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from good_recipe import prepare, write
 from test_check import save_model, shown
-from tiny_bert import LABELS, SEQUENCE, save_encoder
+from tiny_bert import LABELS, SEQUENCE, make_encoder, save_encoder
+from transformers import BertForSequenceClassification
 
 from qcompress.check import Report, check_model
-from qcompress.errors import ModelError, RecipeError
+from qcompress.errors import RecipeError
 from qcompress.keys import Plan, parts
 from qcompress.recipe import load_recipe
 from qcompress.stages.load import fingerprint
@@ -115,10 +117,66 @@ def test_the_load_stage_depends_on_the_head_and_on_its_seed(made: Path) -> None:
     }  # fmt: skip
 
 
-def test_labels_of_another_number_are_the_models_mistake(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_of_another_number_are_a_mistake_of_the_recipe(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(f"{__name__}.TASK", SequenceClassification(labels=["a", "b"], context=16))
-    with pytest.raises(ModelError, match=r"3 \(no, yes, maybe\), the recipe 2 \(a, b\)"):
-        with_task(write(made, RECIPE))
+    assert said(write(made, RECIPE)) == (
+        "recipe.yaml:3: task.labels: the labels of checkpoint and recipe differ in number: the checkpoint has "
+        "3 (no, yes, maybe), the recipe 2 (a, b) (fix: name the checkpoint's labels in the recipe, or start "
+        "from a checkpoint without a head)"
+    )
+
+
+SINGLE, MULTI, NUMBER = "single_label_classification", "multi_label_classification", "regression"
+
+
+@pytest.mark.parametrize(
+    ("says", "kind", "message"),
+    [
+        (None, "single", ""),
+        (None, "multi", ""),
+        (SINGLE, "single", ""),
+        (MULTI, "multi", ""),
+        (MULTI, "single", "is single, and config.json of the checkpoint says problem_type "
+                          "multi_label_classification (fix: write `kind: multi` under `task`)"),
+        (SINGLE, "multi", "is multi, and config.json of the checkpoint says problem_type "
+                          "single_label_classification (fix: write `kind: single` under `task`)"),
+        (NUMBER, "single", "is single, and config.json of the checkpoint says problem_type regression (fix: "
+                           "write `kind: regression` under `task`)"),
+        (None, "regression", "a regression has one output, and the checkpoint's head has 3 (fix: write `kind: "
+                             "single` or `kind: multi` under `task`, or start from a checkpoint without a head)"),
+    ],
+)  # fmt: skip
+def test_the_kind_of_the_head_is_the_checkpoints(
+    says: str | None, kind: str, message: str, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = made / "whole" / "config.json"
+    before = file.read_text()
+    monkeypatch.setattr(f"{__name__}.TASK", SequenceClassification(kind=kind, context=16))
+    try:
+        file.write_text(json.dumps(json.loads(before) | {"problem_type": says}))
+        if message:
+            assert said(write(made, RECIPE)) == f"recipe.yaml:3: task.kind: {message}"
+        else:
+            assert with_task(write(made, RECIPE)).report.architecture.new_head == ()
+    finally:
+        file.write_text(before)
+
+
+def test_one_output_is_a_number(made: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers computes a regression for one output; a softmax of it would be 1 whatever the text."""
+    model = make_encoder("bert")
+    config = model.config.__class__.from_dict(model.config.to_dict() | {"id2label": {0: "LABEL_0"}})
+    BertForSequenceClassification(config).save_pretrained(made / "one")
+    text = write(made, RECIPE.replace("whole", "one"))
+    monkeypatch.setattr(f"{__name__}.TASK", SequenceClassification(context=16))
+    assert said(text) == (
+        "recipe.yaml:3: task.kind: is single, and config.json of the checkpoint says 1 output, which gives a "
+        "number (fix: write `kind: regression` under `task`)"
+    )
+    monkeypatch.setattr(f"{__name__}.TASK", SequenceClassification(kind="regression", context=16))
+    assert with_task(text).report.architecture.layers[-1].out_features == 1
 
 
 def test_points_that_a_family_lacks_and_formats_that_no_point_has_are_refused(made: Path) -> None:

@@ -12,6 +12,55 @@ from typing import Any
 from qcompress.errors import ModelError
 from qcompress.models.architecture import Head
 
+KINDS = {
+    "single_label_classification": "single",
+    "multi_label_classification": "multi",
+    "regression": "regression",
+}
+"""`problem_type` of a config.json, and `task.kind` of a recipe."""
+
+
+class HeadError(ModelError):
+    """A head that the recipe's task does not fit. `key`: the recipe's key that decides about it."""
+
+    def __init__(self, message: str, *, fix: str, key: tuple[str, ...]) -> None:
+        super().__init__(message, fix=fix)
+        self.key = key
+
+
+def problem_of(config: dict[str, Any], outputs: int | None) -> str | None:
+    """The problem type of a checkpoint's own head with so many outputs; None where it may be one label or
+    several, and where there is no head. One output is a number, as transformers takes it.
+    """
+    said = config.get("problem_type")
+    if said is not None and said not in KINDS:
+        raise ModelError(
+            f"config.json: problem_type is {said!r}, and must be one of {', '.join(KINDS)}",
+            fix="mend problem_type in config.json, or remove it",
+        )
+    return None if outputs is None else said or ("regression" if outputs == 1 else None)
+
+
+def check_problem(config: dict[str, Any], outputs: int | None, head: Head) -> None:
+    """Raise HeadError where the checkpoint's own head answers another kind of question than the task."""
+    own = problem_of(config, outputs)
+    if head.problem is None or outputs is None:
+        return
+    if head.problem == "regression" and outputs > 1:
+        message = f"a regression has one output, and the checkpoint's head has {outputs}"
+        fix = "write `kind: single` or `kind: multi` under `task`, or start from a checkpoint without a head"
+    elif own in (None, head.problem):
+        return
+    else:
+        said = f"problem_type {own}" if config.get("problem_type") else "1 output, which gives a number"
+        message = f"is {KINDS[head.problem]}, and config.json of the checkpoint says {said}"
+        fix = f"write `kind: {KINDS[own]}` under `task`"
+    if head.task == "image-classification":
+        message = message.replace("is single", "gives one label to each image", 1)
+        fix = "name a checkpoint with such a head, or one without a head"
+    key = ("task", "kind" if head.task == "sequence-classification" else "name")
+    raise HeadError(message, fix=fix, key=key)
+
 
 def check_config(
     config: dict[str, Any], family: str, tasks: Sequence[str], head: Head, sizes: Sequence[str] = ()
@@ -39,6 +88,7 @@ def labels_of(config: dict[str, Any], outputs: int | None, head: Head) -> tuple[
 
     Raises ModelError where checkpoint, config.json and task do not agree.
     """
+    check_problem(config, outputs, head)
     named = config.get("id2label")
     own: tuple[str, ...] | None = None
     if isinstance(named, dict) and named:
@@ -61,10 +111,11 @@ def labels_of(config: dict[str, Any], outputs: int | None, head: Head) -> tuple[
         )
     if outputs and own and (len(own) != len(wanted) or (own != wanted and set(own) == set(wanted))):
         what = "number" if len(own) != len(wanted) else "order"
-        raise ModelError(
+        raise HeadError(
             f"the labels of checkpoint and recipe differ in {what}: the checkpoint has {len(own)} "
             f"({_listed(own)}), the recipe {len(wanted)} ({_listed(wanted)})",
             fix="name the checkpoint's labels in the recipe, or start from a checkpoint without a head",
+            key=("task", "labels"),
         )
     return tuple(wanted)
 
