@@ -18,6 +18,7 @@ from qcompress.first.write import flow
 from qcompress.formats import FORMAT_PRESETS
 from qcompress.recipe_schema import recipe_schema
 from qcompress.targets.table import TARGETS
+from qcompress.task_options import READINGS
 from qcompress.terminal import errors, print_json
 
 OPTIONAL = {"show_default": False}
@@ -38,6 +39,14 @@ def init(
     label_column: Annotated[str | None, typer.Option(help="Column of the label.", **OPTIONAL)] = None,
     pair_column: Annotated[
         str | None, typer.Option(help="Column of the second text of a pair.", **OPTIONAL)
+    ] = None,
+    labels_are: Annotated[
+        str | None,
+        typer.Option(
+            help="Content of the column of labels: names, or indices in the model's order.",
+            autocompletion=words(READINGS),
+            **OPTIONAL,
+        ),
     ] = None,
     method: Annotated[
         str | None,
@@ -63,8 +72,9 @@ def init(
                 data = data or Path(typer.prompt("File of text or examples, or folder of images", err=True))
                 target = target or _ask("Device to deploy on", list(TARGETS))
             asked = Asked(
-                model, data, target, out, text_column, label_column, pair_column, method, form, with_schema
-            )
+                model, data, target, out, text_column, label_column, pair_column, method, form, with_schema,
+                labels_are,
+            )  # fmt: skip
             _report(begin(asked, _ask if asks else None), as_json)
         except (typer.Abort, EOFError):  # Ctrl-C and Ctrl-D at a question
             raise KeyboardInterrupt from None

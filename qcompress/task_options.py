@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -62,6 +62,7 @@ def distinct(names: list[str] | None, key: str = "labels") -> None:
 
 
 LabelsAre = Literal["names", "indices"]
+READINGS: tuple[str, ...] = get_args(LabelsAre)
 
 
 class Labelled(Options):

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 from lines import Result, cli, python
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_bert import LABELS, TOKEN, save_encoder
 from tiny_vit import LABELS as SHAPES
 from tiny_vit import save_vit, write_images
@@ -206,6 +206,63 @@ def test_numbers_are_a_regression_and_their_head_is_trained(tmp_path: Path, mode
     recipe = values(tmp_path / "recipe.yaml")
     assert recipe["task"]["kind"] == "regression" and "labels" not in recipe["task"]
     assert list(recipe["gate"]["recovery"]) == ["test.spearman"]
+
+
+def relabelled(folder: Path, model: Path, **config: Any) -> Path:
+    """A copy of a checkpoint with other entries in config.json."""
+    shutil.copytree(model, folder / "model")
+    file = folder / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return folder / "model"
+
+
+def test_the_kind_comes_from_the_checkpoint(tmp_path: Path, models: dict[str, Path]) -> None:
+    """One label a row is one of several labels where the head answers each of them by itself."""
+    model = relabelled(tmp_path, models["head"], problem_type="multi_label_classification")
+    begun = started(tmp_path, model, write_table(tmp_path / "mine.csv", ("no", "yes", "maybe")))
+    recipe = values(tmp_path / "recipe.yaml")
+    assert recipe["task"]["kind"] == "multi" and begun.chosen["head"] == "its own"
+    assert begun.why["kind"] == "config.json says multi_label_classification"
+    assert list(recipe["gate"]["recovery"]) == ["test.f1_micro"]
+    assert all_mistakes(tmp_path / "recipe.yaml")[2] == []
+
+
+def test_whole_numbers_are_the_regression_that_the_checkpoint_was_trained_for(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    model = relabelled(tmp_path, models["head"], id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+    weights = load_file(model / "model.safetensors")
+    weights |= {f"classifier.{part}": weights[f"classifier.{part}"][:1].copy() for part in ("weight", "bias")}
+    save_file(weights, model / "model.safetensors")
+    begun = started(tmp_path, model, write_table(tmp_path / "mine.csv", (1, 2, 3, 4, 5)))
+    assert values(tmp_path / "recipe.yaml")["task"]["kind"] == "regression"
+    assert begun.chosen["head"] == "its own" and begun.why["kind"] == "the checkpoint's head gives a number"
+    assert all_mistakes(tmp_path / "recipe.yaml")[2] == []
+
+
+@pytest.mark.parametrize(("labels", "stated"), [((1, 2, 3), "names"), ((0, 1, 2), "indices")])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_labels_that_are_digits_are_said_to_be_names_or_indices(
+    suffix: str, labels: tuple[int, ...], stated: str, tmp_path: Path, models: dict[str, Path]
+) -> None:
+    """Cells 1 and 2 of a part of the data would be names and indices."""
+    model = relabelled(tmp_path, models["head"], id2label={"0": "1", "1": "2", "2": "3"})
+    started(tmp_path, model, write_table(tmp_path / f"mine{suffix}", labels))
+    assert values(tmp_path / "recipe.yaml")["task"]["labels_are"] == stated
+    assert all_mistakes(tmp_path / "recipe.yaml")[2] == []
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_labels_that_can_be_read_in_two_ways_are_asked_for(
+    suffix: str, tmp_path: Path, models: dict[str, Path]
+) -> None:
+    model = relabelled(tmp_path, models["head"], id2label={"0": "2", "1": "1", "2": "0"})
+    data = write_table(tmp_path / f"mine{suffix}", (0, 1, 2))
+    said = refusal(tmp_path, model, data)
+    assert "the label 0 can be read in two ways: as the name it is output 2, as an index it is output 0" in said
+    assert "say `--labels-are names` or `--labels-are indices`" in said
+    started(tmp_path, model, data, labels_are="names")
+    assert values(tmp_path / "recipe.yaml")["task"]["labels_are"] == "names"
 
 
 def test_a_table_of_words_and_tags(tmp_path: Path, models: dict[str, Path]) -> None:

@@ -26,6 +26,7 @@ class Asked:
     method: str | None = None
     format: str | None = None
     with_schema: bool = False
+    labels_are: str | None = None
 
 
 @dataclass

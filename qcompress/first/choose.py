@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qcompress.axes import METHODS, PHASES
 from qcompress.errors import ModelError
 from qcompress.first.asked import Asked, Mistakes
-from qcompress.first.data import Found, ImagesFound, TableFound, TextFound
+from qcompress.first.data import Found, ImagesFound, TableFound, TextFound, is_whole
 from qcompress.first.lengths import context_for, token_counts, window_for
-from qcompress.first.model import Checkpoint, Fit, fit
+from qcompress.first.model import Checkpoint, Fit, fit, problem_of_head, reading_of
 from qcompress.first.splits import split_table, split_text
 from qcompress.formats import FORMAT_PRESETS
 from qcompress.targets.table import TARGETS
+from qcompress.task_options import READINGS
+from qcompress.tasks.labels import TwoReadings, named_outputs
 from qcompress.tasks.sequence_classification import PROBLEMS
 from qcompress.tasks.table import Row
 from qcompress.wording import choose as choose_word
@@ -58,6 +60,8 @@ class Choice:
     test: list[Row] | str | None
     """The two parts of the data; None of folders of images, which are two already."""
     goals: dict[str, Any]
+    labels_are: str | None
+    """`task.labels_are`, where the recipe must say it."""
     notes: list[str] = field(default_factory=list)
     why: dict[str, str] = field(default_factory=dict)
 
@@ -83,6 +87,7 @@ def check_words(asked: Asked, mistakes: Mistakes) -> None:
         ("--target", asked.target, list(TARGETS)),
         ("--method", asked.method, list(METHODS)),
         ("--format", asked.format, list(FORMAT_PRESETS)),
+        ("--labels-are", asked.labels_are, READINGS),
     )
     for option, word, known in words:
         if word is not None and word not in known:
@@ -96,11 +101,16 @@ def choose(asked: Asked, checkpoint: Checkpoint, found: Found, mistakes: Mistake
     task = _task(checkpoint, found, mistakes)
     if task is None:
         return None
-    kind = found.kind if isinstance(found, TableFound) else "single"
-    labels = () if isinstance(found, TextFound) else found.labels
-    problem = {**PROBLEMS, "words": None}[kind] if task != "image-classification" else PROBLEMS["single"]
     try:
-        fitting = fit(checkpoint, task, problem, labels)
+        found, why_kind = _of_the_heads_kind(checkpoint, found, task)
+        kind = found.kind if isinstance(found, TableFound) else "single"
+        labels = () if isinstance(found, TextFound) else found.labels
+        problem = {**PROBLEMS, "words": None}[kind] if task != "image-classification" else PROBLEMS["single"]
+        reading = "names" if isinstance(found, ImagesFound) else asked.labels_are
+        fitting = fit(checkpoint, task, problem, labels, reading)
+    except TwoReadings as error:
+        mistakes.add("--labels-are", error.message, "say `--labels-are names` or `--labels-are indices`")
+        return None
     except ModelError as error:
         mistakes.add("--model", error.message, error.fix or "name another checkpoint")
         return None
@@ -110,6 +120,7 @@ def choose(asked: Asked, checkpoint: Checkpoint, found: Found, mistakes: Mistake
         return None
     why = {"family": f"config.json says model_type {checkpoint.family}", "task": _why_task(task, found)}
     why["head"] = fitting.why
+    why |= {"kind": why_kind} if why_kind else {}
     if isinstance(found, TableFound):
         why |= found.why
     form, why["format"] = _format(asked)
@@ -126,8 +137,10 @@ def choose(asked: Asked, checkpoint: Checkpoint, found: Found, mistakes: Mistake
         notes.append(f"the text of {names} is not read; {fix}")
     if isinstance(train, str) and not test:
         mistakes.add("--data", f"{asked.data} is too short to be split in two", "name a longer text")
+    names = fitting.labels or named_outputs(checkpoint.config)
+    stated = reading or reading_of(labels, names) if isinstance(found, TableFound) else None
     return Choice(_slug(checkpoint, asked, form), task, kind, fitting, form, compute, method, context, opt,
-                  batch, steps, train, test, goals, notes, why)  # fmt: skip
+                  batch, steps, train, test, goals, stated, notes, why)  # fmt: skip
 
 
 def _task(checkpoint: Checkpoint, found: Found, mistakes: Mistakes) -> str | None:
@@ -149,6 +162,20 @@ def _task(checkpoint: Checkpoint, found: Found, mistakes: Mistakes) -> str | Non
         )
         mistakes.add("--data", message, f"name {needs}, or another model")
     return task
+
+
+def _of_the_heads_kind(checkpoint: Checkpoint, found: Found, task: str) -> tuple[Found, str]:
+    """The data as the checkpoint's own head answers them, and why, where that is not what they look like: one
+    label a row may be several labels of which one applies, and whole numbers may be a regression's.
+    """
+    if not isinstance(found, TableFound) or task != "sequence-classification" or found.kind != "single":
+        return found, ""
+    problem = problem_of_head(checkpoint, task)
+    if problem == PROBLEMS["multi"]:
+        return replace(found, kind="multi"), "config.json says multi_label_classification"
+    if problem == PROBLEMS["regression"] and all(is_whole(label) for label in found.labels):
+        return replace(found, kind="regression", labels=()), "the checkpoint's head gives a number"
+    return found, ""
 
 
 def _why_task(task: str, found: Found) -> str:

@@ -276,7 +276,7 @@ def _kind(cells: list[Any], texts: list[Any]) -> Kind:
             isinstance(text, list) and len(text) == len(cell) for text, cell in zip(texts, cells, strict=True)
         )
         return "words" if words else "multi"
-    if all(_is_number(cell) for cell in cells) and not all(_is_whole(cell) for cell in cells):
+    if all(_is_number(cell) for cell in cells) and not all(is_whole(cell) for cell in cells):
         return "regression"
     return "multi" if any(isinstance(cell, str) and "|" in cell for cell in cells) else "single"
 
@@ -297,9 +297,9 @@ def _is_number(cell: object) -> bool:
     return re.fullmatch(r"\s*-?\d+(\.\d+)?([eE][-+]?\d+)?\s*", str(cell)) is not None
 
 
-def _is_whole(cell: object) -> bool:
+def is_whole(cell: object) -> bool:
     return re.fullmatch(r"\s*-?\d+\s*", str(cell)) is not None
 
 
 def _in_order(label: str) -> tuple[int, int, str]:
-    return (0, int(label), "") if _is_whole(label) else (1, 0, label)
+    return (0, int(label), "") if is_whole(label) else (1, 0, label)

@@ -15,8 +15,10 @@ from qcompress.first.asked import Mistakes
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture, Head
 from qcompress.models.files import copy_tensors, read_config, read_tensors
+from qcompress.models.heads import HeadError, problem_of
 from qcompress.stages.load import READER_FILES
-from qcompress.tasks.labels import PLACEHOLDER, named_outputs, settle
+from qcompress.task_options import LabelsAre
+from qcompress.tasks.labels import PLACEHOLDER, Labels, TwoReadings, named_outputs, settle
 from qcompress.wording import nearest
 
 
@@ -71,22 +73,42 @@ def look_at_model(directory: Path, mistakes: Mistakes) -> Checkpoint | None:
     return Checkpoint(directory, family, config)
 
 
-def fit(checkpoint: Checkpoint, task: str, problem: str | None, found: Sequence[str]) -> Fit:
-    """How the checkpoint's head and the labels of the data fit. Raises ModelError for a broken checkpoint.
+def problem_of_head(checkpoint: Checkpoint, task: str) -> str | None:
+    """transformers' problem type of the checkpoint's own head for a task; None where it has no such head, or
+    does not say; a broken checkpoint is left to `fit`.
+    """
+    try:
+        architecture = describe(checkpoint.family, checkpoint.directory, Head(task, None, None))
+    except ModelError:
+        return None
+    outputs = None if architecture.new_head else len(named_outputs(checkpoint.config))
+    return problem_of(checkpoint.config, outputs)
+
+
+def fit(
+    checkpoint: Checkpoint, task: str, problem: str | None, found: Sequence[str],
+    labels_are: LabelsAre | None = None,
+) -> Fit:  # fmt: skip
+    """How the checkpoint's head and the labels of the data fit. Raises ModelError for a broken checkpoint,
+    TwoReadings where the labels are the checkpoint's by name and by index.
 
     `problem`: what transformers calls it; `found`: the labels of the data, none for a number.
     """
     family, directory, config = checkpoint.family, checkpoint.directory, checkpoint.config
     if task == "causal-lm":
         return Fit(describe(family, directory), "its own", None, "a language model has its head")
-    wanted = ("score",) if problem == REGRESSION else _in_its_order(found, config)
+    wanted = ("score",) if problem == REGRESSION else _in_its_order(found, config, labels_are)
+    other = ""
     try:
         architecture = None if wanted is None else describe(family, directory, Head(task, wanted, problem))
+    except HeadError as error:
+        architecture, other = None, error.message if wanted == named_outputs(config) else ""
     except ModelError:
-        architecture = None  # of other labels, or broken: then the next one raises
+        architecture = None  # broken: then the next one raises
     if architecture is None:
         own = named_outputs(config)
         why = f"the checkpoint's head is for {', '.join(own)}, the data have {', '.join(found) or 'a number'}"
+        why += f" (the head {other})" if other else ""
         architecture = describe(family, directory, Head(task, None, None))
         return Fit(architecture, "of other labels", tuple(found) or None, f"{why}: {ANEW}")
     if architecture.new_head:
@@ -104,19 +126,38 @@ def fit(checkpoint: Checkpoint, task: str, problem: str | None, found: Sequence[
 ANEW = "a new one is drawn, and must be trained first"
 
 
-def _in_its_order(found: Sequence[str], config: dict[str, Any]) -> tuple[str, ...] | None:
+def _in_its_order(
+    found: Sequence[str], config: dict[str, Any], labels_are: LabelsAre | None
+) -> tuple[str, ...] | None:
     """The labels in the order of the checkpoint's outputs, those of the data where it names none; None where
     they are others.
     """
     own = named_outputs(config)
-    names = {name.casefold() for name in own}
-    indices = all(label.isdigit() and int(label) < len(own) for label in found)
-    if config.get("id2label") and (indices or all(label.casefold() in names for label in found)):
-        return own
+    if config.get("id2label") or config.get("num_labels"):
+        try:
+            Labels(own, None, labels_are).read(found, ["the data"] * len(found))
+            return own
+        except TwoReadings:
+            raise
+        except UsageError:
+            pass  # then names of the recipe's may stand for LABEL_0, LABEL_1...
     try:
         return tuple(settle(list(found), config))
     except UsageError:
         return None
+
+
+def reading_of(found: Sequence[str], own: Sequence[str]) -> LabelsAre | None:
+    """The reading of the labels that a recipe should state, because a part of the data could be read in the
+    other way; None where it could not. `own`: names of the outputs.
+
+    >>> reading_of(["1", "2", "3"], ["1", "2", "3"]), reading_of(["0", "1", "2"], ["1", "2", "3"])
+    ('names', 'indices')
+    """
+    differ = [label for label in found if label in own and label.isdigit() and own.index(label) != int(label)]
+    if not differ:
+        return None
+    return "names" if all(label in own for label in found) else "indices"
 
 
 def write_without_head(checkpoint: Checkpoint, fitting: Fit, out: Path) -> None:

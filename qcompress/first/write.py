@@ -98,6 +98,8 @@ def _task(choice: Choice) -> list[str]:
         task["kind"] = choice.kind
     if choice.fit.labels is not None and choice.kind != "regression":
         task["labels"] = list(choice.fit.labels)
+    if choice.labels_are is not None and choice.kind != "regression":
+        task["labels_are"] = choice.labels_are
     if choice.context is not None:
         task["context"] = choice.context
     return [f"# {choice.why['context']}", f"task: {flow(task)}"]
