@@ -15,9 +15,13 @@ from transformers import BertForSequenceClassification
 from qcompress.check import Report, check_model
 from qcompress.errors import RecipeError
 from qcompress.keys import Plan, parts
+from qcompress.models import FAMILIES
+from qcompress.models.files import read_config, read_tensors
+from qcompress.models.heads import HeadError
 from qcompress.recipe import load_recipe
 from qcompress.stages.load import fingerprint
 from qcompress.task_options import SequenceClassification
+from qcompress.tasks import TASKS
 
 RECIPE = """\
 name: encoder
@@ -108,7 +112,7 @@ def test_the_load_stage_depends_on_the_head_and_on_its_seed(made: Path) -> None:
         text = RECIPE.replace("whole", source).replace("method: ptq", f"method: lsq\nseed: {seed}")
         return parts(with_task(write(made, text)), "load", {})["values"]
 
-    head = {"task": SEQUENCE, "labels": LABELS, "problem": "single_label_classification"}
+    head = {"task": SEQUENCE, "labels": LABELS, "problem": "single_label_classification", "any_order": False}
     values = {"family": "bert", "blocks": None, "head": head, "new_head": None, "processor": None}
     assert key("whole", 0) == key("whole", 1) == values
     assert key("bare", 0) != key("bare", 1)
@@ -162,6 +166,32 @@ def test_the_kind_of_the_head_is_the_checkpoints(
             assert with_task(write(made, RECIPE)).report.architecture.new_head == ()
     finally:
         file.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]),
+        (["contradiction", "entailment", "neutral"], ["contradiction", "entailment", "neutral"]),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["entailment", "neutral", "contradiction"]),
+        (["a", "b", "c"], None),
+    ],
+)
+def test_outputs_keep_the_checkpoints_names_and_order(
+    names: list[str], expected: list[str] | None, made: Path
+) -> None:
+    """GLUE numbers the labels of MNLI in another order than most checkpoints' heads."""
+    mnli = SequenceClassification(glue="mnli", context=16)
+    head = TASKS[mnli.name].head(mnli)
+    config = read_config(made / "whole") | {"id2label": {str(place): one for place, one in enumerate(names)}}
+    tensors = read_tensors(made / "whole")
+    if expected is None:
+        with pytest.raises(HeadError, match=r"differ in name: the checkpoint has 3 \(a, b, c\)"):
+            FAMILIES["bert"].task_config(config, tensors, head)
+        return
+    own = FAMILIES["bert"].task_config(config, tensors, head)
+    assert list(own["id2label"].values()) == expected
+    assert TASKS[mnli.name].settled(mnli, own).labels == expected
 
 
 def test_one_output_is_a_number(made: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ from qcompress.first.asked import Mistakes
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture, Head
 from qcompress.models.files import copy_tensors, read_config, read_tensors
-from qcompress.models.heads import HeadError, problem_of
+from qcompress.models.heads import HeadError, is_named, problem_of
 from qcompress.stages.load import READER_FILES
 from qcompress.task_options import LabelsAre
-from qcompress.tasks.labels import PLACEHOLDER, Labels, TwoReadings, named_outputs, settle
+from qcompress.tasks.labels import Labels, TwoReadings, named_outputs, settle
 from qcompress.wording import nearest
 
 
@@ -113,7 +113,7 @@ def fit(
         return Fit(architecture, "of other labels", tuple(found) or None, f"{why}: {ANEW}")
     if architecture.new_head:
         return Fit(architecture, "none", wanted if found else None, f"the checkpoint has none: {ANEW}")
-    named = not all(PLACEHOLDER.fullmatch(name) for name in named_outputs(config))
+    named = is_named(named_outputs(config))
     if not found or named or list(found) == [str(index) for index in range(len(found))]:
         return Fit(architecture, "its own", None, "the labels of the data are the checkpoint's")
     warning = (

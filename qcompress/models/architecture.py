@@ -194,6 +194,8 @@ class Head:
     """Names of the outputs, in order; None: those of the checkpoint's config.json (or none at all)."""
     problem: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
     """transformers' `problem_type`."""
+    any_order: bool = False
+    """The order of `labels` is nobody's choice (GLUE's own): the checkpoint's takes its place."""
 
 
 CAUSAL_LM = Head()

@@ -6,6 +6,7 @@ Every family uses these, so that checkpoints are held against recipes in one way
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,15 @@ KINDS = {
     "regression": "regression",
 }
 """`problem_type` of a config.json, and `task.kind` of a recipe."""
+
+
+PLACEHOLDER = re.compile(r"LABEL_\d+")
+"""transformers' name of an output that nobody named."""
+
+
+def is_named(outputs: Sequence[str]) -> bool:
+    """Whether somebody named these outputs."""
+    return not all(PLACEHOLDER.fullmatch(name) for name in outputs)
 
 
 class HeadError(ModelError):
@@ -109,8 +119,17 @@ def labels_of(config: dict[str, Any], outputs: int | None, head: Head) -> tuple[
             "neither the task nor config.json names the labels",
             fix="write the task's labels into the recipe",
         )
-    if outputs and own and (len(own) != len(wanted) or (own != wanted and set(own) == set(wanted))):
-        what = "number" if len(own) != len(wanted) else "order"
+    if not outputs or not own:
+        return tuple(wanted)
+    if is_named(own) and head.problem != "regression":
+        agree = [name.casefold() for name in own] == [name.casefold() for name in wanted]
+        same = sorted(map(str.casefold, own)) == sorted(map(str.casefold, wanted))
+        if agree or (same and head.any_order):
+            return own
+        what = "number" if len(own) != len(wanted) else "order" if same else "name"
+    else:
+        what = "number" if len(own) != len(wanted) else ""
+    if what:
         raise HeadError(
             f"the labels of checkpoint and recipe differ in {what}: the checkpoint has {len(own)} "
             f"({_listed(own)}), the recipe {len(wanted)} ({_listed(wanted)})",

@@ -13,10 +13,8 @@ from typing import Any, Literal
 
 from qcompress.errors import UsageError
 from qcompress.glue import GLUE
+from qcompress.models.heads import is_named
 from qcompress.schema import ImageClassification, SequenceClassification, TokenClassification
-
-PLACEHOLDER = re.compile(r"LABEL_\d+")
-"""What transformers calls an output that nobody named."""
 
 IGNORED = -100
 """The label of a token that no loss and no metric counts; transformers' own."""
@@ -54,7 +52,7 @@ def settle(wanted: Sequence[str] | None, config: dict[str, Any]) -> list[str]:
         return list(known)
     if not config.get("id2label"):
         return list(wanted)
-    if all(PLACEHOLDER.fullmatch(name) for name in known) and len(known) == len(wanted):
+    if not is_named(known) and len(known) == len(wanted):
         return list(wanted)
     if sorted(map(str.casefold, known)) != sorted(map(str.casefold, wanted)):
         raise UsageError(
@@ -89,7 +87,7 @@ class Labels:
     @property
     def are_named(self) -> bool:
         """Whether somebody named the outputs."""
-        return bool(self.names) and not all(PLACEHOLDER.fullmatch(name) for name in self.names)
+        return bool(self.names) and is_named(self.names)
 
     def read(self, cells: Sequence[Any], places: Sequence[str], *, named: bool = False) -> list[int]:
         """The output that each cell of a column means; `places`: where each cell stands.

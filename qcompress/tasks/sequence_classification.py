@@ -68,7 +68,7 @@ def head(task: SequenceClassification) -> Head:
     if task.kind == "regression":
         return Head(task.name, ("score",), PROBLEMS["regression"])
     names = labels_of(task).names
-    return Head(task.name, names, PROBLEMS[task.kind])
+    return Head(task.name, names, PROBLEMS[task.kind], any_order=names is not None and task.labels is None)
 
 
 def settled(task: SequenceClassification, config: dict[str, Any]) -> SequenceClassification:

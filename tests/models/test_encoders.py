@@ -245,7 +245,8 @@ def described(kind: tuple[str, str], folder: Path, labels: tuple[str, ...] | Non
 
 def test_labels_come_from_the_recipe_or_else_from_the_checkpoint(kind: tuple[str, str], copy: Path) -> None:
     assert described(kind, copy, None).layers[-1].out_features == 3
-    assert described(kind, copy, ("x", "y", "z")).layers[-1].out_features == 3  # other names are the task's
+    with pytest.raises(ModelError, match=r"differ in name: .*\(no, yes, maybe\), the recipe 3 \(x, y, z\)"):
+        described(kind, copy, ("x", "y", "z"))
     with pytest.raises(
         ModelError, match=r"differ in number: the checkpoint has 3 \(no, yes, maybe\), the recipe 2 \(a, b\)"
     ):
@@ -254,6 +255,7 @@ def test_labels_come_from_the_recipe_or_else_from_the_checkpoint(kind: tuple[str
         described(kind, copy, ("yes", "no", "maybe"))
     edit_config(copy, id2label="remove", label2id="remove")
     assert described(kind, copy, None).layers[-1].out_features == 3
+    assert described(kind, copy, ("x", "y", "z")).layers[-1].out_features == 3  # nobody named the outputs
     edit_config(copy, id2label={"0": "a", "1": "b"})
     with pytest.raises(ModelError, match=r"names 2 labels \(a, b\), and the checkpoint's head has 3"):
         described(kind, copy)
