@@ -18,7 +18,7 @@ from qcompress.report.measured import arm_and_runs, measured
 from qcompress.report.seeds import summarise
 from qcompress.schema import ROWS
 from qcompress.smoke import smoke as shorten
-from qcompress.stages.gate import judge, write_verdict
+from qcompress.stages.gate import judge, served_by_onnxruntime, write_verdict
 
 if TYPE_CHECKING:
     from qcompress.evaluation import Artifacts
@@ -264,6 +264,7 @@ def gate(path: str | os.PathLike[str]) -> dict[str, Any]:
         recipe.verify.require,
         recipe.format.compute,
         float_trains=recipe.trains_float,
+        served=served_by_onnxruntime(recipe),
     )
     write_verdict(loaded.path, verdict, recipe.name)
     return verdict

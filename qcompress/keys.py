@@ -204,6 +204,7 @@ def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
             "require": recipe.verify.require,
             "compute": recipe.format.compute,
             "is_float": recipe.trains_float,
+            "target": recipe.build.target,
         },
     }
 

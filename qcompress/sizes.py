@@ -16,8 +16,12 @@ PARTS = ("codes", "scale", "zero", "assignments", "centroids")
 """What a weight's initializers are called, after its name."""
 
 
-def measure_sizes(file: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
-    """Bytes of each quantized layer (codes and scales), of the float rest, and of the file."""
+def measure_sizes(
+    file: Path, plan: tuple[LayerPlan, ...], raised: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    """Bytes of each quantized layer (codes and scales), of the float rest, and of the file. `raised`: counts
+    by layer of the scales that fold raised for int32 biases, from folded.json.
+    """
     graph = onnx.load(str(file), load_external_data=False).graph
     stored = {tensor.name: stored_bytes(tensor) for tensor in graph.initializer}
     layers = []
@@ -32,6 +36,7 @@ def measure_sizes(file: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
                 "stored_bits": item.weights.stored_bits,
                 "information_bits": item.weights.information_bits,
                 "bytes": size,
+                "raised_scales": raised.get(item.name, {}).get("scales", 0),
             }
         )
     data = file.with_name(file.name + ".data")
@@ -43,4 +48,5 @@ def measure_sizes(file: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
         "quantized_bytes": sum(layer["bytes"] for layer in layers),
         "file_bytes": file.stat().st_size + (data.stat().st_size if data.is_file() else 0),
         "float_layer_bytes": floats,
+        "raised_scales": sum(counts["scales"] for counts in raised.values()),
     }

@@ -134,13 +134,13 @@ def _within(profile, context: int):
 
 def limits_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe's own limits and the default ones, without agreement, of which two blocks know little, and
-    without any for the engine. A graph that rounds activations is judged by default from its own codes.
+    without any for the engine and the deployed row. A graph that rounds activations is judged by default from its own codes.
     """
     form = recipe.format
     rounded = [form.activations, form.attention, form.residual, form.cache]
     rounded += [layer.activations for layer in form.layers.values() if layer.activations != "inherit"]
-    left_out = {"engine", "onnx"} if any(rounded) else {"engine"}
+    left_out = {"engine", "deployed"} | ({"onnx"} if any(rounded) else set())
     limits = {row: goal for row, goal in PARITY[form.compute].items() if row not in left_out}
     limits |= recipe.gate.parity
     found = {row: goal.model_copy(update={"top1_agreement": None}) for row, goal in limits.items()}
-    return {**found, "engine": ParityGoal()}
+    return {**found, "engine": ParityGoal(), "deployed": ParityGoal()}

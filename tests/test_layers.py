@@ -35,7 +35,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("numerics", {
         "quant", "quant.batchnorm", "quant.conv", "quant.folded_conv",
         "quant.affine", "quant.codebook", "quant.coding", "quant.dynamic", "quant.folded",
-        "quant.folded_codebook", "quant.kmeans", "quant.layers", "quant.noise", "quant.product",
+        "quant.folded_codebook", "quant.int32_bias", "quant.kmeans", "quant.layers", "quant.noise", "quant.product",
         "quant.quantizers", "quant.ranges", "quant.ternary", "quant.types",
     }),
     ("families, tasks, targets", {
@@ -114,7 +114,7 @@ DOORS: dict[str, set[str]] = {
         "quant.batchnorm", "quant.conv", "quant.folded_conv", "flips",
         "models.cifar_net", "models.image_residual", "models.stock_images",
         "quant.affine", "quant.codebook", "quant.coding", "quant.dynamic", "quant.folded",
-        "quant.folded_codebook",
+        "quant.folded_codebook", "quant.int32_bias",
         "quant.kmeans", "quant.layers", "quant.noise", "quant.product", "quant.quantizers",
         "quant.ranges", "quant.ternary", "quant.types", "methods.plain",
         "methods.protocols", "methods.quadapter", "methods.ball", "methods.saq", "methods.squat",

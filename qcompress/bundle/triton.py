@@ -89,6 +89,8 @@ def _check(run: LoadedRun, name: str, backend: str, force: bool) -> None:
             fix="mend the run, or say --force to serve it all the same",
             exit_code=exit_code(verdict),
         )
+    if backend == "onnxruntime" and not force:
+        _check_deployed(run)
     if not (run.path / "model.onnx").is_file():
         raise UsageError(f"{run.path} has no model.onnx", fix="run the recipe again")
     if not run.parity.get("onnx"):
@@ -99,6 +101,20 @@ def _check(run: LoadedRun, name: str, backend: str, force: bool) -> None:
         raise IncomparableError(f"{run.path}: {'; '.join(wrong)}", fix="run the recipe again")
     if backend == "tensorrt":
         _check_plan(run)
+
+
+def _check_deployed(run: LoadedRun) -> None:
+    """Refuse a graph for ONNX Runtime whose default session misses the goals: Triton serves that session. The
+    verdict of a run for TensorRT leaves that row out.
+    """
+    deployed = run.verdict.get("deployed")
+    if deployed is not None and not deployed["passed"]:
+        raise VerdictError(
+            f"{run.path}: ONNX Runtime's default session (the row deployed), which Triton serves, misses the "
+            f"goals: {'; '.join(deployed['reasons'])}",
+            fix="mend the run, or say --force to serve it all the same",
+            exit_code=exit_code("regression"),
+        )
 
 
 def _check_plan(run: LoadedRun) -> None:
@@ -187,6 +203,7 @@ def _write(run: LoadedRun, view: View, out: Path, name: str, backend: str, setti
         "format": FORMAT,
         **_identity(run, name, backend),
         "verdict": run.verdict["verdict"],
+        "deployed": run.verdict.get("deployed"),
         "target": run.recipe.build.target,
         "onnx_sha256": run.parity["onnx"]["sha256"],
         "engine": _engine(run) if backend == "tensorrt" else None,

@@ -277,10 +277,15 @@ class QuantizedTied(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The shared weight."""
-        return self._owner[0].weight
+        return self.owner.weight
+
+    @property
+    def owner(self) -> QuantizedEmbedding | QuantizedLinear:
+        """The layer that stores the weight."""
+        return self._owner[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        (owner,) = self._owner
+        owner = self.owner
         bias = owner.rescaled_bias() if isinstance(owner, QuantizedLinear) else None
         x = x if self.input_quantizer is None else self.input_quantizer(x)
         return matmul(x, owner.quantized_weight(), bias, owner.channel_axis)

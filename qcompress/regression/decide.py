@@ -56,7 +56,7 @@ def decide(baseline: Standing, candidate: Standing, goals: Gate | None = None) -
     apart = _incomparable(baseline, candidate)
     anomalies += apart
     own = judge(candidate.parity, judged, list(baseline.require), baseline.compute,
-                float_trains=baseline.float_trains)  # fmt: skip
+                float_trains=baseline.float_trains, served=candidate.served)  # fmt: skip
     found = judge_each(judged, baseline, candidate, anomalies, comparable=not apart)
     own_anomalous = own["verdict"] == "anomalous"
     anomalies += own["reasons"] if own_anomalous else []

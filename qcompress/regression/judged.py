@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from qcompress.goals import RESOURCES, Gate, Goal
+from qcompress.goals import RESOURCES, Gate, Goal, gain_too_large
 from qcompress.regression.standing import Standing
 from qcompress.regression.statistics import Loss, as_measured, loss_of
 from qcompress.samples import REFERENCE, Columns
-from qcompress.stages.gate import gain_too_large
 from qcompress.tasks.slices import EVERY, MOST
 
 

@@ -20,6 +20,7 @@ from qcompress.finished import broken, load, read_object
 from qcompress.goals import Gate
 from qcompress.regression.written import FORMAT, read_written
 from qcompress.samples import APART, REFERENCE, Columns, read_samples, with_entities
+from qcompress.stages.gate import served_by_onnxruntime
 
 READERS = (
     "tokenizer.json",
@@ -65,6 +66,8 @@ class Standing:
     versions: dict[str, str]
     broken: tuple[str, ...] = ()
     """Files of a run that are not what was measured; a baseline.json has none."""
+    served: bool = False
+    """ONNX Runtime's default session serves the run's target; unknown of a baseline.json."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -135,6 +138,7 @@ def _of_run(folder: Path, row: str | None) -> Standing:
         require=tuple(recipe.verify.require),
         compute=recipe.format.compute,
         float_trains=recipe.trains_float,
+        served=served_by_onnxruntime(recipe),
         task=task | ({"labels": list(loaded.labels)} if loaded.labels else {}),
         parity=parity,
         samples=samples,

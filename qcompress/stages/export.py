@@ -95,7 +95,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     _save(model, file)
     onnx.checker.check_model(str(file), full_check=True)
 
-    write_json(out / "sizes.json", measure_sizes(file, plan))
+    write_json(out / "sizes.json", measure_sizes(file, plan, facts["raised"]))
     certificate = certify_all(file, folded.path, plan, points_from_json(facts.get("points", [])))
     write_json(out / "certificate.json", certificate)
     findings = lint(file, TARGETS[target])

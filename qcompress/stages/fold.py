@@ -3,8 +3,8 @@
 Reads trained.safetensors and the float checkpoint (for what training left alone). Rescalings go into the
 norms or value projections and into their readers' weights, weights become int8 codes, stored [in, out];
 tables stay [rows, width] and convolutions [out, in / groups, height, width], with the batch norm behind them
-in scales and bias. A float convolution keeps its batch norm. The method is not an input, so nothing here can
-depend on it.
+in scales and bias. A float convolution keeps its batch norm. A scale that would let an int32 bias of a runtime
+saturate is raised (`quant/int32_bias.py`). The method is not an input, so nothing here can depend on it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from torch import Tensor
 from qcompress.artifacts import FloatModel, TrainedModel, read_json, write_json
 from qcompress.errors import ContractError, ExportError
 from qcompress.plan import LayerPlan, plans_to_json, points_to_json
-from qcompress.prepare import Prepared, own_tensors, rebuild
+from qcompress.prepare import Prepared, QuantizedLayer, own_tensors, rebuild
 from qcompress.quant.batchnorm import fold_batch_norm, gain_and_bias
 from qcompress.quant.codebook import FrozenCodebook, from_vectors
 from qcompress.quant.conv import QuantizedConv
-from qcompress.quant.layers import QuantizedLinear, QuantizedWeight
+from qcompress.quant.int32_bias import least_scales, raise_scales
+from qcompress.quant.layers import QuantizedLinear, QuantizedTied, QuantizedWeight
 from qcompress.quant.types import COMPUTE
 from qcompress.tensorfile import save_tensors
 
@@ -67,12 +68,20 @@ def _folded(prepared: Prepared, compute: torch.dtype) -> tuple[dict[str, Tensor]
     """
     quantized = _codes(prepared)
     notes = _fold_norms(prepared, quantized, compute)
+    raised = _raise_scales(prepared, quantized, compute)
+    if raised:
+        scales, codes = (sum(counts[key] for counts in raised.values()) for key in ("scales", "codes"))
+        notes.append(
+            f"{scales} weight scales of {len(raised)} layers are raised, so that their int32 biases do not "
+            f"saturate in a runtime; {codes} codes change"
+        )
     floats = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in _floats(prepared, quantized).items()
     }
     plan, points = plans_to_json(prepared.plan), points_to_json(prepared.points)
-    return quantized | floats, {"family": prepared.family, "plan": plan, "points": points}, notes
+    facts = {"family": prepared.family, "plan": plan, "points": points, "raised": raised}
+    return quantized | floats, facts, notes
 
 
 def _fold_norms(prepared: Prepared, found: dict[str, Tensor], compute: torch.dtype) -> list[str]:
@@ -92,6 +101,53 @@ def _fold_norms(prepared: Prepared, found: dict[str, Tensor], compute: torch.dty
             found |= {f"{name}.weight.codes": codes, f"{name}.weight.scale": scale, f"{name}.bias": bias}
             gone += lost
     return [f"batch norms multiply {gone} channels by 0: only their shifts are left"] if gone else []
+
+
+def _raise_scales(
+    prepared: Prepared, quantized: dict[str, Tensor], compute: torch.dtype
+) -> dict[str, dict[str, int]]:
+    """Raise the weight scales of layers whose int32 bias would saturate; counts of raised scales and changed
+    codes by layer.
+
+    Left out: layers without a bias, layers whose input stays float, and weights whose blocks or centroids
+    have scales of their own, which no runtime multiplies as integers.
+    """
+    raised = {}
+    for name, layer in prepared.layers.items():
+        inputs = _input_scales(prepared, name, quantized)
+        scale = quantized.get(f"{name}.weight.scale")
+        bias = _deployed_bias(name, layer, quantized)
+        if bias is None or not inputs or scale is None or scale.dim() != 1:
+            continue
+        codes = quantized[f"{name}.weight.codes"]
+        channels_last = isinstance(layer, QuantizedLinear)
+        least = least_scales(bias, torch.stack(inputs).to(compute).min())
+        changed, scale, scales, count = raise_scales(codes.t() if channels_last else codes, scale, least)
+        if scales:
+            check_scale(scale, f"{name}.weight")
+            changed = changed.t().contiguous() if channels_last else changed
+            quantized |= {f"{name}.weight.codes": changed, f"{name}.weight.scale": scale}
+            raised[name] = {"scales": scales, "codes": count}
+    return raised
+
+
+def _input_scales(prepared: Prepared, name: str, quantized: dict[str, Tensor]) -> list[Tensor]:
+    """Scales of the rounded inputs of a layer, and of the layers that share its weight and bias."""
+    owner = prepared.layers[name]
+    sharers = [
+        other
+        for other, layer in prepared.layers.items()
+        if isinstance(layer, QuantizedTied) and layer.owner is owner
+    ]
+    keys = [f"{one}.input.scale" for one in (name, *sharers)]
+    return [quantized[key].reshape(()) for key in keys if key in quantized]
+
+
+def _deployed_bias(name: str, layer: QuantizedLayer, quantized: dict[str, Tensor]) -> Tensor | None:
+    """The bias that a linear or convolution layer is deployed with, [out]."""
+    if f"{name}.bias" in quantized:
+        return quantized[f"{name}.bias"]
+    return layer.rescaled_bias() if isinstance(layer, QuantizedLinear) else getattr(layer, "bias", None)
 
 
 def _codes(prepared: Prepared) -> dict[str, Tensor]:

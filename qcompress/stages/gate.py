@@ -3,7 +3,8 @@
 Reads parity.json and the recipe's goals. Writes verdict.json, and junit.xml for a CI server.
 
     accept       every goal holds
-    regression   a parity or a recovery goal is broken                              exit 3
+    regression   a parity or a recovery goal is broken; for a target that           exit 3
+                 ONNX Runtime serves, of the deployed row too
     anomalous    the measurement itself cannot be trusted: a number that is not     exit 4
                  finite, logits that are all equal, a required row or metric that
                  is missing, a float model below its own floor, a gain too large
@@ -22,15 +23,20 @@ from typing import Any
 
 from qcompress.artifacts import read_json, write_json, write_text
 from qcompress.errors import QcompressError
-from qcompress.goals import BEST, METRICS, PARITY, Gate, Goal, ParityGoal
+from qcompress.goals import (
+    DEPLOYED_FLOAT_INPUTS,
+    PARITY,
+    Gate,
+    ParityGoal,
+    gain_too_large,
+    lower_is_better,
+    worst_value,
+)
 from qcompress.report.junit import junit
 from qcompress.schema import Recipe
+from qcompress.targets.table import find_target
 
 EXIT_CODES = {"accept": 0, "regression": 3, "anomalous": 4, "inconclusive": 3}
-
-IMPLAUSIBLE_GAIN = 0.5
-"""A compressed model that gains more than this share of float's distance to a perfect metric (1, for
-perplexity, rates and correlations alike) is a mistake in the measurement until somebody has looked."""
 
 FLIPPED = 1e-4
 """Largest share of codes that folding batch norms may change: values on a tie, whose sum comes out another
@@ -41,8 +47,11 @@ TIES = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.0}
 (recipes/matrix) the largest was 4e-5 in fp32 and 1e-2 in fp16; a norm that is 0.2 % off makes 5e-2 there."""
 
 FOLDED_NORMS = ParityGoal(mean_abs=2e-3, top1_agreement=0.99)
-"""The limits of the folded row where batch norms were folded: its flips are what is judged, and this is what
+"""The limits of the folded row where batch norms were folded or scales raised: its flips are what is judged, and this is what
 follows from them. ResNet-20 on CIFAR-10, W8A8: mean_abs 4e-4."""
+
+FLIPS_AGAIN = 4
+"""How many times as far as the onnx row the deployed row may lie, where flips on ties move both."""
 
 BEFORE = {"folded": "trained", "onnx": "folded", "engine": "onnx"}
 """Rows that those limits are about. Where the row before was not measured, the distance is to an earlier one
@@ -66,6 +75,22 @@ class _Judgement:
         if not passed:
             self.regressions.append(text)
 
+    @property
+    def reasons(self) -> list[str]:
+        """Everything that is wrong, anomalies first."""
+        return self.anomalies + self.regressions
+
+    def take(self, other: _Judgement) -> None:
+        """Add another judgement to this one; an anomaly that both have is said once."""
+        self.goals += other.goals
+        self.anomalies += [text for text in other.anomalies if text not in self.anomalies]
+        self.regressions += other.regressions
+
+    def as_deployed(self, judged: bool) -> dict[str, Any]:
+        """The section `deployed` of verdict.json; `judged`: it decides the verdict."""
+        reasons = self.reasons
+        return {"judged": judged, "passed": not reasons, "goals": self.goals, "reasons": reasons}
+
 
 def gate(parity: Path, recipe: Recipe, out: Path) -> None:
     """Judge the measurement in `parity` (parity.json) and write verdict.json and junit.xml to `out`."""
@@ -76,8 +101,14 @@ def gate(parity: Path, recipe: Recipe, out: Path) -> None:
         recipe.verify.require,
         recipe.format.compute,
         float_trains=recipe.trains_float,
+        served=served_by_onnxruntime(recipe),
     )
     write_verdict(out, verdict, recipe.name)
+
+
+def served_by_onnxruntime(recipe: Recipe) -> bool:
+    """Whether the recipe's target runs the ONNX file itself, in ONNX Runtime's default session."""
+    return find_target(recipe.build.target).backend is None
 
 
 def write_verdict(out: Path, verdict: dict[str, Any], name: str) -> None:
@@ -87,12 +118,19 @@ def write_verdict(out: Path, verdict: dict[str, Any], name: str) -> None:
 
 
 def judge(
-    report: dict[str, Any], goals: Gate, require: list[str], compute: str, *, float_trains: bool = False
+    report: dict[str, Any],
+    goals: Gate,
+    require: list[str],
+    compute: str,
+    *,
+    float_trains: bool = False,
+    served: bool = False,
 ) -> dict[str, Any]:
     """The verdict on a parity report, as it stands in verdict.json.
 
     `float_trains`: nothing is quantized, so the float row is the model before training, and no gain over it
-    is too large to be true.
+    is too large to be true. `served`: ONNX Runtime's default session serves the target, so the `deployed`
+    row decides too.
     """
     rows = {row["stage"]: row for row in report["rows"]}
     judgement = _Judgement()
@@ -101,13 +139,7 @@ def judge(
     if not measured:
         judgement.anomalies.append("no row was measured")
     reference = rows.get("float", {}).get("metrics") or {}
-    for row in measured:
-        _sound(row["stage"], row["metrics"], reference, judgement)
-        if row.get("deployed"):
-            _sound(f"{row['stage']} (deployed)", row["deployed"]["metrics"], reference, judgement)
-        for name, beside in row.get("providers", {}).items():
-            if beside["status"] == "measured":
-                _sound(f"{row['stage']} ({name})", beside["metrics"], reference, judgement)
+    _all_sound(measured, reference, judgement)
     _float_floor(reference, goals, judgement)
     if measured and measured[-1]["stage"] != "float":
         if not float_trains:
@@ -118,7 +150,40 @@ def judge(
     flipped = rows.get("folded", {}).get("flipped")
     if flipped:
         _flips(rows["folded"], flipped, judgement)
-    defaults = PARITY[compute] | ({"folded": FOLDED_NORMS} if flipped else {})
+    _distances(rows, measured, goals, compute, judgement)
+    deployed = _deployed(rows.get("onnx", {}), reference, goals, compute)
+    decides = served or "deployed" in goals.parity
+    if decides and deployed is not None:
+        judgement.take(deployed)
+    _unmeasured(rows, goals, require, decides and deployed is None, judgement)
+    verdict = "anomalous" if judgement.anomalies else "regression" if judgement.regressions else "accept"
+    return {
+        "verdict": verdict,
+        "goals": judgement.goals,
+        "reasons": judgement.reasons,
+        "deployed": None if deployed is None else deployed.as_deployed(decides),
+        "not_measured": [row["stage"] for row in report["rows"] if row["status"] != "measured"],
+    }
+
+
+def _all_sound(
+    measured: list[dict[str, Any]], reference: dict[str, float], judgement: _Judgement
+) -> None:
+    """Metrics of every measured row, and of what was measured beside it."""
+    for row in measured:
+        _sound(row["stage"], row["metrics"], reference, judgement)
+        if row.get("deployed"):
+            _sound(f"{row['stage']} (deployed)", row["deployed"]["metrics"], reference, judgement)
+        for name, beside in row.get("providers", {}).items():
+            if beside["status"] == "measured":
+                _sound(f"{row['stage']} ({name})", beside["metrics"], reference, judgement)
+
+
+def _distances(
+    rows: dict[str, Any], measured: list[dict[str, Any]], goals: Gate, compute: str, judgement: _Judgement
+) -> None:
+    """The distance of every measured row to the row before it, by its default limits or the recipe's."""
+    defaults = PARITY[compute] | ({"folded": FOLDED_NORMS} if _may_flip(rows.get("folded", {})) else {})
     held = rows.get("onnx", {}).get("held")
     if held is not None:
         _held(held, None if "onnx" in goals.parity else defaults["onnx"], TIES[compute], judgement)
@@ -132,18 +197,62 @@ def judge(
         limits = goals.parity.get(row["stage"], default)
         if limits is not None:
             _parity(row, limits, judgement)
+
+
+def _may_flip(folded: dict[str, Any]) -> bool:
+    """Whether fold changed numbers, so that codes on a tie may round another way in the folded row."""
+    return bool(folded.get("flipped") or folded.get("raised"))
+
+
+def _deployed(
+    onnx: dict[str, Any], reference: dict[str, float], goals: Gate, compute: str
+) -> _Judgement | None:
+    """Recovery and parity of ONNX Runtime's default session; None where it was not measured."""
+    beside = onnx.get("deployed")
+    if onnx.get("status") != "measured" or not beside:
+        return None
+    row, judgement = {"stage": "deployed", **beside}, _Judgement()
+    _all_sound([row], reference, judgement)
+    _recovery(row, reference, goals, judgement)
+    limits = goals.parity.get("deployed") or _deployed_limits(onnx, compute)
+    if limits is not None:
+        _parity(row, limits, judgement)
+    return judgement
+
+
+def _deployed_limits(onnx: dict[str, Any], compute: str) -> ParityGoal | None:
+    """Default limits of the deployed row; None where its distance is to a model before compression.
+
+    Flips on ties move the deployed row as far as they move the onnx row: a few times the distance of the
+    onnx row is allowed where that is more than the default.
+    """
+    to = (onnx["deployed"].get("distance") or {}).get("to")
+    default = {"folded-integer": PARITY[compute].get("deployed"), "folded": DEPLOYED_FLOAT_INPUTS}.get(to)
+    distance = onnx.get("distance") or {}
+    scale = distance.get("range") or math.nan
+    if default is None or distance.get("to") != "folded" or not scale > 0:
+        return default
+    mean, agreement = distance.get("mean_abs", math.nan) / scale, distance.get("top1_agreement")
+    flips = FLIPS_AGAIN * (1 - agreement) if agreement is not None else 0.0
+    return ParityGoal(
+        mean_abs=max(default.mean_abs, FLIPS_AGAIN * mean),
+        top1_agreement=max(0.0, min(default.top1_agreement, 1 - flips)),
+    )
+
+
+def _unmeasured(
+    rows: dict[str, Any], goals: Gate, require: list[str], deployed_lacks: bool, judgement: _Judgement
+) -> None:
+    """Rows that must be judged and were not measured."""
     for stage, limits in goals.parity.items():
-        if limits == ParityGoal():
+        if limits == ParityGoal() or stage == "deployed":
             continue
         if rows.get(stage, {}).get("status") != "measured" and stage not in require:
             judgement.anomalies.append(f"parity.{stage} has limits, and the row was not measured")
-    verdict = "anomalous" if judgement.anomalies else "regression" if judgement.regressions else "accept"
-    return {
-        "verdict": verdict,
-        "goals": judgement.goals,
-        "reasons": judgement.anomalies + judgement.regressions,
-        "not_measured": [row["stage"] for row in report["rows"] if row["status"] != "measured"],
-    }
+    if deployed_lacks and rows.get("onnx", {}).get("status") == "measured":
+        judgement.anomalies.append(
+            "the deployed row, ONNX Runtime's default session, is judged, and it was not measured"
+        )
 
 
 def _require(rows: dict[str, Any], require: list[str], judgement: _Judgement) -> None:
@@ -164,7 +273,7 @@ def _sound(row: str, metrics: dict[str, float], reference: dict[str, float], jud
 def _float_floor(reference: dict[str, float], goals: Gate, judgement: _Judgement) -> None:
     for metric, floor in goals.float_floor.items():
         value = reference.get(metric, math.nan)
-        passed = value <= floor if _lower(metric) else value >= floor
+        passed = value <= floor if lower_is_better(metric) else value >= floor
         judgement.goals.append(
             {"metric": f"float.{metric}", "goal": {"floor": floor}, "value": value, "baseline": None,
              "interval": None, "passed": passed}
@@ -190,36 +299,11 @@ def _recovery(row: dict[str, Any], reference: dict[str, float], goals: Gate, jud
             judgement.anomalies.append(f"recovery.{metric}: not measured in both float and {row['stage']}")
             continue
         value, base = metrics[metric], reference[metric]
-        limit = _limit(metric, goal, base)
-        passed = value <= limit if _lower(metric) else value >= limit
+        limit = worst_value(metric, goal, base)
+        passed = value <= limit if lower_is_better(metric) else value >= limit
         shown = goal.model_dump(by_alias=True, exclude_none=True)
         text = f"{row['stage']}: {metric} is {value:.6g}, the limit is {limit:.6g} ({_spell(shown)})"
         judgement.add(metric, shown, value, base, passed, text)
-
-
-def _limit(metric: str, goal: Goal, base: float) -> float:
-    """Worst acceptable value of the metric."""
-    if goal.threshold is not None:
-        return goal.threshold
-    if goal.min_recovery is not None:
-        return base / goal.min_recovery if _lower(metric) else base * goal.min_recovery
-    loss = goal.max_degradation
-    if loss is None:
-        loss = abs(base) * goal.percent_max_degradation / 100
-    return base + loss if _lower(metric) else base - loss
-
-
-def gain_too_large(metric: str, value: float, base: float) -> bool:
-    """Whether a metric is so much better than the same one elsewhere that the measurement must be wrong."""
-    return _gain(metric, value, base) > IMPLAUSIBLE_GAIN
-
-
-def _gain(metric: str, value: float, base: float) -> float:
-    """Share of the metric's distance to perfection that was gained."""
-    best = BEST.get(metric.rpartition(".")[2], 1.0)
-    if _lower(metric):
-        return (base - value) / (base - best) if base > best else 0.0
-    return (value - base) / (best - base) if base < best else 0.0
 
 
 def _flips(row: dict[str, Any], flipped: dict[str, int], judgement: _Judgement) -> None:
@@ -285,10 +369,6 @@ def _judge_distance(
         judgement.anomalies.append(f"{stage}: {name} to {to} is not a number")
     text = f"{stage}: {name} to {to} is {value:.6g}, the limit is {limit:g}"
     judgement.add(f"parity.{stage}.{name}", {name: limit}, value, None, passed, text)
-
-
-def _lower(metric: str) -> bool:
-    return METRICS[metric.rpartition(".")[2]] == "lower"
 
 
 def _spell(goal: dict[str, float]) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,8 @@ def _beside(
         row["dynamic"] = _dynamic(job, reference)
     if stage == "folded" and (flipped := _flipped(recipe, artifacts, samples)):
         row["flipped"] = flipped
+    if stage == "folded" and (raised := _raised(read_json(artifacts.folded.path / "folded.json"))):
+        row["raised"] = raised
     if stage == "onnx":
         row["deployed"] = _deployed(job, reference, previous)
         if wants_held(recipe, artifacts, result):
@@ -211,14 +213,12 @@ def wants_held(recipe: Recipe, artifacts: Artifacts, onnx: Measured) -> bool:
 
 
 def _flipped(recipe: Recipe, artifacts: Artifacts, samples: Samples) -> dict[str, int] | None:
-    """Codes that changed because batch norms were folded, on the first `distance_samples`; None where none
-    was, and every bit has to agree, or where the trained model is gone.
+    """Codes that changed because batch norms were folded or scales were raised, on the first
+    `distance_samples`; None where neither was, and every bit has to agree, or where the trained model is gone.
     """
-    plan = plans_from_json(read_json(artifacts.folded.path / "folded.json")["plan"])
-    if not any(item.weights and item.layer.norm for item in plan) or None in (
-        artifacts.float_model,
-        artifacts.trained,
-    ):
+    facts = read_json(artifacts.folded.path / "folded.json")
+    norms = any(item.weights and item.layer.norm for item in plans_from_json(facts["plan"]))
+    if not (norms or _raised(facts)) or None in (artifacts.float_model, artifacts.trained):
         return None
     found = samples.sets[samples.first][: recipe.verify.distance_samples]
     size, collate = recipe.verify.batch_size, TASKS[recipe.task.name].collate
@@ -230,6 +230,11 @@ def _flipped(recipe: Recipe, artifacts: Artifacts, samples: Samples) -> dict[str
         rebuild(artifacts.float_model, artifacts.trained), assemble(artifacts.folded), batches
     )
     return {**counts, "samples": len(found)}
+
+
+def _raised(facts: Mapping[str, Any]) -> int:
+    """Weight codes that fold changed because it raised their scales."""
+    return sum(counts["codes"] for counts in facts.get("raised", {}).values())
 
 
 def _forget_logits(out: Path) -> None:

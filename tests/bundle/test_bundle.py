@@ -372,6 +372,19 @@ def test_a_run_that_was_not_accepted_is_refused(verdict: str, code: int, gpt2: P
     assert f'"{verdict}"' in (out / "tiny" / "config.pbtxt").read_text()
 
 
+def test_a_graph_whose_default_session_misses_the_goals_is_refused(gpt2: Path, tmp_path: Path) -> None:
+    run, out = copied(gpt2, tmp_path / "run"), tmp_path / "bundle"
+    verdict = read_json(run / "verdict.json")
+    assert verdict["verdict"] == "accept" and verdict["deployed"]["passed"]
+    missed = {"judged": False, "passed": False, "goals": [], "reasons": ["deployed: accuracy is 0.445"]}
+    write_json(run / "verdict.json", {**verdict, "deployed": missed})
+    done = cli("bundle", run, "--out", out)
+    assert done.code == 3 and "which Triton serves" in done.stderr and "accuracy is 0.445" in done.stderr
+    assert not out.exists()
+    forced = cli("bundle", run, "--out", out, "--force", "--json")
+    assert forced.code == 0 and forced.json()["deployed"] == missed
+
+
 def test_a_graph_that_was_not_measured_is_refused_with_force_too(gpt2: Path, tmp_path: Path) -> None:
     run = copied(gpt2, tmp_path / "run")
     with (run / "model.onnx").open("ab") as file:

@@ -57,6 +57,7 @@ def write_run(folder: Path, goals: dict[str, Any], wrong: dict[str | None, float
     rows = [{"label": int(a), "prediction": int(b), "loss": 0.5} for a, b in zip(label, given, strict=True)]
     found = {"dev.accuracy": float((label == given).mean()), "dev.f1": metrics.f1_score(label, given)}
     row = {"stage": "onnx", "status": "measured", "reason": None, "metrics": found, "distance": None}
+    row["deployed"] = {"metrics": found, "distance": None}
     report = {"rows": [row], "inputs": {"dev": "same"}, "main": {"dev": ["accuracy"]}, "sets": ["dev"]}
     write_json(folder / "parity.json", report)
     write_samples(
@@ -208,7 +209,8 @@ def test_a_slice_on_which_a_metric_is_not_defined_is_named(tmp_path: Path) -> No
     for name, noise in (("one", 3.0), ("two", 5.0)):
         one = read_standing(write_run(tmp_path / name, {}, {}))
         answer = (np.array(label) + np.random.default_rng(int(noise)).normal(0, noise, COUNT)).tolist()
-        row = {**one.parity["rows"][0], "metrics": {"dev.spearman": stats.spearmanr(label, answer).statistic}}
+        found = {"dev.spearman": stats.spearmanr(label, answer).statistic}
+        row = {**one.parity["rows"][0], "metrics": found, "deployed": {"metrics": found, "distance": None}}
         columns = {"dev": {"label": label, "prediction": answer}}
         sides.append(replace(one, parity={**one.parity, "rows": [row]}, samples=columns))
     verdicts = {}

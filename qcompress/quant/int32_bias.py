@@ -1,0 +1,44 @@
+"""Weight scales that keep an int32 bias in range.
+
+A runtime that multiplies int8 codes adds the bias in the accumulator, as an integer at input scale times
+weight scale. ONNX Runtime's default session rounds it there:
+
+    b_q = round(b / (s_x * s_w))        saturates where |b| > s_x * s_w * 2^31
+
+A channel of tiny weights behind a bias of ordinary size does that: a batch norm with gamma 1e-12 folds to a
+weight scale of 5e-23. Its scale is raised, and its codes are rounded again:
+
+    s_w >= |b| / (s_x * 2^30)
+
+Half of int32 is left for the sum of the products. The change is at most half of the new scale for each weight,
+and an input is at most 128 * s_x, so a product moves by at most |b| * 2^-24: the rounding of b itself in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST = 2.0**30
+"""Largest magnitude of a bias in units of the accumulator."""
+
+
+@torch.no_grad()
+def least_scales(bias: Tensor, input_scale: Tensor) -> Tensor:
+    """Smallest weight scale of each output channel, [out] in fp64, for one input scale []."""
+    return bias.double().abs() / (input_scale.double() * LARGEST)
+
+
+@torch.no_grad()
+def raise_scales(codes: Tensor, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """Codes and scale with every scale at least `least`; how many scales were raised, how many codes changed.
+
+    codes: int8 [out, ...]; scale: fp32 [out], or [] for all of it; least: fp64 of the scale's shape.
+    """
+    short = scale.double() < least
+    raised = torch.where(short, least.float(), scale)
+    # fp32 may round the bound down, and the ratio must not lift a code out of its range
+    ratio = torch.where(short, (scale.double() / raised.double()).clamp_max(1.0), 1.0)
+    ratio = ratio.view(*ratio.shape, *[1] * (codes.dim() - ratio.dim()))
+    changed = (codes.double() * ratio).round().to(torch.int8)
+    return changed, raised, int(short.sum()), int((changed != codes).sum())
