@@ -42,14 +42,19 @@ _ABSENT = object()
 
 
 def code_digest(
-    roots: Sequence[str], leave_out: Collection[str] = (), *, package: Path = PACKAGE
+    roots: Sequence[str],
+    leave_out: Collection[str] = (),
+    unused: Collection[tuple[str, str]] = (),
+    *,
+    package: Path = PACKAGE,
 ) -> dict[str, str]:
     """Digest of every file that `roots` can run, by path inside the package (`quant/lsq.py`).
 
-    `leave_out` names modules, such as the methods that a recipe does not select; each stands for itself only,
-    so a package named here still lets its modules in. `package` is the folder to walk.
+    `leave_out` names modules; each stands for itself only, so a package named here still lets its modules in.
+    `unused` names imports, as (importer, imported), that are not followed, such as those of the methods that
+    a recipe does not select: what another module imports still counts. `package` is the folder to walk.
     """
-    for module in [*roots, *leave_out]:
+    for module in [*roots, *leave_out, *(module for edge in unused for module in edge)]:
         if _find(package, module) is None:
             raise ContractError(
                 f"code_digest was asked about {module}, and {package} holds no such module",
@@ -76,7 +81,8 @@ def code_digest(
         digests[path.relative_to(package).as_posix()] = code.digest
         for imported in code.imports:
             if whole or not imported.lazy:
-                queue.extend((name, full, module) for name, full in _modules(package, imported))
+                found = _modules(package, imported)
+                queue.extend((name, full, module) for name, full in found if (module, name) not in unused)
     return dict(sorted(digests.items()))
 
 

@@ -1,7 +1,6 @@
 """What a run and its stages depend on: the parts of their keys, in one place. No torch.
 
-A stage's key covers the recipe's values that it reads, the digests of its inputs and its data, the code it
-uses, and the versions of its tools.
+`key_scope.py` has the table of what each stage's key covers; here the parts are collected.
 """
 
 from __future__ import annotations
@@ -9,16 +8,24 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import qcompress
 from qcompress.adopted import files_of
 from qcompress.check import Report, check_model, head_of
 from qcompress.codekey import code_digest, stage_key
 from qcompress.data_options import FILES
-from qcompress.formats import CodebookFormat
 from qcompress.host import describe_host, device_kind, threads
+from qcompress.key_scope import (
+    HIDDEN_CODE,
+    INPUTS,
+    NOT_VALUES,
+    VALUES,
+    no_result,
+    unselected,
+    versions_of,
+)
 from qcompress.own import active
 from qcompress.processes import announced
 from qcompress.recipe import Resolved
@@ -28,43 +35,6 @@ from qcompress.tasks import TASKS
 from qcompress.tasks.text import fingerprint as text_fingerprint
 from qcompress.tracking import demand_trackers
 from qcompress.workspace import Step
-
-TOOLS: dict[str, tuple[str, ...]] = {
-    "load": (),
-    "train": ("torch", "transformers", "tokenizers", "accelerate", "numpy", "pillow"),
-    "fold": ("torch", "transformers"),
-    "export": ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"),
-    "build": ("tensorrt", "tensorrt_rtx"),
-    "verify": (
-        "torch",
-        "transformers",
-        "tokenizers",
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "numpy",
-        "pillow",
-        "scikit-learn",
-        "scipy",
-        "tensorrt",
-        "tensorrt_rtx",
-    ),  # fmt: skip
-    "gate": (),
-}
-"""Packages whose version can change a stage's result."""
-
-
-BY_MODELOPT = ("smoothquant", "awq")
-"""Adapters whose scales nvidia-modelopt computes."""
-
-HIDDEN_CODE = {
-    "build": ("qcompress.targets.builder",),
-    "verify": (
-        "qcompress.probe_kit.measure_engine",
-        "qcompress.probe_kit.engine_runners",
-        "qcompress.probe_kit.engine_speed",
-    ),
-}
-"""Code that a stage starts as a process or copies, and does not import."""
 
 
 @dataclass(frozen=True)
@@ -110,163 +80,147 @@ def run_key(plan: Plan, one_of_seeds: bool = False) -> str:
 
 
 def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object]:
-    """Everything that the result of a stage depends on."""
-    recipe, base = plan.recipe, plan.resolved.base
-    values, data, inputs = _values(recipe)[stage], {}, {}
+    """Everything that the result of a stage depends on (`key_scope.py`)."""
+    recipe = plan.recipe
+    values, inputs = _values(recipe, stage), {}
     if stage == "load":
         inputs = plan.digests
         new = plan.report.architecture.new_head
         values["new_head"] = {"seed": recipe.seed, "tensors": list(new)} if new else None
-    code = [f"qcompress.stages.{stage}", *HIDDEN_CODE.get(stage, ())]
-    if stage == "export" and plan.graph:
-        data = plan.graph
-        code = ["qcompress.adopted", "qcompress.targets.trial"]
-    if stage == "train":
-        sections = {"train": recipe.data.train, "calibration": recipe.data.calibration}
-        data = {name: text_fingerprint(section, base) for name, section in sections.items() if section}
-    if stage == "verify":
-        data = {name: text_fingerprint(section, base) for name, section in recipe.data.evaluate.items()}
     inputs = inputs or {name: steps[name].digest for name in inputs_of(recipe, stage) if name in steps}
+    code, versions = _code(plan, stage)
     found = {
         "recipe": recipe.name,
         "values": values,
-        "code": code_digest(code, leave_out=_unselected(recipe, stage)),
-        "versions": versions_of(stage, recipe),
+        "code": code,
+        "versions": versions,
         "inputs": inputs,
-        "data": data,
+        "data": plan.graph if stage == "export" else _data(plan, stage),
     }
-    if stage in ("train", "fold", "export", "verify"):
-        found["device"] = {"kind": device_kind(recipe.train.device), "threads": threads()}
-    if stage == "train" and announced() > 1:  # sums in another order give other bits
-        found["device"]["processes"] = announced()
+    device = _device(recipe, stage)
+    return found | ({"device": device} if device else {})
+
+
+def _code(plan: Plan, stage: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Digests of the code that a stage can run, and versions of its tools."""
+    recipe = plan.recipe
+    roots, unused = [f"qcompress.stages.{stage}", *HIDDEN_CODE.get(stage, ())], unselected(recipe, stage)
+    versions, files = versions_of(stage, recipe), {}
+    if stage == "export" and plan.graph:
+        roots = ["qcompress.adopted", "qcompress.targets.trial"]
     if stage == "train":
         custom = active().code(recipe)
-        # a method's module imports the table of all methods first; only who names the table uses the others
-        table = {"qcompress.methods"} - custom.modules
-        found["code"] |= custom.files | code_digest(sorted(custom.modules), {"qcompress", *table})
-        found["versions"] |= custom.versions
+        roots += sorted(custom.modules)
+        # a class that looks into one of the tables may use any of its entries
+        unused = {(importer, imported) for importer, imported in unused if importer not in custom.modules}
+        files, versions = custom.files, versions | custom.versions
+    return code_digest(roots, no_result(stage), unused) | files, versions
+
+
+def _data(plan: Plan, stage: str) -> dict[str, dict[str, str]]:
+    """Fingerprints of the data that a stage reads. Training does not depend on the names of files."""
+    base, data = plan.resolved.base, plan.recipe.data
+    if stage == "verify":
+        return {name: text_fingerprint(section, base) for name, section in data.evaluate.items()}
+    if stage != "train":
+        return {}
+    prints = {}
+    for name, section in (("train", data.train), ("calibration", data.calibration)):
+        if section is not None:
+            files = text_fingerprint(section, base)
+            names = {_unnamed(file): digest for file, digest in files.items()}
+            prints[name] = names if section.files else files
+    return prints
+
+
+def _unnamed(file: str) -> str:
+    """`0:train.tsv` without the name: the suffix says how a file is read."""
+    index, _, name = file.partition(":")
+    return f"{index}:{Path(name).suffix}"
+
+
+def _device(recipe: Recipe, stage: str) -> dict[str, object]:
+    """What of the machine changes the bits of a stage's result."""
+    device: dict[str, object] = {}
+    if stage in ("train", "fold", "export", "verify"):
+        device = {"kind": device_kind(recipe.train.device), "threads": threads()}
+    if stage == "train" and announced() > 1:  # sums in another order give other bits
+        device["processes"] = announced()
     if stage == "verify":  # where there is a GPU, the engine runs on it
-        found["device"]["gpu"] = describe_host()["gpu"]
+        device["gpu"] = describe_host()["gpu"]
     if stage == "build":
-        found["device"] = {"machine": platform.machine()} | describe_host()["gpu"]
-    return found
-
-
-INPUTS: dict[str, tuple[str, ...]] = {
-    "load": (),
-    "train": ("load",),
-    "fold": ("load", "train"),
-    "export": ("fold",),
-    "build": ("export",),
-    "verify": ("load", "train", "fold", "export", "build"),
-    "gate": ("verify",),
-}
-"""Stages whose artifacts a stage reads."""
+        device = {"machine": platform.machine()} | describe_host()["gpu"]
+    return device
 
 
 def inputs_of(recipe: Recipe, stage: str) -> tuple[str, ...]:
-    """The same of the stages that this recipe has."""
+    """Input stages of `stage`, restricted to the stages this recipe runs."""
     if stage == "export" and recipe.export.graph:
         return ("load",)
     return tuple(name for name in INPUTS[stage] if name in stages_of(recipe))
 
 
-def _values(recipe: Recipe) -> dict[str, dict[str, object]]:
-    """The part of the recipe that each stage reads."""
-    whole = recipe.model_dump(mode="json", by_alias=True)
-    axes = ("quantizer", "adapter", "objective", "stepper", "schedule")
-    learned = {key: whole[key] for key in ("seed", "task", "format", "train", *axes)}
-    learned["data"] = {key: _unplaced(whole["data"][key]) for key in ("train", "calibration")}
-    return {
-        "load": {
-            "family": recipe.model.family,
-            "blocks": recipe.model.blocks,
-            "head": asdict(head_of(recipe)),
-            "processor": TASKS[recipe.task.name].processor(recipe.task),
-        },
-        "train": learned,
-        "fold": {},
-        "export": {
-            "export": whole["export"],
-            "target": recipe.build.target,
-            "provenance": provenance(recipe),
-        },
-        "build": {"build": whole["build"]},
-        "verify": {
-            "task": whole["task"],
-            "evaluate": {name: _unplaced(data) for name, data in whole["data"]["evaluate"].items()},
-            "verify": {key: value for key, value in whole["verify"].items() if key != "require"},
-            "compute": recipe.format.compute,
-            "activations": whole["quantizer"]["activations"],
-        },
-        "gate": {
-            "gate": whole["gate"],
-            "require": recipe.verify.require,
-            "compute": recipe.format.compute,
-            "is_float": recipe.trains_float,
-            "target": recipe.build.target,
-        },
-    }
+def _values(recipe: Recipe, stage: str) -> dict[str, object]:
+    """The part of the recipe that shapes a stage's result: `VALUES` without `NOT_VALUES`, and what is derived
+    from the recipe.
+    """
+    whole = _picked(recipe.model_dump(mode="json", by_alias=True), stage)
+    if stage == "load":
+        processor = TASKS[recipe.task.name].processor(recipe.task)
+        return {**whole, "head": asdict(head_of(recipe)), "processor": processor}
+    if stage == "export":
+        return {**whole, "provenance": provenance(recipe)}
+    if stage == "gate":
+        return {**whole, "is_float": recipe.trains_float}
+    return whole
 
 
-def _unplaced(data: dict[str, object] | None) -> dict[str, object] | None:
-    """A section of `data` with the names of its files and not their folders: what counts is their content,
-    and that is a part of the key by itself.
+def _picked(whole: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The keys of a dumped recipe that `VALUES` names for a stage."""
+    for dotted in NOT_VALUES.get(stage, ()):
+        section, _, key = dotted.partition(".")
+        whole[section] = {name: value for name, value in whole[section].items() if name != key}
+    data = whole["data"]
+    placed = {key: _unplaced(data[key], named=False) for key in ("train", "calibration")}
+    placed["evaluate"] = {name: _unplaced(section, named=True) for name, section in data["evaluate"].items()}
+    whole["data"] = placed
+    values: dict[str, Any] = {}
+    for dotted in VALUES[stage]:
+        section, _, key = dotted.partition(".")
+        if key:
+            values.setdefault(section, {})[key] = whole[section][key]
+        else:
+            values[section] = whole[section]
+    return values
+
+
+def _unplaced(data: dict[str, Any] | None, named: bool) -> dict[str, Any] | None:
+    """A section of `data` without the folders of its files: their content is a part of the key by itself.
+    `named`: with the files' names, which the results of samples show; otherwise with their suffixes.
     """
     if data is None:
         return None
-    placed = {
-        key: [Path(name).name for name in value] for key, value in data.items() if key in FILES and value
+    placed: dict[str, Any] = {
+        key: [Path(name).name if named else Path(name).suffix for name in value]
+        for key, value in data.items()
+        if key in FILES and value
     }
     if data.get("folder"):
-        placed["folder"] = Path(data["folder"]).name
+        placed["folder"] = Path(data["folder"]).name if named else ""
     return data | placed
 
 
 def provenance(recipe: Recipe) -> dict[str, str]:
-    """Metadata of the ONNX file. The hash covers what shapes the file: not the gate, not the evaluation, not
-    who is told of it.
+    """Metadata of the ONNX file. The hash covers the recipe's values that shape the file: those of the stages
+    load, train and export.
     """
-    whole = recipe.model_dump(mode="json", by_alias=True)
-    for section in ("gate", "verify", "build", "tracking"):
-        del whole[section]
-    del whole["data"]["evaluate"]
-    whole["data"] = {key: _unplaced(section) for key, section in whole["data"].items()}
+    whole = {
+        stage: _picked(recipe.model_dump(mode="json", by_alias=True), stage)
+        for stage in ("load", "train", "export")
+    }
     return {
         "recipe": recipe.name,
         "recipe_sha256": stage_key("recipe", {"values": whole}),
         "version": qcompress.__version__,
         "method": recipe.method,
     }
-
-
-def _unselected(recipe: Recipe, stage: str) -> set[str]:
-    """What must not re-run a stage: methods that the recipe does not use, and the version's number."""
-    unselected = {"qcompress"}
-    if stage == "train" and "quadapter" not in (recipe.adapter.name, recipe.method):
-        unselected.add("qcompress.methods.quadapter")
-    if stage == "train":
-        fixed = {"smoothquant", "awq"} - {recipe.adapter.name}
-        fixed |= {"modelopt"} if recipe.adapter.name not in BY_MODELOPT else set()
-        fixed |= {"ipq"} if recipe.schedule.name != "staged" else set()
-        unselected |= {f"qcompress.methods.{name}" for name in fixed}
-        unselected |= {
-            f"qcompress.methods.{name}" for name in ("saq", "squat") if name != recipe.stepper.name
-        }
-        unselected |= {"qcompress.methods.ball"} if recipe.stepper.name == "plain" else set()
-    return unselected
-
-
-def versions_of(stage: str, recipe: Recipe) -> dict[str, str]:
-    by_modelopt = stage == "train" and recipe.adapter.name in BY_MODELOPT
-    found = {}
-    form = recipe.format
-    weights = [form.weights, form.embeddings, *(exception.weights for exception in form.layers.values())]
-    by_kmeans = stage == "train" and any(isinstance(one, CodebookFormat) for one in weights)
-    more = (["nvidia-modelopt"] if by_modelopt else []) + (["faiss-cpu"] if by_kmeans else [])
-    for package in (*TOOLS[stage], *more):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

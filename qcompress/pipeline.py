@@ -30,7 +30,8 @@ from qcompress.check import head_of
 from qcompress.codekey import stage_key
 from qcompress.errors import MachineError, UsageError
 from qcompress.host import describe_host, device_kind
-from qcompress.keys import Plan, inputs_of, parts, prepare, provenance, run_key, stages_of, versions_of
+from qcompress.key_scope import versions_of
+from qcompress.keys import Plan, inputs_of, parts, prepare, provenance, run_key, stages_of
 from qcompress.own import active
 from qcompress.processes import Processes, join
 from qcompress.progress import Reporter

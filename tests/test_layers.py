@@ -76,7 +76,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("loops", {"distributions", "logpoints", "loop", "blockwise", "calibration", "trainedfile"}),
     ("stages", {"stages", *STAGES}),
     ("workspace", {"workspace"}),
-    ("pipeline", {"keys", "pipeline", "smoke", "tracking", "tracker"}),
+    ("pipeline", {"key_scope", "keys", "pipeline", "smoke", "tracking", "tracker"}),
     ("what a user calls", {
         "api", "graph_files", "generate", "predict", "listing", "report", "report.checked", "report.compare",
         "report.compared", "report.inspected", "report.ladder", "report.layers", "report.measured",

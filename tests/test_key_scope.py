@@ -1,0 +1,267 @@
+"""Both directions of every stage's key: what must re-run it, and what must not."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import make_recipe
+
+from qcompress import keys, methods
+from qcompress.codekey import PACKAGE, code_digest
+from qcompress.key_scope import (
+    METHOD_MODULES,
+    NO_RESULT,
+    NOT_CAUGHT,
+    ONLY_CHECKED,
+    no_result,
+    unselected,
+)
+from qcompress.models import FAMILIES
+from qcompress.recipe import load_recipe
+from qcompress.schema import STAGES, Recipe
+from qcompress.tasks import TASKS
+
+Change = tuple[str, Any]
+
+
+def code_of(recipe: Recipe, stage: str) -> set[str]:
+    return set(code_digest([f"qcompress.stages.{stage}"], no_result(stage), unselected(recipe, stage)))
+
+
+@pytest.fixture
+def plan(tiny_model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., keys.Plan]:
+    monkeypatch.setattr(keys, "demand_trackers", lambda names: None)
+
+    def make(*changes: Change, **sections: Any) -> keys.Plan:
+        recipe = make_recipe(text_file, **sections).model_dump(mode="json", by_alias=True)
+        recipe["build"]["profiles"] = [{"sequence": [1, 16, 32]}]
+        for dotted, value in changes:
+            *above, last = dotted.split(".")
+            section = recipe
+            for key in above:
+                section = section[key]
+            section[last] = value
+        recipe["model"] = {"family": "gpt2", "source": str(tiny_model)}
+        file = text_file.parent / "scope.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        return keys.prepare(load_recipe(file))
+
+    return make
+
+
+def test_what_must_re_run_each_stage_does(plan: Callable[..., keys.Plan], text_file: Path) -> None:
+    (text_file.parent / "other.txt").write_text("another text " * 400)
+    changes: dict[str, list[Change]] = {
+        "train": [
+            ("train.lr", {"weight": 0.5}),
+            ("train.phases", {"finetune": {"steps": 4}}),
+            ("train.batch_size", 2),
+            ("train.optimizer", "sgd"),
+            ("seed", 1),
+            ("format.weights", {"bits": 4, "block": 32}),
+            ("format.compute", "fp16"),
+            ("quantizer.weights", {"name": "lsq", "init": "absmax"}),
+            ("stepper", {"name": "saq", "rho": 0.1}),
+            ("objective", {"name": "distillation", "attention": 0}),
+            ("task.context", 16),
+            ("data.train.limit", 32),
+            ("data.train.text", ["other.txt"]),
+            ("data.calibration.text", ["other.txt"]),
+        ],
+        "export": [("export.opset", 22), ("build.target", "t4"), ("train.lr", {"weight": 0.5})],
+        "build": [("build.here", "never"), ("build.target", "t4")],
+        "verify": [
+            ("verify.samples", 4),
+            ("data.evaluate.test.limit", 4),
+            ("data.evaluate.test.text", ["other.txt"]),
+            ("format.compute", "fp16"),
+        ],
+        "gate": [("gate.float_floor", {"test.perplexity": 3}), ("verify.require", ["float"])],
+    }
+    for stage, several in changes.items():
+        before = keys.parts(plan(method="lsq"), stage, {})
+        for change in several:
+            assert keys.parts(plan(change, method="lsq"), stage, {}) != before, (stage, change)
+
+
+def test_what_must_not_re_run_a_stage_does_not(plan: Callable[..., keys.Plan], text_file: Path) -> None:
+    (text_file.parent / "deep").mkdir(exist_ok=True)
+    (text_file.parent / "deep" / "renamed.txt").write_bytes(text_file.read_bytes())
+    judged: list[Change] = [
+        ("gate.recovery", {"test.perplexity": {"threshold": 5}}),
+        ("gate.regression", {"test.perplexity": {"threshold": 5}}),
+        ("gate.parity", {"onnx": {"max_abs": 1}}),
+        ("verify.require", ["float"]),
+        ("tracking", ["tensorboard"]),
+        ("name", "another"),
+    ]
+    measured: list[Change] = [("verify.samples", 4), ("verify.batch_size", 4), ("verify.held", "always")]
+    built: list[Change] = [("build.here", "never"), ("build.profiles", [{"batch": [1, 1, 2], "sequence": [1, 16, 32]}])]
+    trained: list[Change] = [("train.checkpoint_every_s", 7), ("train.device", "auto"), ("format.preset", None)]
+    unchanged = {
+        "load": [*judged, *measured, *built, *trained, ("train.lr", {"weight": 0.5}), ("seed", 5)],
+        "train": [
+            *judged, *measured, *built, *trained,
+            ("export.opset", 22),
+            ("build.target", "t4"),
+            ("data.train.text", ["deep/renamed.txt"]),
+            ("data.evaluate.test.limit", 3),
+        ],
+        "fold": [*judged, *measured, *built, *trained],
+        "export": [*judged[:-1], *measured, *built, *trained],
+        "build": [*judged, *measured, *trained],
+        "verify": [*judged, *built, *trained],
+    }  # fmt: skip
+    for stage, several in unchanged.items():
+        before = copy.deepcopy(keys.parts(plan(method="lsq"), stage, {}))
+        for change in several:
+            after = keys.parts(plan(change, method="lsq"), stage, {})
+            assert {**after, "recipe": ""} == {**before, "recipe": ""}, (stage, change)
+
+
+SHAPES_TRAIN = {
+    "stages/train.py", "loop.py", "blockwise.py", "calibration.py", "checkpoint.py", "observe.py", "prepare.py",
+    "parameter_roles.py", "processes.py", "trainedfile.py", "quant/quantizers.py", "quant/affine.py",
+    "quant/ranges.py", "quant/layers.py", "methods/plain.py", "methods/protocols.py",
+    "tasks/examples.py", "tasks/text.py", "axes.py", "schema.py", "options.py", "formats.py", "plan.py",
+}  # fmt: skip
+
+NEVER = re.compile(
+    r"progress|history|goals|tracking|tracker|terminal|cli.*|completion|wording|check|.*rules|structure|rows"
+    r"|(report|first|regression|bundle|sensitivity|probe_kit)/.*|api|listing|doctor|smoke|workspace|keys"
+    r"|key_scope|codekey|custom_code|system|errors|pipeline|yamlfile|export_options|adopted|samples"
+)
+
+
+@pytest.mark.parametrize(
+    ("sections", "wanted", "unwanted"),
+    [
+        ({"method": "lsq"}, {"models/gpt2.py", "tasks/causal_lm.py"}, {"methods/ball.py", "models/bert.py"}),
+        ({"method": "saq"}, {"methods/saq.py", "methods/ball.py"}, {"methods/squat.py"}),
+        ({"method": "squat"}, {"methods/squat.py", "methods/ball.py"}, {"methods/saq.py"}),
+        ({"method": "quadapter"}, {"methods/quadapter.py"}, {"methods/modelopt.py", "methods/ipq.py"}),
+        ({"method": "smoothquant"}, {"methods/smoothquant.py", "methods/modelopt.py"}, {"methods/awq.py"}),
+        ({"method": "awq"}, {"methods/awq.py", "methods/modelopt.py"}, {"methods/smoothquant.py"}),
+        (
+            {"method": "ipq", "format": "ipq", "train": {"phases": {}}},
+            {"methods/ipq.py", "quant/kmeans.py", "quant/noise.py"},
+            {"methods/quadapter.py"},
+        ),
+        (
+            {
+                "method": "teacher-intervention",
+                "format": "ternary-a8",
+                "train": {"phases": {}},
+                "model": {"family": "bert", "source": "unused"},
+                "task": {"name": "sequence-classification"},
+            },
+            {
+                "methods/teacher_intervention.py", "methods/distillation.py", "methods/signals.py",
+                "models/bert.py", "models/stock.py", "tasks/sequence_classification.py", "quant/ternary.py",
+            },
+            {"models/gpt2.py", "tasks/causal_lm.py", "tasks/images.py", "models/convnet.py"},
+        ),
+        (
+            {
+                "method": "distillation",
+                "model": {"family": "resnet", "source": "unused"},
+                "task": {"name": "image-classification"},
+            },
+            {"methods/distillation.py", "models/resnet.py", "models/convnet.py", "tasks/images.py"},
+            {"models/encoder.py", "tasks/token_classification.py"},
+        ),
+    ],
+    ids=lambda value: value.get("method", "") if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_the_code_of_train_is_what_the_recipe_selects(
+    text_file: Path, sections: dict[str, Any], wanted: set[str], unwanted: set[str]
+) -> None:
+    code = code_of(make_recipe(text_file, **sections), "train")
+    assert SHAPES_TRAIN | wanted <= code
+    assert not code & unwanted
+    assert not [file for file in code if NEVER.fullmatch(file.removesuffix(".py"))]
+
+
+def test_every_stage_has_its_own_code_and_no_report(text_file: Path) -> None:
+    recipe = make_recipe(text_file)
+    wanted = {
+        "load": {"models/files.py", "models/gpt2.py"},
+        "fold": {"quant/folded.py", "prepare.py", "models/gpt2.py"},
+        "export": {"certificate.py", "targets/rules.py", "sizes.py", "prepare.py"},
+        "build": {"targets/process.py", "errors.py"},
+        "verify": {"rows.py", "goals.py", "held.py", "tasks/scores.py", "errors.py"},
+        "gate": {"goals.py", "errors.py"},
+    }
+    outside = re.compile(r"(report/(?!junit|__init__).*|first/.*|regression/.*|cli.*|progress|history|tracking)")
+    for stage, files in wanted.items():
+        code = code_of(recipe, stage)
+        assert files | {f"stages/{stage}.py"} <= code, stage
+        assert not [file for file in code if outside.fullmatch(file.removesuffix(".py"))], stage
+    assert not {"goals.py", "errors.py"} & (code_of(recipe, "fold") | code_of(recipe, "load"))
+
+
+def test_the_table_of_methods_names_the_module_of_each_class() -> None:
+    tables = {
+        "adapter": methods.ADAPTERS,
+        "objective": methods.OBJECTIVES,
+        "stepper": methods.STEPPERS,
+        "schedule": methods.SCHEDULES,
+    }
+    for axis, table in tables.items():
+        for name, kind in table.items():
+            wanted = METHOD_MODULES[axis].get(name, "plain")
+            assert kind.__module__ == f"qcompress.methods.{wanted}", (axis, name)
+
+
+def test_an_import_from_outside_the_tables_counts_whatever_the_recipe_selects(tmp_path: Path) -> None:
+    folder = tmp_path / "qcompress"
+    (folder / "methods").mkdir(parents=True)
+    for name, text in {
+        "__init__": "",
+        "loop": "from qcompress.methods import TABLE\n",
+        "methods/__init__": "from qcompress.methods import saq, squat\nTABLE = [saq, squat]\n",
+        "methods/saq": "",
+        "methods/squat": "",
+    }.items():
+        (folder / f"{name}.py").write_text(text)
+    unused = {("qcompress.methods", "qcompress.methods.squat")}
+    found = code_digest(["qcompress.loop"], (), unused, package=folder)
+    assert "methods/saq.py" in found and "methods/squat.py" not in found
+    (folder / "loop.py").write_text("from qcompress.methods import TABLE, squat\n")
+    assert "methods/squat.py" in code_digest(["qcompress.loop"], (), unused, package=folder)
+
+
+def test_stages_before_export_read_no_option_of_export_build_gate_or_verify(text_file: Path) -> None:
+    """Why the classes of these sections may be left out of their keys."""
+    for stage in ("load", "train", "fold"):
+        for file in code_of(make_recipe(text_file), stage) - {"schema.py"}:
+            text = (PACKAGE / file).read_text(encoding="utf-8")
+            assert not re.search(r"\brecipe\.(export|build|gate|verify|tracking)\b", text), file
+            imported = set(re.findall(r"from qcompress\.(?:schema|export_options|goals) import ([^\n]*)", text))
+            assert not re.search(r"\b(Build|Export|Profile|Gate|Goal|ParityGoal)\b", " ".join(imported)), file
+    assert set(ONLY_CHECKED) == set(STAGES) - {"gate"}
+
+
+def test_stages_whose_key_has_no_errors_catch_none_of_this_package(text_file: Path) -> None:
+    errors = {
+        node.name for node in ast.parse((PACKAGE / "errors.py").read_text()).body if isinstance(node, ast.ClassDef)
+    }
+    for stage in NOT_CAUGHT:
+        for file in code_of(make_recipe(text_file), stage):
+            tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+            caught = [node.type for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.type]
+            names = {name.id for each in caught for name in ast.walk(each) if isinstance(name, ast.Name)}
+            assert not names & errors, file
+
+
+def test_left_out_modules_exist_and_say_why() -> None:
+    assert all(reason for reason in NO_RESULT.values())
+    for table, package in ((FAMILIES, "models"), (TASKS, "tasks")):
+        assert {module.__name__.rpartition(".")[0] for module in table.values()} == {f"qcompress.{package}"}
