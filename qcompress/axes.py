@@ -65,7 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ptq": {"quantizer": "minmax", "schedule": "calibrate"},
     "smoothquant": {"quantizer": "minmax", "adapter": "smoothquant", "schedule": "calibrate"},
     "awq": {"quantizer": "minmax", "adapter": "awq", "schedule": "calibrate"},
-    "lsq": {"quantizer": "lsq", "schedule": "plain"},
+    "lsq": {"quantizer": "lsq", "stepper": {"name": "plain", "clip_norm": None}, "schedule": "plain"},
     "teacher-intervention": {
         "quantizer": "ternary",
         "objective": "teacher-intervention",
@@ -73,7 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "distillation": {"quantizer": "lsq", "objective": "distillation", "schedule": "plain"},
     "quadapter": {
-        "quantizer": {"name": "lsq", "init": "mse"},
+        "quantizer": "lsq",
         "adapter": "quadapter",
         "schedule": "blockwise-then-end-to-end",
     },
@@ -169,7 +169,8 @@ def beside_preset(axis: str, preset: object, written: object) -> object:
     """What a recipe writes on an axis, laid over what its method's preset has there.
 
     Options without a name go to the preset's value, so that `method: quadapter` with `adapter: {bound: 50}`
-    is a quadapter; a quantizer for one role leaves the preset's other roles alone.
+    is a quadapter. The preset's name alone is the preset with its options. A quantizer for one role leaves
+    the preset's other roles alone.
 
     >>> beside_preset("adapter", "quadapter", {"bound": 50.0})
     {'name': 'quadapter', 'bound': 50.0}
@@ -178,9 +179,10 @@ def beside_preset(axis: str, preset: object, written: object) -> object:
     """
     if axis == "quantizer" and isinstance(written, (str, dict)):
         return _beside_quantizers(quantizers(preset), written, preset)
-    if not isinstance(written, dict) or "name" in written:
+    below, over = named(preset), named(written)
+    if not isinstance(over, dict) or over.get("name", below.get("name")) != below.get("name"):
         return written
-    return {**named(preset), **written}
+    return {**below, **over}
 
 
 def _beside_quantizers(below: dict[str, object], written: str | dict[str, object], preset: object) -> object:

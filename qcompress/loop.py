@@ -30,7 +30,9 @@ from qcompress.processes import Processes
 from qcompress.progress import Reporter
 from qcompress.quant.codebook import is_codebook
 from qcompress.quant.layers import QuantizedWeight
-from qcompress.schema import LEARNING_RATES, Recipe
+from qcompress.quant.learned_scale import unit_of
+from qcompress.rates import peak_rates, rate_factor
+from qcompress.schema import Recipe
 from qcompress.tasks.examples import Batch, Examples
 
 
@@ -133,8 +135,8 @@ def groups_of(training: Training, phase: Phase, scope: str = "") -> list[Group]:
         parameter.requires_grad_(wanted)
         if wanted:
             chosen[role][name] = parameter
-    train, options = training.recipe.train, training.recipe.train.phases.get(phase.name)
-    rates = {**LEARNING_RATES, **train.lr, **(options.lr if options else {})}
+    train = training.recipe.train
+    rates = peak_rates(train, phase.name)
     return [
         Group(
             role,
@@ -142,6 +144,7 @@ def groups_of(training: Training, phase: Phase, scope: str = "") -> list[Group]:
             rates[role],
             train.weight_decay if role == "weight" else 0.0,
             kinds=tuple(training.roles[name].kind for name in members),
+            units=tuple(unit_of(training.prepared.model, name) for name in members),
         )
         for role, members in chosen.items()
         if members
@@ -164,16 +167,8 @@ def optimizer_of(training: Training, groups: Sequence[Group]) -> torch.optim.Opt
 
 
 def set_rates(training: Training, optimizer, groups: Sequence[Group], step: int, steps: int) -> None:
-    """Learning rate of each group at this step: linear warm-up, then the recipe's decay."""
-    train = training.recipe.train
-    warmup = round(train.warmup * steps)
-    if step < warmup:
-        factor = (step + 1) / warmup
-    else:
-        left = 1 - (step - warmup) / max(steps - warmup, 1)
-        factor = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[
-            train.decay
-        ]
+    """Set the learning rate of each group for update `step`."""
+    factor = rate_factor(training.recipe.train, step, steps)
     for group, target in zip(groups, optimizer.param_groups, strict=True):
         target["lr"] = group.lr * factor
 

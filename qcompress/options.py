@@ -107,15 +107,16 @@ class Saq(Options):
     rho: float = Field(default=0.05, ge=0)
     """Norm of the perturbation, over everything in the ball together."""
     ball: list[Ball] = Field(default=["weight", "bias", "norm"], min_length=1)
-    """What is perturbed; weights, biases and norms as in the published code."""
+    """Kinds of tensors that are perturbed. The published code perturbs activation clip values as well: add
+    `activation-scale` for that."""
     every: int = Field(default=1, ge=1)
     """Compute the perturbation at every k-th update and use it again in between (after LookSAM,
     arXiv:2203.02714; the paper's own efficient variant is not public)."""
     subset: float = Field(default=1.0, gt=0, le=1)
     """Share of the elements that is perturbed, drawn for each update, its perturbation divided by the share
     (ESAM, arXiv:2110.03141)."""
-    clip_norm: float | None = Field(default=1.0, gt=0)
-    """Largest gradient norm of one role; none: no clipping."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest gradient norm of one role; none: no clipping, as in the paper and its code."""
 
 
 class Squat(Options):

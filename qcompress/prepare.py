@@ -45,6 +45,7 @@ from qcompress.quant.layers import (
     QuantizedWeight,
     RescaledNorm,
 )
+from qcompress.quant.learned_scale import PARAMETRIZATIONS, LearnedScale
 from qcompress.quant.noise import QuantNoise
 from qcompress.quant.quantizers import (
     ACTIVATION_QUANTIZERS,
@@ -199,10 +200,23 @@ def _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer
     return Prepared(family=family, model=model, plan=plan, layers=layers)
 
 
-def initialise(prepared: Prepared, statistics: dict[str, Statistics], later: Collection[str] = ()) -> None:
-    """Starting scales of all quantizers, after adapters are in place: they see rescaled tensors. The weights
-    of the layers `later` become codebooks while training, and have nothing to start from.
+def initialise(
+    prepared: Prepared,
+    statistics: dict[str, Statistics],
+    later: Collection[str] = (),
+    optimizer: str = "adamw",
+) -> None:
+    """Set the starting scale of every quantizer. Adapters are in place: quantizers see rescaled tensors.
+
+    Args:
+        prepared: the model with its quantizers.
+        statistics: observed activations, by the name of a layer or a point.
+        later: layers that k-means quantizes during training; they have no starting scale.
+        optimizer: `train.optimizer` of the recipe, on which the storage of learned scales depends.
     """
+    quantizers = [*prepared.weight_quantizers(), *prepared.activation_quantizers()]
+    for quantizer in (part for _, part in quantizers if isinstance(part, LearnedScale)):
+        quantizer.parametrization = PARAMETRIZATIONS[optimizer]
     for name, quantizer in prepared.weight_quantizers():
         if name not in later:
             quantizer.init(prepared.layers[name].coded_weight().detach())

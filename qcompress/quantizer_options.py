@@ -46,8 +46,8 @@ class Lsq(Options):
     """Learned step size (LSQ, arXiv:1902.08153)."""
 
     name: Literal["lsq"] = "lsq"
-    init: Literal["lsq", "absmax", "percentile", "mse"] = "lsq"
-    """Where the scale starts; lsq: 2 * mean|x| / sqrt(qmax), section 2.1 of the paper."""
+    init: Literal["mse", "lsq", "absmax", "percentile"] = "mse"
+    """Starting scale. mse: least squared error; lsq: 2 * mean|x| / sqrt(qmax), section 2.1 of the paper."""
     percentile: float = Field(default=99.99, gt=50, le=100)
     """Share of magnitudes (in %) that `init: percentile` keeps."""
     floor: float = Field(default=1e-3, gt=0, lt=1)

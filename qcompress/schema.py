@@ -245,7 +245,9 @@ LEARNING_RATES: dict[str, float] = {
     "adapter": 1e-3,
     "centroid": 1e-3,
 }
-"""Default learning rate of each role; a scale's is relative to where the scale started."""
+"""Default learning rate of each role. A learned scale's is a share of its starting value under AdamW, and the
+rate of LSQ's own update under SGD.
+"""
 
 
 class Verify(Options):

@@ -23,6 +23,7 @@ from qcompress.options import PlainStepper, Saq, Squat
 from qcompress.parameter_roles import kind_of_float
 from qcompress.quant.affine import Grid
 from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear, QuantizedTied, QuantizedWeight
+from qcompress.quant.learned_scale import unit_of
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
 from qcompress.quantizer_options import Lsq
 
@@ -35,12 +36,12 @@ def bounds_of(bits: int) -> tuple[int, int]:
 
 def linear(inputs: int, outputs: int, bits: int, activations: bool) -> QuantizedLinear:
     weight, bias = nn.Parameter(torch.randn(outputs, inputs) / 2), nn.Parameter(torch.randn(outputs) / 3)
-    quantizer = LsqWeight(Lsq(), Grid(0), bounds_of(bits), weight.shape)
+    quantizer = LsqWeight(Lsq(init="lsq"), Grid(0), bounds_of(bits), weight.shape)
     quantizer.init(weight.detach())
     own = None
     if activations:
         own = LsqActivation(Lsq(), (-128, 127), inputs)
-        own.start.fill_(0.02)
+        own.start_at(torch.tensor(0.02))
     return QuantizedLinear(weight, bias, 0, quantizer, own)
 
 
@@ -159,7 +160,8 @@ def wrap(
     for role in roles:
         chosen = {name: tensor for name, tensor in net.named_parameters() if role_of(name) == role}
         kinds = tuple(kind_of(net, name) for name in chosen)
-        groups.append(Group(role, tuple(chosen.values()), 0.01, kinds=kinds))
+        units = tuple(unit_of(net, name) for name in chosen)
+        groups.append(Group(role, tuple(chosen.values()), 0.01, kinds=kinds, units=units))
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(role_of(name) in roles)
     settings = [{"params": list(group.parameters), "weight_decay": decay} for group in groups]
@@ -188,7 +190,8 @@ def plain(**options: object) -> OneUpdate:
 
 
 def saq(**options: object) -> SharpnessAwareUpdate:
-    return SharpnessAwareUpdate(Saq(**options))
+    """With the clipping of the other two, so that their updates can be compared."""
+    return SharpnessAwareUpdate(Saq(**{"clip_norm": 1.0, **options}))
 
 
 def squat(**options: object) -> AlternatingUpdate:
@@ -203,7 +206,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def rounded_by_hand(layer: QuantizedLinear) -> Tensor:
     """Q(w) of a per-channel LSQ layer [out, in], in numpy."""
     weight, quantizer = layer.weight.detach().numpy(), layer.weight_quantizer
-    scale = (quantizer.start * quantizer.ratio).detach().numpy()[:, None]
+    scale = quantizer.scale_of(layer.weight).detach().numpy()[:, None]
     codes = (weight / scale).round().clip(*quantizer.bounds)
     return torch.from_numpy(codes * scale)
 

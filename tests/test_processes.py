@@ -47,7 +47,7 @@ def sections(steps: int = 20) -> dict[str, object]:
         "method": "lsq",
         "train": {
             "device": "cpu", "batch_size": 4, "optimizer": "sgd", "checkpoint_every_s": 1,
-            "lr": {"weight": 0.05, "other": 0.05, "scale": 0.01}, "phases": {"finetune": {"steps": steps}},
+            "lr": {"weight": 0.05, "other": 0.05, "scale": 1e-3}, "phases": {"finetune": {"steps": steps}},
         },
     }  # fmt: skip
 

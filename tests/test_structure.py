@@ -104,7 +104,7 @@ ONE_MISTAKE = {
     ),
     "a wrong option for both roles": (
         ("method: quadapter", "method: quadapter\nquantizer: {init: msw}"),
-        r":20: quantizer\.init: must be one of lsq, absmax, percentile, mse",
+        r":20: quantizer\.init: must be one of mse, lsq, absmax, percentile",
     ),
     "an unknown method": (("quadapter", "quadaptr"), r":19: method: must be one of float, .*`quadapter`"),
     "a method that is no text": (("quadapter", "[lsq]"), r":19: method: must be one of float, "),

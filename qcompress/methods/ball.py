@@ -7,8 +7,9 @@ respect to everything in the ball, taken together as one vector:
 
 What is in the ball, by kind: the quantized weights of layers (`weight`) and of embedding tables (`embedding`;
 a tied head reads its table), biases (`bias`), weights and biases of norms (`norm`), and learned scales
-(`weight-scale`, `activation-scale`; as ratios to where they started, which is how they are stored). Only what
-trains is in it, and a weight that stays float is not.
+(`weight-scale`, `activation-scale`). Only what trains is in it, and a weight that stays float is not. A
+learned scale s is in the ball as itself, whatever its parametrization: of a parameter p with s = unit * p,
+the gradient is divided by the unit before the norm is taken, and eps is divided by the unit before p moves.
 
 A quantized weight is moved by an offset at a place of its tap, and no parameter is written. The others are
 moved in place and put back, bit for bit. Gradients of quantized weights are those of this process alone, and
@@ -72,6 +73,8 @@ class Ball:
     """Where eps is added."""
     outside: tuple[nn.Parameter, ...] = ()
     """What the phase trains besides."""
+    units: tuple[Tensor | None, ...] = ()
+    """Unit of each parameter that stores a learned scale, None for the others."""
 
     @classmethod
     def of(
@@ -84,15 +87,17 @@ class Ball:
             for layer in taps
             if ("embedding" if isinstance(layer, QuantizedEmbedding) else "weight") in kinds
         )
-        every = [
-            (parameter, kind)
+        trained = [
+            (parameter, kind, unit)
             for group in groups
-            for parameter, kind in zip(group.parameters, group.kinds, strict=True)
+            for parameter, kind, unit in zip(
+                group.parameters, group.kinds, group.units or (None,) * len(group.parameters), strict=True
+            )
         ]
-        members = [(parameter, kind) for parameter, kind in every if kind in kinds]
-        parameters, own = (tuple(part) for part in zip(*members, strict=True)) if members else ((), ())
-        outside = tuple(parameter for parameter, kind in every if kind not in kinds)
-        return cls(layers, parameters, own, rho, listen, move, outside)
+        inside = [member for member in trained if member[1] in kinds]
+        parameters, own, units = zip(*inside, strict=True) if inside else ((), (), ())
+        outside = tuple(parameter for parameter, kind, _ in trained if kind not in kinds)
+        return cls(layers, parameters, own, rho, listen, move, outside, units)
 
     def from_state(self, state: dict[str, Tensor]) -> Perturbation:
         """Inverse of `Perturbation.state_dict`; without any tensor nothing is perturbed."""
@@ -121,8 +126,13 @@ class Ball:
             loss = closure()
             if loss.requires_grad:  # else the ball is empty, which is refused below
                 accelerator.backward(loss)
+        units = (*(None for _ in taps), *self.units)
         gradients = [tap.gradient for tap in taps] + [parameter.grad for parameter in self.parameters]
-        known = [gradient.detach() for gradient in gradients if gradient is not None]
+        known = [
+            _over(gradient.detach(), unit)
+            for gradient, unit in zip(gradients, units, strict=True)
+            if gradient is not None
+        ]
         if not known:
             raise ModelError(
                 "the stepper perturbs nothing: no member of stepper.ball is trained in this phase",
@@ -135,8 +145,11 @@ class Ball:
         if not bool(norm.isfinite()):
             return loss, Perturbation()
         factor, eps = self.rho / (norm + 1e-12), iter(known)
-        found = [None if gradient is None else next(eps) * factor for gradient in gradients]
-        return loss, Perturbation(tuple(found[: len(taps)]), tuple(found[len(taps) :]))
+        shifts = [
+            None if gradient is None else _over(next(eps) * factor, unit)
+            for gradient, unit in zip(gradients, units, strict=True)
+        ]
+        return loss, Perturbation(tuple(shifts[: len(taps)]), tuple(shifts[len(taps) :]))
 
     @contextmanager
     def perturbed(self, eps: Perturbation) -> Iterator[None]:
@@ -166,6 +179,11 @@ class Ball:
             with torch.no_grad():
                 for (parameter, _, _), value in zip(moved, before, strict=True):
                     parameter.copy_(value)
+
+
+def _over(tensor: Tensor, unit: Tensor | None) -> Tensor:
+    """The tensor divided by a unit, if there is one."""
+    return tensor if unit is None else tensor / unit
 
 
 def random_share(eps: Perturbation, share: float, moment: Moment) -> Perturbation:

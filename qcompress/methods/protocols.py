@@ -113,6 +113,8 @@ class Group:
     weight_decay: float = 0.0
     kinds: tuple[str, ...] = ()
     """Kind of each parameter (`parameter_roles.py`), for steppers that perturb some kinds."""
+    units: tuple[Tensor | None, ...] = ()
+    """Unit in which each parameter stores a learned scale (`learned_scale.py`); empty: none of them does."""
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,12 @@
 
 A quantizer lives through `init` (a starting scale from a weight or from statistics), calls during training
 and `advance` after each update. Of a weight's only its scale and, for ternary codes, its threshold go into
-the trained artifact, of an activation's only its scale: the frozen forms below are all that is left. Learned
-scales are stored as a ratio to their start, scale = start * ratio: an optimizer's learning rate is then
-relative, whatever the magnitude of the tensor, and LSQ's gradient is unchanged up to the constant `start`.
+the trained artifact, of an activation's only its scale: the frozen forms below are all that is left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from qcompress.quant.affine import Grid, fake_quantize, to_ternary
 from qcompress.quant.coding import CodedWeight
 from qcompress.quant.dynamic import DynamicActivation
+from qcompress.quant.learned_scale import LearnedScale
 from qcompress.quant.ranges import Statistics, activation_ratio, start_scale, weight_ratio
 from qcompress.quant.ternary import TernaryWeight
 from qcompress.quantizer_options import Lsq, MinMax
@@ -76,16 +74,13 @@ class MinMaxWeight(CodedWeight):
             self.age += 1
 
 
-class LsqWeight(CodedWeight):
-    """Learned scale (LSQ, arXiv:1902.08153, section 2)."""
-
-    parameter_roles: ClassVar[dict[str, str]] = {"ratio": "scale"}
+class LsqWeight(LearnedScale, CodedWeight):
+    """Learned scale of a weight (LSQ, arXiv:1902.08153, section 2)."""
 
     def __init__(self, options: Lsq, grid: Grid, bounds: tuple[int, int], shape: torch.Size) -> None:
         super().__init__()
         self.options, self.grid, self.bounds = options, grid, bounds
-        self.register_buffer("start", torch.ones(grid.scale_shape(shape)))
-        self.ratio = nn.Parameter(torch.ones_like(self.start))
+        self.make_scale(grid.scale_shape(shape), options.floor)
         shared = shape.numel() / self.start.numel()
         self.slope = 1 / (shared * bounds[1]) ** 0.5
 
@@ -94,12 +89,11 @@ class LsqWeight(CodedWeight):
         """Start from this weight."""
         options = self.options
         ratio = weight_ratio(weight, self.grid, self.bounds, options.init, options.percentile)
-        self.start.copy_(start_scale(self.grid.largest(weight), ratio, self.bounds))
-        self.ratio.fill_(1.0)
+        self.start_at(start_scale(self.grid.largest(weight), ratio, self.bounds))
 
     def scale_of(self, weight: Tensor) -> Tensor:
         """The learned scale, in the grid's shape, whatever the weight."""
-        return self.start * self.ratio
+        return self.learned_scale()
 
     def forward(self, weight: Tensor) -> Tensor:
         scale = self.grid.align(self.scale_of(weight))
@@ -107,13 +101,8 @@ class LsqWeight(CodedWeight):
 
     def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
         """As the base says."""
-        scale = self.grid.align(self.start[rows] * self.ratio[rows])
+        scale = self.grid.align(self.unit[rows] * self.ratio[rows])
         return fake_quantize(F.embedding(rows, weight), scale, self.bounds, self.slope)
-
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Keep the scale positive: project it to a floor tied to where it started."""
-        self.ratio.clamp_(min=self.options.floor)
 
 
 class MinMaxActivation(nn.Module):
@@ -146,17 +135,14 @@ class MinMaxActivation(nn.Module):
         """Nothing is learned."""
 
 
-class LsqActivation(nn.Module):
+class LsqActivation(LearnedScale):
     """Learned scale of an activation; the gradient's slope counts features as LSQ section 2.2 does."""
-
-    parameter_roles: ClassVar[dict[str, str]] = {"ratio": "scale"}
 
     def __init__(self, options: Lsq, bounds: tuple[int, int], channels: int) -> None:
         super().__init__()
         self.options, self.bounds = options, bounds
         self.rescale: ChannelScale | None = None
-        self.register_buffer("start", torch.ones(()))
-        self.ratio = nn.Parameter(torch.ones(()))
+        self.make_scale((), options.floor)
         self.slope = 1 / (channels * bounds[1]) ** 0.5
 
     @torch.no_grad()
@@ -165,20 +151,14 @@ class LsqActivation(nn.Module):
         scaled = seen.rescaled(self.rescale()) if self.rescale else seen
         options = self.options
         ratio = activation_ratio(scaled, self.bounds, options.init, options.percentile)
-        self.start.copy_(start_scale(scaled.largest.max(), ratio, self.bounds))
-        self.ratio.fill_(1.0)
+        self.start_at(start_scale(scaled.largest.max(), ratio, self.bounds))
 
     def scale_of(self) -> Tensor:
         """The learned scale, []."""
-        return self.start * self.ratio
+        return self.learned_scale()
 
     def forward(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.scale_of(), self.bounds, self.slope)
-
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Keep the scale positive: project it to a floor tied to where it started."""
-        self.ratio.clamp_(min=self.options.floor)
 
 
 class FrozenWeight(CodedWeight):

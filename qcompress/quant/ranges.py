@@ -19,8 +19,10 @@ TINY = 1e-8
 QUANTILE_LIMIT = 2**24
 """Most values that torch.quantile takes."""
 
-SHRINKS = 80
-"""Candidates of the least-squares search: ratios 1, 1 - 1/100 ... 1 - 79/100."""
+SHRINKS = (*(1 - step / 100 for step in range(80)), *(0.2 * 0.85**step for step in range(26)))
+"""Candidates of the least-squares search, as ratios to max|x| / qmax: 1 to 0.21 in steps of 0.01, then down
+to 0.0034 by factors, for few codes and heavy tails.
+"""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,7 @@ def _least_squares(rows: Tensor, bounds: tuple[int, int]) -> Tensor:
     base = rows.abs().amax(1).clamp_min(TINY) / bounds[1]
     best = torch.full_like(base, torch.inf)
     ratio = torch.ones_like(base)
-    for step in range(SHRINKS):
-        candidate = 1 - step / 100
+    for candidate in SHRINKS:
         scale = (base * candidate)[:, None]
         rounded = torch.div(rows, scale).round_().clamp_(*bounds).mul_(scale)
         error = rounded.sub_(rows).square_().sum(1)

@@ -8,6 +8,7 @@ from rich.table import Table
 from qcompress.axes import PHASES
 from qcompress.check import Report
 from qcompress.plan import LayerPlan
+from qcompress.rates import SMALL_REACH, scale_reach
 from qcompress.recipe import Resolved
 
 
@@ -37,6 +38,9 @@ def print_check(
         console.print(line, markup=False)  # [ab] is a glob here
     phases = ", ".join(PHASES[recipe.schedule.name]) or "none"
     console.print(f"phases of {recipe.schedule.name}: {phases}")
+    reach = scale_reach(recipe)
+    if reach is not None and reach.share < SMALL_REACH:
+        console.print(reach.note(), markup=False)
     _print_reuse(console, reuse)
 
 
@@ -54,6 +58,7 @@ def _grouped(plan: tuple[LayerPlan, ...]) -> dict[tuple[str, str, str], list[Lay
 
 
 def check_json(resolved: Resolved, report: Report, reuse: list[tuple[str, bool, str]]) -> dict[str, object]:
+    reach = scale_reach(resolved.recipe)
     return {
         "recipe": resolved.recipe.model_dump(mode="json", by_alias=True),
         "layers": [
@@ -65,5 +70,6 @@ def check_json(resolved: Resolved, report: Report, reuse: list[tuple[str, bool, 
             for item in report.plan
         ],
         "matches": report.matches,
+        "scale_reach": reach.share if reach is not None else None,
         "stages": [{"stage": stage, "reused": reused, "why": why} for stage, reused, why in reuse],
     }

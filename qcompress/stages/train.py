@@ -26,7 +26,7 @@ from qcompress.distributions import keep_channels, save_distributions
 from qcompress.errors import ContractError, MachineError
 from qcompress.formats import CodebookFormat
 from qcompress.history import History
-from qcompress.logpoints import learned
+from qcompress.logpoints import learned, movement_note
 from qcompress.loop import Training, run_model_phase, settle
 from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 from qcompress.methods.protocols import Adapter, FittedAdapter, Phase, Scene
@@ -89,6 +89,9 @@ def train(
     before = frozen_digest(prepared.model, training.roles) if frozen else None
     with memory_kept():
         _run(training, phases)
+    note = movement_note(prepared) if any(phase.steps for phase in phases) else None
+    if note is not None:
+        reporter.say(f"train: {note}")
     if frozen and frozen_digest(prepared.model, training.roles) != before:
         raise ContractError("a phase that trains only scales and adapters has changed a weight")
     ranges = make_static(prepared, calibration.batches())
@@ -132,7 +135,7 @@ def _set_up(
     prepared.model.to(accelerator.device)
     if not resuming:
         torch.manual_seed(recipe.seed)  # k-means draws where it starts
-        initialise(prepared, statistics, later=_later(plan, phases))
+        initialise(prepared, statistics, _later(plan, phases), recipe.train.optimizer)
 
     trained = {role for phase in phases for role in phase.roles}
     frozen = not trained & {"weight", "other"}

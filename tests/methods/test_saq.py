@@ -37,19 +37,24 @@ from qcompress.methods.protocols import Moment
 from qcompress.parameter_roles import parameter_roles
 from qcompress.prepare import quantize
 from qcompress.quant.layers import Tap, tapped
+from qcompress.quant.learned_scale import unit_of
 
 FULL = ["weight", "bias", "norm", "weight-scale", "activation-scale"]
 
 
 def seen(made: Small) -> dict[str, Tensor]:
-    """What a pass computes with: the rounded weights and every parameter."""
+    """The values of one pass: rounded weights, and every parameter (of a learned scale, the scale)."""
     with torch.no_grad():
         found = {
             name: layer.quantized_weight().clone()
             for name, layer in made.net.named_modules()
             if layer in made.taps
         }
-        return found | {f"*{name}": tensor.clone() for name, tensor in made.net.named_parameters()}
+        units = {name: unit_of(made.net, name) for name, _ in made.net.named_parameters()}
+        return found | {
+            f"*{name}": tensor * (1 if units[name] is None else units[name])
+            for name, tensor in made.net.named_parameters()
+        }
 
 
 def moves(made: Small) -> dict[str, Tensor]:
@@ -134,12 +139,12 @@ def test_the_search_computes_the_gradients_that_are_asked_of_it_and_no_other(
 )
 def test_the_ball_holds_what_it_names_under_one_norm(ball: list[str], expected: set[str]) -> None:
     made = small(activations=True, batch_norm=ball == ["norm"])  # it makes biases in front of it idle
-    made.watch = seen
-    made.run(saq(rho=0.1, ball=ball), 1)
+    made.watch, rho = seen, 1e-3 if ball[0].endswith("scale") else 0.1  # a scale keeps half of its value
+    made.run(saq(rho=rho, ball=ball), 1)
     found = moves(made)
     assert found.keys() == expected
     own = {name: move for name, move in found.items() if name.startswith("*") or ball != ["weight-scale"]}
-    assert torch.sqrt(sum(move.square().sum() for move in own.values())) == pytest.approx(0.1, rel=1e-4)
+    assert torch.sqrt(sum(move.square().sum() for move in own.values())) == pytest.approx(rho, rel=1e-4)
 
 
 def test_neither_latent_weights_nor_anything_else_is_moved_by_the_search(

@@ -18,7 +18,7 @@ from qcompress.options import Squat
 def split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What trains and is no scale, and the scales."""
     scales = {name: tensor for name, tensor in state.items() if name.endswith(".ratio")}
-    fixed = ("start", "running_mean", "running_var", "num_batches_tracked")
+    fixed = ("start", "unit", "running_mean", "running_var", "num_batches_tracked")
     weights = {
         name: tensor for name, tensor in state.items() if name not in scales and not name.endswith(fixed)
     }

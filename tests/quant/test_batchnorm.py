@@ -26,7 +26,7 @@ def made(bits: int, bias: bool, seed: int = 0) -> tuple[QuantizedConv, nn.BatchN
     quantizer = LsqWeight(Lsq(init="absmax"), Grid(0), bounds, torch.Size((8, 54)))
     conv = QuantizedConv(module, norm.eval(), quantizer, None)
     quantizer.init(conv.coded_weight().detach())
-    quantizer.start.mul_(0.4)  # so that weights leave the range on both sides
+    quantizer.start_at(0.4 * quantizer.start)  # so that weights leave the range on both sides
     return conv, norm, torch.randn(4, 6, 9, 9)
 
 
@@ -70,7 +70,7 @@ def test_a_hand_worked_channel() -> None:
         norm.running_mean.fill_(4.0)
         norm.running_var.fill_(3.75)
     quantizer = LsqWeight(Lsq(), Grid(0), (-128, 127), torch.Size((1, 1)))
-    quantizer.start.fill_(2.0)
+    quantizer.start_at(torch.tensor([2.0]))
     conv = QuantizedConv(module, norm.eval(), quantizer, None)
     x = torch.full((1, 1, 1, 1), 5.0)
     codes, scale = conv.codes()

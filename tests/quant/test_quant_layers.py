@@ -225,7 +225,7 @@ CHANGES: dict[str, Callable[[QuantizedLinear], None]] = {
     "the weight in place": lambda layer: layer.weight.mul_(1.3),
     "one element": lambda layer: layer.weight[3, 4].add_(1.0),
     "the scale": lambda layer: layer.weight_quantizer.ratio.mul_(1.3),
-    "the start of the scale": lambda layer: layer.weight_quantizer.start.mul_(1.3),
+    "the unit of the scale": lambda layer: layer.weight_quantizer.unit.mul_(1.3),
     "advance": lambda layer: (layer.weight_quantizer.ratio.fill_(-1.0), layer.weight_quantizer.advance()),
     "the rescaling": lambda layer: layer.rescale.theta.add_(0.3),
     "another rescaling": lambda layer: setattr(layer, "rescale", FixedScale(torch.full((INPUTS,), 2.0))),

@@ -129,7 +129,7 @@ def test_lsq_with_one_scale_for_16_weights_worked_by_hand() -> None:
     """
     first = [0.25, -0.75, 1.5, -2.5]
     weight = torch.tensor([first, [0.25] * 4, [-0.25] * 4, [0.25] * 4]).requires_grad_()
-    quantizer = WEIGHT_QUANTIZERS["lsq"](Lsq(), Grid(1, None, "tensor"), (-2, 1), weight.shape)
+    quantizer = WEIGHT_QUANTIZERS["lsq"](Lsq(init="lsq"), Grid(1, None, "tensor"), (-2, 1), weight.shape)
     quantizer.init(weight.detach())
     assert quantizer.scale_of(weight).item() == 1.0
     rounded = quantizer(weight)

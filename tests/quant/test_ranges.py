@@ -61,6 +61,7 @@ def oracle(values: np.ndarray, bounds: tuple[int, int], how: str, percentile: fl
     if how == "absmax":
         return absmax
     candidates = [absmax * (100 - step) / 100 for step in range(80)]
+    candidates += [absmax * 0.2 * 0.85**step for step in range(26)]
     return min(candidates, key=lambda scale: squared_error(values, scale, bounds))
 
 
