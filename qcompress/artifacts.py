@@ -15,12 +15,12 @@ where the folder is and when it counts as finished.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qcompress import strict_json
 from qcompress.errors import ContractError
 
 
@@ -34,8 +34,8 @@ def sha256_file(path: Path) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write sorted, indented JSON in one step."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=True) + "\n")
+    """Write sorted, indented, strict JSON in one step."""
+    write_text(path, strict_json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> Any:
     """Content of a JSON file that a stage has promised to write."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return strict_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ContractError(f"{path} is missing from a finished stage") from None
 

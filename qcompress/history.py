@@ -14,12 +14,12 @@ and goes on leaves the records of one that was not.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qcompress import strict_json
 from qcompress.progress import Reporter
 
 NAME = "history.jsonl"
@@ -111,8 +111,8 @@ def read(folder: Path) -> list[Record]:
     """The records of a stage's folder; a line that a killed run did not finish is none."""
     file = folder / NAME
     whole = file.read_text(encoding="utf-8").rpartition("\n")[0] if file.is_file() else ""
-    return [json.loads(line) for line in whole.splitlines()]
+    return [strict_json.loads(line) for line in whole.splitlines()]
 
 
 def _line(record: Record) -> str:
-    return json.dumps(record, sort_keys=True) + "\n"
+    return strict_json.dumps(record, sort_keys=True) + "\n"

@@ -6,13 +6,12 @@ probe/inputs.npz     length [samples], set (index into `sets`), and the task's o
 probe/reference.npz  logits [compared, positions, outputs] of the onnx row, and which positions these are:
                      all of them, or as many as fit into 20 MB, spread over the sequence
 probe/probe.json     names of the sets, hashes of the graph and the plan, what is written of each sample
-probe/measure_engine.py, with engine_runners.py and engine_speed.py beside it
+probe/measure_engine.py, with engine_runners.py, engine_speed.py and strict_json.py beside it
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompress import strict_json
 from qcompress.artifacts import Engine, OnnxModel, disabled_optimizers, read_json, sha256_file, write_json
 from qcompress.errors import UsageError
 
@@ -87,7 +87,7 @@ def write_probe(
             "per_sample": "nll" if "first" in arrays else "logits",
         },
     )
-    for script in SCRIPT.parent.glob("*.py"):
+    for script in (*SCRIPT.parent.glob("*.py"), Path(strict_json.__file__)):
         shutil.copyfile(script, folder / script.name)
 
 
@@ -153,7 +153,7 @@ def _results(
 def _parse(file: Path, per_sample: str) -> dict[str, Any]:
     """Content of engine.json, as far as it is used here."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = strict_json.loads(file.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']!r}, and this version reads {FORMAT}")
         if missing := FAR - found["distance"].keys():

@@ -24,6 +24,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from qcompress import strict_json
+
 PLAIN_EVERY_S = 10.0
 """Seconds between two plain lines of one task."""
 
@@ -100,7 +102,7 @@ class Reporter:
 
     def _write(self, facts: Record) -> None:
         if self._log is not None:
-            line = json.dumps({"time": round(time.time(), 3), **facts}, sort_keys=True)
+            line = strict_json.dumps({"time": round(time.time(), 3), **facts}, sort_keys=True)
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
@@ -164,7 +166,7 @@ class Reporter:
 def _record(line: str) -> Record:
     """A line of the log; an empty record where it is none."""
     try:
-        found = json.loads(line)
+        found = strict_json.loads(line)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

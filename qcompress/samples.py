@@ -11,11 +11,11 @@ none.
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qcompress import strict_json
 from qcompress.tasks.scores import spans
 
 Columns = Mapping[str, list[Any]]
@@ -77,12 +77,12 @@ def results_of(entry: dict[str, Any], stage: str) -> list[dict[str, Any]] | None
 
 def pack_samples(file: Path, sets: dict[str, dict[str, Any]]) -> None:
     """Write the sets as they are in the file; equal sets give equal bytes."""
-    file.write_bytes(gzip.compress(json.dumps({"sets": sets}, sort_keys=True).encode(), mtime=0))
+    file.write_bytes(gzip.compress(strict_json.dumps({"sets": sets}, sort_keys=True).encode(), mtime=0))
 
 
 def read_samples(file: Path) -> dict[str, dict[str, Any]]:
     """The sets of a file."""
-    return json.loads(gzip.decompress(file.read_bytes()))["sets"]
+    return strict_json.loads(gzip.decompress(file.read_bytes()))["sets"]
 
 
 def with_entities(columns: Columns, labels: Sequence[str] | None) -> Columns:

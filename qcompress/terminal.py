@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from qcompress import strict_json
 from qcompress.errors import INTERRUPTED, QcompressError
 from qcompress.finished import load
 from qcompress.report.html.beside import write_beside
@@ -59,4 +59,4 @@ def console() -> Console:
 
 
 def print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, sort_keys=True))
+    print(strict_json.dumps(value, indent=2, sort_keys=True))

@@ -243,7 +243,7 @@ class Jetson:
         (run / "probe" / "measure_engine.py").write_text(
             "import sys; open(sys.argv[4], 'w').write(open(sys.argv[2]).read() + ' measured')"
         )
-        for part in ("engine_runners.py", "engine_speed.py"):
+        for part in ("engine_runners.py", "engine_speed.py", "strict_json.py"):
             (run / "probe" / part).write_text("")
         self.command(
             "qcompress build model.onnx --target orin-jp6 --out engine --profiles '[{\"batch\": [1]}]'"
@@ -292,7 +292,9 @@ def test_a_jetson_builds_what_the_run_deferred_and_measures_it(jetson: Jetson) -
     assert "qcompress verify RUN --engine engine.json" in text
 
 
-@pytest.mark.parametrize("part", ["measure_engine.py", "engine_runners.py", "engine_speed.py"])
+@pytest.mark.parametrize(
+    "part", ["measure_engine.py", "engine_runners.py", "engine_speed.py", "strict_json.py"]
+)
 def test_a_kit_that_was_copied_in_part_is_refused_before_anything_is_built(part: str, jetson: Jetson) -> None:
     (jetson.folder / "run" / "probe" / part).unlink()
     code, text = jetson.build("run", "out")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from played_engine import HostMemory
 
+from qcompress import strict_json
 from qcompress.probe import SCRIPT
 
 TOKENS, WIDTH = 50, 7
@@ -25,6 +26,7 @@ TABLE = np.random.default_rng(0).normal(size=(TOKENS, WIDTH)).astype(np.float32)
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
+    monkeypatch.setitem(sys.modules, "strict_json", strict_json)
     spec = importlib.util.spec_from_file_location("measure_engine", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -32,7 +32,8 @@ from qcompress.samples import read_samples
 from qcompress.stages.gate import judge
 
 KIT = {
-    "inputs.npz", "reference.npz", "probe.json", "measure_engine.py", "engine_runners.py", "engine_speed.py"
+    "inputs.npz", "reference.npz", "probe.json", "measure_engine.py", "engine_runners.py", "engine_speed.py",
+    "strict_json.py",
 }  # fmt: skip
 PLAYED = Path(__file__).with_name("played_engine.py")
 

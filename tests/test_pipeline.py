@@ -26,6 +26,7 @@ RUN_FILES = {
     "certificate.json", "lint.json", "sizes.json", "model.onnx", "tokenizer.json", "tokenizer_config.json",
     "config.json", "engine/model.plan", "engine/build.json", "probe/inputs.npz", "probe/reference.npz",
     "probe/probe.json", "probe/measure_engine.py", "probe/engine_runners.py", "probe/engine_speed.py",
+    "probe/strict_json.py",
     "log.jsonl", "distributions.json",
 }  # fmt: skip
 

@@ -21,7 +21,8 @@ if [[ $# -lt 1 || $# -gt 2 ]]; then
     exit 2
 fi
 run=$1 out=${2:-engine}
-for file in model.onnx engine/build.json probe/measure_engine.py probe/engine_runners.py probe/engine_speed.py; do
+for file in model.onnx engine/build.json probe/measure_engine.py probe/engine_runners.py probe/engine_speed.py \
+    probe/strict_json.py; do
     [[ -f $run/$file ]] || fail 2 "$run/$file is missing; copy the whole run directory"
 done
 [[ ! -e $out ]] || fail 2 "$out exists; name a new folder"

@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # which an isolated or safe-path interpreter leaves out
 
 import engine_speed  # noqa: E402
+import strict_json  # noqa: E402
 from engine_runners import OnnxRunner, TensorRTRunner  # noqa: E402
 
 FORMAT = 1
@@ -248,7 +249,7 @@ def main(arguments=None, cuda=None):
         "machine": platform.machine(),
         **({} if options.onnx or options.no_speed else beside(runner, inputs)),
     }
-    options.out.write_text(json.dumps(result, indent=1))
+    options.out.write_text(strict_json.dumps(result, indent=1))
     print(", ".join(words(result, inputs)) + f", {seconds:.1f} s -> {options.out}")
 
 

@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qcompress import strict_json
 from qcompress.regression.standing import Standing
 
 
 def write_baseline(standing: Standing, file: Path) -> None:
     """Write it whole or not at all: goals in their order, one line for each column of the samples."""
-    values = standing.to_json()
+    values = strict_json.finite(standing.to_json())
     parts = [f' "{key}": {_columns(values.pop(key))}' for key in ("slices", "samples")]
     head = json.dumps(values, indent=1)
     partial = file.with_name(file.name + ".partial")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qcompress import strict_json
 from qcompress.errors import UsageError
 from qcompress.goals import PARITY, Gate
 
@@ -79,7 +79,7 @@ class Written(BaseModel):
 def read_written(file: Path) -> Written:
     """Raises UsageError, with the key that is wrong."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = strict_json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} is no baseline ({error})", fix=FIX) from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:

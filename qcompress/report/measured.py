@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcompress import strict_json
 from qcompress.artifacts import read_json
 from qcompress.axes import AXES, PHASES
 from qcompress.errors import IncomparableError, UsageError
@@ -93,7 +93,7 @@ def measured(loaded: LoadedRun, row: str, arm: str | None = None) -> Measured:
         why = found["reason"] if found else "there is no such row"
         raise IncomparableError(f"{loaded.path}: the row {row} was not measured: {why}", fix="choose --row")
     recipe, manifest = loaded.recipe, loaded.manifest
-    sets = json.loads(gzip.decompress((loaded.path / "samples.json.gz").read_bytes()))["sets"]
+    sets = strict_json.loads(gzip.decompress((loaded.path / "samples.json.gz").read_bytes()))["sets"]
     samples = {}
     for name, entry in sets.items():
         if name not in loaded.parity.get("inputs", {}):

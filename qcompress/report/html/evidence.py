@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qcompress import strict_json
 from qcompress.artifacts import read_json
 from qcompress.errors import UsageError
 from qcompress.finished import LoadedRun, load
@@ -64,7 +64,7 @@ class Evidence:
 
 def _record(line: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        found = strict_json.loads(line)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

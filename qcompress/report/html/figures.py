@@ -8,10 +8,10 @@ file has the place of its run before it: `1/parity.json#/...`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
+from qcompress import strict_json
 from qcompress.report.ladder import spell
 
 MIB = 2**20
@@ -31,7 +31,7 @@ class Figure:
     @property
     def raw(self) -> str:
         """The number as JSON has it."""
-        return json.dumps(self.value)
+        return strict_json.dumps(self.value)
 
 
 @dataclass(frozen=True)
