@@ -3,15 +3,17 @@
 It computes what stock eager attention computes, in the same order (`qcompress` is its name in transformers'
 `AttentionInterface`):
 
-    s = q @ k^T * scaling (+ mask)        probe.scores(s)
-    a = softmax(s)                        a = probe.probabilities(a)
+    s = q @ k^T * scaling                 (softcap: s = cap * tanh(s / cap))
+    s = s + position bias + mask          probe.scores(s)
+    a = softmax(s, with sinks)            a = probe.probabilities(a)
     a = dropout(a)
     c = a @ v                             c = probe.context(c)
 
 The mask is registered under the same name: without it transformers passes no mask at all, silently, and a
 causal model looks ahead. Stock functions stay in use wherever a model has neither probes nor points.
 
-Shapes: q, k, v and c [batch, heads, tokens, width of a head]; s and a [batch, heads, queries, keys].
+Shapes: q and c [batch, heads, tokens, width of a head], k and v of as many or fewer heads; s and a [batch,
+heads, queries, keys].
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qcompress.errors import ModelError
 from qcompress.models.architecture import OPERANDS
 
 NAME = "qcompress"
@@ -50,6 +53,14 @@ def open_attention(model: nn.Module) -> None:
     model.set_attn_implementation(NAME)
 
 
+IGNORED = frozenset({
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits", "return_dict", "num_items_in_batch", "deterministic",
+})  # fmt: skip
+"""Keywords that transformers hands to every attention function and no eager one reads: positions are in the
+query and the key by then, and the rest is about what a model returns."""
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -58,33 +69,120 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: object,
+    *,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    head_mask: Tensor | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **others: object,
 ) -> tuple[Tensor, Tensor]:
     """Context [batch, tokens, heads, width] and probabilities, as transformers wants them.
 
     `module.probe`, where there is one, is a `Probe`; children named as in `OPERANDS` round the operands: each
-    right in front of its matmul, the key after its transposition, where TensorRT and ONNX Runtime want it.
+    right in front of its matmul, the key after its transposition, where TensorRT and ONNX Runtime want it. Key
+    and value heads that several query heads share are rounded once and repeated afterwards.
+
+    Raises ModelError for a keyword that is neither computed here nor known to be without effect.
     """
+    _refuse_unknown(module, others)
+    _refuse_no_mask(module, query, key, attention_mask, sliding_window, is_causal)
+    sinks = _sinks(module, s_aux)
     probe: Probe | None = getattr(module, "probe", None)
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+    groups = _groups(module, query, key)
     query = _rounded(module, "query_point", query)
-    key = _rounded(module, "key_point", key.transpose(-1, -2))
+    key = _repeated(_rounded(module, "key_point", key.transpose(-1, -2)), groups)
     scores = torch.matmul(query, key).mul_(scaling)
-    if attention_mask is not None:
-        scores = (
-            scores.add_(attention_mask) if attention_mask.dtype == scores.dtype else scores + attention_mask
-        )
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if position_bias is not None:
+        scores = scores + position_bias
+    scores = _masked(scores, attention_mask)
     if probe is not None:
         probe.scores(scores)
-    probabilities = F.softmax(scores, dim=-1).to(query.dtype)
+    probabilities = _softmax(scores, sinks).to(query.dtype)
     if probe is not None:
         probabilities = probe.probabilities(probabilities)
     dropped = F.dropout(probabilities, p=dropout, training=module.training)
+    dropped = dropped if head_mask is None else dropped * head_mask
     dropped = _rounded(module, "probability_point", dropped)
-    context = torch.matmul(dropped, _rounded(module, "value_point", value))
+    context = torch.matmul(dropped, _repeated(_rounded(module, "value_point", value), groups))
     if probe is not None:
         context = probe.context(context)
     return context.transpose(1, 2).contiguous(), probabilities
+
+
+def _refuse_unknown(module: nn.Module, others: dict[str, object]) -> None:
+    """Refuse keywords that would be dropped: the model would be another one without them."""
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in IGNORED)
+    if unknown:
+        raise ModelError(
+            f"{type(module).__name__} hands {', '.join(unknown)} to its attention function, which "
+            "qcompress's does not compute",
+            fix="leave attention float (no `format.attention`, `format.cache` or points, and no teacher "
+            "intervention), or name another model",
+        )
+
+
+def _refuse_no_mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, window: int | None, causal: bool | None
+) -> None:
+    """Refuse a causal or windowed attention without a mask: eager attention has no other way to hide tokens."""
+    if mask is not None:
+        return
+    if (causal and query.size(-2) > 1) or (window is not None and key.size(-2) > window):
+        asked = "is_causal" if causal else f"sliding_window {window}"
+        raise ModelError(
+            f"{type(module).__name__} asks for {asked} and hands over no attention_mask",
+            fix="leave attention float, or name another model",
+        )
+
+
+def _sinks(module: nn.Module, s_aux: Tensor | None) -> Tensor | None:
+    """Scores of the attention sinks, one for each head, [1, heads, 1, 1]; None without sinks."""
+    if s_aux is None:
+        if isinstance(getattr(module, "sinks", None), Tensor):
+            raise ModelError(
+                f"{type(module).__name__} has attention sinks and does not hand them over as s_aux",
+                fix="leave attention float, or name another model",
+            )
+        return None
+    return s_aux.reshape(1, -1, 1, 1)
+
+
+def _groups(module: nn.Module, query: Tensor, key: Tensor) -> int:
+    """How many query heads share a head of keys and values."""
+    heads, shared = query.size(1), key.size(1)
+    if heads % shared:
+        raise ModelError(
+            f"{type(module).__name__} has {heads} query heads and {shared} key heads, which do not divide them",
+            fix="leave attention float, or name another model",
+        )
+    return heads // shared
+
+
+def _repeated(x: Tensor, groups: int) -> Tensor:
+    """Each head [1] as often as query heads share it."""
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores with a mask that is added; of a boolean one, true at what is seen, the smallest float elsewhere."""
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.add_(mask) if mask.dtype == scores.dtype else scores + mask
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Probabilities; a sink takes a part of them and is dropped."""
+    if sinks is None:
+        return F.softmax(scores, dim=-1)
+    sinks = sinks.to(scores.dtype).expand(scores.size(0), -1, scores.size(2), -1)
+    return F.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
 
 
 def _rounded(module: nn.Module, point: str, x: Tensor) -> Tensor:
