@@ -21,8 +21,7 @@ def keep_fp32(model: ir.Model, kinds: Collection[str], parameters: Mapping[str, 
     """Let every operator of these kinds compute in fp32; returns how many did not.
 
     `parameters` are the fp32 values of the model's float tensors, by the names of its initializers: a norm
-    gets those of the initializer that it reads. The exporter stores tensors once that are equal in half
-    precision, so that may be another norm's, within half a step of its type.
+    gets those of the initializer that it reads.
     """
     wanted = {OPERATORS[kind] for kind in kinds}
     nodes = [node for node in model.graph if node.op_type in wanted and node.inputs[0].dtype in HALVES]

@@ -33,7 +33,7 @@ def sizes(graph: Exported) -> dict:
 
 
 def test_measuring_again_says_the_same(graph: Exported, sizes: dict) -> None:
-    assert measure_sizes(graph.file, graph.plan) == sizes
+    assert measure_sizes(graph.file, graph.plan, {}) == sizes
 
 
 def test_all_initializers_are_counted_to_the_byte(stored: dict[str, int], sizes: dict) -> None:

@@ -13,7 +13,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,7 @@ from qcompress.certificate_points import certify_all
 from qcompress.codebook_nodes import spell_out
 from qcompress.errors import ExportError
 from qcompress.formats import WeightFormat
+from qcompress.graph_optimizer import optimize
 from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.depth import lent_prefixes
 from qcompress.models.files import read_config
@@ -74,8 +75,9 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     facts = read_json(folded.path / "folded.json")
     plan = plans_from_json(facts["plan"])
     program = _trace(folded, facts["family"], COMPUTE[facts["compute"]], options)
-    model = program.model
-    _name(model, plan, _stored_names(folded, facts["family"], plan))
+    model, stored = program.model, _Stored.of(folded, facts["family"], plan)
+    optimize(model, lambda name: stored.is_apart(name.removeprefix(PREFIX)))
+    _name(model, plan, stored.name)
     spell_out(model)
     _store_narrow(model, plan)
     if options.keep_fp32:
@@ -137,7 +139,7 @@ def _trace(folded: FoldedModel, family: str, dtype: torch.dtype, options: Export
                 dynamic_shapes=shapes,
                 input_names=inputs,
                 output_names=outputs,
-                optimize=True,
+                optimize=False,  # `graph_optimizer` does
                 verbose=False,
             )
         finally:
@@ -177,25 +179,41 @@ def _signature(
     return cached, arguments, dynamic, [*example, *layout.past], ["logits", *layout.present]
 
 
-def _stored_names(folded: FoldedModel, family: str, plan: tuple[LayerPlan, ...]) -> Callable[[str], str]:
-    """The name in folded.safetensors of what is stored once, and what the exporter calls after its last
-    reader: a tied table, or what blocks share.
-    """
-    with safe_open(folded.path / "folded.safetensors", framework="np") as tensors:
-        stored = set(tensors.keys())
-    tied = {item.name: item.layer.tied_to for item in plan if item.layer.tied_to}
-    depth = FAMILIES[family].DEPTH
-    firsts = lent_prefixes(read_config(folded.path), depth) if depth is not None else {}
+@dataclass(frozen=True)
+class _Stored:
+    """What folded.safetensors stores by name, and the exporter's names of it."""
 
-    def name(found: str) -> str:
+    names: frozenset[str]
+    tied: Mapping[str, str]
+    """Layers that have another layer's weight."""
+    firsts: Mapping[str, str]
+    """Prefixes of blocks that share weights, to the prefix of the block that stores them."""
+
+    @classmethod
+    def of(cls, folded: FoldedModel, family: str, plan: tuple[LayerPlan, ...]) -> _Stored:
+        """Read the names and the plan."""
+        with safe_open(folded.path / "folded.safetensors", framework="np") as tensors:
+            names = frozenset(tensors.keys())
+        tied = {item.name: item.layer.tied_to for item in plan if item.layer.tied_to}
+        depth = FAMILIES[family].DEPTH
+        firsts = lent_prefixes(read_config(folded.path), depth) if depth is not None else {}
+        return cls(names, tied, firsts)
+
+    def name(self, found: str) -> str:
+        """The stored name of a tensor that is stored once, and that the exporter calls after its last reader:
+        a tied table, or what blocks share.
+        """
         layer, _, part = found.partition(".weight.")
-        if layer in tied and part:
-            return f"{tied[layer]}.weight.{part}"
-        block = next((block for block in firsts if found.startswith(block)), None)
-        other = found if block is None else firsts[block] + found[len(block) :]
-        return found if found in stored or other not in stored else other
+        if layer in self.tied and part:
+            return f"{self.tied[layer]}.weight.{part}"
+        block = next((block for block in self.firsts if found.startswith(block)), None)
+        other = found if block is None else self.firsts[block] + found[len(block) :]
+        return found if found in self.names or other not in self.names else other
 
-    return name
+    def is_apart(self, found: str) -> bool:
+        """Whether a tensor keeps an initializer of its own: all but the scales of activations."""
+        name = self.name(found)
+        return name in self.names and (not name.endswith(".scale") or name.endswith(".weight.scale"))
 
 
 def _name(model: ir.Model, plan: tuple[LayerPlan, ...], stored: Callable[[str], str]) -> None:
@@ -213,7 +231,7 @@ def _name(model: ir.Model, plan: tuple[LayerPlan, ...], stored: Callable[[str], 
     for node in model.graph:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        # the exporter stores equal scales of two layers once, so a scale's name may be another layer's
+        # equal scales of two inputs are stored once, so a scale's name may be another layer's
         read, layer = node.inputs[0].name, _reader(node, layers)
         scale = f"{layer}.input.scale" if layer else node.inputs[1].name
         what = (read if read.endswith(".codes") else scale).rpartition(".")[0]
