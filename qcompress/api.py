@@ -18,7 +18,8 @@ from qcompress.report.measured import arm_and_runs, measured
 from qcompress.report.seeds import summarise
 from qcompress.schema import ROWS
 from qcompress.smoke import smoke as shorten
-from qcompress.stages.gate import judge, served_by_onnxruntime, write_verdict
+from qcompress.stages.gate import verdict_of, write_verdict
+from qcompress.workspace import point_latest
 
 if TYPE_CHECKING:
     from qcompress.evaluation import Artifacts
@@ -99,6 +100,8 @@ def run_seeds(
     summary = summarise(first.recipe.name, {seed: (run.parity, run.verdict) for seed, run in found.items()})
     if made.first:
         write_json(first.path.parent / "seeds.json", summary)
+        if not smoke:
+            point_latest(first.path.parent)
     return first.path.parent, summary, made.first
 
 
@@ -147,7 +150,7 @@ def verify(
         take_engine_row(loaded.path, loaded.recipe.task, Path(engine))
     else:
         _measure_again(loaded, reporter)
-    return gate(path)
+    return _judged_again(path)
 
 
 def certify_run(loaded: LoadedRun) -> dict[str, Any]:
@@ -254,19 +257,16 @@ def _artifacts(loaded: LoadedRun) -> Artifacts:
 
 def gate(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Judge a run's parity.json by the goals of its recipe; writes verdict.json and junit.xml, returns the
-    verdict.
+    verdict. Raises UsageError for a smoke run.
     """
+    load(path).demand_whole()
+    return _judged_again(path)
+
+
+def _judged_again(path: str | os.PathLike[str]) -> dict[str, Any]:
     loaded = load(path)
-    recipe = loaded.recipe
-    verdict = judge(
-        loaded.parity,
-        recipe.gate,
-        recipe.verify.require,
-        recipe.format.compute,
-        float_trains=recipe.trains_float,
-        served=served_by_onnxruntime(recipe),
-    )
-    write_verdict(loaded.path, verdict, recipe.name)
+    verdict = verdict_of(loaded.parity, loaded.recipe, loaded.smoke)
+    write_verdict(loaded.path, verdict, loaded.recipe.name)
     return verdict
 
 
@@ -303,6 +303,7 @@ def promote(
     from qcompress.regression.standing import read_standing
 
     loaded = load(path)
+    loaded.demand_whole()
     if loaded.verdict["verdict"] != "accept" and not force:
         raise UsageError(
             f"{path} ended with {loaded.verdict['verdict']}, and what is worse than it could pass",

@@ -1,8 +1,8 @@
 """The command line: parses, prints, sets the exit code; decides nothing.
 
-Exit codes: 0 accept; 1 unexpected error; 2 wrong usage or recipe; 3 regression; 4 anomalous; 5 lint, export
-or build failed; 6 the machine lacks what the command requires; 7 the directory is in use by another run; 130
-interrupted. Results go to stdout, everything else to stderr.
+Exit codes: 0 accept, or a smoke run that ran to its end; 1 unexpected error; 2 wrong usage or recipe; 3
+regression; 4 anomalous; 5 lint, export or build failed; 6 the machine lacks what the command requires; 7 the
+directory is in use by another run; 130 interrupted. Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def run(
         typer.Option(help="Copy a stage's whole folder into the run.", autocompletion=words(STAGES)),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage anew.")] = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Two blocks, little data, a minute.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Does the line run? Two blocks, little data; judges nothing.")] = False,
     seeds: Annotated[str | None, typer.Option(help="Once for each seed: 0,1,2.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -15,6 +15,7 @@ from qcompress.recipe import read
 from qcompress.schema import Recipe
 from qcompress.structure import validate
 from qcompress.tasks import TASKS
+from qcompress.workspace import followed
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,19 @@ class LoadedRun:
     manifest: dict[str, Any]
     parity: dict[str, Any]
     verdict: dict[str, Any]
+
+    @property
+    def smoke(self) -> bool:
+        """Whether `run --smoke` made it."""
+        return bool(self.manifest.get("smoke"))
+
+    def demand_whole(self) -> None:
+        """Raise UsageError for a smoke run, which nobody can judge."""
+        if self.smoke:
+            raise UsageError(
+                f"{self.path} is a smoke run: two blocks and little data say nothing about the model",
+                fix="run the recipe without --smoke, and name that run",
+            )
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -44,7 +58,7 @@ class LoadedRun:
 
 def load(path: str | os.PathLike[str]) -> LoadedRun:
     """Open a run directory."""
-    folder = Path(path)
+    folder = followed(Path(path))
     for name in ("recipe.resolved.yaml", "manifest.json", "parity.json", "verdict.json"):
         if not (folder / name).is_file():
             raise UsageError(

@@ -83,6 +83,8 @@ def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object
     """Everything that the result of a stage depends on (`key_scope.py`)."""
     recipe = plan.recipe
     values, inputs = _values(recipe, stage), {}
+    if stage == "gate" and plan.resolved.smoke:
+        values["smoke"] = True
     if stage == "load":
         inputs = plan.digests
         new = plan.report.architecture.new_head

@@ -40,7 +40,7 @@ from qcompress.schema import STAGES, Build
 from qcompress.stages.load import load
 from qcompress.tasks import TASKS
 from qcompress.tracking import tracking
-from qcompress.workspace import Step, Workspace, would_reuse
+from qcompress.workspace import Step, Workspace, point_latest, would_reuse
 
 PLACE: dict[str, dict[str, str]] = {
     "load": {},
@@ -90,7 +90,8 @@ def run(
     """Run the recipe's stages up to `until`, reusing what is finished. Where a launcher started several
     processes, the first one does this and the others train along.
 
-    `one_of_seeds`: the run's folder is `seed-N` inside a folder that all seeds of the recipe share.
+    `one_of_seeds`: the run's folder is `seed-N` inside a folder that all seeds of the recipe share. `latest`
+    names a run that has its verdict; the caller moves it when all seeds have theirs.
     """
     stages = stages_of(resolved.recipe)
     for stage in (until, *(name for name in keep if name in STAGES)):
@@ -124,6 +125,8 @@ def run(
                 _record(steps[stage], reporter)
         write_json(folder / "manifest.json", _manifest(plan, steps))
         verdict = read_json(folder / "verdict.json")["verdict"] if "gate" in steps else "unfinished"
+        if "gate" in steps and not one_of_seeds and not resolved.smoke:
+            point_latest(folder)
         processes.agree({"run": (folder, verdict)})
         return Run(folder, verdict, tuple(steps.values()))
 
@@ -228,7 +231,7 @@ class _Maker:
     def _gate(self, folder: Path) -> None:
         from qcompress.stages.gate import gate
 
-        gate(self.steps["verify"].path / "parity.json", self.plan.recipe, folder)
+        gate(self.steps["verify"].path / "parity.json", self.plan.recipe, folder, self.plan.resolved.smoke)
 
     def _float_model(self) -> FloatModel:
         load = self.steps["load"]
@@ -256,7 +259,7 @@ def _placed(options: Build, base: Path) -> Build:
 def _manifest(plan: Plan, steps: Mapping[str, Step]) -> dict[str, object]:
     """What made this run: versions, hashes, seeds, host, and the cost of each stage."""
     own = active().used(plan.recipe)
-    return ({"own": own} if own else {}) | {
+    return ({"own": own} if own else {}) | ({"smoke": True} if plan.resolved.smoke else {}) | {
         "recipe": plan.recipe.name,
         "seed": plan.recipe.seed,
         "source": str(plan.directory),

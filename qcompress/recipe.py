@@ -93,6 +93,8 @@ class Resolved:
     base: Path
     """Directory that relative paths in the recipe start from."""
     places: Mapping[Key, Place]
+    smoke: bool = False
+    """Made small by `run --smoke`, so that nothing about the model is judged."""
 
     @property
     def lines(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
     cache/<stage>/<key>/           finished: what the stage wrote, and manifest.json
     cache/<stage>/<key>.partial/   in work, or what a killed run left behind
     out/<name>/<key>/              the run: copies of what a user wants to see
-    out/<name>/latest              the run that was started last
+    out/<name>/latest              the run that finished last
 
 Work happens in `.partial`; its manifest is written when all else is on the disk, and the rename to the final
 name is the commit. So an entry is either whole or absent, whenever the process dies. The next run finds
@@ -87,12 +87,6 @@ class Workspace:
                     f"{self.run_dir} is in use by another run: {self._lock}",
                     fix=f"wait for it, stop it{f' (kill {pid})' if pid else ''}, or choose another --out",
                 )
-            try:
-                _point_latest(out / name / "latest", PurePosixPath(key).parts[0])
-            except OSError:
-                self.close()
-                raise
-
     def step(
         self,
         stage: str,
@@ -237,17 +231,26 @@ def _inside(text: str) -> str:
     return text
 
 
-def _point_latest(link: Path, key: str) -> None:
-    """Done when a run starts, not when it succeeds: a gate that reads `latest` after a failed run must not be
-    shown the run before.
+def point_latest(folder: Path) -> None:
+    """Let `latest` beside a run's folder name it: when the run has its verdict, whatever that is. A run that
+    failed or was interrupted leaves `latest` where it was.
     """
+    link = folder.with_name("latest")
     partial = link.with_name(f".latest.{os.getpid()}.tmp")
-    partial.unlink(missing_ok=True)
-    try:
-        partial.symlink_to(key, target_is_directory=True)
-    except OSError:  # no such links on this file system, or (Windows) not for this user
-        partial.write_text(key + "\n", encoding="utf-8")
-    os.replace(partial, link)
+    with machine_errors(link):
+        partial.unlink(missing_ok=True)
+        try:
+            partial.symlink_to(folder.name, target_is_directory=True)
+        except OSError:  # no such links on this file system, or (Windows) not for this user
+            partial.write_text(folder.name + "\n", encoding="utf-8")
+        os.replace(partial, link)
+
+
+def followed(folder: Path) -> Path:
+    """The run directory that a path names, where `latest` is a file for want of links."""
+    if folder.name == "latest" and folder.is_file():
+        return folder.with_name(folder.read_text(encoding="utf-8").strip())
+    return folder
 
 
 def _seal(partial: Path, made: Mapping[str, object]) -> None:

@@ -130,7 +130,7 @@ def test_both_recipes_run(tmp_path: Path, models: dict[str, Path], monkeypatch: 
     assert cli("check", "recipe.yaml").code == 0
     done = cli("run", "recipe.yaml", "--smoke")
     assert done.code == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("accept  bert-mine-w8a8-smoke")
+    assert done.stdout.splitlines()[-1].startswith("unjudged  bert-mine-w8a8-smoke")
 
 
 @pytest.mark.parametrize("labels", [("no", "yes", "maybe"), ("YES", "No"), (0, 1, 2)])

@@ -196,4 +196,4 @@ def test_a_smoke_run_is_whole(project: Path) -> None:
         "run", project / "recipe.yaml", "--out", project / "runs", "--smoke", "--set", "build.target=cpu"
     )
     assert found.code == 0, found.stderr
-    assert found.stdout.splitlines()[-1].startswith("accept  tiny-vit-smoke")
+    assert found.stdout.splitlines()[-1].startswith("unjudged  tiny-vit-smoke")

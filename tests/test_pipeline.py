@@ -330,7 +330,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_bytes(
     found = ended(process)
     assert found.code == 130
     assert f"continue with:\n  qcompress run {other.recipe} --out {other.out}" in found.stderr
-    assert not (other.latest / "verdict.json").exists()
+    assert not (other.out / NAME / "latest").is_symlink()
 
     again = ended(start(other.command()))
     assert again.code == 0, again.stderr
@@ -350,7 +350,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     process = stop_at(MOMENTS[stage], other)
     process.kill()
     assert ended(process).code == -signal.SIGKILL
-    assert not (other.latest / "verdict.json").exists()
+    assert not (other.out / NAME / "latest").is_symlink()
     again = ended(start(other.command()))
     assert again.code == 0, again.stderr
     assert re.search(f"{stage}: .*unfinished: goes on from where it was stopped", again.stderr)

@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from tiny import make_checkpoint, make_recipe
 from transformers import GPT2LMHeadModel
 
-from qcompress import api
+from qcompress import api, pipeline
 from qcompress.artifacts import read_json
-from qcompress.errors import UsageError
-from qcompress.goals import Gate, ParityGoal
+from qcompress.errors import ModelError, UsageError
+from qcompress.goals import Gate
 from qcompress.models import describe
 from qcompress.report.seeds import SEVERITY, seeds_table, summarise
-from qcompress.smoke import BLOCKS, SEQUENCES, limits_of, shorten
-from qcompress.stages.gate import EXIT_CODES
+from qcompress.recipe import load_recipe
+from qcompress.smoke import BLOCKS, SEQUENCES, shorten, smoke
+from qcompress.stages.gate import EXIT_CODES, exit_code, verdict_of
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_a_smoke_run_is_the_whole_line_on_little(deep: Path, text_file: Path, tm
     )  # fmt: skip
     done = cli(*project.command("--smoke", "--json"))
     found = done.json()
-    assert done.code == 0 and found["verdict"]["verdict"] == "accept"
+    assert done.code == 0 and found["verdict"]["verdict"] == "unjudged"
     assert found["recipe"] == f"{NAME}-smoke"
     run = api.load(found["path"])
     assert run.recipe.train.phases["calibrate"].steps == 2
@@ -96,25 +97,75 @@ def test_a_smoke_run_is_the_whole_line_on_little(deep: Path, text_file: Path, tm
     assert [(phase["name"], phase.get("block")) for phase in phases] == [
         ("calibrate", "transformer.h.0"), ("calibrate", "transformer.h.1"), ("finetune", None),
     ]  # fmt: skip
-    assert cli("verify", run.path).code == 0
+    again = cli("verify", run.path)
+    assert again.code == 0
+    last = again.stdout.splitlines()[-1]
+    assert last.startswith(f"unjudged  {NAME}-smoke  {run.path}  (the line ran; a smoke run is not judged")
+    assert not list(project.out.glob("*/latest"))  # of the smoke run neither
+    for command in (["gate", "--candidate", run.path], ["baseline", "promote", run.path, "--force"],
+                    ["gate", "--candidate", run.path, "--baseline", run.path]):  # fmt: skip
+        refused = cli(*command)
+        assert refused.code == 2 and "is a smoke run" in refused.stderr, command
+    assert "<skipped" in (run.path / "junit.xml").read_text()
 
 
 @pytest.mark.parametrize(
-    ("form", "mean_abs"),
+    "goals",
     [
-        ("w8a8", None), ({"preset": "w4a16-g64", "layers": {"*.c_fc": {"activations": "int8"}}}, None),
-        ({"preset": "w8a16", "cache": "int8"}, None), ("w4a16-g64", 2e-4),
+        {"float_floor": {"test.perplexity": 1.0}},
+        {"recovery": {"test.perplexity": {"max-degradation": 0.0}}},
+        {"parity": {"folded": {"max_abs": 0.0}, "onnx": {"max_abs": 0.0}, "engine": {"max_abs": 0.0}}},
+        {"regression": {"test.perplexity": {"max-degradation": 0.0}}},
     ],
-)  # fmt: skip
-def test_what_rounds_is_judged_from_its_own_codes_and_the_rest_by_its_distance(
-    form: object, mean_abs: float | None, text_file: Path
+    ids=lambda goals: next(iter(goals)),
+)
+def test_no_goal_of_the_recipe_is_left(goals: dict, deep: Path, text_file: Path, tmp_path: Path) -> None:
+    project = make_project(tmp_path / "project", deep, text_file, gate=goals)
+    small = smoke(load_recipe(project.recipe), project.cache)
+    assert small.smoke and small.recipe.gate == Gate()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"stage": "onnx", "status": "measured", "metrics": {"test.perplexity": float("nan")}},
+        {"stage": "onnx", "status": "not-run", "reason": "no memory"},
+        {"stage": "float", "status": "measured", "metrics": {}},
+    ],
+)
+def test_nothing_is_judged_whatever_was_measured(row: dict, text_file: Path) -> None:
+    recipe = make_recipe(text_file)
+    verdict = verdict_of({"rows": [row]}, recipe, smoke=True)
+    assert verdict["verdict"] == "unjudged" and verdict["goals"] == []
+    assert exit_code("unjudged") == 0
+    assert verdict_of({"rows": [row]}, recipe)["verdict"] == "anomalous"
+
+
+# latest -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ModelError("planted"), KeyboardInterrupt(), SystemExit(1), MemoryError()])
+def test_latest_stays_where_it_was_unless_a_run_finishes(
+    error: BaseException, tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    recipe = make_recipe(text_file, format=form, method="ptq")
-    limits = limits_of(recipe)
-    assert limits.get("onnx") == (mean_abs and ParityGoal(mean_abs=mean_abs))
-    assert limits["folded"] == ParityGoal(max_abs=0.0) and limits["engine"] == ParityGoal()
-    own = recipe.model_copy(update={"gate": Gate(parity={"onnx": {"mean_abs": 0.5, "top1_agreement": 0.5}})})
-    assert limits_of(own)["onnx"] == ParityGoal(mean_abs=0.5)
+    made = finished(tiny_model, text_file).copy(tmp_path / "copy")
+    before = made.latest
+    for stage in ("train", "verify", "gate"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(pipeline._Maker, f"_{stage}", _raising(error))
+            made.run("seed=3", fresh=True)
+        assert made.latest == before
+    assert made.run("seed=3", until="load").verdict == "unfinished"
+    assert made.latest == before
+    assert made.run("gate.recovery={test.perplexity: {threshold: 0.5}}").verdict == "regression"
+    assert made.latest != before  # it finished: a gate that reads `latest` must see it
+
+
+def _raising(error: BaseException):
+    def make(self: object, folder: Path) -> None:
+        raise error
+
+    return make
 
 
 def test_the_whole_recipe_is_checked_before(deep: Path, text_file: Path, tmp_path: Path) -> None:
@@ -167,7 +218,7 @@ def test_the_worst_verdict_counts() -> None:
     assert found["rows"][0]["metrics"]["a.perplexity"] == {"mean": 4.0, "sd": 2.0, "values": [2.0, 4.0, 6.0]}
     assert summarise("x", {0: run("accept", 2.0)})["rows"][0]["metrics"]["a.perplexity"]["sd"] is None
     order = [word for word in EXIT_CODES if word != "accept"]
-    assert sorted(order, key=SEVERITY.index) == ["inconclusive", "regression", "anomalous"]
+    assert sorted(order, key=SEVERITY.index) == ["unjudged", "inconclusive", "regression", "anomalous"]
     for word in order:
         assert summarise("x", {0: run("accept", 2.0), 1: run(word, 2.0)})["verdict"] == word
 

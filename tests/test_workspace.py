@@ -18,7 +18,7 @@ import pytest
 
 from qcompress import workspace
 from qcompress.errors import ContractError
-from qcompress.workspace import Step, Workspace, stage_key, would_reuse
+from qcompress.workspace import Step, Workspace, followed, point_latest, stage_key, would_reuse
 
 PARTS = {"recipe": "r", "values": {"format": {"weights": 8}}, "code": {"quant/lsq.py": "a" * 64}}
 STEPS = 4
@@ -478,20 +478,27 @@ def test_a_glob_needs_a_folder(tmp_path: Path) -> None:
         space.step("export", PARTS, CONTENT, place={"model.onnx*": "model.onnx"})
 
 
-def test_latest_names_the_run_that_was_started_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    latest = tmp_path / "runs/recipe/latest"
-    for key, first in [("one", "one"), ("two/seed-0", "two"), ("one", "one")]:
+def test_latest_names_the_run_that_finished_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tmp_path / "runs/recipe"
+    latest = runs / "latest"
+    open_space(tmp_path, "one").close()
+    assert not os.path.lexists(latest)  # nothing has finished yet
+    for key in ("one", "two", "one"):
         open_space(tmp_path, key).close()
-        assert os.readlink(latest) == first
-    assert latest.resolve() == tmp_path / "runs/recipe/one"
+        point_latest(runs / key)
+        assert os.readlink(latest) == key
+    assert latest.resolve() == followed(latest).resolve() == runs / "one"
 
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
     open_space(tmp_path, "three").close()
+    assert os.readlink(latest) == "one"
+    point_latest(runs / "three")
     assert not latest.is_symlink()
     assert latest.read_text() == "three\n"
+    assert followed(latest) == runs / "three"
     assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "one", "three", "two"]
 
 

@@ -120,6 +120,7 @@ def read_standing(path: Path, row: str | None = None) -> Standing:
 
 def _of_run(folder: Path, row: str | None) -> Standing:
     loaded = load(folder)
+    loaded.demand_whole()
     if not (folder / "samples.json.gz").is_file():
         raise UsageError(f"{folder} has no samples.json.gz, so it cannot be compared sample by sample",
                          fix=f"measure it again: qcompress verify {folder}")  # fmt: skip

@@ -37,6 +37,9 @@ def junit(verdict: dict[str, Any], name: str) -> str:
         skipped += 1
         ElementTree.SubElement(_case(suite, name, f"row {stage}"), "skipped", message="not measured")
     case = _case(suite, name, "verdict")
+    if verdict["verdict"] == "unjudged":
+        skipped += 1
+        ElementTree.SubElement(case, "skipped", message=_clean("; ".join(verdict["reasons"])))
     if verdict["verdict"] == "anomalous":
         errors += 1
         found = ElementTree.SubElement(

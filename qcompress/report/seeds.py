@@ -10,7 +10,7 @@ from rich.table import Table
 
 from qcompress.report.ladder import BESIDE, order_metrics, spell
 
-SEVERITY = ("accept", "inconclusive", "regression", "anomalous")
+SEVERITY = ("accept", "unjudged", "inconclusive", "regression", "anomalous")
 """Verdicts, from best to worst."""
 
 

@@ -33,5 +33,7 @@ def print_run(console: Console, loaded: LoadedRun) -> None:
     for line in not_measured(loaded.parity):
         console.print(f"not measured: {line}", markup=False, style="dim", soft_wrap=True)
     rows = [row["stage"] for row in loaded.parity["rows"] if row["status"] != "measured"]
-    missing = f"  (not measured: {', '.join(rows)})" if rows else ""
-    print(f"{loaded.verdict['verdict']}  {loaded.recipe.name}  {loaded.path}{missing}")
+    notes = [f"not measured: {', '.join(rows)}"] if rows else []
+    notes = ["the line ran; a smoke run is not judged", *notes] if loaded.smoke else notes
+    note = f"  ({'; '.join(notes)})" if notes else ""
+    print(f"{loaded.verdict['verdict']}  {loaded.recipe.name}  {loaded.path}{note}")

@@ -5,6 +5,7 @@ Reads parity.json and the recipe's goals. Writes verdict.json, and junit.xml for
     accept       every goal holds
     regression   a parity or a recovery goal is broken; for a target that           exit 3
                  ONNX Runtime serves, of the deployed row too
+    unjudged     a smoke run: the line ran, and nothing is judged                    exit 0
     anomalous    the measurement itself cannot be trusted: a number that is not     exit 4
                  finite, logits that are all equal, a required row or metric that
                  is missing, a float model below its own floor, a gain too large
@@ -36,7 +37,9 @@ from qcompress.report.junit import junit
 from qcompress.schema import Recipe
 from qcompress.targets.table import find_target
 
-EXIT_CODES = {"accept": 0, "regression": 3, "anomalous": 4, "inconclusive": 3}
+EXIT_CODES = {"accept": 0, "unjudged": 0, "regression": 3, "anomalous": 4, "inconclusive": 3}
+
+SMOKE = "a smoke run: the line runs here; two blocks and little data say nothing about the model"
 
 FLIPPED = 1e-4
 """Largest share of codes that folding batch norms may change: values on a tie, whose sum comes out another
@@ -92,10 +95,19 @@ class _Judgement:
         return {"judged": judged, "passed": not reasons, "goals": self.goals, "reasons": reasons}
 
 
-def gate(parity: Path, recipe: Recipe, out: Path) -> None:
+def gate(parity: Path, recipe: Recipe, out: Path, smoke: bool = False) -> None:
     """Judge the measurement in `parity` (parity.json) and write verdict.json and junit.xml to `out`."""
-    report = read_json(parity)
-    verdict = judge(
+    write_verdict(out, verdict_of(read_json(parity), recipe, smoke), recipe.name)
+
+
+def verdict_of(report: dict[str, Any], recipe: Recipe, smoke: bool = False) -> dict[str, Any]:
+    """The verdict on a parity report by the recipe's goals; a `smoke` run is not judged."""
+    if smoke:
+        missing = [row["stage"] for row in report["rows"] if row["status"] != "measured"]
+        return {
+            "verdict": "unjudged", "goals": [], "reasons": [SMOKE], "deployed": None, "not_measured": missing,
+        }  # fmt: skip
+    return judge(
         report,
         recipe.gate,
         recipe.verify.require,
@@ -103,7 +115,6 @@ def gate(parity: Path, recipe: Recipe, out: Path) -> None:
         float_trains=recipe.trains_float,
         served=served_by_onnxruntime(recipe),
     )
-    write_verdict(out, verdict, recipe.name)
 
 
 def served_by_onnxruntime(recipe: Recipe) -> bool:
