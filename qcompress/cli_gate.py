@@ -106,3 +106,9 @@ def promote(
     with errors():
         standing = api.promote(folder, out, row=row, force=force)
         print(f"{standing.recipe}, row {standing.row}: {out}, {out.stat().st_size / 1000:.0f} kB")
+        if not standing.goals.regression:
+            from qcompress.regression.decide import BEGIN, lacking, suggestion  # scipy takes most of a second
+
+            refused = f"`gate --baseline {out}` will end with exit code 2"
+            print(f"warning: {lacking(standing)}: {refused}", file=sys.stderr)
+            print(f"  fix: {BEGIN}:\n{suggestion(standing)}", file=sys.stderr)

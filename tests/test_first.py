@@ -174,6 +174,7 @@ def test_lines_without_labels_are_measured_by_agreement(tmp_path: Path, models: 
     started(tmp_path, models["head"], tmp_path / "mine.txt")
     recipe = values(tmp_path / "recipe.yaml")
     assert "train" not in recipe["data"] and list(recipe["gate"]["recovery"]) == ["test.agreement"]
+    assert recipe["gate"]["regression"] == recipe["gate"]["recovery"]
     (tmp_path / "again").mkdir()
     out = {"out": tmp_path / "again" / "recipe.yaml"}
     said = refusal(tmp_path, models["head"], tmp_path / "mine.txt", method="lsq", **out)
@@ -205,7 +206,7 @@ def test_numbers_are_a_regression_and_their_head_is_trained(tmp_path: Path, mode
     started(tmp_path, models["body"], write_table(tmp_path / "mine.csv", (0.5, 1.25, 3.0)))
     recipe = values(tmp_path / "recipe.yaml")
     assert recipe["task"]["kind"] == "regression" and "labels" not in recipe["task"]
-    assert list(recipe["gate"]["recovery"]) == ["test.spearman"]
+    assert list(recipe["gate"]["recovery"]) == list(recipe["gate"]["regression"]) == ["test.spearman"]
 
 
 def relabelled(folder: Path, model: Path, **config: Any) -> Path:
@@ -223,7 +224,7 @@ def test_the_kind_comes_from_the_checkpoint(tmp_path: Path, models: dict[str, Pa
     recipe = values(tmp_path / "recipe.yaml")
     assert recipe["task"]["kind"] == "multi" and begun.chosen["head"] == "its own"
     assert begun.why["kind"] == "config.json says multi_label_classification"
-    assert list(recipe["gate"]["recovery"]) == ["test.f1_micro"]
+    assert list(recipe["gate"]["recovery"]) == list(recipe["gate"]["regression"]) == ["test.f1_micro"]
     assert all_mistakes(tmp_path / "recipe.yaml")[2] == []
 
 

@@ -401,6 +401,38 @@ def test_a_wrong_file_of_goals_is_named(text: str, says: str, baseline: Path, tm
     assert cli("gate", "--candidate", baseline, "--goals", goals).code == 2
 
 
+RECOVERY: list[dict[str, Any]] = [
+    {"test.perplexity": {"percent-max-degradation": 2.0}},
+    {"test.perplexity": {"max-degradation": 0.5}, "other.perplexity": {"min-recovery": 0.97}},
+    {"test.perplexity": {"threshold": 10000.0}},
+    {},
+]
+
+
+@pytest.mark.parametrize("recovery", RECOVERY, ids=["percent", "two", "threshold", "none"])
+def test_a_baseline_without_goals_for_later_runs_says_what_to_add(
+    recovery: dict[str, Any], line: Project, tmp_path: Path
+) -> None:
+    """`promote` warns, `gate` refuses, and what both print is taken when it is added as it stands."""
+    bare = with_goals(line, tmp_path / "bare", regression={}, recovery=recovery)
+    file = tmp_path / "baseline.json"
+    promoted = cli("baseline", "promote", bare, "--out", file, "--force")
+    assert promoted.code == 0 and "warning: " in promoted.stderr and file.is_file()
+    for against in (bare, file):
+        refused = cli("gate", "--baseline", against, "--candidate", bare)
+        assert refused.code == 2 and "states no goal for a later run" in refused.stderr
+        texts = [text[text.index("    gate:\n") :] for text in (refused.stderr, promoted.stderr)]
+        assert texts[0] == texts[1]
+        assert ("`recovery` are a start" in refused.stderr) is bool(recovery)
+    added = yaml.safe_load(texts[0])["gate"]["regression"]
+    assert added == recovery or (not recovery and set(added) == {"test.perplexity", "other.perplexity"})
+    whole = with_goals(line, tmp_path / "whole", regression=added, recovery=recovery)
+    done = cli("gate", "--baseline", whole, "--candidate", whole)
+    assert done.code == 0, done.stderr
+    silent = cli("baseline", "promote", whole, "--out", file, "--force")
+    assert "warning" not in silent.stderr
+
+
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"format": 99}', '{"format": 1}', '{"format": 1, "gate": {}}']
 )

@@ -255,17 +255,17 @@ def _goals(found: Found, task: str, test: Any) -> tuple[dict[str, Any], str]:
     """`gate` of the recipe."""
     if task == "causal-lm":
         goal = {"test.perplexity": {"percent-max-degradation": PERPLEXITY_PERCENT}}
-        return {"recovery": goal}, f"{PERPLEXITY_PERCENT} % of perplexity; state a floor once it is known"
+        goals = {"recovery": goal, "regression": goal}
+        return goals, f"{PERPLEXITY_PERCENT} % of perplexity; state a floor once it is known"
     if isinstance(found, TextFound):
         goal = {"test.agreement": {"threshold": AGREEMENT}}
-        return {"recovery": goal}, "there are no labels: the answers must be the float model's"
+        goals = {"recovery": goal, "regression": goal}
+        return goals, "there are no labels: the answers must be the float model's"
     metric, floor, about = _metric(found, test)
     count = len(test) if test else 0
     loss = max(LOSS, -(-LOST * 1000 // count) / 1000) if count else LOSS
-    goals = {
-        "float_floor": {f"test.{metric}": floor},
-        "recovery": {f"test.{metric}": {"max-degradation": loss}},
-    }
+    goal = {f"test.{metric}": {"max-degradation": loss}}
+    goals = {"float_floor": {f"test.{metric}": floor}, "recovery": goal, "regression": goal}
     return goals, f"{about}; a loss of {loss:g}" + (
         f" is {loss * count:.0f} of {count} samples" if count else ""
     )

@@ -195,7 +195,11 @@ def _gate(choice: Choice, as_float: bool) -> list[str]:
         lines = ["# what comes out must be better than answers without reading"] if floors else []
         return [*lines, *([f"gate: {flow(goals)}"] if floors else [])]
     lines = [f"# {choice.why['gate']}", "gate:"]
-    return [*lines, *(f"  {key}: {flow(value)}" for key, value in goals.items())]
+    about = {"recovery": "against the float model", "regression": "later runs: `qcompress gate --baseline`"}
+    for key, value in goals.items():
+        note = f"    # {about[key]}" if key in about else ""
+        lines.append(f"  {key}: {flow(value)}{note}")
+    return lines
 
 
 def near(path: Path, folder: Path) -> str:

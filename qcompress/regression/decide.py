@@ -46,8 +46,7 @@ def decide(baseline: Standing, candidate: Standing, goals: Gate | None = None) -
     judged = goals or baseline.goals
     if not judged.regression:
         raise UsageError(
-            f"{baseline.where} states no goal for a later run (`gate.regression`)",
-            fix=f"add it to the recipe, or name a file with --goals:\n{suggestion(baseline)}",
+            lacking(baseline), fix=f"{BEGIN}, or name a file with --goals:\n{suggestion(baseline)}"
         )
     anomalies = list(_other_goals(baseline, candidate, goals))
     anomalies += [
@@ -90,9 +89,25 @@ def _word(anomalous: bool, broken: bool, outcomes: set[str]) -> str:
     return "inconclusive" if "inconclusive" in outcomes else "accept"
 
 
+BEGIN = "add this to the recipe, run it again (what is finished is reused), and promote that run"
+
+
+def lacking(baseline: Standing) -> str:
+    """Why no later run can be judged by a baseline without goals for it."""
+    said = f"{baseline.where} states no goal for a later run (`gate.regression`)"
+    return said + ("; its goals of `recovery` are a start" if baseline.goals.recovery else "")
+
+
 def suggestion(baseline: Standing) -> str:
-    """A fragment of a recipe: on each set's main metric 1 % of what it is, rounded up to one digit."""
+    """A fragment of a recipe: the goals of `recovery`, against the baseline; where there are none, on each
+    set's main metric 1 % of what it is, rounded up to one digit.
+    """
     lines = ["    gate:", "      regression:"]
+    for metric, goal in baseline.goals.recovery.items():
+        limits = goal.model_dump(by_alias=True, exclude_none=True)
+        lines.append(f"        {metric}: {{{', '.join(f'{key}: {value:g}' for key, value in limits.items())}}}")
+    if baseline.goals.recovery:
+        return "\n".join(lines)
     for name, metrics in baseline.parity.get("main", {}).items():
         one = abs(baseline.metrics.get(f"{name}.{metrics[0]}", 1.0)) / 100
         power = 10.0 ** math.floor(math.log10(max(one, 1e-6)))
