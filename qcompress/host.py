@@ -6,29 +6,52 @@ import ctypes
 import os
 import platform
 import socket
+import sys
+
+MAJOR, MINOR = 75, 76
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h."""
 
 
 def threads() -> int:
     """Threads that torch and ONNX Runtime will use; another number gives other bits."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else len(os.sched_getaffinity(0))
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else cores()
+
+
+def cores() -> int:
+    """Logical processors that this process may use; all of the machine where the system cannot tell."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cuda_driver() -> ctypes.CDLL | None:
+    """The CUDA driver's library, initialised; None where there is none or it reports an error."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        return None if cuda.cuInit(0) else cuda
+    except (OSError, AttributeError):  # no such library, or a stub without its functions
+        return None
 
 
 def cuda_devices() -> list[tuple[int, int]]:
     """Compute capability of every CUDA device the driver reports, [] without a driver."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    cuda, count = cuda_driver(), ctypes.c_int()
+    if cuda is None or cuda.cuDeviceGetCount(ctypes.byref(count)):
         return []
-    count = ctypes.c_int()
-    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return []
-    found = []
-    for index in range(count.value):
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        if cuda.cuDeviceComputeCapability(ctypes.byref(major), ctypes.byref(minor), index) == 0:
-            found.append((major.value, minor.value))
-    return found
+    capabilities = [_capability(cuda, ordinal) for ordinal in range(count.value)]
+    return [capability for capability in capabilities if capability is not None]
+
+
+def _capability(cuda: ctypes.CDLL, ordinal: int) -> tuple[int, int] | None:
+    """Compute capability of one device; None where the driver reports an error."""
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if cuda.cuDeviceGet(ctypes.byref(device), ordinal):
+        return None
+    for number, attribute in ((major, MAJOR), (minor, MINOR)):
+        if cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+            return None
+    return major.value, minor.value
 
 
 def device_kind(wanted: str) -> str:

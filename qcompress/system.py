@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -209,7 +210,7 @@ def reset_peak() -> None:
     back to the system first: a model refers to itself, and the C library keeps what was freed.
     """
     gc.collect()
-    with suppress(OSError, AttributeError):  # only glibc has it
+    with suppress(OSError, AttributeError, TypeError):  # only glibc has it; Windows opens no library of None
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):  # elsewhere the peak of the process's whole life stands in
         Path("/proc/self/clear_refs").write_text("5")
@@ -252,4 +253,4 @@ def peak_mib() -> float:
     if resource is None:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if os.uname().sysname == "Darwin" else 2**10)
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-
+from qcompress.host import cuda_devices
 from qcompress.targets.table import Target
-
-MAJOR, MINOR = 75, 76
-"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h."""
 
 
 def compute_capability() -> int | None:
     """SM of the first visible GPU, 86 for 8.6; None without a driver or a GPU."""
-    try:
-        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
+    capabilities = cuda_devices()
+    if not capabilities:
         return None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    for number, attribute in ((major, MAJOR), (minor, MINOR)):
-        if cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
-            return None
-    return major.value * 10 + minor.value
+    major, minor = capabilities[0]
+    return major * 10 + minor
 
 
 def lacks(target: Target) -> str:

@@ -17,6 +17,10 @@ class Driver:
         assert flags == 0
         return 100 if self.failing == "cuInit" else 0
 
+    def cuDeviceGetCount(self, count: object) -> int:  # noqa: N802
+        count._obj.value = 1
+        return 2 if self.failing == "cuDeviceGetCount" else 0
+
     def cuDeviceGet(self, device: object, ordinal: int) -> int:  # noqa: N802
         assert ordinal == 0
         device._obj.value = 7
@@ -36,7 +40,7 @@ def test_the_first_gpu_is_known_by_its_compute_capability(
     assert compute_capability() == sm
 
 
-@pytest.mark.parametrize("call", ["cuInit", "cuDeviceGet", "cuDeviceGetAttribute"])
+@pytest.mark.parametrize("call", ["cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetAttribute"])
 def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver((8, 6), failing=call))
     assert compute_capability() is None
