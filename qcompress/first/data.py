@@ -18,6 +18,7 @@ from qcompress.errors import QcompressError
 from qcompress.first.asked import Ask, Asked, Mistakes
 from qcompress.tasks.labels import IGNORED
 from qcompress.tasks.table import Row, read_whole
+from qcompress.tasks.text import UTF8
 from qcompress.wording import choose
 
 TEXT_NAMES = ("text", "sentence", "sentence1", "text1", "question1", "review", "content", "question",
@@ -109,7 +110,7 @@ def look_at_data(asked: Asked, mistakes: Mistakes, ask: Ask | None) -> Found | N
 
 def _text(file: Path, mistakes: Mistakes) -> TextFound | None:
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode(UTF8)
     except UnicodeDecodeError:
         fix = f"name a UTF-8 text, or a table ({', '.join(SUFFIXES)})"
         mistakes.add("--data", f"{file} is neither a table nor UTF-8 text", fix)

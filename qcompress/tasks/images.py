@@ -26,6 +26,7 @@ from qcompress.errors import ModelError, UsageError
 from qcompress.models.architecture import PIXELS
 from qcompress.schema import TextData
 from qcompress.tasks.examples import LABELS, Batch
+from qcompress.tasks.table import columns_in
 from qcompress.tasks.text import open_dataset
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -242,12 +243,7 @@ def _archive(file: Path, columns: Mapping[str, str]) -> Iterator[Picture]:
     """Images uint8 [images, height, width, 3] of a numpy archive, with labels [images] if it has them."""
     with opened_archive(file) as archive:
         names = {"image": columns.get("image", "images"), "label": columns.get("label", "labels")}
-        for role, name in names.items():
-            if name not in archive.files and (role == "image" or role in columns):
-                raise UsageError(
-                    f"{file.name} has the arrays {', '.join(archive.files)}, and not {name!r}",
-                    fix=f"name the right one with `columns: {{{role}: ...}}`",
-                )
+        columns_in(file.name, archive.files, names, () if "label" in columns else ("label",), what="arrays")
         images = archive[names["image"]]
         labels = archive[names["label"]] if names["label"] in archive.files else None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
@@ -313,12 +309,8 @@ def _dataset(data: TextData, base: Path, columns: Mapping[str, str]) -> Pictures
     """Rows of `datasets`, whose feature `Image` opens them."""
     rows = open_dataset(data, base)
     names = {"image": columns.get("image", "image"), "label": columns.get("label", "label")}
-    for role, name in names.items():
-        if name not in rows.column_names and (role == "image" or role in columns):
-            raise UsageError(
-                f"dataset {data.dataset} has the columns {', '.join(rows.column_names)}, and not {name!r}",
-                fix=f"name the right one with `columns: {{{role}: ...}}`",
-            )
+    optional = () if "label" in columns else ("label",)
+    columns_in(f"dataset {data.dataset}", rows.column_names, names, optional)
     labels: Sequence[Any] = [None] * len(rows)
     if names["label"] in rows.column_names:
         labels = rows.select_columns(names["label"])[:][names["label"]]

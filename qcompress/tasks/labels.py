@@ -15,6 +15,7 @@ from qcompress.errors import UsageError
 from qcompress.glue import GLUE
 from qcompress.models.heads import is_named
 from qcompress.schema import ImageClassification, SequenceClassification, TokenClassification
+from qcompress.tasks.text import printable
 
 IGNORED = -100
 """The label of a token that no loss and no metric counts; transformers' own."""
@@ -171,7 +172,7 @@ class Labels:
             listed = sorted(word for word in first if not _is_integer(word) or self.are == "names")
             raise UsageError(
                 f"{first[words[0]]}: the label {words[0]!r} is not one of the model's; the data have the "
-                f"labels {', '.join(listed[:SHOWN])}{' ...' if len(listed) > SHOWN else ''}, and the model "
+                f"labels {printable(', '.join(listed[:SHOWN]))}{' ...' if len(listed) > SHOWN else ''}, and the model "
                 f"has {', '.join(self.names) if self.names else 'labels without names'}",
                 fix=self.fix(),
             )

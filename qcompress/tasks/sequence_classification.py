@@ -30,7 +30,7 @@ from qcompress.tasks.examples import Batch
 from qcompress.tasks.labels import MISSING, dataset_names, labels_of, named_outputs, settle, spelling
 from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
 from qcompress.tasks.scores import agreement, cross_entropy, scores
-from qcompress.tasks.table import Slices, Table, Wanted, read_table, table_slices
+from qcompress.tasks.table import Slices, Table, Wanted, demand_text, read_table, table_slices
 from qcompress.tasks.text import read_lines
 
 if TYPE_CHECKING:
@@ -181,7 +181,8 @@ def _read(data: TextData, base: Path, task: SequenceClassification) -> list[dict
     """Examples as {"text", "pair", "label"}, the latter two where there are any."""
     if data.text is not None:
         return [{"text": line} for line in read_lines(data, base)]
-    table = read_table(data, base, wanted(data, task))
+    asked = wanted(data, task)
+    table = read_table(data, base, asked)
     columns = dict(table.columns)
     if "label" in columns and all(value in (MISSING, None, "") for value in columns["label"]):
         del columns["label"]
@@ -189,10 +190,7 @@ def _read(data: TextData, base: Path, task: SequenceClassification) -> list[dict
         columns["label"] = _labels(table, task)
     for role in ("text", "pair"):
         for place, cell in zip(table.places, columns.get(role, ()), strict=False):
-            if not isinstance(cell, str):
-                raise UsageError(
-                    f"{place}: the {role} is not text but {cell!r:.60}", fix="mend or remove that row"
-                )
+            demand_text(cell, asked.columns[role], place, role)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcompress.errors import UsageError
+from qcompress.tasks.text import is_text
 
 MOST = 100
 """Different values of one column: what has more is no slice of a set, but a measure or a name of samples."""
@@ -64,6 +65,8 @@ def _spell(cell: Any, name: str, place: str) -> tuple[str, str | None]:
         raise UsageError(
             f"{place}: {name} is {what}: {cell!r:.60}", fix="write a word for each group of values"
         )
+    if not is_text(cell):
+        raise UsageError(f"{place}: {name} holds half a character: {cell!r:.60}", fix="write another word")
     if cell.strip() == EVERY:
         raise UsageError(
             f"{place}: {name} is {EVERY!r}, which stands for every value", fix="write another word"

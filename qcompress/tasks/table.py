@@ -7,18 +7,37 @@ can be named.
 from __future__ import annotations
 
 import csv
+import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from qcompress.errors import UsageError
 from qcompress.schema import TextData
-from qcompress.tasks.text import open_dataset, open_text
+from qcompress.tasks.text import is_text, open_dataset, open_text, printable
+
+SHOWN = 20
+"""Columns named in one message."""
+
+CELL = 2**31 - 1
+"""Most characters of a cell: all that the parser can count to. Python's own limit is 131,072."""
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands (`train.tsv:17`), and its cells by the name of their column."""
+
+
+class ColumnError(UsageError):
+    """A column that is not there, or that holds something else than its role. `role`: its key under
+    `columns`, or `slices`.
+    """
+
+    def __init__(self, message: str, *, fix: str, role: str) -> None:
+        super().__init__(message, fix=fix)
+        self.role = role
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,8 @@ class Wanted:
     header: tuple[str, ...] | None = None
     broken: float = 0.0
     slices: tuple[str, ...] = ()
+    most: int | None = None
+    """Rows of each file that are read; None: all."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -105,29 +126,22 @@ def _read_file(file: Path, wanted: Wanted) -> Table:
 def read_whole(file: Path) -> tuple[list[str], list[Row]]:
     """Every column of a file, and its rows. A .csv or .tsv must begin with the names of its columns."""
     reader = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[file.suffix]
-    header, _ = reader(file, Wanted({}))
+    header = list(reader(file, Wanted({}))[0])
+    _refuse_other_separator(file.name, header)
     header, rows = reader(file, Wanted({name: name for name in header}))
     return list(header), list(rows)
 
 
 def _collect(name: str, header: Sequence[str], rows: Iterator[Row], wanted: Wanted) -> Table:
     """The wanted columns of some rows; `header`: all columns of the file."""
-    roles = {role: column for role, column in wanted.columns.items()
-             if column in header or role not in wanted.optional}  # fmt: skip
-    for role, column in roles.items():
-        if column not in header:
-            shown = ", ".join(header[:20]) or "none"
-            raise UsageError(f"{name} has the columns {shown}, and not {column!r}",
-                             fix=f"name the right one with `columns: {{{role}: ...}}`")  # fmt: skip
+    roles = columns_in(name, header, wanted.columns, wanted.optional)
     for column in wanted.slices:
         if column not in header:
-            shown = ", ".join(header[:20]) or "none"
-            raise UsageError(f"{name} has the columns {shown}, and not {column!r}",
-                             fix="name the right one under `slices`")  # fmt: skip
+            raise missing_column(name, header, column, "slices")
     columns: dict[str, list[Any]] = {role: [] for role in roles}
     slices: dict[str, list[Any]] = {column: [] for column in wanted.slices}
     places, broken = [], []
-    for place, cells in rows:
+    for place, cells in islice(rows, wanted.most):
         if missing := [column for column in roles.values() if column not in cells]:
             broken.append(f"{place}: the column {missing[0]!r} is missing")
             continue
@@ -140,6 +154,62 @@ def _collect(name: str, header: Sequence[str], rows: Iterator[Row], wanted: Want
         also = f", and of {len(broken) - 1} more" if len(broken) > 1 else ""
         raise UsageError(f"{broken[0]}{also}", fix="mend or remove such rows")
     return Table(columns, places, slices=slices)
+
+
+def columns_in(
+    name: str,
+    header: Sequence[str],
+    columns: Mapping[str, str],
+    optional: Collection[str],
+    *,
+    what: str = "columns",
+) -> dict[str, str]:
+    """The columns that are there, by role. Raises ColumnError for one that is missing and must not be, and
+    for one that may be missing where another column has nearly its name. `what`: what they are called.
+    """
+    for role, column in columns.items():
+        if column not in header and (role not in optional or _alike(column, header)):
+            raise missing_column(name, header, column, role, what)
+    return {role: column for role, column in columns.items() if column in header}
+
+
+def missing_column(
+    name: str, header: Sequence[str], column: str, role: str, what: str = "columns"
+) -> ColumnError:
+    """The error for a column that is not there, with the name that was probably meant."""
+    shown = ", ".join(printable(one) if one == one.strip() else repr(one) for one in header[:SHOWN]) or "none"
+    near = _alike(column, header) or next(iter(difflib.get_close_matches(column, header, n=1)), None)
+    if role == "slices":
+        fix = "name the right one under `slices`" + (f", such as {json.dumps(near)}" if near else "")
+    else:
+        fix = f"write `columns: {{{role}: {json.dumps(near)}}}`, or rename the column" if near else ""
+    fix = fix or f"name the right one with `columns: {{{role}: ...}}`"
+    return ColumnError(f"{name} has the {what} {shown}, and not {column!r}", fix=fix, role=role)
+
+
+def _alike(column: str, header: Sequence[str]) -> str | None:
+    """A column whose name differs from this one in case, blanks, marks or a plural s alone."""
+    return next((one for one in header if _plain(one) == _plain(column)), None)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).casefold().removesuffix("s")
+
+
+def _refuse_other_separator(name: str, header: Sequence[str]) -> None:
+    """Refuse a file of one column whose header holds separators of another kind of table."""
+    wanted, others = ("a tab", ";,|") if name.endswith(".tsv") else ("a comma", ";\t|")
+    if len(header) != 1 or not name.endswith((".csv", ".tsv")):
+        return
+    other = max(others, key=header[0].count)
+    if other in header[0]:
+        spelled = {"\t": "tabs", ",": "commas"}.get(other, f"`{other}`")
+        rename = {"\t": ", or rename it to .tsv", ",": ", or rename it to .csv"}.get(other, "")
+        raise UsageError(
+            f"{name} has one column, {printable(header[0])!r}: its cells are separated by {spelled}, and "
+            f"those of a {name[-4:]} file by {wanted}",
+            fix=f"write it again with {wanted} between the cells{rename}",
+        )
 
 
 def _tsv(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
@@ -157,6 +227,8 @@ def _separated(
 ) -> tuple[list[str], Iterator[Row]]:
     lines = _parsed(file, delimiter, quoting)
     header = list(wanted.header) if wanted.header is not None else next(lines, ("", []))[1]
+    if wanted.header is None and wanted.columns and not set(header) & wanted.names:
+        _refuse_other_separator(file.name, header)
     twice = sorted({name for name in header if name in wanted.names and header.count(name) > 1})
     if twice:
         raise UsageError(f"{file.name} has the column {twice[0]!r} more than once", fix="rename one of them")
@@ -177,6 +249,7 @@ def _parsed(file: Path, delimiter: str, quoting: Any) -> Iterator[tuple[str, lis
     """Rows of cells with their places; empty lines are skipped, a byte-order mark is dropped."""
     reader = csv.reader(open_text(file), delimiter=delimiter, quoting=quoting, strict=True)
     while True:
+        limit = csv.field_size_limit(CELL)  # of the whole process: put back at once
         try:
             cells = next(reader)
         except StopIteration:
@@ -185,6 +258,8 @@ def _parsed(file: Path, delimiter: str, quoting: Any) -> Iterator[tuple[str, lis
             raise UsageError(
                 f"{file.name}:{reader.line_num}: {error}", fix="mend or remove that row"
             ) from None
+        finally:
+            csv.field_size_limit(limit)
         if cells:
             yield f"{file.name}:{reader.line_num}", cells
 
@@ -195,14 +270,16 @@ def _jsonl(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
     for number, line in enumerate(open_text(file), 1):
         if not line.strip():
             continue
+        if wanted.most is not None and len(rows) >= wanted.most:
+            break
         try:
             cells = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(
                 f"{file.name}:{number} is not JSON ({error})", fix="write one object a line"
             ) from None
         if not isinstance(cells, dict):
-            raise UsageError(f"{file.name}:{number} is no JSON object", fix="write one object a line")
+            raise UsageError(f"{file.name}:{number} is not a JSON object", fix="write one object a line")
         rows.append((f"{file.name}:{number}", cells))
     return list(dict.fromkeys(name for _, cells in rows for name in cells)), iter(rows)
 
@@ -212,16 +289,29 @@ def _parquet(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
     from pyarrow import ArrowException, parquet
 
     try:
-        header = parquet.read_schema(file).names
-        names = [name for name in header if name in wanted.names]
-        cells = parquet.read_table(file, columns=names).to_pydict() if names else {}
+        with parquet.ParquetFile(file) as opened:
+            header = opened.schema_arrow.names
+            names = [name for name in header if name in wanted.names]
+            cells = _columns_of(opened, names, wanted.most)
     except (OSError, ArrowException) as error:
         raise UsageError(f"{file.name} cannot be read as parquet: {error}", fix="write it again") from None
     return header, _by_row(file.name, cells)
 
 
+def _columns_of(opened: Any, names: list[str], most: int | None) -> dict[str, list[Any]]:
+    """Columns of a parquet file; `most`: their first rows."""
+    if not names:
+        return {}
+    if most is None:
+        return opened.read(columns=names).to_pydict()
+    batch = next(opened.iter_batches(batch_size=most, columns=names), None)
+    return {name: [] for name in names} if batch is None else batch.to_pydict()
+
+
 def _read_dataset(data: TextData, base: Path, wanted: Wanted) -> Table:
     found = open_dataset(data, base)
+    if wanted.most is not None:
+        found = found.select(range(min(wanted.most, len(found))))
     columns = [name for name in found.column_names if name in wanted.names]
     rows = _by_row(str(data.dataset), {name: list(found[name]) for name in columns})
     table = _collect(f"dataset {data.dataset}", found.column_names, rows, wanted)
@@ -239,6 +329,18 @@ def named_cells(feature: Any, cells: Sequence[Any]) -> list[Any]:
     if not names:
         return list(cells)
     return [names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else None for cell in cells]
+
+
+def demand_text(cell: object, column: str, place: str, role: str) -> None:
+    """Raise ColumnError for a cell that is not text, or holds half a character."""
+    if is_text(cell):
+        return
+    if isinstance(cell, str):
+        what = "holds half a character, a surrogate without its other half"
+        fix = "write the character whole: JSON spells one beyond U+FFFF as two escapes"
+    else:
+        what, fix = f"is not text but {cell!r:.60}", "mend or remove that row"
+    raise ColumnError(f"{place}: the column {column!r} {what}", fix=fix, role=role)
 
 
 def _by_row(name: str, cells: Mapping[str, Sequence[Any]]) -> Iterator[Row]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ def read_text(data: TextData, base: Path) -> str:
     lines, which is how perplexity is usually measured on it.
     """
     if data.text is not None:
-        return "".join(_read_file(base / name) for name in data.text)
+        return "".join(read_file(base / name) for name in data.text)
     rows = open_dataset(data, base)
     if data.column not in rows.column_names:
         raise UsageError(
@@ -38,7 +38,7 @@ def read_text(data: TextData, base: Path) -> str:
 
 def read_lines(data: TextData, base: Path) -> list[str]:
     """One example a line, of all files; empty lines are none."""
-    lines = [line for name in data.text or () for line in re.split(r"\r\n|\n|\r", _read_file(base / name))]
+    lines = [line for name in data.text or () for line in re.split(r"\r\n|\n|\r", read_file(base / name))]
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise UsageError(f"{', '.join(data.text or ())} has no line of text", fix="name more text")
@@ -80,15 +80,45 @@ def fingerprint(data: TextData, base: Path) -> dict[str, str]:
     return {"dataset": f"{data.dataset}/{data.config}/{data.split}@{data.revision}"}
 
 
-def open_text(file: Path) -> io.StringIO:
-    """The lines of a file, ends kept as they are; a byte-order mark is dropped."""
-    return io.StringIO(_read_file(file).removeprefix("\ufeff"), newline="")
-
-
-def _read_file(path: Path) -> str:
+def open_text(file: Path) -> Iterator[str]:
+    """The lines of a file, one at a time, ends kept as they are; a byte-order mark is dropped."""
     try:
-        return path.read_bytes().decode("utf-8")  # not read_text, which would rewrite line ends
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+        with file.open(encoding=UTF8, newline="") as stream:
+            yield from stream
+    except UnicodeDecodeError:
+        read_file(file)  # which says where
+        raise
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror})") from None
+        raise UsageError(f"{file} cannot be read ({error.strerror})", fix="check the file") from None
+
+
+def read_file(path: Path) -> str:
+    """The whole text of a file, line ends kept as they are; a byte-order mark is dropped."""
+    try:
+        return path.read_bytes().decode(UTF8)  # not read_text, which would rewrite line ends
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start})", fix=f"write it as UTF-8{_or(path)}"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror})", fix="check the file") from None
+
+
+def _or(path: Path) -> str:
+    """What else a file that is not UTF-8 looks like."""
+    with path.open("rb") as stream:
+        return "; it is UTF-16" if stream.read(2) in (b"\xff\xfe", b"\xfe\xff") else ""
+
+
+def printable(text: str) -> str:
+    r"""Text that any terminal and any file can take: half a character is written as `\ud83d`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def is_text(cell: object) -> bool:
+    """Whether a cell is text without half a character, which neither a tokenizer nor a file can take."""
+    return isinstance(cell, str) and (cell.isascii() or printable(cell) == cell)
+
+
+UTF8 = "utf-8-sig"
+"""UTF-8; a byte-order mark at the beginning of a file belongs to the file and not to its text."""

@@ -30,7 +30,7 @@ from qcompress.tasks.examples import Batch
 from qcompress.tasks.labels import IGNORED, dataset_names, labels_of, named_outputs, settle, spelling
 from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
 from qcompress.tasks.scores import agreement, span_f1
-from qcompress.tasks.table import Slices, Table, Wanted, read_table, table_slices
+from qcompress.tasks.table import Slices, Table, Wanted, demand_text, read_table, table_slices
 from qcompress.tasks.text import read_lines
 
 if TYPE_CHECKING:
@@ -171,12 +171,15 @@ def _read(data: TextData, base: Path, task: TokenClassification) -> list[dict[st
     """Examples as {"tokens", "tags"}, tags where there are any: indices, or -100 for a word without one."""
     if data.text is not None:
         return [{"tokens": line.split()} for line in read_lines(data, base)]
-    table = read_table(data, base, wanted(data))
+    asked = wanted(data)
+    table = read_table(data, base, asked)
     columns = {role: [_list(cell, place) for cell, place in zip(cells, table.places, strict=True)]
                for role, cells in table.columns.items()}  # fmt: skip
     for place, words in zip(table.places, columns["tokens"], strict=True):
-        if not words or not all(isinstance(word, str) for word in words):
-            raise UsageError(f"{place}: the words are not a list of texts", fix="mend or remove that row")
+        if not words:
+            raise UsageError(f"{place}: the words are an empty list", fix="remove that row")
+        for word in words:
+            demand_text(word, asked.columns["tokens"], place, "tokens")
     if "tags" in columns:
         columns["tags"] = _tags(table, columns, task)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from pyarrow import Table, parquet
 
 from qcompress.errors import UsageError
 from qcompress.glue import GLUE
-from qcompress.schema import SequenceClassification, TextData
-from qcompress.tasks import sequence_classification
-from qcompress.tasks.table import Wanted, read_table, read_whole
+from qcompress.schema import SequenceClassification, TextData, TokenClassification
+from qcompress.tasks import sequence_classification, token_classification
+from qcompress.tasks.labels import Labels
+from qcompress.tasks.table import ColumnError, Wanted, read_table, read_whole
 from qcompress.tasks.text import fingerprint
 
 ROWS = [
@@ -102,7 +105,7 @@ def test_several_tables_are_one_after_another_and_have_the_same_columns(tmp_path
         ("a.csv", 'text,label\n"x"y,1\n', "a.csv:2: "),
         ("a.csv", "text,label,text\nx,1,y\n", "a.csv has the column 'text' more than once"),
         ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2 is not JSON"),
-        ("a.jsonl", '["x"]\n', "a.jsonl:1 is no JSON object"),
+        ("a.jsonl", '["x"]\n', "a.jsonl:1 is not a JSON object"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "x"}\n', "a.jsonl:2: the column 'label' is missing"),
         ("a.parquet", "no parquet", "a.parquet cannot be read as parquet"),
     ],
@@ -114,6 +117,116 @@ def test_a_table_that_is_broken_is_refused_with_the_place(
     with pytest.raises(UsageError, match=message) as refused:
         read_table(TextData(table=[name]), tmp_path, WANTED)
     assert refused.value.fix
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet", "a.dataset"])
+@pytest.mark.parametrize(
+    ("header", "asked", "fix"),
+    [
+        ("Label", None, 'write `columns: {label: "Label"}`, or rename the column'),
+        (" label", None, 'write `columns: {label: " label"}`, or rename the column'),
+        ("labels", None, 'write `columns: {label: "labels"}`, or rename the column'),
+        ("LABEL ", "label", 'write `columns: {label: "LABEL "}`, or rename the column'),
+        ("sentiment", "sentimnet", 'write `columns: {label: "sentiment"}`, or rename the column'),
+        ("number", None, None),
+    ],
+)
+def test_a_column_of_nearly_the_right_name_is_pointed_out(
+    header: str, asked: str | None, fix: str | None, name: str, tmp_path: Path
+) -> None:
+    """Without a column `label` a table has no labels: one that is called `Label` was meant."""
+    rows = [{"text": "x", header: "1"}]
+    if name == "a.dataset":
+        write_dataset(tmp_path / "rows", rows)
+        data = TextData(dataset="rows")
+    else:
+        write_table(tmp_path / name, rows)
+        data = TextData(table=[name])
+    wanted = WANTED if asked is None else Wanted({"text": "text", "label": asked})
+    if fix is None:
+        assert list(read_table(data, tmp_path, wanted).columns) == ["text"]
+        return
+    with pytest.raises(ColumnError) as refused:
+        read_table(data, tmp_path, wanted)
+    assert f"and not {asked or 'label'!r}" in refused.value.message
+    assert refused.value.fix == fix and refused.value.role == "label"
+
+
+def write_dataset(folder: Path, rows: list[dict[str, Any]]) -> None:
+    folder.mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "said"),
+    [
+        ("a.csv", ";", "separated by `;`, and those of a .csv file by a comma"),
+        ("a.csv", "\t", "separated by tabs, and those of a .csv file by a comma"),
+        ("a.csv", "|", "separated by `|`, and those of a .csv file by a comma"),
+        ("a.tsv", ",", "separated by commas, and those of a .tsv file by a tab"),
+        ("a.tsv", ";", "separated by `;`, and those of a .tsv file by a tab"),
+    ],
+)
+def test_another_separator_is_named(name: str, separator: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(f"text{separator}label\na film, long{separator}1\n")
+    for read in (
+        lambda: read_table(TextData(table=[name]), tmp_path, WANTED),
+        lambda: read_whole(tmp_path / name),
+    ):
+        with pytest.raises(UsageError, match="has one column") as refused:
+            read()
+        assert said in refused.value.message and "write it again with" in refused.value.fix
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_cell_may_be_long(suffix: str, tmp_path: Path) -> None:
+    """The parser of the standard library refuses cells above 131,072 characters unless it is told not to."""
+    long = "word " * 30_000
+    write_table(tmp_path / f"a{suffix}", [{"text": long, "label": "1"}])
+    before = csv.field_size_limit()
+    found = read_table(TextData(table=[f"a{suffix}"]), tmp_path, WANTED)
+    assert found.columns["text"] == [long] and csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_name(suffix: str, tmp_path: Path) -> None:
+    file = write_table(tmp_path / f"a{suffix}")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    assert list(read_table(TextData(table=[f"a{suffix}"]), tmp_path, WANTED).columns) == ["text", "label"]
+    assert read_whole(file)[0] == ["text", "label", "number"]
+
+
+@pytest.mark.parametrize("cell", ["half \ud83d", "\udc00", "a\ud800\ud800"])
+def test_half_a_character_is_named_with_its_row_and_column(cell: str, tmp_path: Path) -> None:
+    rows = [{"body": "fine", "label": 0}, {"body": cell, "label": 1}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [{"tokens": ["a"], "tags": [0]}, {"tokens": ["a", cell], "tags": [0, 0]}]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
+    texts = TextData(table=["a.jsonl"], columns={"text": "body"})
+    with pytest.raises(ColumnError, match="a.jsonl:2: the column 'body' holds half a character"):
+        sequence_classification._read(texts, tmp_path, SequenceClassification(labels=["n", "p"]))
+    with pytest.raises(ColumnError, match="b.jsonl:2: the column 'tokens' holds half a character"):
+        tags = TokenClassification(labels=["n", "p"])
+        token_classification._read(TextData(table=["b.jsonl"]), tmp_path, tags)
+    with pytest.raises(UsageError) as refused:
+        Labels(("n", "p")).read([cell], ["a.jsonl:2"])
+    str(refused.value).encode()  # a terminal can show it
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_the_first_rows_alone_can_be_read(suffix: str, tmp_path: Path) -> None:
+    write_table(tmp_path / f"a{suffix}")
+    found = read_table(TextData(table=[f"a{suffix}"]), tmp_path, replace(WANTED, most=2))
+    assert found.columns["label"] == ["bad", "good"]
+
+
+def test_text_that_is_not_utf_8_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nx,1\n", encoding="utf-16")
+    (tmp_path / "b.csv").write_bytes(b"text,label\nx\xe9,1\n")
+    for name, fix in (("a.csv", "write it as UTF-8; it is UTF-16"), ("b.csv", "write it as UTF-8")):
+        with pytest.raises(UsageError, match=f"{name} is not UTF-8") as refused:
+            read_table(TextData(table=[name]), tmp_path, WANTED)
+        assert refused.value.fix == fix
 
 
 def test_the_rows_of_a_dataset_are_read_with_the_names_of_its_labels(tmp_path: Path) -> None:

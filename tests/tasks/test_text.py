@@ -11,7 +11,7 @@ import pytest
 
 from qcompress.errors import UsageError
 from qcompress.schema import TextData
-from qcompress.tasks.text import fingerprint, read_text
+from qcompress.tasks.text import fingerprint, read_lines, read_text
 
 ROWS = ["First line.", "", "Third: \u00e9\u4e16\u754c", "last"]
 
@@ -43,6 +43,14 @@ def test_files_are_joined_as_they_are_in_the_order_of_the_recipe(tmp_path: Path)
     (tmp_path / "b.txt").write_bytes(b"two")
     assert read_text(TextData(text=["a.txt", "b.txt"]), tmp_path) == "one\r\n\u00e9 \rtwo"
     assert read_text(TextData(text=["b.txt", "a.txt", "b.txt"]), tmp_path).startswith("twoone")
+
+
+def test_a_byte_order_mark_at_the_beginning_of_a_file_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo \xef\xbb\xbf\n")
+    data = TextData(text=["a.txt", "b.txt"])
+    assert read_text(data, tmp_path) == "one\ntwo \ufeff\n"
+    assert read_lines(data, tmp_path) == ["one", "two \ufeff"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])

@@ -84,8 +84,8 @@ def test_words_may_have_no_tags(tmp_path: Path) -> None:
         ({"tokens": ["a"], "tags": [5]}, "data.jsonl:1: 5 is not the name or the index of a label"),
         ({"tokens": ["a", "film"], "tags": [0]}, "data.jsonl:1: 2 words and 1 tags"),
         ({"tokens": "a film", "tags": [0]}, "data.jsonl:1: 'a film' is not a list"),
-        ({"tokens": [], "tags": []}, "data.jsonl:1: the words are not a list of texts"),
-        ({"tokens": [1], "tags": [0]}, "data.jsonl:1: the words are not a list of texts"),
+        ({"tokens": [], "tags": []}, "data.jsonl:1: the words are an empty list"),
+        ({"tokens": [1], "tags": [0]}, "data.jsonl:1: the column 'tokens' is not text but 1"),
         ({"words": ["a"]}, "data.jsonl has the columns words, and not 'tokens'"),
     ],
 )
