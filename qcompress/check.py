@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from qcompress.adapter_rules import judge_adapter
 from qcompress.axes import PHASES
 from qcompress.codebook_rules import judge_codebooks
+from qcompress.data_check import judge_data
 from qcompress.errors import Mistake, ModelError, RecipeError
 from qcompress.formats import INT2_OPSET, WeightFormat
 from qcompress.models import FAMILIES, describe
@@ -49,6 +50,8 @@ class Report:
     matches: dict[str, int]
     """Layers that each pattern of `format.layers` matches, or points where it matches no layer."""
     points: tuple[PointPlan, ...] = ()
+    bounded: tuple[str, ...] = ()
+    """Data of which only a part was looked at."""
 
 
 def head_of(recipe: Recipe) -> Head:
@@ -60,6 +63,8 @@ def check_model(recipe: Resolved, directory: Path) -> Report:
     """Hold a recipe against a checkpoint. Raises RecipeError with every mistake, or ModelError."""
     document = recipe.document()
     report = _describe_and_judge(recipe.recipe, document, directory, strict=True)
+    if report is not None and not document.mistakes:
+        judge_data(recipe.recipe, document, recipe.base, directory, whole=True)
     judge_values(recipe.recipe, document, recipe.base, hub=True)
     if document.mistakes or report is None:
         raise RecipeError(document.mistakes)
@@ -78,16 +83,18 @@ def all_mistakes(
     if recipe is None:
         return None, None, RecipeError(document.mistakes).mistakes
     whole = None if document.mistakes else resolved(document, recipe, file)
-    report = None
+    report, bounded = None, ()
     if document.sound(("model", "family"), ("model", "source"), ("model", "run")):
         source = base_of(file) / recipe.model.source if recipe.model.source else None
         directory = directory or (source if source and os.path.isdir(source) else None)
         report = _describe_and_judge(recipe, document, directory) if directory else None
+    if directory is not None and report is not None:
+        bounded = judge_data(recipe, document, base_of(file), directory, whole=False)
     if () not in document.tainted:
         judge_values(recipe, document, base_of(file), hub=False)
     if document.mistakes:
         return whole, None, RecipeError(document.mistakes).mistakes
-    return whole, report, []
+    return whole, report and replace(report, bounded=bounded), []
 
 
 def _describe_and_judge(

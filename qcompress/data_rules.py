@@ -44,7 +44,7 @@ def judge_origins(recipe: Recipe, document: Document) -> None:
     if not document.sound(("task", "name")):
         return
     task = recipe.task.name
-    for section, data in _texts(recipe):
+    for section, data in sections_of(recipe):
         for key, message, fix in _misplaced(recipe, section, data):
             if document.present((*section, key)):
                 document.report((*section, key), message, fix)
@@ -89,7 +89,8 @@ def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[s
             yield "columns", message, f"drop `{name}`"
 
 
-def _texts(recipe: Recipe) -> Iterator[tuple[Key, TextData]]:
+def sections_of(recipe: Recipe) -> Iterator[tuple[Key, TextData]]:
+    """The sections of a recipe's data with their keys."""
     for name in ("train", "calibration"):
         if (text := getattr(recipe.data, name)) is not None:
             yield ("data", name), text
@@ -100,7 +101,7 @@ def _texts(recipe: Recipe) -> Iterator[tuple[Key, TextData]]:
 def judge_files(recipe: Recipe, document: Document, base: Path) -> None:
     """Each file is judged once: one that is missing is one mistake, however many sets name it."""
     wrong: dict[str, tuple[str, list[Key]]] = {}
-    for section, data in _texts(recipe):
+    for section, data in sections_of(recipe):
         origin = next((key for key in FILES if getattr(data, key) is not None), "")
         if data.folder is not None:
             judge_directory((*section, "folder"), data.folder, "a folder of images", document, base)

@@ -27,7 +27,8 @@ from qcompress.models.files import copy_tensors
 from qcompress.plan import matches
 from qcompress.recipe import Resolved
 from qcompress.schema import Data, PhaseOptions, Recipe
-from qcompress.stages.load import READER_FILES, fingerprint, locate
+from qcompress.models.readers import READER_FILES
+from qcompress.stages.load import fingerprint, locate
 from qcompress.system import machine_errors
 
 BLOCKS = 2

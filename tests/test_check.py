@@ -35,6 +35,8 @@ def save_model(directory: Path, tied: bool = True) -> None:
     shapes |= {} if tied else {"lm_head": (VOCABULARY, WIDTH)}
     tensors = {f"{name}.weight": np.zeros(shape, np.float16) for name, shape in shapes.items()}
     save_file(tensors, directory / "model.safetensors")
+    (directory / "vocab.json").write_text('{"a": 0}')
+    (directory / "merges.txt").write_text("")
     config = {"model_type": "gpt2", "n_layer": BLOCKS, "n_embd": WIDTH, "n_positions": CONTEXT}
     config |= {"vocab_size": VOCABULARY, "tie_word_embeddings": tied}
     (directory / "config.json").write_text(json.dumps(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,6 +199,7 @@ def test_one_output_is_a_number(made: Path, text_file: Path, monkeypatch: pytest
     """transformers computes a regression for one output; a softmax of it would be 1 whatever the text."""
     model = make_encoder("bert")
     config = model.config.__class__.from_dict(model.config.to_dict() | {"id2label": {0: "LABEL_0"}})
+    shutil.copytree(made / "whole", made / "one")
     BertForSequenceClassification(config).save_pretrained(made / "one")
     text = write(made, RECIPE.replace("whole", "one"))
     monkeypatch.setattr(f"{__name__}.TASK", SequenceClassification(context=16))

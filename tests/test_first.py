@@ -17,6 +17,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 from lines import Result, cli, python
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny_bert import LABELS, TOKEN, save_encoder
 from tiny_vit import LABELS as SHAPES
@@ -293,6 +294,7 @@ def test_folders_of_images(tmp_path: Path, models: dict[str, Path]) -> None:
     for part in ("train", "test"):
         for label in SHAPES:
             (tmp_path / "photos" / part / label).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / part / label / "one.png")
     started(tmp_path, models["vit"], tmp_path / "photos")
     recipe = values(tmp_path / "recipe.yaml")
     assert recipe["data"]["evaluate"] == {"test": {"folder": "photos/test"}}

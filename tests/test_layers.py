@@ -50,13 +50,13 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "targets.contents",
         "models.cifar_net", "models.cifar_resnet", "models.convnet", "models.efficientnet",
         "models.image_residual", "models.resnet", "models.stock_images", "targets.convolutions",
-        "models.heads", "models.vit", "tasks.image_classification", "tasks.images",
+        "models.heads", "models.readers", "models.tokenizer_files", "models.vit", "tasks.image_classification", "tasks.images",
         "targets.device", "targets.graph", "targets.inline", "targets.lint", "targets.process",
         "targets.profiles", "targets.quantizers", "targets.rules", "targets.sizes", "targets.soundness",
         "targets.table", "targets.trial", "targets.weight_checks",
     }),
     ("recipes", {
-        "wording", "structure", "data_rules",
+        "wording", "structure", "data_rules", "data_check",
         "slice_rules", "rules", "adapter_rules", "recipe", "codebook_rules", "point_rules", "check",
     }),
     ("models in three forms", {
@@ -155,7 +155,7 @@ DOORS: dict[str, set[str]] = {
     "matplotlib": {"report.html.charts"},
     "jinja2": {"report.html.page"},
     "yaml": {"yamlfile"},
-    "tokenizers": {"first.lengths"},
+    "tokenizers": {"first.lengths", "models.tokenizer_files"},
 }  # fmt: skip
 """Which modules may import a heavy package; each of them does."""
 

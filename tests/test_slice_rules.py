@@ -138,6 +138,7 @@ def test_a_run_is_refused_too(folder: Path) -> None:
     resolved = load_recipe(write(folder, edited("@language=de", "@language=es")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qcompress.check._describe_and_judge", lambda *_, **__: object())
+        patch.setattr("qcompress.check.judge_data", lambda *_, **__: ())
         with pytest.raises(RecipeError, match="no sample of dev has language 'es'"):
             check_model(resolved, folder / "model")
 

@@ -5,6 +5,7 @@ As in `tiny.py` nothing is trivial: norms off 1, biases off 0, logits spread ove
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,17 @@ def save_encoder(folder: Path, text: Path, family: str, task: str = SEQUENCE, *,
     model = make_encoder(family, task)
     (model.base_model if bare else model).save_pretrained(folder)
     make_tokenizer(folder, text.read_text(encoding="utf-8"))
+    name_padding(folder)
     return folder
+
+
+def name_padding(folder: Path) -> None:
+    """Make the token of the id `PADDING` the tokenizer's padding token."""
+    vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["pad_token"] = next(token for token, number in vocabulary.items() if number == PADDING)
+    file.write_text(json.dumps(config), encoding="utf-8")
 
 
 def token_inputs(

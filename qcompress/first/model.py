@@ -16,7 +16,7 @@ from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture, Head
 from qcompress.models.files import copy_tensors, read_config, read_tensors
 from qcompress.models.heads import HeadError, is_named, problem_of
-from qcompress.stages.load import READER_FILES
+from qcompress.models.readers import READER_FILES
 from qcompress.task_options import LabelsAre
 from qcompress.tasks.labels import Labels, TwoReadings, named_outputs, settle
 from qcompress.wording import nearest

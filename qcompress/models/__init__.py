@@ -88,20 +88,36 @@ def first_blocks(
     return config, lambda name: then(new) if (new := names(name)) else None
 
 
-def graph_signature(family: ModuleType, directory: Path) -> tuple[Input, ...]:
+def graph_signature(
+    family: ModuleType, directory: Path, steps: dict[str, Any] | None = None
+) -> tuple[Input, ...]:
     """Inputs of the exported graph of a model in a directory. Images have the size that config.json names, or
-    else the one that preprocessor_config.json brings them to.
+    else the one that `steps` bring them to (preprocessor_config.json).
     """
     config = read_config(directory)
     if PIXELS in family.INPUTS and "image_size" not in config:
-        config |= prepared_size(directory)
+        config |= prepared_size(read_steps(directory) if steps is None else steps)
     return family.signature(config)
 
 
-def prepared_size(directory: Path) -> dict[str, list[int]]:
-    """The `image_size` that preprocessing ends with; empty where it leaves images as they are."""
+def read_steps(directory: Path) -> dict[str, Any]:
+    """The checkpoint's preprocessor_config.json; empty without one."""
     file = directory / PROCESSOR
-    steps = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        steps = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{file} is not valid JSON ({error})", fix="copy it again from the checkpoint"
+        ) from None
+    if not isinstance(steps, dict):
+        raise ModelError(f"{file} must hold a JSON object, found {type(steps).__name__}", fix="copy it again")
+    return steps
+
+
+def prepared_size(steps: dict[str, Any]) -> dict[str, list[int]]:
+    """The `image_size` that preprocessing ends with; empty where it leaves images as they are."""
     names = [
         name for name, step in (("crop_size", "do_center_crop"), ("size", "do_resize")) if steps.get(step)
     ]

@@ -41,6 +41,8 @@ def print_check(
     reach = scale_reach(recipe)
     if reach is not None and reach.share < SMALL_REACH:
         console.print(reach.note(), markup=False)
+    for part in report.bounded:
+        console.print(f"looked at {part}; a run looks at all of them first", markup=False)
     _print_reuse(console, reuse)
 
 

@@ -12,30 +12,17 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from qcompress.artifacts import sha256_file, write_json
 from qcompress.errors import MachineError, ModelError
-from qcompress.models import FAMILIES, PROCESSOR, chosen, describe, graph_signature, prepared_size
-from qcompress.models.architecture import CAUSAL_LM, PIXELS, Head
+from qcompress.models import FAMILIES, PROCESSOR, chosen, describe
+from qcompress.models.architecture import CAUSAL_LM, Head
 from qcompress.models.files import copy_tensors, read_config, weight_files
+from qcompress.models.readers import READER_FILES, check_reader
 from qcompress.schema import Model
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-)
-
-READER_FILES = (*TOKENIZER_FILES, PROCESSOR)
-"""Files of a checkpoint that say how text or images become the model's inputs."""
 
 
 def locate(model: Model, base: Path) -> Path:
@@ -124,7 +111,7 @@ def load(
         write_json(out / "config.json", own)
     if processor is not None:
         write_json(out / PROCESSOR, processor)
-    _check_reader(FAMILIES[model.family], directory, out)
+    check_reader(model.family, directory, processor)
     write_json(
         out / "float.json",
         {
@@ -136,27 +123,3 @@ def load(
             else None,
         },
     )
-
-
-def _check_reader(family: ModuleType, directory: Path, out: Path) -> None:
-    """Refuse a checkpoint that does not say how its inputs are made."""
-    if PIXELS in family.INPUTS:
-        if not (out / PROCESSOR).is_file():
-            raise ModelError(
-                f"{directory} holds no {PROCESSOR}, which says how images are prepared",
-                fix="copy it beside the checkpoint, or write `mean`, `std` and `size` under `task`",
-            )
-        # raises where nothing says how large images are
-        wanted = list(graph_signature(family, out)[0].axes[2:])
-        prepared = prepared_size(out).get("image_size", wanted)
-        if prepared != wanted:
-            raise ModelError(
-                f"{PROCESSOR} makes images of {prepared[0]} x {prepared[1]}, and config.json says that the "
-                f"model takes {wanted[0]} x {wanted[1]}",
-                fix="write `mean`, `std` and `size` under `task`, or mend one of the two files",
-            )
-    elif not any((out / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise ModelError(
-            f"{directory} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt)",
-            fix="save the model's tokenizer beside it with tokenizer.save_pretrained(directory)",
-        )

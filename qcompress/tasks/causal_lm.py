@@ -23,7 +23,7 @@ from qcompress.errors import UsageError
 from qcompress.models import load_tokenizer as reader
 from qcompress.models.architecture import CAUSAL_LM, Head
 from qcompress.schema import CausalLm, TextData
-from qcompress.tasks.examples import Batch
+from qcompress.tasks.examples import Batch, Examined
 from qcompress.tasks.padded import processor
 from qcompress.tasks.table import Slices
 from qcompress.tasks.text import read_text
@@ -130,6 +130,12 @@ def slices(data: TextData, base: Path, task: CausalLm) -> Slices:
         "a sample of causal-lm is a window of the whole text, and no row of a table: it has no slices",
         fix="drop `slices`, or name an evaluation set for each part",
     )
+
+
+def examine(data: TextData, base: Path, task: CausalLm, most: int | None) -> Examined:
+    """The beginning of the text; `most`: lines of it."""
+    text = read_text(data, base, most)
+    return Examined(1, False, (text,))
 
 
 def head(task: CausalLm) -> Head:

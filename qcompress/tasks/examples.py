@@ -8,7 +8,8 @@ channels, height, width]), and `labels`, which only a loss reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -40,6 +41,18 @@ class Examples(Protocol):
         `moment` is that of an update, (seed, phase, step): examples that are varied in training are so as a
         function of it and of their row alone. None: nothing is varied.
         """
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A section of a recipe's data as it is before a tokenizer or an image processor sees it."""
+
+    rows: int
+    labelled: bool
+    texts: tuple[Any, ...] = ()
+    """What the tokenizer is given of each example: a text, a pair of texts, or a list of words."""
+    size: tuple[int, int] | None = None
+    """Height and width of the first image, where they are known without opening it."""
 
 
 def inputs_of(batch: Batch) -> Batch:

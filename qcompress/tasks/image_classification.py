@@ -26,7 +26,7 @@ from qcompress.models.files import read_config
 from qcompress.schema import ImageClassification, TextData
 from qcompress.task_options import AGREEMENT
 from qcompress.tasks import padded
-from qcompress.tasks.examples import Batch
+from qcompress.tasks.examples import Batch, Examined
 from qcompress.tasks.image_slices import image_slices
 from qcompress.tasks.images import ImageExamples, ImageSample, Picture, Reader, collate, read_pictures, shaped
 from qcompress.tasks.labels import MISSING, dataset_names, labels_of, named_outputs, settle
@@ -100,6 +100,12 @@ def samples(
 def slices(data: TextData, base: Path, task: ImageClassification) -> Slices:
     """What `data.slices` say of each image, in the order of the data."""
     return image_slices(data, base)
+
+
+def examine(data: TextData, base: Path, task: ImageClassification, most: int | None) -> Examined:
+    """The images as far as they are known without opening one; `most` is not needed."""
+    found = _read(data, base, task)
+    return Examined(len(found), "label" in found[0].known, size=found[0].size)
 
 
 def loss(logits: Tensor, batch: Batch) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 from qcompress.data_options import Columns
 from qcompress.errors import UsageError
 from qcompress.schema import TextData
-from qcompress.tasks.images import opened_archive
-from qcompress.tasks.table import Slices, named_cells
+from qcompress.tasks.images import array_header, opened_archive
+from qcompress.tasks.table import Slices, missing_column, named_cells
 from qcompress.tasks.text import open_dataset
 
 
@@ -32,9 +32,8 @@ def _archive(file: Path, data: TextData, images: str) -> Slices:
         wanted = data.slices or []
         for name in (images, *wanted):
             if name not in archive.files:
-                raise UsageError(f"{file.name} has the arrays {', '.join(archive.files)}, and not {name!r}",
-                                 fix="name the right one under `slices`")  # fmt: skip
-        count = len(archive[images])
+                raise missing_column(file.name, archive.files, name, "slices", "arrays")
+        count = array_header(archive, images)[0][0]
         for name in wanted:
             array = archive[name]
             if array.shape != (count,):
@@ -51,10 +50,7 @@ def _dataset(data: TextData, base: Path) -> Slices:
     names = data.slices or []
     for name in names:
         if name not in rows.column_names:
-            raise UsageError(
-                f"dataset {data.dataset} has the columns {', '.join(rows.column_names)}, and not {name!r}",
-                fix="name the right one under `slices`",
-            )
+            raise missing_column(f"dataset {data.dataset}", rows.column_names, name, "slices")
     cells = rows.select_columns(names)[:]
     columns = {name: named_cells(rows.features[name], cells[name]) for name in names}
     return Slices(columns, [f"dataset {data.dataset}, row {row + 1}" for row in range(len(rows))])

@@ -12,6 +12,7 @@ Shapes: an image uint8 [height, width, 3]; pixel values fp32 [batch, 3, height, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,6 +200,8 @@ class Picture:
     place: str
     label: Any = None
     known: Mapping[str, Any] = ()
+    size: tuple[int, int] | None = None
+    """Height and width, where they are known before it is opened."""
 
 
 @dataclass(frozen=True)
@@ -244,24 +247,44 @@ def _archive(file: Path, columns: Mapping[str, str]) -> Iterator[Picture]:
     with opened_archive(file) as archive:
         names = {"image": columns.get("image", "images"), "label": columns.get("label", "labels")}
         columns_in(file.name, archive.files, names, () if "label" in columns else ("label",), what="arrays")
-        images = archive[names["image"]]
+        shape, dtype = array_header(archive, names["image"])
         labels = archive[names["label"]] if names["label"] in archive.files else None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
         raise UsageError(
-            f"{file.name}: {names['image']} is {images.dtype} {list(images.shape)}, and images are uint8 "
+            f"{file.name}: {names['image']} is {dtype} {list(shape)}, and images are uint8 "
             "[images, height, width, 3]",
             fix="write red, green and blue as bytes, the channels last",
         )
-    if labels is not None and labels.shape == (len(images), 1):
+    if labels is not None and labels.shape == (shape[0], 1):
         labels = labels[:, 0]  # as Keras writes those of CIFAR
-    if labels is not None and labels.shape != images.shape[:1]:
+    if labels is not None and labels.shape != shape[:1]:
         raise UsageError(
-            f"{file.name}: {len(images)} images, and {names['label']} is of shape {list(labels.shape)}",
+            f"{file.name}: {shape[0]} images, and {names['label']} is of shape {list(labels.shape)}",
             fix="write one label for each image",
         )
-    for row, image in enumerate(images):
+    images = functools.cache(lambda: _pixels(file, names["image"]))
+    for row in range(shape[0]):
         label = None if labels is None else labels[row].item()
-        yield Picture(lambda image=image: image, f"{file.name}, row {row + 1}", label)
+        place = f"{file.name}, row {row + 1}"
+        yield Picture(lambda row=row: images()[row], place, label, size=shape[1:3])
+
+
+def _pixels(file: Path, name: str) -> np.ndarray:
+    with opened_archive(file) as archive:
+        return archive[name]
+
+
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def array_header(archive: Any, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array of an archive, without its content where the file's version allows it."""
+    with archive.zip.open(f"{name}.npy") as stream:
+        read = HEADERS.get(np.lib.format.read_magic(stream))
+        if read is not None:
+            shape, _, dtype = read(stream)
+            return shape, dtype
+    return archive[name].shape, archive[name].dtype
 
 
 def _folder(folder: Path) -> Iterator[Picture]:

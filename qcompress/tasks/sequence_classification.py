@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from qcompress.models.architecture import Head
 from qcompress.schema import SequenceClassification, TextData
 from qcompress.task_options import AGREEMENT
 from qcompress.tasks import padded
-from qcompress.tasks.examples import Batch
+from qcompress.tasks.examples import Batch, Examined
 from qcompress.tasks.labels import MISSING, dataset_names, labels_of, named_outputs, settle, spelling
 from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
 from qcompress.tasks.scores import agreement, cross_entropy, scores
@@ -96,6 +97,13 @@ def samples(
 def slices(data: TextData, base: Path, task: SequenceClassification) -> Slices:
     """What `data.slices` say of each example, in the order of the data."""
     return table_slices(data, base, wanted(data, task))
+
+
+def examine(data: TextData, base: Path, task: SequenceClassification, most: int | None) -> Examined:
+    """The first examples, at most so many of each file, as far as they are known without a tokenizer."""
+    found = _read(data, base, task, most)
+    texts = tuple((one["text"], one["pair"]) if "pair" in one else one["text"] for one in found)
+    return Examined(len(found), "label" in found[0], texts)
 
 
 def label_array(samples: Sequence[Sample], longest: int) -> np.ndarray:
@@ -177,11 +185,13 @@ def metrics(
 # Reading ------------------------------------------------------------------------------------------
 
 
-def _read(data: TextData, base: Path, task: SequenceClassification) -> list[dict[str, Any]]:
-    """Examples as {"text", "pair", "label"}, the latter two where there are any."""
+def _read(
+    data: TextData, base: Path, task: SequenceClassification, most: int | None = None
+) -> list[dict[str, Any]]:
+    """Examples as {"text", "pair", "label"}, the latter two where there are any; `most` of each file."""
     if data.text is not None:
-        return [{"text": line} for line in read_lines(data, base)]
-    asked = wanted(data, task)
+        return [{"text": line} for line in read_lines(data, base, most)]
+    asked = replace(wanted(data, task), most=most)
     table = read_table(data, base, asked)
     columns = dict(table.columns)
     if "label" in columns and all(value in (MISSING, None, "") for value in columns["label"]):

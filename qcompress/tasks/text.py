@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     import datasets
 
 
-def read_text(data: TextData, base: Path) -> str:
-    """The whole text. Files are joined as they are; rows of a dataset are joined as WikiText's are, by blank
-    lines, which is how perplexity is usually measured on it.
+def read_text(data: TextData, base: Path, most: int | None = None) -> str:
+    """The whole text, or `most` lines of each file and rows of a dataset. Files are joined as they are; rows
+    of a dataset are joined as WikiText's are, by blank lines, which is how perplexity is usually measured on
+    it.
     """
+    if data.text is not None and most is not None:
+        return "".join(line for name in data.text for line in islice(open_text(base / name), most))
     if data.text is not None:
         return "".join(read_file(base / name) for name in data.text)
     rows = open_dataset(data, base)
@@ -27,6 +30,8 @@ def read_text(data: TextData, base: Path) -> str:
             f"dataset {data.dataset} has the columns {', '.join(rows.column_names)}, not {data.column!r}",
             fix="set `column:` to the one that holds the text",
         )
+    if most is not None:
+        rows = rows.select(range(min(most, len(rows))))
     texts = list(rows[data.column])
     if other := sorted({type(text).__name__ for text in texts if not isinstance(text, str)}):
         raise UsageError(
@@ -36,9 +41,9 @@ def read_text(data: TextData, base: Path) -> str:
     return "\n\n".join(texts)
 
 
-def read_lines(data: TextData, base: Path) -> list[str]:
-    """One example a line, of all files; empty lines are none."""
-    lines = [line for name in data.text or () for line in re.split(r"\r\n|\n|\r", read_file(base / name))]
+def read_lines(data: TextData, base: Path, most: int | None = None) -> list[str]:
+    """One example a line, of all files, or of the first `most` lines of each; empty lines are none."""
+    lines = [line for name in data.text or () for line in islice(open_text(base / name), most)]
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise UsageError(f"{', '.join(data.text or ())} has no line of text", fix="name more text")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from qcompress.models.architecture import Head
 from qcompress.schema import TextData, TokenClassification
 from qcompress.task_options import AGREEMENT
 from qcompress.tasks import padded
-from qcompress.tasks.examples import Batch
+from qcompress.tasks.examples import Batch, Examined
 from qcompress.tasks.labels import IGNORED, dataset_names, labels_of, named_outputs, settle, spelling
 from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
 from qcompress.tasks.scores import agreement, span_f1
@@ -75,6 +76,12 @@ def samples(
 def slices(data: TextData, base: Path, task: TokenClassification) -> Slices:
     """What `data.slices` say of each example, in the order of the data."""
     return table_slices(data, base, wanted(data))
+
+
+def examine(data: TextData, base: Path, task: TokenClassification, most: int | None) -> Examined:
+    """The first examples, at most so many of each file, as far as they are known without a tokenizer."""
+    found = _read(data, base, task, most)
+    return Examined(len(found), "tags" in found[0], tuple(one["tokens"] for one in found))
 
 
 def label_array(samples: Sequence[Sample], longest: int) -> np.ndarray:
@@ -167,11 +174,15 @@ def _spelled(labels: Sequence[Sequence[int]], task: TokenClassification) -> list
 # Reading ------------------------------------------------------------------------------------------
 
 
-def _read(data: TextData, base: Path, task: TokenClassification) -> list[dict[str, Any]]:
-    """Examples as {"tokens", "tags"}, tags where there are any: indices, or -100 for a word without one."""
+def _read(
+    data: TextData, base: Path, task: TokenClassification, most: int | None = None
+) -> list[dict[str, Any]]:
+    """Examples as {"tokens", "tags"}, tags where there are any: indices, or -100 for a word without one;
+    `most` of each file.
+    """
     if data.text is not None:
-        return [{"tokens": line.split()} for line in read_lines(data, base)]
-    asked = wanted(data)
+        return [{"tokens": line.split()} for line in read_lines(data, base, most)]
+    asked = replace(wanted(data), most=most)
     table = read_table(data, base, asked)
     columns = {role: [_list(cell, place) for cell, place in zip(cells, table.places, strict=True)]
                for role, cells in table.columns.items()}  # fmt: skip
