@@ -25,6 +25,7 @@ from qcompress.schema import CausalLm, Recipe, TextData
 from qcompress.task_options import AGREEMENT
 from qcompress.tasks import TASKS
 from qcompress.tasks.examples import Examined
+from qcompress.tasks.labels import TwoReadings
 from qcompress.tasks.padded import first, spread
 from qcompress.tasks.table import ColumnError
 from qcompress.yamlfile import Document, Key
@@ -159,6 +160,11 @@ def _examine(looked: Looked, section: Key, data: TextData, task: Any) -> Examine
     try:
         examined = TASKS[task.name].examine(data, looked.base, task, most)
     except (MachineError, ModuleNotFoundError):
+        return None
+    except TwoReadings as error:
+        key: Key = ("task", "labels_are")
+        if not any(key in keys for keys in looked.wrong.values()):  # one line mends every section
+            looked.add(key, error.message, error.fix)
         return None
     except UsageError as error:
         looked.add(_key_of(looked.document, section, data, error), error.message, error.fix)

@@ -23,6 +23,7 @@ seed that the load stage recorded. No torch outside the functions that make a mo
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -162,12 +163,28 @@ class Encoder:
             raise ModelError(
                 f"config.json: {config[self.heads]} heads do not divide a width of {config[self.width]}"
             )
+        self._check_padding(config)
         kind = config.get("position_embedding_type", "absolute")
         if kind != "absolute" or config.get("is_decoder") or config.get("add_cross_attention"):
             raise ModelError(
                 "config.json asks for relative positions, a decoder or cross-attention, and this family is "
                 "an encoder with absolute positions",
                 fix="name another checkpoint",
+            )
+
+    def _check_padding(self, config: dict[str, Any]) -> None:
+        """Refuse a padding id that is not a row of the table. Without one nothing is a padding row; a family
+        whose positions are counted from it needs one.
+        """
+        number, rows = config.get("pad_token_id", self.padding or 0), config["vocab_size"]
+        if number is None and self.padding is None:
+            return
+        if type(number) is not int or not 0 <= number < rows:
+            need = "" if self.padding is None else ", and positions are counted from it"
+            raise ModelError(
+                f"config.json: pad_token_id is {json.dumps(number)}, and must be a row of the embedding table "
+                f"(0 to {rows - 1}){need}",
+                fix="write the id of the tokenizer's padding token as pad_token_id into config.json",
             )
 
     def _shapes(self, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Shapes:
