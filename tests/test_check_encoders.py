@@ -114,7 +114,7 @@ def test_the_load_stage_depends_on_the_head_and_on_its_seed(made: Path) -> None:
         return parts(with_task(write(made, text)), "load", {})["values"]
 
     head = {"task": SEQUENCE, "labels": LABELS, "problem": "single_label_classification", "any_order": False}
-    values = {"family": "bert", "blocks": None, "head": head, "new_head": None, "processor": None}
+    values = {"model": {"family": "bert", "blocks": None}, "head": head, "new_head": None, "processor": None}
     assert key("whole", 0) == key("whole", 1) == values
     assert key("bare", 0) != key("bare", 1)
     assert key("bare", 1)["new_head"] == {
