@@ -57,8 +57,8 @@ def prepare(resolved: Resolved) -> Plan:
     """Find the checkpoint and check the recipe against it. Seconds, no torch."""
     demand_trackers(resolved.recipe.tracking)
     directory = locate(resolved.recipe.model, resolved.base)
+    report = check_model(resolved, directory)  # before gigabytes are hashed
     digests = fingerprint(directory)
-    report = check_model(resolved, directory)
     graph = files_of(resolved.base / resolved.recipe.export.graph) if resolved.recipe.export.graph else {}
     return Plan(resolved, directory, digests, report, graph)
 

@@ -179,7 +179,9 @@ class _Maker:
     def _load(self, folder: Path) -> None:
         plan, recipe = self.plan, self.plan.recipe
         processor = TASKS[recipe.task.name].processor(recipe.task)
-        load(recipe.model, plan.directory, plan.digests, folder, head_of(recipe), recipe.seed, processor)
+        head = head_of(recipe)
+        for note in load(recipe.model, plan.directory, plan.digests, folder, head, recipe.seed, processor):
+            self.reporter.say(note)
 
     def _train(self, folder: Path) -> None:
         from qcompress.stages.train import train

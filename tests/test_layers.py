@@ -41,7 +41,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     }),
     ("families, tasks, targets", {
         "models", "models.attention", "models.bert", "models.cache", "models.distilbert", "models.encoder",
-        "models.depth", "models.gpt2", "models.residual", "models.roberta", "models.stock",
+        "models.depth", "models.finite", "models.gpt2", "models.residual", "models.roberta", "models.stock",
         "tasks", "tasks.causal_lm", "tasks.examples", "tasks.image_slices",
         "tasks.labels", "tasks.padded", "tasks.scores",
         "tasks.sequence_classification",
@@ -128,7 +128,7 @@ DOORS: dict[str, set[str]] = {
         "distributions", "logpoints", "loop", "blockwise", "calibration", "trainedfile", "runners",
         "tensorfile", "train", "fold", "export", "verify",
         "tasks.image_classification", "tasks.images",
-        "layerwise", "sharpness", "engine", "held", "layerdrop", "models.depth", "sensitivity.measure",
+        "layerwise", "sharpness", "engine", "held", "layerdrop", "models.depth", "models.finite", "sensitivity.measure",
         "sensitivity.calibrated",
     },
     "transformers": {"models", "models.attention", "models.cache", "models.gpt2", "models.residual",

@@ -17,7 +17,7 @@ from qcompress.models.architecture import (
     Input,
 )
 from qcompress.models.depth import SHARED, Blocks, BlocksError, Names, Tensors, choose, share, with_shared
-from qcompress.models.files import read_config, read_tensors
+from qcompress.models.files import read_config, read_tensors, wrapper_of
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
@@ -62,16 +62,31 @@ def chosen(
     tensors are called in it. Raises BlocksError for blocks that it has not.
     """
     config, tensors = read_config(directory), read_tensors(directory)
-    depth = FAMILIES[family].DEPTH
+    depth, renamed = FAMILIES[family].DEPTH, renamed_tensors(family, config, tensors)
+    tensors = {renamed.get(name, name): value for name, value in tensors.items()}
     if blocks is None or (depth is not None and type(config.get(depth.key)) is not int):
-        return config, tensors, lambda name: name  # `describe` says what is wrong with such a config
+        return config, tensors, lambda name: renamed.get(name, name)  # `describe` says what is wrong
     if depth is None:
         raise BlocksError(
             f"the blocks of a {family} have several shapes, and none stands for another",
             fix="drop `model.blocks`",
         )
     config, names = choose(config, depth, blocks)
-    return config, {new: value for name, value in tensors.items() if (new := names(name))}, names
+    picked = {new: value for name, value in tensors.items() if (new := names(name))}
+    return config, picked, lambda name: names(renamed.get(name, name))
+
+
+def renamed_tensors(family: str, config: dict[str, Any], tensors: Tensors) -> dict[str, str]:
+    """The names that the family's model has for tensors of a checkpoint that has others: of a wrapper around
+    the model (`module.` of DataParallel), or of a tied head that was saved in the place of its table.
+    """
+    prefix = wrapper_of(tensors)
+    renamed = {name: name.removeprefix(prefix) for name in tensors} if prefix else {}
+    own = {renamed.get(name, name): name for name in tensors}
+    for head, tables in getattr(FAMILIES[family], "TIED", {}).items():
+        if config.get("tie_word_embeddings", True) and head in own and not own.keys() & set(tables):
+            renamed[own[head]] = tables[0]
+    return renamed
 
 
 def first_blocks(

@@ -6,12 +6,18 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from qcompress.errors import ModelError
 
 CHUNK = 2**24
+
+INDEX = "model.safetensors.index.json"
+"""Which shard holds which tensor."""
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes of torch's DataParallel (and DistributedDataParallel), and of torch.compile."""
 
 HEADER_LIMIT = 100 * 2**20
 """Largest believable safetensors header; the format's own limit."""
@@ -37,7 +43,7 @@ def _header(file: Path) -> tuple[dict[str, dict], int]:
         for value in tensors.values():
             _ = value["dtype"], tuple(value["shape"])
         return tensors, 8 + length
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ModelError(
             f"{file} is not a readable safetensors file ({error})",
             fix="save the model again with model.save_pretrained(directory)",
@@ -46,9 +52,13 @@ def _header(file: Path) -> tuple[dict[str, dict], int]:
 
 def weight_files(directory: Path) -> list[Path]:
     """Safetensors files of a checkpoint in transformers' layout; a pickle checkpoint is refused."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
-        return [directory / name for name in _shards(index)]
+        files = [directory / name for name in sorted(set(_weight_map(index).values()))]
+        for file in files:
+            if not file.is_file():
+                raise ModelError(f"{file} is missing", fix="copy the checkpoint again, with all its shards")
+        return files
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
@@ -65,10 +75,13 @@ def weight_files(directory: Path) -> list[Path]:
     )
 
 
-def _shards(index: Path) -> list[str]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of each tensor."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        inside = all(Path(name).name == name for name in names)
+        files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        inside = all(Path(name).name == name for name in files.values())
+        if not files:
+            raise ValueError("it names no tensor")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{index} is not an index of shards ({type(error).__name__}: {error})",
@@ -76,17 +89,39 @@ def _shards(index: Path) -> list[str]:
         ) from None
     if not inside:
         raise ModelError(f"{index} names files outside its directory", fix="do not trust this checkpoint")
-    return names
+    return files
 
 
 def read_tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, types and shapes of all tensors of a checkpoint."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    holder: dict[str, str] = {}
     for file in weight_files(directory):
-        if not file.is_file():
-            raise ModelError(f"{file} is missing", fix="copy the checkpoint again, with all its shards")
-        tensors.update(read_header(file))
+        header = read_header(file)
+        tensors.update(header)
+        holder |= dict.fromkeys(header, file.name)
+    index = directory / INDEX
+    for name, shard in _weight_map(index).items() if index.is_file() else ():
+        if holder.get(name) != shard:
+            where = f"it is in {holder[name]}" if name in holder else "no shard holds it"
+            raise ModelError(
+                f"{index} says that {name} is in {shard}, and {where}",
+                fix="copy the checkpoint again, with all its shards and their own index",
+            )
     return tensors
+
+
+def wrapper_of(names: Iterable[str]) -> str:
+    """The prefix that a wrapper gave to every name of a checkpoint, or nothing.
+
+    >>> wrapper_of(["module.h.0.w", "module.h.1.w"]), wrapper_of(["module.w", "bias"])
+    ('module.', '')
+    """
+    prefix, left = "", list(names)
+    while wrapper := next((one for one in WRAPPERS if left and all(name.startswith(one) for name in left)), ""):
+        prefix += wrapper
+        left = [name.removeprefix(wrapper) for name in left]
+    return prefix
 
 
 def copy_tensors(source: Path, out: Path, names: Callable[[str], str | None]) -> None:

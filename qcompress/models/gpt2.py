@@ -28,6 +28,7 @@ from qcompress.models.architecture import (
     token_inputs,
 )
 from qcompress.models.depth import Depth, lacking, share_parameters
+from qcompress.models.finite import demand_finite
 from qcompress.models.heads import check_config
 
 if TYPE_CHECKING:
@@ -133,6 +134,9 @@ DEPTH = Depth(
     "n_layer", "transformer.h", r"(?:transformer\.)?h\.", BUFFERS, ("scale_attn_by_inverse_layer_idx",)
 )
 
+TIED = {"lm_head.weight": ("transformer.wte.weight", "wte.weight")}
+"""A head and the names of the table that it is tied to: a checkpoint may hold either one alone."""
+
 LINEAR_AXIS = 1
 """Output channels of a linear layer's weight: Conv1D stores [in, out]."""
 
@@ -187,6 +191,7 @@ def load_float(source: Path, directory: Path | None = None) -> GPT2LMHeadModel:
             fix="set tie_word_embeddings to false in config.json",
         )
     model.config.use_cache = False
+    demand_finite(model, source)
     share_parameters(model, DEPTH)
     return model.eval()
 

@@ -16,6 +16,7 @@ from qcompress.models.architecture import OPERANDS
 from qcompress.models.depth import Depth, lacking, share_parameters
 from qcompress.models.encoder import CLASSES, Encoder
 from qcompress.models.files import read_config
+from qcompress.models.finite import demand_finite
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,6 +86,7 @@ def load_model(
         )
     if new:
         _draw(model, new["tensors"], new["seed"])
+    demand_finite(model, source)
     if depth is not None:
         share_parameters(model, depth)
     return model.eval()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qcompress.errors import ModelError
 from qcompress.models.convnet import ConvNet
 from qcompress.models.files import read_config, weight_files
+from qcompress.models.finite import demand_finite
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,6 +81,7 @@ class StockImages(_Images):
         self._refuse_missing(source, set(found["missing_keys"]), new)
         if new:
             _draw(model, new["tensors"], new["seed"])
+        demand_finite(model, source)
         return _pooled(model.eval())
 
     def empty(self, directory: Path) -> PreTrainedModel:
@@ -128,6 +130,7 @@ class OwnImages(_Images):
         self._refuse_missing(source, set(missing), new)
         if new:
             _draw(model, new["tensors"], new["seed"])
+        demand_finite(model, source)
         return model.eval()
 
     def empty(self, directory: Path) -> nn.Module:

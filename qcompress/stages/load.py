@@ -16,9 +16,9 @@ from typing import Any
 
 from qcompress.artifacts import sha256_file, write_json
 from qcompress.errors import MachineError, ModelError
-from qcompress.models import FAMILIES, PROCESSOR, chosen, describe
+from qcompress.models import FAMILIES, PROCESSOR, chosen, describe, renamed_tensors
 from qcompress.models.architecture import CAUSAL_LM, Head
-from qcompress.models.files import copy_tensors, read_config, weight_files
+from qcompress.models.files import copy_tensors, read_config, read_tensors, weight_files
 from qcompress.models.readers import READER_FILES, check_reader
 from qcompress.schema import Model
 
@@ -91,8 +91,9 @@ def fingerprint(directory: Path) -> dict[str, str]:
 def load(
     model: Model, directory: Path, digests: dict[str, str], out: Path, head: Head = CAUSAL_LM, seed: int = 0,
     processor: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
+) -> list[str]:  # fmt: skip
     """Record the checkpoint in `directory`, whose files have these digests, with the head that a task needs.
+    Returns notes for the reader.
 
     `processor`: a preprocessor_config.json of the recipe's own, in the place of the checkpoint's.
 
@@ -105,7 +106,8 @@ def load(
     for name, file in checkpoint_files(directory).items():
         if name in READER_FILES or name == "config.json":
             shutil.copyfile(file, out / name)
-    if model.blocks is not None:
+    renamed = renamed_tensors(model.family, read_config(directory), read_tensors(directory))
+    if model.blocks is not None or renamed:
         copy_tensors(directory, out / "model.safetensors", names)
     if own != read_config(directory):
         write_json(out / "config.json", own)
@@ -123,3 +125,5 @@ def load(
             else None,
         },
     )
+    old, new = next(iter(renamed.items()), ("", ""))
+    return [f"load: {len(renamed)} tensors have other names in the model, such as {old}: {new}"] if renamed else []

@@ -1,0 +1,49 @@
+"""A float model whose tensors are numbers: NaN, infinity and negative variances are named where they lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcompress.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SHOWN = 3
+"""Tensors that a message names."""
+
+
+def demand_finite(model: nn.Module, source: Path) -> None:
+    """Raise ModelError where a parameter or a statistic of a loaded model is not a number. Weights of other
+    heads, which the model does not have, are not looked at.
+    """
+    import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    broken = [
+        (name, tensor, ~tensor.isfinite())
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]
+    if not broken:
+        broken = [
+            (f"{name}.running_var", norm.running_var, norm.running_var < 0)
+            for name, norm in model.named_modules()
+            if isinstance(norm, _BatchNorm) and norm.running_var is not None and bool((norm.running_var < 0).any())
+        ]
+    if broken:
+        more = f", and {len(broken) - SHOWN} more tensors" if len(broken) > SHOWN else ""
+        places = "; ".join(_place(*item) for item in broken[:SHOWN])
+        raise ModelError(
+            f"{source}: the checkpoint holds values that no model can compute with: {places}{more}",
+            fix="take a checkpoint from before training diverged, or one that was not saved in a type too small "
+            "for its values (fp16 ends at 65504)",
+        )
+
+
+def _place(name: str, tensor: Tensor, wrong: Tensor) -> str:
+    """One tensor: how many values, and where the first one is."""
+    first = wrong.nonzero()[0].tolist()
+    count = int(wrong.sum())
+    return f"{name} has {count} of {tensor.numel()}, the first at {first} ({float(tensor[tuple(first)]):g})"
