@@ -119,7 +119,7 @@ class Engine(Artifact):
     build.json: {"status": "built" | "deferred" | "none", "reason", "command", "target", "backend",
     "versions", "plan": {"sha256", "bytes"}, "onnx": {"sha256", "bytes"}, "predicted_bytes", "limit_bytes",
     "profiles", "version_compatible", "hardware_compatibility", "timing_cache": {"read", "written"},
-    "inputs", "outputs", "messages"}.
+    "inputs", "outputs", "messages", "warnings"}.
     """
 
     @property

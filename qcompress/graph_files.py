@@ -59,4 +59,7 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     with reporter.bar("build", 100) as bar:
         engine = build_file(model, checked, out, lambda what, share: bar.at(what, round(100 * share)))
-    return read_json(engine.path / "build.json")
+    record = read_json(engine.path / "build.json")
+    for warning in record["warnings"]:
+        reporter.say(f"build: {warning}")
+    return record

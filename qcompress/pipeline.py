@@ -214,6 +214,8 @@ class _Maker:
             options = _placed(self.plan.recipe.build, self.plan.resolved.base)
             graph = OnnxModel(self.steps["export"].path)
             build(graph, options, folder, lambda what, share: bar.at(what, round(100 * share)))
+        for warning in read_json(folder / "build.json")["warnings"]:
+            self.reporter.say(f"build: {warning}")
 
     def _verify(self, folder: Path) -> None:
         from qcompress.evaluation import Artifacts

@@ -26,6 +26,8 @@ from qcompress.schema import Build, Profile
 from qcompress.stages import build as stage
 from qcompress.stages.build import build, build_file, device_command
 from qcompress.targets import device, process
+from qcompress.targets.graph import read
+from qcompress.targets.plan_content import float_copies
 from qcompress.targets.sizes import check_plan, limit_bytes, predicted_bytes
 from qcompress.targets.table import TARGETS
 
@@ -38,7 +40,7 @@ HEAVY = Shape(blocks=2, width=768, vocabulary=16384, context=64)
 KEYS = {
     "status", "reason", "command", "target", "backend", "versions", "plan", "onnx", "predicted_bytes",
     "limit_bytes", "profiles", "inputs", "outputs", "messages", "version_compatible",
-    "hardware_compatibility", "timing_cache",
+    "hardware_compatibility", "timing_cache", "warnings",
 }  # fmt: skip
 """What the artifact promises of build.json."""
 
@@ -412,25 +414,25 @@ def dequantized(quantized: Path, folder: Path) -> OnnxModel:
 
 
 def check_sizes(shape: Shape, tmp_path: Path) -> None:
-    """int8 and int4 engines pass; the engine of the same weights in float fails the limits of both."""
+    """int8 and int4 engines pass; the engine of the same weights in float fails."""
     profile = Profile(batch=[1, 1, 1], sequence=[1, 8, 16])
-    plans, predicted = {}, {}
+    plans: dict[str, int] = {}
     for name, arguments in {"int8": (8, True), "int4": (4, False)}.items():
         model = exported(tmp_path / name, decoder(shape, *arguments), external=True)
         (tmp_path / f"{name}-build").mkdir()
         engine = build(model, options(profiles=[profile]), tmp_path / f"{name}-build")
-        plans[name], predicted[name] = record(engine)["plan"]["bytes"], predicted_bytes(model.file)
+        plans[name], predicted = record(engine)["plan"]["bytes"], predicted_bytes(model.file)
         # TensorRT-RTX 1.7 stores a tied table once or twice, as shapes and profiles will have it.
         assert 0.95 * (model.path / "model.onnx.data").stat().st_size < plans[name]
-        assert plans[name] < 1.05 * predicted[name] + 2**21
-    assert plans["int4"] < plans["int8"]
-    planted = dequantized(tmp_path / "int8" / "model.onnx", tmp_path / "float")
-    (tmp_path / "float-build").mkdir()
-    engine = build(planted, options(profiles=[profile]), tmp_path / "float-build")
-    for name, count in predicted.items():
+        assert plans[name] < 1.05 * predicted + 2**21
+        assert record(engine)["warnings"] == [] and float_copies(engine.plan, read(model.file)) == {}
+        planted = dequantized(model.file, tmp_path / f"{name}-float")
+        (tmp_path / f"{name}-float-build").mkdir()
+        engine = build(planted, options(profiles=[profile]), tmp_path / f"{name}-float-build")
         with pytest.raises(ExportError, match="the engine holds float weights"):
-            check_plan(engine.plan, count)
+            check_plan(engine.plan, predicted, read(model.file))
         assert engine.plan.stat().st_size > 2 * plans[name]
+    assert plans["int4"] < plans["int8"]
 
 
 @needs_rtx
@@ -444,14 +446,34 @@ def test_the_sizes_of_gpt2_small_are_told_apart(tmp_path: Path) -> None:
     check_sizes(GPT2_SMALL, tmp_path)
 
 
+def planting(monkeypatch: pytest.MonkeyPatch, planted: Path) -> None:
+    """Let the builder build another graph than the one that it was given."""
+    run = stage.run_builder
+    monkeypatch.setattr(
+        stage, "run_builder", lambda spec, *rest: run({**spec, "onnx": str(planted.resolve())}, *rest)
+    )
+
+
 @needs_rtx
 def test_a_build_refuses_and_removes_an_engine_of_floats(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantized = exported(tmp_path / "int8", decoder(HEAVY), external=True)
-    planted = dequantized(quantized.file, tmp_path / "float")
-    predicted = predicted_bytes(quantized.file)
-    monkeypatch.setattr(stage, "predicted_bytes", lambda view: predicted)
+    planting(monkeypatch, dequantized(quantized.file, tmp_path / "float").file)
     with pytest.raises(ExportError, match=r"model.plan has [\d,]+ bytes .* the engine holds float weights"):
-        build(planted, options(), out)
+        build(quantized, options(), out)
     assert list(out.iterdir()) == []
+
+
+@needs_rtx
+def test_an_engine_that_is_large_for_another_reason_stays(
+    model: OnnxModel, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A large constant that is not a quantized weight; of the graph itself nothing was predicted for it."""
+    heavy = exported(tmp_path / "heavy", decoder(HEAVY, None, False, None), external=True)
+    planting(monkeypatch, heavy.file)
+    engine = build(model, options(profiles=[SHORT]), out)
+    found = record(engine)
+    assert found["status"] == "built" and engine.plan.is_file()
+    assert len(found["warnings"]) == 1 and "no float copy of a quantized weight is in it" in found["warnings"][0]
+    assert found["plan"]["bytes"] > found["limit_bytes"]

@@ -49,7 +49,7 @@ def build_file(file: Path, options: Build, out: Path, progress: Progress | None 
         return _write(out, record, status="deferred", reason="build.here is `never`", command=command)
     reason = lacks(target)
     if not reason:
-        reason = _build_here(file, target, options, out, shapes, record, progress)
+        reason = _build_here(view, target, options, out, shapes, record, progress)
     if not reason:
         return _write(out, record, status="built")
     if options.here == "required":
@@ -106,6 +106,7 @@ def _record(view: View, target: Target, options: Build) -> dict[str, Any]:
         "inputs": {},
         "outputs": {},
         "messages": [],
+        "warnings": [],
     }
 
 
@@ -114,12 +115,12 @@ def _write(out: Path, record: dict[str, Any], **values: str) -> Engine:
     return Engine(out)
 
 
-def _build_here(file: Path, target: Target, options: Build, out: Path, shapes: list[dict[str, Any]],
+def _build_here(view: View, target: Target, options: Build, out: Path, shapes: list[dict[str, Any]],
                 record: dict[str, Any], progress: Progress | None) -> str:  # fmt: skip
     """Build, check and complete the record; an empty text, or what this machine lacks."""
     plan = out.resolve() / PLAN
     spec = {
-        "onnx": str(file.resolve()),
+        "onnx": str(view.file.resolve()),
         "plan": str(plan),
         "target": target.name,
         "backend": target.backend,
@@ -135,7 +136,9 @@ def _build_here(file: Path, target: Target, options: Build, out: Path, shapes: l
     if outcome.final["event"] == "unavailable":
         return f"{outcome.final['reason']}; the target needs {target.requirement}"
     try:
-        size = check_plan(plan, record["predicted_bytes"], lean_runtime=options.version_compatible)
+        size, warning = check_plan(
+            plan, record["predicted_bytes"], view, lean_runtime=options.version_compatible
+        )
     except ExportError:
         plan.unlink()  # so that nobody deploys it
         raise
@@ -146,5 +149,6 @@ def _build_here(file: Path, target: Target, options: Build, out: Path, shapes: l
         "outputs": outcome.final["outputs"],
         "timing_cache": outcome.final["timing_cache"],
         "messages": outcome.messages,
+        "warnings": [warning] if warning else [],
     }
     return ""
