@@ -24,7 +24,7 @@ from qcompress.models.architecture import Architecture, Head, Layer
 from qcompress.models.depth import BlocksError
 from qcompress.models.heads import HeadError
 from qcompress.plan import LayerPlan, PointPlan, matches, plan_layers, plan_points
-from qcompress.point_rules import judge_attentions, judge_cache, judge_points
+from qcompress.point_rules import judge_attentions, judge_cache, judge_kept, judge_points
 from qcompress.recipe import Resolved, base_of, examine, resolved
 from qcompress.rules import judge_profiles
 from qcompress.schema import Recipe
@@ -139,6 +139,7 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
     _layer_drop(recipe, document)
     judge_points(recipe, document, points)
     judge_cache(recipe, document)
+    judge_kept(recipe, document, architecture)
     return Report(architecture, plan, counts, points)
 
 

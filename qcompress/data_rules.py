@@ -153,10 +153,6 @@ def judge_graph(recipe: Recipe, document: Document, base: Path) -> None:
     if idle:
         message = f"has no effect: `export.graph` is a graph that is made{also(idle)}"
         document.report(idle[0], message, "drop it")
-    rows = [row for row in recipe.verify.require if row in ("trained", "folded")]
-    if rows and document.sound(("verify", "require")):
-        message = f"requires the row `{rows[0]}`, and a graph made elsewhere has none"
-        document.report(("verify", "require", recipe.verify.require.index(rows[0])), message, "drop it")
 
 
 IDLE: tuple[Key, ...] = (

@@ -6,15 +6,31 @@ operators, matmuls above all, stays in the compute type.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompress.errors import ExportError
+
 OPERATORS = {"norm": "LayerNormalization", "softmax": "Softmax"}
 """What `export.keep_fp32` names, in ONNX."""
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def require_operators(model: ir.Model, kinds: Collection[str]) -> None:
+    """Refuse a kind that the graph has in no half precision: keeping it in fp32 would do nothing."""
+    there = {node.op_type for node in model.graph if any(one and one.dtype in HALVES for one in node.inputs)}
+    for kind in kinds:
+        if OPERATORS[kind] not in there:
+            near = difflib.get_close_matches(OPERATORS[kind], there, n=1, cutoff=0.6)
+            has = f"it has {near[0]}" if near else f"it has {', '.join(sorted(there)) or 'none'}"
+            raise ExportError(
+                f"export.keep_fp32: {kind}: the graph has no {OPERATORS[kind]} in half precision ({has})",
+                fix=f"drop {kind} from `export.keep_fp32`",
+            )
 
 
 def keep_fp32(model: ir.Model, kinds: Collection[str], parameters: Mapping[str, np.ndarray]) -> int:

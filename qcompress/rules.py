@@ -14,11 +14,11 @@ from pathlib import Path
 
 from qcompress.axes import AXES, ILLEGAL, PHASES
 from qcompress.data_rules import FORMATS, also, judge_directory, judge_files, judge_graph, judge_origins
-from qcompress.goals import METRICS, RESOURCES
-from qcompress.schema import CausalLm, Format, Recipe, Role
+from qcompress.goals import METRICS, RESOURCES, ParityGoal
+from qcompress.schema import CausalLm, Format, Profile, Recipe, Role
 from qcompress.slice_rules import judge_slices
 from qcompress.task_options import AGREEMENT
-from qcompress.wording import choose, found
+from qcompress.wording import choose, found, nearest
 from qcompress.yamlfile import Document, Key
 
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
@@ -52,6 +52,7 @@ def judge(recipe: Recipe, document: Document, base: Path) -> None:
     _build(recipe, document, base)
     _rows(recipe, document)
     _export(recipe, document)
+    _profile_axes(recipe, document)
     if recipe.task.context is not None and document.sound(("task", "context")):
         judge_profiles(recipe, document, recipe.task.context, f"`task.context` is {recipe.task.context}")
     _model(recipe, document, base)
@@ -258,12 +259,40 @@ def _build(recipe: Recipe, document: Document, base: Path) -> None:
 
 
 def _rows(recipe: Recipe, document: Document) -> None:
+    """Rows that are required or have limits, and that no run of this recipe can measure."""
+    lacking = _unmeasurable(recipe, document)
+    required = [row for row in recipe.verify.require if row in lacking]
     key: Key = ("verify", "require")
-    impossible = recipe.build.target == "cpu" and "engine" in recipe.verify.require
-    if impossible and document.sound(key, ("build", "target")):
-        message = "requires the row `engine`, and the target `cpu` builds no engine"
+    if required and document.sound(key):
+        why, fix = lacking[required[0]]
+        index = recipe.verify.require.index(required[0])
+        document.report((*key, index), f"requires the row `{required[0]}`, and {why}", fix)
+    for row, limits in recipe.gate.parity.items():
+        key = ("gate", "parity", row)
+        if row in lacking and limits != ParityGoal() and document.sound(key):
+            why, fix = lacking[row]
+            document.report(key, f"has limits on the row `{row}`, and {why}", fix)
+
+
+def _unmeasurable(recipe: Recipe, document: Document) -> dict[str, tuple[str, str]]:
+    """Rows that this recipe never measures, each with the reason and the fix."""
+    lacking: dict[str, tuple[str, str]] = {}
+    if recipe.build.target == "cpu" and document.sound(("build", "target")):
         fix = "drop `engine`, or set `build.target` to a GPU"
-        document.report((*key, recipe.verify.require.index("engine")), message, fix)
+        lacking["engine"] = ("the target `cpu` builds no engine", fix)
+    if recipe.export.graph is not None and document.sound(("export", "graph")):
+        lacking |= dict.fromkeys(("trained", "folded"), ("a graph made elsewhere has none", "drop it"))
+    elif recipe.format.compute == "bf16" and document.sound(("format", "compute")) and _has_bf16(recipe):
+        reason = "ONNX Runtime's CPU provider has no bf16 kernels"
+        lacking |= dict.fromkeys(("onnx", "deployed"), (reason, "drop it, or set `compute: fp16`"))
+    return lacking
+
+
+def _has_bf16(recipe: Recipe) -> bool:
+    """Whether the target computes in bf16; where it does not, that is the mistake."""
+    from qcompress.targets.table import TARGETS
+
+    return recipe.build.target in TARGETS and "bf16" in TARGETS[recipe.build.target].compute
 
 
 def _export(recipe: Recipe, document: Document) -> None:
@@ -282,6 +311,27 @@ def _export(recipe: Recipe, document: Document) -> None:
     if export.cache and lacking:
         message = f"a prompt and its continuation have other lengths, and {' and '.join(lacking)} is fixed"
         document.report(("export", "dynamic"), message, "drop the line, or add the axis")
+
+
+def _profile_axes(recipe: Recipe, document: Document) -> None:
+    """Axes in `build.profiles` that a graph of ours does not have, or has with a fixed size."""
+    export = recipe.export
+    if export.graph is not None or not document.sound(("export", "dynamic"), ("export", "cache"), ("task",)):
+        return
+    tokens = recipe.task.name != "image-classification"
+    there = {"batch": True, "sequence": tokens, "past": export.cache}
+    known = [axis for axis in export.dynamic if there[axis]]
+    for index, profile in enumerate(recipe.build.profiles):
+        # a resolved recipe spells out the defaults
+        own = [axis for axis in there if getattr(profile, axis) != Profile.model_fields[axis].default]
+        places: dict[str, Key] = {axis: ("build", "profiles", index, axis) for axis in own}
+        places |= {axis: ("build", "profiles", index, "axes", axis) for axis in profile.axes}
+        for axis, key in places.items():
+            if axis not in known and document.sound(key):
+                close = nearest(axis, known)
+                message = f"gives a range to the axis {axis!r}, and the graph has no such dynamic axis"
+                axes = f"the axes are {', '.join(known)}" if known else "every axis has a fixed size"
+                document.report(key, message, f"did you mean `{close}`?" if close else f"drop it; {axes}")
 
 
 def judge_profiles(recipe: Recipe, document: Document, limit: int, reason: str) -> None:

@@ -254,7 +254,8 @@ class Verify(Options):
     """What is measured."""
 
     require: list[Row] = ["float", "trained", "folded", "onnx"]
-    """Rows that must be measured; a missing one makes the verdict anomalous."""
+    """Rows that must be measured; a missing one makes the verdict anomalous. With `compute: bf16` the default
+    leaves out onnx, which ONNX Runtime cannot run then."""
     samples: int | None = Field(default=None, ge=1)
     """At most this many samples of each evaluation set; none: all."""
     batch_size: int = Field(default=8, ge=1)
@@ -321,14 +322,19 @@ class Recipe(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _rows_of_a_graph(cls, value: object) -> object:
-        """A graph made elsewhere has no trained and no folded model to measure."""
+    def _required_rows(cls, value: object) -> object:
+        """A graph made elsewhere has no trained and no folded model to measure, and ONNX Runtime's CPU
+        provider cannot run one in bf16.
+        """
         if not isinstance(value, dict):
             return value
-        export, verify = value.get("export"), value.get("verify", {})
-        if isinstance(export, dict) and export.get("graph") and isinstance(verify, dict):
-            return {**value, "verify": {"require": ["float", "onnx"], **verify}}
-        return value
+        export, verify, form = value.get("export"), value.get("verify", {}), value.get("format")
+        rows = None
+        if isinstance(export, dict) and export.get("graph"):
+            rows = ["float", "onnx"]
+        elif isinstance(form, dict) and form.get("compute") == "bf16":
+            rows = ["float", "trained", "folded"]
+        return {**value, "verify": {"require": rows, **verify}} if rows and isinstance(verify, dict) else value
 
     @property
     def trains_float(self) -> bool:

@@ -37,7 +37,7 @@ from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.depth import lent_prefixes
 from qcompress.models.files import read_config
 from qcompress.plan import LayerPlan, plans_from_json, points_from_json, sharers
-from qcompress.precision import keep_fp32
+from qcompress.precision import keep_fp32, require_operators
 from qcompress.prepare import assemble
 from qcompress.quant.types import COMPUTE
 from qcompress.schema import Export
@@ -81,6 +81,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     spell_out(model)
     _store_narrow(model, plan)
     if options.keep_fp32:
+        require_operators(model, options.keep_fp32)
         keep_fp32(model, options.keep_fp32, load_file(folded.path / "folded.safetensors"))
     _strip(model)
     formats = {

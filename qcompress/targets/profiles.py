@@ -6,6 +6,7 @@ as it is.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 from qcompress.errors import UsageError
@@ -28,6 +29,7 @@ PASSING = ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Expand")
 def profile_shapes(view: View, profiles: Sequence[Profile]) -> list[Shapes]:
     """Shapes of all inputs for each profile; no profile at all where every dimension is fixed."""
     _check_context(view, profiles)
+    _check_axes(view, profiles)
     shapes = {value.name: dimensions(value) for value in view.inputs}
     for name, shape in shapes.items():
         if shape is None or None in shape:
@@ -53,6 +55,18 @@ def _triple(view: View, name: str, shape: tuple[int | str, ...], profile: Profil
             fix=f"give it one: `axes: {{{unknown[0]}: [min, opt, max]}}`",
         )
     return [[size if isinstance(size, int) else ranges[size][index] for size in shape] for index in range(3)]
+
+
+def _check_axes(view: View, profiles: Sequence[Profile]) -> None:
+    """Refuse a range of an axis of `axes` that no input has; the other three have defaults."""
+    known = {size for value in view.inputs for size in dimensions(value) or () if isinstance(size, str)}
+    for number, profile in enumerate(profiles):
+        for axis in profile.axes.keys() - known:
+            near = difflib.get_close_matches(axis, known, n=1, cutoff=0.5)
+            raise UsageError(
+                f"build.profiles[{number}].axes.{axis}: no input of {view.file} has an axis of this name",
+                fix=f"did you mean `{near[0]}`?" if near else f"the axes are {', '.join(sorted(known)) or 'fixed'}",
+            )
 
 
 def _check_context(view: View, profiles: Sequence[Profile]) -> None:
