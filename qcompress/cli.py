@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from qcompress import (
     api,
@@ -44,7 +43,7 @@ from qcompress.arguments import (
 from qcompress.check import all_mistakes
 from qcompress.completion import words
 from qcompress.errors import ExportError, RecipeError, UsageError
-from qcompress.listing import LISTS
+from qcompress.listing import LISTS, lines
 from qcompress.progress import Reporter
 from qcompress.report.checked import check_json, print_check
 from qcompress.report.compared import print_comparison
@@ -322,7 +321,7 @@ def predict(
 def list_(
     what: Annotated[
         str,
-        typer.Argument(help="methods, axes, models, tasks, targets or recipes.", autocompletion=words(LISTS)),
+        typer.Argument(help="methods, axes, formats, models, tasks, targets or recipes.", autocompletion=words(LISTS)),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -334,10 +333,8 @@ def list_(
         if as_json:
             print_json([dict(zip(("name", "about"), row, strict=True)) for row in rows])
             return
-        table = Table(show_header=False, box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*row)
-        console().print(table)
+        for line in lines(rows):
+            print(line)
 
 
 if __name__ == "__main__":

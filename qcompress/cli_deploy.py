@@ -57,6 +57,9 @@ def doctor(
         else:
             from qcompress.bundle.examine import examine  # onnx takes its time
 
+            if not folder.is_dir():
+                what = "is a file, and a bundle is a folder" if folder.exists() else "does not exist"
+                raise UsageError(f"{folder} {what}", fix="name the folder that `qcompress bundle` wrote")
             found = examine(folder)
         if as_json:
             print_json(found)

@@ -91,6 +91,24 @@ class MachineError(QcompressError):
     exit_code = 6
 
 
+def package_missing(error: ImportError, what: str) -> MachineError:
+    """What to install where `what` ("this command", "this stage") needs a package that cannot be imported.
+    An import of this package that fails is a defect of ours, and is raised again.
+    """
+    name = (error.name or "").partition(".")[0]
+    if not name or name == "qcompress":
+        raise error
+    extra = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}.get(name, "train")
+    if isinstance(error, ModuleNotFoundError):
+        return MachineError(
+            f"{what} needs the package {name}, which is not installed", fix=f"pip install 'qcompress[{extra}]'"
+        )
+    return MachineError(
+        f"{what} needs the package {name}, which cannot be imported ({error})",
+        fix=f"mend the installation: pip install --force-reinstall {name}",
+    )
+
+
 class BusyError(QcompressError):
     exit_code = 7
 

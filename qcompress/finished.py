@@ -59,6 +59,9 @@ class LoadedRun:
 def load(path: str | os.PathLike[str]) -> LoadedRun:
     """Open a run directory."""
     folder = followed(Path(path))
+    if not folder.is_dir():
+        what = "is a file, and a run is a directory" if folder.exists() else "does not exist"
+        raise UsageError(f"{folder} {what}", fix="name the run directory that `qcompress run` printed")
     for name in ("recipe.resolved.yaml", "manifest.json", "parity.json", "verdict.json"):
         if not (folder / name).is_file():
             raise UsageError(

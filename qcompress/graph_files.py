@@ -17,19 +17,27 @@ if TYPE_CHECKING:
     from qcompress.targets.lint import Finding
 
 
+def _existing(model: Path) -> Path:
+    """A file; raises UsageError for a path without one."""
+    if not model.is_file():
+        what = "is a folder" if model.is_dir() else "does not exist"
+        raise UsageError(f"{model} {what}", fix="name an ONNX file")
+    return model
+
+
 def lint(model: Path, target: str) -> list[Finding]:
     """What a target would refuse or silently change in an ONNX file."""
     from qcompress.targets.lint import lint as find
     from qcompress.targets.table import find_target
 
-    return find(model, find_target(target))
+    return find(_existing(model), find_target(target))
 
 
 def inspect(model: Path) -> dict[str, Any]:
     """What an ONNX file stores, weight by weight (`targets/contents.py` has the document)."""
     from qcompress.targets.contents import contents
 
-    return contents(model)
+    return contents(_existing(model))
 
 
 def build(
@@ -41,6 +49,7 @@ def build(
     """
     from qcompress.stages.build import build_file
 
+    _existing(model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not an empty folder", fix="name a new one")
     values: dict[str, Any] = {"target": target, "here": "required", **options}

@@ -28,14 +28,14 @@ from qcompress.artifacts import (
 )
 from qcompress.check import head_of
 from qcompress.codekey import stage_key
-from qcompress.errors import MachineError, UsageError
+from qcompress.errors import UsageError, package_missing
 from qcompress.host import describe_host, device_kind
 from qcompress.key_scope import versions_of
 from qcompress.keys import Plan, inputs_of, parts, prepare, provenance, run_key, stages_of
 from qcompress.own import active
 from qcompress.processes import Processes, join
 from qcompress.progress import Reporter
-from qcompress.recipe import Resolved, dump_recipe
+from qcompress.recipe import RESOLVED, Resolved, dump_recipe
 from qcompress.schema import STAGES, Build
 from qcompress.stages.load import load
 from qcompress.tasks import TASKS
@@ -110,7 +110,7 @@ def run(
         out, cache, plan.recipe.name, run_key(plan, one_of_seeds), fresh=fresh, log=reporter.say
     ) as workspace:
         folder = workspace.run_dir
-        (folder / "recipe.resolved.yaml").write_text(dump_recipe(plan.recipe), encoding="utf-8")
+        (folder / RESOLVED).write_text(dump_recipe(plan.recipe), encoding="utf-8")
         reporter.log_to(folder / "log.jsonl")
         with tracking(plan.recipe, folder, reporter):
             for stage in stages[: stages.index(until) + 1]:
@@ -171,10 +171,8 @@ class _Maker:
         """Fill the folder of a stage."""
         try:
             getattr(self, f"_{stage}")(folder)
-        except ModuleNotFoundError as error:
-            raise MachineError(
-                f"this stage needs the package {error.name}", fix="pip install 'qcompress[all]'"
-            ) from None
+        except ImportError as error:
+            raise package_missing(error, f"the stage {stage}") from None
 
     def _load(self, folder: Path) -> None:
         plan, recipe = self.plan, self.plan.recipe

@@ -26,19 +26,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qcompress.axes import AXES
+from qcompress.artifacts import read_json
+from qcompress.axes import AXES, PHASES
 from qcompress.data_options import FILES
 from qcompress.data_rules import LOCAL
 from qcompress.errors import Mistake, RecipeError
 from qcompress.formats import as_mapping
 from qcompress.quantizer_options import Quantizers, named, quantizers
 from qcompress.rules import is_hub_id, judge
-from qcompress.schema import Recipe
+from qcompress.schema import LEARNING_RATES, PhaseOptions, Recipe
 from qcompress.structure import validate
 from qcompress.yamlfile import Document, Key, Place, dotted, dump_yaml, parse_value, read_yaml, split_key
 
 SET = "--set"
 """Stands for a file in the mistakes of an override."""
+
+RESOLVED = "recipe.resolved.yaml"
+"""The recipe of a run, in its directory."""
 
 CHAIN_LIMIT = 16
 """Files that may extend one another."""
@@ -128,11 +132,28 @@ def examine(file: Path, overrides: Sequence[str] = ()) -> tuple[Document, Recipe
 
 def resolved(document: Document, recipe: Recipe, file: Path) -> Resolved:
     """A document without mistakes, as a value."""
-    return Resolved(recipe, file, base_of(file), document.places)
+    return Resolved(written_out(recipe), file, base_of(file), document.places)
+
+
+def written_out(recipe: Recipe) -> Recipe:
+    """The recipe with the steps of every phase of its schedule, and the learning rate of every role that one
+    of them trains, so that recipe.resolved.yaml depends on no default.
+    """
+    train, phases = recipe.train, PHASES[recipe.schedule.name]
+    trained = {role for phase in phases.values() for role in phase.roles}
+    rates = {role: train.lr.get(role, rate) for role, rate in LEARNING_RATES.items() if role in trained}
+    steps = {name: train.phases.get(name, PhaseOptions(steps=phase.steps)) for name, phase in phases.items()}
+    return recipe.model_copy(update={"train": train.model_copy(update={"lr": rates, "phases": steps})})
 
 
 def base_of(file: Path) -> Path:
-    """What a file's relative paths start from. Without links, because `..` goes to where a link leads."""
+    """What a file's relative paths start from. Without links, because `..` goes to where a link leads. The
+    recipe of a run directory starts where the run's own did, which its manifest names.
+    """
+    if file.name == RESOLVED and file.with_name("manifest.json").is_file():
+        base = read_json(file.with_name("manifest.json")).get("base")
+        if isinstance(base, str) and os.path.isdir(base):
+            return Path(base)
     return Path(os.path.realpath(file.parent))
 
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from qcompress import strict_json
-from qcompress.errors import INTERRUPTED, QcompressError
+from qcompress.errors import INTERRUPTED, QcompressError, package_missing
 from qcompress.finished import load
 from qcompress.report.html.beside import write_beside
 from qcompress.report.shown import print_run, summary
@@ -26,13 +26,23 @@ LOG_COLUMNS = 200
 def errors(resume: str = "") -> Iterator[None]:
     """Print an error as a user should see it, and leave with its exit code."""
     try:
-        yield
+        with _packages():
+            yield
     except QcompressError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         print("\ninterrupted" + (f"; continue with:\n  {resume}" if resume else ""), file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _packages() -> Iterator[None]:
+    """Raise MachineError where a command imports a package that is not there: heavy ones are imported late."""
+    try:
+        yield
+    except ImportError as error:
+        raise package_missing(error, "this command") from None
 
 
 def report_run(folder: Path, verdict: str, as_json: bool) -> None:

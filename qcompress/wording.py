@@ -134,7 +134,14 @@ def choose(value: object, words: Sequence[str], these: str = "these") -> str:
     if isinstance(value, str) and value in words:
         return f"write {value} without quotes"
     close = nearest(value, words) if isinstance(value, str) else None
+    begun = [word for word in words if isinstance(value, str) and value and _begins(word, value)]
+    if begun:
+        return f"did you mean {' or '.join(f'`{word}`' for word in begun)}?"
     return f"did you mean `{close}`?" if close else f"write one of {these}, such as {words[0]}"
+
+
+def _begins(word: str, value: str) -> bool:
+    return len(value) > 1 and word.casefold().startswith(value.casefold())
 
 
 def found(value: object) -> str:

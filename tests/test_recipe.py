@@ -6,6 +6,7 @@ import pytest
 import yaml
 from good_recipe import GOOD, edited, mistakes, prepare, write
 
+from qcompress.axes import PHASES
 from qcompress.axes import METHODS
 from qcompress.errors import RecipeError
 from qcompress.formats import FORMAT_PRESETS
@@ -134,7 +135,9 @@ def test_a_child_adds_replaces_and_removes(folder: Path) -> None:
     child = "extends: recipe.yaml\nname: child\ntrain: {batch_size: 2, phases: }\n"
     child += "data: {evaluate: {new: {text: [test.txt]}}}\n"
     recipe = load_recipe(write(folder, child, "child.yaml")).recipe
-    assert (recipe.name, recipe.train.batch_size, recipe.train.phases) == ("child", 2, {})
+    assert (recipe.name, recipe.train.batch_size) == ("child", 2)
+    steps = {name: phase.steps for name, phase in recipe.train.phases.items()}
+    assert steps == {name: phase.steps for name, phase in PHASES["blockwise-then-end-to-end"].items()}
     assert recipe.train.lr["adapter"] == 1e-3
     assert list(recipe.data.evaluate) == ["test", "other", "new"]
 

@@ -1,4 +1,4 @@
-"""BERT and its smaller relatives (MiniLM): an encoder with token types, a pooler and a linear classifier."""
+"""BERT and its smaller relatives (MiniLM): an encoder of text, with token types and a pooler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ResNets of He et al. (arXiv:1512.03385), section 4.2, for CIFAR-10: 20, 32, 44, 56, 110 layers.
+"""ResNet-20, -32, -44, -56 and -110 for small images (He et al., arXiv:1512.03385, section 4.2).
 
 A 3x3 convolution, three stages of (depth - 2) / 6 basic blocks with 16, 32 and 64 channels, the mean, a
 linear classifier. Shortcuts have no parameters ("option A"): every second pixel, and channels of zeros

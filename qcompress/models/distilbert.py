@@ -1,4 +1,4 @@
-"""DistilBERT: BERT without token types and pooler, under names of its own."""
+"""DistilBERT: an encoder of text, without token types and pooler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""EfficientNet (Tan and Le, arXiv:1905.11946) as transformers has it: EfficientNetForImageClassification.
+"""EfficientNet: a small convolutional net that classifies images (Tan and Le, arXiv:1905.11946).
+
+As transformers has it: EfficientNetForImageClassification.
 
 Of each block (MBConv): the expansion (where the ratio is not 1), the depthwise convolution, the two 1x1
 convolutions of squeeze-and-excite, which have biases and no batch norm, and the projection. Activations are

@@ -1,4 +1,6 @@
-"""GPT-2: what the pipeline may know about it. Torch and transformers are imported only where a model is made.
+"""GPT-2 and DistilGPT-2: a decoder that continues text, with learned positions.
+
+Torch and transformers are imported only where a model is made.
 
 Layers (Conv1D stores [in, out]): per block `attn.c_attn` (fused Q, K, V), `attn.c_proj`, `mlp.c_fc`,
 `mlp.c_proj`; the tables `transformer.wte` and `transformer.wpe`; `lm_head`, usually tied to `wte`.

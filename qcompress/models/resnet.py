@@ -1,4 +1,6 @@
-"""ResNet (He et al., arXiv:1512.03385) as transformers has it: ResNetForImageClassification.
+"""ResNet: a convolutional net that classifies images (He et al., arXiv:1512.03385).
+
+As transformers has it: ResNetForImageClassification.
 
 Convolutions in the order of the forward pass: the stem, then of each block its two (basic) or three
 (bottleneck) convolutions and the shortcut's, where it has one. Every one has a batch norm. Behind a ReLU,

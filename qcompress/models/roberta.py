@@ -1,4 +1,4 @@
-"""RoBERTa: BERT without token types, positions after the padding token's id, a head of two layers."""
+"""RoBERTa: an encoder of text, without token types, with a head of two layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ViT: an encoder of image patches, norms before its sublayers, a linear classifier on the first token.
+"""ViT: a transformer that classifies images, as a sequence of patches.
 
 Layers, in the order of the forward pass: per block query, key, value, attention output and the two linear
 layers of the MLP, then the classifier (kind "head": like a table it takes `format.embeddings`). The patch

@@ -212,8 +212,8 @@ def test_a_planted_fault_is_named(fault: str, repository: Path) -> None:
     assert len(BROKEN) >= 20 and len(LACKING) == 3
 
 
-def test_a_folder_that_is_not_there_is_no_bundle(tmp_path: Path) -> None:
-    told, faults = asked(tmp_path / "nowhere")
+def test_a_folder_without_bundle_json_is_no_bundle(tmp_path: Path) -> None:
+    told, faults = asked(tmp_path)
     assert told.code == 5 and "is no bundle: bundle.json is missing" in faults[0]["what"]
 
 
