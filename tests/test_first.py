@@ -454,7 +454,42 @@ def test_nothing_is_ever_overwritten(what: str, tmp_path: Path, models: dict[str
     data = write_table(tmp_path / "mine.csv", LABELS)
     (tmp_path / what).write_text("precious")
     said = refusal(tmp_path, models["head"], data, with_schema=True)
-    assert f"{tmp_path / what} exists, and nothing is overwritten" in said
+    other = " with other content than the split of --data" if what.startswith("mine") else ""
+    assert f"{tmp_path / what} exists{other}, and nothing is overwritten" in said
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.tsv", "mine.jsonl", "mine.txt"])
+def test_a_second_recipe_takes_the_split_that_is_there(
+    name: str, tmp_path: Path, models: dict[str, Path]
+) -> None:
+    data = tmp_path / name
+    if name == "mine.txt":
+        data.write_text("\n".join(sentences(100)))
+    else:
+        write_table(data, LABELS)
+    first = started(tmp_path, models["head"], data)
+    before = {part: first.files[part].read_bytes() for part in ("train", "test")}
+    times = {part: first.files[part].stat().st_mtime_ns for part in before}
+    second = started(tmp_path, models["head"], data, out=tmp_path / "other.yaml", format="w8a16")
+    assert {part: second.files[part].read_bytes() for part in before} == before
+    assert {part: second.files[part].stat().st_mtime_ns for part in before} == times
+    assert sum("is there already, and is the same split" in note for note in second.notes) == 2
+    assert all_mistakes(tmp_path / "other.yaml")[2] == []
+
+
+def test_a_refused_recipe_leaves_the_split_that_was_there(tmp_path: Path, models: dict[str, Path]) -> None:
+    data = write_table(tmp_path / "mine.csv", LABELS)
+    started(tmp_path, models["head"], data)
+    options = {"out": tmp_path / "other.yaml", "format": "w4a16-g32", "target": "rtx-turing"}
+    assert "int4" in refusal(tmp_path, models["head"], data, **options)
+    assert (tmp_path / "mine-train.csv").is_file() and (tmp_path / "mine-test.csv").is_file()
+
+
+def test_a_table_with_other_separators_is_said_to_be_one(tmp_path: Path, models: dict[str, Path]) -> None:
+    data = write_table(tmp_path / "mine.csv", LABELS)
+    data.write_text(data.read_text().replace(",", ";"))
+    said = refusal(tmp_path, models["head"], data)
+    assert "its cells are separated by `;`" in said and "write it again with a comma" in said
 
 
 def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:

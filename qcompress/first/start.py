@@ -50,17 +50,41 @@ def begin(asked: Asked, ask: Ask | None = None) -> Begun:
     words = not mistakes.found or all(one.key == "--out" for one in mistakes.found)
     choice = choose(asked, checkpoint, found, mistakes) if words and checkpoint and found else None
     files = _files(asked, choice, found)
-    for what, file in files.items():
-        if os.path.lexists(file):
-            option = "--data" if what in ("train", "test") else "--out"
-            mistakes.add(option, f"{file} exists, and nothing is overwritten",
-                         "remove it, or name another --out in another folder")  # fmt: skip
+    splits = _splits(found, choice, files) if choice is not None and found is not None else {}
+    kept = _there_already(files, splits, mistakes)
     mistakes.settle()
     with _all_or_nothing() as made, machine_errors(asked.out.parent):
-        _write(asked, checkpoint, found, choice, files, made)
+        _write(asked, checkpoint, found, choice, files, splits, kept, made)
         _check(asked, checkpoint, files, mistakes)
-    return Begun(files, _found(checkpoint, found), _chosen(asked, choice, found), choice.why, choice.notes,
+    notes = [*choice.notes, *(f"{files[part]} is there already, and is the same split" for part in kept)]
+    return Begun(files, _found(checkpoint, found), _chosen(asked, choice, found), choice.why, notes,
                  _commands(asked, choice, files))  # fmt: skip
+
+
+def _splits(found: Found, choice: Choice, files: dict[str, Path]) -> dict[str, str]:
+    """The two parts of the data as the texts of their files; empty for images, which are two already."""
+    if isinstance(found, TableFound):
+        parts = (("train", choice.train), ("test", choice.test))
+        return {part: table_text(found.header, rows, files[part].suffix) for part, rows in parts}
+    return {"train": choice.train, "test": choice.test} if isinstance(found, TextFound) else {}
+
+
+def _there_already(files: dict[str, Path], splits: dict[str, str], mistakes: Mistakes) -> list[str]:
+    """Parts of the data that are there already as they would be written. Whatever else is there is a mistake:
+    nothing is overwritten.
+    """
+    kept = []
+    for what, file in files.items():
+        if not os.path.lexists(file):
+            continue
+        if what in splits and file.is_file() and file.read_bytes() == splits[what].encode("utf-8"):
+            kept.append(what)
+            continue
+        holds = " with other content than the split of --data" if what in splits else ""
+        option = "--data" if what in ("train", "test") else "--out"
+        mistakes.add(option, f"{file} exists{holds}, and nothing is overwritten",
+                     "remove it, or name another --out in another folder")  # fmt: skip
+    return kept
 
 
 def _files(asked: Asked, choice: Choice | None, found: Found | None) -> dict[str, Path]:
@@ -99,18 +123,15 @@ def _write(
     found: Found,
     choice: Choice,
     files: dict[str, Path],
+    splits: dict[str, str],
+    kept: list[str],
     made: list[Path],
 ) -> None:
-    texts: dict[str, str] = {}
+    texts = {part: text for part, text in splits.items() if part not in kept}
     if "model" in files:
         files["model"].mkdir()
         made.append(files["model"])
         write_without_head(checkpoint, choice.fit, files["model"])
-    if isinstance(found, TableFound):
-        for part, rows in (("train", choice.train), ("test", choice.test)):
-            texts[part] = table_text(found.header, rows, files[part].suffix)
-    elif isinstance(found, TextFound):
-        texts |= {"train": choice.train, "test": choice.test}
     if "schema" in files:
         texts["schema"] = json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"
     folder = asked.out.parent
