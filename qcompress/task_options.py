@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
+    WithJsonSchema,
     model_serializer,
     model_validator,
 )
@@ -181,6 +182,24 @@ class TokenClassification(Labelled):
         return self.model_copy(update={"context": min(self.context, context)})
 
 
+def _square(value: Any) -> Any:
+    """One number stands for height and width."""
+    return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Size = Annotated[
+    list[int],
+    Field(min_length=2, max_length=2),
+    BeforeValidator(_square),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2},
+            ]
+        }
+    ),
+]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
@@ -195,8 +214,9 @@ class ImageClassification(Labelled):
     of the checkpoint's preprocessor_config.json, or where it has none."""
     std: Channels | None = None
     """Standard deviation of each, of values from 0 to 1."""
-    size: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
-    """Height and width that images are resized to (bilinear), with `mean` and `std`; none: they are not."""
+    size: Size | None = None
+    """Height and width that images are resized to (bilinear), or one number for both, with `mean` and `std`;
+    none: they are not."""
     labels_are: LabelsAre | None = None
     """Content of a column of labels: names, or indices from 0 in the model's order. none: a cell that is a
     name of the model is that label, and whole numbers that are not all names are indices; a column that gives

@@ -189,6 +189,14 @@ def _literals(annotation: Any) -> tuple[Any, ...]:
     return tuple(literal for branch in _branches(annotation) for literal in _literals(branch))
 
 
+def _least(annotation: Any) -> int:
+    """The fewest entries that a list of this type may have, at least 1."""
+    fields = [one for one in getattr(annotation, "__metadata__", ()) if isinstance(one, FieldInfo)]
+    limits = [limit for field in fields for limit in field.metadata]
+    lengths = [getattr(limit, "min_length", 1) for limit in limits]
+    return max([1, *lengths, *map(_least, get_args(annotation))])
+
+
 def _words(annotation: Any) -> list[str]:
     """The words that may stand for a value: literals, or the names of the sections it may be."""
     tags = [tag for section in sections_of(annotation) if (tag := tag_of(section))]
@@ -229,7 +237,8 @@ def _fix(need: str, spot: Spot) -> str:
         if re.fullmatch(r"-?[0-9]+(\.0+)?", number):
             return f"write {number.partition('.')[0]}"
     if need == "a list" and not isinstance(value, dict):
-        return f"put it in brackets: [{value}]"
+        many = _least(spot.field.annotation if spot.field else None)
+        return f"put {'it' if many == 1 else f'{many} values'} in brackets: [{', '.join([str(value)] * many)}]"
     if need == "text" and not isinstance(value, (dict, list)):
         return f'put it in quotes: "{value}"'
     if need == "a mapping of keys":

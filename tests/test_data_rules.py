@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from good_recipe import mistakes, write
+from jsonschema import Draft202012Validator
 
 from qcompress.data_options import COLUMNS, Columns
 from qcompress.data_rules import ORIGINS
 from qcompress.recipe import load_recipe
+from qcompress.recipe_schema import recipe_schema
 from qcompress.tasks import TASKS
 
 GOOD = """\
@@ -254,6 +257,32 @@ def test_a_recipe_of_images_is_good_and_moves_with_its_files(photos: Path) -> No
     assert (train.npz, train.folder, train.columns, train.augment.crop) == (None, "photos", None, 4)
     train = load_recipe(file, ["data.calibration={npz: [train.npz]}"]).recipe.data.calibration
     assert (train.npz, train.folder, train.limit) == (["train.npz"], None, 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("32", [32, 32]), ("[32, 48]", [32, 48]), ("[32]", None), ("true", None), ("0", None), ("1.5", None)],
+)
+def test_one_number_is_a_square(size: str, expected: list[int] | None, photos: Path) -> None:
+    text = IMAGES.replace("name: image-classification", f"{SQUARE}, size: {size}")
+    assert text.count(SQUARE) == 1
+    file = write(photos, text)
+    schema = Draft202012Validator(recipe_schema())
+    if expected is None:
+        assert len(mistakes(file)) == 1 and "task" in mistakes(file)[0]
+    else:
+        assert load_recipe(file, ()).recipe.task.size == expected
+    assert schema.is_valid(yaml.safe_load(text)) == (expected is not None)
+
+
+SQUARE = "name: image-classification, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]"
+
+
+def test_one_number_for_a_list_is_written_as_often_as_the_list_is_long(photos: Path) -> None:
+    text = IMAGES.replace("name: image-classification", "name: image-classification, mean: 0.5")
+    assert "task.mean: must be a list, found 0.5 (fix: put 3 values in brackets: [0.5, 0.5, 0.5])" in (
+        mistakes(write(photos, text))[0]
+    )
 
 
 @pytest.mark.parametrize("what", WRONG_IMAGES)

@@ -14,13 +14,18 @@ from typing import Any
 
 from qcompress.errors import ModelError
 
-DEFAULT_PADDING = {"bert": "[PAD]", "distilbert": "[PAD]", "roberta": "<pad>"}
-"""The padding token of a tokenizer's class in transformers, by the beginning of its name."""
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""In the order in which transformers adds those that a vocabulary lacks."""
+
+OF_BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
+           "mask_token": "[MASK]"}  # fmt: skip
+OF_ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>",
+              "pad_token": "<pad>", "cls_token": "<s>", "mask_token": "<mask>"}  # fmt: skip
+DEFAULTS = {"bert": OF_BERT, "distilbert": OF_BERT, "roberta": OF_ROBERTA}
+"""Special tokens of a tokenizer's class in transformers, by the beginning of its name."""
 
 WITHOUT_DEFAULT = ("tokenizersbackend", "pretrainedtokenizerfast", "gpt2")
 """Classes that have a padding token only where a file names one."""
-
-SPECIAL = ("pad_token", "cls_token", "sep_token", "unk_token", "bos_token", "eos_token", "mask_token")
 
 AT_ONCE = 1000
 """Texts encoded together."""
@@ -54,17 +59,12 @@ def read_tokenizer(directory: Path, family: str) -> TokenizerFiles | None:
     for number, token in _mapping(config.get("added_tokens_decoder")).items():
         if str(number).isdigit() and (text := _content(token)):
             ids.setdefault(text, int(number))
-    special = {
-        role: text
-        for role in SPECIAL
-        if (text := _content(config[role] if role in config else specials.get(role))) is not None
-    }
+    named = str(config.get("tokenizer_class") or family).casefold()
+    said = next((tokens for start, tokens in DEFAULTS.items() if named.startswith(start)), {}) | specials | config
+    special = {role: text for role in SPECIAL if (text := _content(said.get(role))) is not None}
     pads: bool | None = "pad_token" in special
-    if not pads and not {"pad_token"} & (config.keys() | specials.keys()):
-        named = str(config.get("tokenizer_class") or family).casefold()
-        default = next((token for start, token in DEFAULT_PADDING.items() if named.startswith(start)), None)
-        pads = True if default else False if named.startswith(WITHOUT_DEFAULT) else None
-        special |= {"pad_token": default} if default else {}
+    if not pads and "pad_token" not in said and not named.startswith(WITHOUT_DEFAULT):
+        pads = None
     for text in special.values():
         ids.setdefault(text, len(ids))  # transformers adds a special token that the vocabulary lacks
     return TokenizerFiles(directory, ids, special, inserted, pads)

@@ -261,6 +261,18 @@ def test_labels_come_from_the_recipe_or_else_from_the_checkpoint(kind: tuple[str
         described(kind, copy)
 
 
+@pytest.mark.parametrize("padding", [None, VOCABULARY, -1, "0", 0])
+def test_the_padding_id_is_a_row_of_the_table(padding: Any, kind: tuple[str, str], copy: Path) -> None:
+    """Without one BERT has no padding row; RoBERTa counts its positions from it."""
+    edit_config(copy, pad_token_id=padding)
+    if padding == 0 or (padding is None and kind[0] != "roberta"):
+        assert described(kind, copy).layers[0].out_features == VOCABULARY
+        return
+    with pytest.raises(ModelError, match="pad_token_id is .*, and must be a row of the embedding table") as refused:
+        described(kind, copy)
+    assert json.dumps(padding) in refused.value.message and refused.value.fix
+
+
 def test_a_checkpoint_without_labels_needs_a_task_with_labels(kind: tuple[str, str], bare: Path) -> None:
     folder = bare.parent / f"{bare.name}-nameless"
     shutil.copytree(bare, folder, dirs_exist_ok=True)
