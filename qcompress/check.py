@@ -59,13 +59,16 @@ def head_of(recipe: Recipe) -> Head:
     return TASKS[recipe.task.name].head(recipe.task)
 
 
-def check_model(recipe: Resolved, directory: Path) -> Report:
-    """Hold a recipe against a checkpoint. Raises RecipeError with every mistake, or ModelError."""
+def check_model(recipe: Resolved, directory: Path, *, whole: bool = True) -> Report:
+    """Hold a recipe against a checkpoint and its data. Raises RecipeError with every mistake, or ModelError.
+
+    `whole`: all rows of the data are looked at, and not the first of each file alone.
+    """
     document = recipe.document()
     report = _describe_and_judge(recipe.recipe, document, directory, strict=True)
     if report is not None and not document.mistakes:
-        judge_data(recipe.recipe, document, recipe.base, directory, whole=True)
-    judge_values(recipe.recipe, document, recipe.base, hub=True)
+        judge_data(recipe.recipe, document, recipe.base, directory, whole=whole)
+    judge_values(recipe.recipe, document, recipe.base, hub=whole)
     if document.mistakes or report is None:
         raise RecipeError(document.mistakes)
     return report

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from qcompress.yamlfile import Document, Key
 ROWS = 50_000
 """Rows of each file that `check` looks at."""
 
+ENCODED = 5_000
+"""Texts of a section that `check` encodes, where some tokens are beyond the embedding table."""
+
 
 @dataclass
 class Looked:
@@ -52,6 +56,10 @@ class Looked:
     @property
     def family(self) -> Any:
         return FAMILIES[self.recipe.model.family]
+
+    def said(self, key: Key) -> bool:
+        """Whether a mistake at this key was found here."""
+        return any(key in keys for keys in self.wrong.values())
 
     def add(self, key: Key, message: str, fix: str) -> None:
         if self.document.sound(key):
@@ -163,7 +171,7 @@ def _examine(looked: Looked, section: Key, data: TextData, task: Any) -> Examine
         return None
     except TwoReadings as error:
         key: Key = ("task", "labels_are")
-        if not any(key in keys for keys in looked.wrong.values()):  # one line mends every section
+        if not looked.said(key):  # one line mends every section
             looked.add(key, error.message, error.fix)
         return None
     except UsageError as error:
@@ -198,7 +206,7 @@ def _judge_section(
         _judge_goals(looked, str(section[2]), examined)
     if tokenizer is not None:
         _judge_tokens(looked, section, data, examined, tokenizer)
-    elif examined.size is not None:
+    elif examined.size is not None and not looked.said(_model_key(looked.recipe)):
         _judge_size(looked, section, data, examined.size)
 
 
@@ -256,7 +264,7 @@ def _judge_tokens(
     beyond = tokenizer.beyond(rows)
     if not beyond:
         return
-    texts = list(_used(looked, section, data, examined))
+    texts = list(islice(_used(looked, section, data, examined), None if looked.whole else ENCODED))
     context = None if isinstance(looked.recipe.task, CausalLm) else looked.recipe.task.context
     try:
         found = first_with(tokenizer, texts, beyond, context)

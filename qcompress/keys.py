@@ -53,11 +53,14 @@ class Plan:
         return self.resolved.recipe
 
 
-def prepare(resolved: Resolved) -> Plan:
-    """Find the checkpoint and check the recipe against it. Seconds, no torch."""
+def prepare(resolved: Resolved, *, whole: bool = True) -> Plan:
+    """Find the checkpoint and check the recipe against it and its data. No torch.
+
+    `whole`: of the data all rows are looked at, as a run needs it, and not the first of each file alone.
+    """
     demand_trackers(resolved.recipe.tracking)
     directory = locate(resolved.recipe.model, resolved.base)
-    report = check_model(resolved, directory)  # before gigabytes are hashed
+    report = check_model(resolved, directory, whole=whole)  # before gigabytes are hashed
     digests = fingerprint(directory)
     graph = files_of(resolved.base / resolved.recipe.export.graph) if resolved.recipe.export.graph else {}
     return Plan(resolved, directory, digests, report, graph)
