@@ -51,7 +51,8 @@ def begin(asked: Asked, ask: Ask | None = None) -> Begun:
     choice = choose(asked, checkpoint, found, mistakes) if words and checkpoint and found else None
     files = _files(asked, choice, found)
     splits = _splits(found, choice, files) if choice is not None and found is not None else {}
-    kept = _there_already(files, splits, mistakes)
+    certain = {what: file for what, file in files.items() if choice is not None or what not in PARTS}
+    kept = _there_already(certain, splits, mistakes)
     mistakes.settle()
     with _all_or_nothing() as made, machine_errors(asked.out.parent):
         _write(asked, checkpoint, found, choice, files, splits, kept, made)
@@ -59,6 +60,10 @@ def begin(asked: Asked, ask: Ask | None = None) -> Begun:
     notes = [*choice.notes, *(f"{files[part]} is there already, and is the same split" for part in kept)]
     return Begun(files, _found(checkpoint, found), _chosen(asked, choice, found), choice.why, notes,
                  _commands(asked, choice, files))  # fmt: skip
+
+
+PARTS = ("train", "test")
+"""Parts of the data, which are written beside the recipe."""
 
 
 def _splits(found: Found, choice: Choice, files: dict[str, Path]) -> dict[str, str]:
@@ -81,7 +86,7 @@ def _there_already(files: dict[str, Path], splits: dict[str, str], mistakes: Mis
             kept.append(what)
             continue
         holds = " with other content than the split of --data" if what in splits else ""
-        option = "--data" if what in ("train", "test") else "--out"
+        option = "--data" if what in PARTS else "--out"
         mistakes.add(option, f"{file} exists{holds}, and nothing is overwritten",
                      "remove it, or name another --out in another folder")  # fmt: skip
     return kept
