@@ -25,7 +25,7 @@ from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.architecture import Input
 from qcompress.targets.child import command, environment
 from qcompress.targets.contents import INTEGERS, contents
-from qcompress.targets.graph import View, dimensions, read
+from qcompress.targets.graph import View, dimensions, read, type_word
 from qcompress.targets.lint import lint
 from qcompress.targets.table import find_target
 from qcompress.targets.trial import ROWS, TOKENS
@@ -35,7 +35,18 @@ TRIAL_MIB, TRIAL_S = 16384, 600
 
 REASON = "the graph was made elsewhere"
 
-ELEMENTS = {"int64": onnx.TensorProto.INT64, "float32": onnx.TensorProto.FLOAT}
+TAKEN = {"int64": ("int64", "int32"), "float32": ("float32", "float16")}
+"""Types that an input of the graph may have, by the type that the family states: values are cast when they are
+fed."""
+
+MASK = "attention_mask"
+"""The one input that may be of booleans as well."""
+
+TYPES = {
+    onnx.TensorProto.INT64: "int64", onnx.TensorProto.INT32: "int32", onnx.TensorProto.BOOL: "bool",
+    onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16",
+}  # fmt: skip
+"""Types of inputs that are fed, as numpy names them."""
 
 
 def files_of(graph: Path) -> dict[str, str]:
@@ -64,7 +75,7 @@ def adopt(
     Returns what a user should know.
 
     The graph takes some of the family's inputs, of any size where the family says so (`signature`), the first
-    of them always, and gives `logits` of `shape`: (rows, tokens, vocabulary) or (rows, labels), None for
+    of them always, in a type that they can be cast to, and gives `logits` of `shape`: (rows, tokens, vocabulary) or (rows, labels), None for
     sizes that the inputs decide.
     Raises ExportError where it does not, where the target would refuse it, where ONNX Runtime cannot run it.
     """
@@ -78,8 +89,7 @@ def adopt(
         raise ExportError(
             f"{target} would refuse or change {graph}:\n{lines}", fix="see the fix of each line"
         )
-    names = [value.name for value in view.inputs]
-    without = _try(graph, [item for item in signature if item.name in names], shape)
+    without = _try(graph, _fed(view, signature), shape)
     file = out / "model.onnx"
     if view.data_files:
         model = onnx.load(str(graph))
@@ -102,25 +112,15 @@ def adopt(
 
 def _check_signature(view: View, family: str, signature: tuple[Input, ...]) -> None:
     known = {item.name: item for item in signature}
-    types = {value.name: value.type.tensor_type.elem_type for value in view.inputs}
-    if signature[0].name not in types or not set(types) <= set(known):
+    names = [value.name for value in view.inputs]
+    if signature[0].name not in names or not set(names) <= set(known):
         raise ExportError(
-            f"{view.file} has the inputs {', '.join(types) or 'none'}, and a {family} model has "
+            f"{view.file} has the inputs {', '.join(names) or 'none'}, and a {family} model has "
             f"{', '.join(known)}",
             fix="name the inputs of the graph as transformers does, or leave out those that it does not read",
         )
     for value in view.inputs:
-        shape, wanted = dimensions(value) or (), known[value.name]
-        fits = len(shape) == len(wanted.axes) and all(
-            not isinstance(size, int) or size == axis for size, axis in zip(shape, wanted.axes, strict=True)
-        )
-        if types[value.name] != ELEMENTS[wanted.element] or not fits:
-            sized = " of any size" if wanted.element == "int64" else ", the batch of any size"
-            raise ExportError(
-                f"{view.file}: the input {value.name} must be {wanted.element} "
-                f"[{', '.join(map(str, wanted.axes))}]{sized}, and is {list(shape)}",
-                fix="export the graph with dynamic axes",
-            )
+        _check_input(view, family, value, known[value.name])
     if "logits" not in view.outputs:
         raise ExportError(
             f"{view.file} has the outputs {', '.join(sorted(view.outputs))}, and none is called `logits`",
@@ -128,9 +128,44 @@ def _check_signature(view: View, family: str, signature: tuple[Input, ...]) -> N
         )
 
 
-def _try(graph: Path, inputs: list[Input], shape: Sequence[int | None]) -> list[str]:
+def _check_input(view: View, family: str, value: onnx.ValueInfoProto, wanted: Input) -> None:
+    """Refuse an input for its type, its rank or a fixed size, each in its own words."""
+    kind = value.type.tensor_type.elem_type
+    taken = (*TAKEN[wanted.element], *(("bool",) if value.name == MASK else ()))
+    if TYPES.get(kind) not in taken:
+        raise ExportError(
+            f"{view.file}: the input {value.name} is {type_word(kind).lower()}, and a {family} model's can be "
+            f"{' or '.join(taken)}",
+            fix=f"export the graph with an input of {wanted.element}, and cast inside of it",
+        )
+    shape, axes = dimensions(value), ", ".join(map(str, wanted.axes))
+    if shape is None or len(shape) != len(wanted.axes):
+        has = "has no shape" if shape is None else f"has {len(shape)} axes {list(shape)}"
+        raise ExportError(
+            f"{view.file}: the input {value.name} {has}, and a {family} model's has {len(wanted.axes)}, [{axes}]",
+            fix="name the inputs of the graph as transformers does, with the same axes",
+        )
+    fits = (not isinstance(size, int) or size == axis for size, axis in zip(shape, wanted.axes, strict=True))
+    if not all(fits):
+        sized = " of any size" if wanted.element == "int64" else ", the batch of any size"
+        raise ExportError(
+            f"{view.file}: the input {value.name} must be [{axes}]{sized}, and is {list(shape)}",
+            fix="export the graph with dynamic axes",
+        )
+
+
+def _fed(view: View, signature: tuple[Input, ...]) -> dict[str, tuple[str, list[str | int]]]:
+    """Type and axes of each input of the graph, by name."""
+    axes = {item.name: list(item.axes) for item in signature}
+    return {
+        value.name: (TYPES[value.type.tensor_type.elem_type], axes[value.name]) for value in view.inputs
+    }
+
+
+def _try(
+    graph: Path, fed: dict[str, tuple[str, list[str | int]]], shape: Sequence[int | None]
+) -> list[str]:
     """Run the graph once, in a process that may die of it; returns the optimizers that must be left out."""
-    fed = {item.name: [item.element, list(item.axes)] for item in inputs}
     words = command("qcompress.targets.trial", str(graph.resolve()), json.dumps(fed), str(TRIAL_MIB))
     try:
         # in a folder of its own, or Python would import what lies beside the graph
@@ -147,7 +182,7 @@ def _try(graph: Path, inputs: list[Input], shape: Sequence[int | None]) -> list[
             f"{graph}: ONNX Runtime cannot run it: {reason}", fix="try the graph with onnxruntime by itself"
         )
     found = json.loads(done.stdout)
-    tokens = f" of {TOKENS} tokens" if any("sequence" in item.axes for item in inputs) else ""
+    tokens = f" of {TOKENS} tokens" if any("sequence" in axes for _, axes in fed.values()) else ""
     wanted = [ROWS, *((TOKENS,) if len(shape) == 3 else ()), shape[-1]]
     if found["shape"] != wanted or found["type"] not in ("float32", "float16"):
         raise ExportError(

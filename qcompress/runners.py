@@ -121,10 +121,17 @@ def graph_inputs_of(file: Path) -> dict[str, list[int | str]]:
     return {item.name: list(item.shape) for item in open_session(file, 1, optimized=False).get_inputs()}
 
 
+ELEMENTS = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(bool)": np.bool_,
+}  # fmt: skip
+"""Types of the inputs of a graph that are fed."""
+
+
 def fed(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Those of the inputs that the graph has: one made elsewhere may lack some."""
-    known = {item.name for item in session.get_inputs()}
-    return {name: array for name, array in inputs.items() if name in known}
+    """Those of the inputs that the graph has, in its types: one made elsewhere may lack some, or take int32."""
+    known = {item.name: ELEMENTS[item.type] for item in session.get_inputs() if item.name in inputs}
+    return {name: inputs[name].astype(kind, copy=False) for name, kind in known.items()}
 
 
 class OnnxRunner:
@@ -146,9 +153,6 @@ class OnnxRunner:
         feed = fed(self.session, arrays)
         feed |= empty_past(self.session, len(next(iter(inputs.values()))))
         return self.session.run(["logits"], feed)[0].astype(np.float32)
-
-
-ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 def empty_past(session: onnxruntime.InferenceSession, rows: int) -> dict[str, np.ndarray]:

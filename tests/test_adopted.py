@@ -213,10 +213,16 @@ def relu(**changes: Any) -> onnx.ModelProto:
     ("changes", "words"),
     [
         ({"name": "tokens"}, "has the inputs tokens, and a gpt2 model has input_ids, attention_mask"),
-        ({"kind": TensorProto.INT32}, r"the input input_ids must be int64 \[batch, sequence\] of any size"),
+        ({"kind": TensorProto.UINT8}, "the input input_ids is uint8, and a gpt2 model's can be int64 or int32"),
+        ({"kind": TensorProto.BOOL}, "the input input_ids is bool, and a gpt2 model's can be int64 or int32"),
+        (
+            {"shape": ["batch", "sequence", 1]},
+            r"input_ids has 3 axes \['batch', 'sequence', 1\], and a gpt2 model's has 2, \[batch, sequence\]",
+        ),
+        ({"shape": None}, "input_ids has no shape, and a gpt2 model's has 2"),
         (
             {"shape": [1, "sequence"]},
-            r"must be int64 \[batch, sequence\] of any size, and is \[1, 'sequence'\]",
+            r"must be \[batch, sequence\] of any size, and is \[1, 'sequence'\]",
         ),
         ({"output": "scores"}, "has the outputs scores, and none is called `logits`"),
         ({}, r"the logits of 2 rows of 5 tokens are float32 \[2, 5\], and this model .*\[2, 5, 300\]"),

@@ -227,6 +227,17 @@ class TensorRTRunner:
             yield Launcher(self)
 
 
+ELEMENTS = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(bool)": np.bool_,
+}
+"""numpy's types of the inputs of a session."""
+
+
 class OnnxRunner:
     """An ONNX file through onnxruntime: dict of arrays -> logits."""
 
@@ -249,17 +260,12 @@ class OnnxRunner:
         return 8
 
     def __call__(self, feed):
-        known = {item.name for item in self.session.get_inputs()}
-        arrays = {
-            name: array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
-            for name, array in feed.items()
-            if name in known
-        }
+        kinds = {item.name: ELEMENTS[item.type] for item in self.session.get_inputs()}
+        arrays = {name: array.astype(kinds[name]) for name, array in feed.items() if name in kinds}
         rows = len(next(iter(arrays.values())))
-        elements = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
         for item in self.session.get_inputs():
             if item.name.startswith(PAST):
-                arrays[item.name] = no_past(rows, item.shape).astype(elements[item.type])
+                arrays[item.name] = no_past(rows, item.shape).astype(kinds[item.name])
         names = [item.name for item in self.session.get_outputs()]
         name = "logits" if "logits" in names else names[0]
         return self.session.run([name], arrays)[0].astype(np.float32)
