@@ -146,8 +146,12 @@ def test_a_checkpoint_of_the_datas_labels_is_quantized_as_it_is(
     assert all_mistakes(tmp_path / "recipe.yaml")[2] == []
 
 
-def test_a_head_of_other_labels_is_left_out(tmp_path: Path, models: dict[str, Path]) -> None:
-    begun = started(tmp_path, models["head"], write_table(tmp_path / "mine.csv", ("a", "b", "c", "d")))
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_a_head_of_other_labels_is_left_out(tmp_path: Path, models: dict[str, Path], wrapper: str) -> None:
+    source = shutil.copytree(models["head"], tmp_path / "head")
+    tensors = load_file(source / "model.safetensors")
+    save_file({f"{wrapper}{name}": value for name, value in tensors.items()}, source / "model.safetensors")
+    begun = started(tmp_path, source, write_table(tmp_path / "mine.csv", ("a", "b", "c", "d")))
     assert begun.chosen["head"] == "of other labels"
     assert "the checkpoint's head is for no, yes, maybe, the data have a, b, c, d" in begun.why["head"]
     old = load_file(models["head"] / "model.safetensors")

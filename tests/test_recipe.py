@@ -6,8 +6,7 @@ import pytest
 import yaml
 from good_recipe import GOOD, edited, mistakes, prepare, write
 
-from qcompress.axes import PHASES
-from qcompress.axes import METHODS
+from qcompress.axes import METHODS, PHASES
 from qcompress.errors import RecipeError
 from qcompress.formats import FORMAT_PRESETS
 from qcompress.recipe import dump_recipe, examine, load_recipe

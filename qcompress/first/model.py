@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from qcompress.errors import ModelError, UsageError
 from qcompress.first.asked import Mistakes
-from qcompress.models import FAMILIES, describe
+from qcompress.models import FAMILIES, describe, renamed_tensors
 from qcompress.models.architecture import Architecture, Head
 from qcompress.models.files import copy_tensors, read_config, read_tensors
 from qcompress.models.heads import HeadError, is_named, problem_of
@@ -165,18 +165,18 @@ def write_without_head(checkpoint: Checkpoint, fitting: Fit, out: Path) -> None:
 
     Raises ModelError where no tensor has the family's name, which tells the body from the head.
     """
-    names = list(read_tensors(checkpoint.directory))
+    tensors = read_tensors(checkpoint.directory)
+    renamed = renamed_tensors(checkpoint.family, checkpoint.config, tensors)
+    names = {name: renamed.get(name, name) for name in tensors}
     if not fitting.architecture.new_head:  # else only config.json speaks of labels
         body = f"{checkpoint.family}."
-        names = [name for name in names if name.startswith(body)]
+        names = {name: own for name, own in names.items() if own.startswith(body)}
         if not names:
             raise ModelError(
                 f"{checkpoint.directory} has no tensors called {body}*, so its head cannot be told",
                 fix="start from a checkpoint without a head, or of the labels of the data",
             )
-    copy_tensors(
-        checkpoint.directory, out / "model.safetensors", lambda name: name if name in names else None
-    )
+    copy_tensors(checkpoint.directory, out / "model.safetensors", names.get)
     dropped = ("id2label", "label2id", "num_labels", "architectures", "problem_type")
     config = {key: value for key, value in checkpoint.config.items() if key not in dropped}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
