@@ -188,16 +188,20 @@ class _Walk:
             if distributions:
                 return False
         self._modules[name] = True
-        self._file(name, package, file)
+        if file.is_file():  # else read from stdin, out of an archive, or deleted since: its functions count
+            self._file(name, package, file)
         return True
 
     def _file(self, name: str, package: str, file: Path) -> None:
         label = f"custom {file.stem if name == '__main__' else name}"
         content = file.read_bytes()
-        if file.suffix != ".py":
+        try:
+            tree = ast.parse(content, filename=str(file)) if file.suffix == ".py" else None
+        except (SyntaxError, ValueError):  # of another Python, imported only where it fits
+            tree = None
+        if tree is None:
             self.files[label] = hashlib.sha256(content).hexdigest()
             return
-        tree = ast.parse(content, filename=str(file))
         self.files[label] = tree_digest(tree)
         for node, _ in import_statements(tree.body, lazy=False):
             for imported in _imported(node, package):

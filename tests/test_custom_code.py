@@ -174,6 +174,30 @@ def test_a_class_of_a_notebook_counts_with_what_it_refers_to(
     assert of(*changed) != before
 
 
+def test_a_file_that_does_not_parse_counts_by_its_bytes(folder: Path) -> None:
+    (folder / "userlib" / "near.py").write_text("NEAR = 1\n")
+    (folder / "single.py").write_text(
+        "try:\n    from userlib import old\nexcept SyntaxError:\n    pass\nclass Mine:\n    pass\n"
+    )
+    (folder / "userlib" / "old.py").write_text("print 1\n")
+    before = code("single")
+    (folder / "userlib" / "old.py").write_text("print 2\n")
+    assert "custom userlib.old" in before.files and code("single") != before
+
+
+def test_a_class_whose_file_is_gone_counts_by_its_functions(folder: Path) -> None:
+    file = folder / "single.py"
+    found = []
+    for number in (1, 1, 100):
+        file.write_text(f"class Mine:\n    def step(self):\n        return {number}\n")
+        _unload()
+        importlib.invalidate_caches()
+        kind = importlib.import_module("single").Mine
+        file.unlink()
+        found.append(code_of({"mine": kind}))
+    assert found[0] == found[1] != found[2]
+
+
 def made_of(factor: float) -> type:
     class Made:
         def step(self) -> float:

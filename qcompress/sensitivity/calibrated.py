@@ -12,7 +12,8 @@ from qcompress.artifacts import FloatModel, TrainedModel, read_json, write_json
 from qcompress.codekey import code_digest, stage_key
 from qcompress.data_options import FILES
 from qcompress.host import device_kind, threads
-from qcompress.keys import prepare, versions_of
+from qcompress.key_scope import NO_RESULT, versions_of
+from qcompress.keys import prepare
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved
 from qcompress.sensitivity.candidates import groups_of
@@ -111,7 +112,7 @@ def _key(resolved: Resolved, steps: Mapping[str, Step], sampling: Sampling, wins
         },
         "data": fingerprint(data, resolved.base),
         "code": code_digest(
-            ["qcompress.sensitivity.measure", "qcompress.sensitivity.sampling"], leave_out=["qcompress"]
+            ["qcompress.sensitivity.measure", "qcompress.sensitivity.sampling"], leave_out=NO_RESULT
         ),
         "versions": versions_of("train", recipe),
         "device": {"kind": device_kind(recipe.train.device), "threads": threads()},
