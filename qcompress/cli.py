@@ -96,7 +96,9 @@ def run(
         typer.Option(help="Copy a stage's whole folder into the run.", autocompletion=words(STAGES)),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage anew.")] = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Does the line run? Two blocks, little data; judges nothing.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Does the line run? Two blocks, little data; judges nothing.")
+    ] = False,
     seeds: Annotated[str | None, typer.Option(help="Once for each seed: 0,1,2.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -321,7 +323,9 @@ def predict(
 def list_(
     what: Annotated[
         str,
-        typer.Argument(help="methods, axes, formats, models, tasks, targets or recipes.", autocompletion=words(LISTS)),
+        typer.Argument(
+            help="methods, axes, formats, models, tasks, targets or recipes.", autocompletion=words(LISTS)
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:

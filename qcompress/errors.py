@@ -101,7 +101,8 @@ def package_missing(error: ImportError, what: str) -> MachineError:
     extra = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}.get(name, "train")
     if isinstance(error, ModuleNotFoundError):
         return MachineError(
-            f"{what} needs the package {name}, which is not installed", fix=f"pip install 'qcompress[{extra}]'"
+            f"{what} needs the package {name}, which is not installed",
+            fix=f"pip install 'qcompress[{extra}]'",
         )
     return MachineError(
         f"{what} needs the package {name}, which cannot be imported ({error})",

@@ -1,22 +1,24 @@
 """The scope of each stage's cache key: the one table of everything that can re-run a stage. No torch.
 
-    stage   recipe values                          data              inputs                  device
-    ------  -------------------------------------  ----------------  ----------------------  --------------------
-    load    model.family, model.blocks, the head                     the checkpoint's files
-            (labels), the image processor
-    train   seed, task, format, data.train,        train,            load                    kind, threads,
-            data.calibration, train, the five      calibration                               number of processes
-            axes; not format.preset, train.device,
+    stage   recipe values                        data          inputs               device
+    ------  -----------------------------------  ------------  -------------------  -----------------
+    load    model.family, model.blocks, the                    the checkpoint's
+            head (labels), the image processor                 files
+    train   seed, task, format, data.train,      train,        load                 kind, threads,
+            data.calibration, train, the five    calibration                        processes
+            axes; not format.preset,
+            train.device,
             train.checkpoint_every_s
-    fold                                                             load, train             kind, threads
-    export  export, build.target, provenance       export.graph      fold (load: for a       kind, threads
-                                                                     graph made elsewhere)
-    build   build                                                    export                  machine, GPU
-    verify  task, data.evaluate, verify, format.   evaluate          load, train, fold,      kind, threads, GPU
-            compute, quantizer.activations; not                      export, build
+    fold                                                       load, train          kind, threads
+    export  export, build.target, provenance     export.graph  fold (load: for a    kind, threads
+                                                               graph made elsewhere)
+    build   build                                              export               machine, GPU
+    verify  task, data.evaluate, verify,         evaluate      load, train, fold,   kind, threads,
+            format.compute,                                    export, build        GPU
+            quantizer.activations; not
             verify.require
-    gate    gate, verify.require, format.                            verify
-            compute, build.target
+    gate    gate, verify.require,                              verify
+            format.compute, build.target
 
 Code of a stage: every module of this package that it imports, inside functions too, except
 
@@ -154,7 +156,8 @@ def unselected(recipe: Recipe, stage: str) -> set[tuple[str, str]]:
     }
     methods = {module for modules in METHOD_MODULES.values() for module in modules.values()}
     edges = {("qcompress.methods", f"qcompress.methods.{name}") for name in methods - selected}
-    for package, table, name in (("models", FAMILIES, recipe.model.family), ("tasks", TASKS, recipe.task.name)):
+    tables = (("models", FAMILIES, recipe.model.family), ("tasks", TASKS, recipe.task.name))
+    for package, table, name in tables:
         others = {module.__name__ for key, module in table.items() if key != name}
         edges |= {(f"qcompress.{package}", module) for module in others}
     return edges | set(ONLY_CHECKED.get(stage, ()))

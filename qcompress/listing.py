@@ -135,8 +135,8 @@ def _first_comment(file: Path) -> str:
 
 
 def lines(rows: list[tuple[str, str]]) -> Iterator[str]:
-    """Rows as text of at most `WIDTH` columns: the names in a column, or above their text where they are long.
-    Nothing is cut off, so that a name can be copied.
+    """Rows as text of at most `WIDTH` columns: the names in a column, or above their text where they are
+    long. Nothing is cut off, so that a name can be copied.
     """
     longest = max((len(name) for name, _ in rows), default=0)
     if longest > WIDTH // 3:
@@ -151,8 +151,9 @@ def lines(rows: list[tuple[str, str]]) -> Iterator[str]:
 
 def _wrapped(about: str, first: str, rest: str) -> list[str]:
     return textwrap.wrap(
-        about, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
-    )
+        about, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False,
+        break_long_words=False,
+    )  # fmt: skip
 
 
 def _first_paragraph(value: object) -> str:

@@ -12,15 +12,15 @@ A class fulfils its axis's protocol (`methods/protocols.py`) and is built as thi
     steppers     cls(options)
 
 Its options are the attribute `Options`, a subclass of `qcompress.formats.Options`, so that a recipe's
-mistakes in them are found and worded as in all others; without the attribute it has none. Quantizers, and the
-rescalings that an adapter installs, declare the role of each parameter, which is the key of its learning rate:
+mistakes in them are found and worded as in all others; without the attribute it has none. Quantizers, and
+the rescalings that an adapter installs, declare the role of each parameter, which chooses its learning rate:
 
     parameter_roles = {"alpha": "scale"}        one of weight, scale, adapter, centroid, other
 
 The train stage's key covers the code that the class can run (`custom_code.py`): its bases, the user's files
-that they import, installed packages by version, and modules of this package. Folding erases the method: a run that was made with a
-class of one's own is opened, judged and deployed without it. Schedules are not offered here: their phases'
-names are keys of the recipe, which is checked before anything is trained.
+that they import, installed packages by version, and modules of this package. Folding erases the method: a run
+that was made with a class of one's own is opened, judged and deployed without it. Schedules are not offered
+here: their phases' names are keys of the recipe, which is checked before anything is trained.
 """
 
 from __future__ import annotations

@@ -103,8 +103,13 @@ def test_what_must_not_re_run_a_stage_does_not(plan: Callable[..., keys.Plan], t
         ("name", "another"),
     ]
     measured: list[Change] = [("verify.samples", 4), ("verify.batch_size", 4), ("verify.held", "always")]
-    built: list[Change] = [("build.here", "never"), ("build.profiles", [{"batch": [1, 1, 2], "sequence": [1, 16, 32]}])]
-    trained: list[Change] = [("train.checkpoint_every_s", 7), ("train.device", "auto"), ("format.preset", None)]
+    profile = {"batch": [1, 1, 2], "sequence": [1, 16, 32]}
+    built: list[Change] = [("build.here", "never"), ("build.profiles", [profile])]
+    trained: list[Change] = [
+        ("train.checkpoint_every_s", 7),
+        ("train.device", "auto"),
+        ("format.preset", None),
+    ]
     unchanged = {
         "load": [*judged, *measured, *built, *trained, ("train.lr", {"weight": 0.5}), ("seed", 5)],
         "train": [

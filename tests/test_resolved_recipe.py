@@ -35,7 +35,8 @@ def test_every_rate_and_every_number_of_steps_is_written(project: Project) -> No
     train, schedule = yaml.safe_load(text)["train"], yaml.safe_load(text)["schedule"]["name"]
     assert list(train["phases"]) == list(PHASES[schedule])
     for name, phase in PHASES[schedule].items():
-        assert train["phases"][name]["steps"] == written.get("phases", {}).get(name, {"steps": phase.steps})["steps"]
+        own = written.get("phases", {}).get(name, {"steps": phase.steps})
+        assert train["phases"][name]["steps"] == own["steps"]
     trained = {role for phase in PHASES[schedule].values() for role in phase.roles}
     assert train["lr"] == {
         role: written.get("lr", {}).get(role, rate) for role, rate in LEARNING_RATES.items() if role in trained

@@ -117,11 +117,11 @@ def wrapper_of(names: Iterable[str]) -> str:
     >>> wrapper_of(["module.h.0.w", "module.h.1.w"]), wrapper_of(["module.w", "bias"])
     ('module.', '')
     """
-    prefix, left = "", list(names)
-    while wrapper := next((one for one in WRAPPERS if left and all(name.startswith(one) for name in left)), ""):
-        prefix += wrapper
-        left = [name.removeprefix(wrapper) for name in left]
-    return prefix
+    left = list(names)
+    for wrapper in WRAPPERS:
+        if left and all(name.startswith(wrapper) for name in left):
+            return wrapper + wrapper_of(name.removeprefix(wrapper) for name in left)
+    return ""
 
 
 def copy_tensors(source: Path, out: Path, names: Callable[[str], str | None]) -> None:

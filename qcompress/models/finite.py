@@ -26,19 +26,19 @@ def demand_finite(model: nn.Module, source: Path) -> None:
         for name, tensor in model.state_dict().items()
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
     ]
-    if not broken:
-        broken = [
-            (f"{name}.running_var", norm.running_var, norm.running_var < 0)
-            for name, norm in model.named_modules()
-            if isinstance(norm, _BatchNorm) and norm.running_var is not None and bool((norm.running_var < 0).any())
-        ]
+    variances = {
+        f"{name}.running_var": norm.running_var
+        for name, norm in model.named_modules()
+        if isinstance(norm, _BatchNorm) and norm.running_var is not None
+    }
+    broken += [(name, tensor, tensor < 0) for name, tensor in variances.items() if bool((tensor < 0).any())]
     if broken:
         more = f", and {len(broken) - SHOWN} more tensors" if len(broken) > SHOWN else ""
         places = "; ".join(_place(*item) for item in broken[:SHOWN])
         raise ModelError(
             f"{source}: the checkpoint holds values that no model can compute with: {places}{more}",
-            fix="take a checkpoint from before training diverged, or one that was not saved in a type too small "
-            "for its values (fp16 ends at 65504)",
+            fix="take a checkpoint from before training diverged, or one that was not saved in a type too "
+            "small for its values (fp16 ends at 65504)",
         )
 
 

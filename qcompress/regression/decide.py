@@ -105,7 +105,8 @@ def suggestion(baseline: Standing) -> str:
     lines = ["    gate:", "      regression:"]
     for metric, goal in baseline.goals.recovery.items():
         limits = goal.model_dump(by_alias=True, exclude_none=True)
-        lines.append(f"        {metric}: {{{', '.join(f'{key}: {value:g}' for key, value in limits.items())}}}")
+        spelled = ", ".join(f"{key}: {value:g}" for key, value in limits.items())
+        lines.append(f"        {metric}: {{{spelled}}}")
     if baseline.goals.recovery:
         return "\n".join(lines)
     for name, metrics in baseline.parity.get("main", {}).items():

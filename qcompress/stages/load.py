@@ -125,5 +125,7 @@ def load(
             else None,
         },
     )
-    old, new = next(iter(renamed.items()), ("", ""))
-    return [f"load: {len(renamed)} tensors have other names in the model, such as {old}: {new}"] if renamed else []
+    if not renamed:
+        return []
+    old, new = next(iter(renamed.items()))
+    return [f"load: {len(renamed)} tensors have other names in the model, such as {old}: {new}"]
