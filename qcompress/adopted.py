@@ -36,8 +36,7 @@ TRIAL_MIB, TRIAL_S = 16384, 600
 REASON = "the graph was made elsewhere"
 
 TAKEN = {"int64": ("int64", "int32"), "float32": ("float32", "float16")}
-"""Types that an input of the graph may have, by the type that the family states: values are cast when they are
-fed."""
+"""Types that an input of the graph may have, by the type that the family states: what is fed is cast."""
 
 MASK = "attention_mask"
 """The one input that may be of booleans as well."""
@@ -75,8 +74,8 @@ def adopt(
     Returns what a user should know.
 
     The graph takes some of the family's inputs, of any size where the family says so (`signature`), the first
-    of them always, in a type that they can be cast to, and gives `logits` of `shape`: (rows, tokens, vocabulary) or (rows, labels), None for
-    sizes that the inputs decide.
+    of them always, in a type that they can be cast to. It gives `logits` of `shape`: (rows, tokens,
+    vocabulary) or (rows, labels), None for sizes that the inputs decide.
     Raises ExportError where it does not, where the target would refuse it, where ONNX Runtime cannot run it.
     """
     view = read(graph)
@@ -134,15 +133,16 @@ def _check_input(view: View, family: str, value: onnx.ValueInfoProto, wanted: In
     taken = (*TAKEN[wanted.element], *(("bool",) if value.name == MASK else ()))
     if TYPES.get(kind) not in taken:
         raise ExportError(
-            f"{view.file}: the input {value.name} is {type_word(kind).lower()}, and a {family} model's can be "
-            f"{' or '.join(taken)}",
+            f"{view.file}: the input {value.name} is {type_word(kind).lower()}, and a {family} model's can "
+            f"be {' or '.join(taken)}",
             fix=f"export the graph with an input of {wanted.element}, and cast inside of it",
         )
     shape, axes = dimensions(value), ", ".join(map(str, wanted.axes))
     if shape is None or len(shape) != len(wanted.axes):
         has = "has no shape" if shape is None else f"has {len(shape)} axes {list(shape)}"
         raise ExportError(
-            f"{view.file}: the input {value.name} {has}, and a {family} model's has {len(wanted.axes)}, [{axes}]",
+            f"{view.file}: the input {value.name} {has}, and a {family} model's has "
+            f"{len(wanted.axes)}, [{axes}]",
             fix="name the inputs of the graph as transformers does, with the same axes",
         )
     fits = (not isinstance(size, int) or size == axis for size, axis in zip(shape, wanted.axes, strict=True))
@@ -157,14 +157,10 @@ def _check_input(view: View, family: str, value: onnx.ValueInfoProto, wanted: In
 def _fed(view: View, signature: tuple[Input, ...]) -> dict[str, tuple[str, list[str | int]]]:
     """Type and axes of each input of the graph, by name."""
     axes = {item.name: list(item.axes) for item in signature}
-    return {
-        value.name: (TYPES[value.type.tensor_type.elem_type], axes[value.name]) for value in view.inputs
-    }
+    return {value.name: (TYPES[value.type.tensor_type.elem_type], axes[value.name]) for value in view.inputs}
 
 
-def _try(
-    graph: Path, fed: dict[str, tuple[str, list[str | int]]], shape: Sequence[int | None]
-) -> list[str]:
+def _try(graph: Path, fed: dict[str, tuple[str, list[str | int]]], shape: Sequence[int | None]) -> list[str]:
     """Run the graph once, in a process that may die of it; returns the optimizers that must be left out."""
     words = command("qcompress.targets.trial", str(graph.resolve()), json.dumps(fed), str(TRIAL_MIB))
     try:

@@ -120,6 +120,7 @@ class Gate(Options):
     graph was compared from its own codes (`verify.held`), the default limits of the onnx row are about that
     comparison, and a limit written here about the graph as it runs."""
 
+
 def lower_is_better(metric: str) -> bool:
     """A metric by its full name, `<set>.<metric>`: smaller values are better."""
     return METRICS[metric.rpartition(".")[2]] == "lower"

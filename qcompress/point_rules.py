@@ -68,12 +68,14 @@ def judge_attentions(recipe: Recipe, document: Document, architecture: Architect
 
 
 def judge_kept(recipe: Recipe, document: Document, architecture: Architecture) -> None:
-    """Report operators of `export.keep_fp32` that the family does not have: without attention there is neither
-    a softmax nor a layer norm.
+    """Report operators of `export.keep_fp32` that the family does not have: without attention there is
+    neither a softmax nor a layer norm.
     """
     key: Key = ("export", "keep_fp32")
     attends = any(point.kind == "attention" for point in architecture.points)
     if attends or not recipe.export.keep_fp32 or recipe.export.graph or not document.sound(key):
         return
-    names = " or ".join({"norm": "layer norm", "softmax": "softmax"}[kind] for kind in recipe.export.keep_fp32)
+    names = " or ".join(
+        {"norm": "layer norm", "softmax": "softmax"}[kind] for kind in recipe.export.keep_fp32
+    )
     document.report(key, f"a {recipe.model.family} model has no {names}", "drop the line")

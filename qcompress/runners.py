@@ -129,7 +129,7 @@ ELEMENTS = {
 
 
 def fed(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Those of the inputs that the graph has, in its types: one made elsewhere may lack some, or take int32."""
+    """Inputs that the graph has, in its types: one made elsewhere may lack some, or take int32."""
     known = {item.name: ELEMENTS[item.type] for item in session.get_inputs() if item.name in inputs}
     return {name: inputs[name].astype(kind, copy=False) for name, kind in known.items()}
 

@@ -334,7 +334,9 @@ class Recipe(Options):
             rows = ["float", "onnx"]
         elif isinstance(form, dict) and form.get("compute") == "bf16":
             rows = ["float", "trained", "folded"]
-        return {**value, "verify": {"require": rows, **verify}} if rows and isinstance(verify, dict) else value
+        if rows is None or not isinstance(verify, dict):
+            return value
+        return {**value, "verify": {"require": rows, **verify}}
 
     @property
     def trains_float(self) -> bool:

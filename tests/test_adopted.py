@@ -213,7 +213,10 @@ def relu(**changes: Any) -> onnx.ModelProto:
     ("changes", "words"),
     [
         ({"name": "tokens"}, "has the inputs tokens, and a gpt2 model has input_ids, attention_mask"),
-        ({"kind": TensorProto.UINT8}, "the input input_ids is uint8, and a gpt2 model's can be int64 or int32"),
+        (
+            {"kind": TensorProto.UINT8},
+            "the input input_ids is uint8, and a gpt2 model's can be int64 or int32",
+        ),
         ({"kind": TensorProto.BOOL}, "the input input_ids is bool, and a gpt2 model's can be int64 or int32"),
         (
             {"shape": ["batch", "sequence", 1]},

@@ -87,7 +87,9 @@ def test_token_inputs_are_cast_to_the_graphs_types(
     assert found["deployed"]["metrics"] == as_it_is["onnx"]["deployed"]["metrics"]
 
 
-def test_what_reads_the_run_casts_as_well(tmp_path: Path, ours: Path, tiny_model: Path, text_file: Path) -> None:
+def test_what_reads_the_run_casts_as_well(
+    tmp_path: Path, ours: Path, tiny_model: Path, text_file: Path
+) -> None:
     """The probe kit on a device, `predict`, and a bundle, whose types are the graph's."""
     kinds = {"input_ids": TensorProto.INT32, "attention_mask": TensorProto.BOOL}
     run = around(retyped(ours, tmp_path / "theirs.onnx", kinds), tmp_path, tiny_model, text_file).run()
@@ -98,9 +100,10 @@ def test_what_reads_the_run_casts_as_well(tmp_path: Path, ours: Path, tiny_model
     )  # fmt: skip
     assert done.code == 0, done.stderr
     source = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np; from engine_runners import OnnxRunner\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\nimport numpy as np; from engine_runners import OnnxRunner\n"
         "ids = np.arange(12).reshape(2, 6) + 5\n"
-        "feed = {'input_ids': ids, 'attention_mask': np.ones_like(ids), 'position_ids': np.arange(6)[None].repeat(2, 0)}\n"
+        "feed = {'input_ids': ids, 'attention_mask': np.ones_like(ids)}\n"
+        "feed |= {'position_ids': np.arange(6)[None].repeat(2, 0)}\n"
         "print(OnnxRunner(sys.argv[2])(feed).shape)"
     )
     done = python(source, probe, run.path / "model.onnx", folder=tmp_path)
@@ -110,7 +113,11 @@ def test_what_reads_the_run_casts_as_well(tmp_path: Path, ours: Path, tiny_model
     bundled = cli("bundle", run.path, "--out", tmp_path / "bundle", "--json")
     assert bundled.code == 0, bundled.stderr
     kinds_of = {item["name"]: item["type"] for item in bundled.json()["inputs"]}
-    assert kinds_of == {"input_ids": "TYPE_INT32", "attention_mask": "TYPE_BOOL", "position_ids": "TYPE_INT64"}
+    assert kinds_of == {
+        "input_ids": "TYPE_INT32",
+        "attention_mask": "TYPE_BOOL",
+        "position_ids": "TYPE_INT64",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +125,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A folder with a checkpoint and images, and the graph of its float model."""
     folder = tmp_path_factory.mktemp("images")
     archive = save_images(folder / "images.npz")
-    line = net_line(folder / "line", "basic", archive, format="float", method="float", schedule={"name": "plain"})
+    line = net_line(
+        folder / "line", "basic", archive, format="float", method="float", schedule={"name": "plain"}
+    )
     line.train().fold()
     (folder / "export").mkdir()
     export(line.folded, Export(), "cpu", {"version": "0", "recipe": "tiny"}, folder / "export")
@@ -154,7 +163,9 @@ def test_images_are_cast_to_half_precision(tmp_path: Path, images: tuple[Path, P
 
 
 @pytest.mark.parametrize("kind", [TensorProto.UINT8, TensorProto.BFLOAT16, TensorProto.DOUBLE])
-def test_images_of_another_type_are_refused_for_it(tmp_path: Path, images: tuple[Path, Path], kind: int) -> None:
+def test_images_of_another_type_are_refused_for_it(
+    tmp_path: Path, images: tuple[Path, Path], kind: int
+) -> None:
     folder, graph = images
     recipe = image_project(
         folder, tmp_path / "project", retyped(graph, tmp_path / "other.onnx", {"pixel_values": kind})
@@ -169,8 +180,14 @@ def test_images_of_another_type_are_refused_for_it(tmp_path: Path, images: tuple
 def test_the_graph_gives_the_logits_that_onnxruntime_gives(tmp_path: Path, ours: Path) -> None:
     """The retyped graph is the same function: what the tests above rest on."""
     ids = token_ids(2, 9).numpy()
-    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(9)[None].repeat(2, 0)}
+    feed = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(9)[None].repeat(2, 0),
+    }
     other = retyped(ours, tmp_path / "other.onnx", INT32["all int32"])
     near = plain_session(ours).run(["logits"], feed)[0]
-    far = plain_session(other).run(["logits"], {name: array.astype(np.int32) for name, array in feed.items()})[0]
+    far = plain_session(other).run(
+        ["logits"], {name: array.astype(np.int32) for name, array in feed.items()}
+    )[0]
     assert np.array_equal(near, far)

@@ -475,5 +475,7 @@ def test_an_engine_that_is_large_for_another_reason_stays(
     engine = build(model, options(profiles=[SHORT]), out)
     found = record(engine)
     assert found["status"] == "built" and engine.plan.is_file()
-    assert len(found["warnings"]) == 1 and "no float copy of a quantized weight is in it" in found["warnings"][0]
+    assert (
+        len(found["warnings"]) == 1 and "no float copy of a quantized weight is in it" in found["warnings"][0]
+    )
     assert found["plan"]["bytes"] > found["limit_bytes"]

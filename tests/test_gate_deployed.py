@@ -1,4 +1,4 @@
-"""The row that ships: where ONNX Runtime serves the target, its default session is judged like any other row."""
+"""The row that ships: where ONNX Runtime serves the target, its default session is judged as others are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from qcompress.schema import Recipe
 from qcompress.stages.gate import gate, judge
 
 
-def onnx_row(perplexity: float = 30.4, to: str = "folded-integer", mean: float = 0.0, **distance: Any) -> dict:
+def onnx_row(
+    perplexity: float = 30.4, to: str = "folded-integer", mean: float = 0.0, **distance: Any
+) -> dict:
     """An exact onnx row with a deployed one beside it; `mean` and the rest are the deployed row's."""
     made = row("onnx", 30.4, 0.495, top1_agreement=1.0)
     beside = row("engine", perplexity, 0.495, mean_abs=mean * 50, **distance)
@@ -33,7 +35,8 @@ def test_a_good_deployed_row_is_accepted_with_its_goals_listed() -> None:
     assert found["deployed"]["judged"] and found["deployed"]["passed"]
     names = [goal["metric"] for goal in found["deployed"]["goals"]]
     assert names == [
-        "test.perplexity", "test.token_accuracy", "parity.deployed.mean_abs", "parity.deployed.top1_agreement",
+        "test.perplexity", "test.token_accuracy", "parity.deployed.mean_abs",
+        "parity.deployed.top1_agreement",
     ]  # fmt: skip
     assert all(goal in found["goals"] for goal in found["deployed"]["goals"])
 

@@ -52,7 +52,9 @@ PLANTED: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
 }
 
 
-def planted(folder: Path, kind: str, change: Callable[[dict[str, torch.Tensor]], None], **form: Any) -> NetLine:
+def planted(
+    folder: Path, kind: str, change: Callable[[dict[str, torch.Tensor]], None], **form: Any
+) -> NetLine:
     source = save_net(folder / "model", kind)
     tensors = load_file(source / "model.safetensors")
     change(tensors)
@@ -77,7 +79,8 @@ def quotients(tensors: dict[str, torch.Tensor]) -> np.ndarray:
         layer = name.removesuffix(".weight.scale")
         if layer != name and f"{layer}.bias" in tensors and f"{layer}.input.scale" in tensors:
             bias, scale, own = (
-                tensors[f"{layer}.{part}"].double().numpy() for part in ("bias", "input.scale", "weight.scale")
+                tensors[f"{layer}.{part}"].double().numpy()
+                for part in ("bias", "input.scale", "weight.scale")
             )
             found.append(np.abs(bias) / (scale * own))
     assert len(found) >= 4

@@ -1,4 +1,4 @@
-"""Names and patterns of a recipe that match nothing are said, with the nearest name: at check, or at export."""
+"""Names of a recipe that match nothing are said, with the nearest name: at check, or at export."""
 
 from __future__ import annotations
 
@@ -44,14 +44,23 @@ TEXT = {
     ("build.target=cpu", "gate.parity={engine: {mean_abs: 0.1}}"): (
         "gate.parity.engine: has limits on the row `engine`, and the target `cpu` builds no engine"
     ),
-    (HALF, "verify.require=[float, onnx]", "gate.parity={}"): "verify.require[1]: requires the row `onnx`, and ONNX",
-    (HALF, "gate.parity={deployed: {mean_abs: 0.1}}"): "gate.parity.deployed: has limits on the row `deployed`",
+    (
+        HALF,
+        "verify.require=[float, onnx]",
+        "gate.parity={}",
+    ): "verify.require[1]: requires the row `onnx`, and ONNX",
+    (
+        HALF,
+        "gate.parity={deployed: {mean_abs: 0.1}}",
+    ): "gate.parity.deployed: has limits on the row `deployed`",
     ("gate.parity={onxn: {mean_abs: 0.1}}",): "gate.parity.onxn: unknown key (fix: did you mean `onnx`?)",
     (SHORT + "past: [0, 1, 2]}]",): (
-        "build.profiles[0].past: gives a range to the axis 'past', and the graph has no such dynamic axis (fix: "
-        "drop it; the axes are batch, sequence)"
+        "build.profiles[0].past: gives a range to the axis 'past', and the graph has no such dynamic axis "
+        "(fix: drop it; the axes are batch, sequence)"
     ),
-    (SHORT + "axes: {seqence: [1, 2, 3]}}]",): "axes.seqence: gives a range to the axis 'seqence', and the graph has "
+    (
+        SHORT + "axes: {seqence: [1, 2, 3]}}]",
+    ): "axes.seqence: gives a range to the axis 'seqence', and the graph has "
     "no such dynamic axis (fix: did you mean `sequence`?)",
     ("export.dynamic=[batch]",): "build.profiles[0].sequence: gives a range to the axis 'sequence'",
     ("gate.recovery={tst.perplexity: {max-degradation: 1}}",): "did you mean `test.perplexity`?",
@@ -62,9 +71,16 @@ IMAGES = {
     ("format={preset: w8a8, compute: fp16}", "export.keep_fp32=[norm]"): (
         "export.keep_fp32: a resnet model has no layer norm (fix: drop the line)"
     ),
-    ("format={preset: w8a8, compute: fp16}", "export.keep_fp32=[softmax, norm]"): "has no softmax or layer norm",
-    ("build={target: rtx-ada, profiles: [{sequence: [1, 2, 3]}]}",): "build.profiles[0].sequence: gives a range",
-    ("format={preset: w8a8, attention: int8}",): "format.attention: a resnet model has no points of this kind",
+    (
+        "format={preset: w8a8, compute: fp16}",
+        "export.keep_fp32=[softmax, norm]",
+    ): "has no softmax or layer norm",
+    (
+        "build={target: rtx-ada, profiles: [{sequence: [1, 2, 3]}]}",
+    ): "build.profiles[0].sequence: gives a range",
+    (
+        "format={preset: w8a8, attention: int8}",
+    ): "format.attention: a resnet model has no points of this kind",
     ("format={preset: w8a8, cache: int8}",): "format.cache: a resnet model",
 }
 
@@ -81,7 +97,9 @@ def test_check_names_what_matches_nothing(text_recipe: Path, overrides: tuple[st
 
 
 @pytest.mark.parametrize("overrides", IMAGES, ids=lambda one: one[-1])
-def test_check_names_what_an_image_model_does_not_have(image_recipe: Path, overrides: tuple[str, ...]) -> None:
+def test_check_names_what_an_image_model_does_not_have(
+    image_recipe: Path, overrides: tuple[str, ...]
+) -> None:
     assert said(image_recipe, ()) == []
     found = said(image_recipe, overrides)
     assert len([line for line in found if IMAGES[overrides] in line]) == 1, found
@@ -98,7 +116,8 @@ def test_a_key_value_cache_and_a_softmax_may_be_named_where_they_are(text_recipe
 
 def test_bf16_does_not_require_the_row_that_cannot_be_measured(text_recipe: Path) -> None:
     values = {
-        "name": "half", "model": {"family": "gpt2", "source": "model"}, "task": {"name": "causal-lm", "context": 8},
+        "name": "half", "model": {"family": "gpt2", "source": "model"},
+        "task": {"name": "causal-lm", "context": 8},
         "data": {"evaluate": {"test": {"text": ["a.txt"]}}},
     }  # fmt: skip
     form = {"preset": "w8a8", "compute": "bf16"}
@@ -120,7 +139,9 @@ def half_graph(*operators: str) -> ir.Model:
 
 def test_export_refuses_an_operator_that_is_not_in_the_graph() -> None:
     require_operators(half_graph("Relu", "Softmax"), ["softmax"])
-    with pytest.raises(ExportError, match=r"keep_fp32: norm: the graph has no LayerNormalization .*Relu, Softmax"):
+    with pytest.raises(
+        ExportError, match=r"keep_fp32: norm: the graph has no LayerNormalization .*Relu, Softmax"
+    ):
         require_operators(half_graph("Relu", "Softmax"), ["softmax", "norm"])
     with pytest.raises(ExportError, match=r"no Softmax in half precision \(it has LogSoftmax\)") as error:
         require_operators(half_graph("LogSoftmax"), ["softmax"])

@@ -81,8 +81,8 @@ def attend(
     """Context [batch, tokens, heads, width] and probabilities, as transformers wants them.
 
     `module.probe`, where there is one, is a `Probe`; children named as in `OPERANDS` round the operands: each
-    right in front of its matmul, the key after its transposition, where TensorRT and ONNX Runtime want it. Key
-    and value heads that several query heads share are rounded once and repeated afterwards.
+    right in front of its matmul, the key after its transposition, where TensorRT and ONNX Runtime want it.
+    Key and value heads that several query heads share are rounded once and repeated afterwards.
 
     Raises ModelError for a keyword that is neither computed here nor known to be without effect.
     """
@@ -127,9 +127,14 @@ def _refuse_unknown(module: nn.Module, others: dict[str, object]) -> None:
 
 
 def _refuse_no_mask(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, window: int | None, causal: bool | None
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    window: int | None,
+    causal: bool | None,
 ) -> None:
-    """Refuse a causal or windowed attention without a mask: eager attention has no other way to hide tokens."""
+    """Refuse a causal or windowed attention without a mask, with which alone eager attention hides tokens."""
     if mask is not None:
         return
     if (causal and query.size(-2) > 1) or (window is not None and key.size(-2) > window):
@@ -157,7 +162,7 @@ def _groups(module: nn.Module, query: Tensor, key: Tensor) -> int:
     heads, shared = query.size(1), key.size(1)
     if heads % shared:
         raise ModelError(
-            f"{type(module).__name__} has {heads} query heads and {shared} key heads, which do not divide them",
+            f"{type(module).__name__} has {heads} query heads, no multiple of its {shared} key heads",
             fix="leave attention float, or name another model",
         )
     return heads // shared
@@ -169,7 +174,7 @@ def _repeated(x: Tensor, groups: int) -> Tensor:
 
 
 def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Scores with a mask that is added; of a boolean one, true at what is seen, the smallest float elsewhere."""
+    """Scores with a mask: a float one is added, a boolean one is true at what is seen."""
     if mask is None:
         return scores
     if mask.dtype == torch.bool:

@@ -10,8 +10,8 @@ weight scale of 5e-23. Its scale is raised, and its codes are rounded again:
 
     s_w >= |b| / (s_x * 2^30)
 
-Half of int32 is left for the sum of the products. The change is at most half of the new scale for each weight,
-and an input is at most 128 * s_x, so a product moves by at most |b| * 2^-24: the rounding of b itself in fp32.
+Half of int32 is left for the sum of the products. A weight changes by at most half of the new scale, and an
+input is at most 128 * s_x, so a product moves by at most |b| * 2^-24: the rounding of b itself in fp32.
 """
 
 from __future__ import annotations

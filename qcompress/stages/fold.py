@@ -3,8 +3,9 @@
 Reads trained.safetensors and the float checkpoint (for what training left alone). Rescalings go into the
 norms or value projections and into their readers' weights, weights become int8 codes, stored [in, out];
 tables stay [rows, width] and convolutions [out, in / groups, height, width], with the batch norm behind them
-in scales and bias. A float convolution keeps its batch norm. A scale that would let an int32 bias of a runtime
-saturate is raised (`quant/int32_bias.py`). The method is not an input, so nothing here can depend on it.
+in scales and bias. A float convolution keeps its batch norm. A scale that would let an int32 bias of a
+runtime saturate is raised (`quant/int32_bias.py`). The method is not an input, so nothing here can depend on
+it.
 """
 
 from __future__ import annotations

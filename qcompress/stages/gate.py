@@ -50,8 +50,8 @@ TIES = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.0}
 (recipes/matrix) the largest was 4e-5 in fp32 and 1e-2 in fp16; a norm that is 0.2 % off makes 5e-2 there."""
 
 FOLDED_NORMS = ParityGoal(mean_abs=2e-3, top1_agreement=0.99)
-"""The limits of the folded row where batch norms were folded or scales raised: its flips are what is judged, and this is what
-follows from them. ResNet-20 on CIFAR-10, W8A8: mean_abs 4e-4."""
+"""The limits of the folded row where batch norms were folded or scales raised: its flips are what is judged,
+and this is what follows from them. ResNet-20 on CIFAR-10, W8A8: mean_abs 4e-4."""
 
 FLIPS_AGAIN = 4
 """How many times as far as the onnx row the deployed row may lie, where flips on ties move both."""
@@ -177,9 +177,7 @@ def judge(
     }
 
 
-def _all_sound(
-    measured: list[dict[str, Any]], reference: dict[str, float], judgement: _Judgement
-) -> None:
+def _all_sound(measured: list[dict[str, Any]], reference: dict[str, float], judgement: _Judgement) -> None:
     """Metrics of every measured row, and of what was measured beside it."""
     for row in measured:
         _sound(row["stage"], row["metrics"], reference, judgement)

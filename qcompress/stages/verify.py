@@ -214,7 +214,7 @@ def wants_held(recipe: Recipe, artifacts: Artifacts, onnx: Measured) -> bool:
 
 def _flipped(recipe: Recipe, artifacts: Artifacts, samples: Samples) -> dict[str, int] | None:
     """Codes that changed because batch norms were folded or scales were raised, on the first
-    `distance_samples`; None where neither was, and every bit has to agree, or where the trained model is gone.
+    `distance_samples`; None where neither was, and every bit has to agree, or without the trained model.
     """
     facts = read_json(artifacts.folded.path / "folded.json")
     norms = any(item.weights and item.layer.norm for item in plans_from_json(facts["plan"]))

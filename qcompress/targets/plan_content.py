@@ -1,15 +1,15 @@
 """Float copies of quantized weights inside a serialized engine. No torch.
 
 TensorRT may decode integer weights when it builds, and store them as floats: the engine runs, and the
-compression is lost. The size alone does not show it, since kernels take megabytes as well. A float copy of a
-weight is looked for by its values: codes * scale are known exactly, and a copy holds each of them as often as the
-weight does, in whatever order its layout has.
+compression is lost. The size alone does not show it, since kernels take megabytes as well. A float copy of
+a weight is looked for by its values: codes * scale are known exactly, and a copy holds each of them as often
+as the weight does, in whatever order its layout has.
 
     fp32         single values, so that no order matters
     fp16, bf16   pairs of neighbours along one of the axes: 16 bits alone occur everywhere
 
-A sample of the values of each weight is counted in the plan, at every offset of a byte, each at most as often as
-in the weight; a weight half of whose sample is there has a copy.
+A sample of the values of each weight is counted in the plan, at every offset of a byte, each at most as often
+as in the weight; a weight half of whose sample is there has a copy.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Form:
 
 
 def float_copies(plan: Path, view: View) -> dict[str, int]:
-    """Quantized weights that lie in the plan as floats, with the bytes that each takes beyond its integers."""
+    """Quantized weights that lie in the plan as floats, with the bytes each takes beyond its integers."""
     forms = [form for name, values, stored in _weights(view) for form in _forms(name, values, stored)]
     if not forms:
         return {}

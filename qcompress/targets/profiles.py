@@ -65,7 +65,9 @@ def _check_axes(view: View, profiles: Sequence[Profile]) -> None:
             near = difflib.get_close_matches(axis, known, n=1, cutoff=0.5)
             raise UsageError(
                 f"build.profiles[{number}].axes.{axis}: no input of {view.file} has an axis of this name",
-                fix=f"did you mean `{near[0]}`?" if near else f"the axes are {', '.join(sorted(known)) or 'fixed'}",
+                fix=f"did you mean `{near[0]}`?"
+                if near
+                else f"the axes are {', '.join(sorted(known)) or 'fixed'}",
             )
 
 

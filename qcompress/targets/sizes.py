@@ -1,10 +1,10 @@
 """How many bytes an engine of quantized weights may have. No torch.
 
 TensorRT stores a tensor once for each node that uses it, so a table shared by an embedding and a head counts
-twice, and adds kernels and tables: some 10 MB for a transformer, and 27 MB for a detector of 83 convolutions. An
-engine beyond the limit is searched for float copies of the weights (`plan_content.py`): it is refused where they
-break the limit, and told of where the size has another cause. The check says something from some 50 MB of weights
-on, and lets small engines pass.
+twice, and adds kernels and tables: some 10 MB for a transformer, 27 MB for a detector of 83 convolutions. An
+engine beyond the limit is searched for float copies of the weights (`plan_content.py`). It is refused where
+they break the limit, and told of where the size has another cause. Small engines pass: the check says
+something from some 50 MB of weights on.
 """
 
 from __future__ import annotations
@@ -82,12 +82,14 @@ def _uses(view: View, name: str) -> int:
 
 
 def limit_bytes(predicted: int, *, lean_runtime: bool = False) -> int:
-    """Largest engine for so many predicted bytes that is not searched for float weights; a version-compatible one carries a runtime."""
+    """Largest engine for so many predicted bytes that is not searched for float weights; a version-compatible
+    one carries a runtime.
+    """
     return predicted * PERCENT // 100 + CONSTANT + (LEAN_RUNTIME if lean_runtime else 0)
 
 
 def check_plan(plan: Path, predicted: int, view: View, *, lean_runtime: bool = False) -> tuple[int, str]:
-    """Bytes of an engine of the graph `view`, and a warning where they are beyond the limit, or an empty text.
+    """Bytes of an engine of the graph `view`, and a warning where they are beyond the limit, or no text.
 
     Raises ExportError where float copies of the quantized weights lie in the engine and are alone enough to
     break the limit.

@@ -56,6 +56,7 @@ def causal() -> Tensor:
 BIAS = torch.randn(1, HEADS, TOKENS, TOKENS, generator=torch.Generator().manual_seed(7))
 SINKS = nn.Parameter(torch.linspace(-2, 3, HEADS), requires_grad=False)
 
+
 def same(found: Tensor, expected: Tensor | np.ndarray) -> None:
     """Equal to 1e-6 of the largest value."""
     expected = np.asarray(expected)
@@ -128,7 +129,7 @@ def test_sinks_that_are_not_handed_over_and_odd_heads_are_refused() -> None:
     with pytest.raises(ModelError, match="has attention sinks"):
         attend(module(sinks=SINKS), *operands(), None)
     q, k, v = operands()
-    with pytest.raises(ModelError, match="4 query heads and 3 key heads"):
+    with pytest.raises(ModelError, match="4 query heads, no multiple of its 3 key heads"):
         attend(module(), q, k[:, :3], v[:, :3], None)
 
 

@@ -109,7 +109,9 @@ def test_the_limit_is_a_tenth_more_and_twelve_mib() -> None:
     assert limit_bytes(1000 * MIB) == 1112 * MIB
 
 
-@pytest.mark.parametrize(("more", "said"), [(0, ""), (1, "13,736,346 bytes .* predict 1,048,576 .*no float copy")])
+@pytest.mark.parametrize(
+    ("more", "said"), [(0, ""), (1, "13,736,346 bytes .* predict 1,048,576 .*no float copy")]
+)
 def test_a_plan_beyond_its_limit_is_told_of(tmp_path: Path, more: int, said: str) -> None:
     plan = tmp_path / "model.plan"
     with plan.open("wb") as file:

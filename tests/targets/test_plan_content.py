@@ -1,4 +1,4 @@
-"""Float copies of quantized weights are found in the bytes of a plan, in every type and order, and nothing else."""
+"""Float copies of quantized weights are found in the bytes of a plan, in every type and order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def kernels(size: int = 2**20) -> bytes:
     """What else is in a plan: machine code, zeros, counters, text, and floats of no weight."""
     random = np.random.default_rng(3)
     parts = [
-        random.integers(0, 256, size, np.uint8).tobytes(), bytes(size), np.arange(size // 4, dtype=np.int32).tobytes(),
+        random.integers(0, 256, size, np.uint8).tobytes(), bytes(size),
+        np.arange(size // 4, dtype=np.int32).tobytes(),
         b'{"layer": "MatMul"}' * 1000, random.normal(0, 0.05, size // 8).astype(np.float32).tobytes(),
         random.normal(0, 0.05, size // 8).astype(np.float16).tobytes(),
     ]  # fmt: skip
@@ -42,7 +43,9 @@ def plan_of(folder: Path, *parts: bytes) -> Path:
     return file
 
 
-def view_of(folder: Path, bits: int = 8, block: int | None = None, compute: str = "fp32") -> tuple[View, np.ndarray]:
+def view_of(
+    folder: Path, bits: int = 8, block: int | None = None, compute: str = "fp32"
+) -> tuple[View, np.ndarray]:
     """A graph with one weight, and the weight decoded by hand."""
     file = save(linear(bits, block, shape=SHAPE, compute=compute), folder / "model.onnx")
     found = arrays(file)
@@ -79,20 +82,27 @@ def test_a_shuffled_copy_in_fp32_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compute", ["fp32", "fp16"])
 @pytest.mark.parametrize(("bits", "block"), [(8, None), (4, 32)])
-def test_integers_scales_and_kernels_are_no_copy(tmp_path: Path, bits: int, block: int | None, compute: str) -> None:
+def test_integers_scales_and_kernels_are_no_copy(
+    tmp_path: Path, bits: int, block: int | None, compute: str
+) -> None:
     view, weight = view_of(tmp_path, bits, block, compute)
     found = arrays(view.file)
     stored = onnx.load(view.file).graph.initializer
     parts = [tensor.raw_data for tensor in stored] + [found["weight.scale"].astype(np.float32).tobytes()] * 3
     assert float_copies(plan_of(tmp_path, *parts), view) == {}
     other = np.roll(weight.ravel(), 7) * np.float32(1.01)  # floats of the same size
-    assert float_copies(plan_of(tmp_path, *parts, other.tobytes(), other.astype(np.float16).tobytes()), view) == {}
+    assert (
+        float_copies(plan_of(tmp_path, *parts, other.tobytes(), other.astype(np.float16).tobytes()), view)
+        == {}
+    )
 
 
 def test_a_part_of_a_copy_is_no_copy(tmp_path: Path) -> None:
     view, weight = view_of(tmp_path)
     assert float_copies(plan_of(tmp_path, weight[: SHAPE[0] // 3].tobytes()), view) == {}
-    assert set(float_copies(plan_of(tmp_path, weight[: 2 * SHAPE[0] // 3].tobytes()), view)) == {"weight.codes"}
+    assert set(float_copies(plan_of(tmp_path, weight[: 2 * SHAPE[0] // 3].tobytes()), view)) == {
+        "weight.codes"
+    }
 
 
 def conv_with_pair(folder: Path) -> tuple[View, np.ndarray]:
@@ -111,7 +121,9 @@ def conv_with_pair(folder: Path) -> tuple[View, np.ndarray]:
 
 
 @pytest.mark.parametrize("rounded", [False, True])
-def test_a_float_weight_in_front_of_a_pair_is_found_as_it_was_and_rounded(tmp_path: Path, rounded: bool) -> None:
+def test_a_float_weight_in_front_of_a_pair_is_found_as_it_was_and_rounded(
+    tmp_path: Path, rounded: bool
+) -> None:
     view, weight = conv_with_pair(tmp_path)
     scale = (np.abs(weight).max((1, 2, 3)) / 127).astype(np.float32).reshape(-1, 1, 1, 1)
     copy = np.rint(weight / scale) * scale if rounded else weight
@@ -159,4 +171,7 @@ def test_an_engine_is_refused_where_float_copies_alone_break_the_limit(tmp_path:
         check_plan(plan, 2**23, view)
     one = plan_of(tmp_path, copies[0].astype(np.float16).tobytes(), filler)
     size, warning = check_plan(one, 2**23 - 2**20, view)
-    assert size == one.stat().st_size and "1 quantized weights lie in it as floats, 4,194,304 bytes more" in warning
+    assert (
+        size == one.stat().st_size
+        and "1 quantized weights lie in it as floats, 4,194,304 bytes more" in warning
+    )
