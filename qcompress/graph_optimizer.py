@@ -2,9 +2,9 @@
 
 `torch.onnx.export(optimize=True)` ends with a pass that stores equal tensors of at most 1,024 elements once,
 and one that merges equal nodes. Two small layers with equal weights become one there: one name, one decoder,
-even one matmul. These are its passes in its order, but for tensors that the folded model stores by name: codes,
-scales of weights, tables, biases and norms keep an initializer each. Constants of the exporter and scales of
-activations are still shared, and with them the Q/DQ pair in front of several readers.
+even one matmul. These are its passes in its order, but for tensors that the folded model stores by name:
+codes, scales of weights, tables, biases and norms keep an initializer each. Constants of the exporter and
+scales of activations are still shared, and with them the Q/DQ pair in front of several readers.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ def test_what_reads_the_run_casts_as_well(
     )  # fmt: skip
     assert done.code == 0, done.stderr
     source = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nimport numpy as np; from engine_runners import OnnxRunner\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import numpy as np; from engine_runners import OnnxRunner\n"
         "ids = np.arange(12).reshape(2, 6) + 5\n"
         "feed = {'input_ids': ids, 'attention_mask': np.ones_like(ids)}\n"
         "feed |= {'position_ids': np.arange(6)[None].repeat(2, 0)}\n"
