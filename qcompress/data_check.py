@@ -26,10 +26,10 @@ from qcompress.schema import CausalLm, Recipe, TextData
 from qcompress.task_options import AGREEMENT
 from qcompress.tasks import TASKS
 from qcompress.tasks.examples import Examined
-from qcompress.tasks.labels import TwoReadings
+from qcompress.tasks.labels import TwoReadings, labels_of, spelling
 from qcompress.tasks.padded import first, spread
 from qcompress.tasks.table import ColumnError
-from qcompress.yamlfile import Document, Key
+from qcompress.yamlfile import Document, Key, dotted
 
 ROWS = 50_000
 """Rows of each file that `check` looks at."""
@@ -74,10 +74,13 @@ def judge_data(
     tokenizer = _judge_reader(looked)
     task = _settled(looked)
     if task is not None:
+        readable = []
         for section, data in sections_of(recipe):
             examined = _examine(looked, section, data, task)
             if examined is not None:
+                readable.append((section, data))
                 _judge_section(looked, section, data, examined, tokenizer)
+        _judge_readings(looked, readable, task)
     for (message, fix), keys in looked.wrong.items():
         document.report(keys[0], f"{message}{also(keys)}", fix)
     rows = f"the first {ROWS:,} rows of each file of "
@@ -178,8 +181,27 @@ def _examine(looked: Looked, section: Key, data: TextData, task: Any) -> Examine
         looked.add(_key_of(looked.document, section, data, error), error.message, error.fix)
         return None
     if most is not None and examined.rows >= most:
-        looked.bounded.append(".".join(map(str, section)))
+        looked.bounded.append(dotted(section))
     return examined
+
+
+def _judge_readings(looked: Looked, sections: list[tuple[Key, TextData]], task: Any) -> None:
+    """A whole number is the same label in every section, whatever the others hold."""
+    if isinstance(task, CausalLm) or task.labels_are is not None or not labels_of(task).are_digits:
+        return
+    seen: dict[str, tuple[int, Key]] = {}
+    for section, data in sections:
+        cells = TASKS[task.name].label_cells(data, looked.base, task, None if looked.whole else ROWS)
+        outputs = labels_of(task).read(cells, [""] * len(cells))
+        for word, output in sorted(dict(zip(map(str, map(spelling, cells)), outputs, strict=True)).items()):
+            first_output, first_section = seen.setdefault(word, (output, section))
+            if output != first_output and not looked.said(("task", "labels_are")):
+                message = (
+                    f"the label {word} is output {first_output} in {dotted(first_section)} and output {output} in "
+                    f"{dotted(section)}: the one column can only hold names, the other only indices"
+                )
+                fix = "write the labels of all data alike, or by name"
+                looked.add(("task", "labels_are"), message, fix)
 
 
 def _key_of(document: Document, section: Key, data: TextData, error: UsageError) -> Key:

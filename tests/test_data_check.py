@@ -238,3 +238,34 @@ def test_a_larger_tokenizer_whose_extra_tokens_are_not_used_is_legitimate(tmp_pa
     (tmp_path / "test.csv").write_text("text,label\na film,no\na film extra399,yes\n")
     (found,) = said(file)
     assert "data.evaluate.test.table: example 2 has the token 'extra399' of the id 413" in found
+
+
+# Labels of several sets ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "fine"),
+    [((1, 2, 3), (1, 2, 3), True), ((0, 1, 2), (0, 2, 0), True), ((1, 2, 3), (0, 1, 2), False)],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_number_is_one_label_in_all_sets(
+    suffix: str, train: tuple[int, ...], test: tuple[int, ...], fine: bool, tmp_path: Path, text_file: Path
+) -> None:
+    """Outputs called 1, 2 and 3: a set of 1 to 3 can only hold names, and one of 0 to 2 only indices."""
+    save_encoder(tmp_path / "model", text_file, "bert")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": {"0": "1", "1": "2", "2": "3"}}))
+    for name, labels in (("train", train), ("test", test)):
+        rows = [{"text": "a film", "label": label} for label in labels]
+        lines = ["text,label", *(f"a film,{label}" for label in labels)]
+        lines = lines if suffix == ".csv" else [json.dumps(row) for row in rows]
+        (tmp_path / f"{name}{suffix}").write_text("\n".join(lines) + "\n")
+    data = (f"calibration: {{table: [train{suffix}]}}", f"evaluate: {{test: {{table: [test{suffix}]}}}}")
+    found = said(recipe(tmp_path, "bert", "sequence-classification, context: 16", *data))
+    if fine:
+        assert found == []
+    else:
+        (mistake,) = found
+        assert mistake.startswith("recipe.yaml:3: task.labels_are: the label 1 is output 0 in data.calibration ")
+        assert "and output 1 in data.evaluate.test" in mistake

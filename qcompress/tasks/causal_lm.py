@@ -138,6 +138,11 @@ def examine(data: TextData, base: Path, task: CausalLm, most: int | None) -> Exa
     return Examined(1, False, (text,))
 
 
+def label_cells(data: TextData, base: Path, task: CausalLm, most: int | None) -> list[Any]:
+    """None: text has no labels."""
+    return []
+
+
 def head(task: CausalLm) -> Head:
     """The model's own head, which has no labels."""
     return CAUSAL_LM

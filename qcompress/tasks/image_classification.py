@@ -108,6 +108,16 @@ def examine(data: TextData, base: Path, task: ImageClassification, most: int | N
     return Examined(len(found), "label" in found[0].known, size=found[0].size)
 
 
+def label_cells(data: TextData, base: Path, task: ImageClassification, most: int | None) -> list[Any]:
+    """The labels as the data spell them; none of a folder, whose names are names, and without labels."""
+    if data.folder is not None:
+        return []
+    columns = {role: name for role, name in (data.columns or Columns()).model_dump().items() if name}
+    read = read_pictures(data, base, columns)
+    cells = [one.label for one in read.found]
+    return [] if read.names or all(label in (MISSING, None, "") for label in cells) else cells
+
+
 def loss(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy, []."""
     import torch.nn.functional as F

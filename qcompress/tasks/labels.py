@@ -107,6 +107,11 @@ class Labels:
         outputs = self._outputs(first, named)
         return [outputs[word] for word in spelled]
 
+    @property
+    def are_digits(self) -> bool:
+        """Whether a whole number is the name of another output than its index."""
+        return any(_is_integer(name) and int(name) != place for place, name in enumerate(self.names or ()))
+
     def _outputs(self, first: Mapping[str, str], named: bool) -> dict[str, int]:
         """The output that each spelling means; `first`: where each stands first."""
         by_name = {word: output for word in first if (output := self._named(word)) is not None}

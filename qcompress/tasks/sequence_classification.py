@@ -106,6 +106,19 @@ def examine(data: TextData, base: Path, task: SequenceClassification, most: int 
     return Examined(len(found), "label" in found[0], texts)
 
 
+def label_cells(data: TextData, base: Path, task: SequenceClassification, most: int | None) -> list[Any]:
+    """The cells of the labels as the data spell them; none without labels, and for a regression."""
+    if data.text is not None or task.kind == "regression":
+        return []
+    asked = wanted(data, task)
+    table = read_table(data, base, replace(asked, columns={"label": asked.columns["label"]}, most=most))
+    cells = list(table.columns.get("label", ()))
+    if table.names is not None or all(value in (MISSING, None, "") for value in cells):
+        return []  # a dataset's own names are names
+    places = zip(cells, table.places, strict=True)
+    return [one for cell, place in places for one in _several(cell, place)] if task.kind == "multi" else cells
+
+
 def label_array(samples: Sequence[Sample], longest: int) -> np.ndarray:
     """Labels of some samples: int64 [batch], fp32 [batch, labels] or, for a regression, fp32 [batch]."""
     labels = [sample.known["label"] for sample in samples]

@@ -84,6 +84,16 @@ def examine(data: TextData, base: Path, task: TokenClassification, most: int | N
     return Examined(len(found), "tags" in found[0], tuple(one["tokens"] for one in found))
 
 
+def label_cells(data: TextData, base: Path, task: TokenClassification, most: int | None) -> list[Any]:
+    """The cells of the tags as the data spell them; none without tags."""
+    if data.text is not None:
+        return []
+    asked = wanted(data)
+    table = read_table(data, base, replace(asked, columns={"tags": asked.columns["tags"]}, most=most))
+    cells = table.columns.get("tags", ()) if table.names is None else ()
+    return [tag for tags in cells for tag in tags if not _is_ignored(tag)]
+
+
 def label_array(samples: Sequence[Sample], longest: int) -> np.ndarray:
     """Labels of some samples, int64 [batch, longest], -100 where nothing counts."""
     labels = np.full((len(samples), longest), IGNORED, np.int64)
