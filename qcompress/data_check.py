@@ -1,4 +1,4 @@
-"""A recipe's data against its checkpoint: columns, labels, texts, images, and the ids of the tokens. No torch.
+"""A recipe's data against its checkpoint: columns, labels, texts, images, ids of tokens. No torch.
 
 `check` looks at the first `ROWS` rows of each file and answers in seconds; a run looks at all of them before
 its first stage. Data that need a package which is not installed here are left to the stage that reads them.
@@ -47,7 +47,7 @@ class Looked:
     base: Path
     directory: Path
     whole: bool
-    """Whether all rows are looked at, and data of the hub are."""
+    """True: all rows are looked at, and data of the hub too."""
     wrong: dict[tuple[str, str], list[Key]] = field(default_factory=dict)
     """Keys of each mistake: a file that several sections name is one mistake."""
     bounded: list[str] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Looked:
         return FAMILIES[self.recipe.model.family]
 
     def said(self, key: Key) -> bool:
-        """Whether a mistake at this key was found here."""
+        """True where a mistake at this key was found here."""
         return any(key in keys for keys in self.wrong.values())
 
     def add(self, key: Key, message: str, fix: str) -> None:
@@ -127,7 +127,8 @@ def _judge_special_tokens(looked: Looked, tokenizer: TokenizerFiles) -> None:
     for token, what in inserted.items():
         number = tokenizer.ids.get(token, -1)
         if number >= rows:
-            looked.add(key, f"{what}, {token!r}, has the id {number}, and {_table(rows)}", _resize(number + 1))
+            message = f"{what}, {token!r}, has the id {number}, and {_table(rows)}"
+            looked.add(key, message, _resize(number + 1))
 
 
 def _table_rows(looked: Looked) -> int:
@@ -162,7 +163,7 @@ def _settled(looked: Looked) -> Any:
 
 
 def _examine(looked: Looked, section: Key, data: TextData, task: Any) -> Examined | None:
-    """What a section holds; None, with its mistake reported, where it cannot be read."""
+    """The content of a section; None, with its mistake reported, where it cannot be read."""
     if not looked.document.sound(section, ("task",)):
         return None
     if data.dataset is not None and not looked.whole and not os.path.isdir(looked.base / data.dataset):
@@ -197,8 +198,8 @@ def _judge_readings(looked: Looked, sections: list[tuple[Key, TextData]], task: 
             first_output, first_section = seen.setdefault(word, (output, section))
             if output != first_output and not looked.said(("task", "labels_are")):
                 message = (
-                    f"the label {word} is output {first_output} in {dotted(first_section)} and output {output} in "
-                    f"{dotted(section)}: the one column can only hold names, the other only indices"
+                    f"the label {word} is output {first_output} in {dotted(first_section)} and output "
+                    f"{output} in {dotted(section)}: the one column can only hold names, the other only indices"
                 )
                 fix = "write the labels of all data alike, or by name"
                 looked.add(("task", "labels_are"), message, fix)
@@ -244,7 +245,8 @@ def _judge_labels_to_train_on(looked: Looked, data: TextData, examined: Examined
     if phase is not None and recipe.export.graph is None:
         role = "tags" if recipe.task.name == "token-classification" else "label"
         fix = f"name the column with `columns: {{{role}: ...}}`"
-        looked.add(_origin(("data", "train"), data), f"has no labels, and the phase {phase} trains on them", fix)
+        message = f"has no labels, and the phase {phase} trains on them"
+        looked.add(_origin(("data", "train"), data), message, fix)
 
 
 def _judge_goals(looked: Looked, name: str, examined: Examined) -> None:
@@ -281,7 +283,7 @@ def _judge_size(looked: Looked, section: Key, data: TextData, size: tuple[int, i
 def _judge_tokens(
     looked: Looked, section: Key, data: TextData, examined: Examined, tokenizer: TokenizerFiles
 ) -> None:
-    """Tokens beyond the embedding table are no mistake where no text has one."""
+    """Report a text with a token beyond the embedding table; such tokens may be in no text."""
     rows = _table_rows(looked)
     beyond = tokenizer.beyond(rows)
     if not beyond:

@@ -238,7 +238,8 @@ def _fix(need: str, spot: Spot) -> str:
             return f"write {number.partition('.')[0]}"
     if need == "a list" and not isinstance(value, dict):
         many = _least(spot.field.annotation if spot.field else None)
-        return f"put {'it' if many == 1 else f'{many} values'} in brackets: [{', '.join([str(value)] * many)}]"
+        what = "it" if many == 1 else f"{many} values"
+        return f"put {what} in brackets: [{', '.join([str(value)] * many)}]"
     if need == "text" and not isinstance(value, (dict, list)):
         return f'put it in quotes: "{value}"'
     if need == "a mapping of keys":

@@ -182,8 +182,8 @@ class Encoder:
         if type(number) is not int or not 0 <= number < rows:
             need = "" if self.padding is None else ", and positions are counted from it"
             raise ModelError(
-                f"config.json: pad_token_id is {json.dumps(number)}, and must be a row of the embedding table "
-                f"(0 to {rows - 1}){need}",
+                f"config.json: pad_token_id is {json.dumps(number)}, and must be a row of the embedding "
+                f"table (0 to {rows - 1}){need}",
                 fix="write the id of the tokenizer's padding token as pad_token_id into config.json",
             )
 

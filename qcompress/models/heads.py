@@ -26,7 +26,7 @@ PLACEHOLDER = re.compile(r"LABEL_\d+")
 
 
 def is_named(outputs: Sequence[str]) -> bool:
-    """Whether somebody named these outputs."""
+    """True where somebody named one of these outputs."""
     return not all(PLACEHOLDER.fullmatch(name) for name in outputs)
 
 

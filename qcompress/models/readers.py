@@ -57,7 +57,7 @@ def image_size(family: str, directory: Path, processor: dict[str, Any] | None) -
 
 
 def keeps_size(directory: Path, processor: dict[str, Any] | None) -> bool:
-    """Whether preparation leaves images as large as they are."""
+    """True where preparation leaves images as large as they are."""
     return not prepared_size(read_steps(directory) if processor is None else processor)
 
 
@@ -87,7 +87,8 @@ def _check_processor(family: str, directory: Path, processor: dict[str, Any] | N
                 fix=f"mend it, or {SAY_IT}",
             )
         if key == "image_std" and not all(value > 0 for value in values):
-            raise ModelError(f"{PROCESSOR}: {key} must be above 0, found {values}", fix=f"mend it, or {SAY_IT}")
+            message = f"{PROCESSOR}: {key} must be above 0, found {values}"
+            raise ModelError(message, fix=f"mend it, or {SAY_IT}")
 
 
 def _is_number(value: object) -> bool:

@@ -33,7 +33,7 @@ AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the files of a tokenizer say."""
+    """Ids and special tokens of a tokenizer."""
 
     directory: Path
     ids: dict[str, int]
@@ -43,7 +43,7 @@ class TokenizerFiles:
     inserted: tuple[str, ...]
     """Tokens that stand in every sequence."""
     pads: bool | None
-    """Whether there is a padding token; None where the files do not say it."""
+    """True with a padding token; None where the files do not say it."""
 
     def beyond(self, rows: int) -> dict[str, int]:
         """Tokens whose id is not a row of a table with so many rows."""
@@ -52,7 +52,8 @@ class TokenizerFiles:
 
 def read_tokenizer(directory: Path, family: str) -> TokenizerFiles | None:
     """The tokenizer of a checkpoint; None where its vocabulary is in no file that is known here."""
-    config, specials = _object(directory / "tokenizer_config.json"), _object(directory / "special_tokens_map.json")
+    config = _object(directory / "tokenizer_config.json")
+    specials = _object(directory / "special_tokens_map.json")
     ids, inserted = _vocabulary(directory)
     if not ids:
         return None
@@ -60,7 +61,8 @@ def read_tokenizer(directory: Path, family: str) -> TokenizerFiles | None:
         if str(number).isdigit() and (text := _content(token)):
             ids.setdefault(text, int(number))
     named = str(config.get("tokenizer_class") or family).casefold()
-    said = next((tokens for start, tokens in DEFAULTS.items() if named.startswith(start)), {}) | specials | config
+    defaults = next((tokens for start, tokens in DEFAULTS.items() if named.startswith(start)), {})
+    said = defaults | specials | config
     special = {role: text for role in SPECIAL if (text := _content(said.get(role))) is not None}
     pads: bool | None = "pad_token" in special
     if not pads and "pad_token" not in said and not named.startswith(WITHOUT_DEFAULT):
@@ -97,8 +99,8 @@ def _encoder(found: TokenizerFiles) -> Any:
     if file.is_file():
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
         known = tokenizer.get_vocab(with_added_tokens=True)
-        lacking = [token for token, _ in sorted(found.ids.items(), key=lambda one: one[1]) if token not in known]
-        tokenizer.add_tokens(lacking)
+        in_order = sorted(found.ids, key=found.ids.__getitem__)
+        tokenizer.add_tokens([token for token in in_order if token not in known])
     elif (found.directory / "vocab.txt").is_file():
         config = _object(found.directory / "tokenizer_config.json")
         lower = config.get("do_lower_case", True) is not False

@@ -50,7 +50,7 @@ class Examined:
     rows: int
     labelled: bool
     texts: tuple[Any, ...] = ()
-    """What the tokenizer is given of each example: a text, a pair of texts, or a list of words."""
+    """Input of the tokenizer for each example: a text, a pair of texts, or a list of words."""
     size: tuple[int, int] | None = None
     """Height and width of the first image, where they are known without opening it."""
 

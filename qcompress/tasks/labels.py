@@ -87,7 +87,7 @@ class Labels:
 
     @property
     def are_named(self) -> bool:
-        """Whether somebody named the outputs."""
+        """True where somebody named the outputs."""
         return bool(self.names) and is_named(self.names)
 
     def read(self, cells: Sequence[Any], places: Sequence[str], *, named: bool = False) -> list[int]:
@@ -109,7 +109,7 @@ class Labels:
 
     @property
     def are_digits(self) -> bool:
-        """Whether a whole number is the name of another output than its index."""
+        """True where a whole number names another output than the one of that index."""
         return any(_is_integer(name) and int(name) != place for place, name in enumerate(self.names or ()))
 
     def _outputs(self, first: Mapping[str, str], named: bool) -> dict[str, int]:
@@ -175,10 +175,11 @@ class Labels:
         words = sorted(word for word in unknown if not _is_integer(word) or self.are == "names")
         if words:
             listed = sorted(word for word in first if not _is_integer(word) or self.are == "names")
+            shown = printable(", ".join(listed[:SHOWN])) + (" ..." if len(listed) > SHOWN else "")
+            own = ", ".join(self.names) if self.names else "labels without names"
             raise UsageError(
                 f"{first[words[0]]}: the label {words[0]!r} is not one of the model's; the data have the "
-                f"labels {printable(', '.join(listed[:SHOWN]))}{' ...' if len(listed) > SHOWN else ''}, and the model "
-                f"has {', '.join(self.names) if self.names else 'labels without names'}",
+                f"labels {shown}, and the model has {own}",
                 fix=self.fix(),
             )
         if unknown:

@@ -110,7 +110,7 @@ def read_file(path: Path) -> str:
 
 
 def _or(path: Path) -> str:
-    """What else a file that is not UTF-8 looks like."""
+    """The encoding that a file which is not UTF-8 looks like, as an addition to a fix."""
     with path.open("rb") as stream:
         return "; it is UTF-16" if stream.read(2) in (b"\xff\xfe", b"\xfe\xff") else ""
 
@@ -121,7 +121,7 @@ def printable(text: str) -> str:
 
 
 def is_text(cell: object) -> bool:
-    """Whether a cell is text without half a character, which neither a tokenizer nor a file can take."""
+    """True for text without half a character, which neither a tokenizer nor a file can take."""
     return isinstance(cell, str) and (cell.isascii() or printable(cell) == cell)
 
 

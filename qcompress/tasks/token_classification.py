@@ -215,7 +215,8 @@ def wanted(data: TextData) -> Wanted:
 
 def _list(cell: Any, place: str) -> list[Any]:
     if not isinstance(cell, list):
-        raise UsageError(f"{place}: {cell!r:.60} is not a list", fix="write words and tags as lists, in .jsonl")
+        fix = "write words and tags as lists, in .jsonl"
+        raise UsageError(f"{place}: {cell!r:.60} is not a list", fix=fix)
     return cell
 
 
