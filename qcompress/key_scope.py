@@ -151,9 +151,7 @@ def unselected(recipe: Recipe, stage: str) -> set[tuple[str, str]]:
     from qcompress.models import FAMILIES
     from qcompress.tasks import TASKS
 
-    selected = {
-        METHOD_MODULES[axis].get(getattr(recipe, axis).name, "plain") for axis in METHOD_MODULES
-    }
+    selected = {METHOD_MODULES[axis].get(getattr(recipe, axis).name, "plain") for axis in METHOD_MODULES}
     methods = {module for modules in METHOD_MODULES.values() for module in modules.values()}
     edges = {("qcompress.methods", f"qcompress.methods.{name}") for name in methods - selected}
     tables = (("models", FAMILIES, recipe.model.family), ("tasks", TASKS, recipe.task.name))

@@ -19,7 +19,6 @@ from qcompress.targets.device import lacks
 from qcompress.targets.table import TARGETS, Target
 from qcompress.wording import sections_of
 
-
 WIDTH = 80
 """Columns that a list fits."""
 

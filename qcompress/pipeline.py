@@ -261,27 +261,33 @@ def _placed(options: Build, base: Path) -> Build:
 def _manifest(plan: Plan, steps: Mapping[str, Step]) -> dict[str, object]:
     """What made this run: versions, hashes, seeds, host, and the cost of each stage."""
     own = active().used(plan.recipe)
-    return ({"own": own} if own else {}) | ({"smoke": True} if plan.resolved.smoke else {}) | {
-        "recipe": plan.recipe.name,
-        "seed": plan.recipe.seed,
-        "source": str(plan.directory),
-        "base": str(plan.resolved.base),
-        "versions": {"qcompress": qcompress.__version__}
-        | {name: version for stage in STAGES for name, version in versions_of(stage, plan.recipe).items()},
-        "host": describe_host(),
-        "phases": read_json(steps["train"].path / "trained.json")["phases"] if "train" in steps else [],
-        "stages": {
-            name: {
-                "key": step.key,
-                "path": str(step.path),
-                "digest": step.digest,
-                "reused": step.reused,
-                "seconds": round(step.seconds, 3),
-                "peak_mib": round(step.peak_mib, 1),
-            }
-            for name, step in steps.items()
-        },
-    }
+    return (
+        ({"own": own} if own else {})
+        | ({"smoke": True} if plan.resolved.smoke else {})
+        | {
+            "recipe": plan.recipe.name,
+            "seed": plan.recipe.seed,
+            "source": str(plan.directory),
+            "base": str(plan.resolved.base),
+            "versions": {"qcompress": qcompress.__version__}
+            | {
+                name: version for stage in STAGES for name, version in versions_of(stage, plan.recipe).items()
+            },
+            "host": describe_host(),
+            "phases": read_json(steps["train"].path / "trained.json")["phases"] if "train" in steps else [],
+            "stages": {
+                name: {
+                    "key": step.key,
+                    "path": str(step.path),
+                    "digest": step.digest,
+                    "reused": step.reused,
+                    "seconds": round(step.seconds, 3),
+                    "peak_mib": round(step.peak_mib, 1),
+                }
+                for name, step in steps.items()
+            },
+        }
+    )
 
 
 def finished(cache: Path, stage: str, parts: Mapping[str, object]) -> Step:

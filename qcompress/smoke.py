@@ -24,10 +24,10 @@ from qcompress.errors import UsageError
 from qcompress.models import first_blocks
 from qcompress.models.depth import Blocks
 from qcompress.models.files import copy_tensors
+from qcompress.models.readers import READER_FILES
 from qcompress.plan import matches
 from qcompress.recipe import Resolved
 from qcompress.schema import Data, PhaseOptions, Recipe
-from qcompress.models.readers import READER_FILES
 from qcompress.stages.load import fingerprint, locate
 from qcompress.system import machine_errors
 

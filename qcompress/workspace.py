@@ -87,6 +87,7 @@ class Workspace:
                     f"{self.run_dir} is in use by another run: {self._lock}",
                     fix=f"wait for it, stop it{f' (kill {pid})' if pid else ''}, or choose another --out",
                 )
+
     def step(
         self,
         stage: str,

@@ -65,7 +65,9 @@ def archive(folder: Path, name: str, **arrays: object) -> None:
 
 def images(folder: Path, section: str = "{npz: [test.npz]}", task: str = "image-classification") -> list[str]:
     archive(folder, "train.npz")
-    return said(recipe(folder, "vit", task, "calibration: {npz: [train.npz]}", f"evaluate: {{test: {section}}}"))
+    return said(
+        recipe(folder, "vit", task, "calibration: {npz: [train.npz]}", f"evaluate: {{test: {section}}}")
+    )
 
 
 IMAGES: dict[str, tuple[dict[str, object], str, str]] = {
@@ -88,7 +90,9 @@ IMAGES: dict[str, tuple[dict[str, object], str, str]] = {
 
 
 @pytest.mark.parametrize("what", IMAGES)
-def test_an_archive_is_looked_at_without_its_pixels(what: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_is_looked_at_without_its_pixels(
+    what: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arrays, section, message = IMAGES[what]
     archive(photos, "test.npz", **arrays)
     monkeypatch.setattr("qcompress.tasks.images._pixels", lambda *_: pytest.fail("the pixels were read"))
@@ -181,7 +185,10 @@ def test_an_added_token_of_a_language_model(tmp_path: Path, text_file: Path) -> 
     file.write_text(json.dumps(config | {"added_tokens_decoder": {str(rows): entry}}))
     assert found("nothing of it\n" * 40) == []
     (mistake,) = found("some text <|new|>\n" * 40)
-    assert f"the text has the token '<|new|>' of the id {rows}, and the embedding table has {rows} rows" in mistake
+    assert (
+        f"the text has the token '<|new|>' of the id {rows}, and the embedding table has {rows} rows"
+        in mistake
+    )
     assert mistake.startswith("recipe.yaml:6: data.evaluate.test.text: ")
 
 
@@ -229,7 +236,9 @@ def test_data_of_the_hub_are_left_to_a_run(tmp_path: Path, text_file: Path) -> N
     assert all_mistakes(recipe(tmp_path, "bert", "sequence-classification, context: 16", *data))[2] == []
 
 
-def test_a_larger_tokenizer_whose_extra_tokens_are_not_used_is_legitimate(tmp_path: Path, text_file: Path) -> None:
+def test_a_larger_tokenizer_whose_extra_tokens_are_not_used_is_legitimate(
+    tmp_path: Path, text_file: Path
+) -> None:
     file = classified(tmp_path, text_file)
     tokenizer = word_tokenizer()
     tokenizer.add_tokens([f"extra{number}" for number in range(400)])
@@ -267,5 +276,7 @@ def test_a_number_is_one_label_in_all_sets(
         assert found == []
     else:
         (mistake,) = found
-        assert mistake.startswith("recipe.yaml:3: task.labels_are: the label 1 is output 0 in data.calibration ")
+        assert mistake.startswith(
+            "recipe.yaml:3: task.labels_are: the label 1 is output 0 in data.calibration "
+        )
         assert "and output 1 in data.evaluate.test" in mistake

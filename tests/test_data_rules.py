@@ -280,8 +280,9 @@ SQUARE = "name: image-classification, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5
 
 def test_one_number_for_a_list_is_written_as_often_as_the_list_is_long(photos: Path) -> None:
     text = IMAGES.replace("name: image-classification", "name: image-classification, mean: 0.5")
-    assert "task.mean: must be a list, found 0.5 (fix: put 3 values in brackets: [0.5, 0.5, 0.5])" in (
-        mistakes(write(photos, text))[0]
+    assert (
+        "task.mean: must be a list, found 0.5 (fix: put 3 values in brackets: [0.5, 0.5, 0.5])"
+        in (mistakes(write(photos, text))[0])
     )
 
 

@@ -265,7 +265,9 @@ def test_labels_that_can_be_read_in_two_ways_are_asked_for(
     model = relabelled(tmp_path, models["head"], id2label={"0": "2", "1": "1", "2": "0"})
     data = write_table(tmp_path / f"mine{suffix}", (0, 1, 2))
     said = refusal(tmp_path, model, data)
-    assert "the label 0 can be read in two ways: as the name it is output 2, as an index it is output 0" in said
+    assert (
+        "the label 0 can be read in two ways: as the name it is output 2, as an index it is output 0" in said
+    )
     assert "say `--labels-are names` or `--labels-are indices`" in said
     started(tmp_path, model, data, labels_are="names")
     assert values(tmp_path / "recipe.yaml")["task"]["labels_are"] == "names"

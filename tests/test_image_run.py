@@ -184,9 +184,7 @@ def test_a_graph_made_elsewhere_is_taken_in(run: Run, project: Path, tmp_path: P
     model = onnx.load(str(folder / "theirs.onnx"))
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 8
     onnx.save(model, str(folder / "theirs.onnx"))
-    with pytest.raises(
-        ExportError, match=r"must be \[batch, 3, 16, 16\], the batch of any size, and is"
-    ):
+    with pytest.raises(ExportError, match=r"must be \[batch, 3, 16, 16\], the batch of any size, and is"):
         started(folder / "recipe.yaml")
 
 

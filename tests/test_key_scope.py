@@ -204,7 +204,9 @@ def test_every_stage_has_its_own_code_and_no_report(text_file: Path) -> None:
         "verify": {"rows.py", "goals.py", "held.py", "tasks/scores.py", "errors.py"},
         "gate": {"goals.py", "errors.py"},
     }
-    outside = re.compile(r"(report/(?!junit|__init__).*|first/.*|regression/.*|cli.*|progress|history|tracking)")
+    outside = re.compile(
+        r"(report/(?!junit|__init__).*|first/.*|regression/.*|cli.*|progress|history|tracking)"
+    )
     for stage, files in wanted.items():
         code = code_of(recipe, stage)
         assert files | {f"stages/{stage}.py"} <= code, stage
@@ -249,19 +251,25 @@ def test_stages_before_export_read_no_option_of_export_build_gate_or_verify(text
         for file in code_of(make_recipe(text_file), stage) - {"schema.py"}:
             text = (PACKAGE / file).read_text(encoding="utf-8")
             assert not re.search(r"\brecipe\.(export|build|gate|verify|tracking)\b", text), file
-            imported = set(re.findall(r"from qcompress\.(?:schema|export_options|goals) import ([^\n]*)", text))
+            imported = set(
+                re.findall(r"from qcompress\.(?:schema|export_options|goals) import ([^\n]*)", text)
+            )
             assert not re.search(r"\b(Build|Export|Profile|Gate|Goal|ParityGoal)\b", " ".join(imported)), file
     assert set(ONLY_CHECKED) == set(STAGES) - {"gate"}
 
 
 def test_stages_whose_key_has_no_errors_catch_none_of_this_package(text_file: Path) -> None:
     errors = {
-        node.name for node in ast.parse((PACKAGE / "errors.py").read_text()).body if isinstance(node, ast.ClassDef)
+        node.name
+        for node in ast.parse((PACKAGE / "errors.py").read_text()).body
+        if isinstance(node, ast.ClassDef)
     }
     for stage in NOT_CAUGHT:
         for file in code_of(make_recipe(text_file), stage):
             tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
-            caught = [node.type for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.type]
+            caught = [
+                node.type for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.type
+            ]
             names = {name.id for each in caught for name in ast.walk(each) if isinstance(name, ast.Name)}
             assert not names & errors, file
 

@@ -384,7 +384,11 @@ def test_what_is_imported_is_declared() -> None:
     } - set(sys.stdlib_module_names)
     assert len(roots) > 12 and len(declared) > 12
     missing = {root for root in roots if DISTRIBUTIONS.get(root, root).lower() not in declared}
-    assert missing == {"engine_runners", "engine_speed", "strict_json"}  # of the kit, beside the script that imports them
+    assert missing == {
+        "engine_runners",
+        "engine_speed",
+        "strict_json",
+    }  # of the kit, beside the script that imports them
 
 
 def test_nothing_runs_code_that_it_reads_and_no_error_is_swallowed_whole() -> None:

@@ -46,7 +46,9 @@ def test_a_stage_and_another_command_say_the_same(project: Project, monkeypatch:
 
 
 def test_a_package_that_cannot_be_loaded_and_a_defect_of_ours_are_told_apart() -> None:
-    broken = package_missing(ImportError("libcudart.so.13: cannot open", name="onnxruntime.capi"), "this command")
+    broken = package_missing(
+        ImportError("libcudart.so.13: cannot open", name="onnxruntime.capi"), "this command"
+    )
     assert isinstance(broken, MachineError) and "libcudart.so.13" in broken.message
     absent = package_missing(ModuleNotFoundError("no", name="tensorrt_rtx"), "the stage build")
     assert absent.fix == "pip install 'qcompress[rtx]'"

@@ -70,7 +70,9 @@ def groups(line: Callable[..., Line], **recipe: Any) -> dict[str, loop.Group]:
     made: list[loop.Group] = []
     original = loop.groups_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "groups_of", lambda *given, **named: made.extend(original(*given, **named)) or made)
+        patch.setattr(
+            loop, "groups_of", lambda *given, **named: made.extend(original(*given, **named)) or made
+        )
         line(**{**RECIPE, **recipe}).train()
     return {group.role: group for group in made}
 

@@ -36,10 +36,10 @@ from qcompress.certificate_points import certify_all
 from qcompress.errors import ContractError
 from qcompress.keys import provenance
 from qcompress.layerwise import TIE, follow
-from qcompress.parameter_roles import parameter_roles
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import OPERANDS
 from qcompress.observe import observe
+from qcompress.parameter_roles import parameter_roles
 from qcompress.plan import PointPlan, plan_points, points_from_json, points_to_json, rounded
 from qcompress.prepare import assemble, open_points, quantize
 from qcompress.quantizer_options import MinMax

@@ -29,8 +29,7 @@ from lines import (
 )
 from tensorrt_api import NAMES
 
-from qcompress import strict_json
-from qcompress import probe
+from qcompress import probe, strict_json
 from qcompress.artifacts import OnnxModel, read_json
 from qcompress.distance import Distance
 from qcompress.errors import UsageError

@@ -39,7 +39,9 @@ def test_every_rate_and_every_number_of_steps_is_written(project: Project) -> No
         assert train["phases"][name]["steps"] == own["steps"]
     trained = {role for phase in PHASES[schedule].values() for role in phase.roles}
     assert train["lr"] == {
-        role: written.get("lr", {}).get(role, rate) for role, rate in LEARNING_RATES.items() if role in trained
+        role: written.get("lr", {}).get(role, rate)
+        for role, rate in LEARNING_RATES.items()
+        if role in trained
     }
 
 

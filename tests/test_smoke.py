@@ -18,8 +18,8 @@ from qcompress.artifacts import read_json
 from qcompress.errors import ModelError, UsageError
 from qcompress.goals import Gate
 from qcompress.models import describe
-from qcompress.report.seeds import SEVERITY, seeds_table, summarise
 from qcompress.recipe import load_recipe
+from qcompress.report.seeds import SEVERITY, seeds_table, summarise
 from qcompress.smoke import BLOCKS, SEQUENCES, shorten, smoke
 from qcompress.stages.gate import EXIT_CODES, exit_code, verdict_of
 

@@ -77,7 +77,14 @@ def test_every_file_of_an_anomalous_run_is_strict_json(anomalous: Project) -> No
     assert math.isnan(row["metrics"]["test.perplexity"]) and math.isnan(row["distance"]["mean_abs"])
     files = [file for file in run.rglob("*") if file.name.endswith((".json", ".json.gz", ".jsonl"))]
     names = {file.name for file in files}
-    assert names >= {"parity.json", "samples.json.gz", "verdict.json", "log.jsonl", "sizes.json", "manifest.json"}
+    assert names >= {
+        "parity.json",
+        "samples.json.gz",
+        "verdict.json",
+        "log.jsonl",
+        "sizes.json",
+        "manifest.json",
+    }
     for file in files:
         content = file.read_bytes()
         content = gzip.decompress(content) if file.suffix == ".gz" else content
@@ -94,7 +101,9 @@ def test_commands_about_an_anomalous_run_print_strict_json(anomalous: Project) -
         assert printed["verdict"]["verdict"] == "anomalous" and printed["not_finite"]
 
 
-def test_a_baseline_of_an_anomalous_run_is_strict_and_is_read_again(anomalous: Project, tmp_path: Path) -> None:
+def test_a_baseline_of_an_anomalous_run_is_strict_and_is_read_again(
+    anomalous: Project, tmp_path: Path
+) -> None:
     file = tmp_path / "baseline.json"
     api.promote(anomalous.latest, file, row="onnx", force=True)
     assert strictly(file.read_text())["not_finite"]

@@ -163,9 +163,7 @@ def _set_up(
     return training, float_names, frozen
 
 
-def _say_untrained(
-    roles: Mapping[str, ParameterRole], phases: tuple[Phase, ...], reporter: Reporter
-) -> None:
+def _say_untrained(roles: Mapping[str, ParameterRole], phases: tuple[Phase, ...], reporter: Reporter) -> None:
     """Tell which declared parameters keep their starting values, because no phase trains their role."""
     trained = {role for phase in phases if phase.steps for role in phase.roles}
     declared = {item.role for item in roles.values() if item.declared}

@@ -144,7 +144,7 @@ class Labels:
         number = int(word)
         if self.numbers is not None:
             return self._named(self.numbers[number]) if 0 <= number < len(self.numbers) else None
-        return number if 0 <= number and (self.names is None or number < len(self.names)) else None
+        return number if number >= 0 and (self.names is None or number < len(self.names)) else None
 
     def _refuse_two_readings(
         self, word: str, place: str, by_name: Mapping[str, int], by_index: Mapping[str, int]

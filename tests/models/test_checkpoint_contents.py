@@ -69,8 +69,14 @@ def put(name: str, value: float, place: tuple[int, ...] = (0,)) -> Callable[[Ten
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (put("transformer.h.1.mlp.c_fc.weight", float("nan"), (2, 3)), r"c_fc.weight has 1 of 16384.*\[2, 3\]"),
-        (put("transformer.h.0.attn.c_attn.weight", float("inf"), (5, 7)), r"c_attn.weight .*\[5, 7\] \(inf\)"),
+        (
+            put("transformer.h.1.mlp.c_fc.weight", float("nan"), (2, 3)),
+            r"c_fc.weight has 1 of 16384.*\[2, 3\]",
+        ),
+        (
+            put("transformer.h.0.attn.c_attn.weight", float("inf"), (5, 7)),
+            r"c_attn.weight .*\[5, 7\] \(inf\)",
+        ),
         (put("transformer.h.0.mlp.c_proj.bias", float("-inf"), (9,)), r"c_proj.bias .*\[9\] \(-inf\)"),
         (put("transformer.ln_f.weight", float("nan"), (0,)), r"ln_f.weight"),
         (put("transformer.wte.weight", float("nan"), (17, 1)), r"transformer.wte.weight .*\[17, 1\]"),
@@ -149,7 +155,9 @@ def test_a_wrapped_encoder_keeps_its_head_and_its_labels(tmp_path: Path, text_fi
     load(Model(family="bert", source=str(source)), source, fingerprint(source), out, head)
     model = FAMILIES["bert"].load_float(FloatModel.of(out, "", source).source, out)
     state = model.state_dict()
-    assert "classifier.weight" in whole and all(torch.equal(state[name], value) for name, value in whole.items())
+    assert "classifier.weight" in whole and all(
+        torch.equal(state[name], value) for name, value in whole.items()
+    )
 
 
 def test_a_prefix_that_only_some_tensors_have_is_no_wrapper(copy: Path, tmp_path: Path) -> None:

@@ -268,7 +268,9 @@ def test_the_padding_id_is_a_row_of_the_table(padding: Any, kind: tuple[str, str
     if padding == 0 or (padding is None and kind[0] != "roberta"):
         assert described(kind, copy).layers[0].out_features == VOCABULARY
         return
-    with pytest.raises(ModelError, match="pad_token_id is .*, and must be a row of the embedding table") as refused:
+    with pytest.raises(
+        ModelError, match="pad_token_id is .*, and must be a row of the embedding table"
+    ) as refused:
         described(kind, copy)
     assert json.dumps(padding) in refused.value.message and refused.value.fix
 

@@ -95,7 +95,9 @@ def test_a_token_beyond_the_table_is_found_where_transformers_has_it(
     for rows in range(1, len(ours.ids)):
         beyond = ours.beyond(rows)
         found = first_with(ours, texts, beyond, None)
-        encoded = [theirs(text, is_split_into_words=words, add_special_tokens=True)["input_ids"] for text in texts]
+        encoded = [
+            theirs(text, is_split_into_words=words, add_special_tokens=True)["input_ids"] for text in texts
+        ]
         special = set(theirs.all_special_ids)
         expected = next((row for row, ids in enumerate(encoded)
                          if any(number >= rows and number not in special for number in ids)), None)  # fmt: skip
