@@ -26,7 +26,7 @@ from qcompress.schema import CausalLm, Recipe, TextData
 from qcompress.task_options import AGREEMENT
 from qcompress.tasks import TASKS
 from qcompress.tasks.examples import Examined
-from qcompress.tasks.labels import TwoReadings, labels_of, spelling
+from qcompress.tasks.labels import TwoReadingsError, labels_of, spelling
 from qcompress.tasks.padded import first, spread
 from qcompress.tasks.table import ColumnError
 from qcompress.yamlfile import Document, Key, dotted
@@ -173,7 +173,7 @@ def _examine(looked: Looked, section: Key, data: TextData, task: Any) -> Examine
         examined = TASKS[task.name].examine(data, looked.base, task, most)
     except (MachineError, ModuleNotFoundError):
         return None
-    except TwoReadings as error:
+    except TwoReadingsError as error:
         key: Key = ("task", "labels_are")
         if not looked.said(key):  # one line mends every section
             looked.add(key, error.message, error.fix)
@@ -199,7 +199,7 @@ def _judge_readings(looked: Looked, sections: list[tuple[Key, TextData]], task: 
             if output != first_output and not looked.said(("task", "labels_are")):
                 message = (
                     f"the label {word} is output {first_output} in {dotted(first_section)} and output "
-                    f"{output} in {dotted(section)}: the one column can only hold names, the other only indices"
+                    f"{output} in {dotted(section)}: one column can only hold names, the other only indices"
                 )
                 fix = "write the labels of all data alike, or by name"
                 looked.add(("task", "labels_are"), message, fix)

@@ -1,7 +1,7 @@
 """JSON that every parser reads: RFC 8259 has no NaN and no infinity. Standard library only.
 
-A number that is not finite is written as null, and an object says beside its own keys where they were and what
-they were, by JSON pointers (RFC 6901):
+A number that is not finite is written as null. The outermost object then has the key `not_finite`, which maps
+the places of such numbers, as JSON pointers (RFC 6901), to their values:
 
     {"rows": [{"loss": null}], "not_finite": {"/rows/0/loss": "nan"}}
 

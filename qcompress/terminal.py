@@ -38,7 +38,7 @@ def errors(resume: str = "") -> Iterator[None]:
 
 @contextmanager
 def _packages() -> Iterator[None]:
-    """Raise MachineError where a command imports a package that is not there: heavy ones are imported late."""
+    """Raise MachineError where a command imports a package that is not installed."""
     try:
         yield
     except ImportError as error:

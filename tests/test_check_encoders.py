@@ -118,8 +118,9 @@ def test_the_load_stage_depends_on_the_head_and_on_its_seed(made: Path) -> None:
     assert key("whole", 0) == key("whole", 1) == values
     assert key("bare", 0) != key("bare", 1)
     assert key("bare", 1)["new_head"] == {
-        "seed": 1, "tensors": ["classifier.weight", "classifier.bias"],
-    }  # fmt: skip
+        "seed": 1,
+        "tensors": ["classifier.weight", "classifier.bias"],
+    }
 
 
 def test_labels_of_another_number_are_a_mistake_of_the_recipe(
@@ -127,9 +128,9 @@ def test_labels_of_another_number_are_a_mistake_of_the_recipe(
 ) -> None:
     monkeypatch.setattr(f"{__name__}.TASK", SequenceClassification(labels=["a", "b"], context=16))
     assert said(write(made, RECIPE)) == (
-        "recipe.yaml:3: task.labels: the labels of checkpoint and recipe differ in number: the checkpoint has "
-        "3 (no, yes, maybe), the recipe 2 (a, b) (fix: name the checkpoint's labels in the recipe, or start "
-        "from a checkpoint without a head)"
+        "recipe.yaml:3: task.labels: the labels of checkpoint and recipe differ in number: the checkpoint "
+        "has 3 (no, yes, maybe), the recipe 2 (a, b) (fix: name the checkpoint's labels in the recipe, or "
+        "start from a checkpoint without a head)"
     )
 
 
@@ -143,16 +144,32 @@ SINGLE, MULTI, NUMBER = "single_label_classification", "multi_label_classificati
         (None, "multi", ""),
         (SINGLE, "single", ""),
         (MULTI, "multi", ""),
-        (MULTI, "single", "is single, and config.json of the checkpoint says problem_type "
-                          "multi_label_classification (fix: write `kind: multi` under `task`)"),
-        (SINGLE, "multi", "is multi, and config.json of the checkpoint says problem_type "
-                          "single_label_classification (fix: write `kind: single` under `task`)"),
-        (NUMBER, "single", "is single, and config.json of the checkpoint says problem_type regression (fix: "
-                           "write `kind: regression` under `task`)"),
-        (None, "regression", "a regression has one output, and the checkpoint's head has 3 (fix: write `kind: "
-                             "single` or `kind: multi` under `task`, or start from a checkpoint without a head)"),
+        (
+            MULTI,
+            "single",
+            "is single, and config.json of the checkpoint says problem_type "
+            "multi_label_classification (fix: write `kind: multi` under `task`)",
+        ),
+        (
+            SINGLE,
+            "multi",
+            "is multi, and config.json of the checkpoint says problem_type "
+            "single_label_classification (fix: write `kind: single` under `task`)",
+        ),
+        (
+            NUMBER,
+            "single",
+            "is single, and config.json of the checkpoint says problem_type regression (fix: "
+            "write `kind: regression` under `task`)",
+        ),
+        (
+            None,
+            "regression",
+            "a regression has one output, and the checkpoint's head has 3 (fix: write `kind: "
+            "single` or `kind: multi` under `task`, or start from a checkpoint without a head)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_kind_of_the_head_is_the_checkpoints(
     says: str | None, kind: str, message: str, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

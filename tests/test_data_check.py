@@ -71,22 +71,39 @@ def images(folder: Path, section: str = "{npz: [test.npz]}", task: str = "image-
 
 
 IMAGES: dict[str, tuple[dict[str, object], str, str]] = {
-    "another name": ({"images": None, "Images": np.zeros((6, 8, 8, 3), np.uint8)}, "{npz: [test.npz]}",
-                     "data.evaluate.test.npz: test.npz has the arrays labels, Images, and not 'images' (fix: write "
-                     '`columns: {image: "Images"}`, or rename the column)'),
+    "another name": (
+        {"images": None, "Images": np.zeros((6, 8, 8, 3), np.uint8)},
+        "{npz: [test.npz]}",
+        "data.evaluate.test.npz: test.npz has the arrays labels, Images, and not 'images' (fix: write "
+        '`columns: {image: "Images"}`, or rename the column)',
+    ),
     "floats": ({"images": np.zeros((6, 8, 8, 3))}, "{npz: [test.npz]}", "images is float64 [6, 8, 8, 3]"),
-    "channels first": ({"images": np.zeros((6, 3, 8, 8), np.uint8)}, "{npz: [test.npz]}",
-                       "images is uint8 [6, 3, 8, 8]"),
-    "fewer labels": ({"labels": np.zeros(5, int)}, "{npz: [test.npz]}", "6 images, and labels is of shape [5]"),
-    "a label too large": ({"labels": [0, 1, 2, 0, 9, 0]}, "{npz: [test.npz]}",
-                          "test.npz, row 5: 9 is not the name or the index of a label"),
-    "a column that is not there": ({}, "{npz: [test.npz], columns: {label: fine}}",
-                                   "data.evaluate.test.columns.label: test.npz has the arrays images, labels, and "
-                                   "not 'fine'"),
-    "a slice that is not there": ({}, "{npz: [test.npz], slices: [camera]}",
-                                  "data.evaluate.test.slices: test.npz has the arrays images, labels, and not "
-                                  "'camera'"),
-}  # fmt: skip
+    "channels first": (
+        {"images": np.zeros((6, 3, 8, 8), np.uint8)},
+        "{npz: [test.npz]}",
+        "images is uint8 [6, 3, 8, 8]",
+    ),
+    "fewer labels": (
+        {"labels": np.zeros(5, int)},
+        "{npz: [test.npz]}",
+        "6 images, and labels is of shape [5]",
+    ),
+    "a label too large": (
+        {"labels": [0, 1, 2, 0, 9, 0]},
+        "{npz: [test.npz]}",
+        "test.npz, row 5: 9 is not the name or the index of a label",
+    ),
+    "a column that is not there": (
+        {},
+        "{npz: [test.npz], columns: {label: fine}}",
+        "data.evaluate.test.columns.label: test.npz has the arrays images, labels, and not 'fine'",
+    ),
+    "a slice that is not there": (
+        {},
+        "{npz: [test.npz], slices: [camera]}",
+        "data.evaluate.test.slices: test.npz has the arrays images, labels, and not 'camera'",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", IMAGES)
@@ -178,8 +195,14 @@ def language_model(folder: Path, text_file: Path) -> Callable[[str], list[str]]:
 def test_an_added_token_of_a_language_model(tmp_path: Path, text_file: Path) -> None:
     found = language_model(tmp_path, text_file)
     file = tmp_path / "model" / "tokenizer_config.json"
-    entry = {"content": "<|new|>", "lstrip": False, "rstrip": False, "normalized": False,
-             "single_word": False, "special": True}  # fmt: skip
+    entry = {
+        "content": "<|new|>",
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+        "special": True,
+    }
     rows = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"added_tokens_decoder": {str(rows): entry}}))

@@ -113,7 +113,10 @@ def test_what_must_not_re_run_a_stage_does_not(plan: Callable[..., keys.Plan], t
     unchanged = {
         "load": [*judged, *measured, *built, *trained, ("train.lr", {"weight": 0.5}), ("seed", 5)],
         "train": [
-            *judged, *measured, *built, *trained,
+            *judged,
+            *measured,
+            *built,
+            *trained,
             ("export.opset", 22),
             ("build.target", "t4"),
             ("data.train.text", ["deep/renamed.txt"]),
@@ -123,7 +126,7 @@ def test_what_must_not_re_run_a_stage_does_not(plan: Callable[..., keys.Plan], t
         "export": [*judged[:-1], *measured, *built, *trained],
         "build": [*judged, *measured, *trained],
         "verify": [*judged, *built, *trained],
-    }  # fmt: skip
+    }
     for stage, several in unchanged.items():
         before = copy.deepcopy(keys.parts(plan(method="lsq"), stage, {}))
         for change in several:
@@ -132,11 +135,30 @@ def test_what_must_not_re_run_a_stage_does_not(plan: Callable[..., keys.Plan], t
 
 
 SHAPES_TRAIN = {
-    "stages/train.py", "loop.py", "blockwise.py", "calibration.py", "checkpoint.py", "observe.py", "prepare.py",
-    "parameter_roles.py", "processes.py", "trainedfile.py", "quant/quantizers.py", "quant/affine.py",
-    "quant/ranges.py", "quant/layers.py", "methods/plain.py", "methods/protocols.py",
-    "tasks/examples.py", "tasks/text.py", "axes.py", "schema.py", "options.py", "formats.py", "plan.py",
-}  # fmt: skip
+    "stages/train.py",
+    "loop.py",
+    "blockwise.py",
+    "calibration.py",
+    "checkpoint.py",
+    "observe.py",
+    "prepare.py",
+    "parameter_roles.py",
+    "processes.py",
+    "trainedfile.py",
+    "quant/quantizers.py",
+    "quant/affine.py",
+    "quant/ranges.py",
+    "quant/layers.py",
+    "methods/plain.py",
+    "methods/protocols.py",
+    "tasks/examples.py",
+    "tasks/text.py",
+    "axes.py",
+    "schema.py",
+    "options.py",
+    "formats.py",
+    "plan.py",
+}
 
 NEVER = re.compile(
     r"progress|history|goals|tracking|tracker|terminal|cli.*|completion|wording|check|.*rules|structure|rows"
@@ -168,8 +190,13 @@ NEVER = re.compile(
                 "task": {"name": "sequence-classification"},
             },
             {
-                "methods/teacher_intervention.py", "methods/distillation.py", "methods/signals.py",
-                "models/bert.py", "models/stock.py", "tasks/sequence_classification.py", "quant/ternary.py",
+                "methods/teacher_intervention.py",
+                "methods/distillation.py",
+                "methods/signals.py",
+                "models/bert.py",
+                "models/stock.py",
+                "tasks/sequence_classification.py",
+                "quant/ternary.py",
             },
             {"models/gpt2.py", "tasks/causal_lm.py", "tasks/images.py", "models/convnet.py"},
         ),
@@ -184,7 +211,7 @@ NEVER = re.compile(
         ),
     ],
     ids=lambda value: value.get("method", "") if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 def test_the_code_of_train_is_what_the_recipe_selects(
     text_file: Path, sections: dict[str, Any], wanted: set[str], unwanted: set[str]
 ) -> None:

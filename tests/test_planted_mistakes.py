@@ -144,8 +144,15 @@ def added_token(token: str, number: int) -> Plant:
     def plant(folder: Path) -> None:
         file = folder / "model" / "tokenizer.json"
         whole = json.loads(file.read_text())
-        entry = {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                 "normalized": False, "special": False}  # fmt: skip
+        entry = {
+            "id": number,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": False,
+        }
         file.write_text(json.dumps(whole | {"added_tokens": [*whole["added_tokens"], entry]}))
 
     return plant
@@ -190,92 +197,191 @@ def digits(folder: Path) -> None:
 
 MISTAKES: dict[str, tuple[Plant, str, str]] = {
     # columns
-    "a capital letter": (renamed("train.csv", "label", "Label"), "5: data.train.table: ",
-                         'write `columns: {label: "Label"}`'),
-    "a blank before a name": (renamed("dev.jsonl", "label", " label"), "8: data.evaluate.dev.table: ",
-                              "has the columns text, ' label', language, and not 'label'"),
-    "a text column that is not there": (renamed("test.tsv", "body", "bodies"),
-                                        "11: data.evaluate.test.columns.text: ", "and not 'body'"),
-    "a second text that is not there": (renamed("test.tsv", "second", None),
-                                        "11: data.evaluate.test.columns.pair: ", "and not 'second'"),
-    "a label column that is not there": (renamed("test.tsv", "mark", "grade"),
-                                         "11: data.evaluate.test.columns.label: ", "and not 'mark'"),
-    "a slice that is not there": (renamed("dev.jsonl", "language", "lang"),
-                                  "8: data.evaluate.dev.slices: ", "and not 'language'"),
-    "a column that is there twice": (content("train.csv", lambda text: text.replace(b"text,label", b"text,text")),
-                                     "5: data.train.table: ", "has the column 'text' more than once"),
-    "semicolons": (content("train.csv", lambda text: text.replace(b",", b";")), "5: data.train.table: ",
-                   "its cells are separated by `;`"),
-    "commas in a .tsv": (content("test.tsv", lambda text: text.replace(b"\t", b",")),
-                         "10: data.evaluate.test.table: ", "write it again with a tab between the cells"),
-    "labels to train on": (renamed("train.csv", "label", None), "5: data.train.table: ",
-                           "has no labels, and the phase finetune trains on them"),
-    "labels to measure on": (renamed("dev.jsonl", "label", None), '16: gate.recovery."dev.accuracy": ',
-                             "dev has no labels, so accuracy is not measured"),
+    "a capital letter": (
+        renamed("train.csv", "label", "Label"),
+        "5: data.train.table: ",
+        'write `columns: {label: "Label"}`',
+    ),
+    "a blank before a name": (
+        renamed("dev.jsonl", "label", " label"),
+        "8: data.evaluate.dev.table: ",
+        "has the columns text, ' label', language, and not 'label'",
+    ),
+    "a text column that is not there": (
+        renamed("test.tsv", "body", "bodies"),
+        "11: data.evaluate.test.columns.text: ",
+        "and not 'body'",
+    ),
+    "a second text that is not there": (
+        renamed("test.tsv", "second", None),
+        "11: data.evaluate.test.columns.pair: ",
+        "and not 'second'",
+    ),
+    "a label column that is not there": (
+        renamed("test.tsv", "mark", "grade"),
+        "11: data.evaluate.test.columns.label: ",
+        "and not 'mark'",
+    ),
+    "a slice that is not there": (
+        renamed("dev.jsonl", "language", "lang"),
+        "8: data.evaluate.dev.slices: ",
+        "and not 'language'",
+    ),
+    "a column that is there twice": (
+        content("train.csv", lambda text: text.replace(b"text,label", b"text,text")),
+        "5: data.train.table: ",
+        "has the column 'text' more than once",
+    ),
+    "semicolons": (
+        content("train.csv", lambda text: text.replace(b",", b";")),
+        "5: data.train.table: ",
+        "its cells are separated by `;`",
+    ),
+    "commas in a .tsv": (
+        content("test.tsv", lambda text: text.replace(b"\t", b",")),
+        "10: data.evaluate.test.table: ",
+        "write it again with a tab between the cells",
+    ),
+    "labels to train on": (
+        renamed("train.csv", "label", None),
+        "5: data.train.table: ",
+        "has no labels, and the phase finetune trains on them",
+    ),
+    "labels to measure on": (
+        renamed("dev.jsonl", "label", None),
+        '16: gate.recovery."dev.accuracy": ',
+        "dev has no labels, so accuracy is not measured",
+    ),
     # data
-    "a file that is not there": (lambda folder: (folder / "test.tsv").unlink(),
-                                 "10: data.evaluate.test.table[0]: ", "does not exist"),
-    "an empty file": (content("train.csv", lambda text: b""), "5: data.train.table: ", "has the columns none"),
-    "a header alone": (content("train.csv", lambda text: text.splitlines(True)[0]), "5: data.train.table: ",
-                       "has no row"),
-    "latin-1": (content("test.tsv", lambda text: text + "caf\u00e9\tx\tno\n".encode("latin-1")),
-                "10: data.evaluate.test.table: ", "is not UTF-8"),
-    "utf-16": (content("train.csv", lambda text: text.decode().encode("utf-16")), "5: data.train.table: ",
-               "it is UTF-16"),
-    "half a character": (cells("dev.jsonl", 2, text="half \ud83d"), "8: data.evaluate.dev.table: ",
-                         "dev.jsonl:3: the column 'text' holds half a character"),
-    "half a character to calibrate on": (cells("lines.jsonl", 1, text="\udc00"), "6: data.calibration.table: ",
-                                         "lines.jsonl:2: the column 'text' holds half a character"),
-    "a line that is not JSON": (content("dev.jsonl", lambda text: text + b'{"text": \n'),
-                                "8: data.evaluate.dev.table: ", "dev.jsonl:7 is not JSON"),
-    "a cell too many": (content("train.csv", lambda text: text + b"a,no,film\n"), "5: data.train.table: ",
-                        "train.csv:8: 3 cells, and the header names 2 columns"),
-    "a cell too few": (content("train.csv", lambda text: text + b"a\n"), "5: data.train.table: ",
-                       "train.csv:8: the column 'label' is missing"),
-    "a text that is a number": (cells("dev.jsonl", 4, text=12), "8: data.evaluate.dev.table: ",
-                                "dev.jsonl:5: the column 'text' is not text but 12"),
+    "a file that is not there": (
+        lambda folder: (folder / "test.tsv").unlink(),
+        "10: data.evaluate.test.table[0]: ",
+        "does not exist",
+    ),
+    "an empty file": (
+        content("train.csv", lambda text: b""),
+        "5: data.train.table: ",
+        "has the columns none",
+    ),
+    "a header alone": (
+        content("train.csv", lambda text: text.splitlines(True)[0]),
+        "5: data.train.table: ",
+        "has no row",
+    ),
+    "latin-1": (
+        content("test.tsv", lambda text: text + "caf\u00e9\tx\tno\n".encode("latin-1")),
+        "10: data.evaluate.test.table: ",
+        "is not UTF-8",
+    ),
+    "utf-16": (
+        content("train.csv", lambda text: text.decode().encode("utf-16")),
+        "5: data.train.table: ",
+        "it is UTF-16",
+    ),
+    "half a character": (
+        cells("dev.jsonl", 2, text="half \ud83d"),
+        "8: data.evaluate.dev.table: ",
+        "dev.jsonl:3: the column 'text' holds half a character",
+    ),
+    "half a character to calibrate on": (
+        cells("lines.jsonl", 1, text="\udc00"),
+        "6: data.calibration.table: ",
+        "lines.jsonl:2: the column 'text' holds half a character",
+    ),
+    "a line that is not JSON": (
+        content("dev.jsonl", lambda text: text + b'{"text": \n'),
+        "8: data.evaluate.dev.table: ",
+        "dev.jsonl:7 is not JSON",
+    ),
+    "a cell too many": (
+        content("train.csv", lambda text: text + b"a,no,film\n"),
+        "5: data.train.table: ",
+        "train.csv:8: 3 cells, and the header names 2 columns",
+    ),
+    "a cell too few": (
+        content("train.csv", lambda text: text + b"a\n"),
+        "5: data.train.table: ",
+        "train.csv:8: the column 'label' is missing",
+    ),
+    "a text that is a number": (
+        cells("dev.jsonl", 4, text=12),
+        "8: data.evaluate.dev.table: ",
+        "dev.jsonl:5: the column 'text' is not text but 12",
+    ),
     # labels
-    "a name of no label": (cells("train.csv", 1, label="never"), "5: data.train.table: ",
-                           "train.csv:3: the label 'never' is not one of the model's"),
-    "an index of no label": (cells("dev.jsonl", 5, label=3), "8: data.evaluate.dev.table: ",
-                             "dev.jsonl:6: 3 is not the name or the index of a label"),
-    "a label that is not published": (cells("dev.jsonl", 0, label=-1), "8: data.evaluate.dev.table: ",
-                                      "dev.jsonl:1: -1 is not the name or the index of a label"),
-    "an empty label": (cells("test.tsv", 3, mark=" "), "10: data.evaluate.test.table: ",
-                       "test.tsv:5: an empty field is not a label"),
-    "indices where names are said": (task(labels_are="names"), "8: data.evaluate.dev.table: ",
-                                     "the label '0' is not one of the model's"),
+    "a name of no label": (
+        cells("train.csv", 1, label="never"),
+        "5: data.train.table: ",
+        "train.csv:3: the label 'never' is not one of the model's",
+    ),
+    "an index of no label": (
+        cells("dev.jsonl", 5, label=3),
+        "8: data.evaluate.dev.table: ",
+        "dev.jsonl:6: 3 is not the name or the index of a label",
+    ),
+    "a label that is not published": (
+        cells("dev.jsonl", 0, label=-1),
+        "8: data.evaluate.dev.table: ",
+        "dev.jsonl:1: -1 is not the name or the index of a label",
+    ),
+    "an empty label": (
+        cells("test.tsv", 3, mark=" "),
+        "10: data.evaluate.test.table: ",
+        "test.tsv:5: an empty field is not a label",
+    ),
+    "indices where names are said": (
+        task(labels_are="names"),
+        "8: data.evaluate.dev.table: ",
+        "the label '0' is not one of the model's",
+    ),
     "two readings": (digits, "3: task.labels_are: ", "train.csv:2: the label 0 can be read in two ways"),
-    "labels of another number": (task(labels="[no, yes]"),
-                                 "3: task.labels: ", "differ in number"),
-    "labels in another order": (task(labels="[yes, no, maybe]"),
-                                "3: task.labels: ", "differ in order"),
-    "labels of other names": (task(labels="[x, y, z]"),
-                              "3: task.labels: ", "differ in name"),
+    "labels of another number": (task(labels="[no, yes]"), "3: task.labels: ", "differ in number"),
+    "labels in another order": (task(labels="[yes, no, maybe]"), "3: task.labels: ", "differ in order"),
+    "labels of other names": (task(labels="[x, y, z]"), "3: task.labels: ", "differ in name"),
     # tokenizers
-    "a checkpoint without a tokenizer": (lambda folder: (folder / "model" / "tokenizer.json").unlink(),
-                                         "2: model.source: ", "holds no tokenizer"),
-    "a tokenizer without padding": (edited("tokenizer_config.json", pad_token=None), "2: model.source: ",
-                                    "the tokenizer has no padding token"),
-    "a padding token beyond the table": (both(smaller_table(14), edited("tokenizer_config.json",
-                                                                          pad_token="<new>")),
-                                         "2: model.source: ",
-                                         "the padding token, '<new>', has the id 14, and the embedding table"),
-    "an added token that a set uses": (both(smaller_table(14), added_token("masterpiece", 14),
-                                            cells("test.tsv", 1, body="a masterpiece")),
-                                       "10: data.evaluate.test.table: ",
-                                       "example 2 has the token 'masterpiece' of the id 14"),
-    "a tokenizer that is cut": (content("model/tokenizer.json", lambda text: text[:-9]), "2: model.source: ",
-                                "tokenizer.json is not valid JSON"),
-    "a padding id beyond the table": (edited("config.json", pad_token_id=300), "2: model.source: ",
-                                      "pad_token_id is 300, and must be a row of the embedding table"),
+    "a checkpoint without a tokenizer": (
+        lambda folder: (folder / "model" / "tokenizer.json").unlink(),
+        "2: model.source: ",
+        "holds no tokenizer",
+    ),
+    "a tokenizer without padding": (
+        edited("tokenizer_config.json", pad_token=None),
+        "2: model.source: ",
+        "the tokenizer has no padding token",
+    ),
+    "a padding token beyond the table": (
+        both(smaller_table(14), edited("tokenizer_config.json", pad_token="<new>")),
+        "2: model.source: ",
+        "the padding token, '<new>', has the id 14, and the embedding table",
+    ),
+    "an added token that a set uses": (
+        both(smaller_table(14), added_token("masterpiece", 14), cells("test.tsv", 1, body="a masterpiece")),
+        "10: data.evaluate.test.table: ",
+        "example 2 has the token 'masterpiece' of the id 14",
+    ),
+    "a tokenizer that is cut": (
+        content("model/tokenizer.json", lambda text: text[:-9]),
+        "2: model.source: ",
+        "tokenizer.json is not valid JSON",
+    ),
+    "a padding id beyond the table": (
+        edited("config.json", pad_token_id=300),
+        "2: model.source: ",
+        "pad_token_id is 300, and must be a row of the embedding table",
+    ),
     # heads
-    "a head of several labels": (edited("config.json", problem_type="multi_label_classification"),
-                                 "3: task.kind: ", "write `kind: multi` under `task`"),
+    "a head of several labels": (
+        edited("config.json", problem_type="multi_label_classification"),
+        "3: task.kind: ",
+        "write `kind: multi` under `task`",
+    ),
     "a head of one output": (one_output, "3: task.kind: ", "write `kind: regression` under `task`"),
-    "a regression of three outputs": (recipe((TASK, f"{TASK}, kind: regression"), (GATE, "")),
-                                      "3: task.kind: ", "a regression has one output"),
-}  # fmt: skip
+    "a regression of three outputs": (
+        recipe((TASK, f"{TASK}, kind: regression"), (GATE, "")),
+        "3: task.kind: ",
+        "a regression has one output",
+    ),
+}
 
 
 def said(folder: Path) -> list[str]:

@@ -42,8 +42,8 @@ LAUNCHERS = {
 
 
 def sections(steps: int = 20) -> dict[str, object]:
-    """LSQ, SGD, no dropout: what should not depend on how a batch is split. Clipping keeps the updates small, so
-    that no code comes to lie on a tie, which the order of a sum would decide.
+    """LSQ, SGD, no dropout: what should not depend on how a batch is split. Clipping keeps the updates small,
+    so that no code comes to lie on a tie, which the order of a sum would decide.
     """
     return {
         "method": "lsq", "stepper": {"clip_norm": 1.0},

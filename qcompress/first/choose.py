@@ -18,7 +18,7 @@ from qcompress.first.splits import split_table, split_text
 from qcompress.formats import FORMAT_PRESETS
 from qcompress.targets.table import TARGETS
 from qcompress.task_options import READINGS
-from qcompress.tasks.labels import TwoReadings, named_outputs
+from qcompress.tasks.labels import TwoReadingsError, named_outputs
 from qcompress.tasks.sequence_classification import PROBLEMS
 from qcompress.tasks.table import Row
 from qcompress.wording import choose as choose_word
@@ -108,7 +108,7 @@ def choose(asked: Asked, checkpoint: Checkpoint, found: Found, mistakes: Mistake
         problem = {**PROBLEMS, "words": None}[kind] if task != "image-classification" else PROBLEMS["single"]
         reading = "names" if isinstance(found, ImagesFound) else asked.labels_are
         fitting = fit(checkpoint, task, problem, labels, reading)
-    except TwoReadings as error:
+    except TwoReadingsError as error:
         mistakes.add("--labels-are", error.message, "say `--labels-are names` or `--labels-are indices`")
         return None
     except ModelError as error:

@@ -18,7 +18,7 @@ from qcompress.models.files import copy_tensors, read_config, read_tensors
 from qcompress.models.heads import HeadError, is_named, problem_of
 from qcompress.models.readers import READER_FILES
 from qcompress.task_options import LabelsAre
-from qcompress.tasks.labels import Labels, TwoReadings, named_outputs, settle
+from qcompress.tasks.labels import Labels, TwoReadingsError, named_outputs, settle
 from qcompress.wording import nearest
 
 
@@ -90,7 +90,7 @@ def fit(
     labels_are: LabelsAre | None = None,
 ) -> Fit:  # fmt: skip
     """How the checkpoint's head and the labels of the data fit. Raises ModelError for a broken checkpoint,
-    TwoReadings where the labels are the checkpoint's by name and by index.
+    TwoReadingsError where the labels are the checkpoint's by name and by index.
 
     `problem`: what transformers calls it; `found`: the labels of the data, none for a number.
     """
@@ -137,7 +137,7 @@ def _in_its_order(
         try:
             Labels(own, None, labels_are).read(found, ["the data"] * len(found))
             return own
-        except TwoReadings:
+        except TwoReadingsError:
             raise
         except UsageError:
             pass  # then names of the recipe's may stand for LABEL_0, LABEL_1...

@@ -64,7 +64,7 @@ def settle(wanted: Sequence[str] | None, config: dict[str, Any]) -> list[str]:
     return list(known)
 
 
-class TwoReadings(UsageError):
+class TwoReadingsError(UsageError):
     """A column of labels that can be read as names and as indices, which give other labels."""
 
 
@@ -150,7 +150,7 @@ class Labels:
         self, word: str, place: str, by_name: Mapping[str, int], by_index: Mapping[str, int]
     ) -> None:
         names = self.names or ()
-        raise TwoReadings(
+        raise TwoReadingsError(
             f"{place}: the label {word} can be read in two ways: as the name it is output {by_name[word]}, "
             f"as an index it is output {by_index[word]}, which is called {names[by_index[word]]!r}",
             fix="write `labels_are: names` or `labels_are: indices` under `task`",

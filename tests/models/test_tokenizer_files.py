@@ -99,8 +99,8 @@ def test_a_token_beyond_the_table_is_found_where_transformers_has_it(
             theirs(text, is_split_into_words=words, add_special_tokens=True)["input_ids"] for text in texts
         ]
         special = set(theirs.all_special_ids)
-        expected = next((row for row, ids in enumerate(encoded)
-                         if any(number >= rows and number not in special for number in ids)), None)  # fmt: skip
+        outside = [any(number >= rows and number not in special for number in ids) for ids in encoded]
+        expected = outside.index(True) if any(outside) else None
         if found is None:
             assert expected is None, (rows, expected)
         elif beyond[found[1]] not in special:
