@@ -6,7 +6,10 @@ import ast
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,13 +85,26 @@ def test_what_must_re_run_each_stage_does(plan: Callable[..., keys.Plan], text_f
             ("data.evaluate.test.limit", 4),
             ("data.evaluate.test.text", ["other.txt"]),
             ("format.compute", "fp16"),
+            ("task.context", 16),
+            ("quantizer.activations", "minmax"),
         ],
-        "gate": [("gate.float_floor", {"test.perplexity": 3}), ("verify.require", ["float"])],
+        "gate": [
+            ("gate.float_floor", {"test.perplexity": 3}),
+            ("verify.require", ["float"]),
+            ("format.compute", "fp16"),
+            ("build.target", "t4"),
+        ],
     }
     for stage, several in changes.items():
         before = keys.parts(plan(method="lsq"), stage, {})
         for change in several:
             assert keys.parts(plan(change, method="lsq"), stage, {}) != before, (stage, change)
+    before = keys.parts(plan(method="quadapter"), "train", {})
+    for change in [
+        ("adapter", {"name": "quadapter", "bound": 50}),
+        ("schedule", {"name": "blockwise-then-end-to-end", "evaluate_every": 7}),
+    ]:
+        assert keys.parts(plan(change, method="quadapter"), "train", {}) != before, change
 
 
 def test_what_must_not_re_run_a_stage_does_not(plan: Callable[..., keys.Plan], text_file: Path) -> None:
@@ -132,6 +148,77 @@ def test_what_must_not_re_run_a_stage_does_not(plan: Callable[..., keys.Plan], t
         for change in several:
             after = keys.parts(plan(change, method="lsq"), stage, {})
             assert {**after, "recipe": ""} == {**before, "recipe": ""}, (stage, change)
+
+
+@pytest.fixture
+def made(plan: Callable[..., keys.Plan], monkeypatch: pytest.MonkeyPatch) -> keys.Plan:
+    """A plan for tests about everything in a key but the code."""
+    monkeypatch.setattr(keys, "code_digest", lambda *arguments: {})
+    return plan(method="lsq")
+
+
+MACHINE: dict[str, tuple[Callable[..., Any], set[str]]] = {
+    "device_kind": (lambda wanted: "cuda", {"train", "fold", "export", "verify"}),
+    "threads": (lambda: 97, {"train", "fold", "export", "verify"}),
+    "announced": (lambda: 3, {"train"}),
+    "describe_host": (lambda: {"gpu": {"name": "another"}}, {"build", "verify"}),
+}
+"""Facts of the machine, by the function of `keys` that finds them, with the stages that each re-runs."""
+
+
+@pytest.mark.parametrize("fact", MACHINE)
+def test_a_fact_of_the_machine_re_runs_the_stages_whose_bits_it_changes(
+    made: keys.Plan, monkeypatch: pytest.MonkeyPatch, fact: str
+) -> None:
+    before = {stage: keys.parts(made, stage, {}) for stage in STAGES}
+    monkeypatch.setattr(keys, fact, MACHINE[fact][0])
+    assert {stage for stage in STAGES if keys.parts(made, stage, {}) != before[stage]} == MACHINE[fact][1]
+
+
+READS = {
+    "load": set(),
+    "train": {"load"},
+    "fold": {"load", "train"},
+    "export": {"fold"},
+    "build": {"export"},
+    "verify": {"load", "train", "fold", "export", "build"},
+    "gate": {"verify"},
+}
+
+
+def test_another_artifact_re_runs_the_stages_that_read_it(made: keys.Plan) -> None:
+    steps = {stage: SimpleNamespace(digest="a") for stage in STAGES}
+    for stage in STAGES:
+        before = keys.parts(made, stage, steps)
+        others = {name: {**steps, name: SimpleNamespace(digest="b")} for name in steps}
+        read = {name for name in steps if keys.parts(made, stage, others[name]) != before}
+        assert read == READS[stage], stage
+
+
+def test_another_checkpoint_re_runs_load_and_another_graph_export(made: keys.Plan) -> None:
+    graphs = [replace(made, graph={"graph.onnx": digest}) for digest in "ab"]
+    others = [replace(made, digests={"model.safetensors": digest}) for digest in "ab"]
+    for stage in STAGES:
+        same = keys.parts(graphs[0], stage, {}) == keys.parts(graphs[1], stage, {})
+        assert same == (stage != "export"), stage
+        same = keys.parts(others[0], stage, {}) == keys.parts(others[1], stage, {})
+        assert same == (stage != "load"), stage
+
+
+def test_another_version_of_a_tool_re_runs_the_stages_that_use_it(
+    made: keys.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = metadata.version
+    before = {stage: keys.parts(made, stage, {}) for stage in STAGES}
+    for tool, stages in {
+        "torch": {"train", "fold", "export", "verify"},
+        "onnxscript": {"export"},
+        "tokenizers": {"train", "verify"},
+        "onnxruntime": {"verify"},
+    }.items():
+        found = {tool: "0"}
+        monkeypatch.setattr(metadata, "version", lambda name, found=found: found.get(name) or installed(name))
+        assert {stage for stage in STAGES if keys.parts(made, stage, {}) != before[stage]} == stages, tool
 
 
 SHAPES_TRAIN = {
