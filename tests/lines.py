@@ -105,7 +105,7 @@ class Project:
 
     @property
     def latest(self) -> Path:
-        """The run that was started last."""
+        """The run that finished last."""
         return (self.out / NAME / "latest").resolve()
 
     def run(self, *overrides: str, **options: Any) -> pipeline.Run:

@@ -75,6 +75,7 @@ def test_what_must_re_run_each_stage_does(plan: Callable[..., keys.Plan], text_f
             ("objective", {"name": "distillation", "attention": 0}),
             ("task.context", 16),
             ("data.train.limit", 32),
+            ("data.calibration.limit", 6),
             ("data.train.text", ["other.txt"]),
             ("data.calibration.text", ["other.txt"]),
         ],
@@ -99,12 +100,20 @@ def test_what_must_re_run_each_stage_does(plan: Callable[..., keys.Plan], text_f
         before = keys.parts(plan(method="lsq"), stage, {})
         for change in several:
             assert keys.parts(plan(change, method="lsq"), stage, {}) != before, (stage, change)
-    before = keys.parts(plan(method="quadapter"), "train", {})
-    for change in [
-        ("adapter", {"name": "quadapter", "bound": 50}),
-        ("schedule", {"name": "blockwise-then-end-to-end", "evaluate_every": 7}),
-    ]:
-        assert keys.parts(plan(change, method="quadapter"), "train", {}) != before, change
+    options: dict[str, list[Change]] = {
+        "quadapter": [
+            ("adapter", {"name": "quadapter", "bound": 50}),
+            ("schedule", {"name": "blockwise-then-end-to-end", "evaluate_every": 7}),
+        ],
+        "saq": [("stepper", {"name": "saq", "rho": 0.125})],
+    }
+    for method, several in options.items():  # the same code, so that the option itself must be in the key
+        before = keys.parts(plan(method=method), "train", {})
+        for change in several:
+            assert keys.parts(plan(change, method=method), "train", {}) != before, change
+    softer = [{"name": "distillation", "attention": 0, "temperature": one} for one in (1, 2)]
+    first, second = (keys.parts(plan(method="lsq", objective=one), "train", {}) for one in softer)
+    assert first != second
 
 
 def test_what_must_not_re_run_a_stage_does_not(plan: Callable[..., keys.Plan], text_file: Path) -> None:
@@ -203,6 +212,12 @@ def test_another_checkpoint_re_runs_load_and_another_graph_export(made: keys.Pla
         assert same == (stage != "export"), stage
         same = keys.parts(others[0], stage, {}) == keys.parts(others[1], stage, {})
         assert same == (stage != "load"), stage
+
+
+def test_a_smoke_run_is_gated_apart(made: keys.Plan) -> None:
+    small = replace(made, resolved=replace(made.resolved, smoke=True))
+    before = {stage: keys.parts(made, stage, {}) for stage in STAGES}
+    assert [stage for stage in STAGES if keys.parts(small, stage, {}) != before[stage]] == ["gate"]
 
 
 def test_another_version_of_a_tool_re_runs_the_stages_that_use_it(

@@ -39,10 +39,15 @@ def test_predict_without_a_package_says_what_to_install(
     assert "pip install 'qcompress[train]'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_stage_and_another_command_say_the_same(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_and_another_command_say_the_same(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = project.copy(tmp_path / "copy")
     without(monkeypatch, "onnxruntime", "qcompress.stages.verify", "qcompress.runners", "qcompress.rows")
     done = cli("verify", project.latest)
-    assert done.code == 6 and "needs the package onnxruntime" in done.stderr
+    assert done.code == 6 and "this command needs the package onnxruntime" in done.stderr
+    with pytest.raises(MachineError, match="the stage verify needs the package onnxruntime"):
+        made.run("verify.samples=4")
 
 
 def test_a_package_that_cannot_be_loaded_and_a_defect_of_ours_are_told_apart() -> None:

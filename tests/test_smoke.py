@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,6 +167,36 @@ def _raising(error: BaseException):
         raise error
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("smoke", "fails", "expected"),
+    [(False, False, ["run", "run", "latest"]), (True, False, ["run", "run"]), (False, True, ["run"])],
+)
+def test_latest_names_a_folder_of_seeds_when_all_of_them_have_finished(
+    smoke: bool, fails: bool, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    def run(resolved: None, *arguments: object, one_of_seeds: bool, **options: object) -> SimpleNamespace:
+        if fails and happened:
+            raise ModelError("planted")
+        happened.append("run")
+        assert one_of_seeds  # so that it leaves `latest` alone
+        return SimpleNamespace(path=tmp_path / "seed", first=True)
+
+    loaded = SimpleNamespace(path=tmp_path / "seed", recipe=make_recipe(tmp_path), parity={}, verdict={})
+    monkeypatch.setattr(api, "_settings", lambda *arguments: (None, tmp_path, tmp_path))
+    monkeypatch.setattr(api.pipeline, "run", run)
+    monkeypatch.setattr(api, "load", lambda path: loaded)
+    monkeypatch.setattr(api, "summarise", lambda name, runs: {})
+    monkeypatch.setattr(api, "point_latest", lambda folder: happened.append("latest"))
+    if fails:
+        with pytest.raises(ModelError, match="planted"):
+            api.run_seeds("unused", [0, 1], smoke=smoke)
+    else:
+        api.run_seeds("unused", [0, 1], smoke=smoke)
+    assert happened == expected
 
 
 def test_the_whole_recipe_is_checked_before(deep: Path, text_file: Path, tmp_path: Path) -> None:
