@@ -64,6 +64,10 @@ TEXT = {
     "no such dynamic axis (fix: did you mean `sequence`?)",
     ("export.dynamic=[batch]",): "build.profiles[0].sequence: gives a range to the axis 'sequence'",
     ("gate.recovery={tst.perplexity: {max-degradation: 1}}",): "did you mean `test.perplexity`?",
+    ("gate.float_floor={tst.perplexity: 10}",): "did you mean `test.perplexity`?",
+    ("gate.regression={tst.perplexity: {max-degradation: 1}}",): "did you mean `test.perplexity`?",
+    ("export.keep_fp32=[norm]",): "export.keep_fp32: has no effect: `format.compute` is fp32",
+    ("format={preset: w8a8, residual: int8}",): "format.residual: a gpt2 model has no points of this kind",
     ("train.phases={finetun: {steps: 1}}",): "did you mean `finetune`?",
     ("format.layers={lm_hed: float}",): "format.layers.lm_hed: matches none of the",
 }
@@ -127,13 +131,13 @@ def test_bf16_does_not_require_the_row_that_cannot_be_measured(text_recipe: Path
     assert Recipe.model_validate(written).verify.require == ["float"]
 
 
-def half_graph(*operators: str) -> ir.Model:
-    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([2, 4]))
+def half_graph(*operators: str, dtype: ir.DataType = ir.DataType.FLOAT16) -> ir.Model:
+    x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape([2, 4]))
     nodes, last = [], x
     for operator in operators:
         nodes.append(ir.node(operator, [last]))
         last = nodes[-1].outputs[0]
-        last.dtype = ir.DataType.FLOAT16
+        last.dtype = dtype
     return ir.Model(ir.Graph([x], [last], nodes=nodes, opset_imports={"": 21}), ir_version=10)
 
 
@@ -146,6 +150,8 @@ def test_export_refuses_an_operator_that_is_not_in_the_graph() -> None:
     with pytest.raises(ExportError, match=r"no Softmax in half precision \(it has LogSoftmax\)") as error:
         require_operators(half_graph("LogSoftmax"), ["softmax"])
     assert error.value.exit_code == 5 and "drop softmax" in error.value.fix
+    with pytest.raises(ExportError, match=r"no Softmax in half precision"):
+        require_operators(half_graph("Softmax", dtype=ir.DataType.FLOAT), ["softmax"])
 
 
 def test_a_range_of_an_axis_that_the_graph_lacks_is_refused(tmp_path: Path) -> None:
