@@ -5,9 +5,11 @@ Covered, from the class on:
   * what those files import, inside functions too, relative imports as well. A file counts by its syntax tree
     (`codekey.py`), so a comment or a docstring re-runs nothing;
   * values that no file shows: attributes of classes, closures, defaults, and module globals that a function
-    reads, as far as they are numbers, strings, or containers of these;
+    reads. Numbers, strings, containers, arrays and tensors count by content, stock classes and functions by
+    name, other objects by what a copy would be made of (`custom_values.py`). An object without a content that
+    can be read is an error;
+  * the order of a class's bases;
   * functions without a file (a notebook's cell) by their byte code;
-  * arrays and tensors among these values; an object of another type by its class alone;
   * modules of this package, which the caller walks as it walks a stage's own;
   * installed packages (site-packages) by their version. The standard library does not count.
 
@@ -25,16 +27,42 @@ import importlib
 import importlib.machinery
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 
 from qcompress.codekey import PACKAGE, import_statements, is_module, tree_digest
+from qcompress.custom_values import (
+    DESCRIPTORS,
+    PLAIN,
+    STATELESS,
+    array_text,
+    attributes,
+    byte_code,
+    codes_of,
+    content,
+    is_array,
+    is_file,
+    module_of,
+    qualified,
+    reduced,
+    wrapped,
+)
+from qcompress.errors import UsageError
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes)
+MAPPINGS = (dict, OrderedDict, MappingProxyType)
+
+WRAPPERS = (staticmethod, classmethod, property, functools.partial, MethodType)
+"""Objects that are nothing beyond the functions and values inside them."""
+
+TRANSPARENT = {"builtins", "collections", "functools", "types"}
+"""Modules whose classes hold the user's values: each of those must be in the key."""
+
+PARTS = ("made by", "from", "state", "items", "pairs")
+"""Parts of what `__reduce_ex__` returns."""
 
 INSTALLED = {"site-packages", "dist-packages"}
 """Names of folders whose content counts by version."""
@@ -63,9 +91,13 @@ def code_of(classes: Mapping[str, type]) -> CustomCode:
         walk.value(kind, name)
     code = CustomCode(walk.files, walk.package, walk.versions)
     if walk.state:
-        state = "\n".join(f"{name} = {text}" for name, text in sorted(walk.state.items()))
-        code.files["custom values"] = hashlib.sha256(state.encode("utf-8", "surrogatepass")).hexdigest()
+        state = _text(walk.state).encode("utf-8", "surrogatepass")
+        code.files["custom values"] = hashlib.sha256(state).hexdigest()
     return code
+
+
+def _text(state: Mapping[str, str]) -> str:
+    return "\n".join(f"{name} = {text}" for name, text in sorted(state.items()))
 
 
 class _Walk:
@@ -77,72 +109,152 @@ class _Walk:
         self.versions: dict[str, str] = {}
         self.state: dict[str, str] = {}
         self._modules: dict[str, bool] = {}
-        self._seen: dict[int, object] = {}  # holds them, so that no id is used twice
+        self._seen: dict[int, tuple[object, str]] = {}  # holds them, so that no id is used twice
+        self._names: dict[str, int] = {}
+        self._globals: set[tuple[int, str]] = set()
+        self._deep = False  # inside an object of a stock class, where a part may count by its class alone
 
     # Values ---------------------------------------------------------------------------------------
 
     def value(self, value: object, name: str) -> None:
         """Anything that a class or a function holds or refers to."""
-        if isinstance(value, PLAIN):
-            self.state[name] = repr(value)
+        if type(value) in PLAIN:
+            self._note(name, repr(value))
+            return
+        if type(value) is tuple and all(type(item) in PLAIN for item in value):
+            self._note(name, repr(value))  # by value: the compiler may make one object of two equal ones
             return
         if id(value) in self._seen:
+            self._note(name, f"same as {self._seen[id(value)][1]}")
             return
-        self._seen[id(value)] = value
+        if isinstance(value, type):
+            self._note(name, self._class(value)[0])
+            return
+        label = self._free(name)
+        self._seen[id(value)] = (value, label)
         if isinstance(value, ModuleType):
+            self.state[label] = f"module {value.__name__}"
             self.module(value.__name__)
-        elif isinstance(value, type):
-            self._class(value)
         elif isinstance(value, FunctionType):
-            self._function(value, name)
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                self.value(item, f"{name}[{key!r}]" if isinstance(key, PLAIN) else f"{name}[]")
-        elif isinstance(value, tuple | list):
+            self._function(value, label)
+        elif type(value) in MAPPINGS:
+            self._mapping(value, label)
+        elif type(value) in (tuple, list):
+            self.state[label] = f"{type(value).__name__} of {len(value)}"
             for index, item in enumerate(value):
-                self.value(item, f"{name}[{index}]")
-        elif isinstance(value, set | frozenset):
-            self.state[name] = repr(sorted(map(repr, value)))
-        elif type(value).__module__.partition(".")[0] in ("torch", "numpy") and hasattr(value, "tolist"):
-            self.state[name] = repr(value.tolist())
+                self.value(item, f"{label}[{index}]")
+        elif type(value) in (set, frozenset):
+            self.state[label] = f"{type(value).__name__} {self._unordered(value)}"
+        elif is_array(value):
+            self.state[label] = array_text(value)
         else:
-            self._instance(value, name)
+            self._instance(value, label)
 
-    def _instance(self, value: object, name: str) -> None:
-        for inner in _wrapped(value):
-            self.value(inner, name)
-        if self._class(type(value)):
-            for key, item in sorted(getattr(value, "__dict__", {}).items()):
-                self.value(item, f"{name}.{key}")
+    def _free(self, name: str) -> str:
+        """The name, with a number where another value has it."""
+        self._names[name] = number = self._names.get(name, 0) + 1
+        return name if number == 1 else f"{name} #{number}"
 
-    def _class(self, kind: type) -> bool:
-        """Walk a class and its bases; whether it is the user's own."""
-        own = {base: self.module(base.__module__) for base in kind.__mro__}
-        for base, is_own in own.items():
-            if not is_own or (base is not kind and id(base) in self._seen):
-                continue
-            self._seen[id(base)] = base
+    def _note(self, name: str, text: str) -> None:
+        self.state[self._free(name)] = text
+
+    def _mapping(self, value: Mapping[object, object], label: str) -> None:
+        self.state[label] = f"{type(value).__name__} of {len(value)}"
+        for index, (key, item) in enumerate(value.items()):
+            if type(key) in PLAIN:
+                self.value(item, f"{label}[{key!r}]")
+            else:
+                self.value(key, f"{label} key {index}")
+                self.value(item, f"{label} value {index}")
+
+    def _unordered(self, items: Iterable[object]) -> list[str]:
+        """Texts of a set's items, each as if it stood alone, sorted."""
+        texts, before = [], (self.state, self._seen, self._names, self._globals)
+        for item in items:
+            self.state, self._seen, self._names, self._globals = {}, dict(before[1]), {}, set(before[3])
+            self.value(item, "item")
+            texts.append(_text(self.state))
+        self.state, self._seen, self._names, self._globals = before
+        return sorted(texts)
+
+    def _instance(self, value: object, label: str) -> None:
+        kind, is_own = self._class(type(value))
+        self.state[label] = kind
+        inner = [*wrapped(value)]
+        for item in inner:
+            self.value(item, f"{label}()")
+        if isinstance(value, WRAPPERS):
+            return
+        if isinstance(value, DESCRIPTORS):
+            self.state[label] = f"{kind} {value.__name__}"
+            return
+        if isinstance(value, STATELESS):
+            return
+        parts, held = reduced(value), attributes(value)
+        if isinstance(parts, str):
+            self.state[label] = f"{kind} {module_of(value)}.{parts}"
+        elif parts is not None:
+            deep = self._deep
+            self._deep = deep or not (is_own or module_of(type(value)) in TRANSPARENT)
+            for index, part in enumerate(parts):
+                if part is not None:
+                    self.value(part, f"{label}.{PARTS[index]}")
+            self._deep = deep
+        elif not (held or inner or self._deep or is_own):
+            raise UsageError(
+                f"custom code: {label} is an object of {qualified(type(value))}, "
+                "whose content cannot be part of the cache key",
+                fix="make it a plain value: a number, a string, an array, or a list of these",
+            )
+        if is_own or (parts is None and not self._deep):
+            for key, item in held.items():
+                self.value(item, f"{label}.{key}")
+
+    def _class(self, kind: type) -> tuple[str, bool]:
+        """Walk a class and its bases: its text, and whether it is the user's own."""
+        own = {base: self.module(module_of(base)) for base in kind.__mro__}
+        unseen = [base for base in kind.__mro__ if own[base] and id(base) not in self._seen]
+        for base in unseen:
+            self._seen[id(base)] = (base, self._free(f"class {qualified(base)}"))
+        names = [self._seen[id(base)][1] if own[base] else qualified(base) for base in kind.__mro__]
+        for base in unseen:
+            label = self._seen[id(base)][1]
+            self.state[label] = " < ".join(map(qualified, base.__mro__))
             for key, item in vars(base).items():
                 is_dunder = key.startswith("__") and key.endswith("__")
-                if not is_dunder or isinstance(item, FunctionType):
-                    self.value(item, f"{base.__qualname__}.{key}")
-        return own[kind]
+                if key != "_abc_impl" and (not is_dunder or isinstance(item, FunctionType)):
+                    self.value(item, f"{label}.{key}")
+        if kind in unseen and type(kind) is not type:
+            self.value(type(kind), f"{names[0]}.__class__")
+        return " < ".join(names), own[kind]
 
-    def _function(self, function: FunctionType, name: str) -> None:
-        if not self.module(function.__module__ or ""):
+    def _function(self, function: FunctionType, label: str) -> None:
+        self.state[label] = f"function {qualified(function)}"
+        is_own, deep = self.module(module_of(function)), self._deep
+        self._deep = deep or not is_own
+        for index, cell in enumerate(function.__closure__ or ()):
+            self.value(content(cell), f"{label}<{index}>")
+        self._deep = deep
+        if not is_own:
             return
-        codes = list(_codes(function.__code__))
-        if not _is_file(function.__code__.co_filename):
-            self.state[name] = "; ".join(_byte_code(code) for code in codes)
+        codes = list(codes_of(function.__code__))
+        if not is_file(function.__code__.co_filename):
+            self.state[label] += " " + "; ".join(byte_code(code) for code in codes)
             for code in codes:
                 self._imports_of(code)
-        for index, cell in enumerate(function.__closure__ or ()):
-            self.value(_content(cell), f"{name}<{index}>")
         for part in (function.__defaults__, function.__kwdefaults__):
-            self.value(part, f"{name}()")
+            if part:
+                self.value(part, f"{label}()")
         for wanted in sorted({name for code in codes for name in code.co_names}):
             if wanted in function.__globals__:
-                self.value(function.__globals__[wanted], f"{function.__module__}.{wanted}")
+                self._global(function, wanted)
+
+    def _global(self, function: FunctionType, wanted: str) -> None:
+        """A module's global, once: another function of the module reads the same one."""
+        name = f"{module_of(function)}.{wanted}"
+        if (id(function.__globals__), wanted) not in self._globals:
+            self._globals.add((id(function.__globals__), wanted))
+            self.value(function.__globals__[wanted], name)
 
     def _imports_of(self, code: CodeType) -> None:
         """Imports inside a function that is in no file."""
@@ -255,50 +367,3 @@ def _is_standard(file: Path) -> bool:
 @functools.cache
 def _distributions() -> Mapping[str, list[str]]:
     return metadata.packages_distributions()
-
-
-# Functions ----------------------------------------------------------------------------------------
-
-
-def _wrapped(value: Any) -> Iterator[object]:
-    """The functions inside static methods, properties, partials and decorators."""
-    if isinstance(value, functools.partial):
-        yield from (value.func, value.args, value.keywords)
-    if isinstance(value, MethodType):
-        yield from (value.__func__, value.__self__)
-    if isinstance(value, property):
-        yield from (value.fget, value.fset)
-    for attribute in ("__func__", "__wrapped__", "func"):
-        inner = vars(value).get(attribute) if hasattr(value, "__dict__") else None
-        inner = getattr(value, attribute, None) if isinstance(value, staticmethod | classmethod) else inner
-        if inner is not None:
-            yield inner
-
-
-def _content(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """A function's code and that of the functions inside it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _byte_code(code: CodeType) -> str:
-    constants = [
-        sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
-        for constant in code.co_consts
-        if not isinstance(constant, CodeType)
-    ]
-    parts = (code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars)
-    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _is_file(name: str) -> bool:
-    return not name.startswith("<") and Path(name).is_file()

@@ -121,7 +121,7 @@ def test_installed_packages_count_by_version_and_the_standard_library_does_not(f
         "class Mine(yaml.YAMLObject):\n    pass\n"
     )
     found = code("single")
-    assert set(found.files) == {"custom single"}
+    assert set(found.files) == {"custom single", "custom values"}
     assert set(found.versions) == {"PyYAML", "no_such_package"}
     assert found.versions["no_such_package"] == "absent"
 
