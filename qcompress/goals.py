@@ -96,9 +96,18 @@ PARITY: dict[str, dict[str, ParityGoal]] = {
 """Distances to the row before that a correct pipeline reaches, by compute type; a recipe's own limits win.
 `deployed` is the graph in ONNX Runtime's default session against the folded model with integer sums."""
 
-DEPLOYED_FLOAT_INPUTS = ParityGoal(mean_abs=2e-2, top1_agreement=0.9)
-"""Limits of the deployed row where the format leaves activations float: ONNX Runtime rounds them to int8 in
-MatMulNBits. The bundled GPT-2 at w4a16-g64: mean_abs 4.1e-3, top1_agreement 0.919."""
+DEPLOYED_ROUNDINGS = {
+    "float-inputs": ParityGoal(mean_abs=2e-2, top1_agreement=0.9),
+    "conv-biases": ParityGoal(mean_abs=6e-2, top1_agreement=0.9),
+    "integer-sums": ParityGoal(mean_abs=5e-2, top1_agreement=0.9),
+}
+"""Limits of the deployed row where ONNX Runtime rounds what no other row rounds (`stages/verify.py`). The
+bundled GPT-2 at w4a16-g64: mean_abs 4.1e-3, top1_agreement 0.919; a small ResNet at W4A4: 4.0e-2, 0.980.
+`integer-sums` is about a graph made elsewhere, which is compared with fp32 products, so that ties flip.
+"""
+
+DEPLOYED_FARTHEST = ParityGoal(mean_abs=0.1, top1_agreement=0.85)
+"""Limits of the deployed row that no flip on a tie excuses."""
 
 
 class Gate(Options):

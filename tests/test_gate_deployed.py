@@ -35,7 +35,7 @@ def test_a_good_deployed_row_is_accepted_with_its_goals_listed() -> None:
     assert found["deployed"]["judged"] and found["deployed"]["passed"]
     names = [goal["metric"] for goal in found["deployed"]["goals"]]
     assert names == [
-        "test.perplexity", "test.token_accuracy", "parity.deployed.mean_abs",
+        "deployed.test.perplexity", "deployed.test.token_accuracy", "parity.deployed.mean_abs",
         "parity.deployed.top1_agreement",
     ]  # fmt: skip
     assert all(goal in found["goals"] for goal in found["deployed"]["goals"])
@@ -76,6 +76,54 @@ def test_flips_that_move_the_onnx_row_may_move_the_deployed_one() -> None:
     assert verdict(flipping)["verdict"] == "accept"
     flipping["deployed"]["distance"]["mean_abs"] = 0.05 * 50
     assert verdict(flipping)["verdict"] == "regression"
+
+
+def test_no_flip_excuses_a_deployed_row_that_is_somewhere_else() -> None:
+    """An onnx row far from folded, which its own codes excuse, used to loosen the limits to 0.6 and 0.04."""
+    far = onnx_row(mean=0.55, top1_agreement=0.1)
+    far["distance"] |= {"mean_abs": 0.15 * 50, "top1_agreement": 0.76}
+    far["held"] = {"distance": {**far["distance"], "mean_abs": 0.0, "top1_agreement": 1.0},
+                   "codes": 100, "unexplained": 0, "first_unexplained": None, "largest_share": 0.0,
+                   "at": None}  # fmt: skip
+    reasons = " ".join(verdict(far)["reasons"])
+    assert "mean_abs to folded-integer is 0.55, the limit is 0.1" in reasons
+    assert "top1_agreement to folded-integer is 0.1, the limit is 0.85" in reasons
+
+
+@pytest.mark.parametrize(
+    ("roundings", "mean", "agreement"),
+    [
+        (["float-inputs"], 4.1e-3, 0.919),
+        (["conv-biases"], 4.0e-2, 0.98),
+        (["float-inputs", "conv-biases"], 4.0e-2, 0.93),
+    ],
+    ids=["mixed formats", "convolutions at W4A4", "both"],
+)
+def test_roundings_of_the_default_session_alone_widen_the_limits(
+    roundings: list[str], mean: float, agreement: float
+) -> None:
+    onnx = onnx_row(mean=mean, top1_agreement=agreement)
+    assert verdict(onnx)["verdict"] == "regression"
+    onnx["deployed"]["roundings"] = roundings
+    assert verdict(onnx)["verdict"] == "accept"
+    worse = onnx_row(mean=0.07, top1_agreement=0.85)
+    worse["deployed"]["roundings"] = roundings
+    assert len(verdict(worse)["reasons"]) == 2
+
+
+@pytest.mark.parametrize(("mean", "word"), [(0.02, "accept"), (0.24, "regression")])
+def test_a_graph_made_elsewhere_is_held_against_itself(mean: float, word: str) -> None:
+    onnx = onnx_row(to="onnx", mean=mean, top1_agreement=0.95)
+    onnx["distance"] |= {"to": "float", "mean_abs": 0.1 * 50}
+    assert verdict(onnx)["verdict"] == word
+
+
+def test_limits_of_a_deployed_row_without_an_onnx_row_are_anomalous() -> None:
+    missing = {"stage": "onnx", "status": "not-run", "reason": "no kernels"}
+    goals = Gate.model_validate({"parity": {"deployed": {"mean_abs": 0.1}}})
+    require = [name for name in REQUIRE if name != "onnx"]
+    found = judge(report(onnx=missing), goals, require, "fp32")
+    assert found["verdict"] == "anomalous" and "deployed row" in " ".join(found["reasons"])
 
 
 def test_limits_of_the_recipe_replace_the_defaults_and_are_judged_for_every_target() -> None:

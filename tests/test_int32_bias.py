@@ -14,15 +14,18 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tiny import Line, token_ids
-from tiny_nets import NetLine, net_line, pixels, save_images, save_net
+from tiny_nets import NetLine, net_line, pixels, recipe_values, save_images, save_net
 
+from qcompress import api
 from qcompress.artifacts import read_json
 from qcompress.quant.int32_bias import least_scales, raise_scales
 from qcompress.schema import Export
 from qcompress.stages.export import export
 from qcompress.stages.fold import fold
+from qcompress.stages.verify import _raised
 
 LIMIT = 2.0**30
 
@@ -199,3 +202,47 @@ def test_a_scale_at_the_bound_stays_and_a_bias_of_0_asks_for_nothing() -> None:
     least = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
     changed, raised, count, moved = raise_scales(codes, scale, least)
     assert (count, moved) == (0, 0) and torch.equal(changed, codes) and torch.equal(raised, scale)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_raised_scale_is_a_value_of_the_compute_type(compute: torch.dtype) -> None:
+    """Rounded up: a bound of 1.1e-6 is a subnormal of fp16, where the next value below is 6 % smaller."""
+    least = torch.tensor([1.1e-6, 3.3e-5, 0.25, 1.0000001], dtype=torch.float64)
+    codes = torch.full((4, 3), 100, dtype=torch.int8)
+    _, raised, count, _ = raise_scales(codes, torch.full((4,), 1e-7), least, compute)
+    assert count == 4 and torch.equal(raised.to(compute).float(), raised)
+    assert bool((raised.double() >= least).all())
+    assert bool((raised.double() / least < 1 + {2: 0.06, 4: 3e-7}[compute.itemsize]).all())
+
+
+def test_a_raised_scale_counts_where_no_code_changes() -> None:
+    """Codes of -1, 0 and 1 under a scale raised by less than 2: the folded weight differs all the same."""
+    codes = torch.tensor([[1, 0, -1]], dtype=torch.int8)
+    changed, raised, scales, count = raise_scales(codes, torch.tensor([1.0]), torch.tensor([1.7]).double())
+    assert torch.equal(changed, codes) and (scales, count) == (1, 0) and raised.item() > 1.6
+    assert _raised({"raised": {"fc": {"scales": scales, "codes": count}}}) == 1
+
+
+@pytest.mark.parametrize(("raises", "word"), [(True, "accept"), (False, "regression")])
+def test_the_default_session_of_a_graph_made_elsewhere_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raises: bool, word: str
+) -> None:
+    """There is no folded model: it is held against the same graph without optimizations."""
+    if not raises:
+        monkeypatch.setattr("qcompress.stages.fold._raise_scales", lambda *parts: {})
+    line = planted(tmp_path, "basic", PLANTED["gamma 1e-12"])
+    out = tmp_path / "export"
+    out.mkdir()
+    export(line.folded, Export(), "cpu", {"version": "0", "recipe": "tiny"}, out)
+    values = recipe_values("basic", "images.npz")
+    recipe = {
+        **{key: values[key] for key in ("name", "model", "task")},
+        "data": {"evaluate": values["data"]["evaluate"]},
+        "export": {"graph": "export/model.onnx"},
+        "build": {"target": "cpu", "here": "never"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run = api.run(tmp_path / "recipe.yaml", tmp_path / "runs")
+    verdict = read_json(run.path / "verdict.json")
+    assert verdict["verdict"] == word, verdict["reasons"]
+    assert any("deployed: mean_abs to onnx" in reason for reason in verdict["reasons"]) != raises

@@ -30,15 +30,26 @@ def least_scales(bias: Tensor, input_scale: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def raise_scales(codes: Tensor, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor, int, int]:
+def raise_scales(
+    codes: Tensor, scale: Tensor, least: Tensor, compute: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, int, int]:
     """Codes and scale with every scale at least `least`; how many scales were raised, how many codes changed.
 
-    codes: int8 [out, ...]; scale: fp32 [out], or [] for all of it; least: fp64 of the scale's shape.
+    codes: int8 [out, ...]; scale: fp32 [out], or [] for all of it; least: fp64 of the scale's shape. A raised
+    scale is a value of the type `compute`, in which it is deployed.
     """
     short = scale.double() < least
-    raised = torch.where(short, least.float(), scale)
-    # fp32 may round the bound down, and the ratio must not lift a code out of its range
+    raised = torch.where(short, _rounded_up(least, compute).float(), scale)
+    # the ratio must not lift a code out of its range
     ratio = torch.where(short, (scale.double() / raised.double()).clamp_max(1.0), 1.0)
     ratio = ratio.view(*ratio.shape, *[1] * (codes.dim() - ratio.dim()))
     changed = (codes.double() * ratio).round().to(torch.int8)
     return changed, raised, int(short.sum()), int((changed != codes).sum())
+
+
+def _rounded_up(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least values of a type that are not below these positive ones."""
+    cast = values.to(dtype)
+    bits = {2: torch.int16, 4: torch.int32}[cast.element_size()]
+    following = (cast.view(bits) + 1).view(dtype)  # of a positive value, the next one
+    return torch.where(cast.double() < values, following, cast)

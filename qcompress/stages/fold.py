@@ -123,7 +123,9 @@ def _raise_scales(
         codes = quantized[f"{name}.weight.codes"]
         channels_last = isinstance(layer, QuantizedLinear)
         least = least_scales(bias, torch.stack(inputs).to(compute).min())
-        changed, scale, scales, count = raise_scales(codes.t() if channels_last else codes, scale, least)
+        changed, scale, scales, count = raise_scales(
+            codes.t() if channels_last else codes, scale, least, compute
+        )
         if scales:
             check_scale(scale, f"{name}.weight")
             changed = changed.t().contiguous() if channels_last else changed

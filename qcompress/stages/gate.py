@@ -25,7 +25,8 @@ from typing import Any
 from qcompress.artifacts import read_json, write_json, write_text
 from qcompress.errors import QcompressError
 from qcompress.goals import (
-    DEPLOYED_FLOAT_INPUTS,
+    DEPLOYED_FARTHEST,
+    DEPLOYED_ROUNDINGS,
     PARITY,
     Gate,
     ParityGoal,
@@ -233,20 +234,25 @@ def _deployed_limits(onnx: dict[str, Any], compute: str) -> ParityGoal | None:
     """Default limits of the deployed row; None where its distance is to a model before compression.
 
     Flips on ties move the deployed row as far as they move the onnx row: a few times the distance of the
-    onnx row is allowed where that is more than the default.
+    onnx row is allowed where that is more than the default, up to `DEPLOYED_FARTHEST`.
     """
-    to = (onnx["deployed"].get("distance") or {}).get("to")
-    default = {"folded-integer": PARITY[compute].get("deployed"), "folded": DEPLOYED_FLOAT_INPUTS}.get(to)
-    distance = onnx.get("distance") or {}
+    deployed, distance = onnx["deployed"], onnx.get("distance") or {}
+    default = PARITY[compute].get("deployed")
+    to = (deployed.get("distance") or {}).get("to")
+    if default is None or to not in ("folded-integer", "folded", "onnx"):
+        return None
+    implied = {"folded": ["float-inputs"], "onnx": ["integer-sums"]}.get(to, [])
+    roundings = {*deployed.get("roundings", ()), *implied}
+    limits = [default, *(DEPLOYED_ROUNDINGS[name] for name in roundings)]
+    means, agreements = [one.mean_abs for one in limits], [one.top1_agreement for one in limits]
     scale = distance.get("range") or math.nan
-    if default is None or distance.get("to") != "folded" or not scale > 0:
-        return default
-    mean, agreement = distance.get("mean_abs", math.nan) / scale, distance.get("top1_agreement")
-    flips = FLIPS_AGAIN * (1 - agreement) if agreement is not None else 0.0
-    return ParityGoal(
-        mean_abs=max(default.mean_abs, FLIPS_AGAIN * mean),
-        top1_agreement=max(0.0, min(default.top1_agreement, 1 - flips)),
-    )
+    if distance.get("to") == "folded" and scale > 0:
+        agreement = distance.get("top1_agreement")
+        means.append(min(FLIPS_AGAIN * distance["mean_abs"] / scale, DEPLOYED_FARTHEST.mean_abs))
+        if agreement is not None:
+            agreements.append(max(1 - FLIPS_AGAIN * (1 - agreement), DEPLOYED_FARTHEST.top1_agreement))
+    known = [mean for mean in means if math.isfinite(mean)]
+    return ParityGoal(mean_abs=max(known), top1_agreement=min(filter(math.isfinite, agreements)))
 
 
 def _unmeasured(
@@ -258,7 +264,7 @@ def _unmeasured(
             continue
         if rows.get(stage, {}).get("status") != "measured" and stage not in require:
             judgement.anomalies.append(f"parity.{stage} has limits, and the row was not measured")
-    if deployed_lacks and rows.get("onnx", {}).get("status") == "measured":
+    if deployed_lacks and ("deployed" in goals.parity or rows.get("onnx", {}).get("status") == "measured"):
         judgement.anomalies.append(
             "the deployed row, ONNX Runtime's default session, is judged, and it was not measured"
         )
@@ -312,7 +318,8 @@ def _recovery(row: dict[str, Any], reference: dict[str, float], goals: Gate, jud
         passed = value <= limit if lower_is_better(metric) else value >= limit
         shown = goal.model_dump(by_alias=True, exclude_none=True)
         text = f"{row['stage']}: {metric} is {value:.6g}, the limit is {limit:.6g} ({_spell(shown)})"
-        judgement.add(metric, shown, value, base, passed, text)
+        name = f"deployed.{metric}" if row["stage"] == "deployed" else metric
+        judgement.add(name, shown, value, base, passed, text)
 
 
 def _flips(row: dict[str, Any], flipped: dict[str, int], judgement: _Judgement) -> None:

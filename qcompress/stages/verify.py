@@ -233,8 +233,8 @@ def _flipped(recipe: Recipe, artifacts: Artifacts, samples: Samples) -> dict[str
 
 
 def _raised(facts: Mapping[str, Any]) -> int:
-    """Weight codes that fold changed because it raised their scales."""
-    return sum(counts["codes"] for counts in facts.get("raised", {}).values())
+    """Weight scales that fold raised. The folded model then differs from the trained one, codes or not."""
+    return sum(counts["scales"] for counts in facts.get("raised", {}).values())
 
 
 def _forget_logits(out: Path) -> None:
@@ -296,10 +296,12 @@ def _deployed(job: _Job, reference: Results | None, previous: str | None) -> dic
 
     It is compared with the folded model computed the same way where that is there; comparing integer sums
     with fp32 products shows flipped roundings and nothing about the file. Without int8 activations there are
-    no integer sums.
+    no integer sums. A graph made elsewhere has no folded model: it is compared with itself, the row `onnx`.
     """
     folded, samples = job.artifacts.folded, job.samples
-    if folded is not None and _rounds_activations(folded):
+    if folded is None:
+        previous = "onnx"
+    elif _rounds_activations(folded):
         runner = folded_runner(folded, job.device, integer=True)
         compared = samples.sets[samples.first][: samples.compared]
         few = replace(job, samples=replace(samples, sets={samples.first: compared}))
@@ -307,7 +309,26 @@ def _deployed(job: _Job, reference: Results | None, previous: str | None) -> dic
         previous = "folded-integer"
     runner = _onnx_runner(job, optimized=True)
     found = job.measure("onnx-deployed", runner, reference, previous, keep=False)
-    return {"metrics": found.metrics, "distance": found.distance}
+    own = {"roundings": roundings} if folded is not None and (roundings := _own_roundings(folded)) else {}
+    return {"metrics": found.metrics, "distance": found.distance, **own}
+
+
+def _own_roundings(folded: FoldedModel) -> list[str]:
+    """Roundings of ONNX Runtime's default session that no other row has.
+
+    float-inputs: MatMulNBits rounds the float input of a layer with blocks to int8. conv-biases: the bias of
+    a convolution becomes a multiple of input scale times weight scale, which is coarse below 8 bits.
+    """
+    plan = [item for item in plans_from_json(read_json(folded.path / "folded.json")["plan"]) if item.weights]
+    blocked = any(item.block and not item.activations for item in plan)
+    narrow = any(
+        item.layer.kind == "conv"
+        and item.activations is not None
+        and item.codebook is None
+        and min(item.weights.bits, item.activations.bits) < 8
+        for item in plan
+    )
+    return [name for name, there in (("float-inputs", blocked), ("conv-biases", narrow)) if there]
 
 
 def _rounds_anything(folded: FoldedModel) -> bool:
