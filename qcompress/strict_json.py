@@ -15,7 +15,10 @@ import math
 from collections.abc import Iterator
 
 MARK = "not_finite"
-"""Key of the pointers; values are nan, inf and -inf."""
+"""Key of the pointers."""
+
+WORDS = ("nan", "inf", "-inf")
+"""Values of the pointers."""
 
 
 def dumps(value: object, **options: object) -> str:
@@ -28,39 +31,64 @@ def dumps(value: object, **options: object) -> str:
 
 
 def finite(value: object) -> object:
-    """A copy with null for every number that is not finite; of a dict, with the pointers to them."""
+    """A copy with null for every number that is not finite; of a dict, with the pointers to them.
+
+    Raises ValueError for a dict with a key `not_finite` of its own.
+    """
     places: dict[str, str] = {}
-    copy = _finite(value, "", places)
-    return {**copy, MARK: places} if places and isinstance(copy, dict) else copy
+    copy = _finite(json.loads(json.dumps(value)), "", places)  # keys as JSON spells them
+    if not places or not isinstance(copy, dict):
+        return copy
+    if MARK in copy:
+        raise ValueError(f"the key {MARK} is taken, and numbers that are not finite need it")
+    return {**copy, MARK: places}
 
 
 def loads(text: str | bytes) -> object:
-    """`json.loads`, with the numbers back that are not finite. Reads NaN of older files too."""
+    """`json.loads`, with the numbers back that are not finite. Reads NaN of older files too.
+
+    A key `not_finite` that holds anything but pointers to null is content like any other.
+    """
     value = json.loads(text)
-    places = value.pop(MARK, None) if isinstance(value, dict) else None
-    for pointer, word in (places or {}).items():
-        *above, last = list(_steps(pointer))
-        holder = value
-        for step in above:
-            holder = holder[int(step) if isinstance(holder, list) else step]
-        holder[int(last) if isinstance(holder, list) else last] = float(word)
+    places = value.get(MARK) if isinstance(value, dict) else None
+    if not isinstance(places, dict) or not places:
+        return value
+    holders = [(_holder(value, pointer), word) for pointer, word in places.items()]
+    if any(holder is None or word not in WORDS for holder, word in holders):
+        return value
+    for (container, key), word in holders:
+        container[key] = float(word)
+    del value[MARK]
     return value
+
+
+def _holder(value: object, pointer: str) -> tuple[dict | list, str | int] | None:
+    """The container and the key of a null that a pointer leads to; None where it leads elsewhere."""
+    container, key = None, None
+    for step in _steps(pointer):
+        container, key = value, step
+        try:
+            key = int(step) if isinstance(value, list) else step
+            value = value[key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+    return None if container is None or value is not None else (container, key)
 
 
 def _finite(value: object, pointer: str, places: dict[str, str]) -> object:
     """A copy with null for each number that is not finite, which `places` gets."""
     if isinstance(value, float) and not math.isfinite(value):
-        places[pointer] = repr(float(value))
+        places[pointer] = repr(value)
         return None
     if isinstance(value, dict):
         return {key: _finite(item, f"{pointer}/{_escape(key)}", places) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return [_finite(item, f"{pointer}/{place}", places) for place, item in enumerate(value)]
     return value
 
 
-def _escape(key: object) -> str:
-    return str(key).replace("~", "~0").replace("/", "~1")
+def _escape(key: str) -> str:
+    return key.replace("~", "~0").replace("/", "~1")
 
 
 def _steps(pointer: str) -> Iterator[str]:

@@ -30,6 +30,8 @@ VALUES = {
     "keys with signs of a pointer": {"a/b": {"~c": math.nan, "d~1": -math.inf}},
     "a tuple": {"interval": (math.nan, 1.0)},
     "a key that is a digit": {"0": {"1": math.inf}},
+    "keys that are no text": {True: math.nan, None: {2: math.inf}, 1.5: [math.nan]},
+    "a key of the mark's name further down": {"a": {"not_finite": math.nan}},
 }
 
 
@@ -39,6 +41,32 @@ def test_numbers_that_are_not_finite_come_back(value: dict) -> None:
     strictly(text)
     back = strict_json.loads(text)
     assert json.dumps(back) == json.dumps(value)  # which spells NaN, so that it can be compared
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        {},
+        {"a": "nan"},
+        {"/missing": "nan"},
+        {"/a/7": "inf"},
+        {"/a": "nan"},
+        {"/b": "words"},
+        "text",
+        None,
+    ],
+    ids=str,
+)
+def test_a_key_of_somebody_elses_is_content(content: object) -> None:
+    value = {"not_finite": content, "a": [1, 2], "b": None}
+    assert strict_json.loads(json.dumps(value)) == value
+    assert strict_json.loads(strict_json.dumps(value)) == value
+
+
+def test_two_meanings_of_one_key_are_refused() -> None:
+    with pytest.raises(ValueError, match="not_finite is taken"):
+        strict_json.dumps({"not_finite": [1], "a": math.nan})
 
 
 def test_a_reader_finds_null_and_the_place() -> None:

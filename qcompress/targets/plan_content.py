@@ -172,7 +172,7 @@ def _counted(plan: Path, wanted: np.ndarray) -> Callable[[np.ndarray], np.ndarra
     # most words of a plan begin with 16 bits that no wanted word begins with
     beginnings = np.zeros(2**16, bool)
     beginnings[wanted >> 16] = True
-    data = np.memmap(plan, np.uint8, "r")
+    data = np.memmap(plan, np.uint8, "r") if plan.stat().st_size else np.empty(0, np.uint8)
     for start in range(0, len(data), CHUNK):
         piece = np.asarray(data[start : start + CHUNK + 3])
         for offset in range(4):
