@@ -74,6 +74,11 @@ def test_a_float_copy_is_found_in_any_order(
     assert found == {"weight.codes": copy.nbytes - weight.size * bits // 8}
 
 
+def test_an_empty_plan_holds_no_copy(tmp_path: Path) -> None:
+    view, _ = view_of(tmp_path)
+    assert float_copies(plan_of(tmp_path, b""), view) == {}
+
+
 def test_a_shuffled_copy_in_fp32_is_found(tmp_path: Path) -> None:
     view, weight = view_of(tmp_path)
     copy = np.random.default_rng(0).permutation(weight.ravel())
