@@ -13,9 +13,10 @@ from qcompress.check import Report
 from qcompress.models.architecture import Architecture
 from qcompress.progress import Reporter
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
-from qcompress.rates import SMALL_REACH, rate_factor, scale_reach
+from qcompress.rates import rate_factor
 from qcompress.recipe import Resolved
 from qcompress.report.checked import check_json, print_check
+from qcompress.scale_reach import SMALL_REACH, scale_reach
 from qcompress.schema import Recipe, Train
 
 TEXT = Path("text.txt")
@@ -55,6 +56,34 @@ def test_the_rate_rises_and_falls_as_worked_by_hand(decay: str, expected: list[f
 def test_the_reach_of_a_scale_is_the_sum_of_its_rates(sections: dict, percent: float) -> None:
     reach = scale_reach(recipe(**sections))
     assert reach is not None and 100 * reach.share == pytest.approx(percent, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("alternate", "steps", "updates", "percent"),
+    [
+        # the rate of a constant schedule is 1e-3 at each update
+        ("batch", 100, 100, 10.0),
+        ("fused", 100, 100, 10.0),
+        ("iteration", 100, 50, 5.0),
+        ("iteration", 101, 50, 5.0),
+        ("iteration", 2, 1, 0.1),
+    ],
+)
+def test_squat_by_iteration_moves_scales_at_each_second_update(
+    alternate: str, steps: int, updates: int, percent: float
+) -> None:
+    train = {"phases": {"finetune": {"steps": steps}}, "decay": "constant", "warmup": 0.0}
+    reach = scale_reach(recipe(method="squat", stepper={"alternate": alternate}, train=train))
+    assert reach is not None and reach.updates == updates and 100 * reach.share == pytest.approx(percent)
+    only_weights = {"phases": {"finetune": {"steps": 1}}}
+    assert scale_reach(recipe(method="squat", stepper={"alternate": "iteration"}, train=only_weights)) is None
+
+
+def test_the_reach_of_squat_counts_the_rates_of_its_own_updates() -> None:
+    """Steps 1, 3 and 5 of a linear decay over 6 updates, without warm-up: (5 + 3 + 1) / 6 of 1e-3."""
+    train = {"phases": {"finetune": {"steps": 6}}, "warmup": 0.0}
+    reach = scale_reach(recipe(method="squat", stepper={"alternate": "iteration"}, train=train))
+    assert reach is not None and reach.share == pytest.approx(1.5e-3)
 
 
 @pytest.mark.parametrize(

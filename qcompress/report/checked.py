@@ -8,8 +8,8 @@ from rich.table import Table
 from qcompress.axes import PHASES
 from qcompress.check import Report
 from qcompress.plan import LayerPlan
-from qcompress.rates import SMALL_REACH, scale_reach
 from qcompress.recipe import Resolved
+from qcompress.scale_reach import SMALL_REACH, scale_reach
 
 
 def print_check(
