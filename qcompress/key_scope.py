@@ -7,8 +7,11 @@
     train   seed, task, format, data.train,      train,        load                 kind, threads,
             data.calibration, train, the five    calibration                        processes
             axes; not format.preset,
+            task.stride, slices,
             train.device,
-            train.checkpoint_every_s
+            train.checkpoint_every_s;
+            of train what its phases
+            read (`effective_train`)
     fold                                                       load, train          kind, threads
     export  export, build.target, provenance     export.graph  fold (load: for a    kind, threads
                                                                graph made elsewhere)
@@ -24,6 +27,7 @@ Code of a stage: every module of this package that it imports, inside functions 
 
   * the modules in `NO_RESULT`, which print, log, or keep files and shape no result;
   * the imports in `ONLY_CHECKED`, which the schema needs to check sections that the stage does not read;
+  * the imports in `ONLY_MEASURED`, which the tasks need for the metrics of verify;
   * in the three tables `methods`, `models` and `tasks`, the entries that the recipe does not select
     (`unselected`). A module counts again where anything but the table imports it.
 
@@ -34,9 +38,13 @@ are in no key. `tests/test_key_scope.py` tries both directions.
 from __future__ import annotations
 
 from importlib import metadata
+from typing import Any
 
+from qcompress.axes import PHASES
 from qcompress.formats import CodebookFormat
-from qcompress.schema import Recipe
+from qcompress.own import active
+from qcompress.rates import peak_rates
+from qcompress.schema import STAGES, Recipe
 
 VALUES: dict[str, tuple[str, ...]] = {
     "load": ("model.family", "model.blocks"),
@@ -59,6 +67,9 @@ NOT_VALUES: dict[str, tuple[str, ...]] = {
         "format.preset",  # what it stands for is written out beside it
         "train.device",  # the kind of device that is used is in the key
         "train.checkpoint_every_s",  # a resumed run ends bit for bit as one that was not stopped
+        "task.stride",  # of evaluation windows; training sequences do not overlap
+        "data.train.slices",  # parts of an evaluation set
+        "data.calibration.slices",
     ),
     "verify": ("verify.require",),  # gate judges it
 }
@@ -92,6 +103,7 @@ NO_RESULT: dict[str, str] = {
     "qcompress.system": "locks, folders, disk errors, memory statistics and the allocator's settings",
     "qcompress.codekey": "names of cache entries: another name is another entry",
     "qcompress.custom_code": "the same for classes of a user's own",
+    "qcompress.movement": "a line for the terminal about learned scales, after the last update",
 }
 """Modules in no key, and why they shape no result."""
 
@@ -109,6 +121,16 @@ ONLY_CHECKED: dict[str, tuple[tuple[str, str], ...]] = {
 """Imports, as (importer, imported), of a section's class that the stage never reads a value of: `gate` of all
 stages but gate, `export` and `build` of those before export. verify imports `goals` itself for the default
 limits, so there it counts.
+"""
+
+ONLY_MEASURED: tuple[tuple[str, str], ...] = (
+    ("qcompress.tasks.sequence_classification", "qcompress.tasks.scores"),
+    ("qcompress.tasks.token_classification", "qcompress.tasks.scores"),
+    ("qcompress.tasks.image_classification", "qcompress.tasks.scores"),
+    ("qcompress.tasks.image_classification", "qcompress.tasks.image_slices"),
+)
+"""Imports of what the results of an evaluation set are computed with, which the stages before verify never
+have.
 """
 
 METHOD_MODULES: dict[str, dict[str, str]] = {
@@ -158,7 +180,50 @@ def unselected(recipe: Recipe, stage: str) -> set[tuple[str, str]]:
     for package, table, name in tables:
         others = {module.__name__ for key, module in table.items() if key != name}
         edges |= {(f"qcompress.{package}", module) for module in others}
-    return edges | set(ONLY_CHECKED.get(stage, ()))
+    measured = ONLY_MEASURED if stage in STAGES[: STAGES.index("verify")] else ()
+    return edges | set(ONLY_CHECKED.get(stage, ())) | set(measured)
+
+
+def scope_of(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The recipe's values, dumped, with what the stage reads in place of what it ignores."""
+    values = recipe.model_dump(mode="json", by_alias=True)
+    if stage == "train":
+        values["train"] = effective_train(recipe)
+    for dotted in NOT_VALUES.get(stage, ()):
+        *above, last = dotted.split(".")
+        section = values
+        for key in above:
+            section = section.get(key) or {}
+        section.pop(last, None)
+    return values
+
+
+def effective_train(recipe: Recipe) -> dict[str, Any]:
+    """`train` as its phases read it.
+
+      * steps and learning rates are resolved: a default that is written out is the default. A phase has rates
+        of the roles that it trains, and none where it makes no update;
+      * `decay` and `warmup` count where a phase makes an update, `weight_decay` and `layer_drop` where it
+        trains weights, `momentum` under SGD alone;
+      * `optimizer` counts where a phase makes an update. Without one it chooses how a learned scale is
+        stored, as a product with exactly 1 either way; a class of the user's own may store another.
+    """
+    train, phases = recipe.train, {}
+    for name, defaults in PHASES[recipe.schedule.name].items():
+        steps = train.phases[name].steps if name in train.phases else defaults.steps
+        peaks = peak_rates(train, name)
+        phases[name] = {"steps": steps, "lr": {role: peaks[role] for role in defaults.roles if steps}}
+    roles = {role for phase in phases.values() for role in phase["lr"]}
+    counts = {
+        "decay": bool(roles),
+        "warmup": bool(roles),
+        "weight_decay": "weight" in roles,
+        "layer_drop": "weight" in roles,
+        "momentum": bool(roles) and train.optimizer == "sgd",
+        "optimizer": bool(roles) or bool(active().used(recipe)),
+    }
+    values = train.model_dump(mode="json", exclude={"lr", "phases"})
+    return {key: value for key, value in values.items() if counts.get(key, True)} | {"phases": phases}
 
 
 def no_result(stage: str) -> set[str]:

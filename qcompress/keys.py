@@ -20,9 +20,9 @@ from qcompress.host import describe_host, device_kind, threads
 from qcompress.key_scope import (
     HIDDEN_CODE,
     INPUTS,
-    NOT_VALUES,
     VALUES,
     no_result,
+    scope_of,
     unselected,
     versions_of,
 )
@@ -166,10 +166,10 @@ def inputs_of(recipe: Recipe, stage: str) -> tuple[str, ...]:
 
 
 def _values(recipe: Recipe, stage: str) -> dict[str, object]:
-    """The part of the recipe that shapes a stage's result: `VALUES` without `NOT_VALUES`, and what is derived
+    """The part of the recipe that shapes a stage's result: `VALUES` within `scope_of`, and what is derived
     from the recipe.
     """
-    whole = _picked(recipe.model_dump(mode="json", by_alias=True), stage)
+    whole = _picked(recipe, stage)
     if stage == "load":
         processor = TASKS[recipe.task.name].processor(recipe.task)
         return {**whole, "head": asdict(head_of(recipe)), "processor": processor}
@@ -180,11 +180,9 @@ def _values(recipe: Recipe, stage: str) -> dict[str, object]:
     return whole
 
 
-def _picked(whole: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The keys of a dumped recipe that `VALUES` names for a stage."""
-    for dotted in NOT_VALUES.get(stage, ()):
-        section, _, key = dotted.partition(".")
-        whole[section] = {name: value for name, value in whole[section].items() if name != key}
+def _picked(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The keys of a recipe that `VALUES` names for a stage."""
+    whole = scope_of(recipe, stage)
     data = whole["data"]
     placed = {key: _unplaced(data[key], named=False) for key in ("train", "calibration")}
     placed["evaluate"] = {name: _unplaced(section, named=True) for name, section in data["evaluate"].items()}
@@ -219,10 +217,7 @@ def provenance(recipe: Recipe) -> dict[str, str]:
     """Metadata of the ONNX file. The hash covers the recipe's values that shape the file: those of the stages
     load, train and export.
     """
-    whole = {
-        stage: _picked(recipe.model_dump(mode="json", by_alias=True), stage)
-        for stage in ("load", "train", "export")
-    }
+    whole = {stage: _picked(recipe, stage) for stage in ("load", "train", "export")}
     return {
         "recipe": recipe.name,
         "recipe_sha256": stage_key("recipe", {"values": whole}),

@@ -13,7 +13,6 @@ from qcompress.methods.protocols import Objective
 from qcompress.prepare import Prepared
 from qcompress.quant.codebook import is_codebook
 from qcompress.quant.dynamic import DynamicActivation
-from qcompress.quant.learned_scale import LearnedScale
 
 if TYPE_CHECKING:
     from qcompress.loop import Training
@@ -76,29 +75,6 @@ def log_scales(training: Training, number: int, step: int, scope: str = "", last
     if history.scales_due(number, step) or (last and training.processes.first):
         found = {name: _summary(_scale(prepared, name, part)) for name, part in learned(prepared, scope)}
         history.scales(number, step, found)
-
-
-def movements(prepared: Prepared) -> dict[str, Tensor]:
-    """Relative movement of every learned scale since its start, [scales], for `weight` and `activation`."""
-    quantizers = {
-        "weight": [part for _, part in prepared.weight_quantizers()],
-        "activation": [part for _, part in prepared.activation_quantizers()],
-    }
-    moved = {
-        role: [part.movement().flatten() for part in parts if isinstance(part, LearnedScale)]
-        for role, parts in quantizers.items()
-    }
-    return {role: torch.cat(parts) for role, parts in moved.items() if parts}
-
-
-def movement_note(prepared: Prepared) -> str | None:
-    """How far learned scales moved, for a person; None where no scale is learned."""
-    parts = [
-        f"{len(moved)} {role} scales by {100 * moved.median():.2g} % (median) and {100 * moved.max():.2g} % "
-        "(largest)"
-        for role, moved in movements(prepared).items()
-    ]
-    return f"learned scales moved: {', '.join(parts)}" if parts else None
 
 
 def _scale(prepared: Prepared, name: str, part: nn.Module) -> Tensor:

@@ -23,6 +23,7 @@ from qcompress.key_scope import (
     NO_RESULT,
     NOT_CAUGHT,
     ONLY_CHECKED,
+    ONLY_MEASURED,
     no_result,
     unselected,
 )
@@ -236,6 +237,117 @@ def test_another_version_of_a_tool_re_runs_the_stages_that_use_it(
         assert {stage for stage in STAGES if keys.parts(made, stage, {}) != before[stage]} == stages, tool
 
 
+SGD: Change = ("train.optimizer", "sgd")
+STEPS: Change = ("train.phases", {"finetune": {"steps": 4}})
+NO_STEPS: Change = ("train.phases", {"finetune": {"steps": 0}})
+IDLE: Change = ("train.phases", {})
+
+Case = tuple[dict[str, Any], list[Change], Change]
+"""Sections, the changes before, and one more change."""
+
+
+def same_key(plan: Callable[..., keys.Plan], case: Case) -> bool:
+    sections, before, change = case
+    train = [keys.parts(plan(*several, **sections), "train", {}) for several in (before, [*before, change])]
+    return train[0] == train[1]
+
+
+LSQ, PTQ, QUADAPTER = {"method": "lsq"}, {"method": "ptq"}, {"method": "quadapter"}
+WRITTEN = {"weight": 2e-5, "other": 2e-5, "scale": 1e-3, "centroid": 1e-3}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (LSQ, [], ("task.stride", 4)),
+        (LSQ, [], ("train.momentum", 0.5)),
+        (LSQ, [STEPS], ("train.lr", WRITTEN)),
+        (LSQ, [STEPS], ("train.phases", {"finetune": {"steps": 4, "lr": {"scale": 1e-3}}})),
+        (LSQ, [("train.phases", {})], ("train.phases", {"finetune": {"steps": 300}})),
+        (LSQ, [STEPS, ("train.lr", {"scale": 2e-3})],
+         ("train.phases", {"finetune": {"steps": 4, "lr": {"scale": 2e-3}}})),
+        (LSQ, [NO_STEPS], ("train.lr", {"scale": 0.5})),
+        (LSQ, [NO_STEPS], ("train.decay", "cosine")),
+        (LSQ, [NO_STEPS], ("train.warmup", 0.5)),
+        (PTQ, [IDLE], SGD),
+        (PTQ, [IDLE], ("train.momentum", 0.5)),
+        (PTQ, [IDLE, SGD], ("train.momentum", 0.5)),
+        (PTQ, [IDLE], ("train.weight_decay", 0.5)),
+        (QUADAPTER, [IDLE], ("train.weight_decay", 0.5)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_that_training_does_not_read_does_not_re_run_it(
+    plan: Callable[..., keys.Plan], case: Case
+) -> None:
+    assert same_key(plan, case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (LSQ, [SGD], ("train.momentum", 0.5)),
+        (LSQ, [STEPS], ("train.lr", {"scale": 2e-3})),
+        (LSQ, [STEPS], ("train.phases", {"finetune": {"steps": 4, "lr": {"scale": 2e-3}}})),
+        (LSQ, [STEPS], NO_STEPS),
+        (LSQ, [STEPS], SGD),
+        (LSQ, [], ("train.decay", "cosine")),
+        (LSQ, [], ("train.warmup", 0.5)),
+        (LSQ, [], ("train.weight_decay", 0.5)),
+        (LSQ, [], ("train.layer_drop", 0.2)),
+        (PTQ, [IDLE], ("train.batch_size", 2)),
+        (QUADAPTER, [IDLE], ("train.lr", {"adapter": 0.5})),
+        (QUADAPTER, [IDLE], ("train.phases", {"calibrate": {"steps": 3}})),
+    ],
+    ids=str,
+)
+def test_a_value_that_training_reads_re_runs_it(plan: Callable[..., keys.Plan], case: Case) -> None:
+    assert not same_key(plan, case)
+
+
+def test_slices_part_evaluation_sets_only(text_file: Path) -> None:
+    recipe = make_recipe(text_file)
+    for name in ("train", "calibration"):
+        section = (getattr(recipe.data, name) or recipe.data.train).model_copy(update={"slices": ["source"]})
+        sliced = recipe.model_copy(update={"data": recipe.data.model_copy(update={name: section})})
+        whole = section.model_copy(update={"slices": None})
+        plain = recipe.model_copy(update={"data": sliced.data.model_copy(update={name: whole})})
+        assert keys._values(sliced, "train") == keys._values(plain, "train")
+    test = recipe.data.evaluate["test"].model_copy(update={"slices": ["source"]})
+    sliced = recipe.model_copy(update={"data": recipe.data.model_copy(update={"evaluate": {"test": test}})})
+    assert keys._values(sliced, "verify") != keys._values(recipe, "verify")
+
+
+def test_the_stride_of_windows_re_runs_verify(plan: Callable[..., keys.Plan]) -> None:
+    before = keys.parts(plan(method="lsq"), "verify", {})
+    assert keys.parts(plan(("task.stride", 4), method="lsq"), "verify", {}) != before
+
+
+def test_what_measures_is_in_the_key_of_verify_alone(text_file: Path) -> None:
+    """Why: in the tasks' modules only the functions of the evaluation use it."""
+    for importer, imported in ONLY_MEASURED:
+        file = PACKAGE / f"{importer.removeprefix('qcompress.').replace('.', '/')}.py"
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {
+            alias.name
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom) and node.module == imported
+            for alias in node.names
+        }
+        users = {
+            node.name
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef)
+            and names & {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+        }
+        assert names and users and users <= {"metrics", "slices", "_result"}, (importer, users)
+    task = {"task": {"name": "sequence-classification"}, "model": {"family": "bert", "source": "unused"}}
+    recipe = make_recipe(text_file, **task)
+    for stage in ("load", "train", "fold", "export"):
+        assert "tasks/scores.py" not in code_of(recipe, stage)
+    assert "tasks/scores.py" in code_of(recipe, "verify")
+
+
 SHAPES_TRAIN = {
     "stages/train.py",
     "loop.py",
@@ -265,7 +377,8 @@ SHAPES_TRAIN = {
 NEVER = re.compile(
     r"progress|history|goals|tracking|tracker|terminal|cli.*|completion|wording|check|.*rules|structure|rows"
     r"|(report|first|regression|bundle|sensitivity|probe_kit)/.*|api|listing|doctor|smoke|workspace|keys"
-    r"|key_scope|codekey|custom_code|system|errors|pipeline|yamlfile|export_options|adopted|samples"
+    r"|key_scope|codekey|custom_.*|movement|scale_reach|system|errors|pipeline"
+    r"|tasks/(scores|image_slices)|yamlfile|export_options|adopted|samples"
 )
 
 

@@ -60,6 +60,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("recipes", {
         "wording", "structure", "data_rules", "data_check",
         "slice_rules", "rules", "adapter_rules", "recipe", "codebook_rules", "point_rules", "check",
+        "scale_reach",
     }),
     ("models in three forms", {
         "engine", "evaluation", "flips", "layerdrop", "gpu_rows", "held", "layerwise",
@@ -76,7 +77,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "methods.quadapter", "methods.saq", "methods.signals", "methods.squat",
         "methods.teacher_intervention",
     }),
-    ("loops", {"distributions", "logpoints", "loop", "blockwise", "calibration", "trainedfile"}),
+    ("loops", {"distributions", "logpoints", "movement", "loop", "blockwise", "calibration", "trainedfile"}),
     ("stages", {"stages", *STAGES}),
     ("workspace", {"workspace"}),
     ("pipeline", {"key_scope", "keys", "pipeline", "smoke", "tracking", "tracker"}),
@@ -127,7 +128,7 @@ DOORS: dict[str, set[str]] = {
         "methods.modelopt",
         "tasks.causal_lm", "tasks.examples", "tasks.padded", "tasks.sequence_classification",
         "tasks.token_classification", "parameter_roles", "prepare", "observe", "processes", "checkpoint",
-        "distributions", "logpoints", "loop", "blockwise", "calibration", "trainedfile", "runners",
+        "distributions", "logpoints", "loop", "movement", "blockwise", "calibration", "trainedfile", "runners",
         "tensorfile", "train", "fold", "export", "verify",
         "tasks.image_classification", "tasks.images",
         "layerwise", "sharpness", "engine", "held", "layerdrop", "models.depth", "models.finite",

@@ -26,13 +26,14 @@ from qcompress.distributions import keep_channels, save_distributions
 from qcompress.errors import ContractError, MachineError
 from qcompress.formats import CodebookFormat
 from qcompress.history import History
-from qcompress.logpoints import learned, movement_note
+from qcompress.logpoints import learned
 from qcompress.loop import Training, run_model_phase, settle
 from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 from qcompress.methods.protocols import Adapter, FittedAdapter, Phase, Scene
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Architecture
 from qcompress.models.files import read_config
+from qcompress.movement import movement_note
 from qcompress.observe import make_static
 from qcompress.own import class_of
 from qcompress.parameter_roles import ParameterRole, parameter_roles
