@@ -74,7 +74,7 @@ def test_run_raises_what_is_wrong_with_a_recipe(mine: Project, tmp_path: Path) -
         mine.run('format.layers."transformer.nonsense"=float')
     shutil.rmtree(mine.folder / "model")
     (mine.folder / "model").mkdir()
-    with pytest.raises(ModelError, match="holds no model.safetensors"):
+    with pytest.raises(ModelError, match="holds no config.json"):
         mine.run()
 
 

@@ -299,8 +299,12 @@ def test_methods_and_models_are_described_and_not_spelled_out() -> None:
             assert not set("{}") & set(item["about"]), item
     formats = {item["name"]: item["about"] for item in strict(cli("list", "formats", "--json"))}
     assert formats["w8a8"] == "8-bit weights, 8-bit activations, 8-bit embedding tables."
-    assert formats["w4a16-g64"].startswith("4-bit weights with a scale for each 64 inputs, floating-point act")
-    assert formats["ternary-a8"].startswith("Ternary weights (stored in int8), 8-bit activations, ternary emb")
+    assert formats["w4a16-g64"].startswith(
+        "4-bit weights with a scale for each 64 inputs, floating-point act"
+    )
+    assert formats["ternary-a8"].startswith(
+        "Ternary weights (stored in int8), 8-bit activations, ternary emb"
+    )
     assert formats["ipq"].startswith("Weights as indices into a table of vectors, floating-point activations")
 
 

@@ -184,7 +184,7 @@ def test_what_is_written_without_a_word_about_noise_leaves_the_presets_alone(
 def test_a_recipe_without_codebooks_and_noise_is_written_as_before() -> None:
     made = Recipe.model_validate({**RECIPE, "method": "lsq", "format": "w8a8"})
     assert made.model_dump(mode="json")["quantizer"] == {
-        "weights": {"name": "lsq", "init": "lsq", "percentile": 99.99, "floor": 1e-3},
-        "activations": {"name": "lsq", "init": "lsq", "percentile": 99.99, "floor": 1e-3},
+        "weights": {"name": "lsq", "init": "mse", "percentile": 99.99, "floor": 1e-3},
+        "activations": {"name": "lsq", "init": "mse", "percentile": 99.99, "floor": 1e-3},
         "embeddings": {"name": "minmax", "range": "absmax", "percentile": 99.99},
     }

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from lines import NAME, Project, cli, make_project, values
+from lines import ENVIRONMENT, NAME, Project, cli, make_project, values
 from onnx import numpy_helper
 from pydantic import Field
 from torch import Tensor, nn
@@ -190,6 +190,8 @@ def test_a_helper_in_another_file_and_a_base_in_this_package_are_in_the_key(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stepper derived from SAQ whose helper became 100 times as large was served from the cache."""
+    for name, value in ENVIRONMENT.items():  # the number of threads is in the key
+        monkeypatch.setenv(name, value)
     folder = project.folder / "lib"
     folder.mkdir()
     helper = folder / "own_helper.py"

@@ -220,11 +220,11 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_that_could_not_be_set_up_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(source: Path, target: Path) -> None:
+    def refuse(fd: int, content: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(workspace.os, "replace", refuse)
+        patch.setattr(system.os, "write", refuse)
         with pytest.raises(MachineError, match="No space left"):
             open_space(tmp_path)
     open_space(tmp_path).close()
