@@ -202,11 +202,11 @@ def effective_train(recipe: Recipe) -> dict[str, Any]:
     """`train` as its phases read it.
 
     * steps and learning rates are resolved: a default that is written out is the default. A phase has rates
-      of the roles that it trains, and none where it makes no update;
+    of the roles that it trains, and none where it makes no update;
     * `decay` and `warmup` count where a phase makes an update, `weight_decay` and `layer_drop` where it
-      trains weights, `momentum` under SGD alone;
+    trains weights, `momentum` under SGD alone;
     * `optimizer` counts where a phase makes an update. Without one it chooses how a learned scale is
-      stored, as a product with exactly 1 either way; a class of the user's own may store another.
+    stored, as a product with exactly 1 either way; a class of the user's own may store another.
     """
     train, phases = recipe.train, {}
     for name, defaults in PHASES[recipe.schedule.name].items():

@@ -173,7 +173,7 @@ def test_a_value_without_a_readable_content_is_an_error_that_names_the_attribute
         key(value)
 
 
-@pytest.mark.parametrize("make", [threading.Lock, threading.RLock, threading.local, lambda: open(os.devnull)])
+@pytest.mark.parametrize("make", [threading.Lock, threading.RLock, threading.local, lambda: open(os.devnull)])  # noqa: SIM115
 def test_locks_and_open_files_count_by_their_class(make: Callable[[], Any]) -> None:
     one, other = make(), make()
     assert key(one) == key(other) != key(1)
@@ -263,7 +263,7 @@ class Section(Options):
         return abs(value)
 
 
-class Decorated(abc.ABC):
+class Decorated(abc.ABC):  # noqa: B024
     Options = Section
     lock = threading.Lock()
 
