@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,9 +12,18 @@ from typing import Any
 from qcompress.axes import METHODS, PHASES
 from qcompress.errors import ModelError
 from qcompress.first.asked import Asked, Mistakes
-from qcompress.first.data import Found, ImagesFound, TableFound, TextFound, is_whole
+from qcompress.first.data import (
+    Found,
+    ImagesFound,
+    TableFound,
+    TextFound,
+    is_whole,
+    label_of,
+    labels_in,
+    likely_labels,
+)
 from qcompress.first.lengths import context_for, token_counts, window_for
-from qcompress.first.model import Checkpoint, Fit, fit, problem_of_head, reading_of
+from qcompress.first.model import Checkpoint, Fit, fit, outputs_of_head, problem_of_head, reading_of
 from qcompress.first.splits import split_table, split_text
 from qcompress.formats import FORMAT_PRESETS
 from qcompress.targets.table import TARGETS
@@ -103,6 +113,8 @@ def choose(asked: Asked, checkpoint: Checkpoint, found: Found, mistakes: Mistake
         return None
     try:
         found, why_kind = _of_the_heads_kind(checkpoint, found, task)
+        if isinstance(found, TableFound) and _refuse_no_labels(found, mistakes):
+            return None
         kind = found.kind if isinstance(found, TableFound) else "single"
         labels = () if isinstance(found, TextFound) else found.labels
         problem = {**PROBLEMS, "words": None}[kind] if task != "image-classification" else PROBLEMS["single"]
@@ -128,6 +140,8 @@ def choose(asked: Asked, checkpoint: Checkpoint, found: Found, mistakes: Mistake
     compute, why["compute"] = _compute(asked)
     train, test = _parts(found, task)
     context, opt, why["context"] = _context(checkpoint, found, fitting, task)
+    if isinstance(found, TableFound) and _refuse_one_sided(found, test, mistakes):
+        return None
     steps, batch = _steps(train)
     goals, why["gate"] = _goals(found, task, test)
     notes = [fitting.warning] if fitting.warning else []
@@ -166,16 +180,69 @@ def _task(checkpoint: Checkpoint, found: Found, mistakes: Mistakes) -> str | Non
 
 def _of_the_heads_kind(checkpoint: Checkpoint, found: Found, task: str) -> tuple[Found, str]:
     """The data as the checkpoint's own head answers them, and why, where that is not what they look like: one
-    label a row may be several labels of which one applies, and whole numbers may be a regression's.
+    label a row may be several labels of which one applies, and whole numbers may be a regression's. Numbers
+    such as 1.0 are the labels of a classifier.
     """
-    if not isinstance(found, TableFound) or task != "sequence-classification" or found.kind != "single":
+    if not isinstance(found, TableFound) or task != "sequence-classification":
         return found, ""
     problem = problem_of_head(checkpoint, task)
+    if found.kind == "regression":
+        return _as_classes(found, problem, outputs_of_head(checkpoint, task))
+    if found.kind != "single":
+        return found, ""
     if problem == PROBLEMS["multi"]:
         return replace(found, kind="multi"), "config.json says multi_label_classification"
     if problem == PROBLEMS["regression"] and all(is_whole(label) for label in found.labels):
         return replace(found, kind="regression", labels=()), "the checkpoint's head gives a number"
     return found, ""
+
+
+def _as_classes(found: TableFound, problem: str | None, outputs: int | None) -> tuple[TableFound, str]:
+    """Whole numbers with `.0` as the labels that a classifier reads; without a head, 0.0 and 1.0 alone.
+    `outputs`: those of the checkpoint's own head.
+    """
+    cells = [row[found.label] for _, row in found.rows]
+    kind = "multi" if problem == PROBLEMS["multi"] else "single"
+    labels, counts = labels_in(cells, kind)
+    classes = labels == ("0", "1") if outputs is None else problem != PROBLEMS["regression"]
+    if not classes or not all(map(is_whole, labels)):
+        return found, ""
+    said = f"the checkpoint's head has {outputs} outputs" if outputs else "there are two values, 0 and 1"
+    return replace(found, kind=kind, labels=labels, counts=counts), f"{said}: 1.0 is the label 1"
+
+
+def _refuse_no_labels(found: TableFound, mistakes: Mistakes) -> bool:
+    """Refuse a column of labels whose values hardly repeat themselves, such as texts or numbers of rows."""
+    rows = sum(found.counts.values())
+    if found.kind not in ("single", "multi") or len(found.counts) <= rows // 2:
+        return False
+    message = f"{found.label} has {len(found.counts)} different values in {rows} rows, so it is not a label"
+    likely = likely_labels(found.header, found.rows, found.label)
+    if found.text in likely[:1]:
+        fix = f"write --label-column {found.text} --text-column {found.label}"
+    elif likely:
+        fix = f"write --label-column {likely[0]}"
+    else:
+        fix = "name a column whose values repeat themselves"
+    mistakes.add("--label-column", message, fix)
+    return True
+
+
+def _refuse_one_sided(found: TableFound, test: list[Row], mistakes: Mistakes) -> bool:
+    """Refuse rows of which too few different texts are there to measure two labels on."""
+    name = found.file.name
+    fix = "add rows with other texts: those of one text stay on one side of the split"
+    if not test:
+        mistakes.add("--data", f"{name} has one text alone, so nothing is left to measure on", fix)
+        return True
+    there = {label_of(cells[found.label]) for _, cells in test} if found.kind == "single" else set()
+    if len(there) != 1:
+        return False
+    others = [f"{label} {found.counts[label]}" for label in found.labels if label not in there]
+    message = f"only the label {there.pop()} of {name} has two different texts; rows of the others: "
+    mistakes.add("--data", message + ", ".join(others[:3]) + (" ..." if others[3:] else ""),
+                 "add rows of them: each label is trained on and measured on")  # fmt: skip
+    return True
 
 
 def _why_task(task: str, found: Found) -> str:
@@ -274,17 +341,25 @@ def _goals(found: Found, task: str, test: Any) -> tuple[dict[str, Any], str]:
 def _metric(found: TableFound | ImagesFound, test: Any) -> tuple[str, float, str]:
     """The metric of the goals, and what a float model that has learned something must reach."""
     if isinstance(found, ImagesFound):
-        return "accuracy", round(2 / len(found.labels), 3), "the float model must be twice as good as chance"
+        count = len(found.labels)
+        if count == 2:
+            return "accuracy", 0.75, "the float model must be halfway between chance and no mistake"
+        return "accuracy", round(2 / count, 3), "the float model must be twice as good as chance"
     if found.kind == "regression":
         return "spearman", 0.3, "the float model must have learned something"
     if found.kind == "multi":
         return "f1_micro", 0.3, "the float model must have learned something"
     if found.kind == "words":
         most = max(found.counts.values()) / sum(found.counts.values())
-        return "token_accuracy", round(most, 3), "the float model must beat the commonest tag"
-    labels = [str(cells[found.label]).strip() for _, cells in test]
+        return "token_accuracy", _floor(most), "the float model must beat the commonest tag"
+    labels = [label_of(cells[found.label]) for _, cells in test]
     most = max(labels.count(label) for label in found.labels) / len(labels)
-    return "accuracy", round(most, 3), "the float model must beat always saying the commonest label"
+    return "accuracy", _floor(most), "the float model must beat always saying the commonest label"
+
+
+def _floor(share: float) -> float:
+    """A share of less than 1 to three digits, and still less than 1."""
+    return math.floor(share * 1000) / 1000
 
 
 def _slug(checkpoint: Checkpoint, asked: Asked, form: str) -> str:

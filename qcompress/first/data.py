@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from qcompress.data_options import SUFFIXES
 from qcompress.errors import QcompressError
 from qcompress.first.asked import Ask, Asked, Mistakes
-from qcompress.tasks.labels import IGNORED
+from qcompress.tasks.labels import IGNORED, without_point
 from qcompress.tasks.table import Row, read_whole
 from qcompress.tasks.text import UTF8
 from qcompress.wording import choose
@@ -165,9 +166,7 @@ def _table(
     if chosen is None:
         return None
     text, label, why = chosen
-    empty = [
-        place for place, cells in rows if cells.get(text) in (None, "") or cells.get(label) in (None, "")
-    ]
+    empty = [place for place, cells in rows if _is_empty(cells.get(text)) or _is_empty(cells.get(label))]
     if empty:
         more = f", and {len(empty) - 1} more rows" if len(empty) > 1 else ""
         mistakes.add("--data", f"{empty[0]}{more}: the column {text} or {label} is empty",
@@ -175,9 +174,7 @@ def _table(
         return None
     cells = [row[label] for _, row in rows]
     kind = _kind(cells, [row[text] for _, row in rows])
-    counts = Counter(one for cell in cells for one in _labels_in(cell, kind))
-    counts.pop(str(IGNORED), None)
-    labels = () if kind == "regression" else tuple(sorted(counts, key=_in_order))
+    labels, counts = labels_in(cells, kind)
     if kind in ("single", "words") and len(labels) < 2:
         mistakes.add("--label-column", f"{label} is {labels[0]} everywhere", "name a column of two labels")
         return None
@@ -206,7 +203,10 @@ def _columns(
     unknown = [(option, name) for option, name in given if name is not None and name not in header]
     for option, name in unknown:
         message = f"{asked.data.name} has the columns {', '.join(header)}, and not {name!r}"
-        mistakes.add(option, message, choose(name, header))
+        likely = likely_labels(header, rows, asked.text_column) if option == "--label-column" else []
+        fix = choose(name, likely or header)
+        fix = f"write {option} {likely[0]}" if likely and fix.startswith("write") else fix
+        mistakes.add(option, message, fix)
     if unknown:
         return None
     labels, why_label = _label_columns(asked, header, rows)
@@ -229,14 +229,27 @@ def _label_columns(asked: Asked, header: list[str], rows: list[Row]) -> tuple[li
     if len(named) == 1:
         return named, "by its name"
     tried = named or [name for name in header if name != asked.text_column]
-    different = {name: _different([cells.get(name) for _, cells in rows]) for name in tried}
-    fit = [name for name in tried if 2 <= different[name] <= min(MOST_LABELS, len(rows) // 4)]
-    return sorted(fit, key=different.__getitem__), "the only column whose values repeat themselves"
+    return _repeated(tried, rows), "the only column whose values repeat themselves"
+
+
+def _repeated(names: list[str], rows: list[Row]) -> list[str]:
+    """Columns whose values repeat themselves as labels do, those of fewest values first."""
+    different = {name: _different([cells.get(name) for _, cells in rows]) for name in names}
+    fit = [name for name in names if 2 <= different[name] <= min(MOST_LABELS, len(rows) // 4)]
+    return sorted(fit, key=different.__getitem__)
+
+
+def likely_labels(header: Sequence[str], rows: list[Row], other: str | None) -> list[str]:
+    """Columns that could be the label, likeliest first: those with the name of one, then the others.
+    `other`: a column that is not the label.
+    """
+    fit = _repeated([name for name in header if name != other], rows)
+    return sorted(fit, key=lambda name: name.casefold() not in LABEL_NAMES)
 
 
 def _different(cells: list[Any]) -> int:
     """How many values there are; 0 for a column with gaps, which is no label."""
-    if any(cell in (None, "") for cell in cells):
+    if any(map(_is_empty, cells)):
         return 0
     return len({json.dumps(cell, sort_keys=True) for cell in cells})
 
@@ -282,9 +295,16 @@ def _kind(cells: list[Any], texts: list[Any]) -> Kind:
     return "multi" if any(isinstance(cell, str) and "|" in cell for cell in cells) else "single"
 
 
-def _labels_in(cell: Any, kind: Kind) -> list[str]:
+def labels_in(cells: Sequence[Any], kind: Kind) -> tuple[tuple[str, ...], Counter[str]]:
+    """The labels of a column in their order, and how often each is there; none of a regression."""
     if kind == "regression":
-        return []
+        return (), Counter()
+    counts = Counter(without_point(one) for cell in cells for one in _labels_in(cell, kind))
+    counts.pop(str(IGNORED), None)
+    return tuple(sorted(counts, key=_in_order)), counts
+
+
+def _labels_in(cell: Any, kind: Kind) -> list[str]:
     if isinstance(cell, list):
         return [str(one) for one in cell]
     return [part.strip() for part in str(cell).split("|")] if kind == "multi" else [str(cell).strip()]
@@ -292,6 +312,16 @@ def _labels_in(cell: Any, kind: Kind) -> list[str]:
 
 def _spelled(cell: Any) -> str:
     return " ".join(map(str, cell)) if isinstance(cell, list) else str(cell)
+
+
+def _is_empty(cell: object) -> bool:
+    """True for an empty cell; NaN is what pandas writes for one."""
+    return cell in (None, "") or cell != cell
+
+
+def label_of(cell: Any) -> str:
+    """The cell of one label, as it is counted."""
+    return without_point(str(cell).strip())
 
 
 def _is_number(cell: object) -> bool:

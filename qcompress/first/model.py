@@ -78,11 +78,18 @@ def problem_of_head(checkpoint: Checkpoint, task: str) -> str | None:
     does not say; a broken checkpoint is left to `fit`.
     """
     try:
+        return problem_of(checkpoint.config, outputs_of_head(checkpoint, task))
+    except ModelError:
+        return None
+
+
+def outputs_of_head(checkpoint: Checkpoint, task: str) -> int | None:
+    """Outputs of the checkpoint's own head for a task; None where it has no such head, or is broken."""
+    try:
         architecture = describe(checkpoint.family, checkpoint.directory, Head(task, None, None))
     except ModelError:
         return None
-    outputs = None if architecture.new_head else len(named_outputs(checkpoint.config))
-    return problem_of(checkpoint.config, outputs)
+    return None if architecture.new_head else len(named_outputs(checkpoint.config))
 
 
 def fit(

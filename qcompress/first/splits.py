@@ -13,7 +13,7 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
-from qcompress.first.data import TableFound, TextFound
+from qcompress.first.data import TableFound, TextFound, label_of
 from qcompress.tasks.table import Row
 
 SHARE = 0.2
@@ -34,7 +34,7 @@ def split_table(found: TableFound) -> tuple[list[Row], list[Row]]:
         same[text].append(row)
     by_label: dict[str, list[list[int]]] = defaultdict(list)
     for rows in same.values():
-        label = str(found.rows[rows[0]][1][found.label]) if found.kind == "single" else ""
+        label = label_of(found.rows[rows[0]][1][found.label]) if found.kind == "single" else ""
         by_label[label].append(rows)
     count = len(found.rows)
     share = min(max(SHARE, min(ENOUGH / count, AT_MOST)), MOST / count)
@@ -43,7 +43,7 @@ def split_table(found: TableFound) -> tuple[list[Row], list[Row]]:
     for label in sorted(by_label):
         groups = by_label[label]
         shuffle.shuffle(groups)
-        wanted = round(share * sum(map(len, groups)))
+        wanted = max(1, round(share * sum(map(len, groups))))
         for rows in groups[:-1]:  # one stays for training
             if wanted <= 0:
                 break

@@ -73,7 +73,7 @@ class Labels:
     """Labels of a model, and the one rule by which a column of labels is read.
 
     A cell counts by its spelling alone: the text `1` of a CSV file and the integer 1 of a JSON file are one
-    label. A spelling that is a name of the model is that label. Whole numbers of a column that are not all
+    label, and so is 1.0, which pandas writes where another cell is empty. A spelling that is a name of the model is that label. Whole numbers of a column that are not all
     names are indices. A column that gives other labels by names than by indices is refused unless the recipe
     says which it holds (`task.labels_are`).
     """
@@ -99,13 +99,26 @@ class Labels:
         first: dict[str, str] = {}
         spelled = []
         for cell, place in zip(cells, places, strict=True):
-            word = spelling(cell)
+            word = self._word(cell)
             if word is None:
                 raise UsageError(f"{place}: {_shown(cell)} is not a label", fix=self.fix())
+            if isinstance(cell, float) and not _is_integer(word) and self._named(word) is None:
+                self._refuse_number(word, place)
             first.setdefault(word, place)
             spelled.append(word)
         outputs = self._outputs(first, named)
         return [outputs[word] for word in spelled]
+
+    def _word(self, cell: object) -> str | None:
+        """The spelling of a cell; a whole number with `.0` loses it, unless a label has that name."""
+        word = spelling(cell)
+        return word if word is None or self._named(word) is not None else without_point(word)
+
+    def _refuse_number(self, word: str, place: str) -> None:
+        raise UsageError(
+            f"{place}: the number {word} is not a label",
+            fix=f"write the label of that row, or remove the row; {self.fix()}",
+        )
 
     @property
     def are_digits(self) -> bool:
@@ -204,6 +217,15 @@ def spelling(cell: object) -> str | None:
     if isinstance(cell, bool):
         return str(cell).lower()
     return str(cell).strip() or None if isinstance(cell, (str, int, float)) else None
+
+
+def without_point(word: str) -> str:
+    """A whole number without its decimal zeros; any other word as it is.
+
+    >>> without_point("1.0"), without_point("-100.00"), without_point("1.5"), without_point("v1.0")
+    ('1', '-100', '1.5', 'v1.0')
+    """
+    return re.sub(r"(-?\d+)\.0+", r"\1", word) if re.fullmatch(r"-?\d+\.0+", word) else word
 
 
 def labels_of(task: SequenceClassification | TokenClassification | ImageClassification) -> Labels:

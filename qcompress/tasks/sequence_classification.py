@@ -278,12 +278,12 @@ def _number(cell: Any, place: str) -> float:
 
 
 def _several(cell: Any, place: str) -> list[Any]:
-    """The labels of one example: a list, text with `|` between them, or an integer, as text would be."""
+    """The labels of one example: a list, text with `|` between them, or a whole number, as text would be."""
     if isinstance(cell, str):
         return [name for name in cell.split("|") if name.strip()]
     if isinstance(cell, list):
         return cell
-    if isinstance(cell, int):
+    if isinstance(cell, int) or (isinstance(cell, float) and cell.is_integer()):
         return [cell]
     raise UsageError(
         f"{place}: the labels {cell!r:.60} are not a list", fix="write a list of names or indices"

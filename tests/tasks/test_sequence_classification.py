@@ -162,7 +162,7 @@ def test_names_and_indices_mean_the_models_outputs(tmp_path: Path) -> None:
         ([1, 0, -1, 1], {}, "data.jsonl:3: -1 is not the name or the index of a label"),
         ([1, None, 0, 1], {}, "data.jsonl:2: an empty field is not a label"),
         (["pos", "", "neg", "pos"], {}, "data.jsonl:2: an empty field is not a label"),
-        ([1, 0.5, 0, 1], {}, "data.jsonl:2: the label '0.5' is not one of the model's"),
+        ([1, 0.5, 0, 1], {}, "data.jsonl:2: the number 0.5 is not a label"),
         ([True, 0, 0, 1], {}, "data.jsonl:1: the label 'true' is not one of the model's"),
         ([1.5, "much", 0, 1], NUMBER, "data.jsonl:2: the label 'much' is not a number"),
         ([1.5, None, 0, 1], NUMBER, "data.jsonl:2: the label None is not a number"),
