@@ -114,7 +114,9 @@ def test_files_of_all_kinds_agree_on_numbers_with_a_point(kind: str, suffix: str
         parquet.write_table(table({"text": ["a b", "c d", "e f"], "label": [0.0, 1.0, 1.0]}), file)
     else:
         write_table(file, (0.0, 1.0, 1.0), 3)
-    task = SequenceClassification(name="sequence-classification", kind=kind, labels=["bad", "good"], context=8)
+    task = SequenceClassification(
+        name="sequence-classification", kind=kind, labels=["bad", "good"], context=8
+    )
     answers = [one["label"] for one in _read(TextData(table=[file.name]), tmp_path, task)]
     assert answers == ([0, 1, 1] if kind == "single" else [[1, 0], [0, 1], [0, 1]])
 

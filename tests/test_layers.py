@@ -27,7 +27,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "task_options", "data_options",
         "export_options", "schema",
         "custom_code", "custom_values", "own", "artifacts", "plan",
-        "models.architecture", "models.files",
+        "models.architecture", "models.config_values", "models.files",
         "codekey", "system", "host", "processes", "progress", "history",
         "yamlfile",
         "distance", "tensorfile", "goals", "rates", "strict_json", "report.junit",

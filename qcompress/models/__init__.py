@@ -16,7 +16,17 @@ from qcompress.models.architecture import (
     Head,
     Input,
 )
-from qcompress.models.depth import SHARED, Blocks, BlocksError, Names, Tensors, choose, share, with_shared
+from qcompress.models.depth import (
+    SHARED,
+    Blocks,
+    BlocksError,
+    Depth,
+    Names,
+    Tensors,
+    choose,
+    share,
+    with_shared,
+)
 from qcompress.models.files import read_config, read_tensors, wrapper_of
 
 if TYPE_CHECKING:
@@ -64,6 +74,8 @@ def chosen(
     config, tensors = read_config(directory), read_tensors(directory)
     depth, renamed = FAMILIES[family].DEPTH, renamed_tensors(family, config, tensors)
     tensors = {renamed.get(name, name): value for name, value in tensors.items()}
+    if depth is not None:
+        _check_depth(config, tensors, depth, blocks)
     if blocks is None or (depth is not None and type(config.get(depth.key)) is not int):
         return config, tensors, lambda name: renamed.get(name, name)  # `describe` says what is wrong
     if depth is None:
@@ -74,6 +86,25 @@ def chosen(
     config, names = choose(config, depth, blocks)
     picked = {new: value for name, value in tensors.items() if (new := names(name))}
     return config, picked, lambda name: names(renamed.get(name, name))
+
+
+def _check_depth(config: dict[str, Any], tensors: Tensors, depth: Depth, blocks: Blocks | None) -> None:
+    """Refuse a checkpoint of more blocks than its config.json counts; a list of blocks that are counted says
+    that the others are not wanted.
+    """
+    count = config.get(depth.key)
+    if type(count) is not int or count < 1:
+        return  # `describe` says what is wrong
+    inside = [(parts[1], name) for name in tensors if (parts := depth.split(name))]
+    held, name = max(inside, default=(-1, ""))
+    listed = blocks is not None and not isinstance(blocks, str)
+    if held < count or (listed and all(number < count for number in blocks)):
+        return
+    raise ModelError(
+        f"config.json says {depth.key} {count}, and the checkpoint has {held + 1} blocks, such as the one of "
+        f"{name}",
+        fix=f'write "{depth.key}": {held + 1} into config.json; `model.blocks` of a recipe keeps fewer',
+    )
 
 
 def renamed_tensors(family: str, config: dict[str, Any], tensors: Tensors) -> dict[str, str]:

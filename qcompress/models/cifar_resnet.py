@@ -67,6 +67,7 @@ NET = ConvNet(
     embeddings="act1",
     outline=_outline,
     width=lambda config: WIDTHS[-1],
+    blocks=r"layer\d+\.",
     size=32,
     nonnegative=lambda config: True,
 )

@@ -14,6 +14,7 @@ lacks is `new_head`, drawn with the seed that the load stage recorded.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ from qcompress.models.architecture import (
     Point,
     image_inputs,
 )
-from qcompress.models.heads import check_config, check_shapes, config_of, labels_of
+from qcompress.models.heads import check_config, check_leftover, check_shapes, config_of, labels_of
 
 TASKS = ("image-classification",)
 
@@ -47,6 +48,9 @@ INPUTS = (PIXELS,)
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
 """Tensors of a batch norm that a checkpoint must have; it may count its batches as well."""
+
+COUNTED = "num_batches_tracked"
+"""Buffer of a batch norm that no checkpoint needs: it counts batches for an option that nobody here uses."""
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -81,6 +85,8 @@ class ConvNet:
     """The convolutions of a config.json; raises ModelError where it makes no sense."""
     width: Callable[[dict[str, Any]], int]
     """Inputs of the classifier."""
+    blocks: str
+    """Pattern of how the names of a block's tensors begin, without the prefix."""
     size: int | None
     """Height and width of an image where config.json and preprocessing name none; none: they have to."""
     nonnegative: Callable[[dict[str, Any]], bool] = lambda config: False
@@ -99,6 +105,8 @@ class ConvNet:
         new = () if any(name in found for name in names) else names
         whole = {name: found[self._own(name)] for name in expected if self._own(name) in found}
         check_shapes(expected, whole, new)
+        own = set(map(self._own, expected))
+        check_leftover(name for name in found if name not in own and self._is_in_block(name))
         return Architecture(
             family=self.family,
             layers=(*outline.layers, last),
@@ -131,6 +139,10 @@ class ConvNet:
             )
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return image_inputs(config.get("num_channels", 3), height, width)
+
+    def _is_in_block(self, name: str) -> bool:
+        """True for a tensor of a block, of whatever depth; what counts batches apart."""
+        return re.match(self.blocks, name) is not None and not name.endswith(COUNTED)
 
     def _own(self, name: str) -> str:
         return name.removeprefix(f"{self.family}.")

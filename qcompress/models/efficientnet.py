@@ -110,6 +110,7 @@ NET = ConvNet(
     embeddings="efficientnet.embeddings",
     outline=_outline,
     width=_width,
+    blocks=r"encoder\.",
     size=None,
 )
 STOCK = StockImages(NET)

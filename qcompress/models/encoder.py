@@ -43,7 +43,7 @@ from qcompress.models.architecture import (
     token_inputs,
 )
 from qcompress.models.depth import Depth
-from qcompress.models.heads import check_config, check_shapes, config_of, labels_of
+from qcompress.models.heads import check_config, check_leftover, check_shapes, config_of, labels_of
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -259,4 +259,6 @@ class Encoder:
         )
         found = {name: shapes[self._bare(name)] for name in expected if self._bare(name) in shapes}
         check_shapes(expected, found, new)
+        own = set(map(self._bare, expected))
+        check_leftover(name for name in shapes if name.startswith(f"{self.stack}.") and name not in own)
         return new

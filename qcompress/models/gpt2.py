@@ -31,7 +31,7 @@ from qcompress.models.architecture import (
 )
 from qcompress.models.depth import Depth, lacking, share_parameters
 from qcompress.models.finite import demand_finite
-from qcompress.models.heads import check_config
+from qcompress.models.heads import check_config, check_leftover
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,7 +77,7 @@ def describe(
             _value_site(block, width),
         ]
     layers.append(Layer("lm_head", "head", width, vocabulary, tied_to="transformer.wte" if tied else None))
-    _check_shapes(layers, shapes)
+    _check_shapes(layers, len(blocks), shapes)
     counted = [shape for name, shape in shapes.items() if not name.endswith(BUFFERS)]
     return Architecture(
         family="gpt2",
@@ -113,7 +113,7 @@ def task_config(
     return config
 
 
-def _check_shapes(layers: list[Layer], shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_shapes(layers: list[Layer], blocks: int, shapes: dict[str, tuple[int, ...]]) -> None:
     for layer in layers:
         if layer.tied_to:
             continue
@@ -127,6 +127,12 @@ def _check_shapes(layers: list[Layer], shapes: dict[str, tuple[int, ...]]) -> No
                 f"{list(found) if found else 'no such tensor'}",
                 fix="take config.json and model.safetensors from the same checkpoint",
             )
+    parts = [layer.name.removeprefix("transformer.") for layer in layers if layer.kind == "linear"]
+    parts += [f"h.{index}.ln_{norm}" for index in range(blocks) for norm in (1, 2)]
+    own = {f"{part}.{end}" for part in parts for end in ("weight", "bias")}
+    check_leftover(
+        name for name in shapes if name.startswith("h.") and name not in own and not name.endswith(BUFFERS)
+    )
 
 
 BUFFERS = (".attn.bias", ".attn.masked_bias")

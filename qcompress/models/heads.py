@@ -6,12 +6,14 @@ Every family uses these, so that checkpoints are held against recipes in one way
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qcompress.errors import ModelError
 from qcompress.models.architecture import Head
+from qcompress.models.config_values import check_values
 
 KINDS = {
     "single_label_classification": "single",
@@ -75,8 +77,8 @@ def check_problem(config: dict[str, Any], outputs: int | None, head: Head) -> No
 def check_config(
     config: dict[str, Any], family: str, tasks: Sequence[str], head: Head, sizes: Sequence[str] = ()
 ) -> None:
-    """Refuse a config.json of another family, a task that the family cannot carry, and a size in `sizes` that
-    is none.
+    """Refuse a config.json of another family, a task that the family cannot carry, a size in `sizes` that is
+    not one, and a value that transformers cannot make a model with.
     """
     if config.get("model_type") != family:
         raise ModelError(
@@ -90,6 +92,57 @@ def check_config(
     for key in sizes:
         if type(config.get(key)) is not int or config[key] < 1:
             raise ModelError(f"config.json: {key} must be a positive integer, found {config.get(key)!r}")
+    check_values(config)
+
+
+def label_names(config: dict[str, Any]) -> tuple[str, ...] | None:
+    """Names of the outputs in their order, from `id2label`; None where config.json has none.
+
+    Raises ModelError for numbers that are not 0, 1, 2 ... and for a name that is used twice.
+    """
+    named = config.get("id2label")
+    if named is None or named == {}:
+        return None
+    if not isinstance(named, dict):
+        names = named if isinstance(named, list) else ["first name", "second name"]
+        message = f"id2label must be a map from numbers to names, found {named!r:.60}"
+        raise _labels_error(message, _id2label_line(names))
+    try:
+        numbers = {int(key): value for key, value in named.items()}
+    except ValueError:
+        raise ModelError(
+            f"config.json: id2label has keys that are no numbers: {str(named):.200}",
+            fix="write the numbers of the outputs as its keys, from 0",
+        ) from None
+    names = [numbers[number] for number in sorted(numbers)]
+    if sorted(numbers) != list(range(len(named))):
+        shown = ", ".join(list(map(str, named))[:12])
+        message = f"id2label has the numbers {shown}, and outputs are numbered from 0 without gaps"
+        raise _labels_error(message, _id2label_line(names))
+    wrong = [name for name in names if type(name) not in (str, int) or name == ""]
+    if wrong:
+        message = f"id2label has a name that is not a text: {wrong[0]!r:.60}"
+        raise _labels_error(message, f'write a text, such as "LABEL_{names.index(wrong[0])}"')
+    names = [str(name) for name in names]
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        first, second = [place for place, name in enumerate(names) if name == twice][:2]
+        raise _labels_error(
+            f"id2label gives the outputs {first} and {second} one name, {twice!r}",
+            f'give each a name of its own, such as "{second}": "{twice}_{second}"',
+        )
+    return tuple(names)
+
+
+def _labels_error(message: str, fix: str) -> ModelError:
+    return ModelError(f"config.json: {message}", fix=f"{fix} in config.json")
+
+
+def _id2label_line(names: Sequence[object]) -> str:
+    first = {str(number): str(name) for number, name in enumerate(names[:12])}
+    shown = json.dumps(first, ensure_ascii=False)
+    more = shown[:-1] + ", ...}" if len(names) > 12 else shown
+    return f'write "id2label": {more}, in the order of the outputs,'
 
 
 def labels_of(config: dict[str, Any], outputs: int | None, head: Head) -> tuple[str, ...]:
@@ -99,14 +152,8 @@ def labels_of(config: dict[str, Any], outputs: int | None, head: Head) -> tuple[
     Raises ModelError where checkpoint, config.json and task do not agree.
     """
     check_problem(config, outputs, head)
-    named = config.get("id2label")
-    own: tuple[str, ...] | None = None
-    if isinstance(named, dict) and named:
-        try:
-            own = tuple(str(named[key]) for key in sorted(named, key=int))
-        except ValueError:
-            raise ModelError(f"config.json: id2label has keys that are no numbers: {named}") from None
-    elif outputs:
+    own = label_names(config)
+    if own is None and outputs:
         own = tuple(f"LABEL_{index}" for index in range(outputs))
     if own is not None and outputs and len(own) != outputs:
         raise ModelError(
@@ -163,6 +210,16 @@ def check_shapes(
                 f"{list(found[name]) if name in found else 'no such tensor'}",
                 fix="take config.json and model.safetensors from the same checkpoint",
             )
+
+
+def check_leftover(names: Iterable[str], told: str = "which config.json does not ask for") -> None:
+    """Refuse tensors of a checkpoint's blocks that the model has no place for; transformers ignores them."""
+    left = sorted(names)
+    if left:
+        raise ModelError(
+            f"the checkpoint has {', '.join(left[:3])} ({len(left)} tensors in all), {told}",
+            fix="take config.json and model.safetensors from the same checkpoint",
+        )
 
 
 def _listed(labels: tuple[str, ...]) -> str:

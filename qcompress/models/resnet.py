@@ -86,6 +86,7 @@ NET = ConvNet(
     embeddings="resnet.embedder",
     outline=_outline,
     width=_width,
+    blocks=r"encoder\.stages\.",
     size=None,
     nonnegative=_nonnegative,
 )

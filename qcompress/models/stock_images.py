@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import ModelError
-from qcompress.models.convnet import ConvNet
+from qcompress.models.convnet import COUNTED, ConvNet
 from qcompress.models.files import read_config, weight_files
 from qcompress.models.finite import demand_finite
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
-
-COUNTED = "num_batches_tracked"
-"""Buffer of a batch norm that no checkpoint needs: it counts batches for an option that nobody here uses."""
 
 SPREAD = 0.02
 """Standard deviation of the weights of a classifier that is drawn."""

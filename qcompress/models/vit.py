@@ -34,7 +34,7 @@ from qcompress.models.architecture import (
     image_inputs,
 )
 from qcompress.models.depth import Depth, share_parameters
-from qcompress.models.heads import check_config, check_shapes, config_of, labels_of
+from qcompress.models.heads import check_config, check_leftover, check_shapes, config_of, labels_of
 from qcompress.models.stock import Maker, empty_model, load_model, put_points
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def describe(
     lacking = not any(f"classifier.{part}" in shapes for part in ("weight", "bias"))
     new = ("classifier.weight", "classifier.bias") if lacking else ()
     check_shapes(expected | rest, shapes, new)
+    own = expected | rest
+    check_leftover(name for name in shapes if name.startswith("vit.layers.") and name not in own)
     sizes = [*expected.values(), *rest.values()]
     return Architecture(
         family="vit",

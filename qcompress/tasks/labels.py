@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from qcompress.errors import UsageError
 from qcompress.glue import GLUE
-from qcompress.models.heads import is_named
+from qcompress.models.heads import is_named, label_names
 from qcompress.schema import ImageClassification, SequenceClassification, TokenClassification
 from qcompress.tasks.text import printable
 
@@ -36,10 +36,9 @@ def named_outputs(config: dict[str, Any]) -> tuple[str, ...]:
     >>> named_outputs({})
     ('LABEL_0', 'LABEL_1')
     """
-    names = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
     count = config.get("num_labels")
     counted = count if type(count) is int and count > 0 else 2
-    return tuple(names[number] for number in sorted(names)) or tuple(f"LABEL_{one}" for one in range(counted))
+    return label_names(config) or tuple(f"LABEL_{one}" for one in range(counted))
 
 
 def settle(wanted: Sequence[str] | None, config: dict[str, Any]) -> list[str]:
@@ -73,9 +72,10 @@ class Labels:
     """Labels of a model, and the one rule by which a column of labels is read.
 
     A cell counts by its spelling alone: the text `1` of a CSV file and the integer 1 of a JSON file are one
-    label, and so is 1.0, which pandas writes where another cell is empty. A spelling that is a name of the model is that label. Whole numbers of a column that are not all
-    names are indices. A column that gives other labels by names than by indices is refused unless the recipe
-    says which it holds (`task.labels_are`).
+    label, and so is 1.0, which pandas writes where another cell is empty. A spelling that is a name of the
+    model is that label. Whole numbers of a column that are not all names are indices. A column that gives
+    other labels by names than by indices is refused unless the recipe says which it holds
+    (`task.labels_are`).
     """
 
     names: tuple[str, ...] | None

@@ -28,7 +28,15 @@ from qcompress.schema import TextData, TokenClassification
 from qcompress.task_options import AGREEMENT
 from qcompress.tasks import padded
 from qcompress.tasks.examples import Batch, Examined
-from qcompress.tasks.labels import IGNORED, dataset_names, labels_of, named_outputs, settle, spelling, without_point
+from qcompress.tasks.labels import (
+    IGNORED,
+    dataset_names,
+    labels_of,
+    named_outputs,
+    settle,
+    spelling,
+    without_point,
+)
 from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
 from qcompress.tasks.scores import agreement, span_f1
 from qcompress.tasks.table import Slices, Table, Wanted, demand_text, read_table, table_slices

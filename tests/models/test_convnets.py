@@ -203,7 +203,7 @@ def test_a_checkpoint_without_a_classifier_gets_one_from_the_seed(
      ("efficientnet", {"strides": [1]}, "differ in length"),
      ("cifar", {"model_type": "vgg"}, "says model_type"),
      ("efficientnet", {"width_coefficient": 1.0}, "asks for shape"),
-     ("efficientnet", {"id2label": {str(index): "x" for index in range(4)}}, "names 4 labels")],
+     ("efficientnet", {"id2label": {str(index): f"x{index}" for index in range(4)}}, "names 4 labels")],
 )  # fmt: skip
 def test_another_models_config_is_refused(
     kind: str, change: dict[str, Any], said: str, tmp_path: Path, sources: dict[str, Path]

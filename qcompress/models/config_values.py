@@ -1,0 +1,117 @@
+"""Values of a config.json that every family demands: types and ranges, by key. No torch.
+
+transformers reads most keys when it makes the model, and a wrong value ends there in an exception of its own,
+or is taken as something else. The rules here are asked before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from qcompress.errors import ModelError
+
+ACTIVATIONS = (
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
+    "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "prelu", "quick_gelu",
+    "relu", "relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh", "xielu",
+)  # fmt: skip
+"""Names of activation functions in transformers (`ACT2FN`)."""
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+"""Types of a float checkpoint's weights."""
+
+FLOAT_CHECKPOINT = "use the float checkpoint that it was made from"
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_positive_float(value: object) -> bool:
+    return type(value) is float and math.isfinite(value) and value > 0
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_type_of_floats(value: object) -> bool:
+    return isinstance(value, str) and (value == "auto" or value.removeprefix("torch.") in DTYPES)
+
+
+Rule = tuple[Callable[[Any], bool], str]
+
+ACTIVATION: Rule = (lambda value: value in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
+SHARE: Rule = (_is_share, "a number from 0 to 1")
+POSITIVE: Rule = (_is_positive_float, "a float above 0, such as 1e-12 or 0.02")
+FLAG: Rule = (lambda value: type(value) is bool, "true or false")
+COUNT: Rule = (_is_count, "an integer from 0")
+SIZE: Rule = (lambda value: type(value) is int and value > 0, "a positive integer")
+FLOATS: Rule = (_is_type_of_floats, f"one of {', '.join(DTYPES)}")
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("hidden_act", "activation_function", "activation"), ACTIVATION),
+    **dict.fromkeys(
+        ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attn_pdrop",
+         "embd_pdrop", "resid_pdrop", "summary_first_dropout", "dropout", "attention_dropout", "qa_dropout",
+         "seq_classif_dropout", "dropout_rate", "drop_connect_rate", "batch_norm_momentum"),
+        SHARE,
+    ),
+    **dict.fromkeys(
+        ("layer_norm_eps", "layer_norm_epsilon", "batch_norm_eps", "initializer_range", "width_coefficient",
+         "depth_coefficient", "squeeze_expansion_ratio"),
+        POSITIVE,
+    ),
+    **dict.fromkeys(
+        ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+         "reorder_and_upcast_attn", "qkv_bias", "downsample_in_first_stage", "downsample_in_bottleneck",
+         "sinusoidal_pos_embds", "is_decoder", "add_cross_attention"),
+        FLAG,
+    ),
+    "chunk_size_feed_forward": COUNT,
+    **dict.fromkeys(("n_inner", "n_head"), SIZE),
+    **dict.fromkeys(("dtype", "torch_dtype"), FLOATS),
+}  # fmt: skip
+"""What a key's value must be where config.json has the key."""
+
+NULLABLE = ("classifier_dropout", "n_inner", "dtype", "torch_dtype")
+"""Keys whose null stands for transformers' default."""
+
+HEADS = (("n_embd", "n_head", 12),)
+"""Width, number of heads and transformers' default for it, where the family's own rules do not ask."""
+
+
+def check_values(config: dict[str, Any]) -> None:
+    """Raise ModelError for a value of a config.json that no model can be made with."""
+    if config.get("quantization_config") is not None:
+        raise ModelError(
+            "config.json has a quantization_config: the checkpoint is quantized already",
+            fix=FLOAT_CHECKPOINT,
+        )
+    if config.get("pruned_heads"):
+        raise ModelError(
+            "config.json has pruned_heads, and attention whose heads were removed is not supported",
+            fix="use a checkpoint with all its heads",
+        )
+    for key, (holds, wanted) in RULES.items():
+        if key not in config or (config[key] is None and key in NULLABLE):
+            continue
+        value = config[key]
+        if isinstance(value, list | dict) or not holds(value):
+            fix = f"mend {key} in config.json, or copy it again from the checkpoint"
+            if wanted == FLOATS[1]:
+                fix = f"write the type of the float weights as {key}, or {FLOAT_CHECKPOINT}"
+            raise ModelError(f"config.json: {key} is {value!r:.60}, and must be {wanted}", fix=fix)
+    for width, key, default in HEADS:
+        heads = config.get(key, default)
+        if width in config and type(config[width]) is int and config[width] % heads:
+            raise ModelError(
+                f"config.json: {heads} heads ({key}) do not divide a width of {config[width]} ({width})",
+                fix="copy config.json again from the checkpoint",
+            )
