@@ -14,7 +14,8 @@ Covered, from the class on:
   * installed packages (site-packages) by their version. The standard library does not count.
 
 Imports by a computed name are invisible, unless the module holds something of what they return. A file that
-was edited after Python had imported it counts as it is on the disk now.
+was edited after Python had imported it is refused where a function differs from the loaded one; a constant
+that differs counts with the value that is loaded (`custom_loaded.py`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 
 from qcompress.codekey import PACKAGE, import_statements, is_module, tree_digest
+from qcompress.custom_loaded import Codes, changed, changed_constants, compiled, functions_of
 from qcompress.custom_values import (
     DESCRIPTORS,
     PLAIN,
@@ -111,6 +113,7 @@ class _Walk:
         self._modules: dict[str, bool] = {}
         self._seen: dict[int, tuple[object, str]] = {}  # holds them, so that no id is used twice
         self._names: dict[str, int] = {}
+        self._compiled: dict[Path, Codes] = {}
         self._globals: set[tuple[int, str]] = set()
         self._deep = False  # inside an object of a stock class, where a part may count by its class alone
 
@@ -237,6 +240,7 @@ class _Walk:
         self._deep = deep
         if not is_own:
             return
+        self._demand_same(iter([function]), Path(function.__code__.co_filename))
         codes = list(codes_of(function.__code__))
         if not is_file(function.__code__.co_filename):
             self.state[label] += " " + "; ".join(byte_code(code) for code in codes)
@@ -315,9 +319,31 @@ class _Walk:
             self.files[label] = hashlib.sha256(content).hexdigest()
             return
         self.files[label] = tree_digest(tree)
+        self._compare(name, file, content, tree)
         for node, _ in import_statements(tree.body, lazy=False):
             for imported in _imported(node, package):
                 self.module(imported)
+
+    def _compare(self, name: str, file: Path, content: bytes, tree: ast.Module) -> None:
+        """Refuse a module whose functions are not those of its file; note the constants that differ."""
+        loaded = sys.modules.get(name)
+        codes = compiled(loaded, content, file)
+        if codes is None:
+            return
+        self._compiled[file] = codes
+        self._demand_same(functions_of(loaded), file)
+        deep, self._deep = self._deep, True
+        for key, value in sorted(changed_constants(loaded, tree).items()):
+            self.value(value, f"{name}.{key} loaded")
+        self._deep = deep
+
+    def _demand_same(self, functions: Iterator[FunctionType], file: Path) -> None:
+        name = changed(functions, self._compiled[file], file) if file in self._compiled else None
+        if name is not None:
+            raise UsageError(
+                f"{file} was changed after it was imported: {name} is not what the file says",
+                fix="restart Python, or reload the module and take the class from it again",
+            )
 
 
 def _imported(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[str]:

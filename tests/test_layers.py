@@ -26,7 +26,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "errors", "formats", "axes", "options", "quantizer_options", "adapter_options", "glue",
         "task_options", "data_options",
         "export_options", "schema",
-        "custom_code", "custom_values", "own", "artifacts", "plan",
+        "custom_code", "custom_loaded", "custom_values", "own", "artifacts", "plan",
         "models.architecture", "models.config_values", "models.files",
         "codekey", "system", "host", "processes", "progress", "history",
         "yamlfile",
