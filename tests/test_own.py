@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -220,6 +222,10 @@ def test_a_helper_in_another_file_and_a_base_in_this_package_are_in_the_key(
     helper.write_text("# a comment\ndef factor():\n    return 1\n")
     assert train() == ("train", True, "")
     helper.write_text("def factor():\n    return 100\n")
+    with pytest.raises(UsageError, match="own_helper.py was changed after it was imported: factor"):
+        train()
+    importlib.reload(sys.modules["own_helper"])
+    classes["steppers"] = {"own-saq": importlib.reload(own_saq).Mine}
     assert train() == ("train", False, "code: custom own_helper changed")
 
 
