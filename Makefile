@@ -2,6 +2,7 @@
 #
 #   make quickstart   create .venv, install, run the main job on what the repository carries (no network)
 #   make test         the same set-up, then the tests
+#   make faults       the fault suite, and the table of docs/reliability.md (half an hour)
 #   make lint         ruff, as a tool
 #   make clean        remove what the targets above made
 
@@ -15,13 +16,17 @@ ifneq ($(wildcard ../shared/assets),)
 export QCOMPRESS_ASSETS ?= $(abspath ../shared/assets)
 endif
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test faults lint clean
 
 quickstart: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/qcompress run recipes/quickstart.yaml --out runs
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+faults: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/faults -m '' -n auto --dist loadfile \
+	    --reliability docs/reliability.md $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m pip install -q 'ruff>=0.15'
