@@ -2,8 +2,8 @@
 
     make faults      every attack, the slow ones too, and the table
 
-A test names its row with `@pytest.mark.attack("...")` (or `pytestmark` for a whole file). Each test item counts
-as one try; a test that tries several inputs itself says how many with the fixture `tried`.
+A test names its row with `@pytest.mark.attack("...")` (or `pytestmark` for a whole file). Each test item
+counts as one try; a test that tries several inputs itself says how many with the fixture `tried`.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ class Table:
             return
         lines = ["| Attack | Tries | Failures |", "|---|---|---|"]
         lines += [f"| {name} | {row.tries} | {row.failures} |" for name, row in sorted(self.rows.items())]
-        total = Row(*(sum(values) for values in zip(*((r.tries, r.failures) for r in self.rows.values()))))
-        lines.append(f"| **all** | **{total.tries}** | **{total.failures}** |")
+        tries = sum(row.tries for row in self.rows.values())
+        failures = sum(row.failures for row in self.rows.values())
+        lines.append(f"| **all** | **{tries}** | **{failures}** |")
         before, _, rest = self.file.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
         text = "\n".join([before + BEGIN, "", *lines, "", END + after])
