@@ -19,7 +19,7 @@ from typing import Any
 
 import onnx
 
-from qcompress.artifacts import read_json, sha256_file, write_json
+from qcompress.artifacts import graph_digests, read_json, sha256_file, write_json
 from qcompress.errors import ExportError
 from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.architecture import Input
@@ -101,7 +101,7 @@ def adopt(
     write_json(out / "lint.json", {"target": target, "findings": [asdict(finding) for finding in findings]})
     nothing: dict[str, Any] = {"layers": [], "points": [], "expected": 0}
     nothing |= {"complete": False, "reason": REASON, "disabled_optimizers": without}
-    nothing |= {"files": {one.name: sha256_file(one) for one in out.glob(file.name + "*")}}
+    nothing |= {"files": graph_digests(file)}
     write_json(out / "certificate.json", nothing)
     write_json(out / "sizes.json", _sizes(file))
     if not without:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qcompress import own, pipeline
 from qcompress.adopted import REASON, check_unchanged
-from qcompress.artifacts import read_json, write_json
-from qcompress.errors import ExportError, UsageError
+from qcompress.artifacts import read_json, sha256_file, write_json
+from qcompress.errors import ExportError, IncomparableError, UsageError
 from qcompress.finished import LoadedRun, load
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, load_recipe
@@ -22,6 +22,7 @@ from qcompress.stages.gate import verdict_of, write_verdict
 from qcompress.workspace import point_latest
 
 if TYPE_CHECKING:
+    from qcompress.artifacts import FloatModel
     from qcompress.evaluation import Artifacts
     from qcompress.regression.standing import Standing
 
@@ -38,6 +39,7 @@ def run(
     overrides: Sequence[str] = (),
     until: str = "gate",
     fresh: bool = False,
+    check_cache: bool = False,
     keep: Sequence[str] = (),
     smoke: bool = False,
     quantizers: Classes = None,
@@ -49,14 +51,16 @@ def run(
     """Run a recipe; returns the run's folder and its verdict.
 
     `overrides` are `a.b=c` strings, `until` is the last stage, `keep` names stages whose whole folder is
-    copied into the run, `smoke` runs two blocks on little data (`qcompress/smoke.py`). `quantizers` and the
+    copied into the run, `check_cache` reads every file of the cache instead of trusting remembered digests,
+    `smoke` runs two blocks on little data (`qcompress/smoke.py`). `quantizers` and the
     three after it are classes of your own by the name that the recipe gives them (`qcompress/own.py`). Raises
     RecipeError, ModelError, ExportError, MachineError, UsageError or BusyError.
     """
     reporter = reporter or Reporter(silent=True)
     with own.among(_by_axis(quantizers, adapters, objectives, steppers)):
         resolved, folder, store = _settings(recipe, out, cache, overrides, smoke)
-        return pipeline.run(resolved, folder, store, reporter, until=until, fresh=fresh, keep=tuple(keep))
+        options = {"fresh": fresh, "check_cache": check_cache, "keep": tuple(keep)}
+        return pipeline.run(resolved, folder, store, reporter, until=until, **options)
 
 
 def _by_axis(*classes: Classes) -> dict[str, Classes]:
@@ -71,6 +75,7 @@ def run_seeds(
     cache: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     fresh: bool = False,
+    check_cache: bool = False,
     keep: Sequence[str] = (),
     smoke: bool = False,
     quantizers: Classes = None,
@@ -92,9 +97,8 @@ def run_seeds(
         again = [*overrides, f"seed={seed}"]
         with own.among(_by_axis(quantizers, adapters, objectives, steppers)):
             resolved, folder, store = _settings(recipe, out, cache, again, smoke)
-            made = pipeline.run(
-                resolved, folder, store, reporter, fresh=fresh, keep=tuple(keep), one_of_seeds=True
-            )
+            options = {"fresh": fresh, "check_cache": check_cache, "keep": tuple(keep)}
+            made = pipeline.run(resolved, folder, store, reporter, one_of_seeds=True, **options)
         found[seed] = load(made.path)
     first = found[seeds[0]]
     summary = summarise(first.recipe.name, {seed: (run.parity, run.verdict) for seed, run in found.items()})
@@ -140,7 +144,7 @@ def verify(
     """
     loaded = load(path)
     if loaded.recipe.export.graph is None:
-        certify_run(loaded)
+        write_json(loaded.path / "certificate.json", certify_run(loaded))
     else:
         check_unchanged(loaded.path)
     reporter = reporter or Reporter(silent=True)
@@ -158,7 +162,7 @@ def certify_run(loaded: LoadedRun) -> dict[str, Any]:
     from qcompress.certificate_points import certify_all
     from qcompress.plan import plans_from_json, points_from_json
 
-    folded = loaded.stage("fold")
+    folded = loaded.checked_stage("fold")
     if loaded.recipe.export.graph is not None:
         raise UsageError(
             f"{loaded.path}: {REASON}, so no folded model is there to compare it with",
@@ -240,19 +244,36 @@ def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:
 
 def _artifacts(loaded: LoadedRun) -> Artifacts:
     """What is left of a run; the ONNX file is the one in its directory."""
-    from qcompress.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel
+    from qcompress.artifacts import Engine, FoldedModel, OnnxModel, TrainedModel
     from qcompress.evaluation import Artifacts
 
-    stages = loaded.stage
-    model = FloatModel.of(stages("load"), "", Path(loaded.manifest["source"])) if stages("load") else None
+    stages = loaded.checked_stage
     return Artifacts(
-        float_model=model if model and model.source.is_dir() else None,
+        float_model=_float_model(loaded, stages("load")),
         trained=TrainedModel(stages("train")) if stages("train") else None,
         folded=FoldedModel(stages("fold")) if stages("fold") else None,
         onnx=OnnxModel(loaded.path),
         engine=Engine(stages("build")) if stages("build") else None,
         missing=dict.fromkeys(("trained", "folded"), REASON) if loaded.recipe.export.graph else {},
     )
+
+
+def _float_model(loaded: LoadedRun, folder: Path | None) -> FloatModel | None:
+    """The checkpoint of a run, if it is still there; raises IncomparableError if it is another one now."""
+    from qcompress.artifacts import FloatModel
+
+    model = FloatModel.of(folder, "", Path(loaded.manifest["source"])) if folder else None
+    if model is None or not model.source.is_dir():
+        return None
+    if model.source != folder:
+        for name, digest in read_json(folder / "float.json")["files"].items():
+            file = model.source / name
+            if not file.is_file() or sha256_file(file) != digest:
+                raise IncomparableError(
+                    f"{file} is not the file that this run was made from",
+                    fix="put the checkpoint back, or run the recipe again",
+                )
+    return model
 
 
 def gate(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -33,6 +33,12 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def graph_digests(file: Path) -> dict[str, str]:
+    """Digests of model.onnx and of its external data beside it, by name."""
+    files = [file, *file.parent.glob(file.name + ".data*")]
+    return {path.name: sha256_file(path) for path in sorted(files)}
+
+
 def write_json(path: Path, value: object) -> None:
     """Write sorted, indented, strict JSON in one step."""
     write_text(path, strict_json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -15,6 +15,7 @@ from typing import Any
 from onnx import NodeProto
 from safetensors import safe_open
 
+from qcompress.artifacts import graph_digests
 from qcompress.certificate import certify
 from qcompress.certificate_graph import Graph, Pair, bounds_fit, pair_of, same, zero_is_zero
 from qcompress.models.architecture import OPERANDS
@@ -27,7 +28,9 @@ PASSING = ("Add", "Mul", "Div", "Cast", "Where", "QuantizeLinear", "Clip", "Dequ
 def certify_all(
     file: Path, folded: Path, plan: tuple[LayerPlan, ...], points: tuple[PointPlan, ...]
 ) -> dict[str, Any]:
-    """The certificate of layers and points; `complete` only if every one of both passed."""
+    """The certificate of layers and points; `complete` only if every one of both passed. `files` has the
+    digests of the graph and of its external data.
+    """
     found = certify(file, folded, plan)
     graph = Graph.read(file)
     with safe_open(folded / "folded.safetensors", framework="np") as tensors:
@@ -37,6 +40,7 @@ def certify_all(
     passed = all(point["passed"] for point in checked)
     return {
         **found,
+        "files": graph_digests(file),
         "points": checked,
         "expected_points": wanted,
         "complete": found["complete"] and passed,

@@ -3,21 +3,26 @@
 Randomness is a function of (seed, phase, step), so no random state is stored; learning rates are a function
 of the step. What is stored is the model's moving tensors, the optimizer's moments, what the stepper keeps
 from one update to the next, and where the run was.
+
+The metadata has a digest of all of that and of the files beside the checkpoint, which only grow: training
+never resumes from bits that nobody wrote.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qcompress.system import sync
 from qcompress.tensorfile import save_tensors
 
 NAME = "checkpoint.safetensors"
@@ -70,16 +75,48 @@ class Checkpoints:
         tensors |= {f"stepper:{name}": tensor for name, tensor in stepper.items()}
         metadata = {"position": json.dumps(asdict(position)), "facts": json.dumps(facts)}
         metadata["recent"] = json.dumps(recent)
+        metadata["beside"] = json.dumps(self._beside())
+        copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        metadata["digest"] = _digest(metadata, sorted(copies.items()))
         partial = self.file.with_name(NAME + ".tmp")
-        save_tensors(
-            partial,
-            {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
-            metadata,
-        )
+        save_tensors(partial, copies, metadata)
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, self.file)
         self._last = time.monotonic()
+
+    def damage(self) -> str | None:
+        """How the checkpoint or a file beside it differs from what was saved, or None."""
+        if not self.file.is_file():
+            return None
+        try:
+            with safe_open(self.file, framework="pt") as stream:
+                metadata = stream.metadata() or {}
+                tensors = ((name, stream.get_tensor(name)) for name in sorted(stream.keys()))
+                if metadata.pop("digest", None) != _digest(metadata, tensors):
+                    return f"{NAME} has other content than was written"
+        except SafetensorError as error:
+            return f"{NAME} cannot be read ({error})"
+        for name, (size, sha256) in json.loads(metadata["beside"]).items():
+            file = self.file.with_name(name)
+            if not file.is_file() or _prefix_digest(file, size) != sha256:
+                return f"{name} has other content than was written"
+        return None
+
+    def discard(self) -> None:
+        """Remove everything from the folder: training begins anew."""
+        for path in self.file.parent.iterdir():
+            path.unlink()
+
+    def _beside(self) -> dict[str, tuple[int, str]]:
+        """Bytes and digest of each other file of the folder, which is brought to the disk."""
+        promised = {}
+        for path in sorted(self.file.parent.iterdir()):
+            if path.is_file() and not path.name.startswith("checkpoint") and path.suffix != ".tmp":
+                sync(path)
+                size = path.stat().st_size
+                promised[path.name] = (size, _prefix_digest(path, size))
+        return promised
 
     def load(self, model: nn.Module) -> Resumed | None:
         """Fill the model from the checkpoint, if there is one."""
@@ -104,6 +141,20 @@ class Checkpoints:
             facts=json.loads(metadata["facts"]),
             recent=json.loads(metadata["recent"]),
         )
+
+
+def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of metadata and of tensors in the order of their names: names, types, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in tensors:
+        digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _prefix_digest(file: Path, size: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.sha256(stream.read(size)).hexdigest()
 
 
 def moving(model: nn.Module, names: set[str]) -> dict[str, Tensor]:

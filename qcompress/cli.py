@@ -96,6 +96,9 @@ def run(
         typer.Option(help="Copy a stage's whole folder into the run.", autocompletion=words(STAGES)),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage anew.")] = False,
+    check_cache: Annotated[
+        bool, typer.Option("--check-cache", help="Read every file of the cache against its digest.")
+    ] = False,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Does the line run? Two blocks, little data; judges nothing.")
     ] = False,
@@ -110,7 +113,7 @@ def run(
             if stage not in STAGES:
                 raise UsageError(f"unknown stage {stage!r}", fix=f"choose one of {', '.join(STAGES)}")
         options = {"cache": cache, "overrides": overrides or (), "fresh": fresh, "keep": keep or ()}
-        options |= {"smoke": smoke, "reporter": Reporter()}
+        options |= {"smoke": smoke, "check_cache": check_cache, "reporter": Reporter()}
         if seeds is not None:
             if until != "gate":
                 raise UsageError("--seeds compares verdicts, and --until ends before them", fix="drop one")

@@ -15,7 +15,7 @@ from qcompress.recipe import read
 from qcompress.schema import Recipe
 from qcompress.structure import validate
 from qcompress.tasks import TASKS
-from qcompress.workspace import followed
+from qcompress.workspace import damage, followed, manifest_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,22 @@ class LoadedRun:
         """Folder of a stage in the cache, None if it is gone."""
         folder = Path(self.manifest["stages"][name]["path"]) if name in self.manifest["stages"] else None
         return folder if folder is not None and folder.is_dir() else None
+
+    def checked_stage(self, name: str) -> Path | None:
+        """The same, after every file of it was read and held against its digest. Raises IncomparableError for
+        one that is damaged, or that is not the one of this run.
+        """
+        folder = self.stage(name)
+        if folder is None:
+            return None
+        wrong = damage(folder, whole=True)
+        if wrong is None and manifest_of(folder)["digest"] != self.manifest["stages"][name]["digest"]:
+            wrong = "it was made again with other content"
+        if wrong:
+            raise IncomparableError(
+                f"{folder}: {wrong}", fix="run the recipe again: what is damaged is made anew"
+            )
+        return folder
 
 
 def load(path: str | os.PathLike[str]) -> LoadedRun:
@@ -99,6 +115,9 @@ def broken(folder: Path, parity: Mapping[str, Any]) -> Iterator[str]:
         yield f"{graph} is not the file that was measured"
     if found and facts.get("onnx") and found != facts["onnx"]["sha256"]:
         yield f"the engine was built from another file than {graph}"
+    for name, digest in _certified(folder).items():
+        if (folder / name).is_file() and sha256_file(folder / name) != digest:
+            yield f"{folder / name} is not the file that certificate.json is about"
     for file, digest in _data(folder, parity):
         if sha256_file(file) != digest:
             yield f"{file} is not the file that was measured"
@@ -113,6 +132,12 @@ def broken(folder: Path, parity: Mapping[str, Any]) -> Iterator[str]:
     on_plan = measured.get("measured") == "plan" and facts.get("plan")
     if on_plan and measured["file_sha256"] != facts["plan"]["sha256"]:
         yield "the engine row was measured on another plan than the one that was built"
+
+
+def _certified(folder: Path) -> dict[str, str]:
+    """Digests in the certificate, by file; empty where there is none."""
+    file = folder / "certificate.json"
+    return read_object(file).get("files", {}) if file.is_file() else {}
 
 
 def _data(folder: Path, facts: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:

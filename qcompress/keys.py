@@ -16,6 +16,7 @@ from qcompress.adopted import files_of
 from qcompress.check import Report, check_model, head_of
 from qcompress.codekey import code_digest, stage_key
 from qcompress.data_options import FILES
+from qcompress.errors import ModelError
 from qcompress.host import describe_host, device_kind, threads
 from qcompress.key_scope import (
     HIDDEN_CODE,
@@ -34,7 +35,7 @@ from qcompress.stages.load import fingerprint, locate
 from qcompress.tasks import TASKS
 from qcompress.tasks.text import fingerprint as text_fingerprint
 from qcompress.tracking import demand_trackers
-from qcompress.workspace import Step
+from qcompress.workspace import Step, read_placed
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,21 @@ def prepare(resolved: Resolved, *, whole: bool = True) -> Plan:
     directory = locate(resolved.recipe.model, resolved.base)
     report = check_model(resolved, directory, whole=whole)  # before gigabytes are hashed
     digests = fingerprint(directory)
+    if resolved.recipe.model.run is not None:
+        _check_source(directory, digests)
     graph = files_of(resolved.base / resolved.recipe.export.graph) if resolved.recipe.export.graph else {}
     return Plan(resolved, directory, digests, report, graph)
+
+
+def _check_source(run: Path, digests: Mapping[str, str]) -> None:
+    """Raise ModelError for a run whose checkpoint is not the one that it made."""
+    placed = read_placed(run)
+    for name, digest in digests.items():
+        if name in placed and placed[name]["sha256"] != digest:
+            raise ModelError(
+                f"model.run: {run / name} was changed after that run had made it",
+                fix="run the recipe of that run again: it puts the file back",
+            )
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from qcompress.artifacts import (
     TrainedModel,
     read_json,
     write_json,
+    write_text,
 )
 from qcompress.check import head_of
 from qcompress.codekey import stage_key
@@ -86,12 +87,14 @@ def run(
     fresh: bool = False,
     keep: tuple[str, ...] = (),
     one_of_seeds: bool = False,
+    check_cache: bool = False,
 ) -> Run:
     """Run the recipe's stages up to `until`, reusing what is finished. Where a launcher started several
     processes, the first one does this and the others train along.
 
     `one_of_seeds`: the run's folder is `seed-N` inside a folder that all seeds of the recipe share. `latest`
-    names a run that has its verdict; the caller moves it when all seeds have theirs.
+    names a run that has its verdict; the caller moves it when all seeds have theirs. `check_cache`: see
+    `Workspace`.
     """
     stages = stages_of(resolved.recipe)
     for stage in (until, *(name for name in keep if name in STAGES)):
@@ -106,11 +109,11 @@ def run(
         return _follow(plan, processes)
     steps: dict[str, Step] = {}
     maker = _Maker(plan, steps, reporter, processes)
-    with Workspace(
-        out, cache, plan.recipe.name, run_key(plan, one_of_seeds), fresh=fresh, log=reporter.say
-    ) as workspace:
+    options = {"fresh": fresh, "check_cache": check_cache, "log": reporter.say}
+    with Workspace(out, cache, plan.recipe.name, run_key(plan, one_of_seeds), **options) as workspace:
         folder = workspace.run_dir
-        (folder / RESOLVED).write_text(dump_recipe(plan.recipe), encoding="utf-8")
+        write_text(folder / RESOLVED, dump_recipe(plan.recipe))
+        workspace.record(RESOLVED)
         reporter.log_to(folder / "log.jsonl")
         with tracking(plan.recipe, folder, reporter):
             for stage in stages[: stages.index(until) + 1]:
@@ -124,6 +127,7 @@ def run(
                 steps[stage] = workspace.step(stage, parts(plan, stage, steps), make, place=place)
                 _record(steps[stage], reporter)
         write_json(folder / "manifest.json", _manifest(plan, steps))
+        workspace.record("manifest.json", "log.jsonl")
         verdict = read_json(folder / "verdict.json")["verdict"] if "gate" in steps else "unfinished"
         if "gate" in steps and not one_of_seeds and not resolved.smoke:
             point_latest(folder)

@@ -9,6 +9,10 @@ Work happens in `.partial`; its manifest is written when all else is on the disk
 name is the commit. So an entry is either whole or absent, whenever the process dies. The next run finds
 `.partial` as it was left, with the `checkpoint*` files from which the stage goes on. The locks of stages lie
 beside the entries, the run's lock inside the run.
+
+The manifest has the digest of every file. A file is held against it before it is reused, read by a later
+stage or placed; what differs is made again. `.<key>.digests.json` beside an entry remembers digests, so that
+only files that were touched are read (`digests.py`); `check_cache` reads all.
 """
 
 from __future__ import annotations
@@ -28,9 +32,9 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-from qcompress.artifacts import read_json, sha256_file, write_json
 from qcompress.codekey import differences, plain, stage_key
-from qcompress.errors import BusyError, ContractError
+from qcompress.digests import Memory, Seen, copy_checked, differs, read_sealed, write_sealed
+from qcompress.errors import BusyError, ContractError, MachineError
 from qcompress.system import Lock, machine_errors, make_folder, peak_mib, reset_peak, sync
 
 MANIFEST = "manifest.json"
@@ -64,6 +68,7 @@ class Workspace:
     """One run's folders, held against every other process until `close`.
 
     `fresh` makes every stage anew, whatever the cache holds; a finished entry stays until its successor is.
+    `check_cache` reads every file of the cache and the run instead of trusting remembered digests.
     """
 
     def __init__(
@@ -74,9 +79,10 @@ class Workspace:
         key: str,
         *,
         fresh: bool = False,
+        check_cache: bool = False,
         log: Callable[[str], None] = _log.info,
     ) -> None:
-        self.cache, self.fresh, self.log = cache, fresh, log
+        self.cache, self.fresh, self.check_cache, self.log = cache, fresh, check_cache, log
         self.run_dir = out / _inside(name) / _inside(key)
         with machine_errors(self.run_dir):
             make_folder(self.run_dir)
@@ -109,12 +115,14 @@ class Workspace:
         key = stage_key(stage, parts)
         entry = self.cache / stage / key
         with machine_errors(entry):
-            reused = not self.fresh and _damage(entry) is None
+            reused = not self.fresh and damage(entry, whole=self.check_cache) is None
             if not reused:
                 make_folder(entry.parent)
                 with self._only_maker(stage, Lock(entry.parent / f".{key}.lock")):
                     reused = self._make(stage, entry, parts, make)
-            manifest = read_json(entry / MANIFEST)
+            manifest = manifest_of(entry)
+            if manifest is None:
+                raise ContractError(f"{entry / MANIFEST} is gone, and was there a moment ago")
             if reused:
                 self.log(f"{stage}: reused, made {manifest['created']}")
             self._place(stage, entry, manifest["files"], place)
@@ -154,13 +162,10 @@ class Workspace:
                 shutil.rmtree(partial)
             self.log(f"{stage}: runs (asked to make it anew)")
         else:
-            why = would_reuse(self.cache, stage, parts)[1]
+            why = would_reuse(self.cache, stage, parts, whole=self.check_cache)[1]
             if not why:  # whoever held the lock before us has finished it
                 return True
-            if entry.exists():
-                self.log(f"{stage}: removing a damaged entry, {entry}")
-                shutil.rmtree(entry)
-            if partial.exists() and _damage(partial) is None:
+            if partial.exists() and damage(partial) is None:
                 # The manifest is proof that only the rename was missing; the checkpoints are gone already.
                 _commit(partial, entry)
                 return True
@@ -177,45 +182,81 @@ class Workspace:
         return False
 
     def _place(self, stage: str, entry: Path, files: Mapping[str, Any], place: Mapping[str, str]) -> None:
-        placed = _json_or_none(self.run_dir / PLACED) or {}
+        placed = read_placed(self.run_dir)
         before = json.dumps(placed)
         for rule, destination in place.items():
             wanted = _destinations(list(files), rule, destination)
             old = {name for name, was in placed.items() if (was["stage"], was["rule"]) == (stage, rule)}
             for name in old - wanted.keys():
                 # An engine of yesterday beside a build that was deferred today would pass for today's.
-                if _unchanged(self.run_dir / _inside(name), placed.pop(name)):
+                record, path = placed.pop(name), self.run_dir / _inside(name)
+                if path.is_file() and differs(path, record["sha256"], Seen.from_json(record)) is None:
                     self.log(f"{stage}: no longer made, removed from the run: {name}")
-                    (self.run_dir / name).unlink()
+                    path.unlink()
             for name, source in wanted.items():
-                target, record = self.run_dir / name, placed.get(name)
-                sha256 = files[source]["sha256"]
-                if record is None or record["sha256"] != sha256 or not _unchanged(target, record):
-                    partial = target.with_name(f".{target.name}.tmp")
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(entry / source, partial)
-                    os.replace(partial, target)
-                    stat = target.stat()
-                    record = {"sha256": sha256, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-                placed[name] = {**record, "stage": stage, "rule": rule}
+                record = self._put(stage, entry / source, name, files[source]["sha256"], placed.get(name))
+                placed[name] = {**record.to_json(), "stage": stage, "rule": rule}
         if json.dumps(placed) != before:
-            write_json(self.run_dir / PLACED, placed)
+            write_placed(self.run_dir, placed)
+
+    def _put(self, stage: str, source: Path, name: str, sha256: str, record: object) -> Seen:
+        """Let the run's file `name` be what `source` is, whose digest is `sha256`."""
+        target, seen = self.run_dir / name, Seen.from_json(record)
+        if target.is_file():
+            if seen is not None and seen.sha256 == sha256 and not self.check_cache and seen.holds(target):
+                return seen
+            found = Seen.now(target)
+            if found.sha256 == sha256:
+                return found
+            if seen is not None and seen.sha256 == sha256:
+                self.log(f"{stage}: {name} in the run was changed, and is put back")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not copy_checked(source, target, sha256):
+            raise MachineError(
+                f"{source} has other content than a moment ago",
+                fix="check the disk, then run again with --check-cache",
+            )
+        return Seen.now(target)
+
+    def record(self, *names: str) -> None:
+        """Remember the digests of files that the run itself has written, as of those that were placed."""
+        placed = read_placed(self.run_dir)
+        for name in names:
+            placed[name] = {**Seen.now(self.run_dir / name).to_json(), "stage": "run", "rule": name}
+        write_placed(self.run_dir, placed)
 
 
-def would_reuse(cache: Path, stage: str, parts: Mapping[str, object]) -> tuple[bool, str]:
-    """Whether `step` would find this stage finished; if not, what changed since the recipe's last one."""
+def read_placed(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Records of the files of a run by name: `Seen`, and the stage and rule that placed them. Empty where the
+    list itself is missing, torn or altered: then all files are placed again.
+    """
+    found = read_sealed(run_dir / PLACED) or {}
+    return found.get("files", {})
+
+
+def write_placed(run_dir: Path, placed: Mapping[str, Mapping[str, Any]]) -> None:
+    write_sealed(run_dir / PLACED, {"files": placed})
+
+
+def would_reuse(
+    cache: Path, stage: str, parts: Mapping[str, object], *, whole: bool = False
+) -> tuple[bool, str]:
+    """True if `step` would find this stage finished; if not, what changed since the recipe's last one.
+
+    `whole`: read every file, whatever is remembered of it.
+    """
     parts = plain(parts)
     entry = cache / stage / stage_key(stage, parts)
     with machine_errors(entry):
-        damage = _damage(entry)
-        if damage is None:
+        wrong = damage(entry, whole=whole)
+        if wrong is None:
             return True, ""
         if entry.is_dir():
-            return False, f"damaged: {damage}"
+            return False, f"damaged: {wrong}"
         if entry.with_name(entry.name + ".partial").is_dir():
             return False, "unfinished: goes on from where it was stopped"
         finished = [path for path in (cache / stage).glob("*") if not path.suffix]
-        manifests = [_manifest(path) for path in finished]
+        manifests = [manifest_of(path) for path in finished]
     same = [found for found in manifests if found and found["parts"].get("recipe") == parts.get("recipe")]
     if not same:
         return False, "never finished for this recipe"
@@ -258,6 +299,7 @@ def _seal(partial: Path, made: Mapping[str, object]) -> None:
     """Drop what is only there for resuming, and write the manifest of the rest."""
     files: dict[str, dict[str, Any]] = {}
     spent: list[Path] = []
+    memory = _memory(partial)
     for path in sorted(partial.rglob("*")):
         name = path.relative_to(partial).as_posix()
         if name.startswith("checkpoint") or ".tmp" in {Path(part).suffix for part in name.split("/")}:
@@ -270,7 +312,7 @@ def _seal(partial: Path, made: Mapping[str, object]) -> None:
         else:
             sync(path)
             if path.is_file():
-                files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+                files[name] = {"sha256": memory.digest(name, whole=True), "bytes": path.stat().st_size}
     content = "".join(f"{name}\0{files[name]['sha256']}\n" for name in sorted(files))
     # Only now: whoever is killed while hashing still has the checkpoints.
     for path in reversed(spent):
@@ -281,7 +323,8 @@ def _seal(partial: Path, made: Mapping[str, object]) -> None:
         "digest": hashlib.sha256(content.encode()).hexdigest(),
         "created": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
     }
-    write_json(partial / MANIFEST, manifest)
+    memory.keep()
+    write_sealed(partial / MANIFEST, manifest)
     sync(partial / MANIFEST)
     sync(partial)
 
@@ -298,30 +341,44 @@ def _commit(partial: Path, entry: Path) -> None:
         shutil.rmtree(old)
 
 
-def _damage(entry: Path) -> str | None:
-    """How the folder differs from its manifest, or None. By size only, because hashing takes minutes."""
-    manifest = _manifest(entry)
+def damage(entry: Path, *, whole: bool = False) -> str | None:
+    """How the folder differs from its manifest, or None. `whole`: read every file, whatever is remembered."""
+    manifest = manifest_of(entry)
     if manifest is None:
-        return f"{MANIFEST} is missing or torn"
-    for name, promised in manifest["files"].items():
+        return f"{MANIFEST} is missing, torn or altered"
+    key = entry.name.removesuffix(".partial")
+    if stage_key(manifest["stage"], manifest["parts"]) != key:
+        return f"{MANIFEST} belongs to another entry"
+    memory = _memory(entry)
+    try:
+        return next(_wrong(entry, manifest["files"], memory, whole), None)
+    finally:
+        memory.keep()
+
+
+def _memory(entry: Path) -> Memory:
+    """What is remembered of an entry's files; the rename of the entry changes none of it."""
+    key = entry.name.removesuffix(".partial")
+    return Memory(entry, entry.with_name(f".{key}.digests.json"))
+
+
+def _wrong(entry: Path, files: Mapping[str, Any], memory: Memory, whole: bool) -> Iterator[str]:
+    for name, promised in files.items():
         path = entry / name
         if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != promised["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {promised['bytes']}"
-    return None
+            yield f"{name} is missing"
+        elif path.stat().st_size != promised["bytes"]:
+            yield f"{name} has {path.stat().st_size} bytes instead of {promised['bytes']}"
+        elif memory.digest(name, whole=whole) != promised["sha256"]:
+            memory.forget(name)
+            if memory.digest(name) != promised["sha256"]:
+                yield f"{name} has other content than was written"
 
 
-def _manifest(entry: Path) -> dict[str, Any] | None:
-    found = _json_or_none(entry / MANIFEST)
-    return found if isinstance(found, dict) and found.keys() >= _PROMISED else None
-
-
-def _json_or_none(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
+def manifest_of(entry: Path) -> dict[str, Any] | None:
+    """Manifest of a finished entry; None where it is missing, torn or altered."""
+    found = read_sealed(entry / MANIFEST)
+    return found if found is not None and found.keys() >= _PROMISED else None
 
 
 def _destinations(files: Collection[str], rule: str, destination: str) -> dict[str, str]:
@@ -338,12 +395,3 @@ def _destinations(files: Collection[str], rule: str, destination: str) -> dict[s
             keeps_name = is_glob or (into_folder and not rest)
             found[str(base.joinpath(*above[-1:] if keeps_name else (), *rest))] = file
     return found
-
-
-def _unchanged(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether a placed file is still as it was placed."""
-    try:
-        stat = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return (stat.st_size, stat.st_mtime_ns) == (record["bytes"], record["mtime_ns"])

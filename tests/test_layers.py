@@ -28,7 +28,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "export_options", "schema",
         "custom_code", "custom_loaded", "custom_values", "own", "artifacts", "plan",
         "models.architecture", "models.config_values", "models.files",
-        "codekey", "system", "host", "processes", "progress", "history",
+        "codekey", "digests", "system", "host", "processes", "progress", "history",
         "yamlfile",
         "distance", "tensorfile", "goals", "rates", "strict_json", "report.junit",
     }),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qcompress import system, workspace
+from qcompress import digests, system, workspace
 from qcompress.errors import BusyError, MachineError, UsageError
 from qcompress.workspace import Workspace, stage_key, would_reuse
 
@@ -184,7 +184,7 @@ def test_a_read_only_disk_still_serves_what_is_finished(small_disk: Path, tmp_pa
         (errno.EROFS, "Read-only file system"),
     ],
 )
-@pytest.mark.parametrize("culprit", ["make", "sha256_file", "write_json"])
+@pytest.mark.parametrize("culprit", ["make", "sha256_file", "write_sealed"])
 def test_refusals_of_the_machine_become_machine_errors_wherever_they_happen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str, culprit: str
 ) -> None:
@@ -193,7 +193,7 @@ def test_refusals_of_the_machine_become_machine_errors_wherever_they_happen(
 
     with open_space(tmp_path) as space:
         if culprit != "make":
-            monkeypatch.setattr(workspace, culprit, refuse)
+            monkeypatch.setattr(digests if culprit == "sha256_file" else workspace, culprit, refuse)
         with pytest.raises(MachineError, match=rf"\.partial: .*{words}") as refusal:
             space.step("train", PARTS, refuse if culprit == "make" else write(a="1"))
     assert refusal.value.fix

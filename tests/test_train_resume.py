@@ -261,3 +261,20 @@ def test_a_checkpoint_is_due_when_its_time_has_come_and_not_before(
     assert checkpoints.due()
     checkpoints.save(Position(), Two(), {"moves"}, None, [], [], {})
     assert not checkpoints.due()
+
+
+@pytest.mark.parametrize("file", [qcompress.checkpoint.NAME, "history.jsonl"])
+@pytest.mark.parametrize("where", [0.02, 0.5, 0.97])
+def test_training_never_goes_on_from_bits_that_nobody_wrote(
+    uninterrupted: Callable[[str], dict[str, bytes]], tmp_path: Path, tiny_model: Path, text_file: Path,
+    file: str, where: float,
+) -> None:  # fmt: skip
+    made = start_line(tmp_path / "line", tiny_model, text_file, recipe(text_file, "lsq", 0))
+    assert run(made, ("update", 4)) == -signal.SIGKILL
+    damaged = made.trained.path / file
+    data = bytearray(damaged.read_bytes())
+    data[int(len(data) * where)] ^= 4
+    damaged.write_bytes(data)
+    assert file in (Checkpoints(made.trained.path, 0).damage() or "")
+    assert run(made) == 0
+    assert outcome(made) == uninterrupted("lsq")

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from qcompress import workspace
+from qcompress import digests, workspace
+from qcompress.digests import write_sealed
 from qcompress.errors import ContractError
 from qcompress.workspace import Step, Workspace, followed, point_latest, stage_key, would_reuse
 
@@ -80,25 +81,25 @@ def train_and_die(folder: Path, moment: str) -> None:
         if now == moment:
             die()
 
-    hash_file, write_json, rename = workspace.sha256_file, workspace.write_json, os.rename
+    hash_file, write_sealed, rename = digests.sha256_file, workspace.write_sealed, os.rename
 
     def rename_or_die(source: Path, target: Path) -> None:
         reached("before the rename")
         rename(source, target)
         reached("after the rename")
 
-    def write_json_or_die(path: Path, value: object) -> None:
+    def write_sealed_or_die(path: Path, value: dict[str, object]) -> None:
         if moment == "half a manifest":
             path.write_text(json.dumps(value)[:40])
             die()
-        write_json(path, value)
+        write_sealed(path, value)
 
     def hash_or_die(path: Path) -> str:
         if path.name == "labels":
             reached("hashing")
         return hash_file(path)
 
-    workspace.sha256_file, workspace.write_json, os.rename = hash_or_die, write_json_or_die, rename_or_die
+    digests.sha256_file, workspace.write_sealed, os.rename = hash_or_die, write_sealed_or_die, rename_or_die
     with open_space(folder) as space:
         space.step("train", PARTS, lambda partial: train(partial, folder / "calls", reached))
 
@@ -200,6 +201,19 @@ def write(**files: str) -> Callable[[Path], None]:
     return make
 
 
+def flip(file: Path, keep_times: bool = False) -> None:
+    """Turn one bit in the middle of a file, as a bad disk does; the system's own write changes the times."""
+    data, state = bytearray(file.read_bytes()), file.stat()
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    if keep_times:
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def manifest_of(entry: Path) -> dict[str, object]:
+    return json.loads((entry / "manifest.json").read_text())
+
+
 def never(partial: Path) -> None:
     raise AssertionError(f"made again: {partial}")
 
@@ -221,9 +235,22 @@ def test_a_finished_stage_is_reused_by_another_run_and_named_in_the_log(tmp_path
     [
         (lambda entry: (entry / "a").write_text("12"), "a has 2 bytes instead of 3"),
         (lambda entry: (entry / "a").unlink(), "a is missing"),
-        (lambda entry: (entry / "manifest.json").unlink(), "manifest.json is missing or torn"),
-        (lambda entry: (entry / "manifest.json").write_text('{"files"'), "manifest.json is missing or torn"),
-        (lambda entry: (entry / "manifest.json").write_text("{}"), "manifest.json is missing or torn"),
+        (lambda entry: (entry / "a").write_text("124"), "a has other content than was written"),
+        (lambda entry: flip(entry / "a", keep_times=True), "a has other content than was written"),
+        (lambda entry: flip(entry / "manifest.json"), "manifest.json is missing, torn or altered"),
+        (
+            lambda entry: write_sealed(entry / "manifest.json", {**manifest_of(entry), "parts": {}}),
+            "manifest.json belongs to another entry",
+        ),
+        (lambda entry: (entry / "manifest.json").unlink(), "manifest.json is missing, torn or altered"),
+        (
+            lambda entry: (entry / "manifest.json").write_text('{"files"'),
+            "manifest.json is missing, torn or altered",
+        ),
+        (
+            lambda entry: (entry / "manifest.json").write_text("{}"),
+            "manifest.json is missing, torn or altered",
+        ),
     ],
 )
 def test_a_damaged_entry_is_noticed_and_made_again(

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompress import pipeline
-from qcompress.artifacts import FloatModel, TrainedModel, read_json, write_json
+from qcompress.artifacts import FloatModel, TrainedModel
 from qcompress.codekey import code_digest, stage_key
 from qcompress.data_options import FILES
+from qcompress.digests import SEAL, read_sealed, write_sealed
 from qcompress.host import device_kind, threads
 from qcompress.key_scope import NO_RESULT, versions_of
 from qcompress.keys import prepare
@@ -64,9 +65,11 @@ def measure_layers(
     """Costs of each layer on the samples that choose. What was measured once is found again in the cache."""
     steps = _calibrate(resolved, place)
     file = place.cache / "sensitivity" / f"{_key(resolved, steps, sampling, wins)}.json"
-    if file.is_file():
+    if (known := read_sealed(file)) is not None:
         place.reporter.say(f"{title}: its costs are there")
-        return LayerCosts(**read_json(file))
+        return LayerCosts(**{name: value for name, value in known.items() if name != SEAL})
+    if file.is_file():
+        place.reporter.say(f"{title}: damaged: {file}; its costs are measured again")
     from qcompress.sensitivity.measure import weight_errors
 
     ready = _prepare(resolved, steps, sampling)
@@ -80,7 +83,7 @@ def measure_layers(
         unit="squared difference" if ready.kind == "regression" else "nats",
     )
     make_folder(file.parent)
-    write_json(file, asdict(found))
+    write_sealed(file, asdict(found))
     return found
 
 

@@ -112,6 +112,9 @@ def _set_up(
     """
     family, sites = FAMILIES[architecture.family], plan_sites(recipe, architecture, plan)
     checkpoints = Checkpoints(out, recipe.train.checkpoint_every_s)
+    if processes.first and (wrong := checkpoints.damage()):
+        reporter.say(f"train: damaged: {wrong}; training begins anew")
+        checkpoints.discard()
     resuming = processes.agree(checkpoints.file.is_file())
     reference = _reference(float_model, architecture, accelerator)
     if isinstance(adapter, FittedAdapter) and not resuming:
