@@ -20,7 +20,7 @@ from tiny_bert import LABELS, PADDING, save_encoder
 from transformers import PreTrainedTokenizerFast
 
 from qcompress import api
-from qcompress.artifacts import read_json, sha256_file, write_json
+from qcompress.artifacts import graph_digests, read_json, sha256_file, write_json
 from qcompress.bundle import config as triton
 from qcompress.bundle.triton import bundle
 from qcompress.errors import ExportError
@@ -261,6 +261,8 @@ def with_graph(run: Path, change: Any) -> None:
     parity = read_json(run / "parity.json")
     parity["onnx"]["sha256"] = sha256_file(run / "model.onnx")
     write_json(run / "parity.json", parity)
+    certificate = read_json(run / "certificate.json")
+    write_json(run / "certificate.json", {**certificate, "files": graph_digests(run / "model.onnx")})
     shutil.rmtree(run / "engine")
 
 

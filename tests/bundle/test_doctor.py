@@ -20,7 +20,7 @@ from lines import Result, cli, exported, finished
 from test_cli import without_torch
 
 from qcompress import doctor
-from qcompress.artifacts import read_json, sha256_file, write_json
+from qcompress.artifacts import graph_digests, read_json, sha256_file, write_json
 from qcompress.bundle import examine
 from qcompress.bundle.triton import bundle
 from qcompress.finished import load
@@ -243,6 +243,8 @@ def test_external_data_travel_and_are_missed(
     parity = read_json(run / "parity.json")
     parity["onnx"]["sha256"] = sha256_file(run / "model.onnx")
     write_json(run / "parity.json", parity)
+    certificate = read_json(run / "certificate.json")
+    write_json(run / "certificate.json", {**certificate, "files": graph_digests(run / "model.onnx")})
     out = tmp_path / "repository"
     bundle(load(run), out)
     assert asked(out)[0].code == 0
