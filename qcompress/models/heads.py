@@ -98,7 +98,8 @@ def check_config(
 def label_names(config: dict[str, Any]) -> tuple[str, ...] | None:
     """Names of the outputs in their order, from `id2label`; None where config.json has none.
 
-    Raises ModelError for numbers that are not 0, 1, 2 ... and for a name that is used twice.
+    Raises ModelError for numbers that are not 0, 1, 2 ..., a name that is used twice, and a `label2id` that
+    gives a name another number.
     """
     named = config.get("id2label")
     if named is None or named == {}:
@@ -131,7 +132,22 @@ def label_names(config: dict[str, Any]) -> tuple[str, ...] | None:
             f"id2label gives the outputs {first} and {second} one name, {twice!r}",
             f'give each a name of its own, such as "{second}": "{twice}_{second}"',
         )
+    _check_label2id(config.get("label2id"), names)
     return tuple(names)
+
+
+def _check_label2id(found: Any, names: Sequence[str]) -> None:
+    """Refuse a label2id that gives a name of id2label another number; names of another head say nothing."""
+    if found is None or found == {}:
+        return
+    right = json.dumps({name: number for number, name in enumerate(names[:12])}, ensure_ascii=False)
+    fix = f'write "label2id": {right}' if len(names) <= 12 else "remove label2id"
+    if not isinstance(found, dict):
+        raise _labels_error(f"label2id must be a map from names to numbers, found {found!r:.60}", fix)
+    for number, name in enumerate(names):
+        if name in found and str(found[name]) != str(number):
+            message = f"{name!r:.60} is the output {number} in id2label and {found[name]!r:.20} in label2id"
+            raise _labels_error(message, fix)
 
 
 def _labels_error(message: str, fix: str) -> ModelError:
@@ -212,12 +228,13 @@ def check_shapes(
             )
 
 
-def check_leftover(names: Iterable[str], told: str = "which config.json does not ask for") -> None:
-    """Refuse tensors of a checkpoint's blocks that the model has no place for; transformers ignores them."""
+def check_leftover(names: Iterable[str]) -> None:
+    """Refuse tensors of a checkpoint's blocks without a place in the model, which transformers leaves out."""
     left = sorted(names)
     if left:
         raise ModelError(
-            f"the checkpoint has {', '.join(left[:3])} ({len(left)} tensors in all), {told}",
+            f"the checkpoint has {', '.join(left[:3])} ({len(left)} tensors in all), "
+            "which config.json does not ask for",
             fix="take config.json and model.safetensors from the same checkpoint",
         )
 

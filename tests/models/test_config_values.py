@@ -74,38 +74,27 @@ def test_blocks_that_config_json_does_not_count_are_told(
 ) -> None:
     count = json.loads((checkpoints[family] / "config.json").read_text())[key]
     source = edited(checkpoints[family], tmp_path / "model", **{key: count - 1})
-    with pytest.raises(
-        ModelError, match=f"{key} {count - 1}, and the checkpoint has {count} blocks"
-    ) as error:
+    says = f"{key} {count - 1}, and the checkpoint has {count} blocks"
+    with pytest.raises(ModelError, match=says) as error:
         described(family, source, blocks)
     assert f'write "{key}": {count}' in str(error.value.fix)
     assert len(described(family, checkpoints[family], [0]).blocks) == 1
     assert len(described(family, source, [0]).blocks) == 1  # the recipe says which
 
 
-def test_depths_of_convolutional_nets_are_those_of_the_checkpoint(
-    checkpoints: Checkpoints, tmp_path: Path
-) -> None:
-    config = json.loads((checkpoints["resnet"] / "config.json").read_text())
-    depths, sizes = config["depths"], config["hidden_sizes"]
-    fewer = {
-        "block": {"depths": [*depths[:-1], depths[-1] - 1]}
-        if depths[-1] > 1
-        else {"depths": [1] * len(depths)},
-        "first": {"depths": [max(1, depths[0] - 1), *depths[1:]]},
-    }
-    for name, change in fewer.items():
-        source = edited(checkpoints["resnet"], tmp_path / name, **change)
-        if change["depths"] != depths:
-            with pytest.raises(ModelError, match=r"the checkpoint has encoder\.stages\."):
-                described("resnet", source)
-    assert len(sizes) == len(depths) and described("resnet", checkpoints["resnet"]).blocks
+def test_depths_of_a_resnet_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    whole = save_net(tmp_path / "whole", "basic")
+    depths = json.loads((whole / "config.json").read_text())["depths"]
+    assert max(depths) > 1
+    shallow = edited(whole, tmp_path / "shallow", depths=[1] * len(depths))
+    with pytest.raises(ModelError, match=r"the checkpoint has encoder\.stages\."):
+        described("resnet", shallow)
 
 
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("resnet", "resnet.encoder.stages.0.layers.0.layer.9.convolution.weight"),
+        ("resnet", "resnet.encoder.stages.0.layers.1.shortcut.convolution.weight"),
         ("resnet", "resnet.encoder.stages.9.layers.0.layer.0.convolution.weight"),
         ("efficientnet", "efficientnet.encoder.blocks.99.projection.project_conv.weight"),
         ("cifar-resnet", "layer1.7.conv1.weight"),
@@ -247,6 +236,14 @@ LABELS: list[tuple[dict[str, Any], str, str]] = [
     ({"id2label": "no,yes"}, "must be a map", '"id2label"'),
     ({"id2label": {"no": 0, "yes": 1}}, "keys that are no numbers", "numbers of the outputs"),
     ({"id2label": {"0": None, "1": "yes"}}, "not a text: None", '"LABEL_0"'),
+    (
+        {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 1, "yes": 0}},
+        "'no' is the output 0 in id2label and 1 in label2id",
+        '"label2id": {"no": 0, "yes": 1}',
+    ),
+    ({"id2label": {"0": "no", "1": "yes"}, "label2id": {"yes": None}}, "None in label2id", '"label2id"'),
+    ({"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 2}}, "2 in label2id", '"label2id"'),
+    ({"id2label": {"0": "no", "1": "yes"}, "label2id": ["no", "yes"]}, "must be a map", '"label2id"'),
 ]
 
 
@@ -258,9 +255,8 @@ def test_names_of_outputs_are_one_for_each_from_0(config: dict[str, Any], says: 
 
 
 def test_check_of_a_checkpoint_reads_the_same_names(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    for place, names in enumerate(
-        ({"0": "a", "1": "b", "3": "c"}, ["a", "b", "c"], {"0": "a", "1": "b", "2": "a"})
-    ):
+    wrong = ({"0": "a", "1": "b", "3": "c"}, ["a", "b", "c"], {"0": "a", "1": "b", "2": "a"})
+    for place, names in enumerate(wrong):
         source = edited(checkpoints["bert"], tmp_path / str(place), id2label=names)
         with pytest.raises(ModelError, match="config.json: id2label"):
             described("bert", source)
@@ -272,6 +268,7 @@ def test_check_of_a_checkpoint_reads_the_same_names(checkpoints: Checkpoints, tm
         {"id2label": {"1": "yes", "0": "no"}, "label2id": {"no": 0, "yes": 1}},
         {"id2label": {"0": "no", "1": "yes"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}},
         {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": "0", "yes": "1"}},
+        {"id2label": {"0": "no", "1": "yes"}, "label2id": {"bad": 0, "good": 1}},
         {"id2label": {"0": "no", "1": "yes"}},
     ],
 )
