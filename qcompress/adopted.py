@@ -25,9 +25,10 @@ from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.architecture import Input
 from qcompress.targets.child import command, environment
 from qcompress.targets.contents import INTEGERS, contents
-from qcompress.targets.graph import View, dimensions, read, type_word
+from qcompress.targets.graph import View, dimensions, read
 from qcompress.targets.lint import lint
 from qcompress.targets.table import find_target
+from qcompress.targets.tensors import type_word
 from qcompress.targets.trial import ROWS, TOKENS
 
 TRIAL_MIB, TRIAL_S = 16384, 600

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from qcompress.plan import LayerPlan
-from qcompress.targets.sizes import stored_bytes
+from qcompress.targets.tensors import stored_bytes
 
 PARTS = ("codes", "scale", "zero", "assignments", "centroids")
 """What a weight's initializers are called, after its name."""

@@ -15,7 +15,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from google.protobuf.message import Message
 
 from qcompress.errors import ExportError
-from qcompress.targets.graph import View, dimensions, type_word
+from qcompress.targets.graph import View, dimensions
+from qcompress.targets.tensors import type_word
 
 DESCRIPTION = Path(__file__).with_name("model_config.textproto")
 

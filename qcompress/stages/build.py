@@ -19,6 +19,7 @@ from qcompress.targets.graph import View, dimensions, read
 from qcompress.targets.process import Progress, run_builder
 from qcompress.targets.profiles import profile_shapes
 from qcompress.targets.sizes import check_plan, limit_bytes, predicted_bytes
+from qcompress.targets.soundness import demand_sound
 from qcompress.targets.table import Target, find_target, option_refusals
 
 PLAN, RECORD = "model.plan", "build.json"
@@ -40,6 +41,7 @@ def build_file(file: Path, options: Build, out: Path, progress: Progress | None 
             f"build.timing_cache: {cache} cannot be written", fix="name a file in a folder that is there"
         )
     view = read(file)
+    demand_sound(view)
     record = _record(view, target, options)
     if target.backend is None:
         return _write(out, record, status="none", reason=f"target {target.name} runs the ONNX file itself")

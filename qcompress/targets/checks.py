@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,6 @@ from qcompress.targets.graph import (
     attribute,
     operand,
     result,
-    type_word,
 )
 from qcompress.targets.quantizers import (
     MOVES,
@@ -35,6 +34,7 @@ from qcompress.targets.quantizers import (
     users_of,
 )
 from qcompress.targets.table import Target
+from qcompress.targets.tensors import type_word
 
 FORMATS_KEY = "qcompress.formats"
 """Key of an ONNX file's metadata that says how its layers are quantized, as JSON."""
@@ -66,11 +66,23 @@ class Broken(NamedTuple):
 # Zero points and scales ---------------------------------------------------------------------------
 
 
+def _judged(view: View, index: int, judge: Callable[[np.ndarray], str]) -> Iterator[Broken]:
+    """Parameters in which `judge` finds something. It looks at a stored tensor once, whoever reads it."""
+    known: dict[str, str] = {}
+    for node, name in parameters(view, index):
+        if name not in known:
+            values = view.values(name)
+            known[name] = "" if values is None else judge(values)
+        if known[name]:
+            yield Broken(layer_name(view, node), known[name])
+
+
 def zero_points(view: View, target: Target) -> Iterator[Broken]:
-    for node, name in parameters(view, ZERO_POINT):
-        values = view.values(name)
-        if values is not None and np.any(numbers := values.astype(np.int64)):
-            yield Broken(layer_name(view, node), f"zero point {numbers[numbers != 0].flat[0]}")
+    def judge(values: np.ndarray) -> str:
+        numbers = values.astype(np.int64)
+        return f"zero point {numbers[numbers != 0].flat[0]}" if np.any(numbers) else ""
+
+    yield from _judged(view, ZERO_POINT, judge)
 
 
 def moving_zero_points(view: View, target: Target) -> Iterator[Broken]:
@@ -86,19 +98,19 @@ def moving_scales(view: View, target: Target) -> Iterator[Broken]:
 
 
 def scales_not_positive(view: View, target: Target) -> Iterator[Broken]:
-    for node, name in parameters(view, SCALE):
-        values = view.values(name)
-        # `not >` rather than `<=`, which NaN would pass.
-        if values is not None and (bad := values[~(values.astype(np.float64) > 0)]).size:
-            found = f"scale {float(bad.flat[0]):g} ({bad.size} of {values.size})"
-            yield Broken(layer_name(view, node), found)
+    def judge(values: np.ndarray) -> str:
+        bad = values[~(values.astype(np.float64) > 0)]  # `not >` rather than `<=`, which NaN would pass
+        return f"scale {float(bad.flat[0]):g} ({bad.size} of {values.size})" if bad.size else ""
+
+    yield from _judged(view, SCALE, judge)
 
 
 def scales_not_finite(view: View, target: Target) -> Iterator[Broken]:
-    for node, name in parameters(view, SCALE):
-        values = view.values(name)
-        if values is not None and (count := int(np.isposinf(values.astype(np.float64)).sum())):
-            yield Broken(layer_name(view, node), f"scale inf ({count} of {values.size})")
+    def judge(values: np.ndarray) -> str:
+        count = int(np.isposinf(values.astype(np.float64)).sum())
+        return f"scale inf ({count} of {values.size})" if count else ""
+
+    yield from _judged(view, SCALE, judge)
 
 
 def scale_types(view: View, target: Target) -> Iterator[Broken]:
@@ -156,9 +168,16 @@ def _same(size: int | str | None, count: int | str | None) -> bool:
 
 
 def unsigned_activations(view: View, target: Target) -> Iterator[Broken]:
+    zero: dict[str, bool] = {}
     for node in activations_of(view):
-        values = view.values(operand(node, 2))
-        if code_type(view, node) == "UINT8" and (values is None or not np.any(values)):
+        name = operand(node, 2)
+        if code_type(view, node) != "UINT8":
+            continue
+        if name not in zero:
+            values = view.values(name)
+            zero[name] = values is None or not np.any(values)
+        if zero[name]:
+            values = view.constants.get(name)
             how = "" if values is not None else ", ONNX's choice where no zero point is given"
             yield Broken(node_name(node), f"uint8{how}")
 
@@ -238,16 +257,17 @@ def lone_quantizers(view: View, target: Target) -> Iterator[Broken]:
 
 def integer_operators(view: View, target: Target) -> Iterator[Broken]:
     for node in view.nodes:
-        if node.op_type in INTEGER_OPERATORS or node.op_type.startswith(("QLinear", "DynamicQuantize")):
-            yield Broken(node_name(node), node.op_type)
+        op = node.op_type
+        if op in INTEGER_OPERATORS or op.startswith(("QLinear", "DynamicQuantize")):
+            yield Broken(node_name(node), op)
 
 
 def lost_quantization(view: View, target: Target) -> Iterator[Broken]:
     try:
-        formats = json.loads(view.metadata.get(FORMATS_KEY, "null"))
+        promised = _says_quantized(json.loads(view.metadata.get(FORMATS_KEY, "null")))
     except (ValueError, RecursionError):
-        formats = None
-    if _says_quantized(formats) and not any(view.named(QUANTIZE, DEQUANTIZE)):
+        promised = False
+    if promised and not any(view.named(QUANTIZE, DEQUANTIZE)):
         yield Broken("(graph)", f"metadata {FORMATS_KEY} names integer formats, the graph has no Q/DQ node")
 
 

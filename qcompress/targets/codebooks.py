@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from onnx import NodeProto
 
-from qcompress.targets.graph import DEQUANTIZE, View, attribute, operand, result, type_word
+from qcompress.targets.graph import DEQUANTIZE, View, attribute, operand, result
+from qcompress.targets.tensors import type_word
 
 NARROW = ("UINT8", "INT8", "UINT16", "INT16")
 """Types that indices are stored in; Gather takes none of them, hence the Cast."""

@@ -1,29 +1,33 @@
 """A read-only view of an ONNX file: what is constant, who reads what, and of which type it is. No torch.
 
 Tensors are read on demand (a linter needs scales, not weights). Subgraphs and functions are looked into as
-well: `nodes` holds the nodes of all of them. External data is taken from the file's own folder only.
+well: `nodes` holds the nodes of all of them. `model_file.py` reads the file.
 """
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
+import gc
+import heapq
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto
 
 from qcompress.errors import ExportError
-from qcompress.targets.child import command, environment
+from qcompress.targets.model_file import data_files, graphs_of, load
+from qcompress.targets.tensors import misfit
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 DOMAINS = ("", "ai.onnx")
 RUNTIME = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
+CODER_DOMAINS = (*DOMAINS, RUNTIME)
+"""Domains of QuantizeLinear and DequantizeLinear."""
 
 FLOATS = {
     TensorProto.FLOAT: "fp32",
@@ -32,8 +36,8 @@ FLOATS = {
 }
 """Types that a model computes in."""
 
-INLINER_MIB, INLINER_S = 4096, 120
-"""What the process may take that inlines functions."""
+MOST_NAMES = 4_000_000
+"""Most inputs and outputs of all nodes together."""
 
 Shape = tuple[int | str | None, ...]
 """Dimensions as numbers and names, None for one that has neither."""
@@ -43,6 +47,30 @@ UNTYPED = (
     "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
 )  # fmt: skip
 """Operators whose output does not have the type of an input."""
+
+
+class Wire(NamedTuple):
+    """A node with its names, which are slow to ask a message for."""
+
+    node: NodeProto
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Steps:
+    """Bounds the walks through a graph: a hostile one makes each of them long."""
+
+    def __init__(self, file: Path, nodes: int) -> None:
+        self._file, self._left = file, 1_000_000 + 10 * nodes
+
+    def take(self, count: int = 1) -> None:
+        """Raise ExportError where all walks together are longer than those of any model."""
+        self._left -= count
+        if self._left < 0:
+            raise ExportError(
+                f"{self._file}: the operators behind its quantized tensors branch too often to be followed",
+                fix="export the model again; no model moves a tensor through so many operators",
+            )
 
 
 @dataclass(frozen=True)
@@ -57,6 +85,8 @@ class View:
     outputs: frozenset[str]
     graphs: tuple[GraphProto, ...]
     """The main graph, and those inside its nodes."""
+    wires: tuple[tuple[Wire, ...], ...]
+    """Nodes of each graph."""
     nodes: tuple[NodeProto, ...]
     """Of all graphs."""
     constants: dict[str, TensorProto]
@@ -70,20 +100,34 @@ class View:
     """Constants, and what is computed from constants alone: what a parser can know when it builds."""
     types: dict[str, int] = field(default_factory=dict)
     """Element types as far as they are known; a missing one may be anything."""
+    operators: dict[str, list[tuple[int, NodeProto]]] = field(default_factory=dict)
+    """Nodes of ONNX's own operators with their places in `nodes`, by operator."""
+    roots: dict[str, str] = field(default_factory=dict)
+    """What `root` has found."""
+    sources: dict[str, NodeProto | None] = field(default_factory=dict)
+    """What `quantizers.dequantizer_of` has found."""
+    steps: Steps = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", Steps(self.file, len(self.nodes)))
 
     def named(self, *ops: str) -> Iterator[NodeProto]:
         """Nodes of these operators of ONNX itself. ONNX Runtime writes QuantizeLinear and DequantizeLinear in
         its own domain for opsets that lack a type; TensorRT reads them as ONNX's.
         """
-        domains = {op: (*DOMAINS, RUNTIME) if op in (QUANTIZE, DEQUANTIZE) else DOMAINS for op in ops}
-        return (node for node in self.nodes if node.domain in domains.get(node.op_type, ()))
+        found = (self.operators.get(op, []) for op in dict.fromkeys(ops))
+        return (node for _, node in heapq.merge(*found, key=_place))
 
     def root(self, name: str) -> str:
         """The stored tensor at the start of a chain of first inputs, or where the chain ends."""
-        seen: set[str] = set()
+        seen: dict[str, None] = {}
         while name in self.producers and name not in self.constants and name not in seen:
-            seen.add(name)
+            if name in self.roots:
+                name = self.roots[name]
+                break
+            seen[name] = None
             name = operand(self.producers[name], 0) or name
+        self.roots.update(dict.fromkeys(seen, name))
         return name
 
     def shape(self, name: str) -> Shape | None:
@@ -98,6 +142,11 @@ class View:
         tensor = self.constants.get(name)
         if tensor is None:
             return None
+        if found := misfit(tensor, self.file.parent):  # before memory is taken for what it claims
+            raise ExportError(
+                f"{self.file}: tensor {name!r} cannot be read ({found})",
+                fix="copy the file and its data again, or export the model again",
+            )
         try:
             return onnx.numpy_helper.to_array(_copy(tensor), str(self.file.parent))
         except (ValueError, TypeError, KeyError, OSError, onnx.checker.ValidationError) as error:
@@ -105,6 +154,10 @@ class View:
                 f"{self.file}: tensor {name!r} cannot be read ({error})",
                 fix="export the model again, and copy it with its .data file",
             ) from None
+
+
+def _place(entry: tuple[int, NodeProto]) -> int:
+    return entry[0]
 
 
 def _copy(tensor: TensorProto) -> TensorProto:
@@ -134,136 +187,82 @@ def result(node: NodeProto) -> str:
     return node.output[0] if node.output else ""
 
 
-def type_word(kind: int) -> str:
-    """An element type in the words of ONNX: INT8."""
-    return next((word for word, value in TensorProto.DataType.items() if value == kind), f"type {kind}")
-
-
 def attribute(node: NodeProto, name: str, default: int) -> int:
     """An integer attribute of a node."""
     return next((item.i for item in node.attribute if item.name == name), default)
 
 
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python's collector of garbage is off: it would go through the nodes of a large graph again and again
+    while they are read.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_without_collector()
 def read(file: Path) -> View:
     """Open an ONNX file, without its external data."""
-    model = _load(file)
-    graphs = tuple(_graphs(model.graph))
-    nodes, constants, declared = [], {}, {}
+    model = load(file)
+    graphs = tuple(graphs_of(model.graph))
+    wires = tuple(
+        tuple(Wire(node, tuple(node.input), tuple(node.output)) for node in graph.node) for graph in graphs
+    )
+    everything = [wire for graph in wires for wire in graph]
+    if sum(len(wire.inputs) + len(wire.outputs) for wire in everything) > MOST_NAMES:
+        raise ExportError(
+            f"{file}: its nodes read and make more than {MOST_NAMES:,} values",
+            fix="name a model of one graph",
+        )
+    constants, declared = {}, {}
     for graph in graphs:
-        nodes += graph.node
         constants |= {tensor.name: tensor for tensor in graph.initializer}
         declared |= {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
-    for node in nodes:
-        if node.op_type == "Constant" and node.output:
+    operators: dict[str, list[tuple[int, NodeProto]]] = {}
+    readers: dict[str, list[NodeProto]] = {}
+    for place, (node, inputs, outputs) in enumerate(everything):
+        op = node.op_type
+        if op == "Constant" and outputs:
             for item in node.attribute:
                 if item.name == "value":
-                    constants[node.output[0]] = item.t
-    readers: dict[str, list[NodeProto]] = {}
-    for node in nodes:
-        for name in filter(None, node.input):
+                    constants[outputs[0]] = item.t
+        if node.domain in (CODER_DOMAINS if op in (QUANTIZE, DEQUANTIZE) else DOMAINS):
+            operators.setdefault(op, []).append((place, node))
+        for name in filter(None, inputs):
             readers.setdefault(name, []).append(node)
     view = View(
         file=file,
-        data_files=_data_files(file, constants),
+        data_files=data_files(file, graphs),
         opset=max((item.version for item in model.opset_import if item.domain in DOMAINS), default=0),
         inputs=tuple(value for value in model.graph.input if value.name not in constants),
         outputs=frozenset(value.name for value in model.graph.output),
         graphs=graphs,
-        nodes=tuple(nodes),
+        wires=wires,
+        nodes=tuple(wire.node for wire in everything),
         constants=constants,
-        producers={name: node for node in nodes for name in node.output if name},
+        producers={name: wire.node for wire in everything for name in wire.outputs if name},
         readers=readers,
         metadata={item.key: item.value for item in model.metadata_props},
         declared=declared,
+        operators=operators,
     )
     view.fixed.update(_fixed(view))
     view.types.update(_types(view))
     return view
 
 
-def _load(file: Path) -> ModelProto:
-    try:
-        model = onnx.load(file, format="protobuf", load_external_data=False)
-    except FileNotFoundError:
-        raise ExportError(f"{file} does not exist", fix="name an ONNX file") from None
-    except (DecodeError, OSError) as error:
-        raise ExportError(f"{file} is not a readable ONNX file ({error})", fix="export it again") from None
-    if not model.graph.node:
-        raise ExportError(f"{file} holds no graph", fix="name an ONNX file that an exporter has finished")
-    return _inlined(file) if model.functions else model
-
-
-def _inlined(file: Path) -> ModelProto:
-    """The model with its functions in the places of their calls; made by a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="qcompress-inline-") as folder:
-        result = Path(folder) / "model.onnx"
-        words = command("qcompress.targets.inline", str(file.resolve()), str(result), str(INLINER_MIB))
-        try:
-            done = subprocess.run(
-                words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=INLINER_S
-            )
-            if done.returncode == 0:
-                return onnx.load(result, format="protobuf", load_external_data=False)
-            lines = done.stderr.strip().splitlines()
-            reason = lines[-1] if lines else f"exit code {done.returncode}"
-        except subprocess.TimeoutExpired:
-            reason = f"not done after {INLINER_S} s"
-    raise ExportError(
-        f"{file}: its functions cannot be put in the places of their calls ({reason})",
-        fix="export the model without functions",
-    )
-
-
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    yield graph
-    for node in graph.node:
-        for item in node.attribute:
-            if item.type == AttributeProto.GRAPH:
-                yield from _graphs(item.g)
-
-
-def _data_files(file: Path, constants: dict[str, TensorProto]) -> tuple[Path, ...]:
-    """Where external data lie. Every place is checked, also of tensors that are not read here: TensorRT reads
-    external data itself.
-    """
-    folder, locations = file.parent.resolve(), {}
-    for name, tensor in constants.items():
-        if tensor.data_location == TensorProto.EXTERNAL:
-            location = next((item.value for item in tensor.external_data if item.key == "location"), "")
-            locations.setdefault(location, name)
-    for location, name in locations.items():
-        if not _inside(folder, location):
-            raise ExportError(
-                f"{file}: the data of tensor {name!r} lie outside the model's folder, at {location!r}",
-                fix="do not trust this file; export the model again with its data beside it",
-            )
-        if not (folder / location).is_file():
-            raise ExportError(
-                f"{file}: {location}, with the data of tensor {name!r}, is missing",
-                fix=f"copy {location} beside {file.name}",
-            )
-    return tuple(file.parent / location for location in sorted(locations))
-
-
-def _inside(folder: Path, location: str) -> bool:
-    """Whether a place is a file name inside the folder; links are followed."""
-    path = PurePath(location)
-    if not location or path.is_absolute() or ".." in path.parts:
-        return False
-    try:
-        (folder / location).stat()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError):  # too long, or with a zero byte
-        return False
-    return (folder / location).resolve().is_relative_to(folder)
-
-
 def _fixed(view: View) -> set[str]:
     fixed = set(view.constants)
-    for node in view.nodes:
-        if node.input and all(name in fixed for name in node.input if name):
-            fixed.update(node.output)
+    for graph in view.wires:
+        for _, inputs, outputs in graph:
+            if inputs and all(name in fixed for name in inputs if name):
+                fixed.update(outputs)
     return fixed
 
 
@@ -273,24 +272,25 @@ def _types(view: View) -> dict[str, int]:
     for name, value in view.declared.items():
         if value.type.tensor_type.elem_type:
             types.setdefault(name, value.type.tensor_type.elem_type)
-    for node in view.nodes:
-        kind = _output_type(node, types)
-        for name in node.output:
-            if kind and name:
-                types.setdefault(name, kind)
+    for graph in view.wires:
+        for wire in graph:
+            kind = _output_type(wire, types)
+            for name in wire.outputs:
+                if kind and name:
+                    types.setdefault(name, kind)
     return types
 
 
-def _output_type(node: NodeProto, types: dict[str, int]) -> int:
+def _output_type(wire: Wire, types: dict[str, int]) -> int:
     """Type of a node's output, 0 if unknown."""
-    if node.op_type in ("Cast", "CastLike"):
+    node, op = wire.node, wire.node.op_type
+    kinds = [types.get(name, 0) for name in (*wire.inputs[:3], "", "", "")]
+    if op in ("Cast", "CastLike"):
         return attribute(node, "to", 0)
-    if node.op_type == DEQUANTIZE:
-        return attribute(node, "output_dtype", 0) or types.get(operand(node, 1), 0)
-    if node.op_type == QUANTIZE:
-        return types.get(operand(node, 2), 0) or attribute(node, "output_dtype", 0) or TensorProto.UINT8
-    if node.op_type in UNTYPED or (node.domain not in DOMAINS and not node.op_type.startswith("QLinear")):
+    if op == DEQUANTIZE:
+        return attribute(node, "output_dtype", 0) or kinds[1]
+    if op == QUANTIZE:
+        return kinds[2] or attribute(node, "output_dtype", 0) or TensorProto.UINT8
+    if op in UNTYPED or (node.domain not in DOMAINS and not op.startswith("QLinear")):
         return 0
-    if node.op_type == "Where":
-        return types.get(operand(node, 1), 0)
-    return types.get(operand(node, 0), 0)
+    return kinds[1 if op == "Where" else 0]

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from onnx import NodeProto
 
-from qcompress.targets.graph import DEQUANTIZE, QUANTIZE, Shape, View, attribute, operand, result, type_word
+from qcompress.targets.graph import DEQUANTIZE, QUANTIZE, Shape, View, attribute, operand, result
+from qcompress.targets.tensors import type_word
 
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 """Operators that carry a tensor along as it is."""
@@ -53,12 +54,19 @@ def axis_of(view: View, node: NodeProto) -> tuple[int, Shape] | None:
 
 def dequantizer_of(view: View, name: str) -> NodeProto | None:
     """The DequantizeLinear that a tensor comes from, if only moves lie between."""
-    for _ in view.nodes:  # a malformed graph may go in circles
+    passed: dict[str, None] = {}
+    while name not in view.sources:
+        passed[name] = None
         node = view.producers.get(name)
         if node is None or node.op_type not in MOVES:
-            return node if node is not None and node.op_type == DEQUANTIZE else None
+            view.sources[name] = node if node is not None and node.op_type == DEQUANTIZE else None
+            break
         name = operand(node, 0)
-    return None
+        if name in passed:  # a malformed graph may go in circles
+            view.sources[name] = None
+            break
+    view.sources.update(dict.fromkeys(passed, view.sources[name]))
+    return view.sources[name]
 
 
 def users_of(view: View, name: str, through: tuple[str, ...]) -> Iterator[NodeProto]:
@@ -66,9 +74,11 @@ def users_of(view: View, name: str, through: tuple[str, ...]) -> Iterator[NodePr
     queue, seen = [name], {name}
     while queue:
         for node in view.readers.get(queue.pop(), []):
+            view.steps.take()
             if node.op_type in through:
                 fresh = set(node.output) - seen
-                queue, seen = [*queue, *fresh], seen | fresh
+                queue += fresh
+                seen |= fresh
             else:
                 yield node
 

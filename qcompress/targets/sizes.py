@@ -9,16 +9,16 @@ something from some 50 MB of weights on.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from onnx import TensorProto
 
 from qcompress.errors import ExportError
 from qcompress.targets.codebooks import lookups
-from qcompress.targets.graph import DEQUANTIZE, QUANTIZE, View, operand, read, result, type_word
+from qcompress.targets.graph import DEQUANTIZE, QUANTIZE, View, operand, read, result
 from qcompress.targets.plan_content import float_copies
 from qcompress.targets.quantizers import code_type
+from qcompress.targets.tensors import bytes_as, type_word
 
 PERCENT = 110
 CONSTANT = 12 * 2**20
@@ -28,30 +28,13 @@ LEAN_RUNTIME = 64 * 2**20
 WIDE = "INT32"
 """How an engine stores indices into a codebook, whatever the file does: as its Gather takes them."""
 
-BITS = {
-    "FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16, "DOUBLE": 64, "COMPLEX64": 64, "COMPLEX128": 128,
-    "INT64": 64, "UINT64": 64, "INT32": 32, "UINT32": 32, "INT16": 16, "UINT16": 16, "INT8": 8, "UINT8": 8,
-    "BOOL": 8, "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT8E4M3FN": 8, "FLOAT8E4M3FNUZ": 8,
-    "FLOAT8E5M2": 8, "FLOAT8E5M2FNUZ": 8, "FLOAT8E8M0": 8, "FLOAT4E2M1": 4,
-}  # fmt: skip
-"""Bits of one element as ONNX packs it."""
-
-
-def stored_bytes(tensor: TensorProto) -> int:
-    """Bytes of a tensor, sub-byte types packed; 0 for types without a fixed size."""
-    return _bytes_as(tensor, type_word(tensor.data_type))
-
-
-def _bytes_as(tensor: TensorProto, word: str) -> int:
-    return -(-math.prod(tensor.dims) * BITS.get(word, 0) // 8)
-
 
 def predicted_bytes(file: Path | View) -> int:
     """Bytes of a file's tensors, each as often as nodes use it: what its engine stores."""
     view = file if isinstance(file, View) else read(file)
     wide = {book.indices for book in lookups(view).values()}
     return sum(
-        _bytes_as(tensor, WIDE if name in wide else _engine_type(view, name, tensor)) * _uses(view, name)
+        bytes_as(tensor, WIDE if name in wide else _engine_type(view, name, tensor)) * _uses(view, name)
         for name, tensor in view.constants.items()
     )
 

@@ -102,7 +102,7 @@ def test_data_that_are_cut_off_are_found_without_reading_them(tmp_path: Path) ->
 @pytest.mark.parametrize("content", [b"", b"\x00\x01\x02 no protobuf", b"PK\x03\x04"])
 def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
-    with pytest.raises(ExportError, match="is not a readable ONNX file|holds no graph") as error:
+    with pytest.raises(ExportError, match="is not a readable ONNX file|is empty") as error:
         read(tmp_path / "model.onnx")
     assert error.value.exit_code == 5
 
@@ -110,7 +110,7 @@ def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path, content: bytes) -> No
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="does not exist"):
         read(tmp_path / "model.onnx")
-    with pytest.raises(ExportError, match="is not a readable ONNX file"):
+    with pytest.raises(ExportError, match="is a folder"):
         read(tmp_path)
 
 
