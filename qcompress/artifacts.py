@@ -22,10 +22,13 @@ from typing import Any
 
 from qcompress import strict_json
 from qcompress.errors import ContractError
+from qcompress.outside import demand_file
 
 
 def sha256_file(path: Path) -> str:
-    """Digest of a file's content, as 64 hexadecimal digits."""
+    """Digest of a file's content, as 64 hexadecimal digits. Raises UsageError for a pipe or a device."""
+    if path.exists():
+        demand_file(path)
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 22):

@@ -7,6 +7,7 @@ A path may lead to a pipe that nobody writes to, a device without an end, or a f
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import stat
@@ -17,6 +18,9 @@ from qcompress.errors import QcompressError, UsageError
 
 JSON_LIMIT = 2**28
 """Largest JSON file that is read; a tokenizer of 250,000 words has 20 MB."""
+
+PLAIN_MIB = 48
+"""Unpacked size that every packed file may have."""
 
 _KINDS = (
     (stat.S_ISDIR, "is a folder"),
@@ -77,3 +81,20 @@ def read_json(path: Path, refusal: type[QcompressError], *, fix: str, limit: int
     except OSError as error:
         raise refusal(f"{path} cannot be read ({error.strerror})", fix=fix) from None
     return parse_json(content, path, refusal, fix=fix)
+
+
+def unpacked_limit(path: Path, ratio: int, least_mib: int) -> int:
+    """Most bytes that a packed file may become: a bomb grows a thousand times, a data file ten times."""
+    return max(least_mib << 20, ratio * os.stat(path).st_size)
+
+
+def read_gzip(path: Path, *, ratio: int = 20) -> bytes:
+    """The content of a gzip file. Raises ValueError for one that grows beyond `unpacked_limit`."""
+    if found := misfit_of(path):
+        raise ValueError(found)
+    limit = unpacked_limit(path, ratio, PLAIN_MIB)
+    with gzip.open(path, "rb") as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it unpacks to more than {limit:,} bytes")
+    return content

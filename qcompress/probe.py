@@ -23,6 +23,7 @@ import numpy as np
 from qcompress import strict_json
 from qcompress.artifacts import Engine, OnnxModel, disabled_optimizers, read_json, sha256_file, write_json
 from qcompress.errors import UsageError
+from qcompress.outside import JSON_LIMIT, demand_file
 
 KIT_BYTES = 20_000_000
 """Largest size of the kit."""
@@ -152,6 +153,7 @@ def _results(
 
 def _parse(file: Path, per_sample: str) -> dict[str, Any]:
     """Content of engine.json, as far as it is used here."""
+    demand_file(file, limit=JSON_LIMIT, fix="name the file that measure_engine.py wrote")
     try:
         found = strict_json.loads(file.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompress import strict_json
+from qcompress.outside import read_gzip
 from qcompress.tasks.scores import spans
 
 Columns = Mapping[str, list[Any]]
@@ -82,7 +83,7 @@ def pack_samples(file: Path, sets: dict[str, dict[str, Any]]) -> None:
 
 def read_samples(file: Path) -> dict[str, dict[str, Any]]:
     """The sets of a file."""
-    return strict_json.loads(gzip.decompress(file.read_bytes()))["sets"]
+    return strict_json.loads(read_gzip(file))["sets"]
 
 
 def with_entities(columns: Columns, labels: Sequence[str] | None) -> Columns:

@@ -47,9 +47,14 @@ def finite(value: object) -> object:
 def loads(text: str | bytes) -> object:
     """`json.loads`, with the numbers back that are not finite. Reads NaN of older files too.
 
+    Raises ValueError for nesting beyond Python's limit.
+
     A key `not_finite` that holds anything but pointers to null is content like any other.
     """
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     places = value.get(MARK) if isinstance(value, dict) else None
     if not isinstance(places, dict) or not places:
         return value

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from qcompress.data_options import SUFFIXES
 from qcompress.errors import QcompressError
 from qcompress.first.asked import Ask, Asked, Mistakes
+from qcompress.outside import demand_file
 from qcompress.tasks.labels import IGNORED, without_point
 from qcompress.tasks.table import Row, read_whole
 from qcompress.tasks.text import UTF8
@@ -111,7 +112,7 @@ def look_at_data(asked: Asked, mistakes: Mistakes, ask: Ask | None) -> Found | N
 
 def _text(file: Path, mistakes: Mistakes) -> TextFound | None:
     try:
-        text = file.read_bytes().decode(UTF8)
+        text = demand_file(file).read_bytes().decode(UTF8)
     except UnicodeDecodeError:
         fix = f"name a UTF-8 text, or a table ({', '.join(SUFFIXES)})"
         mistakes.add("--data", f"{file} is neither a table nor UTF-8 text", fix)

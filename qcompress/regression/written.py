@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qcompress import strict_json
 from qcompress.errors import UsageError
 from qcompress.goals import PARITY, Gate
+from qcompress.outside import JSON_LIMIT, demand_file
 
 FORMAT = 1
 """Version of baseline.json; a file of another one is refused."""
@@ -78,6 +79,7 @@ class Written(BaseModel):
 
 def read_written(file: Path) -> Written:
     """Raises UsageError, with the key that is wrong."""
+    demand_file(file, limit=JSON_LIMIT, fix=FIX)
     try:
         values = strict_json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 from qcompress.data_options import Columns
 from qcompress.errors import UsageError
 from qcompress.schema import TextData
-from qcompress.tasks.images import array_header, opened_archive
+from qcompress.tasks.images import array_header, opened_archive, read_array
 from qcompress.tasks.table import Slices, missing_column, named_cells
 from qcompress.tasks.text import open_dataset
 
@@ -35,7 +35,7 @@ def _archive(file: Path, data: TextData, images: str) -> Slices:
                 raise missing_column(file.name, archive.files, name, "slices", "arrays")
         count = array_header(archive, images)[0][0]
         for name in wanted:
-            array = archive[name]
+            array = read_array(archive, name)
             if array.shape != (count,):
                 raise UsageError(
                     f"{file.name}: {count} images, and {name} is of shape {list(array.shape)}",

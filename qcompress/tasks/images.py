@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import os
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +28,7 @@ import numpy as np
 from qcompress.data_options import Augment
 from qcompress.errors import ModelError, UsageError
 from qcompress.models.architecture import PIXELS
+from qcompress.outside import demand_file, unpacked_limit
 from qcompress.schema import TextData
 from qcompress.tasks.examples import LABELS, Batch
 from qcompress.tasks.table import columns_in
@@ -230,7 +234,7 @@ def read_pictures(data: TextData, base: Path, columns: Mapping[str, str]) -> Pic
 def opened_archive(file: Path) -> Iterator[Any]:
     """A numpy archive. Raises UsageError for what is none, also while it is read."""
     try:
-        opened = np.load(file, allow_pickle=False)
+        opened = np.load(demand_file(file), allow_pickle=False)
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise ValueError("it is one array, without a name")
         with opened as archive:
@@ -248,7 +252,7 @@ def _archive(file: Path, columns: Mapping[str, str]) -> Iterator[Picture]:
         names = {"image": columns.get("image", "images"), "label": columns.get("label", "labels")}
         columns_in(file.name, archive.files, names, () if "label" in columns else ("label",), what="arrays")
         shape, dtype = array_header(archive, names["image"])
-        labels = archive[names["label"]] if names["label"] in archive.files else None
+        labels = read_array(archive, names["label"]) if names["label"] in archive.files else None
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
         raise UsageError(
             f"{file.name}: {names['image']} is {dtype} {list(shape)}, and images are uint8 "
@@ -271,20 +275,42 @@ def _archive(file: Path, columns: Mapping[str, str]) -> Iterator[Picture]:
 
 def _pixels(file: Path, name: str) -> np.ndarray:
     with opened_archive(file) as archive:
-        return archive[name]
+        return read_array(archive, name)
 
+
+RATIO, LEAST_MIB = 100, 256
+"""What an archive may become: so many times its size, or so many MiB."""
+
+MOST_PIXELS = 64_000_000
+"""Largest image that is read."""
+
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+"""Formats that are read, whatever a file's name is: Pillow hands others to programs such as Ghostscript."""
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def array_header(archive: Any, name: str) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and type of an array of an archive, without its content where the file's version allows it."""
-    with archive.zip.open(f"{name}.npy") as stream:
+    info = archive.zip.getinfo(f"{name}.npy")
+    packed = os.stat(archive.zip.filename).st_size
+    if info.file_size > unpacked_limit(Path(archive.zip.filename), RATIO, LEAST_MIB):
+        raise ValueError(f"{name} would unpack to {info.file_size:,} bytes, of a file of {packed:,}")
+    with archive.zip.open(info) as stream:
         read = HEADERS.get(np.lib.format.read_magic(stream))
-        if read is not None:
-            shape, _, dtype = read(stream)
-            return shape, dtype
-    return archive[name].shape, archive[name].dtype
+        if read is None:  # the third version is for records with names in other letters
+            raise ValueError(f"{name} is in a version of numpy's format that holds no plain numbers")
+        shape, _, dtype = read(stream)
+    claimed = math.prod(shape) * dtype.itemsize
+    if any(length < 0 for length in shape) or claimed > info.file_size:
+        raise ValueError(f"{name} claims {claimed:,} bytes {list(shape)}, and {info.file_size:,} are there")
+    return shape, dtype
+
+
+def read_array(archive: Any, name: str) -> np.ndarray:
+    """An array of an archive, if its file can hold what its header claims."""
+    array_header(archive, name)
+    return archive[name]
 
 
 def _folder(folder: Path) -> Iterator[Picture]:
@@ -308,7 +334,7 @@ def open_image(file: Path) -> np.ndarray:
     """An image file, upright, as uint8 [height, width, 3]; grey becomes colour, transparency is dropped."""
     from PIL import Image
 
-    return _rgb(lambda: Image.open(file), str(file))
+    return _rgb(lambda: Image.open(demand_file(file), formats=FORMATS), str(file))
 
 
 def _rgb(opened: Callable[[], Any], place: str) -> np.ndarray:
@@ -318,7 +344,12 @@ def _rgb(opened: Callable[[], Any], place: str) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        with opened() as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS is smaller
+            picture = opened()
+        with picture as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"it is {image.width} x {image.height}, and {MOST_PIXELS:,} pixels are read")
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels are {image.mode}, and only 8 bits a channel are read")
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,14 +18,28 @@ from pathlib import Path
 from typing import Any
 
 from qcompress.errors import UsageError
+from qcompress.outside import demand_file, unpacked_limit
 from qcompress.schema import TextData
 from qcompress.tasks.text import is_text, open_dataset, open_text, printable
 
 SHOWN = 20
 """Columns named in one message."""
 
-CELL = 2**31 - 1
-"""Most characters of a cell: all that the parser can count to. Python's own limit is 131,072."""
+CELL = 2**24
+"""Most characters of a cell. Python's own limit is 131,072."""
+
+LINE = 2**25
+"""Most characters of a row in one line."""
+
+MOST_COLUMNS = 20_000
+
+BATCH = 256
+"""Rows of a parquet file that are unpacked at once."""
+
+ROW_BYTES, RATIO, LEAST_MIB = 64, 20, 256
+"""What a cell takes beside its content, and what a parquet file may become: so many times its size, or so
+many MiB.
+"""
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands (`train.tsv:17`), and its cells by the name of their column."""
@@ -134,6 +149,7 @@ def read_whole(file: Path) -> tuple[list[str], list[Row]]:
 
 def _collect(name: str, header: Sequence[str], rows: Iterator[Row], wanted: Wanted) -> Table:
     """The wanted columns of some rows; `header`: all columns of the file."""
+    _bound_columns(name, len(header))
     roles = columns_in(name, header, wanted.columns, wanted.optional)
     for column in wanted.slices:
         if column not in header:
@@ -154,6 +170,14 @@ def _collect(name: str, header: Sequence[str], rows: Iterator[Row], wanted: Want
         also = f", and of {len(broken) - 1} more" if len(broken) > 1 else ""
         raise UsageError(f"{broken[0]}{also}", fix="mend or remove such rows")
     return Table(columns, places, slices=slices)
+
+
+def _bound_columns(name: str, count: int) -> None:
+    if count > MOST_COLUMNS:
+        raise UsageError(
+            f"{name} has {count:,} columns, and at most {MOST_COLUMNS:,} are read",
+            fix="write a table of the columns that are needed",
+        )
 
 
 def columns_in(
@@ -247,7 +271,7 @@ def _separated(
 
 def _parsed(file: Path, delimiter: str, quoting: Any) -> Iterator[tuple[str, list[str]]]:
     """Rows of cells with their places; empty lines are skipped, a byte-order mark is dropped."""
-    reader = csv.reader(open_text(file), delimiter=delimiter, quoting=quoting, strict=True)
+    reader = csv.reader(open_text(file, LINE), delimiter=delimiter, quoting=quoting, strict=True)
     while True:
         limit = csv.field_size_limit(CELL)  # of the whole process: put back at once
         try:
@@ -267,7 +291,8 @@ def _parsed(file: Path, delimiter: str, quoting: Any) -> Iterator[tuple[str, lis
 def _jsonl(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
     """One JSON object a line."""
     rows: list[Row] = []
-    for number, line in enumerate(open_text(file), 1):
+    header: dict[str, None] = {}
+    for number, line in enumerate(open_text(file, LINE), 1):
         if not line.strip():
             continue
         if wanted.most is not None and len(rows) >= wanted.most:
@@ -280,8 +305,10 @@ def _jsonl(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
             ) from None
         if not isinstance(cells, dict):
             raise UsageError(f"{file.name}:{number} is not a JSON object", fix="write one object a line")
+        header |= dict.fromkeys(cells)
+        _bound_columns(file.name, len(header))
         rows.append((f"{file.name}:{number}", cells))
-    return list(dict.fromkeys(name for _, cells in rows for name in cells)), iter(rows)
+    return list(header), iter(rows)
 
 
 def _parquet(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
@@ -289,23 +316,46 @@ def _parquet(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
     from pyarrow import ArrowException, parquet
 
     try:
-        with parquet.ParquetFile(file) as opened:
+        with parquet.ParquetFile(demand_file(file)) as opened:
             header = opened.schema_arrow.names
+            _bound_columns(file.name, len(header))
             names = [name for name in header if name in wanted.names]
-            cells = _columns_of(opened, names, wanted.most)
+            cells = _columns_of(opened, names, wanted.most, file)
     except (OSError, ArrowException) as error:
         raise UsageError(f"{file.name} cannot be read as parquet: {error}", fix="write it again") from None
     return header, _by_row(file.name, cells)
 
 
-def _columns_of(opened: Any, names: list[str], most: int | None) -> dict[str, list[Any]]:
-    """Columns of a parquet file; `most`: their first rows."""
+def _columns_of(opened: Any, names: list[str], most: int | None, file: Path) -> dict[str, list[Any]]:
+    """Columns of a parquet file; `most`: their first rows. Equal cells are stored once and read often, so
+    what comes out is counted.
+    """
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    left = unpacked_limit(file, RATIO, LEAST_MIB)
     if not names:
         return {}
-    if most is None:
-        return opened.read(columns=names).to_pydict()
-    batch = next(opened.iter_batches(batch_size=most, columns=names), None)
-    return {name: [] for name in names} if batch is None else batch.to_pydict()
+    for batch in opened.iter_batches(batch_size=BATCH, columns=names):
+        if most is not None:
+            batch = batch.slice(0, most - len(found[names[0]]))
+        left -= sum(map(_cell_bytes, batch.columns)) + ROW_BYTES * batch.num_rows * len(names)
+        if left < 0:
+            raise UsageError(
+                f"{file.name} has {os.stat(file).st_size:,} bytes and unpacks to more than "
+                f"{unpacked_limit(file, RATIO, LEAST_MIB):,}",
+                fix="do not trust this file; write it again",
+            )
+        for name, cells in batch.to_pydict().items():
+            found[name] += cells
+        if most is not None and len(found[names[0]]) >= most:
+            break
+    return found
+
+
+def _cell_bytes(column: Any) -> int:
+    """At least what the cells of a column take when each is a value of its own."""
+    if not hasattr(column, "dictionary"):
+        return column.nbytes
+    return len(column) * column.dictionary.nbytes // max(len(column.dictionary), 1)
 
 
 def _read_dataset(data: TextData, base: Path, wanted: Wanted) -> Table:

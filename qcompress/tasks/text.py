@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qcompress.artifacts import sha256_file
 from qcompress.errors import MachineError, UsageError
+from qcompress.outside import demand_file
 from qcompress.schema import TextData
 
 if TYPE_CHECKING:
@@ -85,11 +86,19 @@ def fingerprint(data: TextData, base: Path) -> dict[str, str]:
     return {"dataset": f"{data.dataset}/{data.config}/{data.split}@{data.revision}"}
 
 
-def open_text(file: Path) -> Iterator[str]:
-    """The lines of a file, one at a time, ends kept as they are; a byte-order mark is dropped."""
+def open_text(file: Path, longest: int = -1) -> Iterator[str]:
+    """The lines of a file, one at a time, ends kept as they are; a byte-order mark is dropped. A line of more
+    than `longest` characters is refused.
+    """
     try:
-        with file.open(encoding=UTF8, newline="") as stream:
-            yield from stream
+        with demand_file(file).open(encoding=UTF8, newline="") as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(longest), ""), 1):
+                if len(line) == longest:
+                    raise UsageError(
+                        f"{file.name}:{number} has more than {longest - 1:,} characters",
+                        fix="mend or remove that row",
+                    )
+                yield line
     except UnicodeDecodeError:
         read_file(file)  # which says where
         raise
@@ -100,7 +109,7 @@ def open_text(file: Path) -> Iterator[str]:
 def read_file(path: Path) -> str:
     """The whole text of a file, line ends kept as they are; a byte-order mark is dropped."""
     try:
-        return path.read_bytes().decode(UTF8)  # not read_text, which would rewrite line ends
+        return demand_file(path).read_bytes().decode(UTF8)  # not read_text, which would rewrite line ends
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path} is not UTF-8 ({error.reason} at byte {error.start})", fix=f"write it as UTF-8{_or(path)}"
