@@ -41,7 +41,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
     }),
     ("families, tasks, targets", {
         "models", "models.attention", "models.bert", "models.cache", "models.distilbert", "models.encoder",
-        "models.depth", "models.finite", "models.gpt2", "models.residual", "models.roberta", "models.stock",
+        "models.depth", "models.finite", "models.gpt2", "models.loading", "models.residual",
+        "models.roberta", "models.stock",
         "tasks", "tasks.causal_lm", "tasks.examples", "tasks.image_slices",
         "tasks.labels", "tasks.padded", "tasks.scores",
         "tasks.sequence_classification",
@@ -135,8 +136,9 @@ DOORS: dict[str, set[str]] = {
         "layerwise", "sharpness", "engine", "held", "layerdrop", "models.depth", "models.finite",
         "sensitivity.measure", "sensitivity.calibrated",
     },
-    "transformers": {"models", "models.attention", "models.cache", "models.gpt2", "models.residual",
-                     "models.stock", "models.vit", "models.image_residual", "models.stock_images"},
+    "transformers": {"models", "models.attention", "models.cache", "models.gpt2", "models.loading",
+                     "models.residual", "models.stock", "models.vit", "models.image_residual",
+                     "models.stock_images"},
     "accelerate": {"tracker", "processes", "train", "loop",
                    "methods.ball", "methods.plain", "methods.protocols",
                    "methods.saq", "methods.squat"},
@@ -167,8 +169,8 @@ DOORS: dict[str, set[str]] = {
 CALLED_BY_NAME = {"importlib.import_module": {"targets.builder"}, "__import__": {"probe_kit.engine_runners"}}
 """TensorRT is imported by name, because there are two of it; nothing else is."""
 
-LAZY = {"processes", "models", "models.gpt2", "models.stock", "models.stock_images", "models.vit",
-        "tasks.causal_lm",
+LAZY = {"processes", "models", "models.gpt2", "models.loading", "models.stock",
+        "models.stock_images", "models.vit", "tasks.causal_lm",
         "tasks.examples", "tasks.image_classification", "tasks.images",
         "tasks.sequence_classification", "tasks.token_classification", "tasks.scores",
         "tasks.table"}  # fmt: skip

@@ -28,6 +28,7 @@ from qcompress.models.depth import (
     with_shared,
 )
 from qcompress.models.files import read_config, read_tensors, wrapper_of
+from qcompress.models.loading import reading
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
@@ -177,11 +178,15 @@ def prepared_size(steps: dict[str, Any]) -> dict[str, list[int]]:
     return {"image_size": found} if all(type(one) is int for one in found) else {}
 
 
+TOKENIZER_AGAIN = "copy the tokenizer's files again from the checkpoint"
+
+
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, from local files, without running code of the checkpoint."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with reading(directory, "transformers makes no tokenizer of its files", TOKENIZER_AGAIN):
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def load_processor(directory: Path) -> BaseImageProcessor:
@@ -203,14 +208,16 @@ def load_processor(directory: Path) -> BaseImageProcessor:
         )
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it says that torchvision is not installed
+    mend = "mend the file, or write `mean`, `std` and `size` under `task`"
     try:
-        return AutoImageProcessor.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False, backend="pil"
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        with reading(directory / PROCESSOR, "it gives no image processor that transformers knows", mend):
+            return AutoImageProcessor.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False, backend="pil"
+            )
+    except ImportError as error:
         raise ModelError(
-            f"{directory / PROCESSOR} gives no image processor that transformers knows ({error})",
-            fix="mend the file, or write `mean`, `std` and `size` under `task`",
+            f"{directory / PROCESSOR} gives no image processor that transformers can import ({error})",
+            fix=mend,
         ) from None
     finally:
         logging.set_verbosity(verbosity)

@@ -32,6 +32,7 @@ from qcompress.models.architecture import (
 from qcompress.models.depth import Depth, lacking, share_parameters
 from qcompress.models.finite import demand_finite
 from qcompress.models.heads import check_config, check_leftover
+from qcompress.models.loading import reading, stock_config, stock_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -176,18 +177,8 @@ def load_float(source: Path, directory: Path | None = None) -> GPT2LMHeadModel:
     another model than the one that `describe` described, so both are refused. `directory`, the load stage's
     folder, has the same config.json.
     """
-    from transformers import GPT2LMHeadModel, logging
-
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it lists every tensor that blocks share
-    try:
-        model, found = GPT2LMHeadModel.from_pretrained(
-            source, dtype="float32", use_safetensors=True, local_files_only=True,
-            attn_implementation="eager", output_loading_info=True,
-        )  # fmt: skip
-    finally:
-        logging.set_verbosity(verbosity)
+    config = stock_config(directory or source)
+    model, found = stock_model("GPT2LMHeadModel", source, config, attn_implementation="eager")
     if missing := lacking(found["missing_keys"], model, DEPTH):
         raise ModelError(
             f"{source}: the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)",
@@ -207,12 +198,12 @@ def load_float(source: Path, directory: Path | None = None) -> GPT2LMHeadModel:
 def empty(directory: Path) -> GPT2LMHeadModel:
     """The stock model of a config.json with unset weights, to be filled by the caller."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel
 
-    config = GPT2Config.from_pretrained(directory, local_files_only=True)
+    config = stock_config(directory)
     config._attn_implementation = "eager"
     config.use_cache = False
-    with torch.device("meta"):
+    with torch.device("meta"), reading(directory / "config.json", "transformers makes no model of it"):
         model = GPT2LMHeadModel(config)
     share_parameters(model, DEPTH)
     return model.eval()

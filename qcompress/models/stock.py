@@ -17,6 +17,7 @@ from qcompress.models.depth import Depth, lacking, share_parameters
 from qcompress.models.encoder import CLASSES, Encoder
 from qcompress.models.files import read_config
 from qcompress.models.finite import demand_finite
+from qcompress.models.loading import reading, stock_config, stock_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,8 +48,7 @@ class Maker:
                 f"{directory}: config.json names the class {named}, which is none of {', '.join(self.autos)}",
                 fix="load it through a recipe, whose task names the class",
             )
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-        return config, getattr(transformers, self.autos[named])
+        return stock_config(directory), getattr(transformers, self.autos[named])
 
 
 def load_model(
@@ -60,22 +60,11 @@ def load_model(
     a new head. transformers fills missing tensors at random; anything but the new head, and what blocks share
     (`depth` says where they are), is refused.
     """
-    from transformers import logging
-
     place = directory or source
-    config, stock = maker.of(place)
+    config, _ = maker.of(place)
     file = place / "float.json"
     new = json.loads(file.read_text(encoding="utf-8")).get("new_head") if file.is_file() else None
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it lists every tensor of other tasks' heads
-    try:
-        model, found = stock.from_pretrained(
-            source, config=config, dtype="float32", use_safetensors=True, local_files_only=True,
-            attn_implementation="eager", output_loading_info=True,
-        )  # fmt: skip
-    finally:
-        logging.set_verbosity(verbosity)
+    model, found = stock_model(config.architectures[0], source, config, attn_implementation="eager")
     missing = sorted(set(found["missing_keys"]) - set(new["tensors"] if new else ()))
     if depth is not None:
         missing = lacking(missing, model, depth)
@@ -97,7 +86,7 @@ def empty_model(maker: Maker, directory: Path, depth: Depth | None = None) -> Pr
     import torch
 
     config, stock = maker.of(directory)
-    with torch.device("meta"):
+    with torch.device("meta"), reading(directory / "config.json", "transformers makes no model of it"):
         model = stock.from_config(config, attn_implementation="eager").eval()
     if depth is not None:
         share_parameters(model, depth)

@@ -15,6 +15,7 @@ from qcompress.errors import ModelError
 from qcompress.models.convnet import COUNTED, ConvNet
 from qcompress.models.files import read_config, weight_files
 from qcompress.models.finite import demand_finite
+from qcompress.models.loading import reading, stock_config, stock_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,20 +62,9 @@ class StockImages(_Images):
         `directory` is the load stage's folder: its config.json has the labels, and its float.json the seed of
         a new classifier. transformers fills missing tensors at random; anything else is refused.
         """
-        from transformers import AutoConfig, AutoModelForImageClassification, logging
-
         place = directory or source
         new = self._new(place)
-        logging.disable_progress_bar()
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it lists the tensors of a classifier that is drawn
-        try:
-            model, found = AutoModelForImageClassification.from_pretrained(
-                source, config=AutoConfig.from_pretrained(place, local_files_only=True), dtype="float32",
-                use_safetensors=True, local_files_only=True, output_loading_info=True,
-            )  # fmt: skip
-        finally:
-            logging.set_verbosity(verbosity)
+        model, found = stock_model(self.net.title, source, stock_config(place))
         self._refuse_missing(source, set(found["missing_keys"]), new)
         if new:
             _draw(model, new["tensors"], new["seed"])
@@ -84,10 +74,10 @@ class StockImages(_Images):
     def empty(self, directory: Path) -> PreTrainedModel:
         """The stock model of a config.json with unset weights, to be filled by the caller."""
         import torch
-        from transformers import AutoConfig, AutoModelForImageClassification
+        from transformers import AutoModelForImageClassification
 
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        with torch.device("meta"):
+        config = stock_config(directory)
+        with torch.device("meta"), reading(directory / "config.json", "transformers makes no model of it"):
             model = AutoModelForImageClassification.from_config(config).eval()
         return _pooled(model)
 
@@ -113,7 +103,9 @@ class OwnImages(_Images):
 
         place = directory or source
         model, new = self._made(place), self._new(place)
-        tensors = {name: value for file in weight_files(source) for name, value in load_file(file).items()}
+        with reading(source, "safetensors does not read it"):
+            files = [load_file(file) for file in weight_files(source)]
+        tensors = {name: value for file in files for name, value in file.items()}
         missing, unknown = model.load_state_dict(
             {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()},
             strict=False,

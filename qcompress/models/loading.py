@@ -1,0 +1,95 @@
+"""The only place where transformers gets weights and configs: exactly those that were looked at and hashed.
+
+transformers chooses files by itself: a single file before an index, what `transformers_weights` or
+`configuration_files` of config.json name, an adapter, a generation config. Here it is given the tensors of
+`weight_files` and the values of `read_config`, and never a directory.
+
+Its exceptions, and those of huggingface_hub, tokenizers and safetensors, become one sentence that names the
+checkpoint (`reading`). Torch and transformers are imported inside the functions.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcompress.errors import ModelError, QcompressError
+from qcompress.models.files import read_config, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+SHOWN = 300
+"""Characters of a library's message."""
+
+
+@dataclass(frozen=True)
+class reading:  # noqa: N801
+    """Inside, an exception about the content of `what` is a ModelError: "{what}: {task} ({exception})".
+
+    Libraries raise everything there is, bare Exception and Rust's panics (a BaseException) too. Those about
+    the machine pass: memory, packages, the file system, an interrupt.
+    """
+
+    what: Path
+    task: str
+    fix: str = "copy it again from the checkpoint"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or not _is_about_content(error):
+            return
+        text = " ".join(str(error).split())[:SHOWN]
+        message = f"{self.what}: {self.task} ({type(error).__name__}: {text})"
+        raise ModelError(message, fix=self.fix) from None
+
+
+def _is_about_content(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno is None  # transformers' own; those of the system have a number
+    if isinstance(error, RuntimeError) and "alloc" in str(error):
+        return False
+    if isinstance(error, QcompressError | MemoryError | ImportError):
+        return False
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def stock_config(directory: Path) -> PreTrainedConfig:
+    """The config of a checkpoint, from the values of its config.json."""
+    from transformers import CONFIG_MAPPING
+
+    values = read_config(directory)
+    with reading(directory / "config.json", "transformers makes no config of it"):
+        return CONFIG_MAPPING[values["model_type"]].from_dict(values)
+
+
+def stock_model(
+    named: str, source: Path, config: PreTrainedConfig, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model of a class of transformers in fp32, with the weights of a checkpoint, and what
+    transformers says about the tensors that it found and missed.
+    """
+    import transformers
+    from safetensors import safe_open
+    from transformers import logging
+
+    maker = getattr(transformers, named)
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it lists tensors of other heads, and those that blocks share
+    try:
+        with ExitStack() as stack, reading(source, "transformers makes no model of it"):
+            files = [
+                stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+                for file in weight_files(source)
+            ]
+            tensors = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
+            return maker.from_pretrained(
+                None, config=config, state_dict=tensors, dtype="float32", output_loading_info=True, **options
+            )
+    finally:
+        logging.set_verbosity(verbosity)
