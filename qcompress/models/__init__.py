@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from qcompress.models.depth import (
     share,
     with_shared,
 )
-from qcompress.models.files import read_config, read_tensors, wrapper_of
+from qcompress.models.files import read_config, read_object, read_tensors, wrapper_of
 from qcompress.models.loading import reading
 
 if TYPE_CHECKING:
@@ -150,17 +149,7 @@ def graph_signature(
 def read_steps(directory: Path) -> dict[str, Any]:
     """The checkpoint's preprocessor_config.json; empty without one."""
     file = directory / PROCESSOR
-    if not file.is_file():
-        return {}
-    try:
-        steps = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{file} is not valid JSON ({error})", fix="copy it again from the checkpoint"
-        ) from None
-    if not isinstance(steps, dict):
-        raise ModelError(f"{file} must hold a JSON object, found {type(steps).__name__}", fix="copy it again")
-    return steps
+    return read_object(file) if file.exists() else {}
 
 
 def prepared_size(steps: dict[str, Any]) -> dict[str, list[int]]:

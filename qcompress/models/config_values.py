@@ -87,6 +87,35 @@ HEADS = (("n_embd", "n_head", 12),)
 """Width, number of heads and transformers' default for it, where the family's own rules do not ask."""
 
 
+CHOOSERS = {
+    "transformers_weights": "it names another file of weights",
+    "configuration_files": "it names other files in the place of config.json",
+    "auto_map": "the model is made by code of the checkpoint, which is never run",
+    "fusion_config": "it changes what the model computes",
+    "kernel_config": "it changes what the model computes",
+    "distributed_config": "it spreads the model over devices",
+}
+"""Keys with which a config.json makes transformers load another model than the stock one."""
+
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def _check_choosers(config: dict[str, Any]) -> None:
+    for key, why in CHOOSERS.items():
+        if config.get(key):
+            raise ModelError(
+                f"config.json has {key} ({config[key]!r:.60}): {why}",
+                fix=f"use a checkpoint without {key}; where the stock model is meant, remove it",
+            )
+    for key in ("attn_implementation", "_attn_implementation"):
+        if config.get(key) is not None and config[key] not in ATTENTIONS:
+            raise ModelError(
+                f"config.json: {key} is {config[key]!r:.60}, which is code from elsewhere, and is not one of "
+                f"{', '.join(ATTENTIONS)}",
+                fix=f"remove {key} from config.json",
+            )
+
+
 def check_values(config: dict[str, Any]) -> None:
     """Raise ModelError for a value of a config.json that no model can be made with."""
     if config.get("quantization_config") is not None:
@@ -94,6 +123,7 @@ def check_values(config: dict[str, Any]) -> None:
             "config.json has a quantization_config: the checkpoint is quantized already",
             fix=FLOAT_CHECKPOINT,
         )
+    _check_choosers(config)
     if config.get("pruned_heads"):
         raise ModelError(
             "config.json has pruned_heads, and attention whose heads were removed is not supported",

@@ -4,14 +4,20 @@ without their tensors. No torch.
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from qcompress.errors import ModelError
 
 CHUNK = 2**24
+
+ADAPTER = "adapter_config.json"
+"""A file of PEFT, which transformers applies by itself where PEFT is installed."""
 
 INDEX = "model.safetensors.index.json"
 """Which shard holds which tensor."""
@@ -21,6 +27,48 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 HEADER_LIMIT = 100 * 2**20
 """Largest believable safetensors header; the format's own limit."""
+
+
+MOST_TENSORS = 200_000
+"""Tensors of one file; a model of a supported family has some thousands."""
+
+BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+"""Types of the format, and the bits of a value."""
+
+LARGEST = 2**63 - 1
+
+MOST_BYTES = 256 * 2**20
+"""Of a JSON file of a checkpoint."""
+
+
+def read_object(file: Path, fix: str = "copy it again from the checkpoint") -> dict[str, Any]:
+    """The JSON object of a file of a checkpoint."""
+    try:
+        if not file.is_file():
+            raise ModelError(f"{file} is not a regular file", fix=fix)
+        if file.stat().st_size > MOST_BYTES:
+            raise ModelError(
+                f"{file} has {file.stat().st_size} bytes, and at most {MOST_BYTES} are read", fix=fix
+            )
+        text = file.read_bytes()
+        if text.startswith(codecs.BOM_UTF8):
+            raise ModelError(
+                f"{file} is not valid JSON (it begins with a byte order mark)",
+                fix="save it as UTF-8 without a byte order mark (BOM)",
+            )
+        value = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not valid JSON ({error})", fix=fix) from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} must hold a JSON object, found {type(value).__name__}", fix=fix)
+    return value
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -35,13 +83,12 @@ def _header(file: Path) -> tuple[dict[str, dict], int]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > HEADER_LIMIT:
                 raise ValueError(f"header of {length} bytes")
-            header = json.loads(stream.read(length))
-        tensors = {name: value for name, value in header.items() if name != "__metadata__"}
+            header = stream.read(length)
+        tensors = _entries(header)
         size = 8 + length + max((value["data_offsets"][1] for value in tensors.values()), default=0)
         if file.stat().st_size != size:
             raise ValueError(f"{file.stat().st_size} bytes, and its header promises {size}")
-        for value in tensors.values():
-            _ = value["dtype"], tuple(value["shape"])
+        _check_places(tensors)
         return tensors, 8 + length
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ModelError(
@@ -50,11 +97,79 @@ def _header(file: Path) -> tuple[dict[str, dict], int]:
         ) from None
 
 
+def _entries(header: bytes) -> dict[str, dict]:
+    """The tensors of a header, each looked at by itself. Raises what `_header` catches."""
+    count = header.count(b'"data_offsets"')
+    if count > MOST_TENSORS:
+        raise ValueError(f"its header names {count} tensors, and at most {MOST_TENSORS} are read")
+    if header[:1] != b"{":
+        raise ValueError("its header is not a JSON object")
+    found = json.loads(header.decode("utf-8"), object_pairs_hook=_without_twins)
+    notes = found.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise ValueError("its __metadata__ is not a map of texts")
+    for name, value in found.items():
+        _check_entry(name, value["dtype"], value["shape"], value["data_offsets"])
+    return found
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"its header has the name {twin} twice")
+    return made
+
+
+def _check_entry(name: str, dtype: object, shape: object, offsets: object) -> None:
+    """The bytes of a tensor are as many as its type and shape take."""
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"the type of {name} is {dtype!r:.40}, which is not one of safetensors")
+    if not _are_counts(shape):
+        raise ValueError(f"the shape of {name} is {shape!r:.60}, and must be integers from 0")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"the data_offsets of {name} are {offsets!r:.60}, and must be a begin and an end")
+    bits = math.prod(shape) * BITS[dtype]
+    if bits != (offsets[1] - offsets[0]) * 8:
+        raise ValueError(
+            f"{name} takes {offsets[1] - offsets[0]} bytes, and {dtype} of shape {shape!r:.60} takes "
+            f"{-(-bits // 8):.10g}"
+        )
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= LARGEST for value in values)
+
+
+def _check_places(tensors: dict[str, dict]) -> None:
+    """Tensors lie one behind the other: none overlap, and nothing lies between them."""
+    end, before = 0, "the header"
+    for low, high, name in sorted((*value["data_offsets"], name) for name, value in tensors.items()):
+        if low != end:
+            how = "overlaps" if low < end else "leaves a gap behind"
+            raise ValueError(f"{name} {how} {before} (it begins at byte {low}, and {before} ends at {end})")
+        end, before = high, name
+
+
 def weight_files(directory: Path) -> list[Path]:
-    """Safetensors files of a checkpoint in transformers' layout; a pickle checkpoint is refused."""
+    """Safetensors files of a checkpoint in transformers' layout. Refused are a pickle checkpoint, and a
+    directory that leaves open which weights are meant.
+    """
     index = directory / INDEX
+    if (directory / ADAPTER).exists():
+        raise ModelError(
+            f"{directory} holds an {ADAPTER}: an adapter changes what the weights beside it compute",
+            fix="merge it first: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(new)",
+        )
     if index.is_file():
         files = [directory / name for name in sorted(set(_weight_map(index).values()))]
+        single = directory / "model.safetensors"
+        if single.is_file() and files != [single]:
+            raise ModelError(
+                f"{directory} holds a model.safetensors and a {INDEX}, and each says what the weights are",
+                fix="remove the one that is not the model's: the index with its shards, or the single file",
+            )
         for file in files:
             if not file.is_file():
                 raise ModelError(f"{file} is missing", fix="copy the checkpoint again, with all its shards")
@@ -78,11 +193,11 @@ def weight_files(directory: Path) -> list[Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     """The shard of each tensor."""
     try:
-        files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = dict(read_object(index)["weight_map"])
         inside = all(Path(name).name == name for name in files.values())
         if not files:
             raise ValueError("it names no tensor")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{index} is not an index of shards ({type(error).__name__}: {error})",
             fix="copy the checkpoint again, with all its files",
@@ -157,14 +272,6 @@ def copy_tensors(source: Path, out: Path, names: Callable[[str], str | None]) ->
 def read_config(directory: Path) -> dict[str, object]:
     """The checkpoint's config.json."""
     file = directory / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{directory} holds no config.json", fix="name a directory in transformers' layout"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} must hold a JSON object, found {type(config).__name__}")
-    return config
+    if not file.exists():
+        raise ModelError(f"{directory} holds no config.json", fix="name a directory in transformers' layout")
+    return read_object(file)

@@ -5,12 +5,15 @@ They are looked at without transformers, so that a recipe can be refused before 
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES, PROCESSOR, graph_signature, prepared_size, read_steps
 from qcompress.models.architecture import PIXELS
+from qcompress.models.files import read_object
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,6 +31,15 @@ READER_FILES = (*TOKENIZER_FILES, PROCESSOR)
 WORDPIECE = ("bert", "distilbert")
 """Families whose tokenizer transformers makes from vocab.txt alone."""
 
+TOKENIZER_CHOOSERS = {
+    "auto_map": "the tokenizer is made by code of the checkpoint, which is never run",
+    "fast_tokenizer_files": "it names other files in the place of tokenizer.json",
+}
+"""Keys of a tokenizer_config.json that make transformers load something else."""
+
+WHOLE_PROCESSOR = "processor_config.json"
+"""Where transformers looks for an image processor first."""
+
 SAY_IT = "write `mean`, `std` and `size` under `task`"
 
 
@@ -41,12 +53,23 @@ def check_reader(family: str, directory: Path, processor: dict[str, Any] | None 
         return
     text = " (tokenizer.json, or vocab.txt)" if family in WORDPIECE else ""
     text = text or " (tokenizer.json, or vocab.json with merges.txt)"
+    _check_tokenizer_config(directory / "tokenizer_config.json")
     vocabularies = ["tokenizer.json", "vocab.json", *(["vocab.txt"] if family in WORDPIECE else [])]
     if not any((directory / name).is_file() for name in vocabularies):
         raise ModelError(
             f"{directory} holds no tokenizer{text}",
             fix="save the model's tokenizer beside it with tokenizer.save_pretrained(directory)",
         )
+
+
+def _check_tokenizer_config(file: Path) -> None:
+    config = read_object(file) if file.exists() else {}
+    for key, why in TOKENIZER_CHOOSERS.items():
+        if config.get(key):
+            raise ModelError(
+                f"{file} has {key} ({config[key]!r:.60}): {why}",
+                fix=f"remove {key}, where tokenizer.json is the tokenizer",
+            )
 
 
 def image_size(family: str, directory: Path, processor: dict[str, Any] | None) -> tuple[int, int]:
@@ -68,6 +91,8 @@ def _check_processor(family: str, directory: Path, processor: dict[str, Any] | N
             fix=f"copy it beside the checkpoint, or {SAY_IT}",
         )
     steps = read_steps(directory) if processor is None else processor
+    if processor is None:
+        _check_choice(directory, steps)
     wanted = list(image_size(family, directory, steps))
     prepared = prepared_size(steps).get("image_size", wanted)
     if prepared != wanted:
@@ -89,6 +114,51 @@ def _check_processor(family: str, directory: Path, processor: dict[str, Any] | N
         if key == "image_std" and not all(value > 0 for value in values):
             message = f"{PROCESSOR}: {key} must be above 0, found {values}"
             raise ModelError(message, fix=f"mend it, or {SAY_IT}")
+
+
+def _check_choice(directory: Path, steps: dict[str, Any]) -> None:
+    """The preprocessor_config.json is the one that transformers would take, and has a type that it knows."""
+    whole = directory / WHOLE_PROCESSOR
+    other = read_object(whole).get("image_processor") if whole.exists() else None
+    if other and other != steps:
+        raise ModelError(
+            f"{directory} holds a {PROCESSOR} and a {WHOLE_PROCESSOR} with another image_processor",
+            fix=f"remove the one that is not the model's, or {SAY_IT}",
+        )
+    if steps.get("auto_map"):
+        raise ModelError(
+            f"{PROCESSOR} has an auto_map: images are prepared by code of the checkpoint, which is never run",
+            fix=f"remove it, or {SAY_IT}",
+        )
+    known, kind = known_processors(), steps.get("image_processor_type")
+    if kind is not None and known and (not isinstance(kind, str) or _stem(kind) not in known):
+        raise ModelError(
+            f"{PROCESSOR}: image_processor_type is {kind!r:.60}, which transformers does not know",
+            fix=f"write one that it knows, such as ViTImageProcessor, or {SAY_IT}",
+        )
+
+
+def known_processors() -> frozenset[str]:
+    """Stems of the image processors of the installed transformers, from the text of its tables: an import of
+    it takes seconds. Empty without transformers.
+    """
+    found = importlib.util.find_spec("transformers")
+    places = (found and found.submodule_search_locations) or ()
+    files = [Path(place) / "models" / "auto" / name for place in places for name in TABLES]
+    text = "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+    return frozenset(map(_stem, re.findall(r'"(\w+ImageProcessor(?:Fast|Pil)?)"', text)))
+
+
+TABLES = ("auto_mappings.py", "image_processing_auto.py")
+
+
+def _stem(kind: str) -> str:
+    """The name without its end.
+
+    >>> _stem("ViTFeatureExtractor"), _stem("ViTImageProcessorFast")
+    ('ViT', 'ViT')
+    """
+    return re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
 
 
 def _is_number(value: object) -> bool:

@@ -6,13 +6,12 @@ reads them. The package `tokenizers` encodes texts where it is installed. No tor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcompress.errors import ModelError
+from qcompress.models.files import read_object
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """In the order in which transformers adds those that a vocabulary lacks."""
@@ -157,17 +156,7 @@ def _inserted(processor: dict[str, Any]) -> Iterator[str]:
 
 def _object(file: Path) -> dict[str, Any]:
     """A JSON object of a file; empty without the file."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{file} is not valid JSON ({error})", fix="copy it again from the checkpoint"
-        ) from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} must hold a JSON object, found {type(value).__name__}", fix="copy it again")
-    return value
+    return read_object(file) if file.exists() else {}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

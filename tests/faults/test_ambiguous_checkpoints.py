@@ -1,0 +1,186 @@
+"""Checkpoints that leave open which files are the model.
+
+The oracle is Python itself: an audit hook of a process of its own lists the files that are opened inside the
+checkpoint while the float model is loaded; all of them are in the fingerprint, and nothing else is read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lines import cli, environment, make_project
+from tiny_nets import save_net
+from tiny_vit import save_vit
+from transformers import GPT2LMHeadModel
+
+from qcompress.errors import ModelError
+from qcompress.models.readers import check_reader
+from qcompress.stages.load import fingerprint
+
+pytestmark = pytest.mark.attack("checkpoints whose loaded files are not the hashed ones")
+
+CHILD = """
+import sys
+from pathlib import Path
+from qcompress.models import FAMILIES, load_processor, load_tokenizer
+family, source = sys.argv[1], Path(sys.argv[2]).resolve()
+FAMILIES[family].load_float  # imports done
+import transformers, torch
+opened = set()
+def hook(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, bytes)):
+        path = Path(arguments[0] if isinstance(arguments[0], str) else arguments[0].decode())
+        if path.parent == source:
+            opened.add(path.name)
+sys.addaudithook(hook)
+FAMILIES[family].load_float(source)
+print("OPENED", *sorted(opened))
+"""
+
+
+def opened(family: str, source: Path) -> set[str]:
+    """Names of files of a checkpoint that Python opens; Rust's safetensors opens the weights by itself."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, family, source], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def decoys(source: Path) -> None:
+    """Files that transformers reads where it is given a directory, or that another tool would take."""
+    weights = source / "model.safetensors"
+    for name in ("model.fp16.safetensors", "other.safetensors", "model-00001-of-00001.safetensors"):
+        shutil.copyfile(weights, source / name)
+    for name in ("generation_config.json", "config.4.0.0.json", "quant_config.json", "modeling_evil.py"):
+        (source / name).write_text('{"max_length": "x", "bad": }')
+    (source / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    for name in ("tokenizer.model", "pytorch_model.bin", "model.gguf", "tekken.json"):
+        (source / name).write_bytes(b"\x80\x04.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "vit", "resnet", "cifar-resnet"])
+def test_what_is_opened_is_what_was_hashed(family: str, tiny_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    if family == "gpt2":
+        shutil.copytree(tiny_model, source)
+    elif family == "vit":
+        save_vit(source)
+    else:
+        save_net(source, {"resnet": "basic", "cifar-resnet": "cifar"}[family])
+        if family == "cifar-resnet":
+            config = json.loads((source / "config.json").read_text())
+            (source / "config.json").write_text(json.dumps(config))
+    decoys(source)
+    assert opened(family, source) <= set(fingerprint(source))
+
+
+@pytest.mark.slow
+def test_shards_are_hashed_and_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    GPT2LMHeadModel.from_pretrained(tiny_model).save_pretrained(source, max_shard_size="100KB")
+    assert opened("gpt2", source) <= set(fingerprint(source))
+    shard = sorted(source.glob("model-*.safetensors"))[0].name
+    before = fingerprint(source)
+    (source / "generation_config.json").write_text("{}")
+    assert shard in before and fingerprint(source) == before
+
+
+def configure(**values: object) -> Callable[[Path], None]:
+    def change(source: Path) -> None:
+        file = source / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return change
+
+
+def tokenizer(**values: object) -> Callable[[Path], None]:
+    def change(source: Path) -> None:
+        file = source / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return change
+
+
+def beside(shards: int) -> Callable[[Path], None]:
+    """An index beside the single file; the shards hold the same tensors."""
+
+    def change(source: Path) -> None:
+        model = GPT2LMHeadModel.from_pretrained(source)
+        whole = (source / "model.safetensors").read_bytes()
+        model.save_pretrained(source, max_shard_size="100KB" if shards > 1 else "10GB")
+        (source / "model.safetensors").write_bytes(whole)
+        if shards == 1:
+            shutil.copyfile(source / "model.safetensors", source / "model-1.safetensors")
+            names = list(model.state_dict())
+            weight_map = {name: "model-1.safetensors" for name in names}
+            text = json.dumps({"metadata": {}, "weight_map": weight_map})
+            (source / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
+AMBIGUOUS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "index beside the single file": (beside(1), "model.safetensors.index.json"),
+    "shards beside the single file": (beside(2), "model.safetensors.index.json"),
+    "transformers_weights": (configure(transformers_weights="other.safetensors"), "transformers_weights"),
+    "weights elsewhere": (configure(transformers_weights="../m.safetensors"), "transformers_weights"),
+    "weights of an index": (
+        configure(transformers_weights="b.safetensors.index.json"),
+        "transformers_weights",
+    ),
+    "configuration_files": (configure(configuration_files=["config.4.0.0.json"]), "configuration_files"),
+    "code of a model": (configure(auto_map={"AutoModelForCausalLM": "evil.Evil"}), "auto_map"),
+    "code of a config": (configure(auto_map={"AutoConfig": "a/b--evil.Evil"}), "auto_map"),
+    "fusion": (configure(fusion_config={"rms_norm": True}), "fusion_config"),
+    "kernels": (configure(kernel_config={"a": 1}), "kernel_config"),
+    "attention from the hub": (configure(attn_implementation="kernels-community/x"), "attn_implementation"),
+    "the same, private": (configure(_attn_implementation="a/b@main:c"), "_attn_implementation"),
+    "quantized": (configure(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config"),
+    "an adapter": (lambda source: (source / "adapter_config.json").write_text("{}"), "adapter_config.json"),
+    "code of a tokenizer": (tokenizer(auto_map={"AutoTokenizer": ["evil.Tok", None]}), "auto_map"),
+    "versions of a tokenizer": (
+        tokenizer(fast_tokenizer_files=["tokenizer.4.0.0.json"]),
+        "fast_tokenizer_files",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", AMBIGUOUS)
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_what_is_ambiguous_is_refused(
+    how: str, command: str, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    project = make_project(tmp_path / "project", tiny_model, text_file)
+    spoil, word = AMBIGUOUS[how]
+    spoil(project.folder / "model")
+    done = cli(*(project.command() if command == "run" else ["check", str(project.recipe)]))
+    assert done.code == 2 and word in done.stdout + done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not list(project.out.glob("*/latest"))
+
+
+PROCESSORS: dict[str, dict[str, object]] = {
+    "another size": {"size": {"height": 8, "width": 8}},
+    "another mean": {"image_mean": [0.1, 0.2, 0.3]},
+    "no normalization": {"do_normalize": False},
+}
+
+
+@pytest.mark.parametrize("how", PROCESSORS)
+def test_two_image_processors_are_refused(how: str, tmp_path: Path) -> None:
+    source = save_vit(tmp_path / "model")
+    steps = json.loads((source / "preprocessor_config.json").read_text())
+    whole = source / "processor_config.json"
+    whole.write_text(json.dumps({"image_processor": steps}))
+    check_reader("vit", source)
+    whole.write_text(json.dumps({"image_processor": {**steps, **PROCESSORS[how]}}))
+    with pytest.raises(ModelError, match="with another image_processor"):
+        check_reader("vit", source)
