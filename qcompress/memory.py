@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+
+from qcompress.errors import MachineError, QcompressError
 
 try:
     import resource
@@ -35,3 +41,126 @@ def bounded(more_bytes: int) -> Iterator[None]:
 def _address_space() -> int:
     """Bytes of address space that this process has."""
     return int(STATM.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+
+
+# Allocations that fail -----------------------------------------------------------------------------
+
+MIB = 2**20
+
+_WORDS = re.compile(
+    r"can't allocate memory|cannot allocate memory|unable to allocate|failed to allocate|bad_?alloc"
+    r"|not enough memory|out of memory|outofmemory|failed to map segment|can't start new thread"
+    r"|alloc_failed|memory allocation of \d+ bytes failed|memory exhausted",
+    re.IGNORECASE,
+)
+"""Words of torch, numpy, onnxruntime, CUDA, Rust and the system's loader for an allocation that failed."""
+
+COPIES = {"load": 1, "train": 6, "fold": 3, "export": 4, "build": 4, "verify": 4}
+"""Copies of the float weights that a stage holds at once, at the least: train has the teacher, the weights,
+their gradients, two moments of Adam and the rounded weights.
+"""
+
+LIBRARIES = 600 * MIB
+"""What torch, transformers and onnxruntime take before they hold a model."""
+
+
+class AllocationError(MachineError):
+    """An allocation that failed."""
+
+
+def is_allocation(error: BaseException | None) -> bool:
+    """True for an allocation that failed, also where another error was made of it."""
+    if error is None or isinstance(error, AllocationError):
+        return False
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    native = type(error).__module__.partition(".")[0] in ("onnxruntime", "safetensors", "safetensors_rust")
+    if (native or isinstance(error, RuntimeError | ImportError)) and _WORDS.search(str(error)):
+        return True
+    return isinstance(error, QcompressError) and is_allocation(error.__cause__ or error.__context__)
+
+
+class Allocations:
+    """A context that raises AllocationError where an allocation fails. `needs`: an estimate in bytes."""
+
+    def __init__(self, what: str, needs: Callable[[], int | None] = lambda: None) -> None:
+        self.what, self.needs = what, needs
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if is_allocation(error):
+            raise _out_of_memory(self.what, self.needs(), error) from None
+
+
+def stage_bytes(stage: str, checkpoint: Path) -> int | None:
+    """What a stage takes at the least for a checkpoint; None for a stage that holds no model."""
+    if stage not in COPIES:
+        return None
+    files = [file for file in checkpoint.glob("*.safetensors") if file.is_file()]
+    return LIBRARIES + COPIES[stage] * sum(file.stat().st_size for file in files)
+
+
+def _out_of_memory(what: str, needs: int | None, error: BaseException) -> AllocationError:
+    left, origin = available()
+    lines = str(error).strip().splitlines()
+    estimate = f"it takes about {needs // MIB:,} MiB at the least, and " if needs is not None else ""
+    return AllocationError(
+        f"{what} ran out of memory: {estimate}{left // MIB:,} MiB are left ({origin})"
+        + (f"; {type(error).__name__}: {lines[0][:200]}" if lines else ""),
+        fix="free memory, raise the limit, or lower train.batch_size and verify.batch_size; what is finished "
+        "stays, and the same command goes on",
+    )
+
+
+def available() -> tuple[int, str]:
+    """Bytes that this process can still take, and what limits it."""
+    found = [(size, origin) for size, origin in _limits() if size is not None]
+    return min(found, default=(0, "unknown"))
+
+
+def _limits() -> Iterator[tuple[int | None, str]]:
+    """What the machine, the container and the shell leave."""
+    text = _text(Path("/proc/meminfo"))
+    if known := re.search(r"MemAvailable:\s*(\d+) kB", text):
+        yield int(known[1]) * 1024, "the machine's memory"
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        yield os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "the machine's memory"
+    for limit, used in _groups():
+        most, taken = _text(limit).strip(), _text(used).strip()
+        if most.isdigit() and taken.isdigit() and int(most) < 2**62:
+            yield max(int(most) - int(taken), 0), f"the container's limit of {int(most) // MIB:,} MiB"
+    if resource is not None:
+        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if soft != resource.RLIM_INFINITY and STATM.is_file():
+            yield max(soft - _address_space(), 0), f"the limit of {soft // MIB:,} MiB (ulimit -v)"
+
+
+def _groups() -> Iterator[tuple[Path, Path]]:
+    """Files with the limit and the use of the control groups that this process is in, from the inner one."""
+    root = Path("/sys/fs/cgroup")
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        _, _, rest = line.partition(":")
+        kinds, _, name = rest.partition(":")
+        if kinds not in ("", "memory"):
+            continue
+        top = root / "memory" if kinds else root
+        for place in (top / name.lstrip("/"), *(top / name.lstrip("/")).parents):
+            if not place.is_relative_to(top):
+                break
+            if kinds:
+                yield place / "memory.limit_in_bytes", place / "memory.usage_in_bytes"
+            else:
+                yield place / "memory.max", place / "memory.current"
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

@@ -33,6 +33,7 @@ from qcompress.errors import UsageError, package_missing
 from qcompress.host import describe_host, device_kind
 from qcompress.key_scope import versions_of
 from qcompress.keys import Plan, inputs_of, parts, prepare, provenance, run_key, stages_of
+from qcompress.memory import Allocations, stage_bytes
 from qcompress.own import active
 from qcompress.processes import Processes, join
 from qcompress.progress import Reporter
@@ -174,7 +175,8 @@ class _Maker:
     def make(self, stage: str, folder: Path) -> None:
         """Fill the folder of a stage."""
         try:
-            getattr(self, f"_{stage}")(folder)
+            with Allocations(f"the stage {stage}", lambda: stage_bytes(stage, self.plan.directory)):
+                getattr(self, f"_{stage}")(folder)
         except ImportError as error:
             raise package_missing(error, f"the stage {stage}") from None
 

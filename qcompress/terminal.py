@@ -14,6 +14,7 @@ from rich.console import Console
 from qcompress import strict_json
 from qcompress.errors import INTERRUPTED, QcompressError, package_missing
 from qcompress.finished import load
+from qcompress.memory import AllocationError, Allocations
 from qcompress.report.html.beside import write_beside
 from qcompress.report.shown import print_run, summary
 from qcompress.stages.gate import exit_code
@@ -26,10 +27,12 @@ LOG_COLUMNS = 200
 def errors(resume: str = "") -> Iterator[None]:
     """Print an error as a user should see it, and leave with its exit code."""
     try:
-        with _packages():
+        with _packages(), Allocations("this command"):
             yield
     except QcompressError as error:
         print(f"error: {error}", file=sys.stderr)
+        if resume and isinstance(error, AllocationError):
+            print(f"continue with:\n  {resume}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         print("\ninterrupted" + (f"; continue with:\n  {resume}" if resume else ""), file=sys.stderr)
