@@ -15,6 +15,7 @@ from qcompress.models.architecture import (
     Head,
     Input,
 )
+from qcompress.models.config_values import check_floats
 from qcompress.models.depth import (
     SHARED,
     Blocks,
@@ -59,6 +60,7 @@ def describe(
     """
     config, tensors, _ = chosen(family, directory, blocks)
     module = FAMILIES[family]
+    check_floats(tensors)
     if module.DEPTH is None or SHARED not in config:
         return module.describe(config, tensors, head)
     whole = with_shared(tensors, config, module.DEPTH)
@@ -97,6 +99,12 @@ def _check_depth(config: dict[str, Any], tensors: Tensors, depth: Depth, blocks:
         return  # `describe` says what is wrong
     inside = [(parts[1], name) for name in tensors if (parts := depth.split(name))]
     held, name = max(inside, default=(-1, ""))
+    if SHARED not in config and count > max(held + 1, len(tensors)):  # `describe` names what fewer lack
+        raise ModelError(
+            f"config.json says {depth.key} {count}, and the checkpoint has {held + 1} blocks (no such tensor "
+            f"as those of block {held + 1})",
+            fix="take config.json and model.safetensors from the same checkpoint",
+        )
     listed = blocks is not None and not isinstance(blocks, str)
     if held < count or (listed and all(number < count for number in blocks)):
         return

@@ -7,7 +7,8 @@ or is taken as something else. The rules here are asked before anything is loade
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qcompress.errors import ModelError
@@ -85,6 +86,24 @@ NULLABLE = ("classifier_dropout", "n_inner", "dtype", "torch_dtype")
 
 HEADS = (("n_embd", "n_head", 12),)
 """Width, number of heads and transformers' default for it, where the family's own rules do not ask."""
+
+
+FLOAT_TENSORS = re.compile(
+    r"(^|\.)(weight|running_mean|running_var|gamma|beta|cls_token|position_embeddings)$"
+)
+"""Names of tensors that are floats in every family. Biases are apart: old GPT-2s call a mask `attn.bias`."""
+
+FLOAT_TYPES = ("F16", "BF16", "F32", "F64")
+
+
+def check_floats(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Refuse weights that are not floats."""
+    for name, (dtype, _) in tensors.items():
+        if dtype not in FLOAT_TYPES and FLOAT_TENSORS.search(name):
+            raise ModelError(
+                f"{name} is of the type {dtype}, and weights must be one of {', '.join(FLOAT_TYPES)}",
+                fix=FLOAT_CHECKPOINT,
+            )
 
 
 CHOOSERS = {

@@ -52,6 +52,9 @@ STATISTICS = ("weight", "bias", "running_mean", "running_var")
 COUNTED = "num_batches_tracked"
 """Buffer of a batch norm that no checkpoint needs: it counts batches for an option that nobody here uses."""
 
+COUNTS, MOST_BLOCKS = ("depths", "num_block_repeats"), 10_000
+"""Keys of config.json that count blocks, and how many are read."""
+
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -179,5 +182,9 @@ def integers(config: dict[str, Any], keys: Iterable[str], defaults: dict[str, An
         ):
             kind = "a list of positive integers" if wanted is list else "a positive integer"
             raise ModelError(f"config.json: {key} must be {kind}, found {value!r}")
+        if key in COUNTS and sum(items) > MOST_BLOCKS:
+            raise ModelError(
+                f"config.json: {key} counts {sum(items)} blocks, and at most {MOST_BLOCKS} are read"
+            )
         values.append(value)
     return values

@@ -116,7 +116,7 @@ def owners(config: dict[str, Any], depth: Depth) -> list[int]:
     count = config[depth.key]
     if type(count) is not int:
         raise ModelError(f"config.json: {depth.key} must be an integer, found {count!r}")
-    found = config.get(SHARED, list(range(count)))
+    found = config[SHARED] if SHARED in config else list(range(count))
     right = isinstance(found, list) and len(found) == count
     if not right or any(
         type(owner) is not int or not 0 <= owner <= number or found[owner] != owner

@@ -19,7 +19,17 @@ from typing import Any
 
 from qcompress.errors import ModelError
 from qcompress.models.architecture import convolution
-from qcompress.models.convnet import CAUSAL, DEPTH, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
+from qcompress.models.convnet import (
+    CAUSAL,
+    DEPTH,
+    INPUTS,
+    LINEAR_AXIS,
+    MOST_BLOCKS,
+    TASKS,
+    ConvNet,
+    Outline,
+    integers,
+)
 from qcompress.models.depth import Names
 from qcompress.models.stock_images import StockImages
 
@@ -55,6 +65,8 @@ def _outline(config: dict[str, Any]) -> Outline:
     lists = integers(config, LISTS, LISTS)
     channels, divisor, _ = integers(config, NUMBERS, NUMBERS)
     width, depth = config.get("width_coefficient", 2.0), config.get("depth_coefficient", 3.1)
+    if depth * sum(config.get("num_block_repeats", LISTS["num_block_repeats"])) > MOST_BLOCKS:
+        raise ModelError(f"config.json: depth_coefficient {depth} makes more than {MOST_BLOCKS} blocks")
     if len({len(values) for values in lists}) > 1:
         raise ModelError(f"config.json: {', '.join(LISTS)} differ in length", fix="copy config.json again")
 

@@ -6,12 +6,15 @@ reads them. The package `tokenizers` encodes texts where it is installed. No tor
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qcompress.models.files import read_object
+from qcompress.models.loading import reading
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """In the order in which transformers adds those that a vocabulary lacks."""
@@ -53,6 +56,7 @@ def read_tokenizer(directory: Path, family: str) -> TokenizerFiles | None:
     """The tokenizer of a checkpoint; None where its vocabulary is in no file that is known here."""
     config = _object(directory / "tokenizer_config.json")
     specials = _object(directory / "special_tokens_map.json")
+    _check_whole(directory / "tokenizer.json")
     ids, inserted = _vocabulary(directory)
     if not ids:
         return None
@@ -89,6 +93,17 @@ def first_with(
             if strange is not None:
                 return row, strange
     return None
+
+
+def _check_whole(file: Path) -> None:
+    """Refuse a tokenizer.json that the package `tokenizers` does not read, where it is installed."""
+    if not file.exists() or importlib.util.find_spec("tokenizers") is None:
+        return
+    import tokenizers
+
+    text = json.dumps(read_object(file))
+    with reading(file, "it is not a tokenizer"):
+        tokenizers.Tokenizer.from_str(text)
 
 
 def _encoder(found: TokenizerFiles) -> Any:
