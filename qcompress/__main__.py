@@ -1,5 +1,20 @@
-"""`python -m qcompress` is the `qcompress` command."""
+"""Entry point of the `qcompress` command; `python -m qcompress` is the same."""
 
-from qcompress.cli import main
+import shlex
+import sys
 
-main()
+from qcompress.stopping import Stoppable, resume_with
+
+
+def main() -> None:
+    """Run a command. Signals are heard before anything else is imported."""
+    with Stoppable():
+        if sys.argv[1:2] == ["run"]:
+            resume_with(shlex.join(["qcompress", *sys.argv[1:]]))
+        from qcompress.cli import main as run
+
+        run()
+
+
+if __name__ == "__main__":
+    main()

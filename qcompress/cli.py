@@ -2,7 +2,8 @@
 
 Exit codes: 0 accept, or a smoke run that ran to its end; 1 unexpected error; 2 wrong usage or recipe; 3
 regression; 4 anomalous; 5 lint, export or build failed; 6 the machine lacks what the command requires; 7 the
-directory is in use by another run; 130 interrupted. Results go to stdout, everything else to stderr.
+directory is in use by another run; 130, 143 or 129 interrupted. Results go to stdout, everything else to
+stderr.
 """
 
 from __future__ import annotations

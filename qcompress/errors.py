@@ -18,8 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-INTERRUPTED = 130
-
 
 class QcompressError(Exception):
     """Base class. `fix` is one imperative sentence, or empty when there is nothing the user can do."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from qcompress import strict_json
-from qcompress.errors import INTERRUPTED, QcompressError, package_missing
+from qcompress import stopping, strict_json
+from qcompress.errors import QcompressError, package_missing
 from qcompress.finished import load
 from qcompress.memory import AllocationError, Allocations
 from qcompress.report.html.beside import write_beside
@@ -26,6 +26,7 @@ LOG_COLUMNS = 200
 @contextmanager
 def errors(resume: str = "") -> Iterator[None]:
     """Print an error as a user should see it, and leave with its exit code."""
+    stopping.resume_with(resume)
     try:
         with _packages(), Allocations("this command"):
             yield
@@ -35,8 +36,8 @@ def errors(resume: str = "") -> Iterator[None]:
             print(f"continue with:\n  {resume}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("\ninterrupted" + (f"; continue with:\n  {resume}" if resume else ""), file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+        stopping.tell()
+        raise typer.Exit(stopping.exit_code()) from None
 
 
 @contextmanager

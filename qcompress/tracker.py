@@ -4,19 +4,23 @@
 
 Reads JSON lines: first {"project", "run", "recipe"}, then the records of log.jsonl, until there are no more.
 The last one is {"event": "ended", "status": finished | failed | interrupted}; a run that was killed has none.
-Whatever goes wrong ends this process alone.
+Whatever goes wrong ends this process alone. Signals that stop a run stop it when the run's last record has
+come: a job scheduler sends them to all processes of a job.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+
+from qcompress.stopping import SIGNALS
 
 WHICH = ("least", "median", "largest")
 
@@ -104,4 +108,6 @@ def values_of(record: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     follow(sys.argv[1], Path(sys.argv[2]), sys.stdin)

@@ -22,6 +22,7 @@ from typing import Any
 from qcompress.errors import MachineError
 from qcompress.progress import Record, Reporter
 from qcompress.schema import Recipe
+from qcompress.stopping import GRACE_S
 from qcompress.targets.child import command, environment
 
 LAST_WORDS_S = 60.0
@@ -65,12 +66,12 @@ def tracking(recipe: Recipe, folder: Path, reporter: Reporter) -> Iterator[None]
     trackers = [_Tracker(name, folder / "tracking" / name, values, reporter) for name in names]
     for tracker in trackers:
         reporter.listen(tracker.send)
-    status = "failed"
+    status, patience_s = "failed", LAST_WORDS_S
     try:
         yield
         status = "finished"
     except KeyboardInterrupt:
-        status = "interrupted"
+        status, patience_s = "interrupted", GRACE_S
         raise
     finally:
         for tracker in trackers:  # what one of them says at its end is for the run alone
@@ -78,7 +79,7 @@ def tracking(recipe: Recipe, folder: Path, reporter: Reporter) -> Iterator[None]
         for tracker in trackers:
             tracker.send({"event": "ended", "status": status})
         for tracker in trackers:
-            tracker.close()
+            tracker.close(patience_s)
 
 
 class _Tracker:
@@ -120,18 +121,18 @@ class _Tracker:
             return
         self._lines.put(json.dumps(record))
 
-    def close(self) -> None:
+    def close(self, patience_s: float) -> None:
         """Let it finish, and say so where it does not."""
         self._lines.put(None)
         process, thread = self._process, self._thread
         if process is None or thread is None:
             return
         try:
-            code = process.wait(LAST_WORDS_S)
+            code = process.wait(patience_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            self._give_up(f"it took more than {LAST_WORDS_S:.0f} s to end")
+            self._give_up(f"it took more than {patience_s:.0f} s to end")
         else:
             if code:
                 self._give_up(self._last_line())

@@ -29,7 +29,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "custom_code", "custom_loaded", "custom_values", "own", "artifacts", "plan",
         "models.architecture", "models.config_values", "models.files",
         "codekey", "digests", "system", "host", "processes", "progress", "history",
-        "yamlfile", "outside", "memory",
+        "yamlfile", "outside", "memory", "stopping",
         "distance", "tensorfile", "goals", "rates", "strict_json", "report.junit",
     }),
     ("numerics", {
@@ -91,7 +91,8 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "sensitivity", "sensitivity.calibrated", "sensitivity.candidates", "sensitivity.controls",
         "sensitivity.measure", "sensitivity.mixture", "sensitivity.sampling", "sensitivity.study",
         "report.sensitive",
-        "finished", "regression", "regression.baseline_file", "regression.decide", "regression.goals_file",
+        "finished", "run_files",
+        "regression", "regression.baseline_file", "regression.decide", "regression.goals_file",
         "regression.judged",
         "regression.standing", "regression.statistics", "regression.written",
         "report.gated", "report.hosts",
