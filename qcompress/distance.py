@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from qcompress.system import allocate
+
 STEP = 64
 """Positions compared at once."""
 
@@ -113,6 +115,7 @@ def keep_logits(file: Path, shape: tuple[int, int, int], rows: Mapping[int, np.n
         return
     if not file.exists():
         np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+        allocate(file, file.stat().st_size)
     kept = np.lib.format.open_memmap(file, mode="r+")
     for place, logits in rows.items():
         kept[place, : len(logits)] = logits

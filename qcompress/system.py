@@ -30,6 +30,8 @@ try:
 except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
+BLOCK = 1 << 20
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -154,12 +156,14 @@ def _is_alive(pid: int) -> bool:
 def machine_errors(path: Path) -> Iterator[None]:
     """Say in words what only the machine's owner can mend; every other error passes as it is.
 
-    `path` stands in where the error names no file.
+    `path` stands in where the error names no file. Of a copy or a rename that fails, the destination is
+    named: its disk is the one that is full.
     """
     try:
         yield
     except OSError as error:
-        place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
+        named = error.filename if error.filename2 is None else error.filename2
+        place = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else path
         if error.errno in _FULL:
             free_mib = shutil.disk_usage(_existing(place)).free / 2**20
             raise MachineError(
@@ -189,6 +193,25 @@ def make_folder(path: Path) -> None:
             f"{path} cannot be made: a file is where a folder should be ({error.filename})",
             fix="choose another --out or --cache",
         ) from error
+
+
+def allocate(path: Path, size: int) -> None:
+    """Give a file its blocks on the disk: writing into a mapped page of a file without them is a SIGBUS when
+    the disk is full. Raises OSError, which names the file, and removes it.
+    """
+    try:
+        with path.open("r+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                for start in range(0, size, BLOCK):  # without changing what is there
+                    block = file.read(min(BLOCK, size - start))
+                    file.seek(start)
+                    file.write(block.ljust(min(BLOCK, size - start), b"\0"))
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
 
 
 def sync(path: Path) -> None:
