@@ -19,7 +19,7 @@ from typing import Any
 
 import onnx
 
-from qcompress.artifacts import graph_digests, read_json, sha256_file, write_json
+from qcompress.artifacts import graph_digests, read_object, sha256_file, write_json
 from qcompress.errors import ExportError
 from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.architecture import Input
@@ -58,7 +58,7 @@ def files_of(graph: Path) -> dict[str, str]:
 
 def check_unchanged(run: Path) -> None:
     """Refuse a run whose graph is not the one that was taken in."""
-    known = read_json(run / "certificate.json").get("files", {})
+    known = read_object(run / "certificate.json").get("files", {})
     changed = [name for name, digest in known.items() if sha256_file(run / name) != digest]
     if changed:
         raise ExportError(

@@ -11,14 +11,15 @@ from qcompress import own, pipeline
 from qcompress.adopted import REASON, check_unchanged
 from qcompress.artifacts import read_json, sha256_file, write_json
 from qcompress.errors import ExportError, IncomparableError, UsageError
-from qcompress.finished import LoadedRun, load
+from qcompress.finished import LoadedRun, broken, load
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, load_recipe
 from qcompress.report.measured import arm_and_runs, measured
 from qcompress.report.seeds import summarise
+from qcompress.run_files import read_run_samples, record_files
 from qcompress.schema import ROWS
 from qcompress.smoke import smoke as shorten
-from qcompress.stages.gate import verdict_of, write_verdict
+from qcompress.stages.gate import judged, verdict_of, write_verdict
 from qcompress.workspace import point_latest
 
 if TYPE_CHECKING:
@@ -145,13 +146,16 @@ def verify(
     loaded = load(path)
     if loaded.recipe.export.graph is None:
         write_json(loaded.path / "certificate.json", certify_run(loaded))
+        record_files(loaded.path, "certificate.json")
     else:
         check_unchanged(loaded.path)
     reporter = reporter or Reporter(silent=True)
     if engine is not None:
         from qcompress.gpu_rows import take_engine_row
 
+        read_run_samples(loaded.path / "samples.json.gz")
         take_engine_row(loaded.path, loaded.recipe.task, Path(engine))
+        record_files(loaded.path, "parity.json", "samples.json.gz")
     else:
         _measure_again(loaded, reporter)
     return _judged_again(path)
@@ -240,6 +244,7 @@ def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:
         measure(loaded.recipe, base, _artifacts(loaded), Path(folder), reporter)
         for name in ("parity.json", "samples.json.gz"):
             os.replace(Path(folder) / name, loaded.path / name)
+    record_files(loaded.path, "parity.json", "samples.json.gz")
 
 
 def _artifacts(loaded: LoadedRun) -> Artifacts:
@@ -280,7 +285,10 @@ def gate(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Judge a run's parity.json by the goals of its recipe; writes verdict.json and junit.xml, returns the
     verdict. Raises UsageError for a smoke run.
     """
-    load(path).demand_whole()
+    loaded = load(path)
+    loaded.demand_whole()
+    if wrong := list(broken(loaded.path, loaded.parity)):
+        raise IncomparableError(f"{path}: {'; '.join(wrong)}", fix="run the recipe again")
     return _judged_again(path)
 
 
@@ -288,6 +296,7 @@ def _judged_again(path: str | os.PathLike[str]) -> dict[str, Any]:
     loaded = load(path)
     verdict = verdict_of(loaded.parity, loaded.recipe, loaded.smoke)
     write_verdict(loaded.path, verdict, loaded.recipe.name)
+    record_files(loaded.path, "verdict.json", "junit.xml")
     return verdict
 
 
@@ -311,6 +320,7 @@ def gate_against(
     after = read_standing(Path(candidate), before.row)
     verdict = decide(before, after, given)
     write_json(Path(candidate) / "gate.json", verdict)
+    record_files(Path(candidate), "gate.json")
     return verdict
 
 
@@ -325,14 +335,15 @@ def promote(
 
     loaded = load(path)
     loaded.demand_whole()
-    if loaded.verdict["verdict"] != "accept" and not force:
+    verdict = judged(loaded)["verdict"]
+    if verdict != "accept" and not force:
         raise UsageError(
-            f"{path} ended with {loaded.verdict['verdict']}, and what is worse than it could pass",
+            f"{path} ended with {verdict}, and what is worse than it could pass",
             fix="mend the run, or say --force",
         )
     standing = read_standing(Path(path), row)
     if standing.broken:
-        raise UsageError(f"{path}: {'; '.join(standing.broken)}", fix="run the recipe again")
+        raise IncomparableError(f"{path}: {'; '.join(standing.broken)}", fix="run the recipe again")
     write_baseline(standing, Path(out))
     return standing
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompress import strict_json
-from qcompress.errors import ContractError
+from qcompress.errors import ContractError, IncomparableError
 from qcompress.outside import demand_file
 
 
@@ -55,11 +55,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file that a stage has promised to write."""
+    """Content of a JSON file that a stage has promised to write; raises IncomparableError if it is torn."""
     try:
         return strict_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ContractError(f"{path} is missing from a finished stage") from None
+    except (ValueError, RecursionError) as error:
+        raise IncomparableError(f"{path} is torn ({error})", fix="run the recipe again") from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object of a run. Raises IncomparableError where it is missing, torn or not an object."""
+    try:
+        content = read_json(file)
+    except (OSError, ContractError) as error:
+        raise IncomparableError(f"{file} cannot be read ({error})", fix="run the recipe again") from None
+    if not isinstance(content, dict):
+        raise IncomparableError(f"{file} is not a JSON object", fix="run the recipe again")
+    return content
 
 
 @dataclass(frozen=True)
@@ -155,4 +168,4 @@ def disabled_optimizers(file: Path) -> list[str]:
     elsewhere names them.
     """
     beside = file.with_name("certificate.json")
-    return read_json(beside).get("disabled_optimizers", []) if beside.is_file() else []
+    return read_object(beside).get("disabled_optimizers", []) if beside.is_file() else []

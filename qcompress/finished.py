@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from qcompress import own
-from qcompress.artifacts import read_json, sha256_file
-from qcompress.errors import IncomparableError, RecipeError, UsageError
+from qcompress.artifacts import read_object, sha256_file
+from qcompress.errors import IncomparableError, UsageError
 from qcompress.recipe import read
+from qcompress.run_files import AGAIN, check_files, read_shaped
 from qcompress.schema import Recipe
 from qcompress.structure import validate
 from qcompress.tasks import TASKS
@@ -46,7 +47,7 @@ class LoadedRun:
         """Names of the model's outputs, in their order; None where they have none."""
         task, config = self.recipe.task, self.path / "config.json"
         if config.is_file():
-            task = TASKS[task.name].settled(task, read_json(config))
+            task = TASKS[task.name].settled(task, read_object(config))
         names = getattr(task, "labels", None)
         return tuple(names) if names else None
 
@@ -84,13 +85,14 @@ def load(path: str | os.PathLike[str]) -> LoadedRun:
                 f"{folder} is not a finished run: {name} is missing",
                 fix="name the run directory that `qcompress run` printed, or let the run finish",
             )
-    manifest = read_json(folder / "manifest.json")
+    check_files(folder)
+    manifest = read_shaped(folder / "manifest.json")
     return LoadedRun(
         path=folder,
         recipe=_recipe(folder / "recipe.resolved.yaml", manifest),
         manifest=manifest,
-        parity=read_json(folder / "parity.json"),
-        verdict=read_json(folder / "verdict.json"),
+        parity=read_shaped(folder / "parity.json"),
+        verdict=read_shaped(folder / "verdict.json"),
     )
 
 
@@ -100,7 +102,8 @@ def _recipe(file: Path, manifest: Mapping[str, Any]) -> Recipe:
         document = read(file)
         recipe = validate(document)
     if document.mistakes or recipe is None:
-        raise RecipeError(document.mistakes)
+        first = f": {document.mistakes[0]}" if document.mistakes else ""
+        raise IncomparableError(f"{file} is not the recipe of a run{first}", fix=AGAIN)
     return recipe
 
 
@@ -145,14 +148,3 @@ def _data(folder: Path, facts: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
     for name, digest in (facts.get("onnx") or {}).get("data", {}).items():
         if (folder / name).is_file():
             yield folder / name, digest
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object of a run."""
-    try:
-        found = read_json(file)
-    except (OSError, ValueError) as error:
-        raise IncomparableError(f"{file} cannot be read ({error})", fix="measure that run again") from None
-    if not isinstance(found, dict):
-        raise IncomparableError(f"{file} is no JSON object", fix="measure that run again")
-    return found

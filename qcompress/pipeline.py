@@ -114,6 +114,7 @@ def run(
     with Workspace(out, cache, plan.recipe.name, run_key(plan, one_of_seeds), **options) as workspace:
         folder = workspace.run_dir
         write_text(folder / RESOLVED, dump_recipe(plan.recipe))
+        workspace.forget("manifest.json", "log.jsonl")  # of an earlier run in this folder
         workspace.record(RESOLVED)
         reporter.log_to(folder / "log.jsonl")
         with tracking(plan.recipe, folder, reporter):

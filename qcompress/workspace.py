@@ -218,6 +218,12 @@ class Workspace:
             )
         return Seen.now(target)
 
+    def forget(self, *names: str) -> None:
+        """Drop the records of files that are about to be written."""
+        placed = read_placed(self.run_dir)
+        if any([placed.pop(name, None) for name in names]):
+            write_placed(self.run_dir, placed)
+
     def record(self, *names: str) -> None:
         """Remember the digests of files that the run itself has written, as of those that were placed."""
         placed = read_placed(self.run_dir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,14 @@ def _no_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """The page at the end of a run takes seconds, and many tests run a line; tests/report makes it."""
     if request.path.parent.name != "report":
         monkeypatch.setattr("qcompress.cli.write_beside", lambda folder, say: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _edited_runs() -> Iterator[None]:
+    """Tests edit files of a run to make the case that they are about; tests/faults is about edits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcompress.finished.check_files", lambda run: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import qcompress
-from qcompress.artifacts import read_json, sha256_file, write_json
+from qcompress.artifacts import read_object, sha256_file, write_json
 from qcompress.bundle import config as triton
 from qcompress.bundle.warmup import FOLDER as WARMUP
 from qcompress.bundle.warmup import samples
 from qcompress.errors import IncomparableError, UsageError, VerdictError
 from qcompress.finished import LoadedRun, broken
 from qcompress.models import FAMILIES
-from qcompress.stages.gate import exit_code
+from qcompress.stages.gate import exit_code, judged, verdict_of
 from qcompress.system import machine_errors
 from qcompress.targets.graph import View, read
 from qcompress.targets.profiles import model_context
@@ -82,15 +82,16 @@ def _check(run: LoadedRun, name: str, backend: str, force: bool) -> None:
         raise UsageError(f"unknown backend {backend!r}", fix=f"choose one of {', '.join(BACKENDS)}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UsageError(f"{name!r} is not a name of a model", fix="use letters, digits, '.', '_' and '-'")
-    verdict = run.verdict["verdict"]
+    found = judged(run)
+    verdict = found["verdict"]
     if verdict != "accept" and not force:
         raise VerdictError(
-            f"{run.path} ended with {verdict}: {'; '.join(run.verdict['reasons']) or 'see its goals'}",
+            f"{run.path} ended with {verdict}: {'; '.join(found['reasons']) or 'see its goals'}",
             fix="mend the run, or say --force to serve it all the same",
             exit_code=exit_code(verdict),
         )
     if backend == "onnxruntime" and not force:
-        _check_deployed(run)
+        _check_deployed(run, found["deployed"])
     if not (run.path / "model.onnx").is_file():
         raise UsageError(f"{run.path} has no model.onnx", fix="run the recipe again")
     if not run.parity.get("onnx"):
@@ -103,11 +104,10 @@ def _check(run: LoadedRun, name: str, backend: str, force: bool) -> None:
         _check_plan(run)
 
 
-def _check_deployed(run: LoadedRun) -> None:
+def _check_deployed(run: LoadedRun, deployed: dict[str, Any] | None) -> None:
     """Refuse a graph for ONNX Runtime whose default session misses the goals: Triton serves that session. The
     verdict of a run for TensorRT leaves that row out.
     """
-    deployed = run.verdict.get("deployed")
     if deployed is not None and not deployed["passed"]:
         raise VerdictError(
             f"{run.path}: ONNX Runtime's default session (the row deployed), which Triton serves, misses the "
@@ -136,7 +136,7 @@ def _check_plan(run: LoadedRun) -> None:
 def _build(run: LoadedRun) -> dict[str, Any]:
     """build.json of a run; a run without the stage has none."""
     file = run.path / "engine" / "build.json"
-    return read_json(file) if file.is_file() else {}
+    return read_object(file) if file.is_file() else {}
 
 
 def _settings(run: LoadedRun, view: View, backend: str, max_batch: int | None) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _write(run: LoadedRun, view: View, out: Path, name: str, backend: str, setti
         "format": FORMAT,
         **_identity(run, name, backend),
         "verdict": run.verdict["verdict"],
-        "deployed": run.verdict.get("deployed"),
+        "deployed": verdict_of(run.parity, run.recipe, run.smoke)["deployed"],
         "target": run.recipe.build.target,
         "onnx_sha256": run.parity["onnx"]["sha256"],
         "engine": _engine(run) if backend == "tensorrt" else None,
@@ -286,7 +286,7 @@ def _told(run: LoadedRun) -> dict[str, str]:
 def _without_optimizers(run: LoadedRun) -> bool:
     """Whether ONNX Runtime must run a graph made elsewhere without some optimizers."""
     file = run.path / "certificate.json"
-    return bool(read_json(file).get("disabled_optimizers")) if file.is_file() else False
+    return bool(read_object(file).get("disabled_optimizers")) if file.is_file() else False
 
 
 def _positions(run: LoadedRun, view: View) -> int | None:
@@ -294,5 +294,5 @@ def _positions(run: LoadedRun, view: View) -> int | None:
     family, file = FAMILIES[run.recipe.model.family], run.path / "config.json"
     known = [model_context(view), getattr(run.recipe.task, "context", None)]
     if hasattr(family, "positions") and file.is_file():
-        known.append(family.positions(read_json(file)))
+        known.append(family.positions(read_object(file)))
     return min((count for count in known if count is not None), default=None)

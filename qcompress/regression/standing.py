@@ -8,18 +8,18 @@ digests of what turned data into inputs, and sizes.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcompress.artifacts import sha256_file
+from qcompress.artifacts import read_object, sha256_file
 from qcompress.errors import IncomparableError, UsageError
-from qcompress.finished import broken, load, read_object
+from qcompress.finished import broken, load
 from qcompress.goals import Gate
 from qcompress.regression.written import FORMAT, read_written
-from qcompress.samples import APART, REFERENCE, Columns, read_samples, with_entities
+from qcompress.run_files import read_run_samples
+from qcompress.samples import APART, REFERENCE, Columns, with_entities
 from qcompress.stages.gate import served_by_onnxruntime
 
 READERS = (
@@ -126,7 +126,7 @@ def _of_run(folder: Path, row: str | None) -> Standing:
                          fix=f"measure it again: qcompress verify {folder}")  # fmt: skip
     recipe, parity = loaded.recipe, loaded.parity
     row = row or _last_measured(folder, parity)
-    sets = _samples(folder / "samples.json.gz")
+    sets = read_run_samples(folder / "samples.json.gz")
     _match(folder, parity, row, sets)
     known = {name: tuple(key for key in entry if key not in APART) for name, entry in sets.items()}
     samples = {name: _columns(entry, row) for name, entry in sets.items()}
@@ -152,13 +152,6 @@ def _of_run(folder: Path, row: str | None) -> Standing:
         versions=loaded.manifest.get("versions", {}),
         broken=tuple(broken(folder, parity)),
     )
-
-
-def _samples(file: Path) -> dict[str, dict[str, Any]]:
-    try:
-        return read_samples(file)
-    except (OSError, EOFError, zlib.error, ValueError, KeyError) as error:
-        raise IncomparableError(f"{file} cannot be read ({error})", fix="measure that run again") from None
 
 
 def _row(parity: Mapping[str, Any], stage: str) -> dict[str, Any] | None:

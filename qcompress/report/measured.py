@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompress import strict_json
-from qcompress.artifacts import read_json
+from qcompress.artifacts import read_object
 from qcompress.axes import AXES, PHASES
 from qcompress.errors import IncomparableError, UsageError
 from qcompress.goals import METRICS
+from qcompress.run_files import read_run_samples
 from qcompress.samples import REFERENCE, Columns, with_entities
 from qcompress.task_options import AGREEMENT
 
@@ -93,7 +92,7 @@ def measured(loaded: LoadedRun, row: str, arm: str | None = None) -> Measured:
         why = found["reason"] if found else "there is no such row"
         raise IncomparableError(f"{loaded.path}: the row {row} was not measured: {why}", fix="choose --row")
     recipe, manifest = loaded.recipe, loaded.manifest
-    sets = strict_json.loads(gzip.decompress((loaded.path / "samples.json.gz").read_bytes()))["sets"]
+    sets = read_run_samples(loaded.path / "samples.json.gz")
     samples = {}
     for name, entry in sets.items():
         if name not in loaded.parity.get("inputs", {}):
@@ -159,5 +158,5 @@ def arm_and_runs(text: str) -> tuple[str | None, list[Path]]:
     path = Path(folder if named else text)
     runs = [path]
     if (path / "seeds.json").is_file():
-        runs = [path / f"seed-{seed}" for seed in read_json(path / "seeds.json")["verdicts"]]
+        runs = [path / f"seed-{seed}" for seed in read_object(path / "seeds.json").get("verdicts", {})]
     return (arm if named else None), runs

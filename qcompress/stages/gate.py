@@ -20,10 +20,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcompress.artifacts import read_json, write_json, write_text
-from qcompress.errors import QcompressError
+from qcompress.errors import IncomparableError, QcompressError
 from qcompress.goals import (
     DEPLOYED_FARTHEST,
     DEPLOYED_ROUNDINGS,
@@ -37,6 +37,9 @@ from qcompress.goals import (
 from qcompress.report.junit import junit
 from qcompress.schema import Recipe
 from qcompress.targets.table import find_target
+
+if TYPE_CHECKING:
+    from qcompress.finished import LoadedRun
 
 EXIT_CODES = {"accept": 0, "unjudged": 0, "regression": 3, "anomalous": 4, "inconclusive": 3}
 
@@ -116,6 +119,22 @@ def verdict_of(report: dict[str, Any], recipe: Recipe, smoke: bool = False) -> d
         float_trains=recipe.trains_float,
         served=served_by_onnxruntime(recipe),
     )
+
+
+def judged(run: LoadedRun) -> dict[str, Any]:
+    """The verdict of a run. One of `accept` is made anew from parity.json; raises IncomparableError where
+    that gives another one.
+    """
+    if run.verdict["verdict"] != "accept":
+        return run.verdict
+    verdict = verdict_of(run.parity, run.recipe, run.smoke)
+    if verdict["verdict"] != "accept":
+        raise IncomparableError(
+            f"{run.path / 'verdict.json'} says accept, and parity.json makes it {verdict['verdict']}: "
+            f"{'; '.join(verdict['reasons'])}",
+            fix=f"judge it again: qcompress gate --candidate {run.path}",
+        )
+    return verdict
 
 
 def served_by_onnxruntime(recipe: Recipe) -> bool:

@@ -41,6 +41,7 @@ def made(tiny_model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
     recipe = yaml.safe_load(file.read_text())
     recipe["build"]["target"] = "cpu"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / "run" / ".placed.json").unlink()  # which knows the run's own recipe
     bundle(load(folder / "run"), folder / "repository")
     return folder / "repository"
 

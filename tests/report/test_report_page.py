@@ -16,7 +16,7 @@ from pages import Node, Page, look_up, read, same
 from scipy import stats
 
 from qcompress import api
-from qcompress.errors import UsageError
+from qcompress.errors import IncomparableError, UsageError
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp; $\\frac{a$ {{ 7 * 7 }}"
 
@@ -234,7 +234,7 @@ def test_a_run_without_its_result_is_refused(name: str, mine: Path) -> None:
 
 def test_a_damaged_file_is_named(mine: Path) -> None:
     (mine / "sizes.json").write_text('{"layers": [')
-    with pytest.raises(UsageError, match=r"sizes\.json cannot be read"):
+    with pytest.raises(IncomparableError, match=r"sizes\.json is torn"):
         api.report([mine])
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from qcompress import strict_json
 from qcompress.artifacts import read_json
-from qcompress.errors import UsageError
 from qcompress.finished import LoadedRun, load
 from qcompress.report.html.figures import Document
 
@@ -40,14 +39,7 @@ class Evidence:
     def optional(self, name: str) -> Document | None:
         """A file that a run may lack."""
         file = self.loaded.path / name
-        if not file.is_file():
-            return None
-        try:
-            return self._document(name, read_json(file))
-        except ValueError as error:
-            raise UsageError(
-                f"{file} cannot be read: {error}", fix="run the recipe again to put it back"
-            ) from None
+        return self._document(name, read_json(file)) if file.is_file() else None
 
     def log(self) -> Document:
         """The records of log.jsonl, one a line; a line that a killed run did not finish is an empty one."""
