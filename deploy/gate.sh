@@ -8,6 +8,11 @@
 # run.json, gate.json, junit.xml and code-quality.json, whatever the verdict. On GitHub it also prints
 # annotations and appends to the step summary.
 #
+# In a pull or merge request the baseline and its goals are those of the target branch (GITHUB_BASE_REF of
+# GitHub, CI_MERGE_REQUEST_DIFF_BASE_SHA of GitLab, QCOMPRESS_BASE anywhere: any name of a commit), so that a
+# request cannot loosen what judges it. One that changes BASELINE is told so. The checkout must have that commit.
+# A BASELINE that the target branch lacks is the request's own: the first one.
+#
 # Exit code: the gate's (0 accept, 3 regression or inconclusive, 4 anomalous). Where there is nothing to judge,
 # the run's (2 recipe, 5 lint, export or build, 6 machine, 7 in use); where the gate accepts a run that breaks
 # the goals of its own recipe, the run's too.
@@ -29,7 +34,45 @@ complain() { # TEXT: on the recipe's line in a pull request, or on stderr
     fi
 }
 
-for file in "$recipe" "$baseline"; do
+notice() { # TEXT: beside the result
+    if [[ $github == true ]]; then
+        echo "::notice file=$baseline,title=qcompress gate::$1"
+    else
+        echo "notice: $1" >&2
+    fi
+}
+
+base_commit() { # prints the commit of the target branch; nothing outside a pull or merge request
+    if [[ -n ${QCOMPRESS_BASE:-} ]]; then
+        echo "$QCOMPRESS_BASE"
+    elif [[ $github == true && -n ${GITHUB_BASE_REF:-} ]]; then
+        echo "refs/remotes/origin/$GITHUB_BASE_REF"
+    else
+        echo "${CI_MERGE_REQUEST_DIFF_BASE_SHA:-}"
+    fi
+}
+
+base=$(base_commit)
+judge=$baseline
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+if [[ -n $base ]]; then
+    if ! commit=$(git rev-parse --verify --quiet --end-of-options "$base^{commit}"); then
+        complain "the commit of the target branch, $base, is not in this checkout; fetch it (fetch-depth: 0)"
+        exit 2
+    fi
+    if git cat-file -e "$commit:./$baseline" 2>/dev/null; then
+        judge=$scratch/baseline.json
+        git show "$commit:./$baseline" >"$judge"
+        if ! cmp -s "$judge" "$baseline"; then
+            notice "this request changes $baseline; it is judged by that of the target branch"
+        fi
+    else
+        notice "the target branch has no $baseline: this request brings the first one, and is judged by it"
+    fi
+fi
+
+for file in "$recipe" "$judge"; do
     if [[ ! -f $file ]]; then
         complain "$file does not exist; a baseline is made with: qcompress baseline promote RUN --out $baseline"
         exit 2
@@ -46,7 +89,7 @@ if [[ $ran != 0 && $ran != 3 && $ran != 4 || ! -s $reports/run.json ]]; then
 fi
 candidate=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["path"])' "$reports/run.json")
 
-options=(--baseline "$baseline" --candidate "$candidate" --recipe-file "$recipe"
+options=(--baseline "$judge" --candidate "$candidate" --recipe-file "$recipe"
     --junit "$reports/junit.xml" --code-quality "$reports/code-quality.json")
 if [[ $github == true ]]; then
     options+=(--github)

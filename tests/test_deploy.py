@@ -20,6 +20,9 @@ from qcompress.targets.table import TARGETS
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 SCRIPTS = ("gate.sh", "jetson/build.sh")
+EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
+"""Digest of a folder without files, in every git repository."""
+
 GOALS = {
     "test.perplexity": {"percent-max-degradation": 2},
     "onnx_bytes": {"percent-max-degradation": 5},
@@ -75,7 +78,9 @@ class Repository:
     def reports(self) -> Path:
         return self.folder / "runs" / "reports"
 
-    def gate(self, recipe: str = "recipe.yaml", github: bool = True) -> tuple[int, list[str], str, str]:
+    def gate(
+        self, recipe: str = "recipe.yaml", github: bool = True, more: dict[str, str] | None = None
+    ) -> tuple[int, list[str], str, str]:
         """The action's own step on what is checked out: exit code, annotations, all output, summary."""
         (step,) = [
             step for step in document("github/action.yml")["runs"]["steps"] if step.get("id") == "gate"
@@ -91,6 +96,8 @@ class Repository:
         place = Path(sys.executable).parent  # where pip put the command
         environment = os.environ | ENVIRONMENT | values | {key: str(file) for key, file in files.items()}
         environment |= {"PATH": f"{place}:{os.environ['PATH']}", "GITHUB_ACTIONS": str(github).lower()}
+        bases = ("QCOMPRESS_BASE", "GITHUB_BASE_REF", "CI_MERGE_REQUEST_DIFF_BASE_SHA")
+        environment = environment | dict.fromkeys(bases, "") | (more or {})
         done = subprocess.run(("bash", "-e", "-o", "pipefail", "-c", step["run"]), cwd=self.folder,
                               env=environment, capture_output=True, text=True)  # fmt: skip
         assert files["GITHUB_OUTPUT"].read_text() == "reports=runs/reports\n"
@@ -130,6 +137,81 @@ def test_a_change_that_makes_the_model_worse_fails_and_says_where(repository: Re
     assert ElementTree.parse(repository.reports / "junit.xml").getroot().get("failures") == "3"
     findings = repository.report("code-quality.json")
     assert [finding["location"]["path"] for finding in findings] == ["recipe.yaml"] * 2
+
+
+@pytest.fixture(scope="module")
+def loosened(repository: Repository) -> Repository:
+    """A pull request with a worse model that loosens the baseline's goals, too."""
+    worse = {"preset": "w8a8", "weights": {"bits": 2}, "embeddings": "float"}
+    repository.branch("loose", lambda recipe: recipe.update(format=worse))
+    file = repository.folder / "baseline.json"
+    values = json.loads(file.read_text())
+    for goal in values["goals"]["regression"].values() if "goals" in values else ():
+        goal["percent-max-degradation"] = 10_000
+    file.write_text(
+        json.dumps(values).replace('percent-max-degradation": 2', 'percent-max-degradation": 9999')
+    )
+    repository.commit("loosened")
+    return repository
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["GitHub", "GitLab", "another"])
+def test_a_request_cannot_loosen_the_baseline_that_judges_it(server: str, loosened: Repository) -> None:
+    repository = loosened
+    main = repository.git("rev-parse", "main").strip()
+    repository.git("update-ref", "refs/remotes/origin/main", main)
+    base = {
+        "GitHub": {"GITHUB_BASE_REF": "main"},
+        "GitLab": {"CI_MERGE_REQUEST_DIFF_BASE_SHA": main},
+        "another": {"QCOMPRESS_BASE": "main"},
+    }[server]
+    code, notes, text, _ = repository.gate(github=server == "GitHub", more=base)
+    assert code == 3 and "this request changes baseline.json" in text, text
+    if server == "GitHub":
+        assert notes[0].startswith("::notice file=baseline.json,")
+
+
+def test_the_commit_of_the_target_branch_must_be_there(repository: Repository) -> None:
+    code, notes, _, _ = repository.gate(more={"GITHUB_BASE_REF": "nowhere"})
+    assert code == 2 and "fetch-depth: 0" in notes[0]
+
+
+@pytest.mark.slow
+def test_the_first_baseline_is_the_request_s_own(repository: Repository) -> None:
+    repository.git("switch", "-q", "-f", "main")
+    empty = repository.git("commit-tree", "-m", "none", EMPTY_TREE).strip()
+    code, _, text, _ = repository.gate(github=False, more={"QCOMPRESS_BASE": empty})
+    assert code == 0 and "brings the first one" in text, text
+
+
+def test_actions_are_pinned_by_commit() -> None:
+    steps = (
+        document("github/action.yml")["runs"]["steps"]
+        + document("github/workflow.yml")["jobs"]["gate"]["steps"]
+    )
+    used = [step["uses"] for step in steps if "uses" in step and not step["uses"].startswith("./")]
+    assert len(used) == 4 and all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", one) for one in used)
+    text = (DEPLOY / "github/action.yml").read_text() + (DEPLOY / "github/workflow.yml").read_text()
+    assert len(re.findall(r"@[0-9a-f]{40} # v\d+\.\d+\.\d+", text)) == 4
+
+
+def test_servers_run_without_privileges() -> None:
+    triton = document("triton/compose.yaml")["services"]["triton"]
+    assert triton["read_only"] and triton["cap_drop"] == ["ALL"] and triton["tmpfs"] == ["/tmp"]
+    assert triton["security_opt"] == ["no-new-privileges:true"] and triton["user"] != "0:0"
+    parts = yaml.safe_load_all((DEPLOY / "triton/kubernetes.yaml").read_text())
+    (pod,) = [part["spec"]["template"]["spec"] for part in parts if part["kind"] == "Deployment"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = pod["containers"]
+    rights = container["securityContext"]
+    assert rights["readOnlyRootFilesystem"] and not rights["allowPrivilegeEscalation"]
+    places = {one["name"]: one["mountPath"] for one in container["volumeMounts"]}
+    assert places == {"models": "/models", "shared": "/dev/shm", "scratch": "/tmp"}
+    assert {one["name"] for one in pod["volumes"]} == set(places)
+    dockerfile = (DEPLOY / "server/Dockerfile").read_text()
+    assert re.findall(r"^USER (\S+)$", dockerfile, re.M) == ["10001"]
 
 
 @pytest.mark.slow
