@@ -26,11 +26,26 @@ recipe=$1 baseline=$2 runs=${3:-runs}
 reports=$runs/reports
 github=${GITHUB_ACTIONS:-false}
 
+data() { # TEXT: as GitHub wants the text of a command, so that no name of a file ends it
+    local text=${1//'%'/%25}
+    text=${text//'##['/'##\x5b'}
+    text=${text//$'\r'/%0D}
+    text=${text//$'\n'/%0A}
+    printf '%s' "${text//[[:cntrl:]]/?}"
+}
+
+property() { # TEXT: as GitHub wants a property of a command
+    local text
+    text=$(data "$1")
+    text=${text//:/%3A}
+    printf '%s' "${text//,/%2C}"
+}
+
 complain() { # TEXT: on the recipe's line in a pull request, or on stderr
     if [[ $github == true ]]; then
-        echo "::error file=$recipe,title=qcompress gate::$1"
+        printf '::error file=%s,title=qcompress gate::%s\n' "$(property "$recipe")" "$(data "$1")"
     else
-        echo "error: $1" >&2
+        printf 'error: %s\n' "${1//[[:cntrl:]]/?}" >&2
     fi
 }
 

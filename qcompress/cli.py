@@ -45,6 +45,7 @@ from qcompress.check import all_mistakes
 from qcompress.completion import words
 from qcompress.errors import ExportError, RecipeError, UsageError
 from qcompress.listing import LISTS, lines
+from qcompress.printable import Guard, say, show_block
 from qcompress.progress import Reporter
 from qcompress.report.checked import check_json, print_check
 from qcompress.report.compared import print_comparison
@@ -80,6 +81,7 @@ def main() -> None:
     """Entry point of the `qcompress` command."""
     # threads that spin while they wait make a shared machine many times slower; torch reads this once
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.stdout, sys.stderr = Guard(sys.stdout), Guard(sys.stderr)  # to the end, tracebacks included
     app()
 
 
@@ -149,8 +151,8 @@ def _run_seeds(recipe: Path, out: Path, seeds: str, options: dict[str, Any], as_
     else:
         console().print(seeds_table(found))
         for seed, verdict in found["verdicts"].items():
-            print(f"seed {seed}: {verdict}")
-        print(f"{found['verdict']}  {found['recipe']}  {folder}")
+            say(f"seed {seed}: {verdict}")
+        say(f"{found['verdict']}  {found['recipe']}  {folder}")
     raise typer.Exit(exit_code(found["verdict"]))
 
 
@@ -159,7 +161,7 @@ def _finish_early(result: pipeline.Run, as_json: bool) -> None:
     if as_json:
         print_json({"path": str(result.path), "verdict": result.verdict, "stages": stages})
     else:
-        print(f"{result.verdict}  {result.path.parent.name}  {result.path}")
+        say(f"{result.verdict}  {result.path.parent.name}  {result.path}")
 
 
 @app.command()
@@ -269,8 +271,8 @@ def lint(
             print_json({"target": target, "findings": [finding.to_json() for finding in findings]})
         else:
             for finding in findings:
-                print(finding)
-            print(f"{len(findings)} finding{'s' if len(findings) != 1 else ''}  {target}  {model}")
+                say(finding)
+            say(f"{len(findings)} finding{'s' if len(findings) != 1 else ''}  {target}  {model}")
         if any(finding.severity == "error" for finding in findings):
             raise typer.Exit(ExportError.exit_code)
 
@@ -301,7 +303,7 @@ def build(
         options = {"version_compatible": version_compatible, "hardware_compatibility": hardware_compatibility}
         options |= {"timing_cache": None if timing_cache is None else str(timing_cache)}
         record = graph_files.build(model, target, out, profiles, options, Reporter())
-        print(f"{record['status']}  {target}  {out}")
+        say(f"{record['status']}  {target}  {out}")
 
 
 @app.command()
@@ -320,7 +322,7 @@ def predict(
     with errors():
         from qcompress.predict import answer
 
-        print(answer(api.load(folder), text, pair, tokens))
+        print(show_block(answer(api.load(folder), text, pair, tokens)))
 
 
 @app.command("list")
@@ -342,7 +344,7 @@ def list_(
             print_json([dict(zip(("name", "about"), row, strict=True)) for row in rows])
             return
         for line in lines(rows):
-            print(line)
+            say(line)
 
 
 if __name__ == "__main__":

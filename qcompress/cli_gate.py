@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from qcompress.arguments import AsJson, RunFolder
 from qcompress.artifacts import write_json, write_text
 from qcompress.completion import words
 from qcompress.errors import UsageError
+from qcompress.printable import command, say
 from qcompress.report.gated import print_gate
 from qcompress.report.hosts import annotations, code_quality, step_summary
 from qcompress.report.junit import junit
@@ -80,7 +80,7 @@ def gate(
 def _tell_github(verdict: dict[str, Any], name: str, recipe_file: str, as_json: bool) -> None:
     """Annotations go where no JSON is; GitHub reads both streams."""
     for line in annotations(verdict, recipe_file):
-        print(line, file=sys.stderr if as_json else sys.stdout)
+        command(line, stderr=as_json)
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as stream:
             stream.write(step_summary(verdict, name))
@@ -105,10 +105,10 @@ def promote(
     """Make the file that later runs are held against: small enough to commit, and it needs no run."""
     with errors():
         standing = api.promote(folder, out, row=row, force=force)
-        print(f"{standing.recipe}, row {standing.row}: {out}, {out.stat().st_size / 1000:.0f} kB")
+        say(f"{standing.recipe}, row {standing.row}: {out}, {out.stat().st_size / 1000:.0f} kB")
         if not standing.goals.regression:
             from qcompress.regression.decide import BEGIN, lacking, suggestion  # scipy takes most of a second
 
             refused = f"`gate --baseline {out}` will end with exit code 2"
-            print(f"warning: {lacking(standing)}: {refused}", file=sys.stderr)
-            print(f"  fix: {BEGIN}:\n{suggestion(standing)}", file=sys.stderr)
+            say(f"warning: {lacking(standing)}: {refused}", stderr=True)
+            say(f"  fix: {BEGIN}:\n{suggestion(standing)}", stderr=True)

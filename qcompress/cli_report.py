@@ -9,6 +9,7 @@ import typer
 
 from qcompress import api
 from qcompress.arguments import AsJson
+from qcompress.printable import say
 from qcompress.terminal import errors, print_json
 
 
@@ -30,4 +31,4 @@ def report(
         if as_json:
             print_json({"path": str(file), "bytes": size})
         else:
-            print(f"{file}, {size / 1000:.0f} kB")
+            say(f"{file}, {size / 1000:.0f} kB")

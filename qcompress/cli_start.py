@@ -16,6 +16,7 @@ from qcompress.first.asked import Asked
 from qcompress.first.start import Begun, begin
 from qcompress.first.write import flow
 from qcompress.formats import FORMAT_PRESETS
+from qcompress.printable import say
 from qcompress.recipe_schema import recipe_schema
 from qcompress.targets.table import TARGETS
 from qcompress.task_options import READINGS
@@ -86,10 +87,11 @@ def is_terminal() -> bool:
 
 
 def _ask(question: str, words: list[str]) -> str:
-    from rich.console import Console
     from rich.prompt import Prompt
 
-    return Prompt.ask(question, choices=words, default=words[0], console=Console(stderr=True))
+    from qcompress.screen import Screen
+
+    return Prompt.ask(question, choices=words, default=words[0], console=Screen(stderr=True))
 
 
 def _report(begun: Begun, as_json: bool) -> None:
@@ -100,12 +102,12 @@ def _report(begun: Begun, as_json: bool) -> None:
     else:
         for what, reason in begun.why.items():
             value = begun.chosen[what]
-            print(f"{what:13} {value if isinstance(value, str) else flow(value)}  ({reason})")
+            say(f"{what:13} {value if isinstance(value, str) else flow(value)}  ({reason})")
         for what, file in files.items():
-            print(f"wrote {file}" + ("" if what == "recipe" else f"  ({what})"))
+            say(f"wrote {file}" + ("" if what == "recipe" else f"  ({what})"))
     for note in begun.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print("next:", *begun.commands, sep="\n  ", file=sys.stderr)
+        say(f"note: {note}", stderr=True)
+    say("next:", *(f"  {command}" for command in begun.commands), stderr=True)
 
 
 def schema() -> None:

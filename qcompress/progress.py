@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,6 +24,7 @@ from rich.progress import (
 )
 
 from qcompress import strict_json
+from qcompress.screen import Screen
 
 PLAIN_EVERY_S = 10.0
 """Seconds between two plain lines of one task."""
@@ -57,7 +57,7 @@ class Reporter:
     def __init__(self, stream: TextIO | None = None, silent: bool = False) -> None:
         self.stream = stream or sys.stderr
         self.silent = silent
-        self.console = Console(file=self.stream, highlight=False)
+        self.console = Screen(file=self.stream)
         self._log: Path | None = None
         self._listeners: list[Callable[[Record], None]] = []
 
@@ -118,7 +118,7 @@ class Reporter:
         """One line."""
         self.record(event="say", text=text)
         if not self.silent:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(text, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
@@ -135,10 +135,10 @@ class Reporter:
     def _rich(self, title: str, total: int, done: int) -> Iterator[Bar]:
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:

@@ -75,7 +75,7 @@ def open_session(
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_ENABLE_BASIC
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are raised; its log has names of nodes as they are
     # idle threads that spin take the processor from whoever shares the machine
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     without = {*disabled_optimizers(file), *(() if optimized else REWRITERS)}

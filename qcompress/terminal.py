@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
 from qcompress import stopping, strict_json
 from qcompress.errors import QcompressError, package_missing
 from qcompress.finished import load
 from qcompress.memory import AllocationError, Allocations
+from qcompress.printable import guarded, json_text, say
 from qcompress.report.html.beside import write_beside
 from qcompress.report.shown import print_run, summary
+from qcompress.screen import Screen
 from qcompress.stages.gate import exit_code
 
 LOG_COLUMNS = 200
@@ -27,13 +28,19 @@ LOG_COLUMNS = 200
 def errors(resume: str = "") -> Iterator[None]:
     """Print an error as a user should see it, and leave with its exit code."""
     stopping.resume_with(resume)
+    with guarded(), _told(resume):
+        yield
+
+
+@contextmanager
+def _told(resume: str) -> Iterator[None]:
     try:
         with _packages(), Allocations("this command"):
             yield
     except QcompressError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", stderr=True)
         if resume and isinstance(error, AllocationError):
-            print(f"continue with:\n  {resume}", file=sys.stderr)
+            say(f"continue with:\n  {resume}", stderr=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         stopping.tell()
@@ -63,14 +70,14 @@ def report_run(folder: Path, verdict: str, as_json: bool) -> None:
 def refresh_report(folder: Path) -> None:
     """Make the run's report.html anew where there is one, after what it shows has changed."""
     if (folder / "report.html").is_file():
-        write_beside(folder, lambda line: print(line, file=sys.stderr))
+        write_beside(folder, lambda line: say(line, stderr=True))
 
 
-def console() -> Console:
+def console() -> Screen:
     """Stdout; as wide as a table wants where it is no terminal, so that a log has every digit."""
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, width=None if known else LOG_COLUMNS)
+    return Screen(width=None if known else LOG_COLUMNS)
 
 
 def print_json(value: object) -> None:
-    print(strict_json.dumps(value, indent=2, sort_keys=True))
+    print(json_text(strict_json.dumps(value, indent=2, sort_keys=True)))

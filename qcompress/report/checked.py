@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
 
 from qcompress.axes import PHASES
 from qcompress.check import Report
 from qcompress.plan import LayerPlan
 from qcompress.recipe import Resolved
 from qcompress.scale_reach import SMALL_REACH, scale_reach
+from qcompress.screen import Cells
 
 
 def print_check(
@@ -28,21 +28,21 @@ def print_check(
     if recipe.export.graph is not None:
         _print_reuse(console, reuse)
         return
-    table = Table("layers", "kind", "weights", "inputs", header_style="bold")
+    table = Cells("layers", "kind", "weights", "inputs", header_style="bold")
     for (kind, weights, inputs), items in _grouped(report.plan).items():
         names = items[0].name + (f" and {len(items) - 1} more" if len(items) > 1 else "")
         table.add_row(names, kind, weights, inputs)
     console.print(table)
     for pattern, count in report.matches.items():
         line = f"format.layers {pattern!r} matches {count} layer{'s' if count != 1 else ''}"
-        console.print(line, markup=False)  # [ab] is a glob here
+        console.print(line)  # [ab] is a glob here
     phases = ", ".join(PHASES[recipe.schedule.name]) or "none"
     console.print(f"phases of {recipe.schedule.name}: {phases}")
     reach = scale_reach(recipe)
     if reach is not None and reach.share < SMALL_REACH:
-        console.print(reach.note(), markup=False)
+        console.print(reach.note())
     for part in report.bounded:
-        console.print(f"looked at {part}; a run looks at all of them first", markup=False)
+        console.print(f"looked at {part}; a run looks at all of them first")
     _print_reuse(console, reuse)
 
 

@@ -6,14 +6,15 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from qcompress.printable import show
 from qcompress.report.ladder import spell
+from qcompress.screen import Cells
 
 
 def print_comparison(console: Console, found: dict[str, Any]) -> None:
     """Scores, cost, differences, then what they say in words."""
-    console.print(*title(found), sep="\n", markup=False, soft_wrap=True)
+    console.print(*title(found), sep="\n", soft_wrap=True)
     console.print(scores(found))
     console.print(costs(found))
     if found["differences"]:
@@ -21,7 +22,7 @@ def print_comparison(console: Console, found: dict[str, Any]) -> None:
     lines = [finding(found, item) for item in found["differences"]]
     lines += [f"note: {note}" for note in found["notes"]]
     if lines:
-        console.print(*lines, sep="\n", markup=False, soft_wrap=True)
+        console.print(*lines, sep="\n", soft_wrap=True)
 
 
 def title(found: dict[str, Any]) -> list[str]:
@@ -30,7 +31,7 @@ def title(found: dict[str, Any]) -> list[str]:
     return [f"row {found['row']}, {found['better']} is better", *measured]
 
 
-def scores(found: dict[str, Any]) -> Table:
+def scores(found: dict[str, Any]) -> Cells:
     """One line for each arm and task; with several tasks, one over them all."""
     table = _table("arm")
     several = len(found["tasks"]) > 1
@@ -54,7 +55,7 @@ def scores(found: dict[str, Any]) -> Table:
     return table
 
 
-def costs(found: dict[str, Any]) -> Table:
+def costs(found: dict[str, Any]) -> Cells:
     """What one run of each arm takes, mean over its runs."""
     table = _table("arm")
     blocks = any(task["block_updates"] for arm in found["arms"] for task in arm["tasks"])
@@ -73,10 +74,10 @@ def costs(found: dict[str, Any]) -> Table:
     return table
 
 
-def differences(found: dict[str, Any]) -> Table:
+def differences(found: dict[str, Any]) -> Cells:
     """One line for each arm against the baseline."""
     level = f"{100 * found['level']:.0f} % interval"
-    table = _table(f"against\n{found['baseline']}")
+    table = _table(f"against\n{show(found['baseline'])}")
     for column in ("pairs", "difference", f"{level}\npaired t", f"{level}\nbootstrap", "could have\nseen"):
         table.add_column(column, justify="right", no_wrap=True)
     for item in found["differences"]:
@@ -115,7 +116,7 @@ def finding(found: dict[str, Any], item: dict[str, Any]) -> str:
     )
 
 
-def _table(first: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+def _table(first: str) -> Cells:
+    table = Cells(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     table.add_column(first, overflow="fold")
     return table

@@ -6,61 +6,61 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+
+from qcompress.screen import Cells
 
 
 def print_bundle(console: Console, record: dict[str, Any], folder: str) -> None:
     """What was bundled, and how Triton calls it."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+    table = Cells(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     for column in ("", "name", "type", "axes"):
         table.add_column(column)
     for side in ("inputs", "outputs"):
         for item in record[side]:
             axes = ", ".join("?" if axis is None else str(axis) for axis in item["axes"])
-            table.add_row(side[:-1], escape(item["name"]), item["type"], escape(f"[{axes}]"))
+            table.add_row(side[:-1], item["name"], item["type"], f"[{axes}]")
     console.print(table)
     batch = record["max_batch_size"]
     batches = f"batches of at most {batch}" if batch else "no batching"
-    console.print(f"{batches}, {record['warmup']} for warm-up, {len(record['files'])} files", markup=False)
+    console.print(f"{batches}, {record['warmup']} for warm-up, {len(record['files'])} files")
     last = f"{record['verdict']}  {record['name']}  {record['backend']}  {folder}"
-    console.print(last, markup=False, soft_wrap=True)
+    console.print(last, soft_wrap=True)
 
 
 def print_examined(console: Console, found: dict[str, Any]) -> None:
     """Every reason with its fix, and in the last line whether the bundle loads."""
     for fault in found["faults"]:
         kind = "broken" if fault["broken"] else "lacking"
-        console.print(f"{kind}: {fault['what']}\n  fix: {fault['fix']}", markup=False, soft_wrap=True)
+        console.print(f"{kind}: {fault['what']}\n  fix: {fault['fix']}", soft_wrap=True)
     for note in found["notes"]:
-        console.print(f"note: {note}", markup=False, style="dim", soft_wrap=True)
+        console.print(f"note: {note}", style="dim", soft_wrap=True)
     last = "would load" if found["loads"] else "would not load"
-    console.print(f"{last}  {found['bundle']}", markup=False, soft_wrap=True)
+    console.print(f"{last}  {found['bundle']}", soft_wrap=True)
 
 
 def print_machine(console: Console, found: dict[str, Any]) -> None:
     """A line for each thing that a job takes, what mends the missing ones, and the machine."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+    table = Cells(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     for column in ("job", "takes", "wanted", "found", ""):
         table.add_column(column, overflow="fold")
     fixes: dict[str, list[str]] = {}
     for job in found["jobs"]:
         for place, need in enumerate(job["needs"]):
             first = (f"{job['job']}", "ready" if job["ready"] else "lacking")[: 1 if place else 2]
-            name = escape(f"{first[0]}  ({first[1]})") if not place else ""
+            name = f"{first[0]}  ({first[1]})" if not place else ""
             state = "ok" if need["ok"] else "missing" if need["found"] is None else "not this one"
-            table.add_row(name, escape(need["what"]), need["wanted"], escape(need["found"] or "-"), state)
+            table.add_row(name, need["what"], need["wanted"], need["found"] or "-", state)
             if not need["ok"]:
                 jobs = fixes.setdefault(need["fix"], [])
                 jobs += [job["job"]] if job["job"] not in jobs else []
     console.print(table)
     for fix, jobs in fixes.items():
-        console.print(f"{', '.join(jobs)}:\n  {fix}", markup=False, soft_wrap=True)
+        console.print(f"{', '.join(jobs)}:\n  {fix}", soft_wrap=True)
     gpus = [f"{gpu['name']}, driver {gpu['driver']}, compute capability {gpu['compute_capability']}"
             for gpu in found["gpus"]]  # fmt: skip
-    console.print(f"GPU: {'; '.join(gpus) or found['gpu_reason']}", markup=False, soft_wrap=True)
-    console.print(f"disk: {found['disk']['free_gib']} GiB free in {found['disk']['folder']}", markup=False,
+    console.print(f"GPU: {'; '.join(gpus) or found['gpu_reason']}", soft_wrap=True)
+    console.print(f"disk: {found['disk']['free_gib']} GiB free in {found['disk']['folder']}",
                   soft_wrap=True)  # fmt: skip
     python = found["python"]
     last = f"qcompress {found['qcompress']}, Python {python['version']} ({python['executable']})"
-    console.print(last, markup=False, soft_wrap=True)
+    console.print(last, soft_wrap=True)

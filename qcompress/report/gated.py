@@ -6,15 +6,16 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
+from qcompress.printable import say, show
 from qcompress.report.compared import interval
+from qcompress.screen import Cells
 
 
 def print_gate(console: Console, verdict: dict[str, Any]) -> None:
     """One line for each goal against the baseline, notes, reasons, and the verdict in the last line."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+    table = Cells(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     table.add_column("goal", overflow="fold")
     for column in ("baseline", "candidate", "loss", "bounds\n(5 % each)", "could have\nseen", "samples"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -24,7 +25,7 @@ def print_gate(console: Console, verdict: dict[str, Any]) -> None:
             continue
         limit = ", ".join(f"{name} {value:g}" for name, value in goal["goal"].items())
         table.add_row(
-            escape(f"{goal['metric']}\n{limit}"),
+            Text(f"{show(goal['metric'])}\n{show(limit)}"),
             f"{goal['baseline']:.5g}",
             f"{goal['value']:.5g}",
             f"{goal['loss']:+.3g}",
@@ -34,10 +35,10 @@ def print_gate(console: Console, verdict: dict[str, Any]) -> None:
             goal["outcome"],
         )
     against = verdict["against"]
-    console.print(f"{against['candidate']} against {against['baseline']}, row {against['row']}", markup=False)
+    console.print(f"{against['candidate']} against {against['baseline']}, row {against['row']}")
     console.print(table)
     for note in verdict["notes"]:
-        console.print(f"note: {note}", markup=False, style="dim", soft_wrap=True)
+        console.print(f"note: {note}", style="dim", soft_wrap=True)
     for reason in verdict["reasons"]:
-        console.print(reason, markup=False, soft_wrap=True)
-    print(f"{verdict['verdict']}  {against['recipes'][1]}  {against['candidate']}")
+        console.print(reason, soft_wrap=True)
+    say(f"{verdict['verdict']}  {against['recipes'][1]}  {against['candidate']}")

@@ -7,7 +7,10 @@ Quality", section "Code Quality report format".
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
+
+from qcompress.printable import show, show_block
 
 SEVERITY = {"anomalous": "critical", "regression": "major", "inconclusive": "minor"}
 """GitLab's word for each verdict that is not `accept`."""
@@ -25,7 +28,9 @@ def annotations(verdict: dict[str, Any], recipe: str) -> list[str]:
 
 
 def _data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    ended = text.replace("\r\n", "\n").replace("\r", "\n")
+    spelled = re.sub(r"##(\w*)\[", r"##\1\\x5b", show_block(ended))  # a command of Azure and of older runners
+    return spelled.replace("%", "%25").replace("\n", "%0A")
 
 
 def _property(text: str) -> str:
@@ -56,9 +61,12 @@ def step_summary(verdict: dict[str, Any], name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """No cell and no list item of ours is more than text: pipes, markup and line ends lose their meaning."""
-    found = text.replace("\\", "\\\\").replace("\r", " ").replace("\n", " ").replace("|", "\\|")
-    return found.replace("<", "&lt;").replace("`", "\\`").replace("*", "\\*").replace("_", "\\_")
+    """No cell and no list item of ours is more than text: pipes, markup, links, mentions and line ends lose
+    their meaning.
+    """
+    found = re.sub(r"[\\`*_|\[\]~$]", r"\\\g<0>", show(text)).replace("&", "&amp;")
+    found = found.replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;").replace("#", "&#35;")
+    return re.sub(r"(?i)\bwww\.", "www&#46;", found.replace("://", "&#58;//"))
 
 
 def code_quality(verdict: dict[str, Any], recipe: str) -> list[dict[str, Any]]:
@@ -69,11 +77,11 @@ def code_quality(verdict: dict[str, Any], recipe: str) -> list[dict[str, Any]]:
         return []
     return [
         {
-            "description": reason,
+            "description": show(reason),
             "check_name": f"qcompress-{verdict['verdict']}",
-            "fingerprint": hashlib.sha256(f"{recipe}\0{reason}".encode()).hexdigest(),
+            "fingerprint": hashlib.sha256(f"{show(recipe)}\0{show(reason)}".encode()).hexdigest(),
             "severity": SEVERITY[verdict["verdict"]],
-            "location": {"path": recipe, "lines": {"begin": 1}},
+            "location": {"path": show(recipe), "lines": {"begin": 1}},
         }
         for reason in verdict["reasons"]
     ]

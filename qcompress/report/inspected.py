@@ -6,14 +6,14 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from qcompress.screen import Cells
 from qcompress.targets.contents import summary
 
 
 def print_contents(console: Console, found: dict[str, Any]) -> None:
     """One line for each weight, then the totals."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+    table = Cells(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     table.add_column("weight", overflow="fold")
     table.add_column("shape", no_wrap=True)
     for column in ("stored", "bits of\ninformation"):
@@ -35,4 +35,4 @@ def print_contents(console: Console, found: dict[str, Any]) -> None:
             f"{weight['share']:.1%}",
         )
     console.print(table)
-    console.print(summary(found), markup=False, soft_wrap=True)
+    console.print(summary(found), soft_wrap=True)

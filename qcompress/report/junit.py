@@ -10,13 +10,15 @@ import re
 from typing import Any
 from xml.etree import ElementTree
 
-CONTROL = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+from qcompress.printable import show
+
+FORBIDDEN = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 cannot hold."""
 
 
 def junit(verdict: dict[str, Any], name: str) -> str:
     """The document of verdict.json or gate.json, for a recipe of this name."""
-    suite = ElementTree.Element("testsuite", name=f"qcompress {name}")
+    suite = ElementTree.Element("testsuite", name=_clean(f"qcompress {name}"))
     failures = errors = skipped = 0
     passes = verdict.get("on_inconclusive") == "pass"
     for goal in verdict["goals"]:
@@ -45,11 +47,11 @@ def junit(verdict: dict[str, Any], name: str) -> str:
         found = ElementTree.SubElement(
             case, "error", type="anomalous", message="the measurement cannot be trusted"
         )
-        found.text = _clean("\n".join(verdict["reasons"]))
+        found.text = "\n".join(map(_clean, verdict["reasons"]))
     elif verdict["verdict"] == "regression" or verdict["verdict"] == "inconclusive" and not passes:
         failures += 1
         found = ElementTree.SubElement(case, "failure", type=verdict["verdict"], message=verdict["verdict"])
-        found.text = _clean("\n".join(verdict["reasons"]))
+        found.text = "\n".join(map(_clean, verdict["reasons"]))
     counts = {"tests": len(suite), "failures": failures, "errors": errors, "skipped": skipped}
     for element in (suite, root := ElementTree.Element("testsuites")):
         for key, value in counts.items():
@@ -70,4 +72,4 @@ def _limits(goal: dict[str, Any]) -> str:
 
 
 def _clean(text: str) -> str:
-    return CONTROL.sub("?", text)
+    return FORBIDDEN.sub("?", show(text))

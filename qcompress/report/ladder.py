@@ -6,7 +6,10 @@ import math
 from typing import Any
 
 from rich import box
-from rich.table import Table
+from rich.text import Text
+
+from qcompress.printable import show
+from qcompress.screen import Cells
 
 BESIDE = ("dynamic", "deployed")
 """What else a row may have been measured as: its key in the row, and its line in the ladder."""
@@ -15,7 +18,7 @@ HELD = "same codes"
 """The line of `held` of the onnx row."""
 
 
-def ladder(report: dict[str, Any]) -> Table:
+def ladder(report: dict[str, Any]) -> Cells:
     """One line for each row of parity.json: the main metrics of each set, the distance to the row before.
     Below a row what was measured beside it: `dynamic` below trained; `deployed` and, on a machine with a GPU,
     ONNX Runtime's GPU providers below onnx.
@@ -24,7 +27,7 @@ def ladder(report: dict[str, Any]) -> Table:
     """
     rows = report["rows"]
     metrics = order_metrics(rows, report.get("sets", []), report.get("main", {}))
-    table = Table(
+    table = Cells(
         box=box.SIMPLE_HEAD,
         header_style="bold",
         padding=(0, 1),
@@ -34,7 +37,7 @@ def ladder(report: dict[str, Any]) -> Table:
     )
     table.add_column("row", no_wrap=True)
     for metric in metrics:
-        table.add_column(metric.replace(".", "\n"), justify="right")
+        table.add_column(Text(show(metric).replace(".", "\n")), justify="right")
     for column in ("compared\nwith", "max |d|\n/ range", "mean |d|\n/ range", "same\ntop 1"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:

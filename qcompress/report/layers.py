@@ -6,12 +6,13 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+
+from qcompress.screen import Cells
 
 
 def print_layers(console: Console, found: dict[str, Any]) -> None:
     """One line for each layer, then the first that differs and the first that has no excuse."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+    table = Cells(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     table.add_column("input of", no_wrap=True)
     far = ("trained\nmax |d|", "folded to onnx\nmax |d| / range", "SNR\ndB")
     for column in (*far, "codes\ndiffer", "of\ncodes", "ties\namong them", "farthest\nfrom a tie"):
@@ -19,7 +20,7 @@ def print_layers(console: Console, found: dict[str, Any]) -> None:
     for layer in found["layers"]:
         table.add_row(layer["name"], *_far(layer), *_codes(layer))
     console.print(table)
-    console.print(*summary(found), sep="\n", markup=False, soft_wrap=True)
+    console.print(*summary(found), sep="\n", soft_wrap=True)
 
 
 def summary(found: dict[str, Any]) -> list[str]:

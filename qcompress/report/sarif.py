@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote_from_bytes
 
 import qcompress
+from qcompress.printable import show
 from qcompress.targets.lint import Finding, severity_of
 from qcompress.targets.rules import RULES
 
@@ -17,7 +20,8 @@ def sarif(findings: list[Finding], file: Path, target: str) -> dict[str, Any]:
     """One run of the linter. Paths below the current folder are relative to it, as code hosts want them."""
     here = Path.cwd()
     path = file.resolve()
-    uri = quote(path.relative_to(here).as_posix()) if path.is_relative_to(here) else path.as_uri()
+    inside = path.is_relative_to(here)
+    uri = quote_from_bytes(os.fsencode(path.relative_to(here))) if inside else path.as_uri()
     places = {rule.id: index for index, rule in enumerate(RULES)}
     return {
         "$schema": SCHEMA,
@@ -46,17 +50,23 @@ def sarif(findings: list[Finding], file: Path, target: str) -> dict[str, Any]:
                         "ruleId": finding.rule,
                         "ruleIndex": places[finding.rule],
                         "level": finding.severity,
-                        "message": {"text": f"{finding.layer}: {finding.found}. Fix: {finding.fix}"},
+                        "message": {"text": _message(finding)},
                         "locations": [
                             {
                                 "physicalLocation": {"artifactLocation": {"uri": uri}},
-                                "logicalLocations": [{"name": finding.layer, "kind": "object"}],
+                                "logicalLocations": [{"name": show(finding.layer), "kind": "object"}],
                             }
                         ],
-                        "partialFingerprints": {"layer/v1": f"{finding.rule}:{finding.layer}"},
+                        "partialFingerprints": {"layer/v1": show(f"{finding.rule}:{finding.layer}")},
                     }
                     for finding in findings
                 ],
             }
         ],
     }
+
+
+def _message(finding: Finding) -> str:
+    """A message in which nothing is a link: SARIF 2.1.0, section 3.11.6, reads `[text](target)` as one."""
+    text = show(f"{finding.layer}: {finding.found}. Fix: {finding.fix}")
+    return re.sub(r"[\\\[\]]", r"\\\g<0>", text) if "](" in text else text

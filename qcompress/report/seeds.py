@@ -6,9 +6,11 @@ import statistics
 from typing import Any
 
 from rich import box
-from rich.table import Table
+from rich.text import Text
 
+from qcompress.printable import show
 from qcompress.report.ladder import BESIDE, order_metrics, spell
+from qcompress.screen import Cells
 
 SEVERITY = ("accept", "unjudged", "inconclusive", "regression", "anomalous")
 """Verdicts, from best to worst."""
@@ -56,15 +58,15 @@ def _spread(values: list[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "sd": deviation, "values": values}
 
 
-def seeds_table(found: dict[str, Any]) -> Table:
+def seeds_table(found: dict[str, Any]) -> Cells:
     """One line for each row of the ladder and for what was measured beside it, mean and standard deviation of
     the main metric of each set.
     """
     metrics = order_metrics(found["rows"], found["sets"], found["main"])
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
+    table = Cells(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     table.add_column("row", no_wrap=True)
     for metric in metrics:
-        table.add_column(metric.replace(".", "\n"), justify="right", no_wrap=True)
+        table.add_column(Text(show(metric).replace(".", "\n")), justify="right", no_wrap=True)
     for row in found["rows"]:
         table.add_row(row["stage"], *(_shown(row["metrics"].get(name)) for name in metrics))
         for name in BESIDE:

@@ -6,8 +6,9 @@ from collections import Counter
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
+from qcompress.screen import Cells
 from qcompress.yamlfile import dump_yaml
 
 MOST = 20
@@ -19,7 +20,7 @@ def print_sensitivity(console: Console, document: dict[str, Any], everything: bo
     formats = document["formats"]
     console.print(f"divergence from the float model in {document['unit']}, mean and standard error over "
                   f"{document['samples']} calibration samples", style="dim")  # fmt: skip
-    whole = Table("format", "bytes", "all layers rounded", "sum of single costs")
+    whole = Cells("format", "bytes", "all layers rounded", "sum of single costs")
     for word, found in formats.items():
         total = sum(layer["alone"][0] for layer in found["layers"].values())
         whole.add_row(word, f"{found['bytes']:,}", _cost(found["all"]), f"{total:.3g}")
@@ -36,20 +37,20 @@ def print_sensitivity(console: Console, document: dict[str, Any], everything: bo
         if mixture["difference"]:
             uniform, difference = (_cost(mixture[key]) for key in ("uniform", "difference"))
             said += f"; the uniform format: {uniform}; difference {difference}"
-        console.print(said, markup=False)
+        console.print(said)
         for control, other in mixture["controls"].items():
             said = f"control {control}, {other['bytes']:,} bytes: {_cost(other['measured'])}; "
-            console.print(f"{said}difference of the mixture {_cost(other['difference'])}", markup=False)
+            console.print(f"{said}difference of the mixture {_cost(other['difference'])}")
         counts = Counter(mixture["formats"].values())
         console.print("mixture: " + ", ".join(f"{count} x {word}" for word, count in counts.most_common()))
-        console.print(dump_yaml({"format": mixture["fragment"]}), markup=False)
+        console.print(Text(dump_yaml({"format": mixture["fragment"]})))
 
 
-def _layers(word: str, layers: dict[str, Any], everything: bool) -> Table:
+def _layers(word: str, layers: dict[str, Any], everything: bool) -> Cells:
     ranked = sorted(layers.items(), key=lambda item: -item[1]["alone"][0])
     shown = ranked if everything else ranked[:MOST]
     left = f", {len(ranked) - len(shown)} cheaper ones left out" if len(shown) < len(ranked) else ""
-    table = Table("layer", "rounded alone", "won if it stays float", "bytes", title=f"{word}{left}")
+    table = Cells("layer", "rounded alone", "won if it stays float", "bytes", title=f"{word}{left}")
     for name, found in shown:
         table.add_row(name, _cost(found["alone"]), _cost(found["wins"]), f"{found['bytes']:,}")
     return table

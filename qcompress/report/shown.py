@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from qcompress.printable import say
 from qcompress.report.ladder import cost_of_static, ladder, not_measured, ties
 
 if TYPE_CHECKING:
@@ -27,13 +28,13 @@ def print_run(console: Console, loaded: LoadedRun) -> None:
     """The ladder, what static ranges cost, why the verdict is what it is; in the last line the verdict."""
     console.print(ladder(loaded.parity))
     for line in [*cost_of_static(loaded.parity), *ties(loaded.parity)]:
-        console.print(line, markup=False, style="dim", soft_wrap=True)
+        console.print(line, style="dim", soft_wrap=True)
     for reason in loaded.verdict["reasons"]:
-        console.print(reason, markup=False, soft_wrap=True)
+        console.print(reason, soft_wrap=True)
     for line in not_measured(loaded.parity):
-        console.print(f"not measured: {line}", markup=False, style="dim", soft_wrap=True)
+        console.print(f"not measured: {line}", style="dim", soft_wrap=True)
     rows = [row["stage"] for row in loaded.parity["rows"] if row["status"] != "measured"]
     notes = [f"not measured: {', '.join(rows)}"] if rows else []
     notes = ["the line ran; a smoke run is not judged", *notes] if loaded.smoke else notes
     note = f"  ({'; '.join(notes)})" if notes else ""
-    print(f"{loaded.verdict['verdict']}  {loaded.recipe.name}  {loaded.path}{note}")
+    say(f"{loaded.verdict['verdict']}  {loaded.recipe.name}  {loaded.path}{note}")
