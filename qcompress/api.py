@@ -200,7 +200,10 @@ def compare_layers(path: str | os.PathLike[str], *, reporter: Reporter | None = 
     from qcompress.layerwise import compare_layers as compare
 
     reporter = reporter or Reporter(silent=True)
-    return compare(loaded.recipe, Path(loaded.manifest["base"]), _artifacts(loaded), loaded.path, reporter)
+    base = Path(loaded.manifest["base"])
+    found = compare(loaded.recipe, base, _artifacts(loaded), loaded.path, reporter)
+    record_files(loaded.path, "layers.json")
+    return found
 
 
 def compare(

@@ -26,8 +26,8 @@ AGAIN = "run the recipe again: it puts the file back"
 LOG = "log.jsonl"
 """Grows after it was recorded."""
 
-LARGE = ("model.onnx", "engine/model.plan", "probe/")
-"""Beginnings of names that `check_files` leaves alone."""
+UNREAD = ("model.onnx", "engine/model.plan", "probe/", "report.html")
+"""Beginnings of names that `check_files` leaves alone: large files, and what no command reads."""
 
 
 READERS = ("config.json", "preprocessor_config.json", "tokenizer*.json", "special_tokens_map.json")
@@ -84,7 +84,7 @@ def check_files(run: Path) -> None:
             read_object(file)
     for name, record in placed.items():
         file = run / name
-        if name.startswith(LARGE) or not file.is_file():
+        if name.startswith(UNREAD) or not file.is_file():
             continue
         if name == LOG:
             changed = _prefix(file, record["bytes"]) != record["sha256"]

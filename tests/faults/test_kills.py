@@ -101,7 +101,8 @@ def test_a_run_that_was_ended_again_and_again_ends_as_one_that_was_not(
             done += 1
             if number != signal.SIGKILL:
                 assert f"interrupted by {signal.Signals(number).name}; continue with:" in stderr
-            assert (project.out / NAME / "latest").exists() is False
+            if (project.out / NAME / "latest").exists():  # it was writing its page
+                assert digests(project) == whole
         assert ended(start(project.command())) == 0
         assert digests(project) == whole
         assert not list(project.cache.glob("*/*.partial"))
