@@ -82,6 +82,17 @@ def differs(path: Path, sha256: str, seen: Seen | None, *, whole: bool = False) 
     return None if found.sha256 == sha256 else found
 
 
+_digests: dict[Path, Seen] = {}
+
+
+def digest_of(path: Path) -> str:
+    """Digest of a file, which a process reads once as long as the file stays as it is."""
+    seen = _digests.get(path)
+    if seen is None or not seen.holds(path):
+        seen = _digests[path] = Seen.now(path)
+    return seen.sha256
+
+
 class Memory:
     """What is remembered of the files of one folder, in one JSON file outside of it.
 

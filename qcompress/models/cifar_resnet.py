@@ -21,7 +21,17 @@ from typing import Any
 
 from qcompress.errors import ModelError
 from qcompress.models.architecture import convolution
-from qcompress.models.convnet import CAUSAL, DEPTH, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
+from qcompress.models.convnet import (
+    CAUSAL,
+    DEPTH,
+    INPUTS,
+    LINEAR_AXIS,
+    MOST_BLOCKS,
+    TASKS,
+    ConvNet,
+    Outline,
+    integers,
+)  # fmt: skip
 from qcompress.models.depth import Names
 from qcompress.models.stock_images import OwnImages
 
@@ -40,6 +50,8 @@ def repeats(config: dict[str, Any]) -> int:
     depth, _ = integers(config, DEFAULTS, DEFAULTS)
     if depth < 8 or (depth - 2) % 6:
         raise ModelError(f"config.json: depth is {depth}, and it must be 6 n + 2", fix="write 20, 32, 44, 56")
+    if depth // 2 > MOST_BLOCKS:
+        raise ModelError(f"config.json: depth {depth} makes more than {MOST_BLOCKS} blocks")
     return (depth - 2) // 6
 
 

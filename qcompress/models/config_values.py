@@ -46,11 +46,16 @@ def _is_type_of_floats(value: object) -> bool:
     return isinstance(value, str) and (value == "auto" or value.removeprefix("torch.") in DTYPES)
 
 
+def _is_factor(value: object) -> bool:
+    return _is_positive_float(value) and value <= 1000
+
+
 Rule = tuple[Callable[[Any], bool], str]
 
 ACTIVATION: Rule = (lambda value: value in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
 SHARE: Rule = (_is_share, "a number from 0 to 1")
 POSITIVE: Rule = (_is_positive_float, "a float above 0, such as 1e-12 or 0.02")
+FACTOR: Rule = (_is_factor, "a float above 0, up to 1000")
 FLAG: Rule = (lambda value: type(value) is bool, "true or false")
 COUNT: Rule = (_is_count, "an integer from 0")
 SIZE: Rule = (lambda value: type(value) is int and value > 0, "a positive integer")
@@ -65,10 +70,10 @@ RULES: dict[str, Rule] = {
         SHARE,
     ),
     **dict.fromkeys(
-        ("layer_norm_eps", "layer_norm_epsilon", "batch_norm_eps", "initializer_range", "width_coefficient",
-         "depth_coefficient", "squeeze_expansion_ratio"),
+        ("layer_norm_eps", "layer_norm_epsilon", "batch_norm_eps", "initializer_range"),
         POSITIVE,
     ),
+    **dict.fromkeys(("width_coefficient", "depth_coefficient", "squeeze_expansion_ratio"), FACTOR),
     **dict.fromkeys(
         ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
          "reorder_and_upcast_attn", "qkv_bias", "downsample_in_first_stage", "downsample_in_bottleneck",
@@ -113,8 +118,13 @@ CHOOSERS = {
     "fusion_config": "it changes what the model computes",
     "kernel_config": "it changes what the model computes",
     "distributed_config": "it spreads the model over devices",
+    "pretrained_cfg": "the model is one of timm",
+    "compression_config": "the weights are compressed",
 }
 """Keys with which a config.json makes transformers load another model than the stock one."""
+
+ANSWERS = {"return_dict": True, "use_return_dict": True, "torchscript": False}
+"""Keys that change what a model's forward pass returns, and the only value that is read."""
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -125,6 +135,12 @@ def _check_choosers(config: dict[str, Any]) -> None:
             raise ModelError(
                 f"config.json has {key} ({config[key]!r:.60}): {why}",
                 fix=f"use a checkpoint without {key}; where the stock model is meant, remove it",
+            )
+    for key, wanted in ANSWERS.items():
+        if config.get(key, wanted) is not wanted:
+            raise ModelError(
+                f"config.json: {key} is {config[key]!r:.60}: it changes what the model returns",
+                fix=f"remove {key} from config.json",
             )
     for key in ("attn_implementation", "_attn_implementation"):
         if config.get(key) is not None and config[key] not in ATTENTIONS:

@@ -53,6 +53,8 @@ COUNTED = "num_batches_tracked"
 """Buffer of a batch norm that no checkpoint needs: it counts batches for an option that nobody here uses."""
 
 COUNTS, MOST_BLOCKS = ("depths", "num_block_repeats"), 10_000
+MOST = 2**31
+"""No size of a layer reaches it."""
 """Keys of config.json that count blocks, and how many are read."""
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -178,10 +180,10 @@ def integers(config: dict[str, Any], keys: Iterable[str], defaults: dict[str, An
         if (
             not isinstance(value, wanted)
             or not items
-            or any(type(item) is not int or item < 1 for item in items)
+            or any(type(item) is not int or not 1 <= item < MOST for item in items)
         ):
             kind = "a list of positive integers" if wanted is list else "a positive integer"
-            raise ModelError(f"config.json: {key} must be {kind}, found {value!r}")
+            raise ModelError(f"config.json: {key} must be {kind}, found {value!r:.60}")
         if key in COUNTS and sum(items) > MOST_BLOCKS:
             raise ModelError(
                 f"config.json: {key} counts {sum(items)} blocks, and at most {MOST_BLOCKS} are read"

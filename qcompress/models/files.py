@@ -213,6 +213,12 @@ def read_tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     holder: dict[str, str] = {}
     for file in weight_files(directory):
         header = read_header(file)
+        if twice := header.keys() & holder.keys():
+            name = min(twice)
+            raise ModelError(
+                f"{directory}: {name} is in {holder[name]} and in {file.name}",
+                fix="copy the checkpoint again, with all its shards and their own index",
+            )
         tensors.update(header)
         holder |= dict.fromkeys(header, file.name)
     index = directory / INDEX

@@ -178,7 +178,9 @@ def load_float(source: Path, directory: Path | None = None) -> GPT2LMHeadModel:
     folder, has the same config.json.
     """
     config = stock_config(directory or source)
-    model, found = stock_model("GPT2LMHeadModel", source, config, attn_implementation="eager")
+    model, found = stock_model(
+        "GPT2LMHeadModel", source, directory or source, config, attn_implementation="eager"
+    )
     if missing := lacking(found["missing_keys"], model, DEPTH):
         raise ModelError(
             f"{source}: the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)",

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcompress.artifacts import read_json
+from qcompress.digests import digest_of
 from qcompress.errors import ModelError, QcompressError
 from qcompress.models.files import read_config, weight_files
 
@@ -67,11 +69,26 @@ def stock_config(directory: Path) -> PreTrainedConfig:
         return CONFIG_MAPPING[values["model_type"]].from_dict(values)
 
 
+def hashed_files(source: Path, directory: Path) -> list[Path]:
+    """Safetensors files of the checkpoint `source`. Raises ModelError for one that is not the file whose
+    digest float.json in the load stage's folder `directory` has.
+    """
+    recorded, files = directory / "float.json", weight_files(source)
+    digests = read_json(recorded).get("files", {}) if source != directory and recorded.is_file() else {}
+    for file in files:
+        if digests.get(file.name, "") and digest_of(file) != digests[file.name]:
+            raise ModelError(
+                f"{file} was changed after it was hashed, while the run was at work",
+                fix="run the recipe again, and leave the checkpoint alone meanwhile",
+            )
+    return files
+
+
 def stock_model(
-    named: str, source: Path, config: PreTrainedConfig, **options: Any
+    named: str, source: Path, directory: Path, config: PreTrainedConfig, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model of a class of transformers in fp32, with the weights of a checkpoint, and what
-    transformers says about the tensors that it found and missed.
+    transformers says about the tensors that it found and missed. `directory`: see `hashed_files`.
     """
     import transformers
     from safetensors import safe_open
@@ -85,7 +102,7 @@ def stock_model(
         with ExitStack() as stack, reading(source, "transformers makes no model of it"):
             files = [
                 stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-                for file in weight_files(source)
+                for file in hashed_files(source, directory)
             ]
             tensors = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
             return maker.from_pretrained(

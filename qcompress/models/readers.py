@@ -34,6 +34,8 @@ WORDPIECE = ("bert", "distilbert")
 TOKENIZER_CHOOSERS = {
     "auto_map": "the tokenizer is made by code of the checkpoint, which is never run",
     "fast_tokenizer_files": "it names other files in the place of tokenizer.json",
+    "gguf_file": "it names another file in the place of tokenizer.json",
+    "init_inputs": "it gives other arguments than the tokenizer's files",
 }
 """Keys of a tokenizer_config.json that make transformers load something else."""
 
@@ -146,7 +148,7 @@ def known_processors() -> frozenset[str]:
     places = (found and found.submodule_search_locations) or ()
     files = [Path(place) / "models" / "auto" / name for place in places for name in TABLES]
     text = "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
-    return frozenset(map(_stem, re.findall(r'"(\w+ImageProcessor(?:Fast|Pil)?)"', text)))
+    return frozenset(map(_stem, re.findall(r'"(?:pil|torchvision)": "(\w+)"', text)))
 
 
 TABLES = ("auto_mappings.py", "image_processing_auto.py")

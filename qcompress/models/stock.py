@@ -64,7 +64,7 @@ def load_model(
     config, _ = maker.of(place)
     file = place / "float.json"
     new = json.loads(file.read_text(encoding="utf-8")).get("new_head") if file.is_file() else None
-    model, found = stock_model(config.architectures[0], source, config, attn_implementation="eager")
+    model, found = stock_model(config.architectures[0], source, place, config, attn_implementation="eager")
     missing = sorted(set(found["missing_keys"]) - set(new["tensors"] if new else ()))
     if depth is not None:
         missing = lacking(missing, model, depth)

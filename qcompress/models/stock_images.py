@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import ModelError
 from qcompress.models.convnet import COUNTED, ConvNet
-from qcompress.models.files import read_config, weight_files
+from qcompress.models.files import read_config
 from qcompress.models.finite import demand_finite
-from qcompress.models.loading import reading, stock_config, stock_model
+from qcompress.models.loading import hashed_files, reading, stock_config, stock_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -64,7 +64,7 @@ class StockImages(_Images):
         """
         place = directory or source
         new = self._new(place)
-        model, found = stock_model(self.net.title, source, stock_config(place))
+        model, found = stock_model(self.net.title, source, place, stock_config(place))
         self._refuse_missing(source, set(found["missing_keys"]), new)
         if new:
             _draw(model, new["tensors"], new["seed"])
@@ -104,7 +104,7 @@ class OwnImages(_Images):
         place = directory or source
         model, new = self._made(place), self._new(place)
         with reading(source, "safetensors does not read it"):
-            files = [load_file(file) for file in weight_files(source)]
+            files = [load_file(file) for file in hashed_files(source, place)]
         tensors = {name: value for file in files for name, value in file.items()}
         missing, unknown = model.load_state_dict(
             {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()},

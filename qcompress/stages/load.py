@@ -14,7 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qcompress.artifacts import sha256_file, write_json
+from qcompress.artifacts import write_json
+from qcompress.digests import digest_of
 from qcompress.errors import MachineError, ModelError
 from qcompress.models import FAMILIES, PROCESSOR, chosen, describe, renamed_tensors
 from qcompress.models.architecture import CAUSAL_LM, Head
@@ -85,7 +86,7 @@ def checkpoint_files(directory: Path) -> dict[str, Path]:
 
 def fingerprint(directory: Path) -> dict[str, str]:
     """Content digest of every file of the checkpoint."""
-    return {name: sha256_file(file) for name, file in sorted(checkpoint_files(directory).items())}
+    return {name: digest_of(file) for name, file in sorted(checkpoint_files(directory).items())}
 
 
 def load(

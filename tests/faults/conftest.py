@@ -56,6 +56,12 @@ def tried(record_property: Callable[[str, object], None]) -> Callable[[int], Non
     return lambda count: record_property("tries", count)
 
 
+def _read(table: str) -> dict[str, Row]:
+    """Rows of the table as it was: those that this session did not run stay."""
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return {name: Row(int(tries), int(failures)) for name, tries, failures in cells if tries.isdigit()}
+
+
 class Table:
     """Counts the results and writes the table at the end."""
 
@@ -75,12 +81,13 @@ class Table:
     def pytest_sessionfinish(self) -> None:
         if not self.rows:  # a worker of xdist, whose controller has the results
             return
+        before, _, rest = self.file.read_text(encoding="utf-8").partition(BEGIN)
+        old, _, after = rest.partition(END)
+        self.rows = {**_read(old), **self.rows}
         lines = ["| Attack | Tries | Failures |", "|---|---|---|"]
         lines += [f"| {name} | {row.tries} | {row.failures} |" for name, row in sorted(self.rows.items())]
         tries = sum(row.tries for row in self.rows.values())
         failures = sum(row.failures for row in self.rows.values())
         lines.append(f"| **all** | **{tries}** | **{failures}** |")
-        before, _, rest = self.file.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
         text = "\n".join([before + BEGIN, "", *lines, "", END + after])
         self.file.write_text(text, encoding="utf-8")

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 from lines import cli, environment, make_project
+from safetensors import safe_open
 from tiny_nets import save_net
 from tiny_vit import save_vit
 from transformers import GPT2LMHeadModel
 
 from qcompress.errors import ModelError
+from qcompress.models import FAMILIES
 from qcompress.models.readers import check_reader
 from qcompress.stages.load import fingerprint
 
@@ -65,21 +67,50 @@ def decoys(source: Path) -> None:
         (source / name).write_bytes(b"\x80\x04.")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "vit", "resnet", "cifar-resnet"])
-def test_what_is_opened_is_what_was_hashed(family: str, tiny_model: Path, tmp_path: Path) -> None:
-    source = tmp_path / "model"
+def checkpoint(family: str, tiny_model: Path, folder: Path) -> Path:
+    """A small checkpoint of a family."""
+    source = folder / "model"
     if family == "gpt2":
         shutil.copytree(tiny_model, source)
     elif family == "vit":
         save_vit(source)
     else:
         save_net(source, {"resnet": "basic", "cifar-resnet": "cifar"}[family])
-        if family == "cifar-resnet":
-            config = json.loads((source / "config.json").read_text())
-            (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
+def classes(source: Path) -> int:
+    with safe_open(source / "model.safetensors", framework="np") as tensors:
+        return tensors.get_slice("fc.weight").get_shape()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "vit", "resnet", "cifar-resnet"])
+def test_what_is_opened_is_what_was_hashed(family: str, tiny_model: Path, tmp_path: Path) -> None:
+    source = checkpoint(family, tiny_model, tmp_path)
     decoys(source)
     assert opened(family, source) <= set(fingerprint(source))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "vit", "resnet", "cifar-resnet"])
+def test_weights_that_are_replaced_after_they_were_hashed_are_refused(
+    family: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """float.json in the load stage's folder has the digests."""
+    source, stage = checkpoint(family, tiny_model, tmp_path), tmp_path / "load"
+    stage.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    if family == "cifar-resnet":  # its head is as wide as its labels are many
+        config["id2label"] = {str(label): str(label) for label in range(classes(source))}
+    (stage / "config.json").write_text(json.dumps(config))
+    record = {"family": family, "files": fingerprint(source), "parameters": 1, "new_head": None}
+    (stage / "float.json").write_text(json.dumps(record))
+    FAMILIES[family].load_float(source, stage)
+    weights = bytearray((source / "model.safetensors").read_bytes())
+    weights[-9] ^= 1
+    (source / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ModelError, match="model.safetensors was changed after it was hashed"):
+        FAMILIES[family].load_float(source, stage)
 
 
 @pytest.mark.slow
@@ -127,6 +158,16 @@ def beside(shards: int) -> Callable[[Path], None]:
     return change
 
 
+def twice(source: Path) -> None:
+    """Two shards that hold every tensor."""
+    names = list(GPT2LMHeadModel.from_pretrained(source).state_dict())
+    names = [name for name in names if name != "lm_head.weight"]
+    shutil.copyfile(source / "model.safetensors", source / "a.safetensors")
+    (source / "model.safetensors").rename(source / "b.safetensors")
+    weight_map = {name: f"{'ab'[place % 2]}.safetensors" for place, name in enumerate(names)}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 AMBIGUOUS: dict[str, tuple[Callable[[Path], object], str]] = {
     "index beside the single file": (beside(1), "model.safetensors.index.json"),
     "shards beside the single file": (beside(2), "model.safetensors.index.json"),
@@ -144,6 +185,11 @@ AMBIGUOUS: dict[str, tuple[Callable[[Path], object], str]] = {
     "attention from the hub": (configure(attn_implementation="kernels-community/x"), "attn_implementation"),
     "the same, private": (configure(_attn_implementation="a/b@main:c"), "_attn_implementation"),
     "quantized": (configure(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config"),
+    "compressed": (configure(compression_config={"format": "pack-quantized"}), "compression_config"),
+    "of timm": (configure(pretrained_cfg={"url": "x"}), "pretrained_cfg"),
+    "tuples": (configure(return_dict=False), "return_dict"),
+    "one tensor twice": (twice, "is in a.safetensors and in b.safetensors"),
+    "a tokenizer of another file": (tokenizer(gguf_file="m.gguf"), "gguf_file"),
     "an adapter": (lambda source: (source / "adapter_config.json").write_text("{}"), "adapter_config.json"),
     "code of a tokenizer": (tokenizer(auto_map={"AutoTokenizer": ["evil.Tok", None]}), "auto_map"),
     "versions of a tokenizer": (
