@@ -35,6 +35,7 @@ lint: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
+# without hashes (deploy/requirements.txt has them): a machine may have a build of torch of its own
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev]'
 	touch $(READY)
 

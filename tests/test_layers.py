@@ -96,7 +96,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "regression.judged",
         "regression.standing", "regression.statistics", "regression.written",
         "report.gated", "report.hosts",
-        "bundle", "bundle.config", "bundle.examine", "bundle.opens", "bundle.triton",
+        "bundle", "bundle.config", "bundle.examine", "bundle.materials", "bundle.opens", "bundle.triton",
         "bundle.warmup", "doctor", "report.deployed",
         "recipe_schema", "first", "first.asked", "first.choose", "first.data", "first.lengths", "first.model",
         "first.splits", "first.start", "first.write",

@@ -1,6 +1,7 @@
 """A finished run as a Triton model repository. Reads the run's directory; no torch.
 
     DIR/bundle.json             digests of all other files, and what they are: run, verdict, target, versions
+    DIR/sbom.cdx.json           software bill of materials (CycloneDX 1.6)
     DIR/NAME/config.pbtxt
     DIR/NAME/1/model.onnx       and its external data; or model.plan
     DIR/NAME/warmup/            masks of the warm-up samples
@@ -23,6 +24,8 @@ from typing import Any
 import qcompress
 from qcompress.artifacts import read_object, sha256_file, write_json
 from qcompress.bundle import config as triton
+from qcompress.bundle.materials import NAME as MATERIALS
+from qcompress.bundle.materials import bill_of_materials
 from qcompress.bundle.warmup import FOLDER as WARMUP
 from qcompress.bundle.warmup import samples
 from qcompress.errors import IncomparableError, UsageError, VerdictError
@@ -198,6 +201,7 @@ def _write(run: LoadedRun, view: View, out: Path, name: str, backend: str, setti
         shutil.copyfile(file, model / file.name)
     message = _config(run, view, name, backend, settings, instances, model / WARMUP)
     (model / "config.pbtxt").write_text(triton.to_text(message), encoding="utf-8")
+    write_json(out / MATERIALS, bill_of_materials(run, name, out))
     inputs, outputs = triton.tensors(view)
     record = {
         "format": FORMAT,

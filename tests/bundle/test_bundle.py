@@ -448,3 +448,23 @@ def test_nothing_stays_where_writing_fails(
     with pytest.raises(ExportError, match="planted"):
         written(gpt2, tmp_path / "here" / "repository")
     assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_the_bill_of_materials_names_every_file_and_package(gpt2: Path, tmp_path: Path) -> None:
+    out = tmp_path / "repository"
+    assert cli("bundle", gpt2, "--out", out).code == 0
+    bill = read_json(out / "sbom.cdx.json")
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    model = bill["metadata"]["component"]
+    hashes = {item["name"]: item["hashes"][0]["content"] for item in model["components"]}
+    written_files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert hashes.keys() == written_files - {"sbom.cdx.json", "bundle.json"}
+    assert all(sha256_file(out / name) == digest for name, digest in hashes.items())
+    names = {item["name"]: item for item in bill["components"]}
+    assert names["onnx"]["purl"].startswith("pkg:pypi/onnx@") and "recipe.resolved.yaml" in names
+    references = [item["bom-ref"] for item in [*bill["components"], *model["components"]]]
+    assert len(set(references)) == len(references)
+    assert "sbom.cdx.json" in read_json(out / "bundle.json")["files"]
+    second = tmp_path / "second"
+    assert cli("bundle", gpt2, "--out", second).code == 0
+    assert (second / "sbom.cdx.json").read_bytes() == (out / "sbom.cdx.json").read_bytes()
