@@ -12,6 +12,7 @@ from qcompress.adopted import REASON, check_unchanged
 from qcompress.artifacts import read_json, sha256_file, write_json
 from qcompress.errors import ExportError, IncomparableError, UsageError
 from qcompress.finished import LoadedRun, broken, load
+from qcompress.places import demand_place
 from qcompress.progress import Reporter
 from qcompress.recipe import Resolved, load_recipe
 from qcompress.report.measured import arm_and_runs, measured
@@ -344,6 +345,7 @@ def promote(
             f"{path} ended with {verdict}, and what is worse than it could pass",
             fix="mend the run, or say --force",
         )
+    demand_place(Path(out))
     standing = read_standing(Path(path), row)
     if standing.broken:
         raise IncomparableError(f"{path}: {'; '.join(standing.broken)}", fix="run the recipe again")

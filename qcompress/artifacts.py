@@ -15,7 +15,6 @@ where the folder is and when it counts as finished.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 from qcompress import strict_json
 from qcompress.errors import ContractError, IncomparableError
 from qcompress.outside import demand_file
+from qcompress.places import write_whole
 
 
 def sha256_file(path: Path) -> str:
@@ -49,9 +49,7 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text in one step: a reader never sees half of it."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, text)
 
 
 def read_json(path: Path) -> Any:

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from qcompress import api
+from qcompress import api, strict_json
 from qcompress.arguments import AsJson, RunFolder
-from qcompress.artifacts import write_json, write_text
 from qcompress.completion import words
 from qcompress.errors import UsageError
+from qcompress.places import append_whole, demand_place, write_named
 from qcompress.printable import command, say
 from qcompress.report.gated import print_gate
 from qcompress.report.hosts import annotations, code_quality, step_summary
@@ -51,6 +51,10 @@ def gate(
 ) -> None:
     """Judge a run by the goals of its recipe, or against a baseline by the baseline's goals."""
     with errors():
+        summary = os.environ.get("GITHUB_STEP_SUMMARY") if github else None
+        for file in (junit_file, code_quality_file, Path(summary) if summary else None):
+            if file is not None:
+                demand_place(file)
         if baseline is None:
             if goals is not None:
                 raise UsageError("--goals replaces the goals of a baseline", fix="name it with --baseline")
@@ -58,13 +62,11 @@ def gate(
         else:
             verdict = api.gate_against(baseline, candidate, goals=goals)
         name = api.load(candidate).recipe.name
-        for file in (junit_file, code_quality_file):
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
         if junit_file is not None:
-            write_text(junit_file, junit(verdict, name))
+            write_named(junit_file, junit(verdict, name))
         if code_quality_file is not None:
-            write_json(code_quality_file, code_quality(verdict, recipe_file))
+            issues = code_quality(verdict, recipe_file)
+            write_named(code_quality_file, strict_json.dumps(issues, indent=2, sort_keys=True) + "\n")
         if github:
             _tell_github(verdict, name, recipe_file, as_json)
         if baseline is None:
@@ -82,8 +84,7 @@ def _tell_github(verdict: dict[str, Any], name: str, recipe_file: str, as_json: 
     for line in annotations(verdict, recipe_file):
         command(line, stderr=as_json)
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary).open("a", encoding="utf-8") as stream:
-            stream.write(step_summary(verdict, name))
+        append_whole(Path(summary), step_summary(verdict, name))
 
 
 @baseline.command()

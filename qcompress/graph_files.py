@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from qcompress.artifacts import read_json
 from qcompress.errors import UsageError
+from qcompress.places import demand_place
 from qcompress.progress import Reporter
 from qcompress.schema import Build
 
@@ -52,6 +53,7 @@ def build(
     _existing(model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not an empty folder", fix="name a new one")
+    demand_place(out, folder=True)
     values: dict[str, Any] = {"target": target, "here": "required", **options}
     if profiles is not None:
         try:

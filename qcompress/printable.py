@@ -83,8 +83,13 @@ class Guard:
         """Print a text with every unsafe character and every command spelled out."""
         spelled = self._allowed.sub(self._pass if self._colours else _spelled, text)
         pieces = [self._harmless(piece) for piece in re.split(r"(?<=[\n\r])", spelled)]
-        self.stream.write(encodable("".join(pieces), self.stream.encoding))
+        self._print("".join(pieces))
         return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        with self._named():
+            self.stream.flush()
 
     def writelines(self, lines: list[str]) -> None:
         """Print several texts."""
@@ -94,7 +99,28 @@ class Guard:
     def command(self, line: str) -> None:
         """Print a command to the CI server in a line of its own; its values are escaped already."""
         self.write("\n" if self._line else "")
-        self.stream.write(encodable(f"{line}\n", self.stream.encoding))
+        self._print(f"{line}\n")
+
+    def _print(self, text: str) -> None:
+        with self._named():
+            self.stream.write(encodable(text, self.stream.encoding))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error says which stream it is. The stream ends there, because Python flushes it at its end. An
+        error of stderr has nowhere to be told.
+        """
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            number = self.stream.fileno()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            if number == 2:
+                return
+            error.filename = self.stream.name
+            raise
 
     def _pass(self, found: re.Match[str]) -> str:
         text = found[0]
@@ -127,6 +153,15 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def flushed() -> Iterator[None]:
+    """What was printed inside is out at its end, or an error says that it is not."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
 
 
 def command(line: str, stderr: bool = False) -> None:

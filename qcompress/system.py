@@ -165,7 +165,7 @@ def machine_errors(path: Path) -> Iterator[None]:
         named = error.filename if error.filename2 is None else error.filename2
         place = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else path
         if error.errno in _FULL:
-            free_mib = shutil.disk_usage(_existing(place)).free / 2**20
+            free_mib = shutil.disk_usage(existing(place)).free / 2**20
             raise MachineError(
                 f"{place}: {error.strerror} ({free_mib:.0f} MiB free)",
                 fix="free some space or choose a larger disk with --out and --cache, then run again: what is "
@@ -179,7 +179,7 @@ def machine_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The path itself or the nearest folder above that is there."""
     return next(found for found in (path.absolute(), *path.absolute().parents) if found.exists())
 

@@ -14,7 +14,8 @@ from qcompress import stopping, strict_json
 from qcompress.errors import QcompressError, package_missing
 from qcompress.finished import load
 from qcompress.memory import AllocationError, Allocations
-from qcompress.printable import guarded, json_text, say
+from qcompress.places import place_errors
+from qcompress.printable import flushed, guarded, json_text, say
 from qcompress.report.html.beside import write_beside
 from qcompress.report.shown import print_run, summary
 from qcompress.screen import Screen
@@ -35,7 +36,7 @@ def errors(resume: str = "") -> Iterator[None]:
 @contextmanager
 def _told(resume: str) -> Iterator[None]:
     try:
-        with _packages(), Allocations("this command"):
+        with _packages(), Allocations("this command"), place_errors(), flushed():
             yield
     except QcompressError as error:
         say(f"error: {error}", stderr=True)

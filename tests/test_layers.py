@@ -29,7 +29,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "custom_code", "custom_loaded", "custom_values", "own", "artifacts", "plan",
         "models.architecture", "models.config_values", "models.files",
         "codekey", "digests", "system", "host", "processes", "progress", "history",
-        "yamlfile", "outside", "memory", "stopping", "printable", "screen",
+        "yamlfile", "outside", "memory", "stopping", "printable", "screen", "places",
         "distance", "tensorfile", "goals", "rates", "strict_json", "report.junit",
     }),
     ("numerics", {

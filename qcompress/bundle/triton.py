@@ -31,6 +31,7 @@ from qcompress.bundle.warmup import samples
 from qcompress.errors import IncomparableError, UsageError, VerdictError
 from qcompress.finished import LoadedRun, broken
 from qcompress.models import FAMILIES
+from qcompress.places import demand_place
 from qcompress.stages.gate import exit_code, judged, verdict_of
 from qcompress.system import machine_errors
 from qcompress.targets.graph import View, read
@@ -64,6 +65,7 @@ def bundle(run: LoadedRun, out: Path, *, backend: str = "onnxruntime", name: str
     """
     name = name or run.recipe.name
     _check(run, name, backend, force)
+    demand_place(out, folder=True)
     view = read(run.path / "model.onnx")
     settings = _settings(run, view, backend, max_batch)
     before = _earlier(out, _identity(run, name, backend))
@@ -185,8 +187,12 @@ def _put(made: Path, out: Path, before: bool) -> None:
     if before:
         old = made.with_name(made.name + ".old")
         os.replace(out, old)
-        os.replace(made, out)
-        shutil.rmtree(old)
+        try:
+            os.replace(made, out)
+        except OSError:
+            os.replace(old, out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(made, out)
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from qcompress.first.data import Found, TableFound, TextFound, look_at_data
 from qcompress.first.model import Checkpoint, look_at_model, write_without_head
 from qcompress.first.splits import split_files, table_text
 from qcompress.first.write import near, recipe_text
+from qcompress.places import place_errors
 from qcompress.recipe_schema import recipe_schema
-from qcompress.system import machine_errors
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def begin(asked: Asked, ask: Ask | None = None) -> Begun:
     certain = {what: file for what, file in files.items() if choice is not None or what not in PARTS}
     kept = _there_already(certain, splits, mistakes)
     mistakes.settle()
-    with _all_or_nothing() as made, machine_errors(asked.out.parent):
+    with _all_or_nothing() as made, place_errors(asked.out.parent):
         _write(asked, checkpoint, found, choice, files, splits, kept, made)
         _check(asked, checkpoint, files, mistakes)
     notes = [*choice.notes, *(f"{files[part]} is there already, and is the same split" for part in kept)]
@@ -117,9 +117,10 @@ def _all_or_nothing() -> Iterator[list[Path]]:
     finally:
         for path in () if done else made:
             if path.is_dir():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink()
+                with suppress(OSError):
+                    path.unlink()
 
 
 def _write(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from qcompress import strict_json
+from qcompress.places import write_named
 from qcompress.regression.standing import Standing
 
 
@@ -16,10 +16,7 @@ def write_baseline(standing: Standing, file: Path) -> None:
     values = strict_json.finite(standing.to_json())
     parts = [f' "{key}": {_columns(values.pop(key))}' for key in ("slices", "samples")]
     head = json.dumps(values, indent=1)
-    partial = file.with_name(file.name + ".partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(",\n".join([head[:-2], *parts]) + "\n}\n", encoding="utf-8")
-    os.replace(partial, file)
+    write_named(file, ",\n".join([head[:-2], *parts]) + "\n}\n")
 
 
 def _columns(sets: dict[str, dict[str, list[Any]]]) -> str:

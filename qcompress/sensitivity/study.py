@@ -25,6 +25,7 @@ from typing import Any
 from qcompress.artifacts import write_json
 from qcompress.errors import UsageError
 from qcompress.keys import prepare
+from qcompress.places import demand_place
 from qcompress.plan import LayerPlan
 from qcompress.recipe import Resolved
 from qcompress.sensitivity.calibrated import LayerCosts, Place, WholeCost, measure_layers, measure_whole
@@ -39,6 +40,7 @@ from qcompress.sensitivity.candidates import (
 from qcompress.sensitivity.controls import check_controls, other_costs
 from qcompress.sensitivity.mixture import BYTES, Choice, affordable, choose
 from qcompress.sensitivity.sampling import Sampling
+from qcompress.system import make_folder
 
 FLOAT = "float"
 
@@ -78,6 +80,7 @@ def sensitivity(
     """
     recipe = resolved.recipe
     _check(resolved, budget, controls)
+    demand_place(place.out, folder=True)
     words = list(dict.fromkeys([*formats, *([budget.like] if budget and budget.like else [])]))
     # every format is held against the model, the target and the budget before the first one is measured
     candidates = {word: _candidate(resolved, word) for word in words}
@@ -97,7 +100,7 @@ def sensitivity(
         like = candidates[budget.like] if budget.like else None
         document["mixture"] = _mix(resolved, place, sampling, offer, budget, like, controls)
     folder = place.out / recipe.name
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / "sensitivity.json", document)
     return document
 

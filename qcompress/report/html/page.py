@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import qcompress
 from qcompress.errors import MachineError, UsageError
+from qcompress.places import demand_place, write_named
 from qcompress.report.html import distributed, judged, logged, made, rungs, several, weighed
 from qcompress.report.html.evidence import Evidence, evidence
 from qcompress.report.html.parts import Section
@@ -26,16 +26,14 @@ def write_report(runs: Sequence[str], out: Path | None = None) -> Path:
     folders = [folder for run in runs for folder in _folders(run)]
     alone = len(folders) == 1
     file = out or (folders[0] / NAME if alone else Path(NAME))
+    demand_place(file)
     try:
         text = one(evidence(folders[0])) if alone else many(folders)
     except ModuleNotFoundError as error:
         raise MachineError(
             f"a report needs the package {error.name}", fix=f"pip install {error.name}"
         ) from None
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    write_named(file, text)
     return file
 
 
