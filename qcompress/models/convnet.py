@@ -52,10 +52,14 @@ STATISTICS = ("weight", "bias", "running_mean", "running_var")
 COUNTED = "num_batches_tracked"
 """Buffer of a batch norm that no checkpoint needs: it counts batches for an option that nobody here uses."""
 
-COUNTS, MOST_BLOCKS = ("depths", "num_block_repeats"), 10_000
+COUNTS = ("depths", "num_block_repeats")
+"""Keys of config.json that count blocks."""
+
+MOST_BLOCKS = 10_000
+"""Residual blocks of a net; the deepest published ones have some hundreds."""
+
 MOST = 2**31
 """No size of a layer reaches it."""
-"""Keys of config.json that count blocks, and how many are read."""
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 from qcompress.errors import ModelError
 
 CHUNK = 2**24
+
+DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""Files of a distributed checkpoint, which transformers takes before model.safetensors."""
 
 ADAPTER = "adapter_config.json"
 """A file of PEFT, which transformers applies by itself where PEFT is installed."""
@@ -161,6 +165,11 @@ def weight_files(directory: Path) -> list[Path]:
         raise ModelError(
             f"{directory} holds an {ADAPTER}: an adapter changes what the weights beside it compute",
             fix="merge it first: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(new)",
+        )
+    if shards := [file.name for file in directory.glob("shard-*") if DISTRIBUTED.fullmatch(file.name)]:
+        raise ModelError(
+            f"{directory} holds {min(shards)}, a file of a distributed checkpoint",
+            fix="save the whole model with model.save_pretrained(directory), and name that directory",
         )
     if index.is_file():
         files = [directory / name for name in sorted(set(_weight_map(index).values()))]

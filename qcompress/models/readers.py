@@ -34,7 +34,10 @@ WORDPIECE = ("bert", "distilbert")
 TOKENIZER_CHOOSERS = {
     "auto_map": "the tokenizer is made by code of the checkpoint, which is never run",
     "fast_tokenizer_files": "it names other files in the place of tokenizer.json",
-    "gguf_file": "it names another file in the place of tokenizer.json",
+    **dict.fromkeys(
+        ("vocab_file", "merges_file", "spm_file", "gguf_file"),
+        "it names another file in the place of the tokenizer's",
+    ),
     "init_inputs": "it gives other arguments than the tokenizer's files",
 }
 """Keys of a tokenizer_config.json that make transformers load something else."""
@@ -132,35 +135,40 @@ def _check_choice(directory: Path, steps: dict[str, Any]) -> None:
             f"{PROCESSOR} has an auto_map: images are prepared by code of the checkpoint, which is never run",
             fix=f"remove it, or {SAY_IT}",
         )
-    known, kind = known_processors(), steps.get("image_processor_type")
-    if kind is not None and known and (not isinstance(kind, str) or _stem(kind) not in known):
+    kinds = ((key, steps[key]) for key in KINDS if steps.get(key) is not None)
+    key, kind = next(kinds, ("", None))
+    known = known_processors() if key else frozenset()
+    if known and (not isinstance(kind, str) or _of_no_backend(kind) not in known):
         raise ModelError(
-            f"{PROCESSOR}: image_processor_type is {kind!r:.60}, which transformers does not know",
+            f"{PROCESSOR}: {key} is {kind!r:.60}, which transformers does not know",
             fix=f"write one that it knows, such as ViTImageProcessor, or {SAY_IT}",
         )
 
 
 def known_processors() -> frozenset[str]:
-    """Stems of the image processors of the installed transformers, from the text of its tables: an import of
+    """Names of the image processors of the installed transformers, from the text of its tables: an import of
     it takes seconds. Empty without transformers.
     """
     found = importlib.util.find_spec("transformers")
     places = (found and found.submodule_search_locations) or ()
     files = [Path(place) / "models" / "auto" / name for place in places for name in TABLES]
     text = "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
-    return frozenset(map(_stem, re.findall(r'"(?:pil|torchvision)": "(\w+)"', text)))
+    return frozenset(map(_of_no_backend, re.findall(r'"(?:pil|torchvision)": "(\w+)"', text)))
 
+
+KINDS = ("image_processor_type", "feature_extractor_type")
+"""Keys of a preprocessor_config.json that name a class; the first one counts."""
 
 TABLES = ("auto_mappings.py", "image_processing_auto.py")
 
 
-def _stem(kind: str) -> str:
-    """The name without its end.
+def _of_no_backend(kind: str) -> str:
+    """The name of an image processor that stands for those of all backends.
 
-    >>> _stem("ViTFeatureExtractor"), _stem("ViTImageProcessorFast")
-    ('ViT', 'ViT')
+    >>> _of_no_backend("ViTFeatureExtractor"), _of_no_backend("ViTImageProcessorFast")
+    ('ViTImageProcessor', 'ViTImageProcessor')
     """
-    return re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
+    return re.sub(r"(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)$", "ImageProcessor", kind)
 
 
 def _is_number(value: object) -> bool:

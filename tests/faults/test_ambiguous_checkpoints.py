@@ -25,6 +25,7 @@ from transformers import GPT2LMHeadModel
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import CAUSAL_LM, Head
+from qcompress.models.files import read_tensors
 from qcompress.models.readers import check_reader
 from qcompress.schema import Model
 from qcompress.stages.load import fingerprint, load
@@ -202,6 +203,15 @@ def twice(source: Path) -> None:
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+def distributed(source: Path) -> None:
+    """A file that transformers takes before model.safetensors."""
+    shutil.copyfile(source / "model.safetensors", source / "shard-00001-model-00001-of-00001.safetensors")
+
+
+def adapter(**values: object) -> Callable[[Path], object]:
+    return lambda source: (source / "adapter_config.json").write_text(json.dumps(values))
+
+
 AMBIGUOUS: dict[str, tuple[Callable[[Path], object], str]] = {
     "index beside the single file": (beside(1), "model.safetensors.index.json"),
     "shards beside the single file": (beside(2), "model.safetensors.index.json"),
@@ -224,6 +234,16 @@ AMBIGUOUS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tuples": (configure(return_dict=False), "return_dict"),
     "one tensor twice": (twice, "is in a.safetensors and in b.safetensors"),
     "a tokenizer of another file": (tokenizer(gguf_file="m.gguf"), "gguf_file"),
+    "a vocabulary elsewhere": (tokenizer(vocab_file="/etc/vocab.json"), "vocab_file"),
+    "a vocabulary of another name": (tokenizer(vocab_file="other.json"), "vocab_file"),
+    "merges elsewhere": (tokenizer(merges_file="../m.txt"), "merges_file"),
+    "sentencepiece": (tokenizer(spm_file="spiece.model"), "spm_file"),
+    "arguments of a tokenizer": (tokenizer(init_inputs=["/etc/x"]), "init_inputs"),
+    "old tuples": (configure(use_return_dict=False), "use_return_dict"),
+    "traced": (configure(torchscript=True), "torchscript"),
+    "a distributed checkpoint": (distributed, "distributed checkpoint"),
+    "an adapter of another model": (adapter(base_model_name_or_path="gpt2"), "adapter_config.json"),
+    "an adapter's folder": (lambda source: (source / "adapter_config.json").mkdir(), "adapter_config.json"),
     "an adapter": (lambda source: (source / "adapter_config.json").write_text("{}"), "adapter_config.json"),
     "code of a tokenizer": (tokenizer(auto_map={"AutoTokenizer": ["evil.Tok", None]}), "auto_map"),
     "versions of a tokenizer": (
@@ -249,6 +269,7 @@ def test_what_is_ambiguous_is_refused(
 
 PROCESSORS: dict[str, dict[str, object]] = {
     "another size": {"size": {"height": 8, "width": 8}},
+    "another type": {"image_processor_type": "BitImageProcessor"},
     "another mean": {"image_mean": [0.1, 0.2, 0.3]},
     "no normalization": {"do_normalize": False},
 }
@@ -264,3 +285,53 @@ def test_two_image_processors_are_refused(how: str, tmp_path: Path) -> None:
     whole.write_text(json.dumps({"image_processor": {**steps, **PROCESSORS[how]}}))
     with pytest.raises(ModelError, match="with another image_processor"):
         check_reader("vit", source)
+
+
+UNKNOWN: dict[str, dict[str, object]] = {
+    "another's": {"image_processor_type": "MyImageProcessor"},
+    "misspelled": {"image_processor_type": "ResNetImageProcessors"},
+    "without its end": {"image_processor_type": "ViT"},
+    "a word of the table": {"image_processor_type": "torchvision"},
+    "a base class": {"image_processor_type": "BaseImageProcessor"},
+    "empty": {"image_processor_type": ""},
+    "a number": {"image_processor_type": 3},
+    "a list": {"image_processor_type": ["ViTImageProcessor"]},
+    "an extractor": {"image_processor_type": None, "feature_extractor_type": "MyFeatureExtractor"},
+    "code": {"auto_map": {"AutoImageProcessor": "p.Mine"}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", UNKNOWN)
+def test_an_image_processor_that_transformers_lacks_is_refused(how: str, tmp_path: Path) -> None:
+    source = save_vit(tmp_path / "model")
+    file = source / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **UNKNOWN[how]}))
+    with pytest.raises(ModelError, match="which transformers does not know|auto_map") as caught:
+        check_reader("vit", source)
+    assert len(caught.value.message) < 300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["ViTImageProcessor", "ViTImageProcessorFast", "ConvNextImageProcessor", "BitImageProcessor"]
+)
+def test_an_image_processor_that_transformers_has_is_taken(kind: str, tmp_path: Path) -> None:
+    source = save_vit(tmp_path / "model")
+    file = source / "preprocessor_config.json"
+    steps = json.loads(file.read_text())
+    file.write_text(json.dumps({**steps, "image_processor_type": kind}))
+    check_reader("vit", source)
+    del steps["image_processor_type"]
+    file.write_text(json.dumps({**steps, "feature_extractor_type": "ViTFeatureExtractor"}))
+    check_reader("vit", source)
+
+
+@pytest.mark.slow
+def test_an_index_of_the_single_file_alone_is_one_model(tiny_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny_model, source)
+    weight_map = dict.fromkeys(load_file(source / "model.safetensors"), "model.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert index.name in fingerprint(source) and read_tensors(source).keys() == weight_map.keys()
