@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,18 @@ from typing import Any
 import pytest
 from attacked import attacked, refused
 from lines import cli, make_project
+from tiny_bert import save_encoder
+from tiny_nets import save_net
+from tiny_vit import save_vit
+
+from qcompress.errors import ModelError
+from qcompress.models import describe
+from qcompress.models.architecture import CAUSAL_LM, Head
 
 pytestmark = pytest.mark.attack("hostile and broken checkpoints")
+
+NETS = {"resnet": "basic", "efficientnet": "efficientnet", "cifar-resnet": "cifar"}
+TEXTS = ("bert", "roberta", "distilbert")
 
 Header = dict[str, Any]
 BIAS = "transformer.h.0.ln_1.bias"
@@ -134,6 +147,60 @@ def test_large_claims_cost_little(
     ended = attacked("check", project.recipe)
     assert ended.code == 2 and word in ended.text and "Traceback" not in ended.text, ended.text[-2000:]
     assert ended.peak_mib < 500 and ended.seconds < 10  # 5 s where the machine is idle
+
+
+@pytest.fixture(scope="module")
+def checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text_file: Path
+) -> dict[str, Path]:
+    """A checkpoint of each family."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made = {"gpt2": tiny_model, "vit": save_vit(folder / "vit")}
+    made |= {family: save_net(folder / family, kind) for family, kind in NETS.items()}
+    return made | {name: save_encoder(folder / name, text_file, name) for name in TEXTS}
+
+
+HUGE = [
+    ("gpt2", "n_layer", 10**7), ("gpt2", "n_layer", 10**300), ("gpt2", "vocab_size", 10**12),
+    ("gpt2", "n_positions", 10**12), ("gpt2", "n_embd", 10**400), ("gpt2", "n_head", 10**400),
+    *((family, key, value) for family in ("bert", "roberta") for key, value in
+      (("num_hidden_layers", 10**7), ("vocab_size", 10**12), ("max_position_embeddings", 10**12),
+       ("type_vocab_size", 10**12))),
+    ("distilbert", "n_layers", 10**7), ("distilbert", "vocab_size", 10**12),
+    ("distilbert", "max_position_embeddings", 10**12),
+    ("vit", "num_hidden_layers", 10**7), ("vit", "image_size", 10**12), ("vit", "hidden_size", 10**12),
+    ("resnet", "depths", [10**7, 1]), ("resnet", "hidden_sizes", [10**12, 10**12]),
+    ("efficientnet", "num_block_repeats", [10**7] * 7), ("efficientnet", "depth_coefficient", 1e300),
+    ("efficientnet", "width_coefficient", 1e308), ("efficientnet", "depth_divisor", 10**400),
+    ("efficientnet", "depth_coefficient", 999.0), ("efficientnet", "squeeze_expansion_ratio", 1e308),
+    ("cifar-resnet", "depth", 6 * 10**7 + 2), ("cifar-resnet", "depth", 6 * 10**399 + 2),
+    ("cifar-resnet", "num_channels", 10**12),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "key", "value"), HUGE, ids=[f"{one[0]}-{one[1]}-{place}" for place, one in enumerate(HUGE)]
+)
+def test_huge_sizes_are_held_against_the_header_first(
+    checkpoints: dict[str, Path], tmp_path: Path, family: str, key: str, value: object
+) -> None:
+    """Described as `check` does it."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoints[family], model)
+    config(**{key: value})(model)
+    task = "sequence-classification" if family in TEXTS else "image-classification"
+    head = CAUSAL_LM if family == "gpt2" else Head(task, None, None)
+    tracemalloc.start()
+    begin = time.process_time()
+    try:
+        with pytest.raises(ModelError) as caught:
+            describe(family, model, head)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - begin < 5 and peak < 100 * 2**20
+    assert len(caught.value.message) < 600
 
 
 def test_a_folder_in_the_place_of_config_json_is_refused(
