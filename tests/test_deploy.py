@@ -15,6 +15,8 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from lines import ENVIRONMENT, NAME, Project, finished
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from qcompress.targets.table import TARGETS
 
@@ -308,6 +310,82 @@ def test_the_server_image_copies_files_that_exist_and_names_a_real_target() -> N
             assert (DEPLOY.parent / name).exists()
     (named,) = re.findall(r"--target (\S+)", text)
     assert TARGETS[named].backend == "tensorrt"
+
+
+# Packages by their hashes --------------------------------------------------------------------------------
+
+
+LOCKS = ("requirements.txt", "requirements-base.txt")
+
+
+def pinned(file: Path) -> dict[str, tuple[str, list[str]]]:
+    """Version and sha256 of each requirement by normalized name; anything else in the file is an error."""
+    lines = file.read_text().replace("\\\n", " ").splitlines()
+    found = {}
+    for line in (line for line in lines if line and not line.startswith("#")):
+        entry = re.fullmatch(
+            r"([A-Za-z0-9._-]+)==([^\s;]+)( ;[^#]*?)?((?: +--hash=sha256:[0-9a-f]{64})*)", line
+        )
+        assert entry, line
+        name = canonicalize_name(entry[1])
+        assert name not in found, name
+        found[name] = (entry[2], re.findall(r"sha256:(\w+)", entry[4]))
+    return found
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_package_has_its_hash_and_the_version_of_the_constraints(name: str) -> None:
+    lock, constraints = pinned(DEPLOY / name), pinned(DEPLOY.parent / "constraints.txt")
+    assert all(hashes and len(set(hashes)) == len(hashes) for _, hashes in lock.values())
+    both = lock.keys() & constraints.keys()
+    assert {key: lock[key][0] for key in both} == {key: constraints[key][0] for key in both}
+    assert not any(hashes for _, hashes in constraints.values())  # pip would ask for those of all packages
+
+
+def test_the_lists_hold_what_the_package_and_its_build_ask_for() -> None:
+    project = project_file()
+    extras = project["project"]["optional-dependencies"]
+    base = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    machine = {"python_version": "3.11", "python_full_version": "3.11.0", "sys_platform": "linux",
+               "platform_machine": "x86_64", "platform_system": "Linux", "os_name": "posix"}  # fmt: skip
+    asked = dict(zip(LOCKS, ([*base, *extras["train"], *extras["rtx"]], base), strict=True))
+    for name, requirements in asked.items():
+        lock = pinned(DEPLOY / name)
+        for requirement in map(Requirement, requirements):
+            if requirement.marker is None or requirement.marker.evaluate(machine):
+                assert requirement.specifier.contains(lock[canonicalize_name(requirement.name)][0])
+    everything = pinned(DEPLOY / LOCKS[0])
+    assert all(everything[key][0] == version for key, (version, _) in pinned(DEPLOY / LOCKS[1]).items())
+
+
+def test_ci_and_the_container_install_nothing_without_its_hash_but_the_package_itself() -> None:
+    steps = document("github/action.yml")["runs"]["steps"]
+    (step,) = [step for step in steps if "pip install" in step.get("run", "")]
+    assert step["env"]["LOCK"] == "${{ github.action_path }}/../requirements.txt"
+    job = document("gitlab/qcompress-gate.yml")["qcompress-gate"]
+    assert (DEPLOY.parent / re.findall(r"-r (\S+)", "\n".join(job["script"]))[0]).samefile(DEPLOY / LOCKS[0])
+    container = (DEPLOY / "server/Dockerfile").read_text()
+    assert f"deploy/{LOCKS[1]}" in container
+    for text in (step["run"], "\n".join(job["script"]), container):
+        first, second = re.findall(r"pip install (.+)", text)
+        assert "--require-hashes -r" in first and "--no-deps --no-build-isolation" in second
+    version = document("github/action.yml")["inputs"]["python-version"]["default"]
+    assert job["image"] == f"python:{version}" and f"Python {version}," in (DEPLOY / LOCKS[0]).read_text()
+
+
+def project_file() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    return tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())
+
+
+def test_the_server_image_copies_all_that_the_build_reads() -> None:
+    project = project_file()
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    read = ["pyproject.toml", project["project"]["readme"], *project["project"]["license-files"],
+            *wheel["packages"], *wheel["force-include"]]  # fmt: skip
+    lines = re.findall(r"^COPY (.+) \S+$", (DEPLOY / "server/Dockerfile").read_text(), flags=re.MULTILINE)
+    copied = {name for line in lines for name in line.split()}
+    assert {Path(name).parts[0] for name in read} <= copied
 
 
 # A Jetson, played --------------------------------------------------------------------------------------
