@@ -66,7 +66,7 @@ def _inputs(run: LoadedRun) -> list[dict[str, Any]]:
     """The recipe, and the float checkpoint as far as the cache still knows it."""
     recipe = "recipe.resolved.yaml"
     found = [_file(run.path / recipe, recipe)]
-    load = run.stage("load")
+    load = run.checked_stage("load")
     if load is not None and (load / "float.json").is_file():
         digests = read_object(load / "float.json").get("files", {})
         found += [_hashed(name, digest, f"checkpoint:{name}") for name, digest in sorted(digests.items())]

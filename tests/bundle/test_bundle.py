@@ -468,3 +468,25 @@ def test_the_bill_of_materials_names_every_file_and_package(gpt2: Path, tmp_path
     second = tmp_path / "second"
     assert cli("bundle", gpt2, "--out", second).code == 0
     assert (second / "sbom.cdx.json").read_bytes() == (out / "sbom.cdx.json").read_bytes()
+
+
+@pytest.mark.parametrize("forged", ['{"files": {"model.safetensors": "0"}}', "[]", "no JSON", ""])
+def test_the_bill_of_materials_takes_no_digest_from_a_damaged_cache(
+    forged: str, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run = finished(tiny_model, text_file).copy(tmp_path / "project").latest
+    (Path(read_json(run / "manifest.json")["stages"]["load"]["path"]) / "float.json").write_text(forged)
+    done = cli("bundle", run, "--out", tmp_path / "repository")
+    assert done.code == 4 and "float.json" in done.stderr and "fix: " in done.stderr
+    assert not (tmp_path / "repository").exists()
+
+
+def test_the_bill_of_materials_leaves_out_a_checkpoint_that_the_cache_lost(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    project = finished(tiny_model, text_file).copy(tmp_path / "project")
+    run = project.latest
+    shutil.rmtree(read_json(run / "manifest.json")["stages"]["load"]["path"])
+    assert cli("bundle", run, "--out", tmp_path / "repository").code == 0
+    names = [item["bom-ref"] for item in read_json(tmp_path / "repository" / "sbom.cdx.json")["components"]]
+    assert "file:recipe.resolved.yaml" in names and not any(name.startswith("checkpoint:") for name in names)

@@ -122,6 +122,12 @@ def bent(repository: Path) -> None:
         file.write(bytes([byte[0] ^ 1]))
 
 
+def other_materials(repository: Path) -> None:
+    bill = read_json(repository / "sbom.cdx.json")
+    bill["components"].pop()
+    write_json(repository / "sbom.cdx.json", bill)
+
+
 def truncated(repository: Path) -> None:
     file = repository / MODEL / "1" / "model.onnx"
     file.write_bytes(file.read_bytes()[:1000])
@@ -166,6 +172,7 @@ def future_opset(model: onnx.ModelProto) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "a file is missing": (lost, "tiny/tokenizer.json is missing"),
+    "a package left the bill of materials": (other_materials, "sbom.cdx.json has another content"),
     "a bit of the graph fell over": (bent, "tiny/1/model.onnx has another content"),
     "the record is missing": (lambda folder: (folder / "bundle.json").unlink(), "is no bundle"),
     "the record is no JSON": (junk, "cannot be read"),
