@@ -72,15 +72,20 @@ def exit_code() -> int:
     return 128 + (_state.first or signal.SIGINT)
 
 
-def tell() -> None:
-    """Say on stderr, once, that the command was interrupted, and how to go on."""
+def tell(at_once: bool = False) -> None:
+    """Say on stderr, once, that the command was interrupted, and how to go on. `at_once`: past the buffers
+    and locks, for a signal may come while stderr is written.
+    """
     if _state.told:
         return
     _state.told = True
     how = f" by {signal.Signals(_state.first).name}" if _state.first not in (None, signal.SIGINT) else ""
     line = f"\ninterrupted{how}" + (f"; continue with:\n  {_state.resume}" if _state.resume else "")
     with suppress(OSError):
-        os.write(2, f"{line}\n".encode())  # no buffer, no lock: a signal may come while stderr is written
+        if at_once:
+            os.write(2, f"{line}\n".encode())
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -88,5 +93,5 @@ def _stop(number: int, frame: FrameType | None) -> None:
         _state.first = number
         raise Stopped(number)
     if _state.first is not None:
-        tell()
+        tell(at_once=True)
     os._exit(128 + (_state.first or number))

@@ -145,7 +145,7 @@ def test_predict_says_what_the_graph_says_of_a_file(run: Run, project: Path, tmp
     assert printed.stdout.splitlines()[0] == f"{found[0][0]}\t{found[0][1]:.4f}"
     with pytest.raises(UsageError, match="one image is classified"):
         answer(loaded, str(tmp_path / "one.png"), "text", 1)
-    with pytest.raises(UsageError, match=r"none\.png is not an image that can be read"):
+    with pytest.raises(UsageError, match=r"none\.png does not exist"):
         answer(loaded, str(tmp_path / "none.png"), None, 1)
 
 

@@ -6,7 +6,6 @@ reads them. The package `tokenizers` encodes texts where it is installed. No tor
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,10 +96,12 @@ def first_with(
 
 def _check_whole(file: Path) -> None:
     """Refuse a tokenizer.json that the package `tokenizers` does not read, where it is installed."""
-    if not file.exists() or importlib.util.find_spec("tokenizers") is None:
+    if not file.exists():
         return
-    import tokenizers
-
+    try:
+        import tokenizers
+    except ImportError:
+        return
     text = json.dumps(read_object(file))
     with reading(file, "it is not a tokenizer"):
         tokenizers.Tokenizer.from_str(text)
