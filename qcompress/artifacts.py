@@ -64,9 +64,11 @@ def read_json(path: Path) -> Any:
 
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON object of a run. Raises IncomparableError where it is missing, torn or not an object."""
+    if not file.is_file():
+        raise IncomparableError(f"{file} is missing", fix="run the recipe again")
     try:
         content = read_json(file)
-    except (OSError, ContractError) as error:
+    except OSError as error:
         raise IncomparableError(f"{file} cannot be read ({error})", fix="run the recipe again") from None
     if not isinstance(content, dict):
         raise IncomparableError(f"{file} is not a JSON object", fix="run the recipe again")

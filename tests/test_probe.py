@@ -402,7 +402,7 @@ def test_a_measurement_that_does_not_belong_to_the_run_is_refused(
 
 
 def test_a_measurement_that_does_not_exist_is_refused(project: Project, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="absent.json is not a measurement"):
+    with pytest.raises(UsageError, match="absent.json does not exist"):
         read_measurement(tmp_path / "absent.json", project.latest / "probe", project.latest / "model.onnx")
 
 

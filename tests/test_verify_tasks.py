@@ -375,7 +375,7 @@ def test_a_ladder_shows_the_main_metrics_of_one_set_and_the_first_of_several() -
 
 def test_a_regression_has_a_dash_for_its_best_label(measure: Callable[..., Measured]) -> None:
     found = measure("regression")
-    shown = list(ladder(found.parity).columns[-1].cells)
+    shown = list(map(str, ladder(found.parity).columns[-1].cells))
     assert "-" in shown and not any("." in cell for cell in shown)
 
 

@@ -206,7 +206,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         inside = all(Path(name).name == name for name in files.values())
         if not files:
             raise ValueError("it names no tensor")
-    except (ModelError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{index} is not an index of shards ({type(error).__name__}: {error})",
             fix="copy the checkpoint again, with all its files",

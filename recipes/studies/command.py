@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qcompress.errors import INTERRUPTED, QcompressError, UsageError
+from qcompress.errors import QcompressError, UsageError
 from qcompress.processes import announced
+from qcompress.stopping import exit_code
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def command() -> Iterator[None]:
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(exit_code()) from None
 
 
 def data_and_work(folder: Path, data: Path | None, out: Path) -> tuple[Path, Path]:

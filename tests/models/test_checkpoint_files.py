@@ -129,7 +129,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(copy: Path, name: str) -
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 3}}'])
 def test_an_index_that_is_none_is_refused(copy: Path, text: str) -> None:
     (copy / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ModelError, match="index.json is not an index of shards"):
+    with pytest.raises(ModelError, match=r"index\.json (is not|must hold)"):
         read_tensors(copy)
 
 
