@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qcompress.digests import prefix_digest
 from qcompress.system import sync
 from qcompress.tensorfile import save_tensors
 
@@ -86,7 +87,7 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def damage(self) -> str | None:
-        """How the checkpoint or a file beside it differs from what was saved, or None."""
+        """The first difference between what was saved and what is there, or None."""
         if not self.file.is_file():
             return None
         try:
@@ -99,14 +100,16 @@ class Checkpoints:
             return f"{NAME} cannot be read ({error})"
         for name, (size, sha256) in json.loads(metadata["beside"]).items():
             file = self.file.with_name(name)
-            if not file.is_file() or _prefix_digest(file, size) != sha256:
+            if not file.is_file() or prefix_digest(file, size) != sha256:
                 return f"{name} has other content than was written"
         return None
 
-    def discard(self) -> None:
-        """Remove everything from the folder: training begins anew."""
-        for path in self.file.parent.iterdir():
-            path.unlink()
+    def drop_damaged(self, say: Callable[[str], None]) -> None:
+        """Empty the folder, and say so, if anything in it is damaged: training begins anew."""
+        if wrong := self.damage():
+            say(f"train: damaged: {wrong}; training begins anew")
+            for path in self.file.parent.iterdir():
+                path.unlink()
 
     def _beside(self) -> dict[str, tuple[int, str]]:
         """Bytes and digest of each other file of the folder, which is brought to the disk."""
@@ -115,7 +118,7 @@ class Checkpoints:
             if path.is_file() and not path.name.startswith("checkpoint") and path.suffix != ".tmp":
                 sync(path)
                 size = path.stat().st_size
-                promised[path.name] = (size, _prefix_digest(path, size))
+                promised[path.name] = (size, prefix_digest(path, size))
         return promised
 
     def load(self, model: nn.Module) -> Resumed | None:
@@ -150,11 +153,6 @@ def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) 
         digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _prefix_digest(file: Path, size: int) -> str:
-    with file.open("rb") as stream:
-        return hashlib.sha256(stream.read(size)).hexdigest()
 
 
 def moving(model: nn.Module, names: set[str]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from qcompress import strict_json
 from qcompress.artifacts import sha256_file
+from qcompress.places import write_whole
 from qcompress.system import sync
 
 SEAL = "seal"
@@ -93,8 +94,14 @@ def digest_of(path: Path) -> str:
     return seen.sha256
 
 
+def prefix_digest(path: Path, size: int) -> str:
+    """Digest of the first `size` bytes of a file that grows."""
+    with path.open("rb") as stream:
+        return hashlib.sha256(stream.read(size)).hexdigest()
+
+
 class Memory:
-    """What is remembered of the files of one folder, in one JSON file outside of it.
+    """Remembered digests of the files of one folder, in one JSON file outside of it.
 
     A memory that is torn, altered or not writable costs time and nothing else.
     """
@@ -137,13 +144,7 @@ def seal_of(value: Mapping[str, Any]) -> str:
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object with its seal, in one step. Several processes may write the same file."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(_text({**value, SEAL: seal_of(value)}), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(path, _text({**value, SEAL: seal_of(value)}))
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:

@@ -57,8 +57,8 @@ class LoadedRun:
         return folder if folder is not None and folder.is_dir() else None
 
     def checked_stage(self, name: str) -> Path | None:
-        """The same, after every file of it was read and held against its digest. Raises IncomparableError for
-        one that is damaged, or that is not the one of this run.
+        """Folder of a stage, every file of which was read and held against its digest. Raises
+        IncomparableError for a damaged one, or one that is not of this run.
         """
         folder = self.stage(name)
         if folder is None:

@@ -28,6 +28,7 @@ from qcompress.key_scope import (
     versions_of,
 )
 from qcompress.own import active
+from qcompress.placed import read_placed
 from qcompress.processes import announced
 from qcompress.recipe import Resolved
 from qcompress.schema import STAGES, Recipe
@@ -35,7 +36,7 @@ from qcompress.stages.load import fingerprint, locate
 from qcompress.tasks import TASKS
 from qcompress.tasks.text import fingerprint as text_fingerprint
 from qcompress.tracking import demand_trackers
-from qcompress.workspace import Step, read_placed
+from qcompress.workspace import Step
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ their gradients, two moments of Adam and the rounded weights.
 """
 
 LIBRARIES = 600 * MIB
-"""What torch, transformers and onnxruntime take before they hold a model."""
+"""Bytes of torch, transformers and onnxruntime without a model."""
 
 
 class AllocationError(MachineError):
@@ -99,7 +99,7 @@ class Allocations:
 
 
 def stage_bytes(stage: str, checkpoint: Path) -> int | None:
-    """What a stage takes at the least for a checkpoint; None for a stage that holds no model."""
+    """Least bytes of a stage for a checkpoint; None for a stage that holds no model."""
     if stage not in COPIES:
         return None
     files = [file for file in checkpoint.glob("*.safetensors") if file.is_file()]
@@ -125,7 +125,7 @@ def available() -> tuple[int, str]:
 
 
 def _limits() -> Iterator[tuple[int | None, str]]:
-    """What the machine, the container and the shell leave."""
+    """Bytes that the machine, the container and the shell leave."""
     text = _text(Path("/proc/meminfo"))
     if known := re.search(r"MemAvailable:\s*(\d+) kB", text):
         yield int(known[1]) * 1024, "the machine's memory"

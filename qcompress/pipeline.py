@@ -35,6 +35,7 @@ from qcompress.key_scope import versions_of
 from qcompress.keys import Plan, inputs_of, parts, prepare, provenance, run_key, stages_of
 from qcompress.memory import Allocations, stage_bytes
 from qcompress.own import active
+from qcompress.placed import forget, record
 from qcompress.processes import Processes, join
 from qcompress.progress import Reporter
 from qcompress.recipe import RESOLVED, Resolved, dump_recipe
@@ -114,8 +115,8 @@ def run(
     with Workspace(out, cache, plan.recipe.name, run_key(plan, one_of_seeds), **options) as workspace:
         folder = workspace.run_dir
         write_text(folder / RESOLVED, dump_recipe(plan.recipe))
-        workspace.forget("manifest.json", "log.jsonl")  # of an earlier run in this folder
-        workspace.record(RESOLVED)
+        forget(folder, "manifest.json", "log.jsonl")  # of an earlier run in this folder
+        record(folder, RESOLVED)
         reporter.log_to(folder / "log.jsonl")
         with tracking(plan.recipe, folder, reporter):
             for stage in stages[: stages.index(until) + 1]:
@@ -129,7 +130,7 @@ def run(
                 steps[stage] = workspace.step(stage, parts(plan, stage, steps), make, place=place)
                 _record(steps[stage], reporter)
         write_json(folder / "manifest.json", _manifest(plan, steps))
-        workspace.record("manifest.json", "log.jsonl")
+        record(folder, "manifest.json", "log.jsonl")
         verdict = read_json(folder / "verdict.json")["verdict"] if "gate" in steps else "unfinished"
         if "gate" in steps and not one_of_seeds and not resolved.smoke:
             point_latest(folder)

@@ -91,7 +91,7 @@ def write_whole(path: Path, text: str) -> None:
         _pour(path, text)
         return
     stem = os.fsdecode(os.fsencode(path.name)[:_STEM]) if len(os.fsencode(path.name)) > _STEM else path.name
-    partial = path.with_name(f"{stem}.tmp")
+    partial = path.with_name(f"{stem}.{os.getpid()}.tmp")  # several processes may write the file
     try:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, path)

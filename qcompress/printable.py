@@ -157,7 +157,7 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def flushed() -> Iterator[None]:
-    """What was printed inside is out at its end, or an error says that it is not."""
+    """Flush what was printed inside; an output that refuses it is an error."""
     try:
         yield
     finally:

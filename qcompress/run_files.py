@@ -1,6 +1,6 @@
 """Files of a run directory, held against the digests that the run recorded when it wrote them. No torch.
 
-`.placed.json` has the records (`workspace.read_placed`). A run without it, such as an artifact of a CI server
+`.placed.json` has the records (`placed.read_placed`). A run without it, such as an artifact of a CI server
 that leaves out hidden files, is read all the same: its JSON must have the right form. The graph, its data and
 the plan are not looked at here: `finished.broken` holds them against parity.json, certificate.json and
 build.json.
@@ -8,7 +8,6 @@ build.json.
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +15,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qcompress.artifacts import read_json, read_object
-from qcompress.digests import Seen, differs
+from qcompress.digests import Seen, differs, prefix_digest
 from qcompress.errors import IncomparableError
+from qcompress.placed import read_placed, record
 from qcompress.samples import read_samples
-from qcompress.workspace import read_placed, write_placed
 
 AGAIN = "run the recipe again: it puts the file back"
 
@@ -28,7 +27,6 @@ LOG = "log.jsonl"
 
 UNREAD = ("model.onnx", "engine/model.plan", "probe/", "report.html")
 """Beginnings of names that `check_files` leaves alone: large files, and what no command reads."""
-
 
 READERS = ("config.json", "preprocessor_config.json", "tokenizer*.json", "special_tokens_map.json")
 """Must be objects where no digest says what they are."""
@@ -82,14 +80,14 @@ def check_files(run: Path) -> None:
     if not placed:
         for file in (found for rule in READERS for found in run.glob(rule)):
             read_object(file)
-    for name, record in placed.items():
+    for name, known in placed.items():
         file = run / name
         if name.startswith(UNREAD) or not file.is_file():
             continue
         if name == LOG:
-            changed = _prefix(file, record["bytes"]) != record["sha256"]
+            changed = prefix_digest(file, known["bytes"]) != known["sha256"]
         else:
-            changed = differs(file, record["sha256"], Seen.from_json(record)) is not None
+            changed = differs(file, known["sha256"], Seen.from_json(known)) is not None
         if changed:
             raise IncomparableError(f"{file} was changed after the run had written it", fix=AGAIN)
 
@@ -117,18 +115,6 @@ def read_run_samples(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def record_files(run: Path, *names: str) -> None:
-    """Record files that a command has written into a finished run. The stage and the rule of a file that a
-    run had placed stay, so that the next run finds it.
-    """
-    placed = read_placed(run)
-    if not placed:
-        return
-    for name in names:
-        known = placed.get(name, {"stage": "run", "rule": name})
-        placed[name] = {**Seen.now(run / name).to_json(), "stage": known["stage"], "rule": known["rule"]}
-    write_placed(run, placed)
-
-
-def _prefix(file: Path, size: int) -> str:
-    with file.open("rb") as stream:
-        return hashlib.sha256(stream.read(size)).hexdigest()
+    """Record files that a command has written into a finished run, if that run has a list of its files."""
+    if read_placed(run):
+        record(run, *names)

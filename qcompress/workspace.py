@@ -17,28 +17,26 @@ only files that were touched are read (`digests.py`); `check_cache` reads all.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
-import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from qcompress.codekey import differences, plain, stage_key
-from qcompress.digests import Memory, Seen, copy_checked, differs, read_sealed, write_sealed
-from qcompress.errors import BusyError, ContractError, MachineError
+from qcompress.digests import Memory, read_sealed, write_sealed
+from qcompress.errors import BusyError, ContractError
+from qcompress.placed import Placed, inside
 from qcompress.system import Lock, machine_errors, make_folder, peak_mib, reset_peak, sync
 
 MANIFEST = "manifest.json"
-PLACED = ".placed.json"
 POLL_S = 0.2
 
 _PROMISED = {"stage", "parts", "files", "digest", "seconds", "peak_mib", "created"}
@@ -83,7 +81,8 @@ class Workspace:
         log: Callable[[str], None] = _log.info,
     ) -> None:
         self.cache, self.fresh, self.check_cache, self.log = cache, fresh, check_cache, log
-        self.run_dir = out / _inside(name) / _inside(key)
+        self.run_dir = out / inside(name) / inside(key)
+        self.placed = Placed(self.run_dir, log, check_cache)
         with machine_errors(self.run_dir):
             make_folder(self.run_dir)
             self._lock = Lock(self.run_dir / ".lock")
@@ -110,7 +109,7 @@ class Workspace:
         `place` copies content into the run: {file, folder or glob: destination}; a destination ending in `/`
         is a folder. What is not there is skipped; what was placed once and is no longer made goes.
         """
-        _inside(stage)
+        inside(stage)
         parts = plain(parts)
         key = stage_key(stage, parts)
         entry = self.cache / stage / key
@@ -125,7 +124,7 @@ class Workspace:
                 raise ContractError(f"{entry / MANIFEST} is gone, and was there a moment ago")
             if reused:
                 self.log(f"{stage}: reused, made {manifest['created']}")
-            self._place(stage, entry, manifest["files"], place)
+            self.placed.place(stage, entry, manifest["files"], place)
         cost = {"seconds": manifest["seconds"], "peak_mib": manifest["peak_mib"]}
         return Step(stage, entry, manifest["digest"], key, reused, parts=parts, **cost)
 
@@ -181,68 +180,6 @@ class Workspace:
             _commit(partial, entry)
         return False
 
-    def _place(self, stage: str, entry: Path, files: Mapping[str, Any], place: Mapping[str, str]) -> None:
-        placed = read_placed(self.run_dir)
-        before = json.dumps(placed)
-        for rule, destination in place.items():
-            wanted = _destinations(list(files), rule, destination)
-            old = {name for name, was in placed.items() if (was["stage"], was["rule"]) == (stage, rule)}
-            for name in old - wanted.keys():
-                # An engine of yesterday beside a build that was deferred today would pass for today's.
-                record, path = placed.pop(name), self.run_dir / _inside(name)
-                if path.is_file() and differs(path, record["sha256"], Seen.from_json(record)) is None:
-                    self.log(f"{stage}: no longer made, removed from the run: {name}")
-                    path.unlink()
-            for name, source in wanted.items():
-                record = self._put(stage, entry / source, name, files[source]["sha256"], placed.get(name))
-                placed[name] = {**record.to_json(), "stage": stage, "rule": rule}
-        if json.dumps(placed) != before:
-            write_placed(self.run_dir, placed)
-
-    def _put(self, stage: str, source: Path, name: str, sha256: str, record: object) -> Seen:
-        """Let the run's file `name` be what `source` is, whose digest is `sha256`."""
-        target, seen = self.run_dir / name, Seen.from_json(record)
-        if target.is_file():
-            if seen is not None and seen.sha256 == sha256 and not self.check_cache and seen.holds(target):
-                return seen
-            found = Seen.now(target)
-            if found.sha256 == sha256:
-                return found
-            if seen is not None and seen.sha256 == sha256:
-                self.log(f"{stage}: {name} in the run was changed, and is put back")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not copy_checked(source, target, sha256):
-            raise MachineError(
-                f"{source} has other content than a moment ago",
-                fix="check the disk, then run again with --check-cache",
-            )
-        return Seen.now(target)
-
-    def forget(self, *names: str) -> None:
-        """Drop the records of files that are about to be written."""
-        placed = read_placed(self.run_dir)
-        if any([placed.pop(name, None) for name in names]):
-            write_placed(self.run_dir, placed)
-
-    def record(self, *names: str) -> None:
-        """Remember the digests of files that the run itself has written, as of those that were placed."""
-        placed = read_placed(self.run_dir)
-        for name in names:
-            placed[name] = {**Seen.now(self.run_dir / name).to_json(), "stage": "run", "rule": name}
-        write_placed(self.run_dir, placed)
-
-
-def read_placed(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Records of the files of a run by name: `Seen`, and the stage and rule that placed them. Empty where the
-    list itself is missing, torn or altered: then all files are placed again.
-    """
-    found = read_sealed(run_dir / PLACED) or {}
-    return found.get("files", {})
-
-
-def write_placed(run_dir: Path, placed: Mapping[str, Mapping[str, Any]]) -> None:
-    write_sealed(run_dir / PLACED, {"files": placed})
-
 
 def would_reuse(
     cache: Path, stage: str, parts: Mapping[str, object], *, whole: bool = False
@@ -269,14 +206,6 @@ def would_reuse(
     changes = differences(max(same, key=lambda found: found["created"])["parts"], parts)
     more = [f"and {len(changes) - 4} more"] if len(changes) > 4 else []
     return False, ", ".join([*changes[:4], *more]) or "the form of the key changed"
-
-
-def _inside(text: str) -> str:
-    """A name or relative path from the caller; anything that leads out of our folders is a bug."""
-    path = PurePosixPath(text)
-    if not text or path.is_absolute() or ".." in path.parts or path.name in (".lock", PLACED):
-        raise ContractError(f"{text!r} cannot name something inside a run or the cache")
-    return text
 
 
 def point_latest(folder: Path) -> None:
@@ -348,7 +277,7 @@ def _commit(partial: Path, entry: Path) -> None:
 
 
 def damage(entry: Path, *, whole: bool = False) -> str | None:
-    """How the folder differs from its manifest, or None. `whole`: read every file, whatever is remembered."""
+    """The first difference between the folder and its manifest, or None. `whole`: read every file."""
     manifest = manifest_of(entry)
     if manifest is None:
         return f"{MANIFEST} is missing, torn or altered"
@@ -363,7 +292,7 @@ def damage(entry: Path, *, whole: bool = False) -> str | None:
 
 
 def _memory(entry: Path) -> Memory:
-    """What is remembered of an entry's files; the rename of the entry changes none of it."""
+    """Remembered digests of an entry's files; the rename of the entry changes none of them."""
     key = entry.name.removesuffix(".partial")
     return Memory(entry, entry.with_name(f".{key}.digests.json"))
 
@@ -385,19 +314,3 @@ def manifest_of(entry: Path) -> dict[str, Any] | None:
     """Manifest of a finished entry; None where it is missing, torn or altered."""
     found = read_sealed(entry / MANIFEST)
     return found if found is not None and found.keys() >= _PROMISED else None
-
-
-def _destinations(files: Collection[str], rule: str, destination: str) -> dict[str, str]:
-    """Path inside the run -> content file, for one rule of `place`."""
-    is_glob, into_folder = any(sign in rule for sign in "*?["), destination.endswith("/")
-    if is_glob and not into_folder:
-        raise ContractError(f"place: {rule} may mean several files, so {destination!r} must end in '/'")
-    base, rule = PurePosixPath(_inside(destination)), rule.rstrip("/")
-    depth = rule.count("/") + 1
-    found = {}
-    for file in files:
-        above, rest = file.split("/")[:depth], file.split("/")[depth:]
-        if fnmatch.fnmatchcase("/".join(above), rule) if is_glob else above == rule.split("/"):
-            keeps_name = is_glob or (into_folder and not rest)
-            found[str(base.joinpath(*above[-1:] if keeps_name else (), *rest))] = file
-    return found

@@ -28,7 +28,7 @@ LEVELS: tuple[tuple[str, set[str]], ...] = (
         "export_options", "schema",
         "custom_code", "custom_loaded", "custom_values", "own", "artifacts", "plan",
         "models.architecture", "models.config_values", "models.files",
-        "codekey", "digests", "system", "host", "processes", "progress", "history",
+        "codekey", "digests", "placed", "system", "host", "processes", "progress", "history",
         "yamlfile", "outside", "memory", "stopping", "printable", "screen", "places",
         "distance", "tensorfile", "goals", "rates", "strict_json", "report.junit",
     }),

@@ -84,7 +84,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("n_inner", "n_head"), SIZE),
     **dict.fromkeys(("dtype", "torch_dtype"), FLOATS),
 }  # fmt: skip
-"""What a key's value must be where config.json has the key."""
+"""Rule for the value of each key that config.json has."""
 
 NULLABLE = ("classifier_dropout", "n_inner", "dtype", "torch_dtype")
 """Keys whose null stands for transformers' default."""

@@ -112,9 +112,8 @@ def _set_up(
     """
     family, sites = FAMILIES[architecture.family], plan_sites(recipe, architecture, plan)
     checkpoints = Checkpoints(out, recipe.train.checkpoint_every_s)
-    if processes.first and (wrong := checkpoints.damage()):
-        reporter.say(f"train: damaged: {wrong}; training begins anew")
-        checkpoints.discard()
+    if processes.first:
+        checkpoints.drop_damaged(reporter.say)
     resuming = processes.agree(checkpoints.file.is_file())
     reference = _reference(float_model, architecture, accelerator)
     if isinstance(adapter, FittedAdapter) and not resuming:

@@ -103,9 +103,9 @@ class View:
     operators: dict[str, list[tuple[int, NodeProto]]] = field(default_factory=dict)
     """Nodes of ONNX's own operators with their places in `nodes`, by operator."""
     roots: dict[str, str] = field(default_factory=dict)
-    """What `root` has found."""
+    """Results of `root`, by name."""
     sources: dict[str, NodeProto | None] = field(default_factory=dict)
-    """What `quantizers.dequantizer_of` has found."""
+    """Results of `quantizers.dequantizer_of`, by name."""
     steps: Steps = field(init=False)
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ MOST_NODES, MOST_BYTES = 500_000, 2**26
 """Most nodes and bytes that the functions of a file may become in the places of their calls."""
 
 INLINER_MIB, INLINER_S = 1024, 120
-"""What the process may take that inlines functions, beside what the file itself takes."""
+"""Memory of the process that inlines functions, beside that of the file itself."""
 
 ENDLESS = 10**15
 """Where counting ends."""
@@ -142,7 +142,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class _Size:
-    """What a function becomes in the place of one call."""
+    """Size of a function in the place of one call."""
 
     nodes: int
     bytes: int
@@ -297,7 +297,7 @@ def data_files(file: Path, graphs: tuple[GraphProto, ...]) -> tuple[Path, ...]:
 
 
 def _inside(folder: Path, location: str) -> bool:
-    """Whether a place is a file name inside the folder; links are followed."""
+    """True for the name of a file inside the folder; links are followed."""
     path = PurePath(location)
     if not location or path.is_absolute() or ".." in path.parts:
         return False

@@ -279,7 +279,7 @@ def _pixels(file: Path, name: str) -> np.ndarray:
 
 
 RATIO, LEAST_MIB = 100, 256
-"""What an archive may become: so many times its size, or so many MiB."""
+"""Largest unpacked size of an archive: so many times its own, or so many MiB."""
 
 MOST_PIXELS = 64_000_000
 """Largest image that is read."""

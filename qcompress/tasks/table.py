@@ -37,8 +37,8 @@ BATCH = 256
 """Rows of a parquet file that are unpacked at once."""
 
 ROW_BYTES, RATIO, LEAST_MIB = 64, 20, 256
-"""What a cell takes beside its content, and what a parquet file may become: so many times its size, or so
-many MiB.
+"""Bytes of a cell beside its content, and the largest unpacked size of a parquet file: so many times its own,
+or so many MiB.
 """
 
 Row = tuple[str, dict[str, Any]]

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tiny_bert import save_encoder
+from tiny_nets import save_net
+from tiny_vit import save_vit
 
 from qcompress.run_files import check_files
 
@@ -48,6 +51,19 @@ def _row(request: pytest.FixtureRequest, record_property: Callable[[str, object]
 def _trusts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere tests edit runs by hand, and digests are not looked at."""
     monkeypatch.setattr("qcompress.finished.check_files", check_files)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text_file: Path
+) -> dict[str, Path]:
+    """A checkpoint of each family. Read only: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made = {"gpt2": tiny_model, "vit": save_vit(folder / "vit")}
+    nets = {"resnet": "basic", "efficientnet": "efficientnet", "cifar-resnet": "cifar"}
+    made |= {family: save_net(folder / family, kind) for family, kind in nets.items()}
+    texts = ("bert", "roberta", "distilbert")
+    return made | {family: save_encoder(folder / family, text_file, family) for family in texts}
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from lines import cli, environment, make_project
 from safetensors.torch import load_file, save_file
-from tiny_bert import save_encoder
 from tiny_nets import save_net
 from tiny_vit import save_vit
 from transformers import GPT2LMHeadModel
@@ -32,7 +31,6 @@ from qcompress.stages.load import fingerprint, load
 
 pytestmark = pytest.mark.attack("checkpoints whose loaded files are not the hashed ones")
 
-NETS = {"resnet": "basic", "efficientnet": "efficientnet", "cifar-resnet": "cifar"}
 TEXTS = ("bert", "roberta", "distilbert")
 
 CHILD = """
@@ -93,17 +91,6 @@ def test_what_is_opened_is_what_was_hashed(family: str, tiny_model: Path, tmp_pa
     source = checkpoint(family, tiny_model, tmp_path)
     decoys(source)
     assert opened(family, source) <= set(fingerprint(source))
-
-
-@pytest.fixture(scope="module")
-def checkpoints(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text_file: Path
-) -> dict[str, Path]:
-    """A checkpoint of each family."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    made = {"gpt2": tiny_model, "vit": save_vit(folder / "vit")}
-    made |= {family: save_net(folder / family, kind) for family, kind in NETS.items()}
-    return made | {name: save_encoder(folder / name, text_file, name) for name in TEXTS}
 
 
 def plus_one(source: Path) -> None:

@@ -14,9 +14,6 @@ from typing import Any
 import pytest
 from attacked import attacked, refused
 from lines import cli, make_project
-from tiny_bert import save_encoder
-from tiny_nets import save_net
-from tiny_vit import save_vit
 
 from qcompress.errors import ModelError
 from qcompress.models import describe
@@ -24,7 +21,6 @@ from qcompress.models.architecture import CAUSAL_LM, Head
 
 pytestmark = pytest.mark.attack("hostile and broken checkpoints")
 
-NETS = {"resnet": "basic", "efficientnet": "efficientnet", "cifar-resnet": "cifar"}
 TEXTS = ("bert", "roberta", "distilbert")
 
 Header = dict[str, Any]
@@ -147,17 +143,6 @@ def test_large_claims_cost_little(
     ended = attacked("check", project.recipe)
     assert ended.code == 2 and word in ended.text and "Traceback" not in ended.text, ended.text[-2000:]
     assert ended.peak_mib < 500 and ended.seconds < 10  # 5 s where the machine is idle
-
-
-@pytest.fixture(scope="module")
-def checkpoints(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text_file: Path
-) -> dict[str, Path]:
-    """A checkpoint of each family."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    made = {"gpt2": tiny_model, "vit": save_vit(folder / "vit")}
-    made |= {family: save_net(folder / family, kind) for family, kind in NETS.items()}
-    return made | {name: save_encoder(folder / name, text_file, name) for name in TEXTS}
 
 
 HUGE = [

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import qcompress
 from qcompress.digests import Seen, differs
-from qcompress.workspace import read_placed, write_placed
+from qcompress.placed import read_placed, write_placed
 
 PACKAGES = ("jinja2", "matplotlib")
 
