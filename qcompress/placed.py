@@ -1,4 +1,5 @@
 """Files of a run directory: copies of what the stages made, and their digests in `.placed.json`. No torch."""
+
 from __future__ import annotations
 
 import fnmatch
