@@ -64,6 +64,21 @@ LIBRARIES = 600 * MIB
 """Bytes of torch, transformers and onnxruntime without a model."""
 
 
+FIX = (
+    "free memory, raise the limit, or lower train.batch_size and verify.batch_size; what is finished "
+    "stays, and the same command goes on"
+)
+
+
+ADDRESS_SPACE = {"train": 1000, "fold": 1000, "export": 1450, "build": 1000, "verify": 1000}
+"""MiB of address space that a process has at the least when the libraries of a stage are loaded, on a CPU.
+With less, some of them end the process while they are loaded.
+"""
+
+STARVED = 16 * MIB
+"""Bytes left below which an unexpected error of a library is taken for one of memory (torch: SystemError)."""
+
+
 class AllocationError(MachineError):
     """An allocation that failed."""
 
@@ -79,7 +94,9 @@ def is_allocation(error: BaseException | None) -> bool:
     native = type(error).__module__.partition(".")[0] in ("onnxruntime", "safetensors", "safetensors_rust")
     if (native or isinstance(error, RuntimeError | ImportError)) and _WORDS.search(str(error)):
         return True
-    return isinstance(error, QcompressError) and is_allocation(error.__cause__ or error.__context__)
+    if isinstance(error, QcompressError):
+        return is_allocation(error.__cause__ or error.__context__)
+    return is_allocation(error.__cause__)  # torch's exporter makes an error of its own of each
 
 
 class Allocations:
@@ -94,8 +111,36 @@ class Allocations:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if is_allocation(error):
+        starved = isinstance(error, Exception) and not isinstance(error, QcompressError | OSError)
+        if is_allocation(error) or (starved and available()[0] < STARVED):
             raise _out_of_memory(self.what, self.needs(), error) from None
+
+
+def demand_memory(task: str, needs: int) -> None:
+    """Raise AllocationError where fewer than `needs` bytes are left: for a library that ends the process when
+    an allocation fails, as those in Rust do.
+    """
+    left, origin = available()
+    if needs > left:
+        raise AllocationError(
+            f"{task} takes about {needs // MIB:,} MiB, and {left // MIB:,} MiB are left ({origin})", fix=FIX
+        )
+
+
+def demand_libraries(stage: str) -> None:
+    """Raise AllocationError where the limit on address space (ulimit -v) is too low to load what a stage
+    imports.
+    """
+    least = ADDRESS_SPACE.get(stage, 0) * MIB
+    if resource is None:
+        return
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if soft != resource.RLIM_INFINITY and soft < least:
+        raise AllocationError(
+            f"the stage {stage} takes {least // MIB:,} MiB of address space at the least, and the limit is "
+            f"{soft // MIB:,} MiB (ulimit -v)",
+            fix="raise the limit; what is finished stays, and the same command goes on",
+        )
 
 
 def stage_bytes(stage: str, checkpoint: Path) -> int | None:
@@ -113,8 +158,7 @@ def _out_of_memory(what: str, needs: int | None, error: BaseException) -> Alloca
     return AllocationError(
         f"{what} ran out of memory: {estimate}{left // MIB:,} MiB are left ({origin})"
         + (f"; {type(error).__name__}: {lines[0][:200]}" if lines else ""),
-        fix="free memory, raise the limit, or lower train.batch_size and verify.batch_size; what is finished "
-        "stays, and the same command goes on",
+        fix=FIX,
     )
 
 

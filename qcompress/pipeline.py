@@ -33,7 +33,7 @@ from qcompress.errors import UsageError, package_missing
 from qcompress.host import describe_host, device_kind
 from qcompress.key_scope import versions_of
 from qcompress.keys import Plan, inputs_of, parts, prepare, provenance, run_key, stages_of
-from qcompress.memory import Allocations, stage_bytes
+from qcompress.memory import Allocations, demand_libraries, stage_bytes
 from qcompress.own import active
 from qcompress.placed import forget, record
 from qcompress.processes import Processes, join
@@ -178,6 +178,8 @@ class _Maker:
         """Fill the folder of a stage."""
         try:
             with Allocations(f"the stage {stage}", lambda: stage_bytes(stage, self.plan.directory)):
+                if not self.plan.graph:  # a graph made elsewhere needs no torch
+                    demand_libraries(stage)
                 getattr(self, f"_{stage}")(folder)
         except ImportError as error:
             raise package_missing(error, f"the stage {stage}") from None

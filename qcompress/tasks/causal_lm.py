@@ -26,7 +26,7 @@ from qcompress.schema import CausalLm, TextData
 from qcompress.tasks.examples import Batch, Examined
 from qcompress.tasks.padded import processor
 from qcompress.tasks.table import Slices
-from qcompress.tasks.text import read_text
+from qcompress.tasks.text import demand_encoder_memory, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,9 @@ def settled(task: CausalLm, config: dict[str, Any]) -> CausalLm:
 
 def tokenize(data: TextData, base: Path, tokenizer: Any) -> np.ndarray:
     """All token ids of the text, int64 [tokens]; no special tokens are added."""
-    encoded = tokenizer(read_text(data, base), add_special_tokens=False, verbose=False)
+    text = read_text(data, base)
+    demand_encoder_memory([text], tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
     return np.asarray(encoded["input_ids"], dtype=np.int64)
 
 

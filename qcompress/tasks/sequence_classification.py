@@ -32,7 +32,7 @@ from qcompress.tasks.labels import MISSING, dataset_names, labels_of, named_outp
 from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
 from qcompress.tasks.scores import agreement, cross_entropy, scores
 from qcompress.tasks.table import Slices, Table, Wanted, demand_text, read_table, table_slices
-from qcompress.tasks.text import read_lines
+from qcompress.tasks.text import demand_encoder_memory, read_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -297,6 +297,7 @@ def _tokenize(found: list[dict[str, Any]], tokenizer: Any, task: SequenceClassif
         texts = [one["text"] for one in some]
         pairs = [one["pair"] for one in some] if "pair" in some[0] else None
         options = {"return_attention_mask": True, "verbose": False}
+        demand_encoder_memory([*texts, *(pairs or ())], tokenizer)
         whole = tokenizer(texts, pairs, **options)["input_ids"]
         encoded = tokenizer(texts, pairs, truncation=True, max_length=task.context, **options)
         for row, one in enumerate(some):

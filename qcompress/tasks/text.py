@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qcompress.artifacts import sha256_file
 from qcompress.errors import MachineError, UsageError
+from qcompress.memory import MIB, demand_memory
 from qcompress.outside import demand_file
 from qcompress.schema import TextData
 
@@ -49,6 +50,30 @@ def read_lines(data: TextData, base: Path, most: int | None = None) -> list[str]
     if not found:
         raise UsageError(f"{', '.join(data.text or ())} has no line of text", fix="name more text")
     return found
+
+
+CHARACTER_BYTES, TOKEN_BYTES = 100, 400
+"""Memory of the package `tokenizers` for a character and for a token of one text: 0.9 to 1.8 times what was
+measured (GPT-2's tokenizer, MiniLM's and one of 512 tokens; English, digits, Japanese; texts of 4 MB).
+"""
+
+ENCODER_BYTES = 32 * MIB
+"""Memory of a tokenizer at work on a short text."""
+
+PROBE = 2**14
+"""Characters whose tokens are counted for the estimate."""
+
+
+def demand_encoder_memory(texts: Sequence[str], tokenizer: Any) -> None:
+    """Raise AllocationError where there is too little memory to tokenize `texts` in one call."""
+    demand_memory("tokenizing", ENCODER_BYTES)
+    characters = sum(map(len, texts))
+    probe = next((text[:PROBE] for text in texts if text), "")
+    if not probe:
+        return
+    tokens = len(tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]) / len(probe)
+    needs = ENCODER_BYTES + int(characters * (CHARACTER_BYTES + TOKEN_BYTES * tokens))
+    demand_memory(f"tokenizing {characters:,} characters at once", needs)
 
 
 INSTALL = "pip install 'qcompress[train]'"

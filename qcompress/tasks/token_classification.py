@@ -40,7 +40,7 @@ from qcompress.tasks.labels import (
 from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
 from qcompress.tasks.scores import agreement, span_f1
 from qcompress.tasks.table import Slices, Table, Wanted, demand_text, read_table, table_slices
-from qcompress.tasks.text import read_lines
+from qcompress.tasks.text import demand_encoder_memory, read_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -257,6 +257,8 @@ def _tokenize(found: list[dict[str, Any]], tokenizer: Any, task: TokenClassifica
             "this tokenizer would take every word for the middle of one: it needs the blanks between them",
             fix="set `add_prefix_space` to true in tokenizer.json and tokenizer_config.json",
         )
+    if found:
+        demand_encoder_memory([max((" ".join(one["tokens"]) for one in found), key=len)], tokenizer)
     result = []
     for one in found:
         words = one["tokens"]

@@ -13,12 +13,16 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from attacked import attacked, refused
 from lines import cli, finished
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 from safetensors import SafetensorError
 
 from qcompress import memory, pipeline
 from qcompress.errors import ExportError, MachineError, UsageError
+from qcompress.models import load_tokenizer
+from qcompress.schema import TextData
+from qcompress.tasks import causal_lm
 
 pytestmark = pytest.mark.attack("allocations that fail")
 
@@ -36,6 +40,14 @@ def _wrapped() -> None:
         raise native.RuntimeException("[ONNXRuntimeError] : 6 : std::bad_alloc")
     except native.RuntimeException as error:
         raise ExportError(f"ONNX Runtime cannot run it: {error}") from None
+
+
+def _export_error() -> None:
+    """As torch.onnx makes an error of its own of any exception."""
+    try:
+        raise MemoryError
+    except MemoryError as error:
+        raise ValueError("Failed to export the model") from error
 
 
 FAILURES: dict[str, Callable[[], Any]] = {
@@ -56,6 +68,7 @@ FAILURES: dict[str, Callable[[], Any]] = {
     "a thread": _raised(RuntimeError("can't start new thread")),
     "a library": _raised(ImportError("libtorch_cpu.so: failed to map segment from shared object")),
     "a DataLoader": _raised(RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+    "torch's exporter": _export_error,
     "an executor": _raised(native.EPFail("CUDA failure 2: out of memory ; GPU=0")),
 }  # fmt: skip
 
@@ -93,6 +106,44 @@ def test_another_error_passes_as_it_is(name: str) -> None:
     with pytest.raises(type(error)) as found, memory.Allocations("the stage x"):
         raise error
     assert found.value is error
+
+
+@pytest.mark.parametrize("left, expected", [(1, memory.AllocationError), (memory.STARVED, SystemError)])
+def test_a_strange_error_where_nothing_is_left_is_one_of_memory(
+    left: int, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda: (left, "the test"))
+    with pytest.raises(expected), memory.Allocations("the stage x"):
+        raise SystemError("error return without exception set")
+
+
+@pytest.mark.parametrize("left", [1, 300])
+def test_a_text_that_cannot_be_tokenized_in_the_memory_there_is(
+    left: int, tiny_model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package `tokenizers` would end the process."""
+    size = text_file.stat().st_size
+    text = text_file.with_name("long.txt")
+    text.write_text(text_file.read_text(encoding="utf-8") * (1 + 2_000_000 // size), encoding="utf-8")
+    monkeypatch.setattr(memory, "available", lambda: (left * memory.MIB, "the test"))
+    with pytest.raises(memory.AllocationError, match=f"tokenizing.* {left} MiB are left") as found:
+        causal_lm.tokenize(TextData(text=[text.name]), text.parent, load_tokenizer(tiny_model))
+    assert found.value.exit_code == 6
+
+
+SIZES = (150, 250, 500, 800, 900, 1050, 1250, 1300, 1400, 1450, 1475, 1500, 1550, 2500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mib", SIZES)
+def test_a_run_under_a_limit_of_address_space(
+    mib: int, tmp_path: Path, tiny_model: Path, text_file: Path
+) -> None:
+    project = finished(tiny_model, text_file)
+    out = tmp_path / "runs"
+    ended = attacked("run", project.recipe, "--out", out, address_space_mib=mib, timeout_s=300)
+    if ended.code or mib < 1000:
+        refused(ended, 6, "MiB", "ulimit -v")
 
 
 def test_what_is_left_is_the_smallest_of_the_limits() -> None:
