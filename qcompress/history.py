@@ -21,6 +21,7 @@ from typing import Any
 
 from qcompress import strict_json
 from qcompress.progress import Reporter
+from qcompress.system import writes_to
 
 NAME = "history.jsonl"
 
@@ -102,7 +103,7 @@ class History:
         before = sum(steps for _, steps in self._phases[:number])
         where = {"phase": name, "number": number, "step": step, "steps": steps, "update": before + step}
         record = {"event": event, **where, **facts}
-        with self._file.open("a", encoding="utf-8") as stream:
+        with writes_to(self._file), self._file.open("a", encoding="utf-8") as stream:
             stream.write(_line(record))
         self._reporter.record(**record)
 

@@ -45,6 +45,7 @@ from qcompress.quant.folded import Rounding
 from qcompress.rows import Samples, batches
 from qcompress.runners import complete, empty_past, open_session
 from qcompress.schema import Recipe
+from qcompress.system import writes_to
 from qcompress.tasks import TASKS
 
 
@@ -244,8 +245,9 @@ def _onnx_values(
     wanted = list(dict.fromkeys(name for found in values.values() for name in found[:2] if name))
     # beside the graph, because external data is looked for there
     with tempfile.NamedTemporaryFile(dir=model.file.parent, prefix=".layers-", suffix=".onnx") as file:
-        file.write(with_outputs(model.file, wanted))
-        file.flush()
+        with writes_to(Path(file.name)):
+            file.write(with_outputs(model.file, wanted))
+            file.flush()
         session = open_session(Path(file.name), torch.get_num_threads(), optimized=False)
 
         def run(inputs: Inputs) -> tuple[Inputs, Inputs, np.ndarray]:

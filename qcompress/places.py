@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qcompress.errors import MachineError, UsageError
-from qcompress.system import existing, machine_errors
+from qcompress.system import existing, machine_errors, writes_to
 
 _NO_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY)
 """A path that cannot be what it was named for."""
@@ -118,11 +118,8 @@ def append_whole(path: Path, text: str) -> None:
 
 def _pour(path: Path, text: str) -> None:
     """Write to a device or to a pipe; a pipe without a reader is an error."""
-    try:
+    with writes_to(path):
         handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
         os.set_blocking(handle, True)
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(text)
-    except OSError as error:
-        error.filename = str(path)
-        raise

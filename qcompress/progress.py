@@ -25,6 +25,7 @@ from rich.progress import (
 
 from qcompress import strict_json
 from qcompress.screen import Screen
+from qcompress.system import writes_to
 
 PLAIN_EVERY_S = 10.0
 """Seconds between two plain lines of one task."""
@@ -103,7 +104,7 @@ class Reporter:
     def _write(self, facts: Record) -> None:
         if self._log is not None:
             line = strict_json.dumps({"time": round(time.time(), 3), **facts}, sort_keys=True)
-            with self._log.open("a", encoding="utf-8") as file:
+            with writes_to(self._log), self._log.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def _tell(self, facts: Record) -> None:

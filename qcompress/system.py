@@ -179,6 +179,17 @@ def machine_errors(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def writes_to(path: Path) -> Iterator[None]:
+    """Name `path` in an OSError that names no file, as those of a write to an open file do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def existing(path: Path) -> Path:
     """The path itself or the nearest folder above that is there."""
     return next(found for found in (path.absolute(), *path.absolute().parents) if found.exists())

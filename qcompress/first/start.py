@@ -23,6 +23,7 @@ from qcompress.first.splits import split_files, table_text
 from qcompress.first.write import near, recipe_text
 from qcompress.places import place_errors
 from qcompress.recipe_schema import recipe_schema
+from qcompress.system import writes_to
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _write(
         as_float = choice.method == "float"
         texts["recipe"] = recipe_text(asked, choice, found, source, files, as_float=as_float)
     for what, text in texts.items():
-        with files[what].open("x", encoding="utf-8", newline="") as stream:
+        with writes_to(files[what]), files[what].open("x", encoding="utf-8", newline="") as stream:
             made.append(files[what])
             stream.write(text)
 

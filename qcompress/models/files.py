@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompress.errors import ModelError
+from qcompress.system import writes_to
 
 CHUNK = 2**24
 
@@ -271,7 +272,7 @@ def copy_tensors(source: Path, out: Path, names: Callable[[str], str | None]) ->
                 offset += high - low
     head = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    with out.open("wb") as stream:
+    with writes_to(out), out.open("wb") as stream:
         stream.write(struct.pack("<Q", len(head)) + head)
         for file, start, length in pieces:
             with file.open("rb") as tensors:

@@ -13,9 +13,10 @@ stdout      one JSON object on each line:
             {"event": "message", "severity", "text"}    warnings and errors of TensorRT
             {"event": "unavailable", "reason"}          this machine cannot build for the target
             {"event": "refused", "stage", "errors": [{"node", "op", "text"}]}
+            {"event": "unwritten", "errno", "file"}     the engine is built, and its disk does not take it
             {"event": "done", "inputs", "outputs": {name: {"shape", "type"}},
              "timing_cache": {"read", "written": bytes} or null}
-            The last line is one of the last three, unless the process died.
+            The last line is one of the last four, unless the process died.
 """
 
 from __future__ import annotations
@@ -225,7 +226,10 @@ def _build(
     if plan is None:
         texts = errors or ["the builder gave no reason"]
         return "refused", {"stage": "build", "errors": [_error(text) for text in texts]}
-    _write(Path(spec["plan"]), plan)
+    try:
+        _write(Path(spec["plan"]), plan)
+    except OSError as error:  # a full disk, most often
+        return "unwritten", {"errno": error.errno, "file": spec["plan"]}
     timed = None
     if file is not None:
         try:

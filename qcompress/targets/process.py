@@ -20,7 +20,7 @@ from qcompress.targets.child import command, environment
 Progress = Callable[[str, float], None]
 """Called with the name of TensorRT's phase and how far the whole build is, 0 to 1."""
 
-FINAL = ("unavailable", "refused", "done")
+FINAL = ("unavailable", "refused", "unwritten", "done")
 """Events that end a build; one of them is the last line of a builder that did not crash."""
 
 MESSAGES = 200
@@ -50,7 +50,9 @@ class Outcome:
 
 
 def run_builder(spec: dict[str, Any], timeout_s: int, progress: Progress | None = None) -> Outcome:
-    """Run the builder; `final` of the outcome is `done` or `unavailable`, anything else is an ExportError."""
+    """Run the builder; `final` of the outcome is `done` or `unavailable`, anything else is an ExportError.
+    OSError where the engine cannot be written.
+    """
     with tempfile.TemporaryDirectory(prefix="qcompress-build-") as folder:
         file = Path(folder) / "spec.json"
         file.write_text(json.dumps(spec), encoding="utf-8")
@@ -66,6 +68,9 @@ def run_builder(spec: dict[str, Any], timeout_s: int, progress: Progress | None 
         raise _crash(outcome, spec)
     if outcome.final["event"] == "refused":
         raise _refusal(outcome, spec)
+    if outcome.final["event"] == "unwritten":
+        number = outcome.final["errno"]
+        raise OSError(number, os.strerror(number), outcome.final["file"])
     return outcome
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 from attacked import attacked, refused
 from lines import NAME, Project, finished
 
-from qcompress import system
-from qcompress.artifacts import sha256_file
+from qcompress import load, system
+from qcompress.artifacts import OnnxModel, sha256_file
+from qcompress.stages.build import build
 from qcompress.system import machine_errors
 
 pytestmark = pytest.mark.attack("full disks")
@@ -103,6 +105,19 @@ def test_other_commands_on_a_full_disk_leave_what_was_there(
     assert not [path for path in run.iterdir() if path.name.startswith((".layers", "tmp"))]
     (disk / "ballast").unlink()
     assert attacked("show", run).code == 0
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+@pytest.mark.parametrize("left_kib", [0, 16, 128])
+def test_an_engine_that_the_builder_cannot_write(project: Project, disk: Path, left_kib: int) -> None:
+    resize(disk, 1024)
+    out = disk / "engine"
+    out.mkdir()
+    fill(disk, left_kib)
+    recipe = load(project.latest).recipe
+    with pytest.raises(system.MachineError, match=f"{out}.*No space left.*MiB free"), machine_errors(disk):
+        build(OnnxModel(project.latest), recipe.build, out)
+    assert not (out / "model.plan").exists()
 
 
 def _map(folder: Path, size: int) -> None:
