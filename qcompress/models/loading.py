@@ -76,7 +76,7 @@ def hashed_files(source: Path, directory: Path) -> list[Path]:
     recorded, files = directory / "float.json", weight_files(source)
     digests = read_json(recorded).get("files", {}) if source != directory and recorded.is_file() else {}
     for file in files:
-        if digests.get(file.name, "") and digest_of(file) != digests[file.name]:
+        if digests and digest_of(file) != digests.get(file.name):
             raise ModelError(
                 f"{file} was changed after it was hashed, while the run was at work",
                 fix="run the recipe again, and leave the checkpoint alone meanwhile",

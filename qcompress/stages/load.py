@@ -19,11 +19,16 @@ from qcompress.digests import digest_of
 from qcompress.errors import MachineError, ModelError
 from qcompress.models import FAMILIES, PROCESSOR, chosen, describe, renamed_tensors
 from qcompress.models.architecture import CAUSAL_LM, Head
-from qcompress.models.files import copy_tensors, read_config, read_tensors, weight_files
-from qcompress.models.readers import READER_FILES, check_reader
+from qcompress.models.files import ADAPTER, copy_tensors, read_config, read_tensors, weight_files
+from qcompress.models.readers import READER_FILES, WHOLE_PROCESSOR, check_reader
 from qcompress.schema import Model
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+DOWNLOADED = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", *READER_FILES, ADAPTER, WHOLE_PROCESSOR
+)  # fmt: skip
+"""Files of a checkpoint on the hub that are read; an adapter only to be refused, as in a local folder."""
 
 
 def locate(model: Model, base: Path) -> Path:
@@ -57,17 +62,18 @@ def _download(name: str, revision: str | None) -> Path:
         raise MachineError(
             f"downloading {name} needs huggingface_hub ({error})", fix="pip install 'qcompress[train]'"
         ) from None
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", *READER_FILES]
     pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
     if pinned:
         try:
             return Path(
-                snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True)
+                snapshot_download(
+                    name, revision=revision, allow_patterns=list(DOWNLOADED), local_files_only=True
+                )
             )
         except LocalEntryNotFoundError:
             pass  # not downloaded yet
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise MachineError(
             f"{name} cannot be downloaded: {error}",

@@ -11,10 +11,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from lines import cli, environment, make_project
 from safetensors.torch import load_file, save_file
 from tiny_nets import save_net
@@ -135,6 +137,18 @@ def test_weights_that_change_after_they_were_hashed_are_not_loaded(
         FAMILIES[family].load_float(source, out)
 
 
+def test_weights_under_a_name_that_was_not_hashed_are_not_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "model", tmp_path / "load"
+    shutil.copytree(tiny_model, source)
+    out.mkdir()
+    load(Model(family="gpt2", source="x"), source, fingerprint(source), out, CAUSAL_LM)
+    (source / "model.safetensors").rename(source / "other.safetensors")
+    names = dict.fromkeys(load_file(source / "other.safetensors"), "other.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ModelError, match="other.safetensors was changed after it was hashed"):
+        FAMILIES["gpt2"].load_float(source, out)
+
+
 @pytest.mark.slow
 def test_shards_are_hashed_and_loaded(tiny_model: Path, tmp_path: Path) -> None:
     source = tmp_path / "model"
@@ -252,6 +266,28 @@ def test_what_is_ambiguous_is_refused(
     done = cli(*(project.command() if command == "run" else ["check", str(project.recipe)]))
     assert done.code == 2 and word in done.stdout + done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not list(project.out.glob("*/latest"))
+
+
+@pytest.mark.parametrize("how", ["a distributed checkpoint", "an adapter of another model", "an adapter"])
+def test_what_is_ambiguous_on_the_hub_is_downloaded_and_refused(
+    how: str, tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a folder, of which the files are taken that huggingface_hub would take."""
+    project = make_project(tmp_path / "project", tiny_model, text_file)
+    (project.folder / "model").rename(tmp_path / "hub")
+    AMBIGUOUS[how][0](tmp_path / "hub")
+
+    def download(name: str, revision: str | None = None, allow_patterns: Sequence[str] = ()) -> str:
+        assert name == "some/model"
+        (tmp_path / "cache").mkdir()
+        names = [file.name for file in (tmp_path / "hub").iterdir()]
+        for wanted in filter_repo_objects(names, allow_patterns=list(allow_patterns)):
+            shutil.copyfile(tmp_path / "hub" / wanted, tmp_path / "cache" / wanted)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    done = cli(*project.command("--set", "model.source=some/model"))
+    assert done.code == 2 and AMBIGUOUS[how][1] in done.stderr, done.stderr
 
 
 PROCESSORS: dict[str, dict[str, object]] = {
