@@ -16,7 +16,9 @@ from lines import environment
 
 @dataclass(frozen=True)
 class Ended:
-    """One command. `peak_mib` is the largest resident set of its process."""
+    """One command. `peak_mib` is the largest resident set of its process, looked at every few milliseconds:
+    `ru_maxrss` counts that of the process that forked it, too.
+    """
 
     code: int
     stdout: str
@@ -67,13 +69,23 @@ def attacked(
         reader.start()
     killer = threading.Timer(timeout_s, process.kill)
     killer.start()
-    _, status, usage = os.wait4(process.pid, 0)  # the usage of this child alone
+    peak = 0
+    while (done := os.waitpid(process.pid, os.WNOHANG))[0] == 0:
+        peak = max(peak, _peak_kib(process.pid))
+        time.sleep(0.005)
+    status = done[1]
     process.returncode = os.waitstatus_to_exitcode(status)
     killer.cancel()
     for reader in readers:
         reader.join()
     seconds = time.monotonic() - begin
-    return Ended(process.returncode, texts["stdout"], texts["stderr"], seconds, usage.ru_maxrss / 1024)
+    return Ended(process.returncode, texts["stdout"], texts["stderr"], seconds, peak / 1024)
+
+
+def _peak_kib(pid: int) -> int:
+    """VmHWM: of the program that runs now, and none of a process that has ended."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def refused(ended: Ended, code: int, *words: str) -> None:
