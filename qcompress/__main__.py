@@ -3,7 +3,7 @@
 import shlex
 import sys
 
-from qcompress.stopping import Stoppable, resume_with
+from qcompress.system.stopping import Stoppable, resume_with
 
 
 def main() -> None:
@@ -11,7 +11,7 @@ def main() -> None:
     with Stoppable():
         if sys.argv[1:2] == ["run"]:
             resume_with(shlex.join(["qcompress", *sys.argv[1:]]))
-        from qcompress.cli import main as run
+        from qcompress.cli.main import main as run
 
         run()
 

@@ -7,26 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompress import own, pipeline
-from qcompress.adopted import REASON, check_unchanged
-from qcompress.artifacts import read_json, sha256_file, write_json
 from qcompress.errors import ExportError, IncomparableError, UsageError
-from qcompress.finished import LoadedRun, broken, load
-from qcompress.places import demand_place
-from qcompress.progress import Reporter
-from qcompress.recipe import Resolved, load_recipe
-from qcompress.report.measured import arm_and_runs, measured
+from qcompress.graph.external import REASON, check_unchanged
+from qcompress.pipeline import run as pipeline
+from qcompress.pipeline.smoke import smoke as shorten
+from qcompress.pipeline.stages.gate import judged, verdict_of, write_verdict
+from qcompress.recipe.load import Resolved, load_recipe
 from qcompress.report.seeds import summarise
-from qcompress.run_files import read_run_samples, record_files
-from qcompress.schema import ROWS
-from qcompress.smoke import smoke as shorten
-from qcompress.stages.gate import judged, verdict_of, write_verdict
-from qcompress.workspace import point_latest
+from qcompress.schema import custom
+from qcompress.schema.recipe import ROWS
+from qcompress.system.artifacts import read_json, sha256_file, write_json
+from qcompress.system.places import demand_place
+from qcompress.system.reporter import Reporter
+from qcompress.system.workspace import point_latest
+from qcompress.verdict.measured import arm_and_runs, measured
+from qcompress.verdict.run_directory import LoadedRun, broken, load
+from qcompress.verdict.run_files import read_run_samples, record_files
 
 if TYPE_CHECKING:
-    from qcompress.artifacts import FloatModel
-    from qcompress.evaluation import Artifacts
-    from qcompress.regression.standing import Standing
+    from qcompress.parity.inputs import Artifacts
+    from qcompress.system.artifacts import FloatModel
+    from qcompress.verdict.baseline.snapshot import Standing
 
 
 Classes = Mapping[str, type] | None
@@ -54,12 +55,12 @@ def run(
 
     `overrides` are `a.b=c` strings, `until` is the last stage, `keep` names stages whose whole folder is
     copied into the run, `check_cache` reads every file of the cache instead of trusting remembered digests,
-    `smoke` runs two blocks on little data (`qcompress/smoke.py`). `quantizers` and the
-    three after it are classes of your own by the name that the recipe gives them (`qcompress/own.py`). Raises
+    `smoke` runs two blocks on little data (`qcompress/pipeline/smoke.py`). `quantizers` and the
+    three after it are classes of your own by the name that the recipe gives them (`qcompress/schema/custom.py`). Raises
     RecipeError, ModelError, ExportError, MachineError, UsageError or BusyError.
     """
     reporter = reporter or Reporter(silent=True)
-    with own.among(_by_axis(quantizers, adapters, objectives, steppers)):
+    with custom.among(_by_axis(quantizers, adapters, objectives, steppers)):
         resolved, folder, store = _settings(recipe, out, cache, overrides, smoke)
         options = {"fresh": fresh, "check_cache": check_cache, "keep": tuple(keep)}
         return pipeline.run(resolved, folder, store, reporter, until=until, **options)
@@ -97,7 +98,7 @@ def run_seeds(
     for seed in seeds:
         reporter.say(f"seed {seed}")
         again = [*overrides, f"seed={seed}"]
-        with own.among(_by_axis(quantizers, adapters, objectives, steppers)):
+        with custom.among(_by_axis(quantizers, adapters, objectives, steppers)):
             resolved, folder, store = _settings(recipe, out, cache, again, smoke)
             options = {"fresh": fresh, "check_cache": check_cache, "keep": tuple(keep)}
             made = pipeline.run(resolved, folder, store, reporter, one_of_seeds=True, **options)
@@ -152,7 +153,7 @@ def verify(
         check_unchanged(loaded.path)
     reporter = reporter or Reporter(silent=True)
     if engine is not None:
-        from qcompress.gpu_rows import take_engine_row
+        from qcompress.parity.gpu import take_engine_row
 
         read_run_samples(loaded.path / "samples.json.gz")
         take_engine_row(loaded.path, loaded.recipe.task, Path(engine))
@@ -164,8 +165,8 @@ def verify(
 
 def certify_run(loaded: LoadedRun) -> dict[str, Any]:
     """Hold the run's ONNX file against its folded model; needs the cache."""
-    from qcompress.certificate_points import certify_all
-    from qcompress.plan import plans_from_json, points_from_json
+    from qcompress.graph.certificate.points import certify_all
+    from qcompress.models.plan import plans_from_json, points_from_json
 
     folded = loaded.checked_stage("fold")
     if loaded.recipe.export.graph is not None:
@@ -198,7 +199,7 @@ def compare_layers(path: str | os.PathLike[str], *, reporter: Reporter | None = 
     """Where trained, folded and ONNX part, layer by layer; writes layers.json into the run and returns it."""
     loaded = load(path)
     certify_run(loaded)
-    from qcompress.layerwise import compare_layers as compare
+    from qcompress.parity.layerwise import compare_layers as compare
 
     reporter = reporter or Reporter(silent=True)
     base = Path(loaded.manifest["base"])
@@ -220,7 +221,7 @@ def compare(
     recipe's name. `metric` is `set.metric`, `metric` (of the first set) or the task's first one; `baseline`
     is an arm, the first unless given.
     """
-    from qcompress.report.compare import compare as compare_measured  # scipy takes most of a second
+    from qcompress.verdict.compare import compare as compare_measured  # scipy takes most of a second
 
     if row not in ROWS:
         raise UsageError(f"unknown row {row!r}", fix=f"choose one of {', '.join(ROWS)}")
@@ -241,7 +242,7 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] |
 def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:
     import tempfile
 
-    from qcompress.stages.verify import verify as measure
+    from qcompress.pipeline.stages.verify import verify as measure
 
     with tempfile.TemporaryDirectory(dir=loaded.path) as folder:
         base = Path(loaded.manifest["base"])
@@ -253,8 +254,8 @@ def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:
 
 def _artifacts(loaded: LoadedRun) -> Artifacts:
     """What is left of a run; the ONNX file is the one in its directory."""
-    from qcompress.artifacts import Engine, FoldedModel, OnnxModel, TrainedModel
-    from qcompress.evaluation import Artifacts
+    from qcompress.parity.inputs import Artifacts
+    from qcompress.system.artifacts import Engine, FoldedModel, OnnxModel, TrainedModel
 
     stages = loaded.checked_stage
     return Artifacts(
@@ -269,7 +270,7 @@ def _artifacts(loaded: LoadedRun) -> Artifacts:
 
 def _float_model(loaded: LoadedRun, folder: Path | None) -> FloatModel | None:
     """The checkpoint of a run, if it is still there; raises IncomparableError if it is another one now."""
-    from qcompress.artifacts import FloatModel
+    from qcompress.system.artifacts import FloatModel
 
     model = FloatModel.of(folder, "", Path(loaded.manifest["source"])) if folder else None
     if model is None or not model.source.is_dir():
@@ -315,9 +316,9 @@ def gate_against(
 
     Raises UsageError for what is no run or states no goals, IncomparableError for one that was not measured.
     """
-    from qcompress.regression.decide import decide  # scipy takes most of a second
-    from qcompress.regression.goals_file import read_goals
-    from qcompress.regression.standing import read_standing
+    from qcompress.verdict.baseline.decide import decide  # scipy takes most of a second
+    from qcompress.verdict.baseline.goals import read_goals
+    from qcompress.verdict.baseline.snapshot import read_standing
 
     given = read_goals(Path(goals)) if goals is not None else None
     before = read_standing(Path(baseline))
@@ -334,8 +335,8 @@ def promote(
     """Write the baseline that later runs are held against. A run that was not accepted is refused unless
     `force`: a broken baseline would pass whatever is no worse.
     """
-    from qcompress.regression.baseline_file import write_baseline
-    from qcompress.regression.standing import read_standing
+    from qcompress.verdict.baseline.snapshot import read_standing
+    from qcompress.verdict.baseline.write import write_baseline
 
     loaded = load(path)
     loaded.demand_whole()
@@ -371,15 +372,15 @@ def sensitivity(
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """What rounding each layer costs in each of `formats`, and with a budget the mixture that fits it:
-    sensitivity.json (`qcompress/sensitivity/study.py`), which it writes and returns.
+    sensitivity.json (`qcompress/pipeline/sensitivity/study.py`), which it writes and returns.
 
     A budget is one of `max_bytes`, `max_cost` in nats, and `as_small_as`, a format that all could have; other
     costs, `controls`, choose mixtures of the same bytes. `fresh` samples judge them, else as many as choose.
     """
-    from qcompress.sensitivity.calibrated import Place
-    from qcompress.sensitivity.sampling import Sampling
-    from qcompress.sensitivity.study import budget_of
-    from qcompress.sensitivity.study import sensitivity as measure
+    from qcompress.pipeline.sensitivity.calibrated import Place
+    from qcompress.pipeline.sensitivity.sampling import Sampling
+    from qcompress.pipeline.sensitivity.study import budget_of
+    from qcompress.pipeline.sensitivity.study import sensitivity as measure
 
     budget = budget_of(max_bytes, max_cost, as_small_as)
     resolved, folder, store = _settings(recipe, out, cache, overrides, smoke=False)

@@ -24,14 +24,14 @@ def _one_thread() -> None:
 def _no_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page at the end of a run takes seconds, and many tests run a line; tests/report makes it."""
     if request.path.parent.name != "report":
-        monkeypatch.setattr("qcompress.cli.write_beside", lambda folder, say: None)
+        monkeypatch.setattr("qcompress.cli.main.write_beside", lambda folder, say: None)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _edited_runs() -> Iterator[None]:
     """Tests edit files of a run to make the case that they are about; tests/faults is about edits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qcompress.finished.check_files", lambda run: None)
+        patch.setattr("qcompress.verdict.run_directory.check_files", lambda run: None)
         yield
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from qcompress.errors import RecipeError
-from qcompress.recipe import load_recipe
+from qcompress.recipe.load import load_recipe
 
 GOOD = """\
 name: good

@@ -24,11 +24,13 @@ import yaml
 from tiny import make_recipe, start_line
 from typer.testing import CliRunner
 
-from qcompress import api, keys, pipeline
-from qcompress.artifacts import FoldedModel, read_json
-from qcompress.cli import app
-from qcompress.plan import LayerPlan, plans_from_json
-from qcompress.stages.export import export
+from qcompress import api
+from qcompress.cli.main import app
+from qcompress.models.plan import LayerPlan, plans_from_json
+from qcompress.pipeline import keys
+from qcompress.pipeline import run as pipeline
+from qcompress.pipeline.stages.export import export
+from qcompress.system.artifacts import FoldedModel, read_json
 
 NAME = "tiny"
 SETS = {"test": 12, "other": 5}

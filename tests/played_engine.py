@@ -1,4 +1,4 @@
-"""`python played_engine.py ONNX ARGUMENT...`: what `python -m qcompress.engine ARGUMENT...` does, on an
+"""`python played_engine.py ONNX ARGUMENT...`: what `python -m qcompress.engine.local_run ARGUMENT...` does, on an
 engine that is played: ONNX Runtime on the graph ONNX, behind TensorRT's names, in host memory.
 
 A plan that begins with `crash` ends the process as native code does; one that begins with `broken` is not
@@ -18,13 +18,13 @@ import numpy as np
 import onnxruntime
 import torch
 
-from qcompress import engine
+from qcompress.engine import local_run
 
 LARGEST = (4, 32)
 TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
 
 
-class HostMemory(engine.TorchMemory):
+class HostMemory(local_run.TorchMemory):
     """torch's tensors on the CPU, which has no streams."""
 
     def __init__(self) -> None:
@@ -113,6 +113,6 @@ def tensorrt(onnx: Path) -> SimpleNamespace:
 
 if __name__ == "__main__":
     sys.modules["tensorrt_rtx"] = tensorrt(Path(sys.argv[1]))
-    engine.TorchMemory = HostMemory
+    local_run.TorchMemory = HostMemory
     torch.cuda.is_available = lambda: True
-    engine.main(sys.argv[2:])
+    local_run.main(sys.argv[2:])

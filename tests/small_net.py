@@ -15,17 +15,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from qcompress.methods.plain import OneUpdate
-from qcompress.methods.protocols import Group, Moment, Report, Stepper
-from qcompress.methods.saq import SharpnessAwareUpdate
-from qcompress.methods.squat import AlternatingUpdate
-from qcompress.options import PlainStepper, Saq, Squat
-from qcompress.parameter_roles import kind_of_float
 from qcompress.quant.affine import Grid
 from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear, QuantizedTied, QuantizedWeight
 from qcompress.quant.learned_scale import unit_of
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
-from qcompress.quantizer_options import Lsq
+from qcompress.schema.method_options import PlainStepper, Saq, Squat
+from qcompress.schema.quantizers import Lsq
+from qcompress.training.methods.plain import OneUpdate
+from qcompress.training.methods.protocols import Group, Moment, Report, Stepper
+from qcompress.training.methods.saq import SharpnessAwareUpdate
+from qcompress.training.methods.squat import AlternatingUpdate
+from qcompress.training.parameter_roles import kind_of_float
 
 WIDTH, CLASSES, TOKENS = 12, 5, 9
 

@@ -22,8 +22,8 @@ from tiny import token_ids
 from tokenizers import Tokenizer
 
 from qcompress import api
-from qcompress.artifacts import read_json, sha256_file
-from qcompress.pipeline import Run
+from qcompress.pipeline.run import Run
+from qcompress.system.artifacts import read_json, sha256_file
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 

@@ -17,9 +17,9 @@ from test_adopted import make_recipe_around
 from tiny import token_ids
 from tiny_nets import net_line, save_images
 
-from qcompress.artifacts import read_json
-from qcompress.schema import Export
-from qcompress.stages.export import export
+from qcompress.pipeline.stages.export import export
+from qcompress.schema.recipe import Export
+from qcompress.system.artifacts import read_json
 
 Change = Callable[[onnx.ModelProto], None]
 

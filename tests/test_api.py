@@ -13,10 +13,10 @@ from lines import NAME, Project, finished, make_project, python
 
 import qcompress
 from qcompress import api
-from qcompress.artifacts import read_json
 from qcompress.errors import ExportError, ModelError, RecipeError, UsageError
-from qcompress.pipeline import Run
-from qcompress.schema import STAGES
+from qcompress.pipeline.run import Run
+from qcompress.schema.recipe import STAGES
+from qcompress.system.artifacts import read_json
 
 
 @pytest.fixture(scope="module")

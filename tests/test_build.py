@@ -20,16 +20,17 @@ import onnx
 import pytest
 from graphs import GPT2_SMALL, Shape, decoder, linear, save
 
-from qcompress.artifacts import Engine, OnnxModel, read_json, sha256_file
+from qcompress.engine import build_process
 from qcompress.errors import ExportError, MachineError, UsageError
-from qcompress.schema import Build, Profile
-from qcompress.stages import build as stage
-from qcompress.stages.build import build, build_file, device_command
-from qcompress.targets import device, process
-from qcompress.targets.graph import read
-from qcompress.targets.plan_content import float_copies
-from qcompress.targets.sizes import check_plan, limit_bytes, predicted_bytes
-from qcompress.targets.table import TARGETS
+from qcompress.graph.plan_content import float_copies
+from qcompress.graph.sizes import check_plan, limit_bytes, predicted_bytes
+from qcompress.graph.view import read
+from qcompress.pipeline.stages import build as stage
+from qcompress.pipeline.stages.build import build, build_file, device_command
+from qcompress.schema.recipe import Build, Profile
+from qcompress.schema.targets import TARGETS
+from qcompress.system import gpu as device
+from qcompress.system.artifacts import Engine, OnnxModel, read_json, sha256_file
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 
@@ -150,7 +151,7 @@ def children() -> list[int]:
         except OSError:
             continue
         parent = re.search(r"PPid:\s+(\d+)", status)
-        if b"qcompress.targets.builder" in line and parent and int(parent[1]) == os.getpid():
+        if b"qcompress.engine.builder" in line and parent and int(parent[1]) == os.getpid():
             alive.append(int(entry.name))
     return alive
 
@@ -371,7 +372,7 @@ def test_a_flood_of_messages_is_kept_short(monkeypatch: pytest.MonkeyPatch, tmp_
     flood = "[logger.log(Severity, f'message {i}') for i in range(3000)]; raise TypeError('end')"
     fake(monkeypatch, tmp_path, "tensorrt_rtx", alive_until(flood))
     spec = {"backend": "tensorrt_rtx", "versions": [["1", "2"]], "memory_mib": 512, "onnx": "model.onnx"}
-    outcome = process.run_builder(spec, 60)
+    outcome = build_process.run_builder(spec, 60)
     assert [message["text"] for message in outcome.messages] == [f"message {i}" for i in range(2800, 3000)]
 
 

@@ -15,13 +15,13 @@ import pytest
 from graphs import linear, save
 from lines import cli
 
-from qcompress.artifacts import read_json
 from qcompress.errors import ExportError, UsageError
-from qcompress.schema import Build
-from qcompress.stages.build import build_file, device_command
-from qcompress.targets import device
-from qcompress.targets.sizes import limit_bytes
-from qcompress.targets.table import TARGETS, option_refusals
+from qcompress.graph.sizes import limit_bytes
+from qcompress.pipeline.stages.build import build_file, device_command
+from qcompress.schema.recipe import Build
+from qcompress.schema.targets import TARGETS, option_refusals
+from qcompress.system import gpu
+from qcompress.system.artifacts import read_json
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 
@@ -54,7 +54,7 @@ def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fake" / "tensorrt.py").write_text(STAND_IN)
     path = os.pathsep.join([str(tmp_path / "fake"), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
-    monkeypatch.setattr(device, "compute_capability", lambda: 90)
+    monkeypatch.setattr(gpu, "compute_capability", lambda: 90)
 
 
 # What a target cannot do --------------------------------------------------------------------------
@@ -166,9 +166,9 @@ def test_the_command_takes_all_options(model: Path, tmp_path: Path) -> None:
 def test_a_recipe_is_checked_and_its_file_lies_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qcompress import pipeline
+    from qcompress.pipeline import run
 
     options = Build(target="h100", timing_cache="caches/h100.bin")
-    placed = pipeline._placed(options, tmp_path)
+    placed = run._placed(options, tmp_path)
     assert placed.timing_cache == str(tmp_path / "caches" / "h100.bin")
-    assert pipeline._placed(Build(), tmp_path) == Build()
+    assert run._placed(Build(), tmp_path) == Build()

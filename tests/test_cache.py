@@ -20,20 +20,20 @@ from onnx import TensorProto
 from tiny import Line, make_recipe, start_line
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from qcompress.artifacts import OnnxModel, read_json
-from qcompress.certificate_points import certify_all
 from qcompress.errors import UsageError
-from qcompress.generate import Generator
-from qcompress.keys import provenance
-from qcompress.layerwise import TIE, follow
+from qcompress.graph.certificate.points import certify_all
 from qcompress.models import FAMILIES
 from qcompress.models.cache import Cached
-from qcompress.plan import plan_points, rounded
-from qcompress.prepare import assemble
-from qcompress.runners import OnnxRunner
-from qcompress.schema import Build, Export
-from qcompress.stages.build import build_file
-from qcompress.stages.export import export
+from qcompress.models.plan import plan_points, rounded
+from qcompress.models.prepare import assemble
+from qcompress.parity.generate import Generator
+from qcompress.parity.layerwise import TIE, follow
+from qcompress.parity.runners import OnnxRunner
+from qcompress.pipeline.keys import provenance
+from qcompress.pipeline.stages.build import build_file
+from qcompress.pipeline.stages.export import export
+from qcompress.schema.recipe import Build, Export
+from qcompress.system.artifacts import OnnxModel, read_json
 
 BUNDLED = Path(__file__).parents[1] / "recipes" / "quickstart"
 BLOCKS, HEADS, WIDTH = 3, 6, 32

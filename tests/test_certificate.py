@@ -13,7 +13,7 @@ import pytest
 from lines import QUICK, Exported, exported
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from qcompress.certificate import certify
+from qcompress.graph.certificate.layers import certify
 
 C_ATTN, C_PROJ = "transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"
 BLOCKED, NARROW, WEIGHT_ONLY = (

@@ -13,10 +13,10 @@ import pytest
 from good_recipe import FOREIGN, GOOD, edited, prepare, write
 from safetensors.numpy import save_file
 
-from qcompress.check import all_mistakes, check_model
 from qcompress.errors import ModelError, RecipeError
-from qcompress.recipe import load_recipe
-from qcompress.yamlfile import dotted, dump_yaml, parse_yaml
+from qcompress.recipe.check import all_mistakes, check_model
+from qcompress.recipe.load import load_recipe
+from qcompress.recipe.yaml_file import dotted, dump_yaml, parse_yaml
 
 WIDTH, BLOCKS, CONTEXT, VOCABULARY = 192, 2, 64, 32
 
@@ -440,7 +440,7 @@ def test_mutations_of_the_text_never_break_the_check(made: Path) -> None:
 
 def test_a_check_takes_no_torch_and_no_onnx_and_less_than_a_second(made: Path) -> None:
     program = (
-        "import sys, time; start = time.perf_counter(); from pathlib import Path; from qcompress.check import"
+        "import sys, time; start = time.perf_counter(); from pathlib import Path; from qcompress.recipe.check import"
         " all_mistakes; assert all_mistakes(Path(sys.argv[1]))[2] == []; print(time.perf_counter() - start);"
         " print([name for name in ('torch', 'onnx', 'transformers', 'onnxruntime') if name in sys.modules])"
     )

@@ -13,15 +13,15 @@ from test_check import save_model, shown
 from tiny_bert import LABELS, SEQUENCE, make_encoder, save_encoder
 from transformers import BertForSequenceClassification
 
-from qcompress.check import Report, check_model
 from qcompress.errors import RecipeError
-from qcompress.keys import Plan, parts
 from qcompress.models import FAMILIES
 from qcompress.models.files import read_config, read_tensors
 from qcompress.models.heads import HeadError
-from qcompress.recipe import load_recipe
-from qcompress.stages.load import fingerprint
-from qcompress.task_options import SequenceClassification
+from qcompress.pipeline.keys import Plan, parts
+from qcompress.pipeline.stages.load import fingerprint
+from qcompress.recipe.check import Report, check_model
+from qcompress.recipe.load import load_recipe
+from qcompress.schema.tasks import SequenceClassification
 from qcompress.tasks import TASKS
 
 RECIPE = """\

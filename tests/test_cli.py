@@ -14,11 +14,11 @@ import yaml
 from lines import NAME, SETS, Project, Result, cli, finished, make_project, python
 from onnx import numpy_helper
 
-from qcompress.axes import AXES, METHODS
-from qcompress.formats import FORMAT_PRESETS
 from qcompress.models import FAMILIES
-from qcompress.schema import STAGES
-from qcompress.targets.table import TARGETS
+from qcompress.schema.axes import AXES, METHODS
+from qcompress.schema.formats import FORMAT_PRESETS
+from qcompress.schema.recipe import STAGES
+from qcompress.schema.targets import TARGETS
 from qcompress.tasks import TASKS
 
 KINDS = ("methods", "axes", "formats", "models", "tasks", "targets", "recipes")
@@ -309,14 +309,14 @@ def test_methods_and_models_are_described_and_not_spelled_out() -> None:
 
 
 def test_a_target_says_whether_it_can_be_built_here_and_else_how(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcompress.targets.device.compute_capability", lambda: 89)
+    monkeypatch.setattr("qcompress.system.gpu.compute_capability", lambda: 89)
     about = {item["name"]: item["about"] for item in strict(cli("list", "targets", "--json"))}
     on_device = "on the device: qcompress build model.onnx --target"
     assert about["h100"].endswith(
         f"SM90, fp32, fp16, bf16, int8, int4; tensorrt >=11,<12; {on_device} h100 --out engine"
     )
     assert on_device not in about["l4"]  # a GPU of that kind is here
-    monkeypatch.setattr("qcompress.targets.device.compute_capability", lambda: None)
+    monkeypatch.setattr("qcompress.system.gpu.compute_capability", lambda: None)
     about = {item["name"]: item["about"] for item in strict(cli("list", "targets", "--json"))}
     assert on_device in about["l4"] and about["cpu"].endswith("There is nothing to build.")
     here = "builds here" if find_spec("tensorrt_rtx") else "here, after pip install tensorrt_rtx"
@@ -366,11 +366,11 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 from typer.testing import CliRunner
-import qcompress.cli
+import qcompress.cli.main
 
 found = []
 for words in json.loads(sys.argv[1]):
-    done = CliRunner().invoke(qcompress.cli.app, words)
+    done = CliRunner().invoke(qcompress.cli.main.app, words)
     crash = repr(done.exception) if done.exception and not isinstance(done.exception, SystemExit) else None
     found.append([done.exit_code, done.stdout, done.stderr, crash])
 assert not set(sys.modules) & set({HEAVY!r})

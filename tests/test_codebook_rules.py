@@ -10,8 +10,8 @@ import yaml
 from good_recipe import FOREIGN, prepare, write
 from test_check import save_model
 
-from qcompress.check import all_mistakes
-from qcompress.schema import Recipe
+from qcompress.recipe.check import all_mistakes
+from qcompress.schema.recipe import Recipe
 
 RECIPE = {
     "name": "books",

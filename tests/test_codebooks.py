@@ -19,12 +19,12 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
 from tiny import Line, token_ids
 
-from qcompress.artifacts import read_json
-from qcompress.certificate import certify
-from qcompress.prepare import assemble
-from qcompress.schema import Build
-from qcompress.stages.build import build_file
-from qcompress.targets.contents import contents
+from qcompress.graph.certificate.layers import certify
+from qcompress.graph.inspect import contents
+from qcompress.models.prepare import assemble
+from qcompress.pipeline.stages.build import build_file
+from qcompress.schema.recipe import Build
+from qcompress.system.artifacts import read_json
 
 KINDS = (Kind("codebook"), Kind("codebook", "fp16", 23, tied=False))
 
@@ -227,7 +227,7 @@ def test_one_set_after_another_becomes_codebooks_and_indices_stay(line: Callable
 
 def watch(seen: list[dict[str, bool]], indices: dict[str, torch.Tensor]) -> Any:
     """Looks at every phase as it begins, after its codebooks were made."""
-    from qcompress import loop
+    from qcompress.training import loop
 
     original = loop.groups_of
 
@@ -256,7 +256,7 @@ def watch(seen: list[dict[str, bool]], indices: dict[str, torch.Tensor]) -> Any:
 def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(
     line: Callable[..., Line], monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int]
 ) -> None:
-    from qcompress import loop
+    from qcompress.training import loop
 
     recipe = {**STAGED, "quantizer": {"noise": {"p": 0.3, "form": "round"}, "codebook": {"renew": 2}}}
     recipe["train"] = {**STAGED["train"], "checkpoint_every_s": 1}
@@ -272,7 +272,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(
         advance(prepared)
 
     monkeypatch.setattr(loop, "advance", interrupt)
-    monkeypatch.setattr("qcompress.checkpoint.Checkpoints.due", lambda self: True)
+    monkeypatch.setattr("qcompress.training.checkpoint.Checkpoints.due", lambda self: True)
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
     monkeypatch.setattr(loop, "advance", advance)
@@ -300,7 +300,7 @@ def test_a_copy_of_the_run_needs_no_training_code(graph: Exported, tmp_path: Pat
     facts = read_json(graph.folded.path / "folded.json")
     assert "codebooks" not in facts and "noise" not in str(facts)
     shutil.copytree(graph.folded.path, tmp_path / "fold")
-    from qcompress.artifacts import FoldedModel
+    from qcompress.system.artifacts import FoldedModel
 
     with torch.no_grad():
         assert assemble(FoldedModel(tmp_path / "fold"))(input_ids=token_ids()).logits.isfinite().all()

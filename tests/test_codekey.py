@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from qcompress.codekey import PACKAGE, code_digest, differences, stage_key
 from qcompress.errors import ContractError
+from qcompress.system.fingerprint import PACKAGE, code_digest, differences, stage_key
 
 FILES = {
-    "__init__.py": "def run():\n    from qcompress.pipeline import run as go\n    return go()\n",
+    "__init__.py": "def run():\n    from qcompress.pipeline.run import run as go\n    return go()\n",
     "pipeline.py": "from qcompress import fold\n",
     "fold.py": (
         '"""Fold."""\nfrom __future__ import annotations\nimport json\nfrom typing import TYPE_CHECKING\n'
@@ -33,8 +33,8 @@ FILES = {
     "methods/__init__.py": "",
     "methods/table.py": (
         "def choose(name):\n    try:\n        from .saq import Saq\n    except ValueError:\n"
-        "        from qcompress.methods import squat\n    with open(name):\n        match name:\n"
-        "            case 1:\n                import qcompress.methods.ipq as ipq\n"
+        "        from qcompress.training.methods import squat\n    with open(name):\n        match name:\n"
+        "            case 1:\n                import qcompress.training.methods.ipq as ipq\n"
     ),
     "methods/saq.py": "from qcompress.quant import lsq as q\n",
     "methods/squat.py": "",
@@ -73,16 +73,20 @@ def test_the_walk_follows_imports_in_modules_functions_branches_and_relative_one
 
 
 def test_the_walk_goes_into_try_with_and_match(package: Path) -> None:
-    found = code_digest(["qcompress.methods.table"], package=package)
+    found = code_digest(["qcompress.training.methods.table"], package=package)
     assert {"methods/saq.py", "methods/squat.py", "methods/ipq.py", "quant/lsq.py"} <= found.keys()
 
 
 def test_left_out_modules_are_neither_counted_nor_walked(package: Path) -> None:
-    found = code_digest(["qcompress.methods.table"], {"qcompress.methods.saq"}, package=package)
+    found = code_digest(
+        ["qcompress.training.methods.table"], {"qcompress.training.methods.saq"}, package=package
+    )
     assert "methods/saq.py" not in found
     assert "quant/lsq.py" not in found
     assert "methods/squat.py" in found
-    left_out = code_digest(["qcompress.methods.table"], {"qcompress.methods"}, package=package)
+    left_out = code_digest(
+        ["qcompress.training.methods.table"], {"qcompress.training.methods"}, package=package
+    )
     assert "methods/__init__.py" not in left_out
     assert "methods/saq.py" in left_out
 
@@ -94,9 +98,9 @@ def test_lazy_imports_of_a_package_count_once_a_name_of_it_is_imported(package: 
 
 
 def test_a_plain_dotted_import_reaches_every_package_above(package: Path) -> None:
-    (package / "late.py").write_text("import qcompress.methods.squat as squat\n")
+    (package / "late.py").write_text("import qcompress.training.methods.squat as squat\n")
     assert "pipeline.py" not in code_digest(["qcompress.late"], package=package)
-    (package / "late.py").write_text("import qcompress.methods.squat\n")
+    (package / "late.py").write_text("import qcompress.training.methods.squat\n")
     assert "pipeline.py" in code_digest(["qcompress.late"], package=package)
 
 
@@ -154,16 +158,16 @@ def test_an_edit_of_code_changes_the_digest_of_its_file_alone(
 def test_names_that_do_not_exist_are_refused(package: Path) -> None:
     with pytest.raises(ContractError, match="asked about qcompress.flod"):
         code_digest(["qcompress.flod"], package=package)
-    with pytest.raises(ContractError, match="asked about qcompress.methods.sqat"):
-        code_digest(["qcompress.fold"], {"qcompress.methods.sqat"}, package=package)
+    with pytest.raises(ContractError, match="asked about qcompress.training.methods.sqat"):
+        code_digest(["qcompress.fold"], {"qcompress.training.methods.sqat"}, package=package)
     with pytest.raises(ContractError, match=r"qcompress\.report imports qcompress\.nothing_of_this_name"):
         code_digest(["qcompress.report"], package=package)
 
 
 def test_the_walk_imports_nothing() -> None:
     program = (
-        "import sys\nfrom qcompress.codekey import code_digest\nbefore = set(sys.modules)\n"
-        "found = code_digest(['qcompress.schema', 'qcompress.models.gpt2'])\n"
+        "import sys\nfrom qcompress.system.fingerprint import code_digest\nbefore = set(sys.modules)\n"
+        "found = code_digest(['qcompress.schema.recipe', 'qcompress.models.gpt2'])\n"
         "new = set(sys.modules) - before\n"
         "print(len(found), sorted(name for name in new if name.startswith('qcompress')))\n"
     )

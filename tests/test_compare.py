@@ -17,17 +17,17 @@ from scipy import special, stats
 from sklearn import metrics
 
 from qcompress import api
-from qcompress.artifacts import read_json, write_json
 from qcompress.errors import IncomparableError, UsageError
-from qcompress.report.compare import compare
+from qcompress.parity.sample_results import REFERENCE
 from qcompress.report.compared import finding, print_comparison
-from qcompress.report.measured import Cost, Measured
-from qcompress.report.paired import DRAWS, bootstrap_interval, detectable, t_interval
-from qcompress.report.replicates import BLOCK, REPLICATES, draw_counts
-from qcompress.samples import REFERENCE
-from qcompress.schema import ImageClassification
+from qcompress.schema.recipe import ImageClassification
+from qcompress.system.artifacts import read_json, write_json
 from qcompress.tasks import TASKS
 from qcompress.tasks.scores import span_f1
+from qcompress.verdict.compare import compare
+from qcompress.verdict.measured import Cost, Measured
+from qcompress.verdict.paired import DRAWS, bootstrap_interval, detectable, t_interval
+from qcompress.verdict.replicates import BLOCK, REPLICATES, draw_counts
 
 # Statistics ---------------------------------------------------------------------------------------
 

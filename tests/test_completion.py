@@ -7,12 +7,12 @@ import typer
 from lines import cli, python
 from typer.testing import CliRunner
 
-from qcompress.axes import METHODS
-from qcompress.cli import app
-from qcompress.formats import FORMAT_PRESETS
-from qcompress.listing import LISTS
-from qcompress.schema import ROWS, STAGES
-from qcompress.targets.table import TARGETS
+from qcompress.cli.listing import LISTS
+from qcompress.cli.main import app
+from qcompress.schema.axes import METHODS
+from qcompress.schema.formats import FORMAT_PRESETS
+from qcompress.schema.recipe import ROWS, STAGES
+from qcompress.schema.targets import TARGETS
 
 LEVELS = ("none", "ampere-plus", "same-compute-capability")
 
@@ -68,7 +68,7 @@ def test_the_script_for_a_shell_is_shown(shell: str, how: str, monkeypatch: pyte
 
 HELP = """
 import sys
-from qcompress.cli import app
+from qcompress.cli.main import app
 try:
     app(["--help"])
 finally:

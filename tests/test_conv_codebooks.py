@@ -17,18 +17,18 @@ from safetensors.torch import load_file
 from tiny_nets import Done, net_line, pixels, save_images
 from torch import nn
 
-from qcompress.artifacts import read_json
-from qcompress.certificate import certify, matmul_inputs
-from qcompress.certificate_graph import Graph
-from qcompress.formats import CodebookFormat
-from qcompress.prepare import rebuild
+from qcompress.graph.certificate.edges import Graph
+from qcompress.graph.certificate.layers import certify, matmul_inputs
+from qcompress.models.prepare import rebuild
+from qcompress.pipeline.stages.build import build_file
+from qcompress.pipeline.stages.export import export
 from qcompress.quant.batchnorm import gain_and_bias
 from qcompress.quant.codebook import CodebookWeight
 from qcompress.quant.conv import QuantizedConv
-from qcompress.quantizer_options import Codebook
-from qcompress.schema import Build, Export
-from qcompress.stages.build import build_file
-from qcompress.stages.export import export
+from qcompress.schema.formats import CodebookFormat
+from qcompress.schema.quantizers import Codebook
+from qcompress.schema.recipe import Build, Export
+from qcompress.system.artifacts import read_json
 
 K = 16
 

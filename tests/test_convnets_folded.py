@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from tiny_nets import CLASSIFIERS, KINDS, STEMS, Done, net_line, pixels, save_images
 from torch import nn
 
-from qcompress.artifacts import read_json
-from qcompress.flips import count_flips
-from qcompress.prepare import assemble, rebuild, replace_module
+from qcompress.graph.lint.lint import lint
+from qcompress.models.prepare import assemble, rebuild, replace_module
+from qcompress.parity.fold_flips import count_flips
+from qcompress.parity.runners import REWRITERS
+from qcompress.pipeline.stages.export import export
 from qcompress.quant.batchnorm import statistics
 from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.folded_conv import FoldedConv
-from qcompress.runners import REWRITERS
-from qcompress.schema import Export
-from qcompress.stages.export import export
-from qcompress.targets.lint import lint
-from qcompress.targets.table import TARGETS
+from qcompress.schema.recipe import Export
+from qcompress.schema.targets import TARGETS
+from qcompress.system.artifacts import read_json
 
 FORMATS: dict[str, dict[str, Any]] = {
     "w8a8": {"format": "w8a8"},
@@ -259,7 +259,7 @@ def test_integer_sums_are_the_float_ones(kind: str, made) -> None:
 
 
 def test_a_graph_that_reads_a_float_kernel_is_not_certified(made, tmp_path: Path) -> None:
-    from qcompress.certificate_points import certify_all
+    from qcompress.graph.certificate.points import certify_all
 
     done = made("cifar", "w8a8")
     model = onnx.load(done.file)

@@ -10,7 +10,7 @@ import yaml
 from lines import cli
 from tiny_nets import recipe_values, save_images, save_net
 
-from qcompress.artifacts import read_json
+from qcompress.system.artifacts import read_json
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 

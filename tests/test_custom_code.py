@@ -11,13 +11,13 @@ from types import ModuleType
 
 import pytest
 
-from qcompress.custom_code import CustomCode, code_of
+from qcompress.schema.custom_code import CustomCode, code_of
 
 FILES = {
     "userlib/__init__.py": "",
     "userlib/stepper.py": """
         import torch
-        from qcompress.methods.saq import SharpnessAwareUpdate
+        from qcompress.training.methods.saq import SharpnessAwareUpdate
         from userlib.base import Base
         from .near import NEAR
         from userlib import defaults
@@ -108,11 +108,11 @@ def test_comments_layout_docstrings_and_files_that_it_cannot_run_do_not(
 
 
 def test_modules_of_this_package_that_the_class_uses_are_named(folder: Path) -> None:
-    assert "qcompress.methods.saq" in code().modules
+    assert "qcompress.training.methods.saq" in code().modules
     (folder / "single.py").write_text(
-        "class Mine:\n    def step(self):\n        from qcompress.methods import squat\n"
+        "class Mine:\n    def step(self):\n        from qcompress.training.methods import squat\n"
     )
-    assert {"qcompress.methods", "qcompress.methods.squat"} <= code("single").modules
+    assert {"qcompress.training.methods", "qcompress.training.methods.squat"} <= code("single").modules
 
 
 def test_installed_packages_count_by_version_and_the_standard_library_does_not(folder: Path) -> None:

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from qcompress.custom_code import CustomCode, code_of
 from qcompress.errors import UsageError
+from qcompress.schema.custom_code import CustomCode, code_of
 
 TEXT = """
     from __future__ import annotations

@@ -29,9 +29,9 @@ import rich.console
 import torch
 from torch import nn
 
-from qcompress.custom_code import CustomCode, code_of
 from qcompress.errors import UsageError
-from qcompress.formats import Options
+from qcompress.schema.custom_code import CustomCode, code_of
+from qcompress.schema.formats import Options
 
 
 class Base:
@@ -297,7 +297,7 @@ def test_tools_that_classes_commonly_hold_have_a_content() -> None:
 
 SCRIPT = """
 import json, torch, numpy, pathlib, re
-from qcompress.custom_code import code_of
+from qcompress.schema.custom_code import code_of
 held = [{torch.relu, numpy.sin, torch.nn.ReLU, 'a', 'b', 3, ('x', 1)},
         torch.nn.Linear(1, 1, bias=False).half(),
         frozenset({'c', 'd', range(3), pathlib.PurePosixPath('y')}), re.compile('a'), object(), {'k': {1.5}}]

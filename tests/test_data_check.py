@@ -16,10 +16,10 @@ from tiny_vit import LABELS as SHAPES
 from tiny_vit import save_vit
 from word_tokenizer import word_tokenizer
 
-from qcompress import data_check
-from qcompress.check import all_mistakes, check_model
 from qcompress.errors import RecipeError
-from qcompress.recipe import load_recipe
+from qcompress.recipe import data_check
+from qcompress.recipe.check import all_mistakes, check_model
+from qcompress.recipe.load import load_recipe
 
 HEAD = "name: good\nmodel: {{family: {family}, source: model}}\ntask: {{name: {task}}}\ndata:\n"
 TAIL = "format: w8a8\nmethod: ptq\nbuild: {here: never}\n"

@@ -10,10 +10,10 @@ import yaml
 from good_recipe import mistakes, write
 from jsonschema import Draft202012Validator
 
-from qcompress.data_options import COLUMNS, Columns
-from qcompress.data_rules import ORIGINS
-from qcompress.recipe import load_recipe
-from qcompress.recipe_schema import recipe_schema
+from qcompress.recipe.json_schema import recipe_schema
+from qcompress.recipe.load import load_recipe
+from qcompress.recipe.rules.data import ORIGINS
+from qcompress.schema.data import COLUMNS, Columns
 from qcompress.tasks import TASKS
 
 GOOD = """\

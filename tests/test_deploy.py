@@ -18,7 +18,7 @@ from lines import ENVIRONMENT, NAME, Project, finished
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from qcompress.targets.table import TARGETS
+from qcompress.schema.targets import TARGETS
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 SCRIPTS = ("gate.sh", "jetson/build.sh")

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from qcompress.distance import Distance, decibels
+from qcompress.parity.distance import Distance, decibels
 
 FIELDS = {"to", "max_abs", "mean_abs", "range", "cosine", "snr_db", "top1_agreement", "positions"}
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import OUTLIER, Line, make_recipe, start_line
 
-from qcompress.distributions import _Channels
+from qcompress.training.distributions import _Channels
 
 
 @pytest.fixture(scope="module")

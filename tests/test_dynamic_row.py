@@ -24,24 +24,24 @@ from tiny_bert import BLOCKS, HEADS, LABELS, SEQUENCE, save_encoder
 from torch import Tensor
 from word_tokenizer import WORDS, word_tokenizer
 
-from qcompress import keys
-from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
 from qcompress.errors import ContractError
-from qcompress.evaluation import Artifacts
 from qcompress.models import FAMILIES, describe
-from qcompress.plan import plan_layers, plan_points
-from qcompress.prepare import initialise, quantize
-from qcompress.progress import Reporter
-from qcompress.quantizer_options import Dynamic, MinMax
+from qcompress.models.plan import plan_layers, plan_points
+from qcompress.models.prepare import initialise, quantize
+from qcompress.parity.inputs import Artifacts
+from qcompress.parity.runners import dynamic_runner, made_static
+from qcompress.parity.sample_results import read_samples
+from qcompress.pipeline import keys
+from qcompress.pipeline.stages.fold import fold
+from qcompress.pipeline.stages.load import fingerprint, load
+from qcompress.pipeline.stages.train import train
+from qcompress.pipeline.stages.verify import verify
 from qcompress.report.ladder import cost_of_static, ladder
 from qcompress.report.shown import print_run
-from qcompress.runners import dynamic_runner, made_static
-from qcompress.samples import read_samples
-from qcompress.schema import Model, Recipe
-from qcompress.stages.fold import fold
-from qcompress.stages.load import fingerprint, load
-from qcompress.stages.train import train
-from qcompress.stages.verify import verify
+from qcompress.schema.quantizers import Dynamic, MinMax
+from qcompress.schema.recipe import Model, Recipe
+from qcompress.system.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
+from qcompress.system.reporter import Reporter
 from qcompress.tasks import TASKS
 
 CLIP = 2.5

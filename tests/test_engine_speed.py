@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from played_engine import HostMemory
 
-from qcompress import strict_json
-from qcompress.probe import SCRIPT
+from qcompress.engine.probe import SCRIPT
+from qcompress.system import strict_json
 
 TOKENS, WIDTH = 50, 7
 PROFILES = (((1, 1), (2, 8), (4, 16)), ((1, 16), (1, 32), (2, 32)))
@@ -225,7 +225,7 @@ def test_the_clock_stops_after_its_seconds(script: Any) -> None:
 def test_an_engine_takes_its_file_and_one_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from qcompress.probe_kit import engine_speed
+    from qcompress.engine.probe_kit import engine_speed
 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(engine_speed, "BOARD", tmp_path / "model")

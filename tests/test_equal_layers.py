@@ -22,9 +22,9 @@ from tiny_nets import net_line, save_images, save_net
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, logging
 
-from qcompress.artifacts import read_json
-from qcompress.schema import Export
-from qcompress.stages.export import export
+from qcompress.pipeline.stages.export import export
+from qcompress.schema.recipe import Export
+from qcompress.system.artifacts import read_json
 
 WIDTH, POSITIONS = 32, 32
 Weights = dict[str, Tensor]

@@ -18,15 +18,15 @@ from onnx import ModelProto, TensorProto
 from onnx.reference import ReferenceEvaluator
 from tiny import VOCABULARY, WIDTH, make_recipe, start_line, token_ids
 
-from qcompress.artifacts import FoldedModel, OnnxModel, read_json
-from qcompress.certificate import certify
 from qcompress.errors import ExportError
-from qcompress.keys import provenance
-from qcompress.layerwise import TIE, follow
-from qcompress.prepare import assemble
-from qcompress.schema import Build
-from qcompress.stages.build import build_file
-from qcompress.stages.export import export
+from qcompress.graph.certificate.layers import certify
+from qcompress.models.prepare import assemble
+from qcompress.parity.layerwise import TIE, follow
+from qcompress.pipeline.keys import provenance
+from qcompress.pipeline.stages.build import build_file
+from qcompress.pipeline.stages.export import export
+from qcompress.schema.recipe import Build
+from qcompress.system.artifacts import FoldedModel, OnnxModel, read_json
 
 LINE = "line"
 """The graph of the finished run: W8A8, trained with quadapter."""
@@ -135,8 +135,8 @@ def test_metadata_says_where_the_model_comes_from(graph: Exported, model: ModelP
     assert found.keys() == {
         f"qcompress.{key}" for key in ("recipe", "recipe_sha256", "version", "method", "formats")
     }
-    assert found["qcompress.recipe"] == NAME and len(found["qcompress.recipe_sha256"]) == 64
-    formats = json.loads(found["qcompress.formats"])
+    assert found["qcompress.recipe.load"] == NAME and len(found["qcompress.recipe_sha256"]) == 64
+    formats = json.loads(found["qcompress.schema.formats"])
     assert formats.keys() == {item.name for item in graph.plan if item.weights}
     assert model.producer_name == "qcompress"
 
@@ -375,9 +375,9 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from qcompress.artifacts import FoldedModel
-from qcompress.stages.export import export
-from qcompress.schema import Export
+from qcompress.system.artifacts import FoldedModel
+from qcompress.pipeline.stages.export import export
+from qcompress.schema.recipe import Export
 import qcompress
 folded, out = map(Path, sys.argv[1:3])
 out.mkdir()

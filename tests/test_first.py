@@ -24,13 +24,13 @@ from tiny_vit import LABELS as SHAPES
 from tiny_vit import save_vit, write_images
 from word_tokenizer import word_tokenizer
 
-from qcompress import cli_start, completion
-from qcompress.check import all_mistakes
+from qcompress.cli import completion, init_command
+from qcompress.cli.init import lengths, write
+from qcompress.cli.init.asked import Asked
+from qcompress.cli.init.start import Begun, begin
 from qcompress.errors import QcompressError
-from qcompress.first import lengths, write
-from qcompress.first.asked import Asked
-from qcompress.first.start import Begun, begin
 from qcompress.models import FAMILIES
+from qcompress.recipe.check import all_mistakes
 
 WORDS = ("one", "two", "three", "four", "five", "six", "red", "blue", "green", "small", "large", "old")
 
@@ -593,16 +593,16 @@ def test_at_a_terminal_what_is_missing_is_asked_for(
 ) -> None:
     data = write_table(tmp_path / "mine.csv", LABELS)
     answers = iter([str(models["head"]), str(data)])
-    monkeypatch.setattr(cli_start, "is_terminal", lambda: True)
+    monkeypatch.setattr(init_command, "is_terminal", lambda: True)
     monkeypatch.setattr("typer.prompt", lambda question, err: next(answers))
-    monkeypatch.setattr(cli_start, "_ask", lambda question, words: "l4")
+    monkeypatch.setattr(init_command, "_ask", lambda question, words: "l4")
     done = cli("init", "--out", tmp_path / "recipe.yaml")
     assert done.code == 0, done.stderr
     assert values(tmp_path / "recipe.yaml")["build"]["target"] == "l4"
 
 
 def test_who_leaves_at_a_question_has_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_start, "is_terminal", lambda: True)
+    monkeypatch.setattr(init_command, "is_terminal", lambda: True)
     done = cli("init", "--out", tmp_path / "recipe.yaml")  # stdin is empty
     assert done.code == 130 and done.stderr.endswith("interrupted\n") and list(files(tmp_path)) == []
 
@@ -614,7 +614,7 @@ class Refuse:
         if name.partition(".")[0] in ("torch", "transformers", "tokenizers", "pyarrow", "datasets"):
             raise ModuleNotFoundError(f"refused: {name}", name=name)
 sys.meta_path.insert(0, Refuse())
-from qcompress.cli import app
+from qcompress.cli.main import app
 app(sys.argv[1:])
 """
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_first import LABELS, models, refusal, relabelled, rows_of, sentences, started, values, write_table
 
-from qcompress.check import all_mistakes
+from qcompress.recipe.check import all_mistakes
 from qcompress.tasks.labels import Labels
 
 __all__ = ["models"]  # a fixture
@@ -106,7 +106,7 @@ def test_nan_is_an_empty_cell(tmp_path: Path, models: Models) -> None:
 def test_files_of_all_kinds_agree_on_numbers_with_a_point(kind: str, suffix: str, tmp_path: Path) -> None:
     from pyarrow import parquet, table
 
-    from qcompress.schema import SequenceClassification, TextData
+    from qcompress.schema.recipe import SequenceClassification, TextData
     from qcompress.tasks.sequence_classification import _read
 
     file = tmp_path / f"mine{suffix}"

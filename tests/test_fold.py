@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, VOCABULARY, WIDTH, Line, token_ids
 from torch import Tensor
 
-from qcompress.artifacts import FoldedModel, TrainedModel
 from qcompress.errors import ContractError, ExportError
 from qcompress.models import FAMILIES
-from qcompress.prepare import assemble, rebuild
+from qcompress.models.prepare import assemble, rebuild
+from qcompress.pipeline.stages.fold import check_compute, check_scale, fold
 from qcompress.quant.layers import QuantizedWeight
-from qcompress.stages.fold import check_compute, check_scale, fold
+from qcompress.system.artifacts import FoldedModel, TrainedModel
 
 BLOCK = {"bits": 4, "block": 32}
 FORMATS: dict[str, Any] = {

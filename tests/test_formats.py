@@ -10,8 +10,8 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from qcompress.formats import ACTIVATION_WORDS, FORMAT_PRESETS, WEIGHT_WORDS, WeightFormat, as_mapping
-from qcompress.schema import Format
+from qcompress.schema.formats import ACTIVATION_WORDS, FORMAT_PRESETS, WEIGHT_WORDS, WeightFormat, as_mapping
+from qcompress.schema.recipe import Format
 
 CHOICES = {
     "bits": [8, 4, 3, 2],

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from qcompress.artifacts import read_json, write_json
 from qcompress.errors import QcompressError
-from qcompress.goals import PARITY, Gate
-from qcompress.schema import Recipe
-from qcompress.stages.gate import EXIT_CODES, exit_code, gate, judge
+from qcompress.pipeline.stages.gate import EXIT_CODES, exit_code, gate, judge
+from qcompress.schema.goals import PARITY, Gate
+from qcompress.schema.recipe import Recipe
+from qcompress.system.artifacts import read_json, write_json
 
 REQUIRE = ["float", "trained", "folded", "onnx"]
 

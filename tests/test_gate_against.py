@@ -14,9 +14,9 @@ import yaml
 from lines import Project, cli, finished
 
 from qcompress import api
-from qcompress.artifacts import read_json, write_json
 from qcompress.errors import UsageError
-from qcompress.samples import pack_samples, read_samples
+from qcompress.parity.sample_results import pack_samples, read_samples
+from qcompress.system.artifacts import read_json, write_json
 
 GOALS = {
     "test.perplexity": {"percent-max-degradation": 5},

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from test_gate import GOALS, REQUIRE, report, row
 
-from qcompress.artifacts import read_json, write_json
-from qcompress.goals import Gate
-from qcompress.schema import Recipe
-from qcompress.stages.gate import gate, judge
+from qcompress.pipeline.stages.gate import gate, judge
+from qcompress.schema.goals import Gate
+from qcompress.schema.recipe import Recipe
+from qcompress.system.artifacts import read_json, write_json
 
 
 def onnx_row(

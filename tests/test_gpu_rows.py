@@ -19,17 +19,19 @@ import numpy as np
 import pytest
 from lines import COMPARED, CONTEXT, SETS, Project, finished
 
-from qcompress import api, engine, gpu_rows
-from qcompress.artifacts import Engine, OnnxModel, read_json, write_json
-from qcompress.engine import TorchMemory
+from qcompress import api
+from qcompress.engine import local_run
+from qcompress.engine.local_run import TorchMemory
 from qcompress.errors import MachineError
-from qcompress.evaluation import Artifacts, evaluation_samples
-from qcompress.gpu_rows import profile_of
-from qcompress.progress import Reporter
+from qcompress.parity import gpu
+from qcompress.parity.gpu import profile_of
+from qcompress.parity.inputs import Artifacts, evaluation_samples
+from qcompress.parity.runners import assigned_nodes
+from qcompress.parity.sample_results import read_samples
+from qcompress.pipeline.stages.gate import judge
 from qcompress.report.ladder import ladder
-from qcompress.runners import assigned_nodes
-from qcompress.samples import read_samples
-from qcompress.stages.gate import judge
+from qcompress.system.artifacts import Engine, OnnxModel, read_json, write_json
+from qcompress.system.reporter import Reporter
 
 KIT = {
     "inputs.npz", "reference.npz", "probe.json", "measure_engine.py", "engine_runners.py", "engine_speed.py",
@@ -53,10 +55,10 @@ def play(patch: pytest.MonkeyPatch, project: Project) -> None:
     graph = str(project.latest / "model.onnx")
 
     def command(module: str, *arguments: str) -> list[str]:
-        assert module == "qcompress.engine"
+        assert module == "qcompress.engine.local_run"
         return [sys.executable, str(PLAYED), graph, *arguments]
 
-    patch.setattr(engine, "command", command)
+    patch.setattr(local_run, "command", command)
 
 
 def rows_of(project: Project) -> dict[str, dict[str, Any]]:
@@ -87,11 +89,11 @@ def on_gpu(project: Project, providers: dict[str, str] | None = None) -> Seen:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         play(patch, project)
-        patch.setattr(engine, "compute_capability", lambda: 89)
-        patch.setattr(gpu_rows, "compute_capability", lambda: 89)
+        patch.setattr(local_run, "compute_capability", lambda: 89)
+        patch.setattr(gpu, "compute_capability", lambda: 89)
         if providers is not None:
-            patch.setattr(gpu_rows, "PROVIDERS", providers)
-            patch.setattr(gpu_rows, "options_of", lambda *_: {})
+            patch.setattr(gpu, "PROVIDERS", providers)
+            patch.setattr(gpu, "options_of", lambda *_: {})
         return Seen(project, api.verify(project.latest))
 
 
@@ -137,7 +139,7 @@ def test_a_measurement_of_something_else_is_a_reason(whole: Project, tmp_path: P
     kit, made, onnx, out = kit_of(whole, tmp_path, b"plan")
     other = tmp_path / "other.onnx"
     other.write_bytes(onnx.read_bytes() + b"\0")
-    found = engine.measure(kit, made, other, out)
+    found = local_run.measure(kit, made, other, out)
     assert isinstance(found, str) and "measured on another graph" in found
     assert not (out / "engine.json").exists()
 
@@ -160,7 +162,7 @@ def kit_of(project: Project, folder: Path, plan: bytes) -> tuple[Path, Engine, P
 def test_an_engine_that_does_not_run_is_a_reason_and_no_error(
     plan: bytes, said: str, whole: Project, tmp_path: Path, plays: None
 ) -> None:
-    found = engine.measure(*kit_of(whole, tmp_path, plan))
+    found = local_run.measure(*kit_of(whole, tmp_path, plan))
     assert isinstance(found, str) and said in found
     assert "\n" not in found and "Traceback" not in found
     assert found.endswith(": measure it with probe/measure_engine.py")
@@ -169,17 +171,19 @@ def test_an_engine_that_does_not_run_is_a_reason_and_no_error(
 
 
 def test_a_plan_that_hangs_ends(whole: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "TIMEOUT_S", 0.2)
-    monkeypatch.setattr(engine, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
-    found = engine.measure(*kit_of(whole, tmp_path, b"plan"))
+    monkeypatch.setattr(local_run, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(
+        local_run, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"]
+    )
+    found = local_run.measure(*kit_of(whole, tmp_path, b"plan"))
     assert found.startswith("the tensorrt_rtx plan did not end within 0.2 s on this GPU: measure it")
 
 
 def test_an_engine_that_does_not_run_is_a_row_that_was_not_measured(
     whole: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_rows, "measure", lambda *_: "a reason")
-    found = gpu_rows.engine_here(Engine(tmp_path), OnnxModel(tmp_path), None, {}, tmp_path)
+    monkeypatch.setattr(gpu, "measure", lambda *_: "a reason")
+    found = gpu.engine_here(Engine(tmp_path), OnnxModel(tmp_path), None, {}, tmp_path)
     assert found == ({"stage": "engine", "status": "not-run", "reason": "a reason"}, None)
 
 
@@ -216,12 +220,12 @@ def test_a_provider_is_a_line_beside_the_onnx_row(seen: Seen) -> None:
     assert seen.lines().index("  on cuda") == seen.lines().index("  deployed") + 1
 
 
-@pytest.mark.skipif(engine.compute_capability() is not None, reason="this machine has a GPU: tests/gpu")
+@pytest.mark.skipif(local_run.compute_capability() is not None, reason="this machine has a GPU: tests/gpu")
 def test_a_provider_that_falls_back_to_the_cpu_is_not_measured(whole: Project, tmp_path: Path) -> None:
     """ONNX Runtime goes on without a provider that does not start: the CPU's numbers under its name."""
     offered = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-    assert offered == gpu_rows.PROVIDERS
-    if not set(offered.values()) <= set(gpu_rows.usable_providers()):
+    assert offered == gpu.PROVIDERS
+    if not set(offered.values()) <= set(gpu.usable_providers()):
         pytest.skip("this ONNX Runtime was built without GPU providers")
     seen = on_gpu(whole.copy(tmp_path / "project"))
     providers = seen.rows["onnx"]["providers"]
@@ -253,17 +257,15 @@ def test_the_options_are_spelled_as_onnx_runtime_reads_them(whole: Project) -> N
     samples = evaluation_samples(
         loaded.recipe, whole.folder, Artifacts(None, None, None, OnnxModel(loaded.path), None, {})
     )
-    found = gpu_rows.options_of(
-        "TensorrtExecutionProvider", loaded.path / "model.onnx", loaded.recipe, samples
-    )
+    found = gpu.options_of("TensorrtExecutionProvider", loaded.path / "model.onnx", loaded.recipe, samples)
     assert found["trt_int8_enable"] == "True" and "trt_fp16_enable" not in found
     assert found["trt_profile_max_shapes"].startswith(f"input_ids:4x{CONTEXT},")
     half = loaded.recipe.model_copy(
         update={"format": loaded.recipe.format.model_copy(update={"compute": "fp16"})}
     )
-    found = gpu_rows.options_of("TensorrtExecutionProvider", loaded.path / "model.onnx", half, samples)
+    found = gpu.options_of("TensorrtExecutionProvider", loaded.path / "model.onnx", half, samples)
     assert found["trt_fp16_enable"] == "True"
-    assert gpu_rows.options_of("CUDAExecutionProvider", Path(), half, samples) == {"use_tf32": "0"}
+    assert gpu.options_of("CUDAExecutionProvider", Path(), half, samples) == {"use_tf32": "0"}
 
 
 def test_profiles_go_from_one_sample_to_the_largest_batch() -> None:
@@ -298,12 +300,12 @@ def test_nodes_are_counted_by_the_provider_that_took_them() -> None:
 def test_a_provider_that_took_no_node_is_not_measured(
     whole: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_rows, "compute_capability", lambda: 89)
-    monkeypatch.setattr(gpu_rows, "PROVIDERS", {"cuda": "CPUExecutionProvider"})
-    monkeypatch.setattr(gpu_rows, "options_of", lambda *_: {})
-    monkeypatch.setattr(gpu_rows, "assigned_nodes", lambda session: {"AnotherProvider": 7})
+    monkeypatch.setattr(gpu, "compute_capability", lambda: 89)
+    monkeypatch.setattr(gpu, "PROVIDERS", {"cuda": "CPUExecutionProvider"})
+    monkeypatch.setattr(gpu, "options_of", lambda *_: {})
+    monkeypatch.setattr(gpu, "assigned_nodes", lambda session: {"AnotherProvider": 7})
     loaded = api.load(whole.latest)
-    found = gpu_rows.provider_rows(
+    found = gpu.provider_rows(
         loaded.recipe, OnnxModel(loaded.path), None, None, 1, tmp_path, Reporter(silent=True)
     )
     assert found == {

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 from tiny import Line, make_recipe, start_line
 
-from qcompress.history import History, read
-from qcompress.progress import Reporter
+from qcompress.system.reporter import Reporter
+from qcompress.training.history import History, read
 
 
 def lines(file: Path, *events: str) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def test_the_last_scales_are_those_that_are_deployed(lsq: tuple[Line, list]) -> 
 def test_a_block_phase_counts_over_its_blocks_and_ends_each_with_the_scales_it_kept(
     tmp_path: Path, tiny_model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qcompress.history.MOST_SCALES", 1)  # the end of the phase, by itself
+    monkeypatch.setattr("qcompress.training.history.MOST_SCALES", 1)  # the end of the phase, by itself
     train = {"lr": {"adapter": 0.05}, "phases": {"calibrate": {"steps": 3}, "finetune": {"steps": 0}}}
     made = start_line(tmp_path / "line", tiny_model, text_file,
                       make_recipe(text_file, method="quadapter", train=train))  # fmt: skip

@@ -21,12 +21,12 @@ from tiny_vit import LABELS, SIZE, draw, save_vit, values, write_images
 from transformers import AutoImageProcessor, ViTForImageClassification
 
 from qcompress import api
-from qcompress.artifacts import read_json
+from qcompress.cli.predict import answer, classify_image
+from qcompress.engine.probe import SCRIPT
 from qcompress.errors import ExportError, UsageError
-from qcompress.pipeline import Run
-from qcompress.predict import answer, classify_image
-from qcompress.probe import SCRIPT
-from qcompress.samples import read_samples
+from qcompress.parity.sample_results import read_samples
+from qcompress.pipeline.run import Run
+from qcompress.system.artifacts import read_json
 
 SECTIONS: dict[str, Any] = {
     "method": "saq",

@@ -20,12 +20,12 @@ from tiny import Line, token_ids
 from tiny_nets import NetLine, net_line, pixels, recipe_values, save_images, save_net
 
 from qcompress import api
-from qcompress.artifacts import read_json
+from qcompress.pipeline.stages.export import export
+from qcompress.pipeline.stages.fold import fold
+from qcompress.pipeline.stages.verify import _raised
 from qcompress.quant.int32_bias import least_scales, raise_scales
-from qcompress.schema import Export
-from qcompress.stages.export import export
-from qcompress.stages.fold import fold
-from qcompress.stages.verify import _raised
+from qcompress.schema.recipe import Export
+from qcompress.system.artifacts import read_json
 
 LIMIT = 2.0**30
 
@@ -229,7 +229,7 @@ def test_the_default_session_of_a_graph_made_elsewhere_is_judged(
 ) -> None:
     """There is no folded model: it is held against the same graph without optimizations."""
     if not raises:
-        monkeypatch.setattr("qcompress.stages.fold._raise_scales", lambda *parts: {})
+        monkeypatch.setattr("qcompress.pipeline.stages.fold._raise_scales", lambda *parts: {})
     line = planted(tmp_path, "basic", PLANTED["gamma 1e-12"])
     out = tmp_path / "export"
     out.mkdir()

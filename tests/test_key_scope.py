@@ -16,9 +16,9 @@ import pytest
 import yaml
 from tiny import make_recipe
 
-from qcompress import keys, methods
-from qcompress.codekey import PACKAGE, code_digest
-from qcompress.key_scope import (
+from qcompress.models import FAMILIES
+from qcompress.pipeline import keys
+from qcompress.pipeline.key_scope import (
     METHOD_MODULES,
     NO_RESULT,
     NOT_CAUGHT,
@@ -27,16 +27,19 @@ from qcompress.key_scope import (
     no_result,
     unselected,
 )
-from qcompress.models import FAMILIES
-from qcompress.recipe import load_recipe
-from qcompress.schema import STAGES, Recipe
+from qcompress.recipe.load import load_recipe
+from qcompress.schema.recipe import STAGES, Recipe
+from qcompress.system.fingerprint import PACKAGE, code_digest
 from qcompress.tasks import TASKS
+from qcompress.training import methods
 
 Change = tuple[str, Any]
 
 
 def code_of(recipe: Recipe, stage: str) -> set[str]:
-    return set(code_digest([f"qcompress.stages.{stage}"], no_result(stage), unselected(recipe, stage)))
+    return set(
+        code_digest([f"qcompress.pipeline.stages.{stage}"], no_result(stage), unselected(recipe, stage))
+    )
 
 
 @pytest.fixture
@@ -466,7 +469,7 @@ def test_the_table_of_methods_names_the_module_of_each_class() -> None:
     for axis, table in tables.items():
         for name, kind in table.items():
             wanted = METHOD_MODULES[axis].get(name, "plain")
-            assert kind.__module__ == f"qcompress.methods.{wanted}", (axis, name)
+            assert kind.__module__ == f"qcompress.training.methods.{wanted}", (axis, name)
 
 
 def test_an_import_from_outside_the_tables_counts_whatever_the_recipe_selects(tmp_path: Path) -> None:
@@ -474,17 +477,17 @@ def test_an_import_from_outside_the_tables_counts_whatever_the_recipe_selects(tm
     (folder / "methods").mkdir(parents=True)
     for name, text in {
         "__init__": "",
-        "loop": "from qcompress.methods import TABLE\n",
-        "methods/__init__": "from qcompress.methods import saq, squat\nTABLE = [saq, squat]\n",
+        "loop": "from qcompress.training.methods import TABLE\n",
+        "methods/__init__": "from qcompress.training.methods import saq, squat\nTABLE = [saq, squat]\n",
         "methods/saq": "",
         "methods/squat": "",
     }.items():
         (folder / f"{name}.py").write_text(text)
-    unused = {("qcompress.methods", "qcompress.methods.squat")}
-    found = code_digest(["qcompress.loop"], (), unused, package=folder)
+    unused = {("qcompress.training.methods", "qcompress.training.methods.squat")}
+    found = code_digest(["qcompress.training.loop"], (), unused, package=folder)
     assert "methods/saq.py" in found and "methods/squat.py" not in found
-    (folder / "loop.py").write_text("from qcompress.methods import TABLE, squat\n")
-    assert "methods/squat.py" in code_digest(["qcompress.loop"], (), unused, package=folder)
+    (folder / "loop.py").write_text("from qcompress.training.methods import TABLE, squat\n")
+    assert "methods/squat.py" in code_digest(["qcompress.training.loop"], (), unused, package=folder)
 
 
 def test_stages_before_export_read_no_option_of_export_build_gate_or_verify(text_file: Path) -> None:

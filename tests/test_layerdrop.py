@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from qcompress.layerdrop import chunks_of, layer_drop
 from qcompress.models import describe, gpt2
+from qcompress.training.layerdrop import chunks_of, layer_drop
 
 BLOCKS = 4
 

@@ -199,7 +199,7 @@ class Import:
 
 
 def short(module: str) -> str:
-    """`qcompress.stages.gate` and `qcompress.gate` are one name."""
+    """`qcompress.pipeline.stages.gate` and `qcompress.gate` are one name."""
     return module.removeprefix("qcompress").removeprefix(".").removeprefix("stages.")
 
 

@@ -14,14 +14,14 @@ from lines import Project, cli, finished
 from onnx import numpy_helper
 
 from qcompress import api
-from qcompress.artifacts import FoldedModel, read_json
 from qcompress.errors import ContractError, ExportError
-from qcompress.evaluation import Artifacts
-from qcompress.layerwise import Held, Place
+from qcompress.parity.inputs import Artifacts
+from qcompress.parity.layerwise import Held, Place
+from qcompress.parity.measure import Measured
+from qcompress.pipeline.stages.verify import wants_held
 from qcompress.quant.folded import Rounding
 from qcompress.report.layers import summary
-from qcompress.rows import Measured
-from qcompress.stages.verify import wants_held
+from qcompress.system.artifacts import FoldedModel, read_json
 
 LAYERS = [
     f"transformer.h.{block}.{name}"

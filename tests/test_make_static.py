@@ -12,12 +12,12 @@ from tiny_bert import encoder_line, save_encoder, token_inputs
 from torch import Tensor, nn
 
 from qcompress.models import FAMILIES
-from qcompress.observe import make_static, observe
-from qcompress.plan import plan_layers
-from qcompress.prepare import Prepared, initialise, quantize
+from qcompress.models.plan import plan_layers
+from qcompress.models.prepare import Prepared, initialise, quantize
 from qcompress.quant.dynamic import DynamicActivation
 from qcompress.quant.quantizers import FrozenActivation
-from qcompress.schema import Recipe
+from qcompress.schema.recipe import Recipe
+from qcompress.training.observer import make_static, observe
 
 CLIP, WIDE = 2.5, 4.0
 """The default, which all ranges of the tiny model exceed, and one that some do."""

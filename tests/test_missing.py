@@ -30,7 +30,13 @@ def test_predict_without_a_package_says_what_to_install(
     project: Project, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     if package == "onnxruntime":
-        without(monkeypatch, package, "qcompress.predict", "qcompress.runners", "qcompress.generate")
+        without(
+            monkeypatch,
+            package,
+            "qcompress.cli.predict",
+            "qcompress.parity.runners",
+            "qcompress.parity.generate",
+        )
     else:
         without(monkeypatch, package)
     done = cli("predict", project.latest, "a text")
@@ -43,7 +49,13 @@ def test_a_stage_and_another_command_say_the_same(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = project.copy(tmp_path / "copy")
-    without(monkeypatch, "onnxruntime", "qcompress.stages.verify", "qcompress.runners", "qcompress.rows")
+    without(
+        monkeypatch,
+        "onnxruntime",
+        "qcompress.pipeline.stages.verify",
+        "qcompress.parity.runners",
+        "qcompress.parity.measure",
+    )
     done = cli("verify", project.latest)
     assert done.code == 6 and "this command needs the package onnxruntime" in done.stderr
     with pytest.raises(MachineError, match="the stage verify needs the package onnxruntime"):

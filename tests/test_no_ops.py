@@ -10,12 +10,12 @@ from graphs import linear, save
 from lines import cli, make_project
 from tiny_nets import save_images, save_net
 
-from qcompress.check import all_mistakes
+from qcompress.engine.profiles import profile_shapes
 from qcompress.errors import ExportError, UsageError
-from qcompress.precision import require_operators
-from qcompress.schema import Profile, Recipe
-from qcompress.targets.graph import read
-from qcompress.targets.profiles import profile_shapes
+from qcompress.graph.keep_fp32 import require_operators
+from qcompress.graph.view import read
+from qcompress.recipe.check import all_mistakes
+from qcompress.schema.recipe import Profile, Recipe
 
 HALF = "format={preset: w8a8, compute: bf16}"
 SHORT = "build.profiles=[{batch: [1, 2, 4], sequence: [1, 16, 32], "

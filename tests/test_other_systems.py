@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from lines import environment, make_project
 
-from qcompress import host, system
+from qcompress.system import filesystem, host
 
 WITHOUT = """
 import ctypes, os
@@ -25,7 +25,7 @@ def library(name, *arguments, **options):
 ctypes.CDLL = library
 from qcompress import system
 system.fcntl = system.resource = None
-from qcompress.cli import main
+from qcompress.cli.main import main
 main()
 """
 
@@ -37,7 +37,7 @@ def elsewhere(request, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.delattr(os, name, raising=False)
     monkeypatch.delattr(os, "uname")
     monkeypatch.setattr(sys, "platform", request.param)
-    monkeypatch.setattr(system, "resource", None)
+    monkeypatch.setattr(filesystem, "resource", None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def library(name: str | None, *arguments: object) -> object:
@@ -62,9 +62,9 @@ def test_there_is_no_gpu_without_a_driver(elsewhere: str) -> None:
 
 
 def test_memory_is_measured_or_is_0(elsewhere: str) -> None:
-    system.reset_peak()
-    assert system.peak_mib() >= 0
-    with system.memory_kept():
+    filesystem.reset_peak()
+    assert filesystem.peak_mib() >= 0
+    with filesystem.memory_kept():
         pass
 
 

@@ -18,15 +18,17 @@ from onnx import numpy_helper
 from pydantic import Field
 from torch import Tensor, nn
 
-from qcompress import api, keys, pipeline
-from qcompress.artifacts import read_json
+from qcompress import api
 from qcompress.errors import RecipeError, UsageError
-from qcompress.formats import Options
-from qcompress.methods.protocols import Group, Report
-from qcompress.own import among
+from qcompress.pipeline import keys
+from qcompress.pipeline import run as pipeline
 from qcompress.quant.affine import Grid, fake_quantize
 from qcompress.quant.coding import CodedWeight
-from qcompress.recipe import load_recipe
+from qcompress.recipe.load import load_recipe
+from qcompress.schema.custom import among
+from qcompress.schema.formats import Options
+from qcompress.system.artifacts import read_json
+from qcompress.training.methods.protocols import Group, Report
 
 
 class PowerOfTwo(CodedWeight):
@@ -199,8 +201,8 @@ def test_a_helper_in_another_file_and_a_base_in_this_package_are_in_the_key(
     helper = folder / "own_helper.py"
     helper.write_text("def factor():\n    return 1\n")
     (folder / "own_saq.py").write_text(
-        "from own_helper import factor\nfrom qcompress.methods.saq import SharpnessAwareUpdate\n"
-        "from qcompress.options import Saq\n\n\nclass Mine(SharpnessAwareUpdate):\n    class Options(Saq):\n"
+        "from own_helper import factor\nfrom qcompress.training.methods.saq import SharpnessAwareUpdate\n"
+        "from qcompress.schema.method_options import Saq\n\n\nclass Mine(SharpnessAwareUpdate):\n    class Options(Saq):\n"
         "        rho: float = 0.05\n\n    def step(self, *given):\n        factor()\n"
         "        return super().step(*given)\n"
     )

@@ -10,14 +10,14 @@ import torch
 from tiny import Line
 from torch import Tensor, nn
 
-from qcompress import loop
 from qcompress.errors import UsageError
-from qcompress.methods import ADAPTERS
-from qcompress.methods.quadapter import Quadapter
-from qcompress.progress import Reporter
 from qcompress.quant.affine import fake_quantize
 from qcompress.quant.coding import CodedWeight
 from qcompress.quant.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, LsqActivation, LsqWeight
+from qcompress.system.reporter import Reporter
+from qcompress.training import loop
+from qcompress.training.methods import ADAPTERS
+from qcompress.training.methods.quadapter import Quadapter
 
 RATES = {"weight": 1e-5, "scale": 3e-3, "adapter": 7e-2, "centroid": 5e-4, "other": 2e-6}
 RECIPE: dict[str, Any] = {"method": "lsq", "train": {"lr": RATES}, "steps": 1}

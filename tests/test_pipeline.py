@@ -16,10 +16,10 @@ import pytest
 import yaml
 from lines import NAME, SETS, Project, Result, cli, finished, make_project, start, values
 
-from qcompress.artifacts import read_json, sha256_file
 from qcompress.errors import BusyError
-from qcompress.recipe import dump_recipe, load_recipe
-from qcompress.schema import STAGES
+from qcompress.recipe.load import dump_recipe, load_recipe
+from qcompress.schema.recipe import STAGES
+from qcompress.system.artifacts import read_json, sha256_file
 
 RUN_FILES = {
     "recipe.resolved.yaml", "manifest.json", "parity.json", "samples.json.gz", "verdict.json", "junit.xml",

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_bert import LABELS, save_encoder
 from word_tokenizer import word_tokenizer
 
-from qcompress.check import all_mistakes
+from qcompress.recipe.check import all_mistakes
 
 RECIPE = """\
 name: good

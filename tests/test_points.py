@@ -31,21 +31,21 @@ from tiny_bert import (
 )
 from torch import Tensor, nn
 
-from qcompress.artifacts import OnnxModel, read_json
-from qcompress.certificate_points import certify_all
 from qcompress.errors import ContractError
-from qcompress.keys import provenance
-from qcompress.layerwise import TIE, follow
+from qcompress.graph.certificate.points import certify_all
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import OPERANDS
-from qcompress.observe import observe
-from qcompress.parameter_roles import parameter_roles
-from qcompress.plan import PointPlan, plan_points, points_from_json, points_to_json, rounded
-from qcompress.prepare import assemble, open_points, quantize
-from qcompress.quantizer_options import MinMax
-from qcompress.schema import Build
-from qcompress.stages.build import build_file
-from qcompress.stages.export import export
+from qcompress.models.plan import PointPlan, plan_points, points_from_json, points_to_json, rounded
+from qcompress.models.prepare import assemble, open_points, quantize
+from qcompress.parity.layerwise import TIE, follow
+from qcompress.pipeline.keys import provenance
+from qcompress.pipeline.stages.build import build_file
+from qcompress.pipeline.stages.export import export
+from qcompress.schema.quantizers import MinMax
+from qcompress.schema.recipe import Build
+from qcompress.system.artifacts import OnnxModel, read_json
+from qcompress.training.observer import observe
+from qcompress.training.parameter_roles import parameter_roles
 
 POINTS = {"preset": "w8a8", "attention": "int8", "residual": "int8"}
 FORMATS: dict[str, Any] = {

@@ -17,12 +17,12 @@ from safetensors.numpy import load_file
 from test_export import feed, ids_of
 from tiny import make_recipe, start_line, token_ids
 
-from qcompress.artifacts import read_json
-from qcompress.keys import provenance
-from qcompress.precision import keep_fp32
-from qcompress.schema import Build
-from qcompress.stages.build import build_file
-from qcompress.stages.export import export
+from qcompress.graph.keep_fp32 import keep_fp32
+from qcompress.pipeline.keys import provenance
+from qcompress.pipeline.stages.build import build_file
+from qcompress.pipeline.stages.export import export
+from qcompress.schema.recipe import Build
+from qcompress.system.artifacts import read_json
 
 
 def graph(shared: bool) -> onnx.ModelProto:

@@ -14,12 +14,12 @@ import torch
 from tiny import make_recipe
 from tiny_bert import LABELS, SEQUENCE, TOKEN, EncoderLine, encoder_line, save_encoder
 
+from qcompress.cli.predict import answer, classify, tag
 from qcompress.errors import UsageError
-from qcompress.keys import provenance
 from qcompress.models import load_tokenizer
-from qcompress.predict import answer, classify, tag
-from qcompress.schema import Recipe
-from qcompress.stages.export import export
+from qcompress.pipeline.keys import provenance
+from qcompress.pipeline.stages.export import export
+from qcompress.schema.recipe import Recipe
 
 
 @dataclass(frozen=True)

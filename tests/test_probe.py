@@ -29,11 +29,12 @@ from lines import (
 )
 from tensorrt_api import NAMES
 
-from qcompress import probe, strict_json
-from qcompress.artifacts import OnnxModel, read_json
-from qcompress.distance import Distance
+from qcompress.engine import probe
+from qcompress.engine.probe import KIT_BYTES, SCRIPT, read_measurement, write_probe
 from qcompress.errors import UsageError
-from qcompress.probe import KIT_BYTES, SCRIPT, read_measurement, write_probe
+from qcompress.parity.distance import Distance
+from qcompress.system import strict_json
+from qcompress.system.artifacts import OnnxModel, read_json
 from qcompress.tasks.causal_lm import Window, kit
 
 SAMPLES = sum(SETS.values())
@@ -426,7 +427,7 @@ def test_verify_takes_the_engine_row_in(project: Project, engine_json: Path, tmp
     for name, value in onnx["deployed"]["metrics"].items():
         assert engine["metrics"][name] == pytest.approx(value, rel=1e-6), name
     assert len(engine["metrics"]) == 4 and engine["distance"]["to"] == "onnx"
-    from qcompress.samples import read_samples
+    from qcompress.parity.sample_results import read_samples
 
     for name, entry in read_samples(mine.latest / "samples.json.gz").items():
         assert list(entry["rows"]) == ["engine", "float", "folded", "onnx", "trained"]

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from qcompress.errors import MachineError
-from qcompress.loop import batch_rows
 from qcompress.models import load_tokenizer
-from qcompress.processes import Processes, join
 from qcompress.quant.affine import Grid
 from qcompress.quant.ranges import start_scale, weight_ratio
+from qcompress.system.distributed import Processes, join
 from qcompress.tasks import causal_lm
+from qcompress.training.loop import batch_rows
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "qcompress"],
@@ -82,7 +82,7 @@ def test_a_process_leaves_the_group_before_the_interpreter_ends(tmp_path: Path) 
     script.write_text(
         "import atexit\n"
         "import torch.distributed as distributed\n"
-        "from qcompress.processes import join\n"
+        "from qcompress.system.distributed import join\n"
         "found = join(cpu=True)\n"
         "assert (found.size, distributed.is_initialized()) == (2, True)\n"
         "atexit._run_exitfuncs()\n"
@@ -305,7 +305,7 @@ def test_processes_that_do_not_meet_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(calm: Project) -> None:
-    from qcompress.stages.train import _accelerator
+    from qcompress.pipeline.stages.train import _accelerator
 
     recipe = api_recipe(calm)
     with pytest.raises(MachineError, match="batch_size is 4, which 3 processes cannot share"):
@@ -313,7 +313,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(calm: Project) -> None:
 
 
 def api_recipe(project: Project):
-    from qcompress.recipe import load_recipe
+    from qcompress.recipe.load import load_recipe
 
     return load_recipe(project.recipe).recipe
 

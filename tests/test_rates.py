@@ -9,15 +9,15 @@ import pytest
 from rich.console import Console
 from tiny import Line, make_recipe
 
-from qcompress.check import Report
 from qcompress.models.architecture import Architecture
-from qcompress.progress import Reporter
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
-from qcompress.rates import rate_factor
-from qcompress.recipe import Resolved
+from qcompress.recipe.check import Report
+from qcompress.recipe.load import Resolved
+from qcompress.recipe.scale_reach import SMALL_REACH, scale_reach
 from qcompress.report.checked import check_json, print_check
-from qcompress.scale_reach import SMALL_REACH, scale_reach
-from qcompress.schema import Recipe, Train
+from qcompress.schema.rates import rate_factor
+from qcompress.schema.recipe import Recipe, Train
+from qcompress.system.reporter import Reporter
 
 TEXT = Path("text.txt")
 

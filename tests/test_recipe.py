@@ -6,13 +6,13 @@ import pytest
 import yaml
 from good_recipe import GOOD, edited, mistakes, prepare, write
 
-from qcompress.axes import METHODS, PHASES
 from qcompress.errors import RecipeError
-from qcompress.formats import FORMAT_PRESETS
-from qcompress.recipe import dump_recipe, examine, load_recipe
-from qcompress.schema import Export, Recipe
-from qcompress.structure import validate
-from qcompress.yamlfile import dump_yaml, parse_yaml
+from qcompress.recipe.load import dump_recipe, examine, load_recipe
+from qcompress.recipe.validate import validate
+from qcompress.recipe.yaml_file import dump_yaml, parse_yaml
+from qcompress.schema.axes import METHODS, PHASES
+from qcompress.schema.formats import FORMAT_PRESETS
+from qcompress.schema.recipe import Export, Recipe
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from good_recipe import GOOD, edited, mistakes, prepare, write
 from jsonschema import Draft202012Validator
 from lines import cli
 
-from qcompress.axes import AXES, METHODS
-from qcompress.formats import FORMAT_PRESETS
-from qcompress.recipe_schema import recipe_schema
-from qcompress.schema import TRACKERS, Recipe
-from qcompress.structure import WORDS
-from qcompress.targets.table import TARGETS
-from qcompress.yamlfile import parse_yaml, read_yaml
+from qcompress.recipe.json_schema import recipe_schema
+from qcompress.recipe.validate import WORDS
+from qcompress.recipe.yaml_file import parse_yaml, read_yaml
+from qcompress.schema.axes import AXES, METHODS
+from qcompress.schema.formats import FORMAT_PRESETS
+from qcompress.schema.recipe import TRACKERS, Recipe
+from qcompress.schema.targets import TARGETS
 
 RECIPES = sorted(
     file

@@ -13,9 +13,9 @@ import pytest
 import typer
 import yaml
 
-from qcompress.check import all_mistakes
-from qcompress.cli import app
-from qcompress.recipe import load_recipe
+from qcompress.cli.main import app
+from qcompress.recipe.check import all_mistakes
+from qcompress.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

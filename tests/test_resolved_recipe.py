@@ -10,10 +10,11 @@ import pytest
 import yaml
 from lines import Project, cli, finished, make_project
 
-from qcompress import keys, schema
-from qcompress.axes import PHASES
-from qcompress.recipe import dump_recipe, load_recipe
-from qcompress.schema import LEARNING_RATES, STAGES
+from qcompress.pipeline import keys
+from qcompress.recipe.load import dump_recipe, load_recipe
+from qcompress.schema import recipe
+from qcompress.schema.axes import PHASES
+from qcompress.schema.recipe import LEARNING_RATES, STAGES
 
 RECIPES: dict[str, dict[str, Any]] = {
     "ptq": {"method": "ptq", "train": {"device": "cpu"}},
@@ -52,7 +53,7 @@ def test_it_loads_as_the_same_recipe_with_the_same_keys_and_no_default_changes_i
     again = project.folder / "again.yaml"
     again.write_text(dump_recipe(before.recipe))
     for role in LEARNING_RATES:
-        monkeypatch.setitem(schema.LEARNING_RATES, role, 123.0)
+        monkeypatch.setitem(recipe.LEARNING_RATES, role, 123.0)
     for phases in PHASES.values():
         for name, phase in phases.items():
             monkeypatch.setitem(phases, name, phase.model_copy(update={"steps": 77}))

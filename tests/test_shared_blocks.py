@@ -17,17 +17,18 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from qcompress import api, keys
-from qcompress.artifacts import FloatModel, read_json
-from qcompress.certificate import certify, matmul_inputs
-from qcompress.certificate_graph import Graph
+from qcompress import api
+from qcompress.graph.certificate.edges import Graph
+from qcompress.graph.certificate.layers import certify, matmul_inputs
 from qcompress.models import describe, gpt2
-from qcompress.plan import plan_layers, plans_from_json
-from qcompress.prepare import assemble, rebuild
-from qcompress.schema import Model
-from qcompress.stages.build import build_file
-from qcompress.stages.export import export
-from qcompress.stages.load import fingerprint, load
+from qcompress.models.plan import plan_layers, plans_from_json
+from qcompress.models.prepare import assemble, rebuild
+from qcompress.pipeline import keys
+from qcompress.pipeline.stages.build import build_file
+from qcompress.pipeline.stages.export import export
+from qcompress.pipeline.stages.load import fingerprint, load
+from qcompress.schema.recipe import Model
+from qcompress.system.artifacts import FloatModel, read_json
 
 BLOCKS, SHARED = 4, [0, 0, 2, 2]
 FORMATS = {
@@ -239,8 +240,8 @@ def without_dropout(source: Path, out: Path) -> Path:
 
 def batches(line: tiny.Line, steps: int) -> list[torch.Tensor]:
     """The token ids that training sees."""
-    from qcompress.loop import batch_rows
     from qcompress.tasks import TASKS
+    from qcompress.training.loop import batch_rows
 
     task = TASKS["causal-lm"]
     reader = task.reader(line.float_model.path)

@@ -17,19 +17,19 @@ from tiny import Line, make_recipe
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from qcompress.artifacts import read_json
-from qcompress.evaluation import Artifacts
 from qcompress.models import load_tokenizer
-from qcompress.options import Sharpness
-from qcompress.progress import Reporter
+from qcompress.parity.inputs import Artifacts
+from qcompress.parity.sharpness import Part, measure_sharpness, trained_sharpness
+from qcompress.pipeline.stages.gate import judge
+from qcompress.pipeline.stages.verify import verify
 from qcompress.quant.affine import Grid
 from qcompress.quant.layers import QuantizedLinear
 from qcompress.quant.quantizers import FrozenWeight
 from qcompress.report.ladder import order_metrics
-from qcompress.schema import Verify
-from qcompress.sharpness import Part, measure_sharpness, trained_sharpness
-from qcompress.stages.gate import judge
-from qcompress.stages.verify import verify
+from qcompress.schema.method_options import Sharpness
+from qcompress.schema.recipe import Verify
+from qcompress.system.artifacts import read_json
+from qcompress.system.reporter import Reporter
 from qcompress.tasks import causal_lm
 
 PRECISE = {"iterations": 2000, "tolerance": 1e-5}

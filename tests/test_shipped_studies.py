@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_study import STUDIES, Machinery, machinery
 
-from qcompress.recipe import examine
+from qcompress.recipe.load import examine
 
 SHIPPED = sorted(file.parent.name for file in STUDIES.glob("*/study.yaml"))
 

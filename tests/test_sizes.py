@@ -9,8 +9,8 @@ import onnx
 import pytest
 from lines import QUICK, Exported, exported
 
-from qcompress.artifacts import read_json
-from qcompress.sizes import measure_sizes
+from qcompress.graph.file_sizes import measure_sizes
+from qcompress.system.artifacts import read_json
 
 
 @pytest.fixture(scope="module", params=QUICK, ids=str)

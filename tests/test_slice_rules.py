@@ -9,13 +9,13 @@ import pytest
 from good_recipe import mistakes, write
 from jsonschema import Draft202012Validator
 
-from qcompress.check import all_mistakes, check_model
 from qcompress.errors import RecipeError
-from qcompress.recipe import dump_recipe, load_recipe, read
-from qcompress.recipe_schema import recipe_schema
-from qcompress.smoke import _little
-from qcompress.structure import validate
-from qcompress.yamlfile import read_yaml
+from qcompress.pipeline.smoke import _little
+from qcompress.recipe.check import all_mistakes, check_model
+from qcompress.recipe.json_schema import recipe_schema
+from qcompress.recipe.load import dump_recipe, load_recipe, read
+from qcompress.recipe.validate import validate
+from qcompress.recipe.yaml_file import read_yaml
 
 GOOD = """\
 name: good
@@ -137,8 +137,8 @@ def test_a_run_is_refused_too(folder: Path) -> None:
     (folder / "model" / "config.json").write_text(json.dumps(config))
     resolved = load_recipe(write(folder, edited("@language=de", "@language=es")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qcompress.check._describe_and_judge", lambda *_, **__: object())
-        patch.setattr("qcompress.check.judge_data", lambda *_, **__: ())
+        patch.setattr("qcompress.recipe.check._describe_and_judge", lambda *_, **__: object())
+        patch.setattr("qcompress.recipe.check.judge_data", lambda *_, **__: ())
         with pytest.raises(RecipeError, match="no sample of dev has language 'es'"):
             check_model(resolved, folder / "model")
 

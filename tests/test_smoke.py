@@ -14,16 +14,17 @@ from safetensors.torch import load_file
 from tiny import make_checkpoint, make_recipe
 from transformers import GPT2LMHeadModel
 
-from qcompress import api, pipeline
-from qcompress.artifacts import read_json
+from qcompress import api
 from qcompress.errors import ModelError, UsageError
-from qcompress.goals import Gate
-from qcompress.memory import AllocationError
 from qcompress.models import describe
-from qcompress.recipe import load_recipe
+from qcompress.pipeline import run as pipeline
+from qcompress.pipeline.smoke import BLOCKS, SEQUENCES, shorten, smoke
+from qcompress.pipeline.stages.gate import EXIT_CODES, exit_code, verdict_of
+from qcompress.recipe.load import load_recipe
 from qcompress.report.seeds import SEVERITY, seeds_table, summarise
-from qcompress.smoke import BLOCKS, SEQUENCES, shorten, smoke
-from qcompress.stages.gate import EXIT_CODES, exit_code, verdict_of
+from qcompress.schema.goals import Gate
+from qcompress.system.artifacts import read_json
+from qcompress.system.memory import AllocationError
 
 
 @pytest.fixture(scope="module")

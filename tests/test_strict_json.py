@@ -11,8 +11,9 @@ import pytest
 from lines import Project, cli, make_project
 from safetensors.torch import load_file, save_file
 
-from qcompress import api, strict_json
-from qcompress.regression.standing import read_standing
+from qcompress import api
+from qcompress.system import strict_json
+from qcompress.verdict.baseline.snapshot import read_standing
 
 
 def refuse(word: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from good_recipe import GOOD, edited, mistakes, prepare, write
 
-from qcompress.recipe import load_recipe
+from qcompress.recipe.load import load_recipe
 
 ONE_MISTAKE = {
     "an unknown key": (("train:\n", "trian:\n"), r":20: trian: unknown key \(fix: did you mean `train`\?\)"),

@@ -13,8 +13,8 @@ import pytest
 from small_study import STUDY, Machinery, machinery, write_study
 
 from qcompress.errors import UsageError
-from qcompress.progress import Reporter
-from qcompress.recipe import examine
+from qcompress.recipe.load import examine
+from qcompress.system.reporter import Reporter
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from qcompress import digests, system, workspace
 from qcompress.errors import BusyError, MachineError, UsageError
-from qcompress.workspace import Workspace, stage_key, would_reuse
+from qcompress.system import digests, filesystem, workspace
+from qcompress.system.workspace import Workspace, stage_key, would_reuse
 
 PARTS = {"recipe": "r", "values": {"format": {"weights": 8}}}
 ROOT = os.name == "posix" and os.geteuid() == 0
@@ -53,7 +53,7 @@ def wait_for(path: Path) -> str:
 def hold(folder: Path, without_fcntl: bool = False) -> None:
     """Child process: hold the run until killed, with a forked child of its own that stays behind."""
     if without_fcntl:
-        system.fcntl = None
+        filesystem.fcntl = None
     space = open_space(folder)
     grandchild = os.fork()
     if grandchild == 0:
@@ -70,7 +70,7 @@ def test_a_run_is_refused_while_another_lives_and_free_after_sigkill(
     tmp_path: Path, without_fcntl: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if without_fcntl:
-        monkeypatch.setattr(system, "fcntl", None)
+        monkeypatch.setattr(filesystem, "fcntl", None)
     child = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path, without_fcntl))
     child.start()
     grandchild = int(wait_for(tmp_path / "holding"))
@@ -94,7 +94,7 @@ def test_a_closed_run_can_be_opened_again_and_an_open_one_cannot(
     tmp_path: Path, without_fcntl: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if without_fcntl:
-        monkeypatch.setattr(system, "fcntl", None)
+        monkeypatch.setattr(filesystem, "fcntl", None)
     first = open_space(tmp_path)
     with pytest.raises(BusyError, match=f"process {os.getpid()} on"):
         open_space(tmp_path)
@@ -106,7 +106,7 @@ def test_a_closed_run_can_be_opened_again_and_an_open_one_cannot(
 
 
 def test_a_released_lock_is_free_even_if_a_child_still_has_a_copy(tmp_path: Path) -> None:
-    first, second = system.Lock(tmp_path / "lock"), system.Lock(tmp_path / "lock")
+    first, second = filesystem.Lock(tmp_path / "lock"), filesystem.Lock(tmp_path / "lock")
     assert first.take()
     copy = os.dup(first._fd)  # what a child has that a library forked behind Python's back
     first.release()
@@ -119,7 +119,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     def refuse(fd: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(system.fcntl, "flock", refuse)
+    monkeypatch.setattr(filesystem.fcntl, "flock", refuse)
     with pytest.raises(MachineError, match="has no locks"):
         open_space(tmp_path)
 
@@ -201,13 +201,13 @@ def test_refusals_of_the_machine_become_machine_errors_wherever_they_happen(
 
 
 def test_a_full_disk_is_named_for_a_folder_that_could_not_even_be_made(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match=r"a/b: .* MiB free"), system.machine_errors(tmp_path / "a/b"):
+    with pytest.raises(MachineError, match=r"a/b: .* MiB free"), filesystem.machine_errors(tmp_path / "a/b"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("error", [OSError("no number"), OSError(errno.EIO, "broken"), KeyError("x")])
 def test_other_errors_pass_as_they_are(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(type(error), match=str(error.args[-1])) as found, system.machine_errors(tmp_path):
+    with pytest.raises(type(error), match=str(error.args[-1])) as found, filesystem.machine_errors(tmp_path):
         raise error
     assert found.value is error
 
@@ -224,7 +224,7 @@ def test_a_run_that_could_not_be_set_up_is_not_held(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(system.os, "write", refuse)
+        patch.setattr(filesystem.os, "write", refuse)
         with pytest.raises(MachineError, match="No space left"):
             open_space(tmp_path)
     open_space(tmp_path).close()
@@ -233,7 +233,7 @@ def test_a_run_that_could_not_be_set_up_is_not_held(tmp_path: Path, monkeypatch:
 FAULTS = """
 import resource
 import numpy as np
-from qcompress.system import memory_kept
+from qcompress.system.filesystem import memory_kept
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -18,14 +18,14 @@ import pytest
 from good_recipe import GOOD, mistakes, prepare, write
 from lines import cli, make_project
 
-import qcompress.tracking
-from qcompress import keys
+import qcompress.pipeline.tracking
 from qcompress.errors import MachineError
-from qcompress.progress import Reporter
-from qcompress.recipe import Resolved, load_recipe
-from qcompress.schema import STAGES, Recipe
-from qcompress.tracker import flat, values_of
-from qcompress.tracking import demand_trackers, tracking
+from qcompress.pipeline import keys
+from qcompress.pipeline.tracker import flat, values_of
+from qcompress.pipeline.tracking import demand_trackers, tracking
+from qcompress.recipe.load import Resolved, load_recipe
+from qcompress.schema.recipe import STAGES, Recipe
+from qcompress.system.reporter import Reporter
 
 RECORDS: tuple[dict[str, Any], ...] = (
     {"event": "scales", "phase": "finetune", "number": 0, "step": 0, "steps": 2, "update": 0,
@@ -163,7 +163,7 @@ def test_of_a_run_that_was_killed_mlflow_is_told_no_success(tmp_path: Path) -> N
     values = {"project": "p", "run": "r", "recipe": {"seed": 0}}
     told = "".join(f"{json.dumps(record)}\n" for record in (values, *RECORDS))
     made = subprocess.run(
-        [sys.executable, "-m", "qcompress.tracker", "mlflow", str(tmp_path)],
+        [sys.executable, "-m", "qcompress.pipeline.tracker", "mlflow", str(tmp_path)],
         input=told, text=True, capture_output=True, env={**os.environ, "MLFLOW_TRACKING_URI": place},
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
@@ -215,7 +215,7 @@ def exit_code(run: Path) -> int:
 def test_tracking_is_in_no_key_and_not_in_the_graph(
     tmp_path: Path, tiny_model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qcompress.keys, "demand_trackers", lambda names: None)
+    monkeypatch.setattr(qcompress.pipeline.keys, "demand_trackers", lambda names: None)
     file = make_project(tmp_path / "project", tiny_model, text_file).recipe
     plain, tracked = (keys.prepare(load_recipe(file, more)) for more in ((), ("tracking=[wandb, mlflow]",)))
     assert tracked.recipe.tracking == ["wandb", "mlflow"] != plain.recipe.tracking
@@ -228,7 +228,7 @@ def test_tracking_is_in_no_key_and_not_in_the_graph(
 def test_a_tracker_that_is_not_installed_is_refused_at_check_with_what_installs_it(
     tmp_path: Path, tiny_model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qcompress.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("qcompress.pipeline.tracking.find_spec", lambda name: None)
     file = make_project(tmp_path / "project", tiny_model, text_file, tracking=["wandb", "mlflow"]).recipe
     found = cli("check", file)
     assert found.code == 6 and found.stdout == ""
@@ -249,7 +249,7 @@ def test_a_tracker_that_nobody_knows_is_a_mistake_of_the_recipe(tmp_path: Path) 
 
 def played(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     """A tracker's process that does something else."""
-    monkeypatch.setattr(qcompress.tracking, "command", lambda *words: [sys.executable, "-c", source])
+    monkeypatch.setattr(qcompress.pipeline.tracking, "command", lambda *words: [sys.executable, "-c", source])
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_a_tracker_that_fails_is_one_line_and_the_run_goes_on(
     source: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     played(monkeypatch, source)
-    monkeypatch.setattr(qcompress.tracking, "LAST_WORDS_S", 1.0)
+    monkeypatch.setattr(qcompress.pipeline.tracking, "LAST_WORDS_S", 1.0)
     (said,) = track(resolved(tmp_path, "tensorboard").recipe, tmp_path / "run")
     assert said.startswith("tracking: tensorboard has stopped, and the run goes on: ") and why in said
 
@@ -297,7 +297,7 @@ def test_one_tracker_that_fails_at_the_end_is_no_failure_of_the_other(
 ) -> None:
     source = "import sys; sys.stdin.read(); sys.exit({'mlflow': 'no space left'}.get(sys.argv[1]))"
     monkeypatch.setattr(
-        qcompress.tracking, "command", lambda _, *words: [sys.executable, "-c", source, *words]
+        qcompress.pipeline.tracking, "command", lambda _, *words: [sys.executable, "-c", source, *words]
     )
     (said,) = track(resolved(tmp_path, "tensorboard", "mlflow").recipe, tmp_path / "run")
     assert "mlflow has stopped" in said and "no space left" in said
@@ -307,7 +307,7 @@ def test_a_tracker_that_does_not_read_never_holds_up_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     played(monkeypatch, "import time; time.sleep(60)")
-    monkeypatch.setattr(qcompress.tracking, "LAST_WORDS_S", 0.2)
+    monkeypatch.setattr(qcompress.pipeline.tracking, "LAST_WORDS_S", 0.2)
     recipe, reporter = resolved(tmp_path, "tensorboard").recipe, Reporter(silent=True)
     began = time.monotonic()
     with tracking(recipe, tmp_path / "run", reporter):

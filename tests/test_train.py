@@ -16,18 +16,18 @@ from tiny import CONTEXT, WIDTH, Line, make_checkpoint, token_ids
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-import qcompress.stages.train
+import qcompress.pipeline.stages.train
 from qcompress.errors import ContractError, MachineError, ModelError, UsageError
-from qcompress.loop import batch_rows
-from qcompress.methods import STEPPERS
-from qcompress.methods.plain import OneUpdate
 from qcompress.models import load_tokenizer
-from qcompress.observe import observe
-from qcompress.prepare import quantize, rebuild
+from qcompress.models.prepare import quantize, rebuild
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
-from qcompress.schema import TextData
+from qcompress.schema.recipe import TextData
 from qcompress.tasks import TASKS
-from qcompress.trainedfile import snap
+from qcompress.training.artifact import snap
+from qcompress.training.loop import batch_rows
+from qcompress.training.methods import STEPPERS
+from qcompress.training.methods.plain import OneUpdate
+from qcompress.training.observer import observe
 
 
 def train_ids(made: Line, data: TextData | None = None) -> Tensor:
@@ -178,7 +178,7 @@ def test_the_same_recipe_gives_the_same_bytes_and_another_seed_does_not(line: Ca
 def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[..., None]) -> None:
     """Call `see(model, optimizer, groups)` before every update."""
     models = []
-    quantize = qcompress.stages.train.quantize
+    quantize = qcompress.pipeline.stages.train.quantize
 
     def remember(*arguments: object):
         prepared = quantize(*arguments)
@@ -190,7 +190,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[..., None]) -> None:
             see(models[-1], optimizer, groups)
             return super().step(closure, optimizer, groups, taps, accelerator, moment)
 
-    monkeypatch.setattr(qcompress.stages.train, "quantize", remember)
+    monkeypatch.setattr(qcompress.pipeline.stages.train, "quantize", remember)
     monkeypatch.setitem(STEPPERS, "plain", Watching)
 
 
@@ -317,7 +317,7 @@ def test_observed_statistics_are_those_of_every_token_however_the_data_is_batche
 def test_kept_rows_are_spread_evenly_over_all_batches(
     line: Callable[..., Line], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qcompress.observe.ROWS", 50)
+    monkeypatch.setattr("qcompress.training.observer.ROWS", 50)
     made = line(method="ptq", quantizer={"name": "minmax", "range": "percentile"})
     ids = token_ids(11)  # 352 tokens: every 7th is kept
     model = GPT2LMHeadModel.from_pretrained(made.source, attn_implementation="eager").eval()

@@ -16,11 +16,11 @@ import pytest
 import torch
 from tiny import Line, make_recipe, start_line
 
-import qcompress.checkpoint
-import qcompress.stages.train
-from qcompress.checkpoint import Checkpoints, Position, restore
-from qcompress.methods import STEPPERS
-from qcompress.schema import Recipe
+import qcompress.pipeline.stages.train
+import qcompress.training.checkpoint
+from qcompress.schema.recipe import Recipe
+from qcompress.training.checkpoint import Checkpoints, Position, restore
+from qcompress.training.methods import STEPPERS
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL and a fork server")
 
@@ -28,7 +28,7 @@ CHILDREN = multiprocessing.get_context("forkserver")
 if os.name == "posix":
     CHILDREN.set_forkserver_preload(
         [
-            "qcompress.stages.train",
+            "qcompress.pipeline.stages.train",
             "transformers.models.gpt2.modeling_gpt2",
             "transformers.models.auto.tokenization_auto",
         ]
@@ -58,10 +58,10 @@ def kill_at(moment: Moment) -> None:
 
         return Killing
 
-    rename, save = os.replace, qcompress.checkpoint.save_tensors
+    rename, save = os.replace, qcompress.training.checkpoint.save_tensors
 
     def dying_rename(source, target) -> None:
-        if Path(target).name == qcompress.checkpoint.NAME:
+        if Path(target).name == qcompress.training.checkpoint.NAME:
             if what == "checkpoint written":
                 count()
             rename(source, target)
@@ -80,7 +80,7 @@ def kill_at(moment: Moment) -> None:
     if what == "update":
         STEPPERS.update({name: killing(kind) for name, kind in STEPPERS.items()})
     elif what == "half a checkpoint":
-        qcompress.checkpoint.save_tensors = dying_save
+        qcompress.training.checkpoint.save_tensors = dying_save
     else:
         os.replace = dying_rename
 
@@ -94,7 +94,7 @@ def child(made: Line, moment: Moment | None, resuming: bool) -> None:
         def refuse(*arguments: object) -> None:
             raise AssertionError("a resumed run observes no ranges again")
 
-        qcompress.stages.train.observe = qcompress.stages.train.initialise = refuse
+        qcompress.pipeline.stages.train.observe = qcompress.pipeline.stages.train.initialise = refuse
     made.train()
 
 
@@ -187,7 +187,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     for index, moment in enumerate(moments):
         assert run(made, moment, resuming=index > 0) == -signal.SIGKILL
         assert not (made.trained.path / "trained.safetensors").exists()
-        assert (made.trained.path / qcompress.checkpoint.NAME).exists()
+        assert (made.trained.path / qcompress.training.checkpoint.NAME).exists()
     assert run(made, resuming=True) == 0
     assert outcome(made) == uninterrupted(method)
 
@@ -253,7 +253,7 @@ def test_a_checkpoint_is_due_when_its_time_has_come_and_not_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("qcompress.checkpoint.time.monotonic", lambda: now)
+    monkeypatch.setattr("qcompress.training.checkpoint.time.monotonic", lambda: now)
     checkpoints = Checkpoints(tmp_path, 60)
     now = 159.9
     assert not checkpoints.due()
@@ -263,7 +263,7 @@ def test_a_checkpoint_is_due_when_its_time_has_come_and_not_before(
     assert not checkpoints.due()
 
 
-@pytest.mark.parametrize("file", [qcompress.checkpoint.NAME, "history.jsonl"])
+@pytest.mark.parametrize("file", [qcompress.training.checkpoint.NAME, "history.jsonl"])
 @pytest.mark.parametrize("where", [0.02, 0.5, 0.97])
 def test_training_never_goes_on_from_bits_that_nobody_wrote(
     uninterrupted: Callable[[str], dict[str, bytes]], tmp_path: Path, tiny_model: Path, text_file: Path,

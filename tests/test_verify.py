@@ -20,12 +20,12 @@ from lines import COMPARED, CONTEXT, SETS, Project, finished, plain_session
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from qcompress.api import load
-from qcompress.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel, read_json
 from qcompress.errors import UsageError
-from qcompress.evaluation import Artifacts
-from qcompress.progress import Reporter
-from qcompress.samples import read_samples
-from qcompress.stages.verify import verify
+from qcompress.parity.inputs import Artifacts
+from qcompress.parity.sample_results import read_samples
+from qcompress.pipeline.stages.verify import verify
+from qcompress.system.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel, read_json
+from qcompress.system.reporter import Reporter
 
 ROWS = ["float", "trained", "folded", "onnx", "engine"]
 

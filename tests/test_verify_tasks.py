@@ -22,19 +22,19 @@ from lines import environment
 from onnx import TensorProto, checker, helper, numpy_helper, save
 from word_tokenizer import FIRST, WORDS, word_tokenizer
 
-from qcompress.artifacts import FloatModel, OnnxModel, read_json
+from qcompress.cli.predict import continue_text
+from qcompress.engine.probe import SCRIPT, read_measurement
 from qcompress.errors import UsageError
-from qcompress.evaluation import Artifacts
-from qcompress.goals import Gate
-from qcompress.gpu_rows import take_engine_row
-from qcompress.predict import continue_text
-from qcompress.probe import SCRIPT, read_measurement
-from qcompress.progress import Reporter
+from qcompress.parity.gpu import take_engine_row
+from qcompress.parity.inputs import Artifacts
+from qcompress.parity.sample_results import known_of, read_samples, results_of
+from qcompress.pipeline.stages import verify as stage
+from qcompress.pipeline.stages.gate import judge
 from qcompress.report.ladder import ladder, order_metrics
-from qcompress.samples import known_of, read_samples, results_of
-from qcompress.schema import Recipe
-from qcompress.stages import verify as stage
-from qcompress.stages.gate import judge
+from qcompress.schema.goals import Gate
+from qcompress.schema.recipe import Recipe
+from qcompress.system.artifacts import FloatModel, OnnxModel, read_json
+from qcompress.system.reporter import Reporter
 from qcompress.tasks import TASKS
 
 COUNT = 23

@@ -11,7 +11,7 @@ from lines import ENVIRONMENT
 from tiny_vit import draw
 
 from qcompress import api
-from qcompress.artifacts import read_json
+from qcompress.system.artifacts import read_json
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

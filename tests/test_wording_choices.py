@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qcompress.formats import FORMAT_PRESETS
-from qcompress.wording import choose
+from qcompress.recipe.messages import choose
+from qcompress.schema.formats import FORMAT_PRESETS
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from qcompress import digests, workspace
-from qcompress.digests import write_sealed
 from qcompress.errors import ContractError
-from qcompress.workspace import Step, Workspace, followed, point_latest, stage_key, would_reuse
+from qcompress.system import digests, workspace
+from qcompress.system.digests import write_sealed
+from qcompress.system.workspace import Step, Workspace, followed, point_latest, stage_key, would_reuse
 
 PARTS = {"recipe": "r", "values": {"format": {"weights": 8}}, "code": {"quant/lsq.py": "a" * 64}}
 STEPS = 4

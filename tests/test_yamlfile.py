@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from qcompress.yamlfile import (
+from qcompress.recipe.yaml_file import (
     BYTES_LIMIT,
     Document,
     Place,

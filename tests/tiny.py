@@ -17,16 +17,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, logging
 
-from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
 from qcompress.models import describe
 from qcompress.models.architecture import Architecture
-from qcompress.plan import LayerPlan, plan_layers
-from qcompress.prepare import assemble, rebuild
-from qcompress.progress import Reporter
-from qcompress.schema import Model, Recipe
-from qcompress.stages.fold import fold
-from qcompress.stages.load import fingerprint, load
-from qcompress.stages.train import train
+from qcompress.models.plan import LayerPlan, plan_layers
+from qcompress.models.prepare import assemble, rebuild
+from qcompress.pipeline.stages.fold import fold
+from qcompress.pipeline.stages.load import fingerprint, load
+from qcompress.pipeline.stages.train import train
+from qcompress.schema.recipe import Model, Recipe
+from qcompress.system.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
+from qcompress.system.reporter import Reporter
 
 VOCABULARY, WIDTH, HEADS, BLOCKS, CONTEXT = 300, 64, 2, 2, 32
 OUTLIER = 5

@@ -31,16 +31,16 @@ from transformers import (
     logging,
 )
 
-from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel
 from qcompress.models import FAMILIES, describe, load_tokenizer
 from qcompress.models.architecture import Architecture, Head
-from qcompress.plan import LayerPlan, PointPlan, plan_layers, plan_points
-from qcompress.prepare import assemble, rebuild
-from qcompress.progress import Reporter
-from qcompress.schema import Model, Recipe
-from qcompress.stages.fold import fold
-from qcompress.stages.load import fingerprint, load
-from qcompress.stages.train import train
+from qcompress.models.plan import LayerPlan, PointPlan, plan_layers, plan_points
+from qcompress.models.prepare import assemble, rebuild
+from qcompress.pipeline.stages.fold import fold
+from qcompress.pipeline.stages.load import fingerprint, load
+from qcompress.pipeline.stages.train import train
+from qcompress.schema.recipe import Model, Recipe
+from qcompress.system.artifacts import FloatModel, FoldedModel, TrainedModel
+from qcompress.system.reporter import Reporter
 from qcompress.tasks import TASKS
 
 VOCABULARY, WIDTH, HEADS, BLOCKS, CONTEXT = 300, 64, 2, 2, 32

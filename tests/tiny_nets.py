@@ -23,19 +23,19 @@ from transformers import (
     logging,
 )
 
-from qcompress.artifacts import FloatModel, FoldedModel, TrainedModel
-from qcompress.check import head_of
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture
 from qcompress.models.cifar_net import CifarResNet
-from qcompress.plan import LayerPlan, PointPlan, plan_layers, plan_points
-from qcompress.prepare import assemble, rebuild
-from qcompress.progress import Reporter
-from qcompress.runners import open_session
-from qcompress.schema import Model, Recipe
-from qcompress.stages.fold import fold
-from qcompress.stages.load import fingerprint, load
-from qcompress.stages.train import train
+from qcompress.models.plan import LayerPlan, PointPlan, plan_layers, plan_points
+from qcompress.models.prepare import assemble, rebuild
+from qcompress.parity.runners import open_session
+from qcompress.pipeline.stages.fold import fold
+from qcompress.pipeline.stages.load import fingerprint, load
+from qcompress.pipeline.stages.train import train
+from qcompress.recipe.check import head_of
+from qcompress.schema.recipe import Model, Recipe
+from qcompress.system.artifacts import FloatModel, FoldedModel, TrainedModel
+from qcompress.system.reporter import Reporter
 from qcompress.tasks import TASKS
 
 LABELS, SIZE = 6, 32

@@ -16,14 +16,14 @@ from tiny_bert import EncoderLine
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, logging
 
-from qcompress.artifacts import FloatModel
 from qcompress.models import describe
 from qcompress.models.architecture import Head
-from qcompress.plan import plan_layers
-from qcompress.progress import Reporter
-from qcompress.schema import Model, Recipe
-from qcompress.stages.load import fingerprint, load
-from qcompress.stages.train import train
+from qcompress.models.plan import plan_layers
+from qcompress.pipeline.stages.load import fingerprint, load
+from qcompress.pipeline.stages.train import train
+from qcompress.schema.recipe import Model, Recipe
+from qcompress.system.artifacts import FloatModel
+from qcompress.system.reporter import Reporter
 from qcompress.tasks import TASKS
 
 SIZE, PATCH, WIDTH, HEADS, INNER, BLOCKS = 16, 4, 64, 2, 96, 2

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompress.errors import ModelError
-from qcompress.system import writes_to
+from qcompress.system.filesystem import writes_to
 
 CHUNK = 2**24
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompress.artifacts import read_json
-from qcompress.digests import digest_of
 from qcompress.errors import ModelError, QcompressError
 from qcompress.models.files import read_config, weight_files
+from qcompress.system.artifacts import read_json
+from qcompress.system.digests import digest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

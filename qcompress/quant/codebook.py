@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcompress.formats import CodebookFormat
 from qcompress.quant.affine import Grid, fake_quantize
 from qcompress.quant.coding import CodedWeight
 from qcompress.quant.kmeans import Clusters, kmeans
 from qcompress.quant.ranges import TINY
-from qcompress.quantizer_options import Codebook
+from qcompress.schema.formats import CodebookFormat
+from qcompress.schema.quantizers import Codebook
 
 TABLE = (-127, 127)
 """Codes of an int8 table; without -128, so that a sign can be changed."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qcompress.errors import ContractError
 from qcompress.quant.ranges import Statistics, start_scale
-from qcompress.quantizer_options import Dynamic
+from qcompress.schema.quantizers import Dynamic
 
 
 class DynamicActivation(nn.Module):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompress.quantizer_options import Noise
+from qcompress.schema.quantizers import Noise
 
 LEVELS = 2**16
 """Masks are drawn from 16 random bits: the share p is met to 1/65536, and 0 and 1 exactly."""

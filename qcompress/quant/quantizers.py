@@ -19,7 +19,7 @@ from qcompress.quant.dynamic import DynamicActivation
 from qcompress.quant.learned_scale import LearnedScale
 from qcompress.quant.ranges import Statistics, activation_ratio, start_scale, weight_ratio
 from qcompress.quant.ternary import TernaryWeight
-from qcompress.quantizer_options import Lsq, MinMax
+from qcompress.schema.quantizers import Lsq, MinMax
 
 ChannelScale = Callable[[], Tensor]
 """Returns the current rescaling of the channels of an activation, [channels]."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from qcompress.quant.affine import Grid
 from qcompress.quant.coding import CodedWeight
 from qcompress.quant.ranges import TINY
-from qcompress.quantizer_options import Ternary
+from qcompress.schema.quantizers import Ternary
 
 
 class TernaryWeight(CodedWeight):

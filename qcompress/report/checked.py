@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from qcompress.axes import PHASES
-from qcompress.check import Report
-from qcompress.plan import LayerPlan
-from qcompress.recipe import Resolved
-from qcompress.scale_reach import SMALL_REACH, scale_reach
-from qcompress.screen import Cells
+from qcompress.models.plan import LayerPlan
+from qcompress.recipe.check import Report
+from qcompress.recipe.load import Resolved
+from qcompress.recipe.scale_reach import SMALL_REACH, scale_reach
+from qcompress.schema.axes import PHASES
+from qcompress.system.screen import Cells
 
 
 def print_check(

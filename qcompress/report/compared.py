@@ -7,9 +7,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 
-from qcompress.printable import show
 from qcompress.report.ladder import spell
-from qcompress.screen import Cells
+from qcompress.system.printable import show
+from qcompress.system.screen import Cells
 
 
 def print_comparison(console: Console, found: dict[str, Any]) -> None:

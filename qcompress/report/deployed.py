@@ -7,7 +7,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 
-from qcompress.screen import Cells
+from qcompress.system.screen import Cells
 
 
 def print_bundle(console: Console, record: dict[str, Any], folder: str) -> None:

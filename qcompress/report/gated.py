@@ -8,9 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.text import Text
 
-from qcompress.printable import say, show
 from qcompress.report.compared import interval
-from qcompress.screen import Cells
+from qcompress.system.printable import say, show
+from qcompress.system.screen import Cells
 
 
 def print_gate(console: Console, verdict: dict[str, Any]) -> None:

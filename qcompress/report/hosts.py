@@ -10,7 +10,7 @@ import hashlib
 import re
 from typing import Any
 
-from qcompress.printable import show, show_block
+from qcompress.system.printable import show, show_block
 
 SEVERITY = {"anomalous": "critical", "regression": "major", "inconclusive": "minor"}
 """GitLab's word for each verdict that is not `accept`."""

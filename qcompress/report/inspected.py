@@ -7,8 +7,8 @@ from typing import Any
 from rich import box
 from rich.console import Console
 
-from qcompress.screen import Cells
-from qcompress.targets.contents import summary
+from qcompress.graph.inspect import summary
+from qcompress.system.screen import Cells
 
 
 def print_contents(console: Console, found: dict[str, Any]) -> None:

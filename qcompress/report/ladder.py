@@ -8,8 +8,8 @@ from typing import Any
 from rich import box
 from rich.text import Text
 
-from qcompress.printable import show
-from qcompress.screen import Cells
+from qcompress.system.printable import show
+from qcompress.system.screen import Cells
 
 BESIDE = ("dynamic", "deployed")
 """What else a row may have been measured as: its key in the row, and its line in the ladder."""

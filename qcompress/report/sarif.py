@@ -9,9 +9,9 @@ from typing import Any
 from urllib.parse import quote_from_bytes
 
 import qcompress
-from qcompress.printable import show
-from qcompress.targets.lint import Finding, severity_of
-from qcompress.targets.rules import RULES
+from qcompress.graph.lint.lint import Finding, severity_of
+from qcompress.graph.lint.rules import RULES
+from qcompress.system.printable import show
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 

@@ -8,9 +8,9 @@ from typing import Any
 from rich import box
 from rich.text import Text
 
-from qcompress.printable import show
 from qcompress.report.ladder import BESIDE, order_metrics, spell
-from qcompress.screen import Cells
+from qcompress.system.printable import show
+from qcompress.system.screen import Cells
 
 SEVERITY = ("accept", "unjudged", "inconclusive", "regression", "anomalous")
 """Verdicts, from best to worst."""

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from qcompress.screen import Cells
-from qcompress.yamlfile import dump_yaml
+from qcompress.recipe.yaml_file import dump_yaml
+from qcompress.system.screen import Cells
 
 MOST = 20
 """Layers that a terminal shows; sensitivity.json has all of them."""

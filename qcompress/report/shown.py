@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from qcompress.printable import say
 from qcompress.report.ladder import cost_of_static, ladder, not_measured, ties
+from qcompress.system.printable import say
 
 if TYPE_CHECKING:
-    from qcompress.finished import LoadedRun
+    from qcompress.verdict.run_directory import LoadedRun
 
 
 def summary(loaded: LoadedRun) -> dict[str, object]:

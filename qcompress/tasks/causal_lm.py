@@ -22,7 +22,7 @@ import numpy as np
 from qcompress.errors import UsageError
 from qcompress.models import load_tokenizer as reader
 from qcompress.models.architecture import CAUSAL_LM, Head
-from qcompress.schema import CausalLm, TextData
+from qcompress.schema.recipe import CausalLm, TextData
 from qcompress.tasks.examples import Batch, Examined
 from qcompress.tasks.padded import processor
 from qcompress.tasks.table import Slices

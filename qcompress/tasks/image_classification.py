@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.data_options import Columns
 from qcompress.models import FAMILIES, graph_signature, load_processor
 from qcompress.models.architecture import Head
 from qcompress.models.files import read_config
-from qcompress.schema import ImageClassification, TextData
-from qcompress.task_options import AGREEMENT
+from qcompress.schema.data import Columns
+from qcompress.schema.recipe import ImageClassification, TextData
+from qcompress.schema.tasks import AGREEMENT
 from qcompress.tasks import padded
 from qcompress.tasks.examples import Batch, Examined
 from qcompress.tasks.image_slices import image_slices

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qcompress.data_options import Columns
 from qcompress.errors import UsageError
-from qcompress.schema import TextData
+from qcompress.schema.data import Columns
+from qcompress.schema.recipe import TextData
 from qcompress.tasks.images import array_header, opened_archive, read_array
 from qcompress.tasks.table import Slices, missing_column, named_cells
 from qcompress.tasks.text import open_dataset

@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from qcompress.data_options import Augment
 from qcompress.errors import ModelError, UsageError
 from qcompress.models.architecture import PIXELS
-from qcompress.outside import demand_file, unpacked_limit
-from qcompress.schema import TextData
+from qcompress.schema.data import Augment
+from qcompress.schema.recipe import TextData
+from qcompress.system.untrusted_file import demand_file, unpacked_limit
 from qcompress.tasks.examples import LABELS, Batch
 from qcompress.tasks.table import columns_in
 from qcompress.tasks.text import open_dataset

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qcompress.errors import UsageError
-from qcompress.glue import GLUE
 from qcompress.models.heads import is_named, label_names
-from qcompress.schema import ImageClassification, SequenceClassification, TokenClassification
+from qcompress.schema.glue import GLUE
+from qcompress.schema.recipe import ImageClassification, SequenceClassification, TokenClassification
 from qcompress.tasks.text import printable
 
 IGNORED = -100

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.data_options import Columns
 from qcompress.errors import UsageError
-from qcompress.glue import GLUE
 from qcompress.models import load_tokenizer as reader
 from qcompress.models.architecture import Head
-from qcompress.schema import SequenceClassification, TextData
-from qcompress.task_options import AGREEMENT
+from qcompress.schema.data import Columns
+from qcompress.schema.glue import GLUE
+from qcompress.schema.recipe import SequenceClassification, TextData
+from qcompress.schema.tasks import AGREEMENT
 from qcompress.tasks import padded
 from qcompress.tasks.examples import Batch, Examined
 from qcompress.tasks.labels import MISSING, dataset_names, labels_of, named_outputs, settle, spelling

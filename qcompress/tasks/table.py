@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from qcompress.errors import UsageError
-from qcompress.outside import demand_file, unpacked_limit
-from qcompress.schema import TextData
+from qcompress.schema.recipe import TextData
+from qcompress.system.untrusted_file import demand_file, unpacked_limit
 from qcompress.tasks.text import is_text, open_dataset, open_text, printable
 
 SHOWN = 20

@@ -7,11 +7,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompress.artifacts import sha256_file
 from qcompress.errors import MachineError, UsageError
-from qcompress.memory import MIB, demand_memory
-from qcompress.outside import demand_file
-from qcompress.schema import TextData
+from qcompress.schema.recipe import TextData
+from qcompress.system.artifacts import sha256_file
+from qcompress.system.memory import MIB, demand_memory
+from qcompress.system.untrusted_file import demand_file
 
 if TYPE_CHECKING:
     import datasets

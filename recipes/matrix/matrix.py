@@ -24,10 +24,11 @@ import onnx
 from layouts import FAMILIES as ENCODERS
 from layouts import lay_out
 
-from qcompress import api, graph_files
-from qcompress.artifacts import read_json
+from qcompress import api
+from qcompress.cli import onnx_file
 from qcompress.errors import QcompressError, UsageError
-from qcompress.progress import Reporter
+from qcompress.system.artifacts import read_json
+from qcompress.system.reporter import Reporter
 
 HERE = Path(__file__).parent
 TARGET = "rtx-ada"
@@ -174,7 +175,7 @@ def look(run: Path, compute: str) -> dict[str, Any]:
     """What is said of a finished run, measured from its files."""
     file = run / "model.onnx"
     onnx.checker.check_model(str(file), full_check=True)
-    findings = graph_files.lint(file, TARGET)
+    findings = onnx_file.lint(file, TARGET)
     (row,) = [row for row in api.load(run).parity["rows"] if row["stage"] == "onnx"]
     distance, engine = row["distance"], read_json(run / "engine" / "build.json")
     mean, top1 = distance["mean_abs"] / distance["range"], distance["top1_agreement"]

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qcompress.errors import QcompressError, UsageError
-from qcompress.processes import announced
-from qcompress.stopping import exit_code
+from qcompress.system.distributed import announced
+from qcompress.system.stopping import exit_code
 
 
 @contextmanager

@@ -16,10 +16,10 @@ import numpy as np
 from pydantic import BaseModel
 from study import START, Study, TaskOptions
 
-from qcompress.artifacts import sha256_file
-from qcompress.codekey import stage_key
-from qcompress.recipe import load_recipe
-from qcompress.stages.load import fingerprint
+from qcompress.pipeline.stages.load import fingerprint
+from qcompress.recipe.load import load_recipe
+from qcompress.system.artifacts import sha256_file
+from qcompress.system.fingerprint import stage_key
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from table import BEGIN, END
 
 from qcompress.errors import UsageError
 from qcompress.report.ladder import spell
-from qcompress.report.paired import t_interval
+from qcompress.verdict.paired import t_interval
 
 if TYPE_CHECKING:
     from mixtures import MixtureStudy

@@ -28,20 +28,20 @@ from pydantic import Field, ValidationError
 from results import machine, write_document
 
 from qcompress import api
-from qcompress.artifacts import read_json
-from qcompress.codekey import stage_key
 from qcompress.errors import UsageError
-from qcompress.formats import Options
-from qcompress.goals import Goal
-from qcompress.host import describe_host
-from qcompress.keys import versions_of
-from qcompress.progress import Reporter
-from qcompress.recipe import load_recipe
-from qcompress.regression.statistics import RIGHT, loss_of
-from qcompress.report.measured import Measured, measured
-from qcompress.stages.load import fingerprint, locate
+from qcompress.pipeline.keys import versions_of
+from qcompress.pipeline.stages.load import fingerprint, locate
+from qcompress.recipe.load import load_recipe
+from qcompress.recipe.yaml_file import read_yaml
+from qcompress.schema.formats import Options
+from qcompress.schema.goals import Goal
+from qcompress.system.artifacts import read_json
+from qcompress.system.fingerprint import stage_key
+from qcompress.system.host import describe_host
+from qcompress.system.reporter import Reporter
 from qcompress.tasks.text import fingerprint as text_fingerprint
-from qcompress.yamlfile import read_yaml
+from qcompress.verdict.baseline.statistics import RIGHT, loss_of
+from qcompress.verdict.measured import Measured, measured
 
 NONE_LOST = Goal.model_validate({"max-degradation": 0})
 
@@ -235,7 +235,7 @@ def _depends_on(recipe: Path, overrides: list[str], data: Path) -> str:
 
 def _long(word: str) -> dict[str, Any]:
     """A weight format as a recipe says it."""
-    from qcompress.sensitivity.candidates import parse_format
+    from qcompress.pipeline.sensitivity.candidates import parse_format
 
     return parse_format(word).model_dump(mode="json")
 

@@ -22,10 +22,10 @@ from typing import Any
 from jobs import essence
 
 from qcompress import api
-from qcompress.artifacts import read_json
 from qcompress.errors import QcompressError
 from qcompress.report.ladder import BESIDE
-from qcompress.report.measured import Cost, Measured, measured
+from qcompress.system.artifacts import read_json
+from qcompress.verdict.measured import Cost, Measured, measured
 
 BYTES_LIMIT = 200_000
 """Most bytes of one result."""

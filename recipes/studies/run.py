@@ -30,11 +30,11 @@ from study import Study, read_study
 from table import rebuild
 
 from qcompress import api
-from qcompress.artifacts import sha256_file
 from qcompress.errors import UsageError
-from qcompress.goals import METRICS
-from qcompress.progress import Reporter
-from qcompress.report.measured import measured
+from qcompress.schema.goals import METRICS
+from qcompress.system.artifacts import sha256_file
+from qcompress.system.reporter import Reporter
+from qcompress.verdict.measured import measured
 
 
 class Runner:

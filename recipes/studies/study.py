@@ -19,8 +19,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from qcompress.errors import UsageError
-from qcompress.formats import Options
-from qcompress.yamlfile import read_yaml
+from qcompress.recipe.yaml_file import read_yaml
+from qcompress.schema.formats import Options
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 """Of an arm and of a task."""

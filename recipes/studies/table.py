@@ -14,9 +14,9 @@ from results import measured_of, read_results, spell_machine
 from study import Study, TableOptions
 
 from qcompress.errors import UsageError
-from qcompress.report.compare import compare
 from qcompress.report.compared import finding, interval
 from qcompress.report.ladder import spell
+from qcompress.verdict.compare import compare
 
 BEGIN = "<!-- made of results/ by run.py: do not edit -->"
 END = "<!-- end -->"

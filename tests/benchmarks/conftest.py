@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from qcompress.system import memory_kept
+from qcompress.system.filesystem import memory_kept
 
 
 @pytest.fixture(autouse=True)

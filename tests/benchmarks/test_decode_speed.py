@@ -17,10 +17,10 @@ import pytest
 from tiny import VOCABULARY, make_recipe, make_tokenizer, start_line
 from transformers import GPT2Config, GPT2LMHeadModel, logging
 
-from qcompress.generate import Generator
-from qcompress.keys import provenance
-from qcompress.schema import Export
-from qcompress.stages.export import export
+from qcompress.parity.generate import Generator
+from qcompress.pipeline.keys import provenance
+from qcompress.pipeline.stages.export import export
+from qcompress.schema.recipe import Export
 
 PAST, MORE, ROUNDS, LIMIT = 512, 16, 5, 5
 

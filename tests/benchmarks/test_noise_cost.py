@@ -21,16 +21,16 @@ from sklearn.cluster import KMeans
 from test_stepper_cost import training
 from torch import Tensor
 
-from qcompress.axes import PHASES
-from qcompress.loop import groups_of, optimizer_of, reseed, taps_of
-from qcompress.methods import STEPPERS
-from qcompress.methods.protocols import Moment, Phase
-from qcompress.options import PlainStepper
-from qcompress.processes import Processes
 from qcompress.quant.kmeans import kmeans
 from qcompress.quant.noise import QuantNoise
-from qcompress.quantizer_options import Noise
+from qcompress.schema.axes import PHASES
+from qcompress.schema.method_options import PlainStepper
+from qcompress.schema.quantizers import Noise
+from qcompress.system.distributed import Processes
 from qcompress.tasks import causal_lm
+from qcompress.training.loop import groups_of, optimizer_of, reseed, taps_of
+from qcompress.training.methods import STEPPERS
+from qcompress.training.methods.protocols import Moment, Phase
 
 ROUNDS = 20
 LIMIT = 1.10

@@ -21,7 +21,7 @@ from qcompress.quant.affine import Grid
 from qcompress.quant.layers import QuantizedLinear
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
 from qcompress.quant.ranges import Statistics
-from qcompress.quantizer_options import Lsq
+from qcompress.schema.quantizers import Lsq
 
 pytestmark = pytest.mark.benchmark
 

@@ -20,18 +20,18 @@ from tiny import make_recipe
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, logging
 
-from qcompress.axes import PHASES
-from qcompress.loop import Training, groups_of, optimizer_of, reseed, taps_of
-from qcompress.methods import STEPPERS
-from qcompress.methods.protocols import Moment, Phase
 from qcompress.models import FAMILIES, describe
-from qcompress.observe import observe
-from qcompress.options import PlainStepper, Saq, Squat
-from qcompress.parameter_roles import parameter_roles
-from qcompress.plan import plan_layers
-from qcompress.prepare import initialise, quantize
-from qcompress.processes import Processes
+from qcompress.models.plan import plan_layers
+from qcompress.models.prepare import initialise, quantize
+from qcompress.schema.axes import PHASES
+from qcompress.schema.method_options import PlainStepper, Saq, Squat
+from qcompress.system.distributed import Processes
 from qcompress.tasks import causal_lm
+from qcompress.training.loop import Training, groups_of, optimizer_of, reseed, taps_of
+from qcompress.training.methods import STEPPERS
+from qcompress.training.methods.protocols import Moment, Phase
+from qcompress.training.observer import observe
+from qcompress.training.parameter_roles import parameter_roles
 
 ROUNDS = 20
 LIMITS = {"saq": 2.05, "squat fused": 2.05, "saq every 5": 1.25}

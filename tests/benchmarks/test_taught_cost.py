@@ -20,13 +20,13 @@ from tiny import make_recipe
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, logging
 
-from qcompress.methods.protocols import Scene
-from qcompress.methods.teacher_intervention import INTERVENTION, Intervention
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Head
-from qcompress.options import TeacherIntervention
-from qcompress.plan import plan_layers, plan_points
-from qcompress.prepare import open_points, quantize
+from qcompress.models.plan import plan_layers, plan_points
+from qcompress.models.prepare import open_points, quantize
+from qcompress.schema.method_options import TeacherIntervention
+from qcompress.training.methods.protocols import Scene
+from qcompress.training.methods.teacher_intervention import INTERVENTION, Intervention
 
 ROUNDS = 20
 LIMIT = 1.6

@@ -20,11 +20,11 @@ from tiny_bert import LABELS, PADDING, save_encoder
 from transformers import PreTrainedTokenizerFast
 
 from qcompress import api
-from qcompress.artifacts import graph_digests, read_json, sha256_file, write_json
-from qcompress.bundle import config as triton
-from qcompress.bundle.triton import bundle
+from qcompress.cli.bundle import config as triton
+from qcompress.cli.bundle.triton import bundle
 from qcompress.errors import ExportError
-from qcompress.finished import load
+from qcompress.system.artifacts import graph_digests, read_json, sha256_file, write_json
+from qcompress.verdict.run_directory import load
 
 NAME = "served"
 NUMPY = {"TYPE_INT64": np.int64, "TYPE_FP32": np.float32, "TYPE_INT8": np.int8}

@@ -19,11 +19,11 @@ from lines import Kind as Graph
 from lines import Result, cli, exported, finished
 from test_cli import without_torch
 
-from qcompress import doctor
-from qcompress.artifacts import graph_digests, read_json, sha256_file, write_json
-from qcompress.bundle import examine
-from qcompress.bundle.triton import bundle
-from qcompress.finished import load
+from qcompress.cli import doctor
+from qcompress.cli.bundle import examine
+from qcompress.cli.bundle.triton import bundle
+from qcompress.system.artifacts import graph_digests, read_json, sha256_file, write_json
+from qcompress.verdict.run_directory import load
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -18,7 +18,7 @@ from tiny_bert import save_encoder
 from tiny_nets import save_net
 from tiny_vit import save_vit
 
-from qcompress.run_files import check_files
+from qcompress.verdict.run_files import check_files
 
 BEGIN, END = "<!-- table: make faults -->", "<!-- end of the table -->"
 
@@ -53,7 +53,7 @@ def _row(request: pytest.FixtureRequest, record_property: Callable[[str, object]
 @pytest.fixture(autouse=True)
 def _trusts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere tests edit runs by hand, and digests are not looked at."""
-    monkeypatch.setattr("qcompress.finished.check_files", check_files)
+    monkeypatch.setattr("qcompress.verdict.run_directory.check_files", check_files)
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,8 @@ from qcompress.models import FAMILIES
 from qcompress.models.architecture import CAUSAL_LM, Head
 from qcompress.models.files import read_tensors
 from qcompress.models.readers import check_reader
-from qcompress.schema import Model
-from qcompress.stages.load import fingerprint, load
+from qcompress.pipeline.stages.load import fingerprint, load
+from qcompress.schema.recipe import Model
 
 pytestmark = pytest.mark.attack("checkpoints whose loaded files are not the hashed ones")
 

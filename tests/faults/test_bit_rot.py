@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from lines import Project, finished
 
-from qcompress.digests import Seen
-from qcompress.progress import Reporter
+from qcompress.system.digests import Seen
+from qcompress.system.reporter import Reporter
 
 CACHE, RUN = "bit rot in the cache", "bit rot in the run"
 

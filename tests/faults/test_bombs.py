@@ -19,7 +19,7 @@ import pytest
 from attacked import attacked
 from lines import finished, python
 
-from qcompress import strict_json
+from qcompress.system import strict_json
 
 pytestmark = pytest.mark.attack("hostile data files, bombs and devices")
 
@@ -30,10 +30,10 @@ READ = """
 import sys, time
 from pathlib import Path
 from qcompress.errors import QcompressError
-from qcompress.schema import TextData
-from qcompress.system import peak_mib
+from qcompress.schema.recipe import TextData
+from qcompress.system.filesystem import peak_mib
 from qcompress.tasks import images, table
-from qcompress.samples import read_samples
+from qcompress.parity.sample_results import read_samples
 file, begin = Path(sys.argv[1]), time.monotonic()
 try:
     if sys.argv[2] == "images":

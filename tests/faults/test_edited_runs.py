@@ -13,8 +13,8 @@ import yaml
 from lines import Project, Result, cli, finished
 
 from qcompress import api
-from qcompress.artifacts import sha256_file
 from qcompress.errors import QcompressError
+from qcompress.system.artifacts import sha256_file
 
 EDITED, ROT = "edited and torn run directories", "bit rot in the run"
 pytestmark = pytest.mark.attack(EDITED)

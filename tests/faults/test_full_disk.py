@@ -15,10 +15,11 @@ import pytest
 from attacked import attacked, refused
 from lines import NAME, Project, finished
 
-from qcompress import load, system
-from qcompress.artifacts import OnnxModel, sha256_file
-from qcompress.stages.build import build
-from qcompress.system import machine_errors
+from qcompress import load
+from qcompress.pipeline.stages.build import build
+from qcompress.system import filesystem
+from qcompress.system.artifacts import OnnxModel, sha256_file
+from qcompress.system.filesystem import machine_errors
 
 pytestmark = pytest.mark.attack("full disks")
 
@@ -115,13 +116,16 @@ def test_an_engine_that_the_builder_cannot_write(project: Project, disk: Path, l
     out.mkdir()
     fill(disk, left_kib)
     recipe = load(project.latest).recipe
-    with pytest.raises(system.MachineError, match=f"{out}.*No space left.*MiB free"), machine_errors(disk):
+    with (
+        pytest.raises(filesystem.MachineError, match=f"{out}.*No space left.*MiB free"),
+        machine_errors(disk),
+    ):
         build(OnnxModel(project.latest), recipe.build, out)
     assert not (out / "model.plan").exists()
 
 
 def _map(folder: Path, size: int) -> None:
-    from qcompress.distance import keep_logits
+    from qcompress.parity.distance import keep_logits
 
     keep_logits(folder / "logits-float.npy", (size, 32, 1024), {0: np.ones((32, 1024), np.float32)})
 
@@ -134,7 +138,7 @@ def test_mapped_logits_have_their_blocks_before_they_are_written(disk: Path, siz
         try:
             with machine_errors(disk):
                 _map(disk, size)
-        except system.MachineError as error:
+        except filesystem.MachineError as error:
             os._exit(6 if str(disk) in str(error) and "MiB free" in str(error) else 1)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -146,7 +150,7 @@ def test_mapped_logits_have_their_blocks_before_they_are_written(disk: Path, siz
 def test_the_destination_is_named_and_its_space(project: Project, disk: Path, work: str) -> None:
     fill(disk, 4)
     source = project.latest / "model.onnx"
-    with pytest.raises(system.MachineError, match=f"{disk}.* MiB free"), machine_errors(disk):
+    with pytest.raises(filesystem.MachineError, match=f"{disk}.* MiB free"), machine_errors(disk):
         if work == "copytree":
             try:
                 shutil.copytree(project.latest, disk / "run")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from lines import NAME, Project, make_project, start
 
-from qcompress.artifacts import sha256_file
+from qcompress.system.artifacts import sha256_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.attack("signals at random moments of a run")]
 

@@ -18,10 +18,11 @@ from lines import cli, finished
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 from safetensors import SafetensorError
 
-from qcompress import memory, pipeline
 from qcompress.errors import ExportError, MachineError, UsageError
 from qcompress.models import load_tokenizer
-from qcompress.schema import TextData
+from qcompress.pipeline import run
+from qcompress.schema.recipe import TextData
+from qcompress.system import memory
 from qcompress.tasks import causal_lm
 
 pytestmark = pytest.mark.attack("allocations that fail")
@@ -170,7 +171,7 @@ def test_a_stage_that_runs_out_of_memory_keeps_what_is_done(
     project = finished(tiny_model, text_file).copy(tmp_path / "project")
     shutil.rmtree(project.entry(stage))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline._Maker, f"_{stage}", lambda *_: torch.ones(10**15))
+        patch.setattr(run._Maker, f"_{stage}", lambda *_: torch.ones(10**15))
         done = cli(*project.command())
     assert done.code == 6, done
     assert f"error: the stage {stage} ran out of memory" in done.stderr

@@ -14,8 +14,8 @@ from graphs import linear
 from lines import Project, Result, cli, finished
 
 from qcompress import api
-from qcompress.artifacts import write_text
-from qcompress.places import append_whole, demand_place, write_named
+from qcompress.system.artifacts import write_text
+from qcompress.system.places import append_whole, demand_place, write_named
 
 pytestmark = pytest.mark.attack("read-only and vanished places")
 

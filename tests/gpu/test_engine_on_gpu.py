@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from lines import CONTEXT, SETS, make_project
 
-from qcompress import gpu_rows
-from qcompress.artifacts import read_json
-from qcompress.targets.device import compute_capability
-from qcompress.targets.table import TARGETS
+from qcompress.parity import gpu
+from qcompress.schema.targets import TARGETS
+from qcompress.system.artifacts import read_json
+from qcompress.system.gpu import compute_capability
 
 pytestmark = pytest.mark.gpu
 
@@ -72,7 +72,7 @@ def test_every_profile_has_its_latency_and_a_cuda_graph(rows: dict[str, dict[str
 
 def test_onnx_runtimes_cuda_provider_gives_the_graphs_numbers(rows: dict[str, dict[str, Any]]) -> None:
     providers = rows["onnx"]["providers"]
-    assert providers.keys() <= gpu_rows.PROVIDERS.keys()
+    assert providers.keys() <= gpu.PROVIDERS.keys()
     if "cuda" not in providers:
         pytest.skip("this ONNX Runtime was built without CUDA")
     found = providers["cuda"]

@@ -13,15 +13,15 @@ from tiny_nets import make_net, pixels
 from torch import Tensor, nn
 
 from qcompress.errors import MachineError
-from qcompress.formats import ActivationFormat, WeightFormat
-from qcompress.methods.protocols import Group, Moment
 from qcompress.models.cifar_resnet import NET
-from qcompress.plan import LayerPlan
-from qcompress.prepare import quantize
-from qcompress.processes import Processes
+from qcompress.models.plan import LayerPlan
+from qcompress.models.prepare import quantize
+from qcompress.pipeline.stages.train import _judge_norms
 from qcompress.quant.batchnorm import statistics
-from qcompress.quantizer_options import Lsq
-from qcompress.stages.train import _judge_norms
+from qcompress.schema.formats import ActivationFormat, WeightFormat
+from qcompress.schema.quantizers import Lsq
+from qcompress.system.distributed import Processes
+from qcompress.training.methods.protocols import Group, Moment
 
 
 def updated(stepper) -> tuple[dict[str, Tensor], list[Tensor], int]:

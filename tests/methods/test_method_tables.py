@@ -12,11 +12,11 @@ import torch
 from tiny import Line, token_ids
 from tiny_bert import encoder_line, save_encoder, token_inputs
 
-from qcompress.axes import AXES, ILLEGAL, METHODS, PHASES
-from qcompress.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 from qcompress.quant.codebook import CodebookWeight
 from qcompress.quant.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
-from qcompress.schema import Train
+from qcompress.schema.axes import AXES, ILLEGAL, METHODS, PHASES
+from qcompress.schema.recipe import Train
+from qcompress.training.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 
 TABLES = {
     "adapter": ADAPTERS,

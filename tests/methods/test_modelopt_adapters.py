@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
 from qcompress.errors import MachineError, ModelError
-from qcompress.methods import ADAPTERS
 from qcompress.models import load_tokenizer
-from qcompress.plan import plan_sites
-from qcompress.prepare import assemble, quantize
+from qcompress.models.plan import plan_sites
+from qcompress.models.prepare import assemble, quantize
 from qcompress.quant.layers import FixedScale, QuantizedWeight
 from qcompress.tasks import TASKS
+from qcompress.training.methods import ADAPTERS
 
 SITES = [f"transformer.h.{block}.ln_{norm}" for block in (0, 1) for norm in (1, 2)]
 W4 = {"weights": {"bits": 4, "block": 32}, "embeddings": "float"}
@@ -155,7 +155,7 @@ def test_readers_of_one_norm_share_the_mean_of_modelopts_scales(
     (first, second, *_) = plan_sites(made.recipe, made.architecture, made.plan)
     both = replace(first, readers=(*first.readers, *second.readers))
     scales = {first.readers[0]: torch.full((64,), 2.0), second.readers[0]: torch.full((64,), 4.0)}
-    monkeypatch.setattr("qcompress.methods.modelopt.pre_quant_scales", lambda *given: scales)
+    monkeypatch.setattr("qcompress.training.methods.modelopt.pre_quant_scales", lambda *given: scales)
     adapter = ADAPTERS["smoothquant"](made.recipe.adapter)
     adapter.fit(torch.nn.Identity(), made.plan, [both], list)
     assert torch.equal(adapter.found[first.writer], torch.full((64,), 3.0))
@@ -248,10 +248,11 @@ def test_a_machine_without_modelopt_is_told_the_command_before_anything_is_read(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        "qcompress.methods.modelopt.find_spec", lambda package: None if package == lost else found(package)
+        "qcompress.training.methods.modelopt.find_spec",
+        lambda package: None if package == lost else found(package),
     )
     made = line(adapter=name)
-    monkeypatch.setattr("qcompress.stages.train._read", None)
+    monkeypatch.setattr("qcompress.pipeline.stages.train._read", None)
     with pytest.raises(MachineError, match=f"adapter: {name} .*{lost} is not installed") as refused:
         made.train()
     assert "pip install nvidia-modelopt requests" in refused.value.fix
@@ -279,10 +280,10 @@ def test_a_resumed_run_takes_its_scales_from_the_checkpoint(
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr("qcompress.stages.train.run_model_phase", killed)
+        patch.setattr("qcompress.pipeline.stages.train.run_model_phase", killed)
         with pytest.raises(KilledError):
             made.train()
-    monkeypatch.setattr("qcompress.methods.modelopt.pre_quant_scales", killed)
+    monkeypatch.setattr("qcompress.training.methods.modelopt.pre_quant_scales", killed)
     made.train()
     tensors, expected = made.tensors(), whole.tensors()
     assert tensors.keys() == expected.keys()

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from qcompress.methods.plain import OneUpdate
-from qcompress.methods.protocols import Group, Moment
-from qcompress.options import PlainStepper
+from qcompress.schema.method_options import PlainStepper
+from qcompress.training.methods.plain import OneUpdate
+from qcompress.training.methods.protocols import Group, Moment
 
 MOMENT = Moment(seed=0, phase=0, block=0, step=0)
 START = {"weight": [3.0, 4.0], "scale": [300.0, 400.0], "other": [0.003, 0.004]}

@@ -15,18 +15,18 @@ from tiny import OUTLIER, WIDTH, Line, token_ids
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-import qcompress.stages.train
-from qcompress.adapter_options import QuadapterOptions
-from qcompress.methods import STEPPERS
-from qcompress.methods.plain import OneUpdate
-from qcompress.methods.quadapter import Quadapter, balanced
+import qcompress.pipeline.stages.train
 from qcompress.models import load_tokenizer
-from qcompress.observe import observe
-from qcompress.plan import plan_sites
-from qcompress.prepare import Prepared, initialise, quantize, rebuild
+from qcompress.models.plan import plan_sites
+from qcompress.models.prepare import Prepared, initialise, quantize, rebuild
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
+from qcompress.schema.adapters import QuadapterOptions
 from qcompress.tasks import TASKS
+from qcompress.training.methods import STEPPERS
+from qcompress.training.methods.plain import OneUpdate
+from qcompress.training.methods.quadapter import Quadapter, balanced
+from qcompress.training.observer import observe
 
 IDENTITY = {"name": "quadapter", "init": "identity"}
 SITES = [f"transformer.h.{block}.ln_{norm}" for block in (0, 1) for norm in (1, 2)]
@@ -147,7 +147,7 @@ def test_neither_phase_moves_a_weight_and_only_adapters_and_scales_get_gradients
             optimizer.zero_grad()
             return super().step(closure, optimizer, groups, taps, accelerator, moment)
 
-    monkeypatch.setattr(qcompress.stages.train, "quantize", remember)
+    monkeypatch.setattr(qcompress.pipeline.stages.train, "quantize", remember)
     monkeypatch.setitem(STEPPERS, "plain", Watching)
     made = line(method="quadapter", steps=3).train()
     assert len(touched) == 3 * 2 + 3  # three updates of each of two blocks, then three of the model

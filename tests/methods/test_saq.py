@@ -27,17 +27,17 @@ from tiny import Line, make_recipe
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from qcompress.codekey import code_digest
 from qcompress.errors import ModelError
-from qcompress.key_scope import no_result, unselected
-from qcompress.loop import taps_of
-from qcompress.methods import STEPPERS
-from qcompress.methods.ball import Ball, Perturbation, random_share
-from qcompress.methods.protocols import Moment
-from qcompress.parameter_roles import parameter_roles
-from qcompress.prepare import quantize
+from qcompress.models.prepare import quantize
+from qcompress.pipeline.key_scope import no_result, unselected
 from qcompress.quant.layers import Tap, tapped
 from qcompress.quant.learned_scale import unit_of
+from qcompress.system.fingerprint import code_digest
+from qcompress.training.loop import taps_of
+from qcompress.training.methods import STEPPERS
+from qcompress.training.methods.ball import Ball, Perturbation, random_share
+from qcompress.training.methods.protocols import Moment
+from qcompress.training.parameter_roles import parameter_roles
 
 FULL = ["weight", "bias", "norm", "weight-scale", "activation-scale"]
 
@@ -572,5 +572,5 @@ def test_another_methods_code_is_no_part_of_the_key(text_file: Path) -> None:
     every = set.union(*own.values())
     for method, files in own.items():
         unused = unselected(make_recipe(text_file, method=method), "train")
-        code = code_digest(["qcompress.stages.train"], no_result("train"), unused)
+        code = code_digest(["qcompress.pipeline.stages.train"], no_result("train"), unused)
         assert code.keys() & every == files

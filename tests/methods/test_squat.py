@@ -12,7 +12,7 @@ from small_net import Small, gradients_by_hand, plain, same, saq, small, squat
 from tiny import Line, token_ids
 from torch import Tensor
 
-from qcompress.options import Squat
+from qcompress.schema.method_options import Squat
 
 
 def split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

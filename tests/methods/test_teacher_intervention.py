@@ -18,18 +18,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from qcompress.keys import provenance
-from qcompress.methods import SCHEDULES
-from qcompress.methods.distillation import DistillationLoss, prediction_loss
-from qcompress.methods.protocols import Scene
-from qcompress.methods.signals import Watch
-from qcompress.methods.teacher_intervention import INTERVENTION, Intervention, mode_at
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture, Head
-from qcompress.options import Distillation, TeacherIntervention, TwoStep
-from qcompress.prepare import quantize
-from qcompress.schema import Train
-from qcompress.stages.export import export
+from qcompress.models.prepare import quantize
+from qcompress.pipeline.keys import provenance
+from qcompress.pipeline.stages.export import export
+from qcompress.schema.method_options import Distillation, TeacherIntervention, TwoStep
+from qcompress.schema.recipe import Train
+from qcompress.training.methods import SCHEDULES
+from qcompress.training.methods.distillation import DistillationLoss, prediction_loss
+from qcompress.training.methods.protocols import Scene
+from qcompress.training.methods.signals import Watch
+from qcompress.training.methods.teacher_intervention import INTERVENTION, Intervention, mode_at
 
 MODES = ("output", "context", "attention")
 FAMILY_NAMES = ("bert", "roberta", "distilbert")

@@ -16,14 +16,14 @@ from tiny_bert import WIDTH, EncoderLine, StandInExamples, encoder_line, save_en
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
-from qcompress.adapter_options import QuadapterOptions
-from qcompress.artifacts import read_json
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Architecture
-from qcompress.plan import plan_points, plan_sites, site_from_json, site_to_json
-from qcompress.prepare import Prepared, quantize
+from qcompress.models.plan import plan_points, plan_sites, site_from_json, site_to_json
+from qcompress.models.prepare import Prepared, quantize
 from qcompress.quant.layers import FixedScale, QuantizedWeight
-from qcompress.schema import Recipe
+from qcompress.schema.adapters import QuadapterOptions
+from qcompress.schema.recipe import Recipe
+from qcompress.system.artifacts import read_json
 
 ENCODERS = ("bert", "roberta", "distilbert")
 CHANNEL = 7

@@ -20,13 +20,13 @@ from tiny_nets import save_net
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from qcompress.artifacts import FloatModel
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Head
 from qcompress.models.files import read_tensors
-from qcompress.schema import Model
-from qcompress.stages.load import fingerprint, load
+from qcompress.pipeline.stages.load import fingerprint, load
+from qcompress.schema.recipe import Model
+from qcompress.system.artifacts import FloatModel
 
 Tensors = dict[str, Tensor]
 

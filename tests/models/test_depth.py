@@ -24,8 +24,8 @@ from qcompress.errors import ModelError
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import CAUSAL_LM, Head
 from qcompress.models.depth import SHARED, BlocksError, Depth, choose, owners
-from qcompress.schema import Model
-from qcompress.stages.load import fingerprint, load
+from qcompress.pipeline.stages.load import fingerprint, load
+from qcompress.schema.recipe import Model
 
 BLOCKS = 4
 FAMILIES_OF_ONE_SHAPE = ("gpt2", "bert", "roberta", "distilbert", "vit")

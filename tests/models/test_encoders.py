@@ -28,14 +28,14 @@ from tiny_bert import (
 from torch import Tensor, nn
 from transformers import AutoModel, BertForMaskedLM
 
-from qcompress.artifacts import read_json
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import CAUSAL_LM, Architecture, Head
-from qcompress.runners import float_runner
-from qcompress.schema import Model
-from qcompress.smoke import shorten
-from qcompress.stages.load import fingerprint, load
+from qcompress.parity.runners import float_runner
+from qcompress.pipeline.smoke import shorten
+from qcompress.pipeline.stages.load import fingerprint, load
+from qcompress.schema.recipe import Model
+from qcompress.system.artifacts import read_json
 
 ENCODERS = ("bert", "roberta", "distilbert")
 HEADS = {task: Head(task, LABELS) for task in (SEQUENCE, TOKEN)}
@@ -366,7 +366,7 @@ def test_norms_of_the_first_checkpoints_are_called_gamma_and_beta(text_file: Pat
 def test_a_shortened_checkpoint_is_the_first_blocks(
     kind: tuple[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qcompress.smoke.BLOCKS", 1)
+    monkeypatch.setattr("qcompress.pipeline.smoke.BLOCKS", 1)
     short = shorten(kind[0], source, tmp_path)
     architecture = describe(kind[0], short, HEADS[kind[1]])
     assert len(architecture.blocks) == 1 and architecture.new_head == ()

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES, describe, gpt2, load_tokenizer
-from qcompress.prepare import assemble, rebuild
-from qcompress.runners import float_runner
+from qcompress.models.prepare import assemble, rebuild
+from qcompress.parity.runners import float_runner
 
 KINDS: dict[str, dict[str, Any]] = {
     "tied": {},

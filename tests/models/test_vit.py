@@ -32,23 +32,23 @@ from tiny_vit import (
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
-from qcompress.artifacts import OnnxModel, read_json
 from qcompress.errors import ModelError
-from qcompress.layerwise import TIE, follow
-from qcompress.methods.protocols import Scene
-from qcompress.methods.teacher_intervention import Intervention
 from qcompress.models import FAMILIES, describe, first_blocks, vit
 from qcompress.models.architecture import OPERANDS, Head
 from qcompress.models.attention import open_attention
-from qcompress.observe import observe
-from qcompress.options import TeacherIntervention
-from qcompress.plan import rounded
-from qcompress.prepare import assemble
-from qcompress.schema import Build, Model
-from qcompress.smoke import shorten
-from qcompress.stages.build import build_file
-from qcompress.stages.export import export
-from qcompress.stages.load import fingerprint, load
+from qcompress.models.plan import rounded
+from qcompress.models.prepare import assemble
+from qcompress.parity.layerwise import TIE, follow
+from qcompress.pipeline.smoke import shorten
+from qcompress.pipeline.stages.build import build_file
+from qcompress.pipeline.stages.export import export
+from qcompress.pipeline.stages.load import fingerprint, load
+from qcompress.schema.method_options import TeacherIntervention
+from qcompress.schema.recipe import Build, Model
+from qcompress.system.artifacts import OnnxModel, read_json
+from qcompress.training.methods.protocols import Scene
+from qcompress.training.methods.teacher_intervention import Intervention
+from qcompress.training.observer import observe
 
 OLD = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
 
@@ -399,8 +399,8 @@ def test_a_resumed_run_sees_the_images_that_an_uninterrupted_one_sees(line: Call
         pass
 
     with pytest.MonkeyPatch.context() as patch:
-        from qcompress import loop
-        from qcompress.checkpoint import Checkpoints
+        from qcompress.training import loop
+        from qcompress.training.checkpoint import Checkpoints
 
         patch.setattr(Checkpoints, "due", lambda self: True)
         real, count = loop.advance, [0]

@@ -10,7 +10,7 @@ from qcompress.quant.affine import Grid
 from qcompress.quant.batchnorm import fold_batch_norm, statistics
 from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.quantizers import LsqWeight
-from qcompress.quantizer_options import Lsq
+from qcompress.schema.quantizers import Lsq
 
 
 def made(bits: int, bias: bool, seed: int = 0) -> tuple[QuantizedConv, nn.BatchNorm2d, Tensor]:

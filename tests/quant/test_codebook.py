@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompress.formats import CodebookFormat
 from qcompress.quant.codebook import TABLE, CodebookWeight, FrozenCodebook, to_vectors
 from qcompress.quant.folded_codebook import FoldedCodebook
 from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear
 from qcompress.quant.noise import QuantNoise
-from qcompress.quantizer_options import Codebook, Noise
+from qcompress.schema.formats import CodebookFormat
+from qcompress.schema.quantizers import Codebook, Noise
 
 OUT, IN, BLOCK, K = 12, 16, 4, 8
 

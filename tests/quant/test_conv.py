@@ -15,7 +15,7 @@ from qcompress.quant.folded_conv import FoldedConv, FoldedKernel
 from qcompress.quant.layers import QuantizedLinear, Tap, tapped
 from qcompress.quant.quantizers import FrozenActivation, LsqWeight, MinMaxWeight
 from qcompress.quant.ternary import TernaryWeight
-from qcompress.quantizer_options import Lsq, MinMax, Ternary
+from qcompress.schema.quantizers import Lsq, MinMax, Ternary
 
 GEOMETRIES = {
     "3x3": {"kernel_size": 3, "padding": 1},

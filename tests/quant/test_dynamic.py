@@ -10,7 +10,7 @@ from torch import Tensor
 from qcompress.errors import ContractError
 from qcompress.quant.dynamic import DynamicActivation
 from qcompress.quant.quantizers import FrozenActivation
-from qcompress.quantizer_options import Dynamic
+from qcompress.schema.quantizers import Dynamic
 
 INT8 = (-128, 127)
 

@@ -14,7 +14,7 @@ from qcompress.quant.affine import Grid
 from qcompress.quant.learned_scale import PARAMETRIZATIONS, LearnedScale
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
 from qcompress.quant.ranges import Statistics
-from qcompress.quantizer_options import Lsq
+from qcompress.schema.quantizers import Lsq
 
 SHAPE, BLOCK = torch.Size((16, 32)), 8
 BOUNDS = (-8, 7)

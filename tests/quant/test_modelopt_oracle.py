@@ -18,7 +18,7 @@ from qcompress.quant.affine import Grid, to_codes
 from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.quantizers import MinMaxActivation, MinMaxWeight
 from qcompress.quant.ranges import Statistics
-from qcompress.quantizer_options import MinMax
+from qcompress.schema.quantizers import MinMax
 from qcompress.tasks import TASKS
 
 pytestmark = [

@@ -10,7 +10,7 @@ from qcompress.quant.affine import Grid, fake_quantize
 from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear
 from qcompress.quant.noise import LEVELS, QuantNoise, random_mask
 from qcompress.quant.quantizers import LsqWeight, MinMaxWeight
-from qcompress.quantizer_options import Lsq, MinMax, Noise
+from qcompress.schema.quantizers import Lsq, MinMax, Noise
 
 OUT, IN = 24, 16
 BOUNDS = (-8, 7)

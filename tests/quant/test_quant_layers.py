@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcompress.formats import WeightFormat
 from qcompress.quant.affine import Grid
 from qcompress.quant.folded import (
     FoldedEmbedding,
@@ -38,7 +37,8 @@ from qcompress.quant.quantizers import (
     LsqWeight,
     MinMaxWeight,
 )
-from qcompress.quantizer_options import Lsq, MinMax, Ternary
+from qcompress.schema.formats import WeightFormat
+from qcompress.schema.quantizers import Lsq, MinMax, Ternary
 
 FORMATS = {
     "int8": WeightFormat(bits=8),

@@ -9,7 +9,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from qcompress.axes import AXES
 from qcompress.quant.affine import Grid, fake_quantize
 from qcompress.quant.layers import ChannelScale
 from qcompress.quant.quantizers import (
@@ -19,7 +18,8 @@ from qcompress.quant.quantizers import (
     FrozenWeight,
 )
 from qcompress.quant.ranges import Statistics
-from qcompress.quantizer_options import Lsq, MinMax, Quantizers
+from qcompress.schema.axes import AXES
+from qcompress.schema.quantizers import Lsq, MinMax, Quantizers
 
 OPTIONS = {"minmax": MinMax, "lsq": Lsq}
 INT8, INT4 = (-128, 127), (-8, 7)

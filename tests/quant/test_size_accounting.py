@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from qcompress.formats import CodebookFormat
+from qcompress.schema.formats import CodebookFormat
 
 MIB = 2**20
 WIDTH, INNER, LAYERS, VOCABULARY, CUTOFFS = 1024, 4096, 16, 267_744, (20_000, 60_000)

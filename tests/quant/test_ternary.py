@@ -10,7 +10,7 @@ from torch import Tensor
 from qcompress.quant.affine import Grid
 from qcompress.quant.quantizers import FrozenWeight, TernaryWeight
 from qcompress.quant.ranges import TINY
-from qcompress.quantizer_options import Ternary
+from qcompress.schema.quantizers import Ternary
 
 TERNARY = (-1, 1)
 GRIDS = {

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qcompress.report.hosts import annotations, code_quality, step_summary
-from qcompress.report.junit import junit
+from qcompress.verdict.junit import junit
 
 PASSED = {
     "metric": "test.accuracy", "goal": {"max-degradation": 0.01}, "value": 0.9, "baseline": 0.9, "loss": 0.0,

@@ -16,17 +16,17 @@ from lines import cli
 from scipy import stats
 from sklearn import metrics
 
-from qcompress.artifacts import read_json, write_json
-from qcompress.finished import load
-from qcompress.goals import Gate, Goal
-from qcompress.recipe import dump_recipe
-from qcompress.regression.decide import decide
-from qcompress.regression.standing import read_standing
-from qcompress.regression.statistics import ALPHA, loss_of, mcnemar_exact, share_interval
-from qcompress.report.measured import measured
-from qcompress.samples import pack_samples, read_samples, write_samples
-from qcompress.schema import Recipe
-from qcompress.stages.gate import write_verdict
+from qcompress.parity.sample_results import pack_samples, read_samples, write_samples
+from qcompress.pipeline.stages.gate import write_verdict
+from qcompress.recipe.load import dump_recipe
+from qcompress.schema.goals import Gate, Goal
+from qcompress.schema.recipe import Recipe
+from qcompress.system.artifacts import read_json, write_json
+from qcompress.verdict.baseline.decide import decide
+from qcompress.verdict.baseline.snapshot import read_standing
+from qcompress.verdict.baseline.statistics import ALPHA, loss_of, mcnemar_exact, share_interval
+from qcompress.verdict.measured import measured
+from qcompress.verdict.run_directory import load
 
 LANGUAGES = ["de", "fr", "it", None]
 COUNT = 400

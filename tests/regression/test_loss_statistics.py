@@ -10,8 +10,8 @@ import pytest
 from scipy import optimize, stats
 from sklearn import metrics
 
-from qcompress.goals import Goal
-from qcompress.regression.statistics import (
+from qcompress.schema.goals import Goal
+from qcompress.verdict.baseline.statistics import (
     ALPHA,
     Loss,
     as_measured,
@@ -21,7 +21,7 @@ from qcompress.regression.statistics import (
     share_interval,
     tango_score,
 )
-from qcompress.report.replicates import REPLICATES, draw_counts
+from qcompress.verdict.replicates import REPLICATES, draw_counts
 
 
 def goal(**limits: float) -> Goal:

@@ -61,7 +61,7 @@ class Refuse:
             raise ModuleNotFoundError(f"refused: {name}")
 
 sys.meta_path.insert(0, Refuse())
-from qcompress.cli import app
+from qcompress.cli.main import app
 app(["report", *sys.argv[1:]], standalone_mode=False)
 """
 

@@ -10,11 +10,11 @@ import pytest
 from lines import Project, cli, make_project
 from transformers import GPT2LMHeadModel
 
-import qcompress.sensitivity.measure as measure
+import qcompress.pipeline.sensitivity.measure as measure
 from qcompress import api
 from qcompress.errors import UsageError
-from qcompress.sensitivity.controls import other_costs
-from qcompress.sensitivity.mixture import Choice
+from qcompress.pipeline.sensitivity.controls import other_costs
+from qcompress.pipeline.sensitivity.mixture import Choice
 
 OPTIONS: dict[str, Any] = {
     "formats": ("int8", "int4-g32"), "samples": 4, "fresh": 6, "seed": 3, "wins": False,

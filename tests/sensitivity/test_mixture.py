@@ -8,7 +8,7 @@ import random
 import pytest
 
 from qcompress.errors import UsageError
-from qcompress.sensitivity.mixture import Choice, choose
+from qcompress.pipeline.sensitivity.mixture import Choice, choose
 
 
 def instance(seed: int) -> dict[str, dict[str, Choice]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qcompress.sensitivity.sampling import Sampling
+from qcompress.pipeline.sensitivity.sampling import Sampling
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1, 2])

@@ -16,13 +16,13 @@ from lines import Project, cli, make_project
 from transformers import GPT2LMHeadModel
 
 from qcompress import api
-from qcompress.artifacts import read_json
 from qcompress.errors import RecipeError, UsageError
-from qcompress.formats import WeightFormat
 from qcompress.models import describe
-from qcompress.sensitivity.candidates import parse_format, stored_bytes
-from qcompress.sensitivity.measure import Cost, divergence
-from qcompress.sensitivity.study import fragment
+from qcompress.pipeline.sensitivity.candidates import parse_format, stored_bytes
+from qcompress.pipeline.sensitivity.measure import Cost, divergence
+from qcompress.pipeline.sensitivity.study import fragment
+from qcompress.schema.formats import WeightFormat
+from qcompress.system.artifacts import read_json
 from qcompress.tasks import TASKS
 
 SAMPLES = 5
@@ -84,7 +84,7 @@ def stock(project: Project) -> Any:
     """Mean divergence of stock GPT-2 with some weights replaced, on the calibration windows."""
     recipe = yaml.safe_load(project.recipe.read_text())
     task = TASKS["causal-lm"]
-    from qcompress.recipe import load_recipe
+    from qcompress.recipe.load import load_recipe
 
     loaded = load_recipe(project.recipe).recipe
     reader = task.reader(project.folder / "model")

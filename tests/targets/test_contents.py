@@ -13,8 +13,8 @@ from graphs import GPT2_SMALL, Graph, Shape, decoder, linear, save, tensor_value
 from lines import QUICK, Exported, cli, exported
 from onnx import TensorProto, helper
 
-from qcompress.artifacts import read_json
-from qcompress.targets.contents import DECODERS, contents
+from qcompress.graph.inspect import DECODERS, contents
+from qcompress.system.artifacts import read_json
 
 WIDE = Shape(blocks=1, width=256, vocabulary=4096, context=64)
 

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 
-from qcompress.targets.device import compute_capability
+from qcompress.system.gpu import compute_capability
 
 
 class Driver:

@@ -12,9 +12,9 @@ import pytest
 from graphs import linear, save
 from tensorrt_api import NAMES
 
-from qcompress.targets import builder
-from qcompress.targets.builder import Phases
-from qcompress.targets.table import TARGETS
+from qcompress.engine import builder
+from qcompress.engine.builder import Phases
+from qcompress.schema.targets import TARGETS
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 TREE = ast.parse(Path(builder.__file__).read_text(encoding="utf-8"))
@@ -174,7 +174,7 @@ def run_builder(folder: Path, **changes: object) -> tuple[list[dict], subprocess
         **changes,
     }
     (folder / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-m", "qcompress.targets.builder", str(folder / "spec.json")]
+    command = [sys.executable, "-m", "qcompress.engine.builder", str(folder / "spec.json")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return [json.loads(line) for line in run.stdout.splitlines()], run
 
@@ -238,7 +238,7 @@ def test_a_refused_node_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("taken_mib", "fits"), [(32, True), (256, False)])
 def test_memory_is_limited_beyond_what_is_in_use(taken_mib: int, fits: bool) -> None:
     code = (
-        "from qcompress.targets.builder import limit_memory\n"
+        "from qcompress.engine.builder import limit_memory\n"
         "before = bytearray(200 * 2**20)\n"  # stands for the libraries
         "limit_memory(128)\n"
         f"more = bytearray({taken_mib} * 2**20)\n"
@@ -252,7 +252,7 @@ def test_memory_is_limited_beyond_what_is_in_use(taken_mib: int, fits: bool) -> 
 def test_native_prints_do_not_disturb_the_events(tmp_path: Path) -> None:
     code = (
         "import os\n"
-        "from qcompress.targets.builder import Channel\n"
+        "from qcompress.engine.builder import Channel\n"
         "channel = Channel()\n"
         "os.write(1, b'printed by a library')\n"
         "print('printed by Python', flush=True)\n"

@@ -7,10 +7,10 @@ import pytest
 from graphs import Graph, Shape, decoder, linear, quantize_activation, save, tensor_value
 from onnx import TensorProto, helper
 
+from qcompress.engine.profiles import model_context, profile_shapes
 from qcompress.errors import UsageError
-from qcompress.schema import Profile
-from qcompress.targets.graph import View, read
-from qcompress.targets.profiles import model_context, profile_shapes
+from qcompress.graph.view import View, read
+from qcompress.schema.recipe import Profile
 
 SHORT = Profile(batch=[1, 2, 4], sequence=[1, 32, 64])
 

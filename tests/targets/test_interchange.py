@@ -25,10 +25,10 @@ from float_models import BIASES, CHANNELS, WEIGHTS, convolutions, matmuls, sampl
 from graphs import save
 from lines import cli, plain_session
 
-from qcompress.targets.contents import contents
-from qcompress.targets.lint import lint
-from qcompress.targets.rules import RULES
-from qcompress.targets.table import TARGETS
+from qcompress.graph.inspect import contents
+from qcompress.graph.lint.lint import lint
+from qcompress.graph.lint.rules import RULES
+from qcompress.schema.targets import TARGETS
 
 DATA = Path(__file__).parents[1] / "data"
 EVIDENCE = {rule.id: rule.evidence for rule in RULES}

@@ -16,9 +16,9 @@ from lint_cases import SOUND as SOUND_QUANTIZED
 from lint_cases import Case, Make, bf16, float_matmul, int2_matmul, small
 from unsound_cases import SOUND_GRAPHS, UNSOUND, optional_input, optional_output
 
-from qcompress.targets.lint import lint
-from qcompress.targets.rules import RULES, Rule
-from qcompress.targets.table import TARGETS
+from qcompress.graph.lint.lint import lint
+from qcompress.graph.lint.rules import RULES, Rule
+from qcompress.schema.targets import TARGETS
 
 CASES = (*UNSOUND, *QUANTIZED)
 SOUND = {**SOUND_GRAPHS, **SOUND_QUANTIZED}

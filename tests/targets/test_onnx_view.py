@@ -10,10 +10,10 @@ from graphs import Graph, decoder, linear, save, tensor_value
 from onnx import TensorProto, helper
 
 from qcompress.errors import ExportError
-from qcompress.targets.graph import read
-from qcompress.targets.lint import lint
-from qcompress.targets.rules import RULES
-from qcompress.targets.table import TARGETS
+from qcompress.graph.lint.lint import lint
+from qcompress.graph.lint.rules import RULES
+from qcompress.graph.view import read
+from qcompress.schema.targets import TARGETS
 
 ADA = TARGETS["rtx-ada"]
 

@@ -12,9 +12,9 @@ from graphs import Graph, dequantize_weight, linear, save, tensor_value
 from onnx import TensorProto
 
 from qcompress.errors import ExportError
-from qcompress.targets.graph import View, read
-from qcompress.targets.plan_content import float_copies
-from qcompress.targets.sizes import check_plan
+from qcompress.graph.plan_content import float_copies
+from qcompress.graph.sizes import check_plan
+from qcompress.graph.view import View, read
 
 SHAPE = (192, 256)
 

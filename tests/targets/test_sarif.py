@@ -10,9 +10,9 @@ from lines import cli
 from lint_cases import CASES, Case
 
 import qcompress
-from qcompress.targets.lint import lint
-from qcompress.targets.rules import RULES
-from qcompress.targets.table import TARGETS
+from qcompress.graph.lint.lint import lint
+from qcompress.graph.lint.rules import RULES
+from qcompress.schema.targets import TARGETS
 
 LEVELS = {"refused": "error", "changed": "error", "slow": "warning"}
 

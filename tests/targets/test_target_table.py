@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 
 from qcompress.errors import UsageError
-from qcompress.formats import ActivationFormat, WeightFormat
 from qcompress.models.architecture import Layer
-from qcompress.plan import LayerPlan
-from qcompress.targets.table import TARGETS, Refusal, find_target, refusals
+from qcompress.models.plan import LayerPlan
+from qcompress.schema.formats import ActivationFormat, WeightFormat
+from qcompress.schema.targets import TARGETS, Refusal, find_target, refusals
 
 INT8, INT4 = WeightFormat(bits=8), WeightFormat(bits=4, block=128)
 SHORT_BLOCKS = WeightFormat(bits=4, block=64)

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from qcompress.errors import UsageError
-from qcompress.goals import METRICS
 from qcompress.models import FAMILIES, load_tokenizer
-from qcompress.schema import CausalLm, TextData
+from qcompress.schema.goals import METRICS
+from qcompress.schema.recipe import CausalLm, TextData
 from qcompress.tasks import TASKS
 from qcompress.tasks.causal_lm import Window, collate, examples, loss, measure, metrics, samples, tokenize
 

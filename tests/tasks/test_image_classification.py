@@ -19,11 +19,11 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from qcompress.data_options import Augment
 from qcompress.errors import ModelError, UsageError
 from qcompress.models import load_processor
 from qcompress.models.architecture import Head
-from qcompress.schema import ImageClassification, Recipe, TextData
+from qcompress.schema.data import Augment
+from qcompress.schema.recipe import ImageClassification, Recipe, TextData
 from qcompress.tasks import TASKS, image_classification
 from qcompress.tasks.images import Picture, Reader, open_image, read_pictures, shaped, varied
 from qcompress.tasks.text import fingerprint

@@ -15,9 +15,9 @@ import pytest
 from pyarrow import parquet
 from word_tokenizer import word_tokenizer
 
-from qcompress.data_options import Columns, TextData
 from qcompress.errors import UsageError
-from qcompress.task_options import ImageClassification, SequenceClassification, TokenClassification
+from qcompress.schema.data import Columns, TextData
+from qcompress.schema.tasks import ImageClassification, SequenceClassification, TokenClassification
 from qcompress.tasks import image_classification, sequence_classification, token_classification
 from qcompress.tasks.labels import Labels
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from qcompress.goals import BEST, METRICS
-from qcompress.schema import CausalLm, ImageClassification, SequenceClassification, TokenClassification
+from qcompress.schema.goals import BEST, METRICS
+from qcompress.schema.recipe import CausalLm, ImageClassification, SequenceClassification, TokenClassification
 from qcompress.tasks.scores import agreement, scores, span_f1, spans
 
 LABELS, ANSWERS = [1, 1, 1, 0, 0, 1, 0, 1], [1, 0, 1, 0, 1, 1, 0, 1]

@@ -15,7 +15,7 @@ from word_tokenizer import CLS, FIRST, PAD, SEP, WORDS, word_tokenizer
 
 from qcompress.errors import UsageError
 from qcompress.models.architecture import Head
-from qcompress.schema import CausalLm, SequenceClassification, TextData
+from qcompress.schema.recipe import CausalLm, SequenceClassification, TextData
 from qcompress.tasks import TASKS
 from qcompress.tasks.examples import inputs_of
 from qcompress.tasks.sequence_classification import (

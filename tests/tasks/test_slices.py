@@ -12,7 +12,7 @@ import pytest
 from pyarrow import Table, parquet
 
 from qcompress.errors import UsageError
-from qcompress.schema import (
+from qcompress.schema.recipe import (
     CausalLm,
     ImageClassification,
     SequenceClassification,

@@ -14,8 +14,8 @@ import pytest
 from pyarrow import Table, parquet
 
 from qcompress.errors import UsageError
-from qcompress.glue import GLUE
-from qcompress.schema import SequenceClassification, TextData, TokenClassification
+from qcompress.schema.glue import GLUE
+from qcompress.schema.recipe import SequenceClassification, TextData, TokenClassification
 from qcompress.tasks import sequence_classification, token_classification
 from qcompress.tasks.labels import Labels
 from qcompress.tasks.table import ColumnError, Wanted, read_table, read_whole

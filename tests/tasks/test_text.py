@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from qcompress.errors import UsageError
-from qcompress.schema import TextData
+from qcompress.schema.recipe import TextData
 from qcompress.tasks.text import fingerprint, read_lines, read_text
 
 ROWS = ["First line.", "", "Third: \u00e9\u4e16\u754c", "last"]

@@ -16,7 +16,7 @@ from word_tokenizer import CLS, FIRST, PAD, SEP, WORDS, word_tokenizer
 
 from qcompress.errors import UsageError
 from qcompress.models.architecture import Head
-from qcompress.schema import TextData, TokenClassification
+from qcompress.schema.recipe import TextData, TokenClassification
 from qcompress.tasks.token_classification import (
     collate,
     compared,

@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import qcompress
-from qcompress.digests import Seen, differs
-from qcompress.placed import read_placed, write_placed
+from qcompress.system.digests import Seen, differs
+from qcompress.system.placed import read_placed, write_placed
 
 PACKAGES = ("jinja2", "matplotlib")
 

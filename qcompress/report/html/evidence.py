@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcompress import strict_json
-from qcompress.artifacts import read_json
-from qcompress.finished import LoadedRun, load
 from qcompress.report.html.figures import Document
+from qcompress.system import strict_json
+from qcompress.system.artifacts import read_json
+from qcompress.verdict.run_directory import LoadedRun, load
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qcompress import strict_json
 from qcompress.report.ladder import spell
+from qcompress.system import strict_json
 
 MIB = 2**20
 

@@ -8,7 +8,7 @@ from qcompress.report.html import charts
 from qcompress.report.html.evidence import Evidence
 from qcompress.report.html.figures import Document
 from qcompress.report.html.parts import Cell, Chart, Section, Table, table
-from qcompress.schema import STAGES
+from qcompress.schema.recipe import STAGES
 
 FINDING = ("severity", "rule", "layer", "found", "consequence", "fix")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import qcompress
 from qcompress.errors import MachineError, UsageError
-from qcompress.places import demand_place, write_named
 from qcompress.report.html import distributed, judged, logged, made, rungs, several, weighed
 from qcompress.report.html.evidence import Evidence, evidence
 from qcompress.report.html.parts import Section
-from qcompress.report.measured import arm_and_runs
+from qcompress.system.places import demand_place, write_named
+from qcompress.verdict.measured import arm_and_runs
 
 NAME = "report.html"
 

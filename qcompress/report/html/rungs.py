@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from qcompress.errors import QcompressError
-from qcompress.goals import METRICS, Goal
-from qcompress.regression.statistics import Loss, loss_of
 from qcompress.report.html import charts
 from qcompress.report.html.evidence import Evidence
 from qcompress.report.html.figures import Figure, computed
 from qcompress.report.html.parts import Cell, Chart, Section, Table, table
 from qcompress.report.ladder import BESIDE, HELD, cost_of_static, order_metrics, ties
-from qcompress.report.measured import Measured, measured
+from qcompress.schema.goals import METRICS, Goal
+from qcompress.verdict.baseline.statistics import Loss, loss_of
+from qcompress.verdict.measured import Measured, measured
 
 NO_LOSS = Goal.model_validate({"percent-max-degradation": 0})
 """The unit of a loss: percent of the reference."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qcompress.errors import QcompressError
-from qcompress.regression.statistics import Loss
 from qcompress.report.html import charts
 from qcompress.report.html.evidence import Evidence
 from qcompress.report.html.parts import Cell, Chart, Section, table
 from qcompress.report.html.rungs import LOSS, SURE, last_measured, loss, loss_cells, loss_chart, main_metrics
 from qcompress.report.html.weighed import FILES
 from qcompress.report.ladder import not_measured
-from qcompress.report.measured import Measured, measured
-from qcompress.schema import STAGES
+from qcompress.schema.recipe import STAGES
+from qcompress.verdict.baseline.statistics import Loss
+from qcompress.verdict.measured import Measured, measured
 
 
 def sections(runs: Sequence[Evidence]) -> list[Section]:

@@ -1,0 +1,1 @@
+"""The commands of `qcompress`, and what only they do: `init`, `bundle`, `doctor`, predictions."""

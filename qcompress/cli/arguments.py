@@ -1,0 +1,46 @@
+"""Arguments that the commands of `cli.py` take, with their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from qcompress.cli.completion import words
+from qcompress.schema.export import Build
+from qcompress.schema.targets import TARGETS
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
+OnnxFile = Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)]
+TargetName = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        help="A device; `qcompress list targets`.",
+        show_default=False,
+        autocompletion=words(TARGETS),
+    ),
+]
+RunFolder = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
+Out = Annotated[Path, typer.Option(help="Where runs go.")]
+Cache = Annotated[
+    Path | None, typer.Option(help="Where finished stages go; default OUT/.cache.", show_default=False)
+]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: a.b=c.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Profiles = Annotated[
+    str | None,
+    typer.Option(help="JSON list of {batch: [min, opt, max], sequence: [...]}.", show_default=False),
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="For later versions of TensorRT too.")
+]
+LEVELS = get_args(Build.model_fields["hardware_compatibility"].annotation)
+HardwareLevel = Annotated[
+    str,
+    typer.Option(help="none, ampere-plus or same-compute-capability.", autocompletion=words(LEVELS)),
+]
+TimingCache = Annotated[
+    Path | None, typer.Option(help="What the builder timed: read, and written.", show_default=False)
+]

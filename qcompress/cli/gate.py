@@ -1,0 +1,120 @@
+"""The commands `gate` and `baseline promote`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qcompress import api
+from qcompress.cli.arguments import AsJson, RunFolder
+from qcompress.cli.completion import words
+from qcompress.cli.terminal import console, errors, print_json, refresh_report, report_run
+from qcompress.errors import UsageError
+from qcompress.pipeline.stages.gate import exit_code
+from qcompress.report.gated import print_gate
+from qcompress.report.hosts import annotations, code_quality, step_summary
+from qcompress.schema.recipe import ROWS
+from qcompress.system import strict_json
+from qcompress.system.places import append_whole, demand_place, write_named
+from qcompress.system.printable import command, say
+from qcompress.verdict.junit import junit
+
+baseline = typer.Typer(
+    name="baseline", help="What later runs are held against.", no_args_is_help=True, add_completion=False
+)
+
+_FILE = {"show_default": False, "dir_okay": False}
+
+
+def gate(
+    candidate: Annotated[Path, typer.Option(help="The run to judge.", show_default=False)],
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="A run, or a file of `baseline promote`, to judge it against.", show_default=False),
+    ] = None,
+    goals: Annotated[
+        Path | None, typer.Option(help="YAML with a section `gate` in place of the baseline's.", **_FILE)
+    ] = None,
+    junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML.", **_FILE)] = None,
+    code_quality_file: Annotated[
+        Path | None, typer.Option("--code-quality", help="Write GitLab's code quality report.", **_FILE)
+    ] = None,
+    github: Annotated[
+        bool, typer.Option("--github", help="Print GitHub's annotations, append to its step summary.")
+    ] = False,
+    recipe_file: Annotated[
+        str, typer.Option("--recipe-file", help="What annotations point at, from the repository's root.")
+    ] = "recipe.yaml",
+    as_json: AsJson = False,
+) -> None:
+    """Judge a run by the goals of its recipe, or against a baseline by the baseline's goals."""
+    with errors():
+        summary = os.environ.get("GITHUB_STEP_SUMMARY") if github else None
+        for file in (junit_file, code_quality_file, Path(summary) if summary else None):
+            if file is not None:
+                demand_place(file)
+        if baseline is None:
+            if goals is not None:
+                raise UsageError("--goals replaces the goals of a baseline", fix="name it with --baseline")
+            verdict = api.gate(candidate)
+        else:
+            verdict = api.gate_against(baseline, candidate, goals=goals)
+        name = api.load(candidate).recipe.name
+        if junit_file is not None:
+            write_named(junit_file, junit(verdict, name))
+        if code_quality_file is not None:
+            issues = code_quality(verdict, recipe_file)
+            write_named(code_quality_file, strict_json.dumps(issues, indent=2, sort_keys=True) + "\n")
+        if github:
+            _tell_github(verdict, name, recipe_file, as_json)
+        if baseline is None:
+            report_run(candidate, verdict["verdict"], as_json)
+        refresh_report(candidate)
+        if as_json:
+            print_json(verdict)
+        else:
+            print_gate(console(), verdict)
+        raise typer.Exit(exit_code(verdict["verdict"], verdict["on_inconclusive"]))
+
+
+def _tell_github(verdict: dict[str, Any], name: str, recipe_file: str, as_json: bool) -> None:
+    """Annotations go where no JSON is; GitHub reads both streams."""
+    for line in annotations(verdict, recipe_file):
+        command(line, stderr=as_json)
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        append_whole(Path(summary), step_summary(verdict, name))
+
+
+@baseline.command()
+def promote(
+    folder: RunFolder,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("baseline.json"),
+    row: Annotated[
+        str | None,
+        typer.Option(
+            help="Row of the ladder; default: the last measured.",
+            show_default=False,
+            autocompletion=words(ROWS),
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Take a run whose own verdict is not accept.")
+    ] = False,
+) -> None:
+    """Make the file that later runs are held against: small enough to commit, and it needs no run."""
+    with errors():
+        standing = api.promote(folder, out, row=row, force=force)
+        say(f"{standing.recipe}, row {standing.row}: {out}, {out.stat().st_size / 1000:.0f} kB")
+        if not standing.goals.regression:
+            from qcompress.verdict.baseline.decide import (  # scipy takes most of a second
+                BEGIN,
+                lacking,
+                suggestion,
+            )
+
+            refused = f"`gate --baseline {out}` will end with exit code 2"
+            say(f"warning: {lacking(standing)}: {refused}", stderr=True)
+            say(f"  fix: {BEGIN}:\n{suggestion(standing)}", stderr=True)

@@ -1,0 +1,208 @@
+"""The text of a first recipe: YAML with a comment where a person will want to change something. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from qcompress.cli.init.asked import Asked
+from qcompress.cli.init.choose import CALIBRATION, Choice
+from qcompress.cli.init.data import Found, ImagesFound, TableFound, TextFound
+from qcompress.schema.axes import METHODS, PHASES
+from qcompress.schema.formats import FORMAT_PRESETS
+
+PLAIN = re.compile(r"[A-Za-z_./][\w./-]*( [\w./-]+)*")
+WORDS = {"true", "false", "null", "yes", "no", "on", "off", "none", "nan", "inf", "y", "n"}
+
+WINDOWS = 256
+"""Sequences that a language model is measured on."""
+
+WIDE = 768
+"""Width of a model that is fine-tuned more slowly."""
+
+
+def flow(value: Any) -> str:
+    """A value in one line of YAML.
+
+    >>> flow({"table": ["a b.csv"], "columns": {"label": "yes"}, "limit": 8})
+    '{table: [a b.csv], columns: {label: "yes"}, limit: 8}'
+    """
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{flow(key)}: {flow(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    if isinstance(value, str) and PLAIN.fullmatch(value) and value.casefold() not in WORDS:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def recipe_text(
+    asked: Asked, choice: Choice, found: Found, origin: dict[str, str], files: dict[str, Path], as_float: bool
+) -> str:
+    """The recipe; `as_float`: the one that fine-tunes a float model first. `origin`: `source` or `run`."""
+    folder = asked.out.parent
+    name = f"{choice.name}-float" if as_float and "float" in files else choice.name
+    method = "float" if as_float else choice.method
+    lines = _head(asked, choice, found, files, as_float)
+    lines += [f"name: {name}", "seed: 0"]
+    lines.append(f"model: {flow({'family': choice.fit.architecture.family, **origin})}")
+    lines += _task(choice)
+    lines += _data(choice, found, folder, files, method)
+    lines += _format(choice, as_float)
+    if not as_float:
+        lines.append(f"# {choice.why['method']}")
+    lines.append(f"method: {method}")
+    lines += _train(choice, method)
+    if as_float:
+        lines.append("build: {here: never}    # the quantized model is what is built")
+    else:
+        lines += _build(asked, choice)
+    lines.append(f"verify: {flow({'batch_size': 32 if choice.context and choice.context <= 128 else 8})}")
+    return "\n".join([*lines, *_gate(choice, as_float)]) + "\n"
+
+
+def _head(asked: Asked, choice: Choice, found: Found, files: dict[str, Path], as_float: bool) -> list[str]:
+    lines = [f"# yaml-language-server: $schema={files['schema'].name}"] if "schema" in files else []
+    what = "fine-tuned in float" if as_float else f"in the format {choice.format}"
+    about = asked.data.name if not asked.data.is_dir() else asked.data.resolve().name
+    lines.append(f"# {choice.fit.architecture.family} on {about}, {what}; made by `qcompress init`.")
+    if choice.head_is_new and as_float:
+        then = f", and {asked.out.name} quantizes its run" if "float" in files else ""
+        lines += _wrapped(f"Head: {choice.fit.why}. That is this recipe{then}.")
+        lines += _wrapped(
+            "Read: `float` is the checkpoint with the untrained head; `trained` is what counts."
+        )
+    elif choice.head_is_new:
+        lines += _wrapped(f"Model: the run of {files['float'].name}, which must come first.")
+    for note in choice.notes:
+        lines += _wrapped(f"Note: {note}.")
+    return [*lines, "#"]
+
+
+def _wrapped(text: str) -> list[str]:
+    lines, line = [], "#"
+    for word in text.split():
+        if len(line) + len(word) > 105:
+            lines.append(line)
+            line = "#  "
+        line += f" {word}"
+    return [*lines, line]
+
+
+def _task(choice: Choice) -> list[str]:
+    task: dict[str, Any] = {"name": choice.task}
+    if choice.task == "sequence-classification" and choice.kind != "single":
+        task["kind"] = choice.kind
+    if choice.fit.labels is not None and choice.kind != "regression":
+        task["labels"] = list(choice.fit.labels)
+    if choice.labels_are is not None and choice.kind != "regression":
+        task["labels_are"] = choice.labels_are
+    if choice.context is not None:
+        task["context"] = choice.context
+    return [f"# {choice.why['context']}", f"task: {flow(task)}"]
+
+
+def _data(choice: Choice, found: Found, folder: Path, files: dict[str, Path], method: str) -> list[str]:
+    train, test = _origins(choice, found, folder, files)
+    calibration = {**train, "limit": CALIBRATION}
+    lines = [f"# {_about_data(choice, found)}", "data:"]
+    if not (isinstance(found, TextFound) and choice.task != "causal-lm"):
+        about = "" if PHASES[METHODS[method]["schedule"]] else "    # for methods that train"
+        lines.append(f"  train: {flow(train)}{about}")
+    if method != "float":
+        lines.append(f"  calibration: {flow(calibration)}")
+    return [*lines, "  evaluate:", f"    test: {flow(test)}"]
+
+
+def _origins(
+    choice: Choice, found: Found, folder: Path, files: dict[str, Path]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where the two parts of the data come from."""
+    if isinstance(found, ImagesFound):
+        return {"folder": near(found.train, folder)}, {"folder": near(found.test, folder)}
+    key = "table" if isinstance(found, TableFound) else "text"
+    columns: dict[str, Any] = {}
+    if isinstance(found, TableFound) and found.kind == "words":
+        columns = {"columns": {"tokens": found.text, "tags": found.label}}
+    elif isinstance(found, TableFound):
+        pair = {"pair": found.pair} if found.pair else {}
+        columns = {"columns": {"text": found.text, **pair, "label": found.label}}
+    most = {"limit": WINDOWS} if choice.task == "causal-lm" else {}
+    train, test = [files["train"].name], [files["test"].name]
+    return {key: train, **columns}, {key: test, **columns, **most}
+
+
+def _about_data(choice: Choice, found: Found) -> str:
+    if isinstance(found, ImagesFound):
+        return "A folder of an image is its label."
+    if isinstance(found, TableFound):
+        return (f"{found.file.name}, split by label: {len(choice.train)} rows to train and calibrate on, "
+                f"{len(choice.test)} to measure on.")  # fmt: skip
+    return f"{found.file.name}, split in two: its last tenth is measured on."
+
+
+def _format(choice: Choice, as_float: bool) -> list[str]:
+    if as_float or choice.format == "float":
+        return ["format: float"]
+    form: dict[str, Any] = {"preset": choice.format}
+    if choice.compute != "fp32":
+        form["compute"] = choice.compute
+    head = next((layer.name for layer in choice.fit.architecture.layers if layer.kind == "head"), None)
+    rounded = FORMAT_PRESETS[choice.format]["activations"] != "float"
+    if head and choice.task == "causal-lm":
+        form |= {"layers": {head: {"activations": "float"}}} if rounded else {}
+    elif head and choice.format != "ipq":
+        form["layers"] = {head: "float"}
+    about = ["# the head's rounding would go straight into the answers"] if "layers" in form else []
+    return [*about, f"format: {flow(form)}"]
+
+
+def _train(choice: Choice, method: str) -> list[str]:
+    phases = PHASES[METHODS[method]["schedule"]]
+    if not phases:
+        return []
+    train: dict[str, Any] = {"batch_size": choice.batch if choice.task != "causal-lm" else 8}
+    steps = {name: {"steps": phase.steps} for name, phase in phases.items()}
+    if method == "float" and choice.head_is_new:
+        width = choice.fit.architecture.layers[0].in_features
+        rate = 5e-5 if width >= WIDE else 1e-4
+        train["lr"] = {"weight": rate, "other": rate}
+        steps = {"finetune": {"steps": choice.steps}}
+    train["phases"] = steps
+    return [f"train: {flow(train)}"]
+
+
+def _build(asked: Asked, choice: Choice) -> list[str]:
+    build: dict[str, Any] = {"target": asked.target}
+    if asked.target == "cpu":
+        return [f"build: {flow(build)}"]
+    profile: dict[str, Any] = {"batch": [1, 8, 32] if choice.task != "causal-lm" else [1, 4, 8]}
+    if choice.context is not None:
+        profile["sequence"] = [1, choice.opt, choice.context]
+    build["profiles"] = [profile]
+    return ["# [smallest, usual, largest] of each axis; the engine is fastest at the usual one",
+            f"build: {flow(build)}"]  # fmt: skip
+
+
+def _gate(choice: Choice, as_float: bool) -> list[str]:
+    goals = choice.goals
+    if as_float:  # its row `float` has not learned anything yet: what came out is held to the floor
+        floors = goals.get("float_floor", {})
+        goals = {"recovery": {metric: {"threshold": least} for metric, least in floors.items()}}
+        lines = ["# what comes out must be better than answers without reading"] if floors else []
+        return [*lines, *([f"gate: {flow(goals)}"] if floors else [])]
+    lines = [f"# {choice.why['gate']}", "gate:"]
+    about = {"recovery": "against the float model", "regression": "later runs: `qcompress gate --baseline`"}
+    for key, value in goals.items():
+        note = f"    # {about[key]}" if key in about else ""
+        lines.append(f"  {key}: {flow(value)}{note}")
+    return lines
+
+
+def near(path: Path, folder: Path) -> str:
+    """A path as a recipe in `folder` writes it: relative where it is not far."""
+    way = os.path.relpath(path, folder)
+    return way if way.count("..") <= 2 else str(path.resolve())

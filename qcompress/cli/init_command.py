@@ -1,0 +1,116 @@
+"""The commands of a first recipe: `init` and `schema`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcompress.cli.arguments import AsJson
+from qcompress.cli.completion import words
+from qcompress.cli.init.asked import Asked
+from qcompress.cli.init.start import Begun, begin
+from qcompress.cli.init.write import flow
+from qcompress.cli.terminal import errors, print_json
+from qcompress.recipe.json_schema import recipe_schema
+from qcompress.schema.axes import METHODS
+from qcompress.schema.formats import FORMAT_PRESETS
+from qcompress.schema.targets import TARGETS
+from qcompress.schema.tasks import READINGS
+from qcompress.system.printable import say
+
+OPTIONAL = {"show_default": False}
+
+
+def init(
+    model: Annotated[Path | None, typer.Option(help="Directory of a checkpoint.", **OPTIONAL)] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text, table (.csv, .tsv, .jsonl, .parquet), or folder of images.", **OPTIONAL),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="A device; `qcompress list targets`.", autocompletion=words(TARGETS), **OPTIONAL),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The recipe to write.", dir_okay=False)] = Path("recipe.yaml"),
+    text_column: Annotated[str | None, typer.Option(help="Column of the text.", **OPTIONAL)] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the label.", **OPTIONAL)] = None,
+    pair_column: Annotated[
+        str | None, typer.Option(help="Column of the second text of a pair.", **OPTIONAL)
+    ] = None,
+    labels_are: Annotated[
+        str | None,
+        typer.Option(
+            help="Content of the column of labels: names, or indices in the model's order.",
+            autocompletion=words(READINGS),
+            **OPTIONAL,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="`qcompress list methods`.", autocompletion=words(METHODS), **OPTIONAL),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="A preset such as w8a8.", autocompletion=words(FORMAT_PRESETS), **OPTIONAL
+        ),  # fmt: skip
+    ] = None,
+    with_schema: Annotated[
+        bool, typer.Option("--with-schema", help="Write the schema beside it, for editors.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a first recipe for a model and a file of data; asks for what is not named, at a terminal."""
+    with errors():
+        asks = is_terminal()
+        try:
+            if asks:
+                model = model or Path(typer.prompt("Directory of the model", err=True))
+                data = data or Path(typer.prompt("File of text or examples, or folder of images", err=True))
+                target = target or _ask("Device to deploy on", list(TARGETS))
+            asked = Asked(
+                model, data, target, out, text_column, label_column, pair_column, method, form, with_schema,
+                labels_are,
+            )  # fmt: skip
+            _report(begin(asked, _ask if asks else None), as_json)
+        except (typer.Abort, EOFError):  # Ctrl-C and Ctrl-D at a question
+            raise KeyboardInterrupt from None
+
+
+def is_terminal() -> bool:
+    """Whether there is somebody to ask."""
+    return sys.stdin.isatty()
+
+
+def _ask(question: str, words: list[str]) -> str:
+    from rich.prompt import Prompt
+
+    from qcompress.system.screen import Screen
+
+    return Prompt.ask(question, choices=words, default=words[0], console=Screen(stderr=True))
+
+
+def _report(begun: Begun, as_json: bool) -> None:
+    files = {what: str(file) for what, file in begun.files.items()}
+    if as_json:
+        print_json({"files": files, "found": begun.found, "chosen": begun.chosen, "why": begun.why,
+                    "notes": begun.notes, "next": begun.commands})  # fmt: skip
+    else:
+        for what, reason in begun.why.items():
+            value = begun.chosen[what]
+            say(f"{what:13} {value if isinstance(value, str) else flow(value)}  ({reason})")
+        for what, file in files.items():
+            say(f"wrote {file}" + ("" if what == "recipe" else f"  ({what})"))
+    for note in begun.notes:
+        say(f"note: {note}", stderr=True)
+    say("next:", *(f"  {command}" for command in begun.commands), stderr=True)
+
+
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    with errors():
+        print(json.dumps(recipe_schema(), indent=1, ensure_ascii=False))  # keys stay in a recipe's order

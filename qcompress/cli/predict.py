@@ -1,0 +1,133 @@
+"""One answer from the newest artifact of a run, on ONNX Runtime: the continuation of a text, or the labels of
+a text or an image.
+
+A continuation is greedy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qcompress.errors import UsageError
+from qcompress.models import FAMILIES, load_tokenizer
+from qcompress.models.architecture import PIXELS
+from qcompress.models.files import read_config
+from qcompress.parity.generate import Generator
+from qcompress.parity.runners import OnnxRunner
+from qcompress.schema.recipe import CausalLm
+from qcompress.tasks import TASKS
+from qcompress.tasks.images import open_image
+
+if TYPE_CHECKING:
+    from qcompress.verdict.run_directory import LoadedRun
+
+
+def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
+    """What `qcompress predict` prints: as the task has it, a text, or a line for each label or token. `text`
+    is the file of an image where the model classifies images.
+    """
+    if run.recipe.task.name == "causal-lm":
+        if pair is not None:
+            raise UsageError("a language model continues one text", fix="drop --pair")
+        return continue_text(run, text, tokens)
+    if run.recipe.task.name == "token-classification":
+        if pair is not None:
+            raise UsageError("the tokens of one text are labelled", fix="drop --pair")
+        return "\n".join(f"{word}\t{label}\t{share:.4f}" for word, label, share in tag(run, text))
+    if run.recipe.task.name == "image-classification":
+        if pair is not None:
+            raise UsageError("one image is classified", fix="drop --pair")
+        found = classify_image(run, Path(text))
+    else:
+        found = classify(run, text, pair)
+    return "\n".join(f"{label}\t{value:.4f}" for label, value in found)
+
+
+def classify(run: LoadedRun, text: str, pair: str | None = None) -> list[tuple[str, float]]:
+    """Every label with its probability, the likeliest first; of a regression the value."""
+    config = read_config(run.path)
+    return _ranked(config, _logits(run, _encoded(run, config, text, pair))[0])
+
+
+def classify_image(run: LoadedRun, file: Path) -> list[tuple[str, float]]:
+    """Every label of an image file with its probability, the likeliest first."""
+    reader = TASKS[run.recipe.task.name].reader(run.path)
+    pixels = reader.pixels([reader.shaped(open_image(file))])
+    return _ranked(read_config(run.path), _runner(run)({PIXELS: pixels})[0])
+
+
+def _ranked(config: dict[str, Any], logits: np.ndarray) -> list[tuple[str, float]]:
+    logits = logits.astype(np.float64)
+    problem = config.get("problem_type")
+    if problem == "multi_label_classification":
+        values = 1 / (1 + np.exp(-logits))
+    else:
+        values = logits if problem == "regression" else _softmax(logits)
+    labels = [config["id2label"][str(index)] for index in range(len(logits))]
+    order = range(len(labels)) if problem == "regression" else np.argsort(-values, kind="stable")
+    return [(labels[index], float(values[index])) for index in order]
+
+
+def tag(run: LoadedRun, text: str) -> list[tuple[str, str, float]]:
+    """Every token of a text with its likeliest label and that one's probability; special tokens left out."""
+    config = read_config(run.path)
+    encoded = _encoded(run, config, text, None)
+    shares = _softmax(_logits(run, encoded)[0].astype(np.float64))
+    tokenizer = load_tokenizer(run.path)
+    words = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    best = shares.argmax(-1)
+    return [
+        (word, config["id2label"][str(label)], float(row[label]))
+        for word, label, row, number in zip(words, best, shares, encoded["input_ids"], strict=True)
+        if number not in tokenizer.all_special_ids
+    ]
+
+
+def _encoded(run: LoadedRun, config: dict[str, Any], text: str, pair: str | None) -> dict[str, list[int]]:
+    """Inputs of the run's graph for a text or a pair of texts."""
+    family = FAMILIES[run.recipe.model.family]
+    encoded = load_tokenizer(run.path)(text, pair)
+    limit, length = family.positions(config), len(encoded["input_ids"])
+    if not 0 < length <= limit:
+        raise UsageError(
+            f"{length} tokens, and the model takes 1 to {limit}", fix="give a text of another length"
+        )
+    return {name: encoded[name] for name in family.INPUTS if name in encoded}
+
+
+def _logits(run: LoadedRun, encoded: dict[str, list[int]]) -> np.ndarray:
+    return _runner(run)({name: np.array([values], np.int64) for name, values in encoded.items()})
+
+
+def _runner(run: LoadedRun) -> OnnxRunner:
+    return OnnxRunner(run.path / "model.onnx", run.recipe.model.family, run.parity["threads"], optimized=True)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def continue_text(run: LoadedRun, text: str, tokens: int) -> str:
+    """The text with `tokens` more tokens, or fewer where the model ends it; the context bounds its length."""
+    if not isinstance(run.recipe.task, CausalLm):
+        raise UsageError(
+            f"only a model of the task causal-lm continues a text, and this one is of {run.recipe.task.name}",
+            fix="measure it with `qcompress verify`, or run model.onnx with onnxruntime",
+        )
+    tokenizer = load_tokenizer(run.path)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    context = run.recipe.task.context
+    if not ids:
+        raise UsageError("the text has no tokens", fix="give at least one word")
+    if len(ids) + tokens > context:
+        raise UsageError(
+            f"{len(ids)} tokens of text and {tokens} more exceed the context of {context}",
+            fix="shorten the text or lower --tokens",
+        )
+    generator = Generator(run.path / "model.onnx", run.recipe.model.family, run.parity["threads"])
+    (new,) = generator([ids], tokens, tokenizer.eos_token_id)
+    return tokenizer.decode(ids + new, skip_special_tokens=True)

@@ -1,0 +1,84 @@
+"""What every command prints with, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from qcompress.errors import QcompressError, package_missing
+from qcompress.pipeline.stages.gate import exit_code
+from qcompress.report.html.beside import write_beside
+from qcompress.report.shown import print_run, summary
+from qcompress.system import stopping, strict_json
+from qcompress.system.memory import AllocationError, Allocations
+from qcompress.system.places import place_errors
+from qcompress.system.printable import flushed, guarded, json_text, say
+from qcompress.system.screen import Screen
+from qcompress.verdict.run_directory import load
+
+LOG_COLUMNS = 200
+"""Width of output that goes into a file or a pipe."""
+
+
+@contextmanager
+def errors(resume: str = "") -> Iterator[None]:
+    """Print an error as a user should see it, and leave with its exit code."""
+    stopping.resume_with(resume)
+    with guarded(), _told(resume):
+        yield
+
+
+@contextmanager
+def _told(resume: str) -> Iterator[None]:
+    try:
+        with _packages(), Allocations("this command"), place_errors(), flushed():
+            yield
+    except QcompressError as error:
+        say(f"error: {error}", stderr=True)
+        if resume and isinstance(error, AllocationError):
+            say(f"continue with:\n  {resume}", stderr=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        stopping.tell()
+        raise typer.Exit(stopping.exit_code()) from None
+
+
+@contextmanager
+def _packages() -> Iterator[None]:
+    """Raise MachineError where a command imports a package that is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise package_missing(error, "this command") from None
+
+
+def report_run(folder: Path, verdict: str, as_json: bool) -> None:
+    """Print a run as it lies on disk, and leave with its verdict's exit code."""
+    refresh_report(folder)
+    loaded = load(folder)
+    if as_json:
+        print_json(summary(loaded))
+    else:
+        print_run(console(), loaded)
+    raise typer.Exit(exit_code(verdict))
+
+
+def refresh_report(folder: Path) -> None:
+    """Make the run's report.html anew where there is one, after what it shows has changed."""
+    if (folder / "report.html").is_file():
+        write_beside(folder, lambda line: say(line, stderr=True))
+
+
+def console() -> Screen:
+    """Stdout; as wide as a table wants where it is no terminal, so that a log has every digit."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Screen(width=None if known else LOG_COLUMNS)
+
+
+def print_json(value: object) -> None:
+    print(json_text(strict_json.dumps(value, indent=2, sort_keys=True)))

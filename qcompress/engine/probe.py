@@ -1,0 +1,187 @@
+"""The probe kit: what a device needs to measure its engine, and how its answer is taken in again. No torch.
+
+probe/inputs.npz     length [samples], set (index into `sets`), and the task's own kit: ids and first of a
+                     language model, the graph's inputs of any other, int32 [samples, longest] or, of images,
+                     fp32 [samples, channels, height, width]
+probe/reference.npz  logits [compared, positions, outputs] of the onnx row, and which positions these are:
+                     all of them, or as many as fit into 20 MB, spread over the sequence
+probe/probe.json     names of the sets, hashes of the graph and the plan, what is written of each sample
+probe/measure_engine.py, with engine_runners.py, engine_speed.py and strict_json.py beside it
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompress.errors import UsageError
+from qcompress.system import strict_json
+from qcompress.system.artifacts import (
+    Engine,
+    OnnxModel,
+    disabled_optimizers,
+    read_json,
+    sha256_file,
+    write_json,
+)
+from qcompress.system.untrusted_file import JSON_LIMIT, demand_file
+
+KIT_BYTES = 20_000_000
+"""Largest size of the kit."""
+
+SPARE_BYTES = 2**17
+"""Room for the script, probe.json and the headers of the archives."""
+
+FEWEST_POSITIONS = 16
+"""Rather fewer samples than fewer positions of each."""
+
+FORMAT = 1
+"""Version of engine.json."""
+
+FAR = {"to", "max_abs", "mean_abs", "range", "cosine", "snr_db", "top1_agreement", "positions"}
+"""Fields of a distance."""
+
+SCRIPT = Path(__file__).parent / "probe_kit" / "measure_engine.py"
+
+
+@dataclass(frozen=True)
+class EngineMeasurement:
+    """What a device measured: the distance to onnx, where, and by evaluation set either `samples`, results of
+    a language model, or `logits` [samples, ...] of any other model, which its task makes results of.
+    """
+
+    samples: dict[str, list[dict[str, float]]] | None
+    logits: dict[str, np.ndarray] | None
+    distance: dict[str, object]
+    facts: dict[str, object]
+
+
+def write_probe(
+    folder: Path,
+    sets: Mapping[str, int],
+    arrays: dict[str, np.ndarray],
+    logits: Path,
+    onnx: OnnxModel,
+    engine: Engine | None,
+) -> None:
+    """Fill `folder` with the kit.
+
+    `sets`: how many samples each has; `arrays`: the task's kit of all samples, in that order; `logits`: the
+    .npy file of the onnx row.
+    """
+    folder.mkdir(exist_ok=True)
+    place = np.repeat(np.arange(len(sets), dtype=np.int32), list(sets.values()))
+    np.savez_compressed(folder / "inputs.npz", **arrays, set=place)  # equal arrays give equal files
+    reference = np.load(logits, mmap_mode="r")
+    room = KIT_BYTES - (folder / "inputs.npz").stat().st_size - SPARE_BYTES
+    count, positions = _affordable(*reference.shape[:2], room // int(reference[0, 0].nbytes))
+    np.savez(folder / "reference.npz", logits=reference[:count][:, positions], positions=positions)
+    build = read_json(engine.path / "build.json") if engine else {}
+    plan = engine.plan if engine else None
+    write_json(
+        folder / "probe.json",
+        {
+            "sets": list(sets),
+            "onnx_sha256": sha256_file(onnx.file),
+            "plan_sha256": sha256_file(plan) if plan else None,
+            "backend": build.get("backend") or "tensorrt",
+            "disabled_optimizers": disabled_optimizers(onnx.file),
+            "per_sample": "nll" if "first" in arrays else "logits",
+        },
+    )
+    for script in (*SCRIPT.parent.glob("*.py"), Path(strict_json.__file__)):
+        shutil.copyfile(script, folder / script.name)
+
+
+def _affordable(samples: int, context: int, room: int) -> tuple[int, np.ndarray]:
+    """How many samples and which of their positions fit, where there is room for that many positions in all.
+
+    >>> _affordable(4, 32, 1000)[1].size, _affordable(4, 32, 80)[0], _affordable(4, 32, 80)[1][:3].tolist()
+    (32, 4, [0, 1, 3])
+    """
+    each = min(context, max(FEWEST_POSITIONS, room // samples))
+    count = min(samples, max(1, room // each))
+    return count, np.linspace(0, context - 1, each).astype(np.int32)
+
+
+def read_measurement(file: Path, probe: Path, onnx: Path) -> EngineMeasurement:
+    """engine.json, held against the kit and the graph it claims to belong to."""
+    facts = read_json(probe / "probe.json")
+    found = _parse(file, facts["per_sample"])
+    plan = facts["plan_sha256"] if found["measured"] == "plan" else None
+    for what, claimed, own in (
+        ("graph", found["onnx_sha256"], sha256_file(onnx)),
+        ("inputs", found["inputs_sha256"], sha256_file(probe / "inputs.npz")),
+        ("plan", found["file_sha256"], plan),
+    ):
+        if own is not None and claimed != own:
+            raise UsageError(
+                f"{file} was measured on another {what} (sha256 {str(claimed)[:12]}, here {own[:12]})",
+                fix="copy probe/ and engine/ of this run to the device and measure again",
+            )
+    with np.load(probe / "inputs.npz") as archive:
+        inputs = {name: archive[name] for name in ("length", "first", "set") if name in archive.files}
+    count = len(inputs["length"])
+    fields = ("nll", "correct") if facts["per_sample"] == "nll" else ("logits",)
+    for name in fields:
+        if len(found[name]) != count:
+            raise UsageError(
+                f"{file} has {len(found[name])} samples under {name!r}, the probe has {count}",
+                fix="copy probe/ of this run to the device and measure again",
+            )
+    names = ("versions", "machine", "seconds", "measured", "file_sha256", "speed", "consistency", "device")
+    kept = {key: found.get(key) for key in names}
+    samples = logits = None
+    if facts["per_sample"] == "nll":
+        samples = _results(found, inputs, facts["sets"])
+    else:
+        logits = {name: found["logits"][inputs["set"] == place] for place, name in enumerate(facts["sets"])}
+    return EngineMeasurement(samples, logits, found["distance"], kept)
+
+
+def _results(
+    found: dict[str, Any], inputs: dict[str, np.ndarray], sets: list[str]
+) -> dict[str, list[dict[str, float]]]:
+    """Results of a language model, by set."""
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in sets}
+    for row, place in enumerate(inputs["set"]):
+        tokens = int(inputs["length"][row] - inputs["first"][row])
+        samples[sets[int(place)]].append(
+            {"nll": found["nll"][row], "correct": found["correct"][row], "tokens": tokens}
+        )
+    return samples
+
+
+def _parse(file: Path, per_sample: str) -> dict[str, Any]:
+    """Content of engine.json, as far as it is used here."""
+    demand_file(file, limit=JSON_LIMIT, fix="name the file that measure_engine.py wrote")
+    try:
+        found = strict_json.loads(file.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise ValueError(f"format {found['format']!r}, and this version reads {FORMAT}")
+        if missing := FAR - found["distance"].keys():
+            raise KeyError(*missing)
+        if per_sample == "nll":
+            found["nll"] = [float(value) for value in found["nll"]]
+            found["correct"] = [int(value) for value in found["correct"]]
+        else:
+            found["logits"] = _unpacked(found["logits"])
+        for key in ("measured", "file_sha256", "onnx_sha256", "inputs_sha256"):
+            str(found[key])
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        raise UsageError(
+            f"{file} is not a measurement ({error!r})", fix="name the file that measure_engine.py wrote"
+        ) from None
+    return found
+
+
+def _unpacked(value: dict[str, Any]) -> np.ndarray:
+    """Logits as the script packs them, fp32."""
+    content = base64.b64decode(value["float32"], validate=True)
+    return np.frombuffer(content, "<f4").reshape(value["shape"])

@@ -1,0 +1,1 @@
+"""What model.onnx holds, compared bit for bit with what was folded."""

@@ -1,0 +1,191 @@
+"""Following edges through an ONNX graph, for the certificate: who reads a decoded weight, and what rounds the
+other operand. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, numpy_helper
+
+from qcompress.models.plan import LayerPlan, sharers
+
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX graph with the look-ups that following an edge needs."""
+
+    file: Path
+    initializers: dict[str, TensorProto]
+    producer: dict[str, NodeProto]
+    readers: dict[str, list[NodeProto]]
+    nodes: tuple[NodeProto, ...]
+    order: dict[str, int]
+    """Place of the node that makes a value."""
+
+    @classmethod
+    def read(cls, file: Path) -> Graph:
+        """Read a graph; external data is read tensor by tensor, later."""
+        graph = onnx.load(str(file), load_external_data=False).graph
+        readers: dict[str, list[NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        return cls(
+            file=file,
+            initializers={tensor.name: tensor for tensor in graph.initializer},
+            producer={name: node for node in graph.node for name in node.output},
+            readers=readers,
+            nodes=tuple(graph.node),
+            order={name: place for place, node in enumerate(graph.node) for name in node.output},
+        )
+
+    def array(self, name: str) -> np.ndarray | None:
+        """Values of an initializer, or None."""
+        tensor = self.initializers.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor, base_dir=str(self.file.parent))
+
+
+def zero_is_zero(graph: Graph, node: NodeProto) -> bool:
+    """Whether a Q or DQ node has no zero point, or one of zeros."""
+    if len(node.input) < 3 or not node.input[2]:
+        return True
+    zero = graph.array(node.input[2])
+    return zero is not None and not np.any(zero.astype(np.int8))
+
+
+class Use(NamedTuple):
+    """Which of the matmuls with one weight is a layer's own: blocks that share their weights follow one
+    another in the graph as they do in the plan.
+    """
+
+    place: int = 0
+    count: int = 1
+
+
+def uses_of(plan: tuple[LayerPlan, ...]) -> dict[str, Use]:
+    """Of every layer with a matmul, by name."""
+    groups = sharers(plan).values()
+    return {name: Use(place, len(names)) for names in groups for place, name in enumerate(names)}
+
+
+def own_matmuls(graph: Graph, sources: list[str], use: Use) -> list[tuple[NodeProto, str]]:
+    """The layer's own matmul among those that read its decoded weight, and the name it reads it by; all of
+    them where there are more or fewer than the layers that share it.
+    """
+    found = [pair for source in sources for pair in matmuls(graph, source)]
+    found.sort(key=lambda pair: graph.order[pair[0].output[0]])
+    return found[use.place : use.place + 1] if len(found) == use.count else found
+
+
+def input_pairs(
+    graph: Graph, sources: list[str], tensors: Any, item: LayerPlan, use: Use
+) -> tuple[int, bool]:
+    """Q/DQ pairs in front of this layer's matmul, and whether their scale is the folded one; `sources` are
+    the values that its decoded weight comes out of.
+    """
+    if item.layer.kind == "embedding":
+        return 0, True
+    pairs, equal = 0, True
+    for matmul, own in own_matmuls(graph, sources, use):
+        other = next((name for name in matmul.input[:2] if name != own), None)
+        pair = input_pair(graph, other or "")
+        if pair is None:
+            continue
+        pairs += 1
+        if not item.activations:
+            continue
+        reference = tensors.get_tensor(f"{item.name}.input.scale")
+        equal &= bounds_fit(graph, pair.clip, item.activations.bounds)
+        for node in (pair.quantize, pair.dequantize):
+            scale = graph.array(node.input[1])
+            equal &= scale is not None and same(scale, reference.astype(scale.dtype))
+            equal &= zero_is_zero(graph, node)
+    return pairs, equal
+
+
+def verdict(
+    graph: Graph, sources: list[str], tensors: Any, item: LayerPlan, use: Use, codes_equal: bool,
+    scales_equal: bool, reasons: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """What the certificate says of a layer whose decoded weight comes out of `sources`, with its input."""
+    pairs, input_equal = input_pairs(graph, sources, tensors, item, use)
+    expected = 1 if item.activations else 0
+    if pairs != expected:
+        reasons.append(f"{pairs} Q/DQ pairs in front of the matmul, {expected} expected")
+    if not input_equal:
+        reasons.append("the input's scale, zero point or bounds differ")
+    return {
+        "name": item.name,
+        "weight_codes_equal": codes_equal,
+        "scales_equal": scales_equal and input_equal,
+        "qdq_pairs": pairs,
+        "expected_pairs": expected,
+        "passed": not reasons,
+        "reasons": reasons,
+    }
+
+
+class Pair(NamedTuple):
+    """The nodes that round an activation."""
+
+    quantize: NodeProto
+    dequantize: NodeProto
+    clip: NodeProto | None
+    """Between the two, of codes with narrower bounds than int8's."""
+
+
+def input_pair(graph: Graph, value: str) -> Pair | None:
+    """The QuantizeLinear and DequantizeLinear nodes that a value comes out of, None if it does not."""
+    decoder = graph.producer.get(value)
+    if decoder is None or decoder.op_type != "DequantizeLinear":
+        return None
+    return pair_of(graph, graph.producer.get(decoder.input[0]), decoder)
+
+
+def pair_of(graph: Graph, node: NodeProto | None, decoder: NodeProto) -> Pair | None:
+    """The pair of a decoder whose codes `node` makes: QuantizeLinear, or the Clip behind it."""
+    clip = node if node is not None and node.op_type == "Clip" else None
+    quantize = node if clip is None else graph.producer.get(clip.input[0])
+    if quantize is None or quantize.op_type != "QuantizeLinear":
+        return None
+    return Pair(quantize, decoder, clip)
+
+
+def bounds_fit(graph: Graph, clip: NodeProto | None, bounds: tuple[int, int]) -> bool:
+    """Whether codes are clipped at these bounds; those of int8 need no Clip."""
+    if clip is None:
+        return bounds == (-128, 127)
+    found = [graph.array(name) for name in clip.input[1:]]
+    return all(value is not None for value in found) and [int(value) for value in found] == list(bounds)
+
+
+def matmuls(graph: Graph, value: str) -> list[tuple[NodeProto, str]]:
+    """Matmuls that read a decoded weight, directly or transposed, and the name they read it by."""
+    found = []
+    for node in graph.readers.get(value, []):
+        if node.op_type in ("MatMul", "Gemm", "Conv"):
+            found.append((node, value))
+        elif node.op_type == "Transpose":
+            found += matmuls(graph, node.output[0])
+    return found
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays agree in shape, type and every bit."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def first_difference(found: np.ndarray, expected: np.ndarray, what: str) -> str:
+    """In words, where two arrays that are not the same differ."""
+    if found.shape != expected.shape:
+        return f"{what}: shape {list(found.shape)}, expected {list(expected.shape)}"
+    where = np.argwhere(found != expected)
+    place = tuple(int(index) for index in where[0])
+    return f"{what}: {len(where)} differ, first at {list(place)}: {found[place]}, expected {expected[place]}"

@@ -1,0 +1,209 @@
+"""A graph that another tool made of a run's float model, taken in where ours would have been exported.
+
+It is linted, measured, built and gated as ours is. What cannot be had is a certificate, which holds a graph
+to the folded model that it was made from; the float row is all that the onnx row can be held to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from qcompress.errors import ExportError
+from qcompress.graph.inspect import INTEGERS, contents
+from qcompress.graph.lint.lint import lint
+from qcompress.graph.tensors import type_word
+from qcompress.graph.trial import ROWS, TOKENS
+from qcompress.graph.view import View, dimensions, read
+from qcompress.models import FAMILIES, graph_signature
+from qcompress.models.architecture import Input
+from qcompress.schema.targets import find_target
+from qcompress.system.artifacts import graph_digests, read_object, sha256_file, write_json
+from qcompress.system.child_process import command, environment
+
+TRIAL_MIB, TRIAL_S = 16384, 600
+"""What the process may take that runs the graph first."""
+
+REASON = "the graph was made elsewhere"
+
+TAKEN = {"int64": ("int64", "int32"), "float32": ("float32", "float16")}
+"""Types that an input of the graph may have, by the type that the family states: what is fed is cast."""
+
+MASK = "attention_mask"
+"""The one input that may be of booleans as well."""
+
+TYPES = {
+    onnx.TensorProto.INT64: "int64", onnx.TensorProto.INT32: "int32", onnx.TensorProto.BOOL: "bool",
+    onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16",
+}  # fmt: skip
+"""Types of inputs that are fed, as numpy names them."""
+
+
+def files_of(graph: Path) -> dict[str, str]:
+    """Digests of an ONNX file and of its external data, by their paths from its folder."""
+    view = read(graph)
+    files = (view.file, *view.data_files)
+    return {os.path.relpath(file, graph.parent): sha256_file(file) for file in files}
+
+
+def check_unchanged(run: Path) -> None:
+    """Refuse a run whose graph is not the one that was taken in."""
+    known = read_object(run / "certificate.json").get("files", {})
+    changed = [name for name, digest in known.items() if sha256_file(run / name) != digest]
+    if changed:
+        raise ExportError(
+            f"{run / changed[0]} is not the file that was taken in",
+            fix="run the recipe again to put the graph back, or name the new one in `export.graph`",
+        )
+
+
+def adopt(
+    graph: Path, checkpoint: Path, family: str, target: str, shape: Sequence[int | None], out: Path
+) -> list[str]:
+    """Fill the folder of the stage export: the graph and its external data, lint.json, sizes.json,
+    certificate.json (which says that there is none), and config.json and the tokenizer of `checkpoint`.
+    Returns what a user should know.
+
+    The graph takes some of the family's inputs, of any size where the family says so (`signature`), the first
+    of them always, in a type that they can be cast to. It gives `logits` of `shape`: (rows, tokens,
+    vocabulary) or (rows, labels), None for sizes that the inputs decide.
+    Raises ExportError where it does not, where the target would refuse it, where ONNX Runtime cannot run it.
+    """
+    view = read(graph)
+    signature = graph_signature(FAMILIES[family], checkpoint)
+    _check_signature(view, family, signature)
+    findings = lint(graph, find_target(target))
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        lines = "\n".join(f"  {finding}" for finding in errors)
+        raise ExportError(
+            f"{target} would refuse or change {graph}:\n{lines}", fix="see the fix of each line"
+        )
+    without = _try(graph, _fed(view, signature), shape)
+    file = out / "model.onnx"
+    if view.data_files:
+        model = onnx.load(str(graph))
+        onnx.save(model, str(file), save_as_external_data=True, location=file.name + ".data")
+    else:
+        shutil.copyfile(graph, file)
+    for name in checkpoint.iterdir():
+        if name.suffix in (".json", ".txt") and name.name not in ("float.json", "manifest.json"):
+            shutil.copyfile(name, out / name.name)
+    write_json(out / "lint.json", {"target": target, "findings": [asdict(finding) for finding in findings]})
+    nothing: dict[str, Any] = {"layers": [], "points": [], "expected": 0}
+    nothing |= {"complete": False, "reason": REASON, "disabled_optimizers": without}
+    nothing |= {"files": graph_digests(file)}
+    write_json(out / "certificate.json", nothing)
+    write_json(out / "sizes.json", _sizes(file))
+    if not without:
+        return []
+    return [f"ONNX Runtime opens the graph only without {', '.join(without)}, and is measured so"]
+
+
+def _check_signature(view: View, family: str, signature: tuple[Input, ...]) -> None:
+    known = {item.name: item for item in signature}
+    names = [value.name for value in view.inputs]
+    if signature[0].name not in names or not set(names) <= set(known):
+        raise ExportError(
+            f"{view.file} has the inputs {', '.join(names) or 'none'}, and a {family} model has "
+            f"{', '.join(known)}",
+            fix="name the inputs of the graph as transformers does, or leave out those that it does not read",
+        )
+    for value in view.inputs:
+        _check_input(view, family, value, known[value.name])
+    if "logits" not in view.outputs:
+        raise ExportError(
+            f"{view.file} has the outputs {', '.join(sorted(view.outputs))}, and none is called `logits`",
+            fix="rename the output that is compared with the model's logits",
+        )
+
+
+def _check_input(view: View, family: str, value: onnx.ValueInfoProto, wanted: Input) -> None:
+    """Refuse an input for its type, its rank or a fixed size, each in its own words."""
+    kind = value.type.tensor_type.elem_type
+    taken = (*TAKEN[wanted.element], *(("bool",) if value.name == MASK else ()))
+    if TYPES.get(kind) not in taken:
+        raise ExportError(
+            f"{view.file}: the input {value.name} is {type_word(kind).lower()}, and a {family} model's can "
+            f"be {' or '.join(taken)}",
+            fix=f"export the graph with an input of {wanted.element}, and cast inside of it",
+        )
+    shape, axes = dimensions(value), ", ".join(map(str, wanted.axes))
+    if shape is None or len(shape) != len(wanted.axes):
+        has = "has no shape" if shape is None else f"has {len(shape)} axes {list(shape)}"
+        raise ExportError(
+            f"{view.file}: the input {value.name} {has}, and a {family} model's has "
+            f"{len(wanted.axes)}, [{axes}]",
+            fix="name the inputs of the graph as transformers does, with the same axes",
+        )
+    fits = (not isinstance(size, int) or size == axis for size, axis in zip(shape, wanted.axes, strict=True))
+    if not all(fits):
+        sized = " of any size" if wanted.element == "int64" else ", the batch of any size"
+        raise ExportError(
+            f"{view.file}: the input {value.name} must be [{axes}]{sized}, and is {list(shape)}",
+            fix="export the graph with dynamic axes",
+        )
+
+
+def _fed(view: View, signature: tuple[Input, ...]) -> dict[str, tuple[str, list[str | int]]]:
+    """Type and axes of each input of the graph, by name."""
+    axes = {item.name: list(item.axes) for item in signature}
+    return {value.name: (TYPES[value.type.tensor_type.elem_type], axes[value.name]) for value in view.inputs}
+
+
+def _try(graph: Path, fed: dict[str, tuple[str, list[str | int]]], shape: Sequence[int | None]) -> list[str]:
+    """Run the graph once, in a process that may die of it; returns the optimizers that must be left out."""
+    words = command("qcompress.graph.trial", str(graph.resolve()), json.dumps(fed), str(TRIAL_MIB))
+    try:
+        # in a folder of its own, or Python would import what lies beside the graph
+        with tempfile.TemporaryDirectory(prefix="qcompress-trial-") as folder:
+            done = subprocess.run(
+                words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=TRIAL_S
+            )
+    except subprocess.TimeoutExpired:
+        raise ExportError(f"{graph}: ONNX Runtime was not done with 2 rows after {TRIAL_S} s") from None
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        reason = lines[-1][:1000] if lines else f"its process ended with {done.returncode}"
+        raise ExportError(
+            f"{graph}: ONNX Runtime cannot run it: {reason}", fix="try the graph with onnxruntime by itself"
+        )
+    found = json.loads(done.stdout)
+    tokens = f" of {TOKENS} tokens" if any("sequence" in axes for _, axes in fed.values()) else ""
+    wanted = [ROWS, *((TOKENS,) if len(shape) == 3 else ()), shape[-1]]
+    if found["shape"] != wanted or found["type"] not in ("float32", "float16"):
+        raise ExportError(
+            f"{graph}: the logits of {ROWS} rows{tokens} are {found['type']} {found['shape']}, and this "
+            f"model and task have floats {wanted}",
+            fix="name a graph that was made of this model, with dynamic axes",
+        )
+    return found["disabled_optimizers"]
+
+
+def _sizes(file: Path) -> dict[str, Any]:
+    """sizes.json, with the weights that `inspect` finds as its layers."""
+    found = contents(file)
+    layers = [
+        {"weights": math.prod(weight["shape"])}
+        | {key: weight[key] for key in ("name", "stored_bits", "information_bits", "bytes")}
+        for weight in found["weights"]
+        if weight["stored"].upper() in INTEGERS
+    ]
+    totals = found["totals"]
+    return {
+        "layers": layers,
+        "initializer_bytes": totals["weights"] + totals["float"] + totals["other"],
+        "quantized_bytes": sum(layer["bytes"] for layer in layers),
+        "float_layer_bytes": 4 * totals["elements"],
+        "file_bytes": sum(one.stat().st_size for one in file.parent.glob(file.name + "*")),
+    }

@@ -1,0 +1,52 @@
+"""What a model weighs: bits as stored, bits of information, bytes of each layer. No torch. MiB are 2**20
+bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from qcompress.graph.tensors import stored_bytes
+from qcompress.models.plan import LayerPlan
+
+PARTS = ("codes", "scale", "zero", "assignments", "centroids")
+"""What a weight's initializers are called, after its name."""
+
+
+def measure_sizes(
+    file: Path, plan: tuple[LayerPlan, ...], raised: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    """Bytes of each quantized layer (codes and scales), of the float rest, and of the file. `raised`: counts
+    by layer of the scales that fold raised for int32 biases, from folded.json.
+    """
+    graph = onnx.load(str(file), load_external_data=False).graph
+    stored = {tensor.name: stored_bytes(tensor) for tensor in graph.initializer}
+    layers = []
+    for item in plan:
+        if item.weights is None or item.layer.tied_to:
+            continue
+        size = sum(stored.get(f"{item.name}.weight.{part}", 0) for part in PARTS)
+        layers.append(
+            {
+                "name": item.name,
+                "weights": item.layer.weights,
+                "stored_bits": item.weights.stored_bits,
+                "information_bits": item.weights.information_bits,
+                "bytes": size,
+                "raised_scales": raised.get(item.name, {}).get("scales", 0),
+            }
+        )
+    data = file.with_name(file.name + ".data")
+    total = sum(stored.values())
+    floats = sum(item.layer.weights * 4 for item in plan if not item.layer.tied_to)
+    return {
+        "layers": layers,
+        "initializer_bytes": total,
+        "quantized_bytes": sum(layer["bytes"] for layer in layers),
+        "file_bytes": file.stat().st_size + (data.stat().st_size if data.is_file() else 0),
+        "float_layer_bytes": floats,
+        "raised_scales": sum(counts["scales"] for counts in raised.values()),
+    }

@@ -1,0 +1,1 @@
+"""Rules that a graph must keep for a TensorRT engine in the asked precision."""

@@ -1,0 +1,186 @@
+"""Float copies of quantized weights inside a serialized engine. No torch.
+
+TensorRT may decode integer weights when it builds, and store them as floats: the engine runs, and the
+compression is lost. The size alone does not show it, since kernels take megabytes as well. A float copy of
+a weight is looked for by its values: codes * scale are known exactly, and a copy holds each of them as often
+as the weight does, in whatever order its layout has.
+
+    fp32         single values, so that no order matters
+    fp16, bf16   pairs of neighbours along one of the axes: 16 bits alone occur everywhere
+
+A sample of the values of each weight is counted in the plan, at every offset of a byte, each at most as often
+as in the weight; a weight half of whose sample is there has a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from onnx import NodeProto
+
+from qcompress.graph.codebooks import Lookup, lookups
+from qcompress.graph.qdq import weights_of
+from qcompress.graph.view import DEQUANTIZE, QUANTIZE, View, attribute, operand
+
+SAMPLE = 1024
+"""Values, or pairs, of a weight that are looked for."""
+
+PORTION = 2**20
+"""Most elements of a weight that are decoded."""
+
+LEAST = 256
+"""Smallest weight that is looked for: a few equal words prove nothing."""
+
+SHARE = 0.5
+CHUNK = 2**24
+"""Bytes of a plan that are searched at once."""
+
+HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One way in which a weight may lie in the plan as floats."""
+
+    weight: str
+    words: np.ndarray
+    """Sampled words, uint32, sorted."""
+    times: np.ndarray
+    """How often each occurs in the weight."""
+    more_bytes: int
+    """What this form of the whole weight takes beyond its integers."""
+
+
+def float_copies(plan: Path, view: View) -> dict[str, int]:
+    """Quantized weights that lie in the plan as floats, with the bytes each takes beyond its integers."""
+    forms = [form for name, values, stored in _weights(view) for form in _forms(name, values, stored)]
+    if not forms:
+        return {}
+    counts = _counted(plan, np.unique(np.concatenate([form.words for form in forms])))
+    found: dict[str, int] = {}
+    for form in forms:
+        if np.minimum(counts(form.words), form.times).sum() >= SHARE * form.times.sum():
+            found[form.weight] = max(found.get(form.weight, 0), form.more_bytes)
+    return found
+
+
+# Weights ------------------------------------------------------------------------------------------
+
+
+def _weights(view: View) -> Iterator[tuple[str, np.ndarray, tuple[int, float]]]:
+    """Name, decoded values (a portion of large ones), and count of elements with their stored bits."""
+    tables = lookups(view)
+    for book in tables.values():
+        if (values := _looked_up(view, book)) is not None:
+            yield book.indices, values, (int(np.prod(book.shape)), book.information_bits)
+    own = {part for book in tables.values() for part in book.parts}
+    for node in weights_of(view):
+        source = view.producers.get(operand(node, 0))
+        rounded = source is not None and source.op_type == QUANTIZE
+        name = operand(source, 0) if rounded else operand(node, 0)
+        if name in view.constants and name not in own and len(view.constants[name].dims) >= 2:
+            count = int(np.prod(view.constants[name].dims))
+            for values in _decoded(view, node, source if rounded else None):
+                yield name, values, (count, 4 if "4" in str(_values(view, name).dtype) else 8)
+
+
+def _values(view: View, name: str) -> np.ndarray:
+    values = view.values(name)
+    return np.zeros(0, np.float32) if values is None else values
+
+
+def _decoded(view: View, node: NodeProto, quantize: NodeProto | None) -> Iterator[np.ndarray]:
+    """Values behind a DequantizeLinear; of a float weight in front of the pair, that weight too."""
+    scale = _values(view, operand(node, 1))
+    zero = _values(view, operand(node, 2)) if operand(node, 2) else np.zeros(1, np.int32)
+    if not scale.size:
+        return
+    axis, block = attribute(node, "axis", 1), attribute(node, "block_size", 0)
+    stored = _values(view, operand(quantize or node, 0))
+    rows = max(1, PORTION // max(1, stored[:1].size))
+    scale, zero = (_spread(part, stored.shape, axis, block)[:rows] for part in (scale, zero))
+    stored = stored[:rows]
+    if quantize is not None:
+        yield stored.astype(np.float32)
+        stored = np.clip(np.rint(stored.astype(np.float32) / scale.astype(np.float32)) + zero, -128, 255)
+    difference = stored.astype(np.float32) - zero.astype(np.float32)
+    yield (difference.astype(scale.dtype) * scale).astype(np.float32)
+
+
+def _spread(part: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
+    """Scales or zero points with one for each element."""
+    if part.size == 1:
+        return np.broadcast_to(part.reshape([1] * len(shape)), shape)
+    if block:
+        return part.repeat(block, axis)
+    sizes = [1] * len(shape)
+    sizes[axis] = -1
+    return np.broadcast_to(part.reshape(sizes), shape)
+
+
+def _looked_up(view: View, book: Lookup) -> np.ndarray | None:
+    """Vectors of a table in the order of the indices, [a, b, block]."""
+    table, indices = _values(view, book.table), _values(view, book.indices)
+    for node in view.readers.get(book.table, []):
+        if node.op_type == DEQUANTIZE:
+            table = table.astype(np.float32) * _values(view, operand(node, 1)).astype(np.float32)
+    if not table.size or not indices.size:
+        return None
+    rows = max(1, PORTION // max(1, indices[:1].size * table.shape[1]))
+    return table.astype(np.float32)[indices[:rows].astype(np.int64)]
+
+
+def _forms(name: str, values: np.ndarray, stored: tuple[int, float]) -> Iterator[_Form]:
+    """The words of a weight in every float type and order."""
+    count, bits = stored
+    if count < LEAST:
+        return
+    integers = int(count * bits / 8)
+    words = np.ascontiguousarray(values, np.float32).ravel().view(np.uint32)
+    yield from _form(name, words[words << 1 != 0], 4 * count - integers)  # without +0 and -0
+    for half in HALVES:
+        for axis in range(values.ndim):
+            if values.shape[axis] > 1:
+                row = np.ascontiguousarray(np.moveaxis(values, axis, -1)).ravel().astype(half)
+                pairs = row.view(np.uint16)[: row.size // 2 * 2].view(np.uint32)
+                yield from _form(name, pairs[_ordinary(row, half)], 2 * count - integers)
+
+
+def _form(name: str, words: np.ndarray, more_bytes: int) -> Iterator[_Form]:
+    if words.size >= LEAST // 2:
+        chosen = np.unique(words[:: max(1, words.size // SAMPLE)])
+        words, times = np.unique(words[np.isin(words, chosen)], return_counts=True)
+        yield _Form(name, words, times, more_bytes)
+
+
+def _ordinary(row: np.ndarray, half: np.dtype) -> np.ndarray:
+    """Pairs of two normal numbers: others look like small integers, which are everywhere in a plan."""
+    normal = np.abs(row.astype(np.float32)) >= float(ml_dtypes.finfo(half).tiny)
+    return normal[: row.size // 2 * 2].reshape(-1, 2).all(1)
+
+
+# The plan -----------------------------------------------------------------------------------------
+
+
+def _counted(plan: Path, wanted: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """How often sorted words occur in the plan, as a function of some of them."""
+    counts = np.zeros(len(wanted), np.int64)
+    # most words of a plan begin with 16 bits that no wanted word begins with
+    beginnings = np.zeros(2**16, bool)
+    beginnings[wanted >> 16] = True
+    data = np.memmap(plan, np.uint8, "r") if plan.stat().st_size else np.empty(0, np.uint8)
+    for start in range(0, len(data), CHUNK):
+        piece = np.asarray(data[start : start + CHUNK + 3])
+        for offset in range(4):
+            end = offset + (len(piece) - offset) // 4 * 4
+            words = np.ascontiguousarray(piece[offset:end]).view(np.uint32)
+            words = words[beginnings[words >> 16]]
+            places = np.searchsorted(wanted, words)
+            places = places[wanted[np.minimum(places, len(wanted) - 1)] == words]
+            counts += np.bincount(places, minlength=len(wanted))[: len(wanted)]
+
+    return lambda words: counts[np.searchsorted(wanted, words)]

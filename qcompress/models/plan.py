@@ -1,0 +1,223 @@
+"""What each layer becomes: the recipe's formats laid over an architecture's layers. No torch."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qcompress.models.architecture import Architecture, Layer, Point, Site
+from qcompress.schema.formats import ActivationFormat, CodebookFormat, WeightFormat
+from qcompress.schema.quantizers import Codebook, Dynamic, Lsq, MinMax, Noise, Ternary
+from qcompress.schema.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer with its formats and quantizers; None means float."""
+
+    layer: Layer
+    weights: WeightFormat | CodebookFormat | None
+    activations: ActivationFormat | None
+    weight_quantizer: MinMax | Lsq | Ternary | Codebook = MinMax()
+    activation_quantizer: MinMax | Lsq | Dynamic = MinMax()
+    noise: Noise | None = None
+
+    @property
+    def name(self) -> str:
+        """The layer's name in the model."""
+        return self.layer.name
+
+    @property
+    def block(self) -> int | None:
+        """Input channels that share a weight scale, None for one scale per output channel."""
+        return self.weights.block if isinstance(self.weights, WeightFormat) else None
+
+    @property
+    def codebook(self) -> CodebookFormat | None:
+        """The format of a weight that the file holds as indices and a table."""
+        form = self.weights
+        return form if isinstance(form, CodebookFormat) and form.codebook == "gather" else None
+
+
+@dataclass(frozen=True)
+class PointPlan:
+    """One point with its format and quantizer; None means float."""
+
+    point: Point
+    activations: ActivationFormat | None
+    activation_quantizer: MinMax | Lsq = MinMax()
+
+    @property
+    def name(self) -> str:
+        """The point's name in the model."""
+        return self.point.name
+
+
+CACHED = ("key_point", "value_point")
+"""Ends of the names of points whose tensors a key-value cache stores."""
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob matches a layer's whole name.
+
+    >>> matches("transformer.h.1.*", "transformer.h.10.attn.c_attn")
+    False
+    """
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def plan_layers(recipe: Recipe, architecture: Architecture) -> tuple[LayerPlan, ...]:
+    """One plan for each layer, in the architecture's order; patterns in the recipe's order, last match wins.
+
+    The input of a layer is quantized only if its weights are: an int8 input of a float matmul saves nothing.
+    """
+    return tuple(_plan_layer(recipe, layer) for layer in architecture.layers)
+
+
+def _plan_layer(recipe: Recipe, layer: Layer) -> LayerPlan:
+    form = recipe.format
+    weights = getattr(form, layer.section)
+    activations = form.activations
+    for pattern, exception in form.layers.items():
+        if matches(pattern, layer.name):
+            weights = weights if exception.weights == "inherit" else exception.weights
+            activations = activations if exception.activations == "inherit" else exception.activations
+    if layer.kind == "embedding" or weights is None:
+        activations = None
+    quantizers = recipe.quantizer
+    quantizer = getattr(quantizers, layer.section)
+    return LayerPlan(
+        layer=layer,
+        weights=weights,
+        activations=activations and activations.settled(layer.nonnegative),
+        weight_quantizer=quantizers.codebook if isinstance(weights, CodebookFormat) else quantizer,
+        activation_quantizer=quantizers.activations,
+        noise=quantizers.noise,
+    )
+
+
+def sharers(plan: tuple[LayerPlan, ...]) -> dict[str, list[str]]:
+    """Layers with a matmul by the layer whose weight they have, in the order of the forward pass; most are
+    alone with their own.
+    """
+    found: dict[str, list[str]] = {}
+    for item in plan:
+        if item.layer.kind != "embedding":
+            found.setdefault(item.layer.tied_to or item.name, []).append(item.name)
+    return found
+
+
+def plan_points(recipe: Recipe, architecture: Architecture) -> tuple[PointPlan, ...]:
+    """One plan for each point, in the architecture's order. Patterns match points as they match layers; of
+    an exception only the activations count. A pattern rounds a point that is float only if it ends in
+    `point`: `transformer.h.0.*: {activations: int8}` is about the layers of a block.
+    """
+    plans = []
+    for point in architecture.points:
+        form = recipe.format.attention if point.kind == "attention" else recipe.format.residual
+        if point.name.endswith(CACHED):
+            form = recipe.format.cache or form
+        for pattern, exception in recipe.format.layers.items():
+            meant = exception.activations != "inherit" and (form or pattern.endswith("point"))
+            if meant and matches(pattern, point.name):
+                form = exception.activations
+        form = form and form.settled(point.nonnegative)
+        plans.append(PointPlan(point, form, recipe.quantizer.activations))
+    return tuple(plans)
+
+
+def rounded(points: tuple[PointPlan, ...]) -> tuple[PointPlan, ...]:
+    """The points that are not float."""
+    return tuple(item for item in points if item.activations is not None)
+
+
+def plan_sites(recipe: Recipe, architecture: Architecture, plan: tuple[LayerPlan, ...]) -> tuple[Site, ...]:
+    """Where the recipe's adapter rescales, in the architecture's order: sites of the kind it asks for whose
+    linear layers all have integer weights. A float reader would have to keep its weight, and there is
+    nothing to gain there either.
+    """
+    integer = {item.name for item in plan if item.weights}
+    return tuple(
+        site
+        for site in sites_asked(recipe, architecture)
+        if integer.issuperset(site.readers) and (site.kind == "norm" or site.writer in integer)
+    )
+
+
+def sites_asked(recipe: Recipe, architecture: Architecture) -> tuple[Site, ...]:
+    """The same, whatever the formats; none without an adapter."""
+    asked = "none" if recipe.adapter.name == "none" else getattr(recipe.adapter, "sites", "auto")
+    if asked == "auto":
+        asked = "norm" if any(site.kind == "norm" for site in architecture.sites) else "value"
+    return tuple(site for site in architecture.sites if asked in ("all", site.kind))
+
+
+def site_to_json(site: Site) -> dict[str, object]:
+    """Plain values, as they stand in trained.json."""
+    if site.kind == "norm":
+        return {"norm": site.writer, "readers": list(site.readers)}
+    return {"value": site.writer, "readers": list(site.readers), "first": site.first, "point": site.point}
+
+
+def site_from_json(value: dict[str, Any]) -> Site:
+    """Inverse of `site_to_json`; how many channels there are is known from the scale."""
+    kind: Literal["norm", "value"] = "norm" if "norm" in value else "value"
+    return Site(value[kind], tuple(value["readers"]), 0, kind, value.get("first", 0), value.get("point"))
+
+
+def points_to_json(points: tuple[PointPlan, ...]) -> list[dict[str, object]]:
+    """Plain values, as they stand in trained.json and folded.json; float points too, since the certificate
+    counts all of them.
+    """
+    return [
+        {"point": asdict(item.point), "activations": item.activations and item.activations.model_dump()}
+        for item in points
+    ]
+
+
+def points_from_json(values: list[dict[str, object]]) -> tuple[PointPlan, ...]:
+    """Inverse of `points_to_json`."""
+    return tuple(
+        PointPlan(
+            point=Point(**value["point"]),
+            activations=ActivationFormat(**value["activations"]) if value["activations"] else None,
+        )
+        for value in values
+    )
+
+
+def plans_to_json(plan: tuple[LayerPlan, ...]) -> list[dict[str, object]]:
+    """Plain values, as they stand in trained.json and folded.json."""
+    return [
+        {
+            "layer": asdict(item.layer),
+            "weights": item.weights.model_dump() if item.weights else None,
+            "activations": item.activations.model_dump() if item.activations else None,
+        }
+        for item in plan
+    ]
+
+
+def plans_from_json(values: list[dict[str, object]]) -> tuple[LayerPlan, ...]:
+    """Inverse of `plans_to_json`; which quantizer trained a layer is not recorded."""
+    return tuple(
+        LayerPlan(
+            layer=_layer(value["layer"]),
+            weights=_weights(value["weights"]),
+            activations=ActivationFormat(**value["activations"]) if value["activations"] else None,
+        )
+        for value in values
+    )
+
+
+def _weights(value: dict[str, object] | None) -> WeightFormat | CodebookFormat | None:
+    if not value:
+        return None
+    return CodebookFormat(**value) if "codebook" in value else WeightFormat(**value)
+
+
+def _layer(value: dict[str, Any]) -> Layer:
+    """A layer from JSON, which has lists for tuples and may be older than a convolution's keys."""
+    kernel = value.get("kernel")
+    return Layer(**{**value, "kernel": tuple(kernel) if kernel else None})

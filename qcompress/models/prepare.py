@@ -1,0 +1,347 @@
+"""From a float model and layer plans to a model that rounds, in three forms.
+
+    quantize(model, plan)            quantizers that can train
+    rebuild(float, trained)          the same layers with nothing but their final scales
+    assemble(folded)                 int8 codes and scales (`quant/folded.py`)
+
+Train, fold, export and the runners share these, so there is one way to build each form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qcompress.errors import ContractError
+from qcompress.models import FAMILIES
+from qcompress.models.architecture import Site
+from qcompress.models.plan import (
+    LayerPlan,
+    PointPlan,
+    plans_from_json,
+    points_from_json,
+    rounded,
+    site_from_json,
+)
+from qcompress.quant.affine import Grid
+from qcompress.quant.batchnorm import statistics
+from qcompress.quant.codebook import CodebookWeight, FrozenCodebook
+from qcompress.quant.conv import Geometry, QuantizedConv
+from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, FoldedWeight, Rounding
+from qcompress.quant.folded_codebook import FoldedCodebook
+from qcompress.quant.folded_conv import FoldedConv, FoldedKernel
+from qcompress.quant.layers import (
+    FixedScale,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedTied,
+    QuantizedWeight,
+    RescaledNorm,
+)
+from qcompress.quant.learned_scale import PARAMETRIZATIONS, LearnedScale
+from qcompress.quant.noise import QuantNoise
+from qcompress.quant.quantizers import (
+    ACTIVATION_QUANTIZERS,
+    WEIGHT_QUANTIZERS,
+    FrozenActivation,
+    FrozenWeight,
+)
+from qcompress.quant.ranges import Statistics
+from qcompress.schema.custom import class_of
+from qcompress.schema.formats import CodebookFormat
+from qcompress.system.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
+
+QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedTied | QuantizedConv
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with quantizers. `layers` by layer name, `norms` by norm name, `rounding` by point name,
+    `rescalings` by the name of the norm or layer that makes the channels.
+    """
+
+    family: str
+    model: nn.Module
+    plan: tuple[LayerPlan, ...]
+    layers: dict[str, QuantizedLayer]
+    norms: dict[str, RescaledNorm] = field(default_factory=dict)
+    rescalings: dict[str, nn.Module] = field(default_factory=dict)
+    points: tuple[PointPlan, ...] = ()
+    rounding: dict[str, nn.Module] = field(default_factory=dict)
+
+    def weight_quantizers(self) -> Iterable[tuple[str, nn.Module]]:
+        """Every weight quantizer with its layer's name."""
+        for name, layer in self.layers.items():
+            if getattr(layer, "weight_quantizer", None) is not None:
+                yield name, layer.weight_quantizer
+
+    def input_quantizers(self) -> Iterable[tuple[str, nn.Module]]:
+        """Every activation quantizer with its layer's name."""
+        for name, layer in self.layers.items():
+            if getattr(layer, "input_quantizer", None) is not None:
+                yield name, layer.input_quantizer
+
+    def activation_quantizers(self) -> Iterable[tuple[str, nn.Module]]:
+        """Every quantizer of an activation, with the name under which its scale is stored: a layer's input's
+        `<layer>.input`, a point's `<point>`.
+        """
+        for name, quantizer in self.input_quantizers():
+            yield f"{name}.input", quantizer
+        yield from self.rounding.items()
+
+    def rescale(self, site: Site, scale: nn.Module) -> None:
+        """Multiply the channels of a site by `scale` [channels] where they are made, and divide the rows of
+        their readers' weights by it. Layers of the site that are linear must be quantized.
+        """
+        if site.kind == "norm":
+            wrapped = RescaledNorm(self.model.get_submodule(site.writer), scale)
+            replace_module(self.model, site.writer, wrapped)
+            self.norms[site.writer] = wrapped
+        else:
+            writer = self.layers[site.writer]
+            writer.gain, writer.gain_first = scale, site.first
+        self.rescalings[site.writer] = scale
+        for reader in site.readers:
+            layer = self.layers[reader]
+            layer.rescale = scale
+            if layer.input_quantizer is not None:
+                layer.input_quantizer.rescale = scale
+        if site.point in self.rounding:
+            self.rounding[site.point].rescale = scale
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module where another one was."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a model is made of, by name: its parameters, and the statistics of its batch norms."""
+    return {**dict(model.named_parameters()), **dict(statistics(model))}
+
+
+def quantize(
+    model: nn.Module, family: str, plan: tuple[LayerPlan, ...], points: tuple[PointPlan, ...] = ()
+) -> Prepared:
+    """Install trainable quantizers; they still have to be initialised."""
+    linear_axis = FAMILIES[family].LINEAR_AXIS
+
+    def weight_quantizer(item: LayerPlan, weight: Tensor, axis: int) -> nn.Module:
+        if isinstance(item.weights, CodebookFormat):
+            estimates = item.noise is not None and item.noise.form == "round"
+            return CodebookWeight(item.weight_quantizer, item.weights, axis, weight.shape, estimates)
+        kind = class_of("quantizer", item.weight_quantizer.name, WEIGHT_QUANTIZERS)
+        return kind(item.weight_quantizer, _grid(item, axis), item.weights.bounds, weight.shape)
+
+    def input_quantizer(item: LayerPlan) -> nn.Module | None:
+        if item.activations is None:
+            return None
+        kind = class_of("quantizer", item.activation_quantizer.name, ACTIVATION_QUANTIZERS)
+        return kind(item.activation_quantizer, item.activations.bounds, item.layer.channels)
+
+    def point_quantizer(item: PointPlan) -> nn.Module:
+        kind = class_of("quantizer", item.activation_quantizer.name, ACTIVATION_QUANTIZERS)
+        return kind(item.activation_quantizer, item.activations.bounds, item.point.features)
+
+    prepared = _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer)
+    for item in plan:
+        layer = prepared.layers.get(item.name)
+        if item.noise is not None and isinstance(layer, QuantizedWeight):
+            own = item.weights.block if isinstance(item.weights, CodebookFormat) else 1
+            layer.noise = QuantNoise(item.noise, item.noise.block or own, layer.channel_axis)
+    return _round(prepared, points, point_quantizer)
+
+
+def _round(
+    prepared: Prepared, points: tuple[PointPlan, ...], quantizer: Callable[[PointPlan], nn.Module]
+) -> Prepared:
+    """The same with quantizers at its points."""
+    rounding = {item.name: quantizer(item) for item in rounded(points)}
+    FAMILIES[prepared.family].install_points(prepared.model, rounding)
+    return replace(prepared, points=points, rounding=rounding)
+
+
+def open_points(model: nn.Module, family: str, points: tuple[PointPlan, ...]) -> None:
+    """Let `observe` see what points round: modules at their places that change nothing."""
+    FAMILIES[family].install_points(model, {item.name: nn.Identity() for item in rounded(points)})
+
+
+def _grid(item: LayerPlan, axis: int) -> Grid:
+    """How the scales of a layer's weight lie over it while training; `axis` is its output channels'."""
+    return Grid(axis, item.block, item.weights.granularity)
+
+
+def _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer) -> Prepared:
+    layers: dict[str, QuantizedLayer] = {}
+    for item in plan:
+        if item.weights is None:
+            continue
+        module = model.get_submodule(item.name)
+        if item.layer.tied_to:
+            layer = QuantizedTied(layers[item.layer.tied_to], input_quantizer(item))
+        elif item.layer.kind == "embedding":
+            layer = QuantizedEmbedding(module.weight, weight_quantizer(item, module.weight, 0))
+        elif item.layer.kind == "conv":
+            weights = weight_quantizer(item, module.weight.flatten(1), 0)
+            norm = model.get_submodule(item.layer.norm) if item.layer.norm else None
+            layer = QuantizedConv(module, norm, weights, input_quantizer(item))
+        else:
+            axis = linear_axis if item.layer.kind == "linear" else 0
+            weights = weight_quantizer(item, module.weight, axis)
+            bias = getattr(module, "bias", None)
+            layer = QuantizedLinear(module.weight, bias, axis, weights, input_quantizer(item))
+        replace_module(model, item.name, layer)
+        layers[item.name] = layer
+    return Prepared(family=family, model=model, plan=plan, layers=layers)
+
+
+def initialise(
+    prepared: Prepared,
+    statistics: dict[str, Statistics],
+    later: Collection[str] = (),
+    optimizer: str = "adamw",
+) -> None:
+    """Set the starting scale of every quantizer. Adapters are in place: quantizers see rescaled tensors.
+
+    Args:
+        prepared: the model with its quantizers.
+        statistics: observed activations, by the name of a layer or a point.
+        later: layers that k-means quantizes during training; they have no starting scale.
+        optimizer: `train.optimizer` of the recipe, on which the storage of learned scales depends.
+    """
+    quantizers = [*prepared.weight_quantizers(), *prepared.activation_quantizers()]
+    for quantizer in (part for _, part in quantizers if isinstance(part, LearnedScale)):
+        quantizer.parametrization = PARAMETRIZATIONS[optimizer]
+    for name, quantizer in prepared.weight_quantizers():
+        if name not in later:
+            quantizer.init(prepared.layers[name].coded_weight().detach())
+    for name, quantizer in [*prepared.input_quantizers(), *prepared.rounding.items()]:
+        quantizer.init(statistics[name])
+
+
+def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
+    """The trained model from its artifact: rounding with the final scales, nothing trainable."""
+    facts = read_json(trained.path / "trained.json")
+    tensors = load_file(trained.path / "trained.safetensors")
+    family = facts["family"]
+    plan = plans_from_json(facts["plan"])
+    points = points_from_json(facts.get("points", []))
+    model = FAMILIES[family].load_float(float_model.source, float_model.path)
+    with torch.no_grad():
+        own = own_tensors(model)
+        for name in facts["changed"]:
+            own[name].copy_(tensors[name])
+
+    def weight_quantizer(item: LayerPlan, weight: Tensor, axis: int) -> nn.Module:
+        if isinstance(item.weights, CodebookFormat):
+            parts = (tensors.get(f"{item.name}.weight.{part}") for part in CODEBOOK)
+            return FrozenCodebook(*parts, axis)
+        scale = tensors[f"{item.name}.weight.scale"]
+        threshold = tensors.get(f"{item.name}.weight.threshold")
+        return FrozenWeight(scale, _grid(item, axis), item.weights.bounds, threshold)
+
+    def input_quantizer(item: LayerPlan) -> nn.Module | None:
+        if item.activations is None:
+            return None
+        return FrozenActivation(tensors[f"{item.name}.input.scale"], item.activations.bounds)
+
+    def point_quantizer(item: PointPlan) -> nn.Module:
+        return FrozenActivation(tensors[f"{item.name}.scale"], item.activations.bounds)
+
+    axis = FAMILIES[family].LINEAR_AXIS
+    prepared = _install(model, family, plan, axis, weight_quantizer, input_quantizer)
+    prepared = _round(prepared, points, point_quantizer)
+    for value in facts["rescalings"]:
+        site = site_from_json(value)
+        prepared.rescale(site, FixedScale(tensors[f"{site.writer}.rescale"]))
+    prepared.model.requires_grad_(False).eval()
+    return prepared
+
+
+CODEBOOK = ("assignments", "centroids", "scale")
+"""Parts of a weight that is looked up; the scale is that of an int8 table."""
+
+
+def _folded_weight(
+    item: LayerPlan, tensors: dict[str, Tensor], axis: int, dtype: torch.dtype
+) -> FoldedWeight | FoldedCodebook:
+    """One weight, whose tensors are taken out of `tensors`; `axis` is its output channels'."""
+    if item.codebook is not None:
+        indices, centroids, scale = (tensors.pop(f"{item.name}.weight.{part}", None) for part in CODEBOOK)
+        centroids, scale = (centroids.to(dtype), None) if scale is None else (centroids, scale.to(dtype))
+        kernel = item.layer.shape if item.layer.kind == "conv" else None
+        return FoldedCodebook(indices, centroids, scale, axis, kernel)
+    codes, scale = (tensors.pop(f"{item.name}.weight.{part}") for part in ("codes", "scale"))
+    return FoldedWeight(codes, scale.to(dtype), Grid(axis, item.block), item.weights.stored_bits)
+
+
+def _folded_kernel(
+    item: LayerPlan, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> FoldedKernel | FoldedCodebook:
+    """The weight of a convolution, whose tensors are taken out of `tensors`."""
+    if item.codebook is not None:
+        return _folded_weight(item, tensors, 0, dtype)
+    codes, scale = (tensors.pop(f"{item.name}.weight.{part}") for part in ("codes", "scale"))
+    return FoldedKernel(codes, scale.to(dtype), item.weights.stored_bits)
+
+
+def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: bool = False) -> nn.Module:
+    """The folded model in torch, its float rest and scales in `dtype`; `integer`: as int8 GEMMs compute
+    it.
+    """
+    facts = read_json(folded.path / "folded.json")
+    tensors = load_file(folded.path / "folded.safetensors")
+    plan = plans_from_json(facts["plan"])
+    model = FAMILIES[facts["family"]].empty(folded.path)
+    layers: dict[str, nn.Module] = {}
+    for item in plan:
+        if item.weights is None:
+            continue
+        rounding = None
+        if item.activations is not None:
+            scale = tensors.pop(f"{item.name}.input.scale").to(dtype)
+            rounding = Rounding(scale, item.activations.bounds)
+        bias = tensors.pop(f"{item.name}.bias", None)
+        bias = None if bias is None else bias.to(dtype)
+        owner = layers.get(item.layer.tied_to or "")
+        if isinstance(owner, FoldedLinear):
+            layer = FoldedLinear(owner.weight, owner.bias, rounding, integer)
+        elif owner is not None:
+            layer = FoldedTiedHead(owner.weight, rounding, integer)
+        elif item.layer.kind == "conv":
+            weight = _folded_kernel(item, tensors, dtype)
+            gain = tensors.pop(f"{item.name}.gain", None)
+            geometry = Geometry.of(model.get_submodule(item.name))
+            layer = FoldedConv(
+                weight, bias, rounding, geometry, integer, None if gain is None else gain.to(dtype)
+            )
+        else:
+            table = item.layer.kind == "embedding"
+            weight = _folded_weight(item, tensors, 0 if table else 1, dtype)
+            layer = FoldedEmbedding(weight) if table else FoldedLinear(weight, bias, rounding, integer)
+        replace_module(model, item.name, layer)
+        layers[item.name] = layer
+        if item.layer.norm:
+            replace_module(model, item.layer.norm, nn.Identity())
+    points = rounded(points_from_json(facts.get("points", [])))
+    rounding = {
+        item.name: Rounding(tensors.pop(f"{item.name}.scale").to(dtype), item.activations.bounds)
+        for item in points
+    }
+    FAMILIES[facts["family"]].install_points(model, rounding)
+    own = own_tensors(model)
+    if set(own) != set(tensors):
+        raise ContractError(
+            f"{folded.path}: the model and the file differ in {sorted(set(own) ^ set(tensors))[:5]}"
+        )
+    for name, value in tensors.items():
+        value = value.to(dtype) if value.is_floating_point() else value
+        is_parameter = isinstance(own[name], nn.Parameter)
+        replace_module(model, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+    FAMILIES[facts["family"]].tie(model)
+    return model.requires_grad_(False).eval()

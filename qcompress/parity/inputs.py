@@ -1,0 +1,62 @@
+"""What a run is measured on: the artifacts that are there, and the samples that all rows share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qcompress.errors import ContractError, UsageError
+from qcompress.parity.measure import Samples
+from qcompress.recipe.rules.slices import slices_of
+from qcompress.schema.recipe import Recipe
+from qcompress.system.artifacts import Engine, FloatModel, FoldedModel, OnnxModel, TrainedModel, read_json
+from qcompress.tasks import TASKS
+
+LOGIT_BYTES = 2**30
+"""Most bytes of logits that wait on disk for the next row."""
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """What there is to measure; None is a stage that did not run, with its reason in `missing`."""
+
+    float_model: FloatModel | None
+    trained: TrainedModel | None
+    folded: FoldedModel | None
+    onnx: OnnxModel | None
+    engine: Engine | None
+    missing: dict[str, str]
+
+
+def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samples:
+    """What is measured, and how much of it is compared."""
+    task = TASKS[recipe.task.name]
+    folder = _checkpoint(artifacts)
+    reader, config = task.reader(folder), read_json(folder / "config.json")
+    options = task.settled(recipe.task, config)
+    sets = {
+        name: task.samples(data, base, reader, options, recipe.verify.samples)
+        for name, data in recipe.data.evaluate.items()
+    }
+    slices = {
+        name: slices_of(recipe, data, base) for name, data in recipe.data.evaluate.items() if data.slices
+    }
+    for name, columns in slices.items():
+        if any(len(cells) != len(sets[name]) for cells in columns.values()):
+            raise ContractError(f"{name}: {len(sets[name])} samples, and slices of another number")
+    first = next(iter(sets.values()))
+    positions, logits = task.logits_of(options, config)
+    affordable = max(1, LOGIT_BYTES // (positions * logits * 4))
+    # a classifier's sample is one position: of a few of them, one that flips would look like a regression
+    wanted = recipe.verify.distance_samples if positions > 1 else len(first)
+    return Samples(options, sets, min(wanted, affordable, len(first)), positions, slices)
+
+
+def _checkpoint(artifacts: Artifacts) -> Path:
+    """A folder with config.json and what prepares the inputs: every artifact but the trained one carries
+    them.
+    """
+    for artifact in (artifacts.float_model, artifacts.folded, artifacts.onnx):
+        if artifact is not None:
+            return artifact.path
+    raise UsageError("nothing is left to measure: the float, the folded and the ONNX model are gone")

@@ -1,0 +1,270 @@
+"""Where trained, folded and ONNX part, place by place, and why: `verify --layers`, and `verify.held`.
+
+A place is the input of a layer, or a point that rounds (an operand of attention, an input of a residual
+addition). Every window runs through the ONNX file in ONNX Runtime at the basic level, with the values at all
+places as further outputs, and through the folded model in torch.
+
+Two correct programs round differently where a value lies on a tie between two codes, since their fp32 sums
+differ in the last bits, and one such flip changes all that follows. So the folded model is *held*: at each
+place it compares the codes that it makes with those of the graph, and goes on with the graph's. What it
+computes between two places therefore starts from the same integers as the graph, no flip reaches a later
+place, and every code of the model is judged: one that differs must be a tie, one step apart and within `TIE`
+of the middle between two codes. What is left is unexplained, a defect at this very place.
+
+Trained and folded are compared as they run by themselves: there, every bit must agree.
+
+`verify --layers` writes layers.json: {"layers": [...], "first_difference", "first_unexplained",
+"unexplained", "windows"...}. A run keeps the counts, and the distance between the logits of the graph and of
+the held model (`held_codes`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qcompress.errors import ContractError, UsageError
+from qcompress.graph.certificate.edges import Graph
+from qcompress.graph.certificate.layers import matmul_inputs, with_outputs
+from qcompress.graph.certificate.points import point_inputs
+from qcompress.models.plan import plans_from_json, points_from_json, rounded
+from qcompress.models.prepare import assemble, rebuild, replace_module
+from qcompress.parity.distance import Distance
+from qcompress.parity.forced_codes import NOISE, TIE, Held, Inputs, Place
+from qcompress.parity.inputs import Artifacts, evaluation_samples
+from qcompress.parity.measure import Samples, batches
+from qcompress.parity.runners import complete, empty_past, open_session
+from qcompress.quant.folded import Rounding
+from qcompress.schema.recipe import Recipe
+from qcompress.system.artifacts import FoldedModel, OnnxModel, read_json, write_json
+from qcompress.system.filesystem import writes_to
+from qcompress.system.reporter import Reporter
+from qcompress.tasks import TASKS
+
+
+def compare_layers(
+    recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter: Reporter
+) -> dict[str, Any]:
+    """Compare all places on the windows that verify compares; writes and returns layers.json.
+
+    Raises UsageError where the folded model is gone or ONNX Runtime cannot compute the graph.
+    """
+    compute = recipe.format.compute
+    if compute not in TIE:
+        raise UsageError(f"--layers: ONNX Runtime's CPU provider does not compute {compute}")
+    if artifacts.folded is None or artifacts.onnx is None:
+        raise UsageError("--layers compares the ONNX file with the folded model, which is gone")
+    samples = evaluation_samples(recipe, base, artifacts)
+    windows = samples.sets[samples.first][: samples.compared]
+    with follow(artifacts.folded, artifacts.onnx, TIE[compute]) as (places, run_both):
+        run_folded, run_trained = _as_they_run(artifacts, list(places), recipe.model.family)
+        with reporter.bar("compare layers", len(windows)) as bar:
+            for window in windows:
+                inputs = TASKS[recipe.task.name].collate([window])
+                order = run_both(inputs)
+                if run_trained is not None:
+                    reference, trained = run_folded(inputs), run_trained(inputs)
+                    for name in places:
+                        places[name].trained.add(trained[name], reference[name])
+                bar.advance(samples.first)
+    return _write([places[name] for name in order], compute, len(windows), out)
+
+
+def held_codes(
+    recipe: Recipe, folded: FoldedModel, onnx: OnnxModel, samples: Samples, reporter: Reporter
+) -> dict[str, Any]:
+    """What `verify.held` adds to the onnx row: {"samples", "codes", "differ", "unexplained",
+    "first_unexplained", "largest_share", "at", "distance"}: the largest share of a place's codes that differ,
+    and which place that is; the distance is that of the graph's logits to those of the held model.
+    """
+    windows = samples.sets[samples.first][: min(recipe.verify.distance_samples, samples.compared)]
+    task, distance = TASKS[recipe.task.name], Distance(to="folded")
+    said: list[tuple[np.ndarray, np.ndarray]] = []
+    with (
+        follow(folded, onnx, TIE[recipe.format.compute], said) as (places, run_both),
+        reporter.bar("verify codes", len(windows)) as bar,
+    ):
+        for rows in batches(task, windows, recipe.verify.batch_size):  # padded, as the row is measured
+            batch = [windows[row] for row in rows]
+            order = run_both(task.collate(batch))
+            for window, *pair in zip(batch, *said.pop(), strict=True):
+                distance.add(*(task.compared(window, logits) for logits in pair))
+                bar.advance(samples.first)
+    found = [places[name] for name in order]
+    most = max(found, key=lambda place: place.share)
+    return {
+        "samples": len(windows),
+        "codes": sum(place.codes for place in found),
+        "differ": sum(place.differ for place in found),
+        "unexplained": sum(place.unexplained for place in found),
+        "first_unexplained": next((place.name for place in found if place.unexplained), None),
+        "largest_share": most.share,
+        "at": most.name,
+        "distance": distance.to_json(),
+    }
+
+
+@contextmanager
+def follow(
+    folded: FoldedModel,
+    onnx: OnnxModel,
+    limit: float,
+    said: list[tuple[np.ndarray, np.ndarray]] | None = None,
+) -> Iterator[tuple[dict[str, Place], Callable[[Inputs], list[str]]]]:
+    """The places of a model, and a function that runs one sample through the graph and through the held model
+    and takes in what it finds; it returns the places in the order in which the model comes by.
+
+    `limit` is how far from the middle between two codes a tie may lie, in steps; to `said` the logits of the
+    held model and of the graph are added.
+    """
+    facts = read_json(folded.path / "folded.json")
+    graph = Graph.read(onnx.file)
+    plan, points = plans_from_json(facts["plan"]), points_from_json(facts.get("points", []))
+    values = {name: (*pair, False) for name, pair in matmul_inputs(graph, plan).items()}
+    values |= point_inputs(graph, points)
+    wanted = [item.name for item in plan if item.weights and item.activations]
+    wanted += [item.name for item in rounded(points)]
+    if lost := [name for name in wanted if name not in values or values[name][1] is None]:
+        raise ContractError(f"{onnx.file}: no Q/DQ pair was found in front of {', '.join(lost)}")
+    places = {name: Place(name, limit) for name in values}
+    run_held = _held(assemble(folded), places, facts["family"])
+    with _onnx_values(onnx, values, facts["family"]) as run_onnx:
+
+        def run_both(inputs: Inputs) -> list[str]:
+            floats, codes, graph_said = run_onnx(inputs)
+            order, held_said = run_held(inputs, floats, codes)
+            if said is not None:
+                said.append((held_said, graph_said))
+            return order
+
+        yield places, run_both
+
+
+def _write(places: list[Place], compute: str, windows: int, out: Path) -> dict[str, Any]:
+    noise = NOISE[compute]
+    result = {
+        "layers": [place.to_json() for place in places],
+        "first_difference": next((place.name for place in places if place.diverges(noise)), None),
+        "first_unexplained": next((place.name for place in places if place.unexplained), None),
+        "unexplained": sum(place.unexplained for place in places),
+        "windows": windows,
+        "tie_limit": TIE[compute],
+    }
+    write_json(out / "layers.json", result)
+    return result
+
+
+def _held(
+    model: nn.Module, places: dict[str, Place], family: str
+) -> Callable[[Inputs, Inputs, Inputs], tuple[list[str], np.ndarray]]:
+    """A function that runs one sample, with the graph's floats and codes at hand; the order in which it came
+    by its places, and its logits.
+    """
+    floats: Inputs = {}
+    codes: Inputs = {}
+    order: list[str] = []
+
+    def watch(place: Place) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            order.append(place.name)
+            x = arguments[0].float()
+            place.onnx.add(_rows(x.numpy()), _rows(floats[place.name].reshape(x.shape)))
+
+        return hook
+
+    for name, place in places.items():
+        module = model.get_submodule(name)
+        rounding = module if isinstance(module, Rounding) else getattr(module, "input", None)
+        if isinstance(rounding, Rounding):
+            place.rounds = True
+            held = Held(rounding, place, codes)
+            replace_module(model, name if rounding is module else f"{name}.input", held)
+            module = held if rounding is module else module
+        module.register_forward_pre_hook(watch(place))
+
+    @torch.inference_mode()
+    def run(inputs: Inputs, found: Inputs, found_codes: Inputs) -> tuple[list[str], np.ndarray]:
+        for kept, new in ((floats, found), (codes, found_codes)):
+            kept.clear()
+            kept.update(new)
+        order.clear()
+        logits = model(**complete(family, inputs)).logits
+        return list(order), logits.float().numpy()
+
+    return run
+
+
+def _as_they_run(
+    artifacts: Artifacts, names: list[str], family: str
+) -> tuple[Callable[[Inputs], Inputs], Callable[[Inputs], Inputs]] | tuple[None, None]:
+    """Functions from the inputs of one sample to the input of each place, of the folded and of the trained
+    model; None if the trained one is gone.
+    """
+    if artifacts.trained is None or artifacts.float_model is None:
+        return None, None
+    trained = rebuild(artifacts.float_model, artifacts.trained).model
+    folded = assemble(artifacts.folded)
+    return _torch_inputs(folded, names, family), _torch_inputs(trained, names, family)
+
+
+def _torch_inputs(model: nn.Module, names: list[str], family: str) -> Callable[[Inputs], Inputs]:
+    seen: Inputs = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen[name] = _rows(arguments[0].float().numpy())
+
+        return hook
+
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(watch(name))
+
+    @torch.inference_mode()
+    def run(inputs: Inputs) -> Inputs:
+        seen.clear()
+        model(**complete(family, inputs))
+        return dict(seen)
+
+    return run
+
+
+@contextmanager
+def _onnx_values(
+    model: OnnxModel, values: dict[str, tuple[str, str | None, bool]], family: str
+) -> Iterator[Callable[[Inputs], tuple[Inputs, Inputs, np.ndarray]]]:
+    """A function from the inputs of one sample to the floats and the codes at each place of the graph, and to
+    its logits.
+    """
+    wanted = list(dict.fromkeys(name for found in values.values() for name in found[:2] if name))
+    # beside the graph, because external data is looked for there
+    with tempfile.NamedTemporaryFile(dir=model.file.parent, prefix=".layers-", suffix=".onnx") as file:
+        with writes_to(Path(file.name)):
+            file.write(with_outputs(model.file, wanted))
+            file.flush()
+        session = open_session(Path(file.name), torch.get_num_threads(), optimized=False)
+
+        def run(inputs: Inputs) -> tuple[Inputs, Inputs, np.ndarray]:
+            feed = {name: tensor.numpy() for name, tensor in complete(family, inputs).items()}
+            feed |= empty_past(session, len(next(iter(inputs.values()))))
+            names = [*wanted, "logits"]
+            found = dict(zip(names, session.run(names, feed), strict=True))
+            floats = {
+                place: (found[name].swapaxes(-1, -2) if moved else found[name]).astype(np.float32)
+                for place, (name, _, moved) in values.items()
+            }
+            codes = {place: found[code].astype(np.int16) for place, (_, code, _) in values.items() if code}
+            return floats, codes, found["logits"].astype(np.float32)
+
+        yield run
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """[..., features] as [positions, features]."""
+    return x.reshape(-1, x.shape[-1])

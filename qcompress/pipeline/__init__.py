@@ -1,0 +1,1 @@
+"""A recipe from the float model to the verdict: stages, cache keys, trackers, sensitivity studies."""

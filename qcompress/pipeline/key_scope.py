@@ -1,0 +1,253 @@
+"""The scope of each stage's cache key: the one table of everything that can re-run a stage. No torch.
+
+    stage   recipe values                        data          inputs               device
+    ------  -----------------------------------  ------------  -------------------  -----------------
+    load    model.family, model.blocks, the                    the checkpoint's
+            head (labels), the image processor                 files
+    train   seed, task, format, data.train,      train,        load                 kind, threads,
+            data.calibration, train, the five    calibration                        processes
+            axes; not format.preset,
+            task.stride, slices,
+            train.device,
+            train.checkpoint_every_s;
+            of train what its phases
+            read (`effective_train`)
+    fold                                                       load, train          kind, threads
+    export  export, build.target, provenance     export.graph  fold (load: for a    kind, threads
+                                                               graph made elsewhere)
+    build   build                                              export               machine, GPU
+    verify  task, data.evaluate, verify,         evaluate      load, train, fold,   kind, threads,
+            format.compute,                                    export, build        GPU
+            quantizer.activations; not
+            verify.require
+    gate    gate, verify.require,                              verify
+            format.compute, build.target
+
+Code of a stage: every module of this package that it imports, inside functions too, except
+
+  * the modules in `NO_RESULT`, which print, log, or keep files and shape no result;
+  * the imports in `ONLY_CHECKED`, which the schema needs to check sections that the stage does not read;
+  * the imports in `ONLY_MEASURED`, which the tasks need for the metrics of verify;
+  * in the three tables `methods`, `models` and `tasks`, the entries that the recipe does not select
+    (`unselected`). A module counts again where anything but the table imports it.
+
+Versions of a stage: the packages in `TOOLS` that are installed. `name`, `tracking` and the folders of files
+are in no key. `tests/test_key_scope.py` tries both directions.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+from qcompress.schema.axes import PHASES
+from qcompress.schema.custom import active
+from qcompress.schema.formats import CodebookFormat
+from qcompress.schema.rates import peak_rates
+from qcompress.schema.recipe import STAGES, Recipe
+
+VALUES: dict[str, tuple[str, ...]] = {
+    "load": ("model.family", "model.blocks"),
+    "train": (
+        "seed", "task", "format", "data.train", "data.calibration", "train",
+        "quantizer", "adapter", "objective", "stepper", "schedule",
+    ),
+    "fold": (),
+    "export": ("export", "build.target"),
+    "build": ("build",),
+    "verify": ("task", "data.evaluate", "verify", "format.compute", "quantizer.activations"),
+    "gate": ("gate", "verify.require", "format.compute", "build.target"),
+}  # fmt: skip
+"""Sections and keys of the recipe that shape a stage's result. `keys.py` adds what it derives from a recipe
+and a checkpoint: the head, the image processor, provenance, and whether the recipe trains in float.
+"""
+
+NOT_VALUES: dict[str, tuple[str, ...]] = {
+    "train": (
+        "format.preset",  # what it stands for is written out beside it
+        "train.device",  # the kind of device that is used is in the key
+        "train.checkpoint_every_s",  # a resumed run ends bit for bit as one that was not stopped
+        "task.stride",  # of evaluation windows; training sequences do not overlap
+        "data.train.slices",  # parts of an evaluation set
+        "data.calibration.slices",
+    ),
+    "verify": ("verify.require",),  # gate judges it
+}
+"""Exceptions from VALUES."""
+
+INPUTS: dict[str, tuple[str, ...]] = {
+    "load": (),
+    "train": ("load",),
+    "fold": ("load", "train"),
+    "export": ("fold",),
+    "build": ("export",),
+    "verify": ("load", "train", "fold", "export", "build"),
+    "gate": ("verify",),
+}
+"""Stages whose artifacts a stage reads."""
+
+HIDDEN_CODE: dict[str, tuple[str, ...]] = {
+    "build": ("qcompress.engine.builder",),
+    "verify": (
+        "qcompress.engine.probe_kit.measure_engine",
+        "qcompress.engine.probe_kit.engine_runners",
+        "qcompress.engine.probe_kit.engine_speed",
+    ),
+}
+"""Code that a stage starts as a process or copies, and does not import."""
+
+NO_RESULT: dict[str, str] = {
+    "qcompress": "the version number, and the API, which is imported on demand",
+    "qcompress.system.reporter": "bars and lines for the terminal and log.jsonl: nothing is returned to a stage",
+    "qcompress.training.history": "records of updates that were made, and which of them are recorded",
+    "qcompress.system.filesystem": "locks, folders, disk errors, memory statistics and the allocator's settings",
+    "qcompress.system.fingerprint": "names of cache entries: another name is another entry",
+    "qcompress.schema.custom_code": "the same for classes of a user's own",
+    "qcompress.training.movement": "a line for the terminal about learned scales, after the last update",
+}
+"""Modules in no key, and why they shape no result."""
+
+NOT_CAUGHT = ("load", "train", "fold", "export")
+"""Stages that catch none of this package's errors: one that is raised leaves no result, so that `errors.py`
+(classes, exit codes) shapes none. build, verify and gate write down what others could not do, and why.
+"""
+
+ONLY_CHECKED: dict[str, tuple[tuple[str, str], ...]] = {
+    stage: (("qcompress.schema.recipe", "qcompress.schema.goals"), ("qcompress.schema.recipe", "qcompress.schema.export"))
+    for stage in ("load", "train", "fold")
+} | {
+    stage: (("qcompress.schema.recipe", "qcompress.schema.goals"),) for stage in ("export", "build", "verify")
+}  # fmt: skip
+"""Imports, as (importer, imported), of a section's class that the stage never reads a value of: `gate` of all
+stages but gate, `export` and `build` of those before export. verify imports `goals` itself for the default
+limits, so there it counts.
+"""
+
+ONLY_MEASURED: tuple[tuple[str, str], ...] = (
+    ("qcompress.tasks.sequence_classification", "qcompress.tasks.scores"),
+    ("qcompress.tasks.token_classification", "qcompress.tasks.scores"),
+    ("qcompress.tasks.image_classification", "qcompress.tasks.scores"),
+    ("qcompress.tasks.image_classification", "qcompress.tasks.image_slices"),
+)
+"""Imports of what the results of an evaluation set are computed with, which the stages before verify never
+have.
+"""
+
+METHOD_MODULES: dict[str, dict[str, str]] = {
+    "adapter": {"quadapter": "quadapter", "smoothquant": "smoothquant", "awq": "awq"},
+    "objective": {"distillation": "distillation", "teacher-intervention": "teacher_intervention"},
+    "stepper": {"saq": "saq", "squat": "squat"},
+    "schedule": {
+        "blockwise-then-end-to-end": "quadapter",
+        "two-step": "teacher_intervention",
+        "staged": "ipq",
+    },
+}
+"""Modules of `qcompress.training.methods` that serve some values of an axis only; `plain` serves the others."""
+
+TOOLS: dict[str, tuple[str, ...]] = {
+    "load": (),
+    "train": ("torch", "transformers", "accelerate", "numpy"),
+    "fold": ("torch", "transformers"),
+    "export": ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"),
+    "build": ("tensorrt", "tensorrt_rtx"),
+    "verify": (
+        "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "numpy", "scikit-learn", "scipy",
+        "tensorrt", "tensorrt_rtx",
+    ),
+    "gate": (),
+}  # fmt: skip
+"""Packages whose version can change a stage's result."""
+
+READERS = {"image-classification": "pillow"}
+"""Packages that read a task's data, in train and verify; of all other tasks it is `tokenizers`."""
+
+BY_MODELOPT = ("smoothquant", "awq")
+"""Adapters whose scales nvidia-modelopt computes."""
+
+
+def unselected(recipe: Recipe, stage: str) -> set[tuple[str, str]]:
+    """Imports, as (importer, imported), whose code the stage does not run for this recipe: entries of the
+    tables of methods, families and tasks that the recipe does not select, and `ONLY_CHECKED`.
+    """
+    from qcompress.models import FAMILIES
+    from qcompress.tasks import TASKS
+
+    selected = {METHOD_MODULES[axis].get(getattr(recipe, axis).name, "plain") for axis in METHOD_MODULES}
+    methods = {module for modules in METHOD_MODULES.values() for module in modules.values()}
+    edges = {
+        ("qcompress.training.methods", f"qcompress.training.methods.{name}") for name in methods - selected
+    }
+    tables = (("models", FAMILIES, recipe.model.family), ("tasks", TASKS, recipe.task.name))
+    for package, table, name in tables:
+        others = {module.__name__ for key, module in table.items() if key != name}
+        edges |= {(f"qcompress.{package}", module) for module in others}
+    measured = ONLY_MEASURED if stage in STAGES[: STAGES.index("verify")] else ()
+    return edges | set(ONLY_CHECKED.get(stage, ())) | set(measured)
+
+
+def scope_of(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The recipe's values, dumped, with what the stage reads in place of what it ignores."""
+    values = recipe.model_dump(mode="json", by_alias=True)
+    if stage == "train":
+        values["train"] = effective_train(recipe)
+    for dotted in NOT_VALUES.get(stage, ()):
+        *above, last = dotted.split(".")
+        section = values
+        for key in above:
+            section = section.get(key) or {}
+        section.pop(last, None)
+    return values
+
+
+def effective_train(recipe: Recipe) -> dict[str, Any]:
+    """`train` as its phases read it.
+
+    * steps and learning rates are resolved: a default that is written out is the default. A phase has rates
+    of the roles that it trains, and none where it makes no update;
+    * `decay` and `warmup` count where a phase makes an update, `weight_decay` and `layer_drop` where it
+    trains weights, `momentum` under SGD alone;
+    * `optimizer` counts where a phase makes an update. Without one it chooses how a learned scale is
+    stored, as a product with exactly 1 either way; a class of the user's own may store another.
+    """
+    train, phases = recipe.train, {}
+    for name, defaults in PHASES[recipe.schedule.name].items():
+        steps = train.phases[name].steps if name in train.phases else defaults.steps
+        peaks = peak_rates(train, name)
+        phases[name] = {"steps": steps, "lr": {role: peaks[role] for role in defaults.roles if steps}}
+    roles = {role for phase in phases.values() for role in phase["lr"]}
+    counts = {
+        "decay": bool(roles),
+        "warmup": bool(roles),
+        "weight_decay": "weight" in roles,
+        "layer_drop": "weight" in roles,
+        "momentum": bool(roles) and train.optimizer == "sgd",
+        "optimizer": bool(roles) or bool(active().used(recipe)),
+    }
+    values = train.model_dump(mode="json", exclude={"lr", "phases"})
+    return {key: value for key, value in values.items() if counts.get(key, True)} | {"phases": phases}
+
+
+def no_result(stage: str) -> set[str]:
+    """Modules that shape nothing of the stage's result."""
+    return {*NO_RESULT, *(("qcompress.errors",) if stage in NOT_CAUGHT else ())}
+
+
+def versions_of(stage: str, recipe: Recipe) -> dict[str, str]:
+    """Installed versions of the stage's tools."""
+    packages = list(TOOLS[stage])
+    if stage in ("train", "verify"):
+        packages.append(READERS.get(recipe.task.name, "tokenizers"))
+    form = recipe.format
+    weights = [form.weights, form.embeddings, *(exception.weights for exception in form.layers.values())]
+    if stage == "train" and recipe.adapter.name in BY_MODELOPT:
+        packages.append("nvidia-modelopt")
+    if stage == "train" and any(isinstance(one, CodebookFormat) for one in weights):
+        packages.append("faiss-cpu")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

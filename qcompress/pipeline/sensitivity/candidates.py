@@ -1,0 +1,110 @@
+"""Formats that a layer may get, the bytes that they take, and the recipe that puts them there. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qcompress.errors import UsageError
+from qcompress.models.architecture import Layer
+from qcompress.models.plan import LayerPlan, sharers
+from qcompress.recipe.load import Resolved
+from qcompress.schema.adapters import NoAdapter
+from qcompress.schema.formats import WEIGHT_WORDS, CodebookFormat, WeightFormat
+from qcompress.schema.goals import Gate
+from qcompress.schema.method_options import Calibrate, PlainStepper, TaskObjective
+from qcompress.schema.quantizers import Quantizers
+from qcompress.schema.recipe import LayerFormat, Train, Verify
+
+Form = WeightFormat | CodebookFormat | None
+"""Format of a weight; None is float."""
+
+PATTERN = re.compile(r"int(8|4|3|2)(?:-(?:g(32|64|128)|(channel)))?")
+
+
+def parse_format(word: str) -> WeightFormat:
+    """The weight format of a word: those of a recipe, and with a block or without one.
+
+    >>> [str(parse_format(word)) for word in ("int4", "int4-g32", "int4-channel")]
+    ['int4-g128', 'int4-g32', 'int4']
+    """
+    form = WEIGHT_WORDS.get(word)
+    if isinstance(form, WeightFormat):
+        return form
+    if match := PATTERN.fullmatch(word):
+        bits, block, _ = match.groups()
+        return WeightFormat(bits=int(bits), block=int(block) if block else None)
+    known = [name for name, form in WEIGHT_WORDS.items() if isinstance(form, WeightFormat)]
+    raise UsageError(
+        f"unknown weight format {word!r}",
+        fix=f"write {', '.join(known)}, intN-channel, or intN-gBLOCK with a block of 32, 64 or 128",
+    )
+
+
+def stored_bytes(layer: Layer, form: Form, compute: str) -> int:
+    """Bytes of a weight in the ONNX file: its codes and the scales, or its floats. Zero points are left out:
+    int8 matmuls have them, a byte for each channel, and layers of a shape share them.
+
+    >>> layer = Layer("q", "linear", in_features=256, out_features=10)
+    >>> [stored_bytes(layer, parse_format(word), "fp16") for word in ("int8", "int4", "int4-g32")]
+    [2580, 1320, 1440]
+    >>> stored_bytes(layer, None, "fp16")
+    5120
+    """
+    number = 4 if compute == "fp32" else 2
+    if form is None:
+        return layer.weights * number
+    if isinstance(form, CodebookFormat):
+        table = form.centroids * form.block * (1 if form.table == "int8" else number)
+        return int(layer.weights * form.stored_bits / 8) + table
+    block = form.block or layer.in_features
+    return layer.weights * form.stored_bits // 8 + layer.weights // block * number
+
+
+def groups_of(plan: Sequence[LayerPlan]) -> dict[str, list[str]]:
+    """The rounded weights, by the name of the layer that owns each, with all layers that use it."""
+    shared = sharers(tuple(plan))
+    return {
+        item.name: sorted({item.name, *shared.get(item.name, ())})
+        for item in plan
+        if item.weights is not None and item.layer.tied_to is None
+    }
+
+
+def with_formats(
+    resolved: Resolved, weights: Form | None = None, layers: Mapping[str, Form] | None = None
+) -> Resolved:
+    """The recipe, calibrated and not trained, with another format of its weights, or of single layers."""
+    recipe = resolved.recipe
+    form = recipe.format.model_copy(update={} if weights is None else {"weights": weights})
+    if layers:
+        exceptions = {name: LayerFormat(weights=chosen) for name, chosen in layers.items()}
+        form = form.model_copy(update={"layers": {**form.layers, **exceptions}})
+    changes: dict[str, Any] = {
+        "name": f"{recipe.name}-sensitivity",
+        "method": "ptq",
+        "format": form,
+        "quantizer": Quantizers(),
+        "adapter": NoAdapter(),
+        "objective": TaskObjective(),
+        "stepper": PlainStepper(),
+        "schedule": Calibrate(),
+        "train": Train(batch_size=recipe.train.batch_size, device=recipe.train.device),
+        "verify": Verify(batch_size=recipe.verify.batch_size),
+        "gate": Gate(),
+    }
+    return replace(resolved, recipe=recipe.model_copy(update=changes))
+
+
+def spelled(form: Form) -> Any:
+    """A weight format as a recipe says it in few words."""
+    if form is None:
+        return "float"
+    for word, known in WEIGHT_WORDS.items():
+        if known == form:
+            return word
+    return form.model_dump(exclude_defaults=True) | (
+        {"bits": form.bits} if isinstance(form, WeightFormat) else {}
+    )

@@ -1,0 +1,318 @@
+"""Stage `export`: FoldedModel -> OnnxModel. A graph with explicit Q/DQ, linted and certified.
+
+Reads folded.safetensors. Writes model.onnx (+ model.onnx.data above 1.5 GiB), lint.json, certificate.json,
+sizes.json, config.json and what prepares the inputs. Initializers are named as in folded.safetensors, Q/DQ
+nodes after their layer, so that a message of TensorRT's parser can be read. Nothing in the file depends on
+where it was made.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+
+from qcompress.errors import ExportError
+from qcompress.graph.certificate.points import certify_all
+from qcompress.graph.file_sizes import measure_sizes
+from qcompress.graph.keep_fp32 import keep_fp32, require_operators
+from qcompress.graph.lint.lint import lint
+from qcompress.graph.lookup_nodes import spell_out
+from qcompress.graph.optimizer import optimize
+from qcompress.models import FAMILIES, graph_signature
+from qcompress.models.depth import lent_prefixes
+from qcompress.models.files import read_config
+from qcompress.models.plan import LayerPlan, plans_from_json, points_from_json, sharers
+from qcompress.models.prepare import assemble
+from qcompress.quant.types import COMPUTE
+from qcompress.schema.formats import WeightFormat
+from qcompress.schema.recipe import Export
+from qcompress.schema.targets import TARGETS
+from qcompress.system.artifacts import FoldedModel, read_json, write_json
+
+NARROW = {4: (ml_dtypes.int4, ir.DataType.INT4), 2: (ml_dtypes.int2, ir.DataType.INT2)}
+"""Types of codes by stored bits, in numpy and in the file."""
+
+EXTERNAL_BYTES = 3 * 2**29
+"""Initializers go into a file of their own above this size: protobuf ends at 2 GiB."""
+
+PREFIX = "model."
+"""What the wrapper adds to every name."""
+
+
+class _Logits(nn.Module):
+    """The model as a function of tensors alone. Floats come in fp32, whatever the model computes in."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        cast = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        return self.model(**cast).logits
+
+
+def export(folded: FoldedModel, options: Export, target: str, provenance: dict[str, str], out: Path) -> None:
+    """Write the graph and what is known about it; lint errors and a broken certificate end the run (5).
+
+    `provenance` becomes the file's metadata: recipe hash, version, method.
+    """
+    facts = read_json(folded.path / "folded.json")
+    plan = plans_from_json(facts["plan"])
+    program = _trace(folded, facts["family"], COMPUTE[facts["compute"]], options)
+    model, stored = program.model, _Stored.of(folded, facts["family"], plan)
+    optimize(model, lambda name: stored.is_apart(name.removeprefix(PREFIX)))
+    _name(model, plan, stored.name)
+    spell_out(model)
+    _store_narrow(model, plan)
+    if options.keep_fp32:
+        require_operators(model, options.keep_fp32)
+        keep_fp32(model, options.keep_fp32, load_file(folded.path / "folded.safetensors"))
+    _strip(model)
+    formats = {
+        item.name: {"weights": str(item.weights), "activations": str(item.activations or "float")}
+        for item in plan
+        if item.weights
+    }
+    model.metadata_props.clear()
+    model.metadata_props.update({f"qcompress.{key}": value for key, value in sorted(provenance.items())})
+    model.metadata_props["qcompress.schema.formats"] = json.dumps(formats, sort_keys=True)
+    model.producer_name, model.producer_version = "qcompress", provenance["version"]
+    model.doc_string = None
+    file = out / "model.onnx"
+    _save(model, file)
+    onnx.checker.check_model(str(file), full_check=True)
+
+    write_json(out / "sizes.json", measure_sizes(file, plan, facts["raised"]))
+    certificate = certify_all(file, folded.path, plan, points_from_json(facts.get("points", [])))
+    write_json(out / "certificate.json", certificate)
+    findings = lint(file, TARGETS[target])
+    write_json(out / "lint.json", {"target": target, "findings": [asdict(finding) for finding in findings]})
+    for name in folded.path.iterdir():
+        if name.suffix in (".json", ".txt") and name.name not in ("folded.json", "manifest.json"):
+            shutil.copyfile(name, out / name.name)
+    if not certificate["complete"]:
+        everything = [*certificate["layers"], *certificate["points"]]
+        broken = [item["name"] for item in everything if not item["passed"]]
+        raise ExportError(
+            f"the ONNX file does not hold what was folded: {broken or certificate['float_copies']}",
+            fix="this is a defect of the exporter: please report it with certificate.json",
+        )
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        lines = "\n".join(f"  {finding}" for finding in errors)
+        raise ExportError(
+            f"{target} would refuse or change this graph:\n{lines}", fix="see the fix of each line"
+        )
+
+
+def _trace(folded: FoldedModel, family: str, dtype: torch.dtype, options: Export) -> torch.onnx.ONNXProgram:
+    model, arguments, shapes, inputs, outputs = _signature(folded, FAMILIES[family], dtype, options)
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns that torchvision, which is not needed, is not installed
+    with warnings.catch_warnings():
+        # raised inside torch.export for its own data structures; nothing a user could act on
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            return torch.onnx.export(
+                model,
+                kwargs=arguments,
+                dynamo=True,
+                opset_version=options.opset,
+                dynamic_shapes=shapes,
+                input_names=inputs,
+                output_names=outputs,
+                optimize=False,  # `graph_optimizer` does
+                verbose=False,
+            )
+        finally:
+            log.setLevel(level)
+
+
+def _signature(
+    folded: FoldedModel, family: ModuleType, dtype: torch.dtype, options: Export
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any], list[str], list[str]]:
+    """The model as a function of tensors, an example of its arguments, their symbolic axes, and the names of
+    its inputs and outputs.
+    """
+
+    def axes(names: Mapping[int, str | int]) -> dict[int, str]:
+        return {index: name for index, name in names.items() if name in (*options.dynamic, "total")}
+
+    model = assemble(folded, dtype)
+    # sizes that nothing else in a model has, so that no axis is taken for a constant
+    rows, tokens, past = 2, 5, 7
+    signature = graph_signature(family, folded.path)
+    first, sizes = signature[0], {"batch": rows, "sequence": tokens}
+    shape = [sizes.get(axis, axis) for axis in first.axes]
+    given = torch.ones(shape, dtype=getattr(torch, first.element))
+    if not options.cache:
+        example = family.graph_inputs(given)
+        shapes = {item.name: axes(dict(enumerate(item.axes))) for item in signature}
+        return _Logits(model, dtype), {"inputs": example}, {"inputs": shapes}, list(example), ["logits"]
+    from qcompress.models.cache import Cached
+
+    layout = family.cache_layout(read_config(folded.path))
+    cached = Cached(model, layout)
+    example = family.graph_inputs(given, past=past)
+    shapes = {item.name: axes(dict(enumerate(item.axes))) for item in signature}
+    shapes["attention_mask"] = axes({0: "batch", 1: "total"})
+    arguments = {"inputs": example, "past": cached.empty(rows, past, dtype)}
+    dynamic = {"inputs": shapes, "past": [axes({0: "batch", 2: "past"})] * len(layout.past)}
+    return cached, arguments, dynamic, [*example, *layout.past], ["logits", *layout.present]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What folded.safetensors stores by name, and the exporter's names of it."""
+
+    names: frozenset[str]
+    tied: Mapping[str, str]
+    """Layers that have another layer's weight."""
+    firsts: Mapping[str, str]
+    """Prefixes of blocks that share weights, to the prefix of the block that stores them."""
+
+    @classmethod
+    def of(cls, folded: FoldedModel, family: str, plan: tuple[LayerPlan, ...]) -> _Stored:
+        """Read the names and the plan."""
+        with safe_open(folded.path / "folded.safetensors", framework="np") as tensors:
+            names = frozenset(tensors.keys())
+        tied = {item.name: item.layer.tied_to for item in plan if item.layer.tied_to}
+        depth = FAMILIES[family].DEPTH
+        firsts = lent_prefixes(read_config(folded.path), depth) if depth is not None else {}
+        return cls(names, tied, firsts)
+
+    def name(self, found: str) -> str:
+        """The stored name of a tensor that is stored once, and that the exporter calls after its last reader:
+        a tied table, or what blocks share.
+        """
+        layer, _, part = found.partition(".weight.")
+        if layer in self.tied and part:
+            return f"{self.tied[layer]}.weight.{part}"
+        block = next((block for block in self.firsts if found.startswith(block)), None)
+        other = found if block is None else self.firsts[block] + found[len(block) :]
+        return found if found in self.names or other not in self.names else other
+
+    def is_apart(self, found: str) -> bool:
+        """Whether a tensor keeps an initializer of its own: all but the scales of activations."""
+        name = self.name(found)
+        return name in self.names and (not name.endswith(".scale") or name.endswith(".weight.scale"))
+
+
+def _name(model: ir.Model, plan: tuple[LayerPlan, ...], stored: Callable[[str], str]) -> None:
+    """Names of folded.safetensors (`stored`) for initializers, names of layers for Q/DQ nodes and their
+    outputs.
+    """
+    for value in list(model.graph.initializers.values()):
+        name = stored(value.name.removeprefix(PREFIX))
+        if name != value.name:
+            value.name = name
+            if value.const_value is not None:
+                value.const_value.name = name
+    layers = _layers_of_matmuls(model, plan)
+    counts: dict[str, int] = {}
+    for node in model.graph:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        # equal scales of two inputs are stored once, so a scale's name may be another layer's
+        read, layer = node.inputs[0].name, _reader(node, layers)
+        scale = f"{layer}.input.scale" if layer else node.inputs[1].name
+        what = (read if read.endswith(".codes") else scale).rpartition(".")[0]
+        name = f"{what}/{node.op_type}"
+        counts[name] = counts.get(name, 0) + 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
+        node.outputs[0].name = node.name + "_output"
+
+
+def _reader(node: ir.Node, layers: dict[ir.Node, str]) -> str | None:
+    """The layer whose matmul reads an activation's Q or DQ node; `layers` of all matmuls with a weight."""
+    for user, _ in node.outputs[0].uses():
+        if user.op_type in ("Clip", "DequantizeLinear"):
+            return _reader(user, layers)
+        if user in layers:
+            return layers[user]
+    return None
+
+
+def _layers_of_matmuls(model: ir.Model, plan: tuple[LayerPlan, ...]) -> dict[ir.Node, str]:
+    """The layer of each matmul with a rounded weight. Of several with one weight the first in the graph is
+    that of the layer that comes first.
+    """
+    waiting, found = sharers(plan), {}
+    for node in model.graph:
+        if node.op_type in ("MatMul", "Gemm", "Conv"):
+            owners = [owner for value in node.inputs[:2] if (owner := _owner(value))]
+            if owners and waiting.get(owners[0]):
+                found[node] = waiting[owners[0]].pop(0)
+    return found
+
+
+def _owner(value: ir.Value | None) -> str | None:
+    """The layer under whose name the codes lie that a value is decoded from."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type == "Transpose":
+        node = node.inputs[0].producer()
+    codes = node.inputs[0].name if node is not None and node.inputs and node.inputs[0] is not None else ""
+    for ending in (".weight.codes", ".weight.assignments"):
+        if (codes or "").endswith(ending):
+            return codes.removesuffix(ending)
+    return None
+
+
+def _store_narrow(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:
+    """Narrow codes become int4 or int2 initializers, packed, where the format's container says so."""
+    for item in plan:
+        narrow = isinstance(item.weights, WeightFormat) and item.weights.stored_bits < 8
+        if not narrow or item.layer.tied_to:
+            continue
+        value = model.graph.initializers[f"{item.name}.weight.codes"]
+        kind, name = NARROW[item.weights.stored_bits]
+        value.const_value = ir.Tensor(value.const_value.numpy().astype(kind), name=value.name)
+        value.dtype = name
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop the exporter's notes: they hold absolute paths, and a file's hash must not depend on a place."""
+    model.graph.metadata_props.clear()
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
+
+
+def _save(model: ir.Model, file: Path) -> None:
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    kinds = {value.dtype for value in model.graph.initializers.values()}
+    # int4 tensors came with IR 10, int2 with IR 13
+    model.ir_version = max(model.ir_version, 13 if ir.DataType.INT2 in kinds else 10)
+    if size > EXTERNAL_BYTES:
+        ir.save(model, file, external_data=file.name + ".data")
+    else:
+        ir.save(model, file)
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """A torch tensor as numpy; bfloat16 through ml_dtypes."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

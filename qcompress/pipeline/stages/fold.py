@@ -1,0 +1,256 @@
+"""Stage `fold`: TrainedModel -> FoldedModel. Integers, scales, and a float rest without a trace of training.
+
+Reads trained.safetensors and the float checkpoint (for what training left alone). Rescalings go into the
+norms or value projections and into their readers' weights, weights become int8 codes, stored [in, out];
+tables stay [rows, width] and convolutions [out, in / groups, height, width], with the batch norm behind them
+in scales and bias. A float convolution keeps its batch norm. A scale that would let an int32 bias of a
+runtime saturate is raised (`quant/int32_bias.py`). The method is not an input, so nothing here can depend on
+it.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompress.errors import ContractError, ExportError
+from qcompress.models.plan import LayerPlan, plans_to_json, points_to_json
+from qcompress.models.prepare import Prepared, QuantizedLayer, own_tensors, rebuild
+from qcompress.quant.batchnorm import fold_batch_norm, gain_and_bias
+from qcompress.quant.codebook import FrozenCodebook, from_vectors
+from qcompress.quant.conv import QuantizedConv
+from qcompress.quant.int32_bias import least_scales, raise_scales
+from qcompress.quant.layers import QuantizedLinear, QuantizedTied, QuantizedWeight
+from qcompress.quant.types import COMPUTE
+from qcompress.system.artifacts import FloatModel, TrainedModel, read_json, write_json
+from qcompress.system.tensor_file import save_tensors
+
+
+@torch.no_grad()
+def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> list[str]:
+    """Write folded.safetensors, folded.json, config.json and the tokenizer; returns what a user should know.
+
+    Raises ExportError where the compute type does not hold a scale or a float.
+    """
+    compute = read_json(trained.path / "trained.json")["compute"]
+    tensors, facts, notes = _folded(rebuild(float_model, trained), COMPUTE[compute])
+    gc.collect()  # the float model is not needed any more, and a model refers to itself
+    imprecise = check_compute(tensors, compute)
+    save_tensors(out / "folded.safetensors", tensors, {"format": "pt"})
+    write_json(
+        out / "folded.json",
+        {
+            **facts,
+            "compute": compute,
+            "codes": sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.int8),
+        },
+    )
+    for file in float_model.path.iterdir():
+        if file.name not in ("float.json", "manifest.json", "model.safetensors"):
+            shutil.copyfile(file, out / file.name)
+    if not imprecise:
+        return notes
+    worst = max(imprecise, key=imprecise.__getitem__)
+    return [
+        *notes,
+        f"scales below the smallest normal {compute} lose digits in {len(imprecise)} tensors: "
+        f"{100 * imprecise[worst]:.2g} % in {worst}; `compute: bf16` or `fp32` keeps them",
+    ]
+
+
+def _folded(prepared: Prepared, compute: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """The tensors, none of which holds the float model's memory, what is known about the model, and what a
+    user should know.
+    """
+    quantized = _codes(prepared)
+    notes = _fold_norms(prepared, quantized, compute)
+    raised = _raise_scales(prepared, quantized, compute)
+    if raised:
+        scales, codes = (sum(counts[key] for counts in raised.values()) for key in ("scales", "codes"))
+        notes.append(
+            f"{scales} weight scales of {len(raised)} layers are raised, so that their int32 biases do not "
+            f"saturate in a runtime; {codes} codes change"
+        )
+    floats = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in _floats(prepared, quantized).items()
+    }
+    plan, points = plans_to_json(prepared.plan), points_to_json(prepared.points)
+    facts = {"family": prepared.family, "plan": plan, "points": points, "raised": raised}
+    return quantized | floats, facts, notes
+
+
+def _fold_norms(prepared: Prepared, found: dict[str, Tensor], compute: torch.dtype) -> list[str]:
+    """Put batch norms into the scales and biases of the quantized convolutions in front of them; where a
+    weight is looked up, into a gain of its own.
+    """
+    gone = 0
+    for name, layer in prepared.layers.items():
+        if isinstance(layer, QuantizedConv) and layer.norm is not None:
+            if f"{name}.weight.assignments" in found:
+                gain, bias = gain_and_bias(layer.bias, layer.norm)
+                found |= {f"{name}.gain": gain, f"{name}.bias": bias}
+                continue
+            codes, scale = (found[f"{name}.weight.{part}"] for part in ("codes", "scale"))
+            codes, scale, bias, lost = fold_batch_norm(codes, scale, layer.bias, layer.norm, compute)
+            check_scale(scale, f"{name}.weight")
+            found |= {f"{name}.weight.codes": codes, f"{name}.weight.scale": scale, f"{name}.bias": bias}
+            gone += lost
+    return [f"batch norms multiply {gone} channels by 0: only their shifts are left"] if gone else []
+
+
+def _raise_scales(
+    prepared: Prepared, quantized: dict[str, Tensor], compute: torch.dtype
+) -> dict[str, dict[str, int]]:
+    """Raise the weight scales of layers whose int32 bias would saturate; counts of raised scales and changed
+    codes by layer.
+
+    Left out: layers without a bias, layers whose input stays float, and weights whose blocks or centroids
+    have scales of their own, which no runtime multiplies as integers.
+    """
+    raised = {}
+    for name, layer in prepared.layers.items():
+        inputs = _input_scales(prepared, name, quantized)
+        scale = quantized.get(f"{name}.weight.scale")
+        bias = _deployed_bias(name, layer, quantized)
+        if bias is None or not inputs or scale is None or scale.dim() != 1:
+            continue
+        codes = quantized[f"{name}.weight.codes"]
+        channels_last = isinstance(layer, QuantizedLinear)
+        least = least_scales(bias, torch.stack(inputs).to(compute).min())
+        changed, scale, scales, count = raise_scales(
+            codes.t() if channels_last else codes, scale, least, compute
+        )
+        if scales:
+            check_scale(scale, f"{name}.weight")
+            changed = changed.t().contiguous() if channels_last else changed
+            quantized |= {f"{name}.weight.codes": changed, f"{name}.weight.scale": scale}
+            raised[name] = {"scales": scales, "codes": count}
+    return raised
+
+
+def _input_scales(prepared: Prepared, name: str, quantized: dict[str, Tensor]) -> list[Tensor]:
+    """Scales of the rounded inputs of a layer, and of the layers that share its weight and bias."""
+    owner = prepared.layers[name]
+    sharers = [
+        other
+        for other, layer in prepared.layers.items()
+        if isinstance(layer, QuantizedTied) and layer.owner is owner
+    ]
+    keys = [f"{one}.input.scale" for one in (name, *sharers)]
+    return [quantized[key].reshape(()) for key in keys if key in quantized]
+
+
+def _deployed_bias(name: str, layer: QuantizedLayer, quantized: dict[str, Tensor]) -> Tensor | None:
+    """The bias that a linear or convolution layer is deployed with, [out]."""
+    if f"{name}.bias" in quantized:
+        return quantized[f"{name}.bias"]
+    return layer.rescaled_bias() if isinstance(layer, QuantizedLinear) else getattr(layer, "bias", None)
+
+
+def _codes(prepared: Prepared) -> dict[str, Tensor]:
+    """Codes and scales of every quantized tensor, checked against the format."""
+    found: dict[str, Tensor] = {}
+    plans = {item.name: item for item in prepared.plan}
+    for name, layer in prepared.layers.items():
+        if isinstance(layer, QuantizedWeight) and isinstance(layer.weight_quantizer, FrozenCodebook):
+            found |= _looked_up(name, layer, plans[name])
+        elif isinstance(layer, QuantizedWeight):
+            codes, scale = layer.codes()
+            scale = layer.weight_quantizer.grid.spread(scale, codes.shape[layer.channel_axis])
+            check_scale(scale, f"{name}.weight")
+            low, high = plans[name].weights.bounds
+            if int(codes.min()) < low or int(codes.max()) > high:
+                raise ContractError(f"{name}: codes outside [{low}, {high}]")
+            if isinstance(layer, QuantizedLinear) and layer.channel_axis == 0:
+                codes, scale = codes.t(), scale if scale.dim() == 1 else scale.t()
+            found[f"{name}.weight.codes"] = codes.contiguous()
+            found[f"{name}.weight.scale"] = scale.contiguous()
+        if getattr(layer, "input_quantizer", None) is not None:
+            scale = layer.input_quantizer.scale_of()
+            check_scale(scale, f"{name}.input")
+            found[f"{name}.input.scale"] = scale
+    for name, point in prepared.rounding.items():
+        check_scale(point.scale_of(), name)
+        found[f"{name}.scale"] = point.scale_of()
+    return found
+
+
+def _looked_up(name: str, layer: QuantizedWeight, item: LayerPlan) -> dict[str, Tensor]:
+    """Indices, table and the scale of an int8 table; or what they decode to, codes and equal scales."""
+    quantizer = layer.weight_quantizer
+    indices = quantizer.assignments
+    transposed = isinstance(layer, QuantizedLinear) and layer.channel_axis == 0
+    if int(indices.max()) >= item.weights.centroids:
+        raise ContractError(f"{name}: index {int(indices.max())} of {item.weights.centroids} centroids")
+    found = {}
+    if quantizer.scale is not None:
+        check_scale(quantizer.scale, f"{name}.weight")
+        found["scale"] = quantizer.scale
+    table = quantizer.centroids if quantizer.scale is None else quantizer.codes()
+    if item.codebook is not None:
+        found |= {"assignments": indices.t() if transposed else indices, "centroids": table}
+    else:
+        codes = from_vectors(table[indices.int()], layer.channel_axis)
+        codes = codes.view(layer.weight.shape) if isinstance(layer, QuantizedConv) else codes
+        found["scale"] = quantizer.scale.expand(codes.shape[layer.channel_axis])
+        found["codes"] = codes.t() if transposed else codes
+    return {f"{name}.weight.{part}": tensor.clone().contiguous() for part, tensor in found.items()}
+
+
+def _floats(prepared: Prepared, quantized: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that stays float, norms and biases with their rescaling in them."""
+    norms = {item.layer.norm for item in prepared.plan if item.weights and item.layer.norm}
+    floats = {
+        name: tensor
+        for name, tensor in own_tensors(prepared.model).items()
+        if not {name, f"{name}.codes", f"{name}.assignments"} & quantized.keys()
+        and name.rpartition(".")[0] not in norms
+    }
+    for name, layer in prepared.layers.items():
+        if getattr(layer, "gain", None) is not None and layer.bias is not None:
+            floats[f"{name}.bias"] = layer.rescaled_bias()
+    for name, norm in prepared.norms.items():
+        floats[f"{name}.weight"], floats[f"{name}.bias"] = norm.folded()
+    return floats
+
+
+def check_compute(tensors: dict[str, Tensor], compute: str) -> dict[str, float]:
+    """Refuse what is finite and positive in fp32 and not in the compute type. Returns the largest relative
+    error of the scales of each tensor whose scales are below the type's normal numbers.
+    """
+    dtype, imprecise = COMPUTE[compute], {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        cast = tensor.to(dtype).float()
+        beyond = cast.isinf() & tensor.isfinite()
+        if bool(beyond.any()):
+            raise ExportError(
+                f"{name}: {float(tensor[beyond].abs().max()):.3g} is beyond the largest {compute}, "
+                f"{torch.finfo(dtype).max:.6g}",
+                fix="set `format.compute: bf16` or `fp32`",
+            )
+        if not name.endswith(".scale"):
+            continue
+        if bool((cast == 0).any()):
+            raise ExportError(
+                f"{name}: the scale {float(tensor.min()):.3g} becomes 0 in {compute}",
+                fix="set `format.compute: bf16` or `fp32`, or keep the layer float in format.layers",
+            )
+        small = tensor < torch.finfo(dtype).tiny
+        worst = float(((cast - tensor).abs() / tensor)[small].max()) if bool(small.any()) else 0.0
+        if worst > 0:
+            imprecise[name] = worst
+    return imprecise
+
+
+def check_scale(scale: Tensor, name: str) -> None:
+    """Refuse a scale that TensorRT would refuse: not positive, or not finite."""
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise ContractError(f"{name}: scales must be positive and finite, found {float(scale.min()):.3g}")

@@ -1,0 +1,369 @@
+"""Stage `verify`: every artifact -> ParityReport. Measures all rows on the same data; judges nothing.
+
+Reads the five artifacts and the evaluation data. Writes parity.json (a row for each stage: metrics, and the
+distance of its logits to the row before; which metrics are a set's main ones), samples.json.gz (per-sample
+results with ids) and probe/ (the same measurement for a device). Rows run one after another, so that one
+model is in memory at a time; the logits that a distance needs wait on disk.
+
+Two rows have another measurement in them, {"metrics", "distance"}, with which no later row is compared:
+
+    trained["dynamic"]   the model with dynamic ranges, if it was trained with them; its distance is to the
+                         row itself, and the difference is what making the ranges static cost
+    onnx["deployed"]     the graph as ONNX Runtime runs it by default
+
+A third one, onnx["held"], compares the graph with the folded model from the graph's own codes, so that ties
+of rounding are told from defects (`layerwise.held_codes` says what is in it).
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qcompress.engine.local_run import why_not
+from qcompress.engine.probe import KIT_BYTES, write_probe
+from qcompress.errors import ContractError
+from qcompress.graph.view import read
+from qcompress.models.plan import plans_from_json, points_from_json, rounded
+from qcompress.models.prepare import assemble, rebuild
+from qcompress.parity.fold_flips import count_flips
+from qcompress.parity.gpu import engine_here, provider_rows
+from qcompress.parity.inputs import Artifacts, evaluation_samples
+from qcompress.parity.layerwise import held_codes
+from qcompress.parity.measure import Measured, Results, Samples, measure_row
+from qcompress.parity.runners import (
+    OnnxRunner,
+    Runner,
+    complete,
+    dynamic_runner,
+    float_runner,
+    folded_runner,
+    made_static,
+    trained_runner,
+)
+from qcompress.parity.sample_results import write_samples
+from qcompress.parity.sharpness import trained_sharpness
+from qcompress.schema.goals import PARITY
+from qcompress.schema.recipe import ROWS, Recipe
+from qcompress.schema.tasks import AGREEMENT, Task
+from qcompress.system.artifacts import FoldedModel, read_json, sha256_file, write_json
+from qcompress.system.reporter import Reporter
+from qcompress.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every row is measured with."""
+
+    recipe: Recipe
+    base: Path
+    artifacts: Artifacts
+    samples: Samples
+    out: Path
+    reporter: Reporter
+    device: torch.device
+
+    def measure(
+        self, row: str, runner: Runner, reference: Results | None, previous: str | None, keep: bool = True
+    ) -> Measured:
+        """As `measure_row`, on all samples."""
+        return measure_row(
+            row, runner, self.recipe, self.samples, reference, previous, self.out, self.reporter, keep
+        )
+
+
+def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter: Reporter) -> None:
+    """Measure every row that can run."""
+    _forget_logits(out)
+    samples = evaluation_samples(recipe, base, artifacts)
+    for name, found in samples.sets.items():
+        for note in TASKS[recipe.task.name].notes(found):
+            reporter.say(f"verify: {name}: {note}")
+    for note in _without_value(samples):
+        reporter.say(f"verify: {note}")
+    job = _Job(recipe, base, artifacts, samples, out, reporter, _device(recipe))
+    rows: list[dict[str, Any]] = []
+    measured: dict[str, Measured] = {}
+    previous: str | None = None
+    for stage in ROWS:
+        reason = _not_run(stage, artifacts, recipe)
+        if stage == "engine" and reason is None:
+            reporter.say("verify: the engine runs on this machine's GPU")
+            row, result = engine_here(artifacts.engine, artifacts.onnx, samples, measured, out)
+            measured |= {stage: result} if result is not None else {}
+            rows.append(row)
+            continue
+        if reason is not None:
+            rows.append({"stage": stage, **reason})
+            continue
+        gc.collect()  # the row before is not needed any more, and a model refers to itself
+        reference = measured["float"].samples if "float" in measured else None
+        result = job.measure(stage, _runner(job, stage), reference, previous)
+        measured[stage] = result
+        row = {"stage": stage, "status": "measured", "reason": None, "metrics": result.metrics}
+        row |= {"samples": sum(map(len, samples.sets.values())), "distance": result.distance}
+        rows.append(row | _beside(job, stage, result, reference, previous))
+        previous = stage
+    _forget_logits(out)
+    write_json(out / "parity.json", {"rows": rows, **_facts(job, rows)})
+    results = {stage: result.samples for stage, result in measured.items()}
+    write_samples(out / "samples.json.gz", results, TASKS[recipe.task.name].KNOWN, samples.slices)
+
+
+def _runner(job: _Job, stage: str) -> Runner:
+    artifacts, device = job.artifacts, job.device
+    if stage == "float":
+        return float_runner(artifacts.float_model, device)
+    if stage == "trained":
+        return trained_runner(artifacts.float_model, artifacts.trained, device)
+    if stage == "folded":
+        return folded_runner(artifacts.folded, device)
+    return _onnx_runner(job, optimized=False)
+
+
+def _onnx_runner(job: _Job, optimized: bool) -> Runner:
+    family, threads = job.recipe.model.family, torch.get_num_threads()
+    return OnnxRunner(job.artifacts.onnx.file, family, threads, optimized=optimized)
+
+
+def _beside(
+    job: _Job, stage: str, result: Measured, reference: Results | None, previous: str | None
+) -> dict[str, Any]:
+    """What only one stage's row has."""
+    recipe, artifacts, samples, reporter = job.recipe, job.artifacts, job.samples, job.reporter
+    row: dict[str, Any] = {}
+    if stage == "trained" and recipe.verify.sharpness is not None:
+        sharpness = trained_sharpness(
+            recipe, job.base, artifacts.float_model, artifacts.trained, job.device, reporter
+        )
+        row["metrics"] = result.metrics | sharpness
+    if stage == "trained" and made_static(artifacts.trained):
+        row["dynamic"] = _dynamic(job, reference)
+    if stage == "folded" and (flipped := _flipped(recipe, artifacts, samples)):
+        row["flipped"] = flipped
+    if stage == "folded" and (raised := _raised(read_json(artifacts.folded.path / "folded.json"))):
+        row["raised"] = raised
+    if stage == "onnx":
+        row["deployed"] = _deployed(job, reference, previous)
+        if wants_held(recipe, artifacts, result):
+            row |= _held(recipe, artifacts, samples, reporter)
+        threads = torch.get_num_threads()
+        if on_gpu := provider_rows(recipe, artifacts.onnx, samples, reference, threads, job.out, reporter):
+            row["providers"] = on_gpu
+        _write_kit(job)
+    return row
+
+
+def _facts(job: _Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What parity.json says of all rows."""
+    recipe, samples, artifacts = job.recipe, job.samples, job.artifacts
+    collate = TASKS[recipe.task.name].collate
+    facts = {
+        "sets": list(samples.sets),
+        "main": _main_metrics(samples.task, rows),
+        "inputs": {
+            name: _digest(collate([sample]) for sample in found) for name, found in samples.sets.items()
+        },
+        "threads": torch.get_num_threads(),
+        "device": str(job.device),
+    }
+    if artifacts.onnx is not None and artifacts.onnx.file.is_file():
+        data = {file.name: sha256_file(file) for file in read(artifacts.onnx.file).data_files}
+        facts["onnx"] = {"sha256": sha256_file(artifacts.onnx.file), "data": data}
+    return facts
+
+
+def _without_value(samples: Samples) -> Iterator[str]:
+    """Samples that no goal on a part of their set is about."""
+    for name, columns in samples.slices.items():
+        for column, values in columns.items():
+            if lacking := values.count(None):
+                yield f"{name}: {lacking} of {len(values)} samples have no {column}, and no slice has them"
+
+
+def _held(recipe: Recipe, artifacts: Artifacts, samples: Samples, reporter: Reporter) -> dict[str, Any]:
+    """`held` of the onnx row; nothing where a place of the graph was not found, and the row is judged by its
+    own distance.
+    """
+    try:
+        return {"held": held_codes(recipe, artifacts.folded, artifacts.onnx, samples, reporter)}
+    except ContractError as error:
+        reporter.say(f"verify: the codes of the graph were not compared: {error.message}")
+        return {}
+
+
+def wants_held(recipe: Recipe, artifacts: Artifacts, onnx: Measured) -> bool:
+    """Whether the graph is compared from its own codes too (`verify.held`)."""
+    wanted, far = recipe.verify.held, onnx.distance
+    if wanted == "never" or artifacts.folded is None or not _rounds_anything(artifacts.folded):
+        return False
+    limits = PARITY[recipe.format.compute]["onnx"]
+    if wanted == "always" or far is None or far["to"] != "folded":
+        return wanted == "always"
+    within = far["mean_abs"] <= limits.mean_abs * far["range"]
+    agrees = far["top1_agreement"] is None or far["top1_agreement"] >= limits.top1_agreement
+    return not (within and agrees)
+
+
+def _flipped(recipe: Recipe, artifacts: Artifacts, samples: Samples) -> dict[str, int] | None:
+    """Codes that changed because batch norms were folded or scales were raised, on the first
+    `distance_samples`; None where neither was, and every bit has to agree, or without the trained model.
+    """
+    facts = read_json(artifacts.folded.path / "folded.json")
+    norms = any(item.weights and item.layer.norm for item in plans_from_json(facts["plan"]))
+    if not (norms or _raised(facts)) or None in (artifacts.float_model, artifacts.trained):
+        return None
+    found = samples.sets[samples.first][: recipe.verify.distance_samples]
+    size, collate = recipe.verify.batch_size, TASKS[recipe.task.name].collate
+    batches = (
+        {name: torch.from_numpy(array) for name, array in collate(found[start : start + size]).items()}
+        for start in range(0, len(found), size)
+    )
+    counts = count_flips(
+        rebuild(artifacts.float_model, artifacts.trained), assemble(artifacts.folded), batches
+    )
+    return {**counts, "samples": len(found)}
+
+
+def _raised(facts: Mapping[str, Any]) -> int:
+    """Weight scales that fold raised. The folded model then differs from the trained one, codes or not."""
+    return sum(counts["scales"] for counts in facts.get("raised", {}).values())
+
+
+def _forget_logits(out: Path) -> None:
+    """Remove what rows left for each other: at the end, and what a killed measurement left at the start."""
+    for file in out.glob("logits-*.npy"):
+        file.unlink()
+
+
+def _main_metrics(task: Task, rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """What a ladder shows of each set: the task's main metrics, or agreement where there are no labels."""
+    names = {name for row in rows for name in row.get("metrics", ())}
+    sets = {name.rpartition(".")[0] for name in names}
+    order = (*task.main, *task.metrics, AGREEMENT)
+    found = {name: [metric for metric in order if f"{name}.{metric}" in names] for name in sets}
+    shown = max(1, len(task.main))
+    return {name: metrics[:shown] for name, metrics in found.items()}
+
+
+def _write_kit(job: _Job) -> None:
+    """The same measurement for a device."""
+    recipe, samples, artifacts, out = job.recipe, job.samples, job.artifacts, job.out
+    task = TASKS[recipe.task.name]
+    every = [sample for found in samples.sets.values() for sample in found]
+    inputs = complete(recipe.model.family, task.collate(every))
+    sizes = {name: len(found) for name, found in samples.sets.items()}
+    arrays = task.kit({name: tensor.numpy() for name, tensor in inputs.items()}, every)
+    write_probe(out / "probe", sizes, arrays, out / "logits-onnx.npy", artifacts.onnx, artifacts.engine)
+    taken = sum(file.stat().st_size for file in (out / "probe").iterdir())
+    if taken > KIT_BYTES:  # images: all samples of a set are in it
+        job.reporter.say(f"verify: the probe kit takes {taken / 1e6:.0f} MB: `verify.samples` limits it")
+
+
+def _digest(samples: Iterable[dict[str, np.ndarray]]) -> str:
+    """Of the model inputs of all samples of a set: what runs that are compared have in common."""
+    digest = hashlib.sha256()
+    for inputs in samples:
+        for name, array in sorted(inputs.items()):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _dynamic(job: _Job, reference: Results | None) -> dict[str, Any]:
+    """The trained model with dynamic ranges again, compared with the trained row. Weights, samples and
+    batches are the same: all that differs is what static ranges changed.
+
+    A dynamic range is that of a whole batch, padding among it. These numbers, unlike the row's, therefore
+    depend on `verify.batch_size` and on which samples share a batch: those of like length.
+    """
+    gc.collect()  # as between rows
+    artifacts, options = job.artifacts, job.recipe.quantizer.activations
+    runner = dynamic_runner(artifacts.float_model, artifacts.trained, options, job.device)
+    found = job.measure("trained-dynamic", runner, reference, "trained", keep=False)
+    return {"metrics": found.metrics, "distance": found.distance}
+
+
+def _deployed(job: _Job, reference: Results | None, previous: str | None) -> dict[str, Any]:
+    """The graph as ONNX Runtime runs it by default: int8 layers as integer GEMMs.
+
+    It is compared with the folded model computed the same way where that is there; comparing integer sums
+    with fp32 products shows flipped roundings and nothing about the file. Without int8 activations there are
+    no integer sums. A graph made elsewhere has no folded model: it is compared with itself, the row `onnx`.
+    """
+    folded, samples = job.artifacts.folded, job.samples
+    if folded is None:
+        previous = "onnx"
+    elif _rounds_activations(folded):
+        runner = folded_runner(folded, job.device, integer=True)
+        compared = samples.sets[samples.first][: samples.compared]
+        few = replace(job, samples=replace(samples, sets={samples.first: compared}))
+        few.measure("folded-integer", runner, None, None)
+        previous = "folded-integer"
+    runner = _onnx_runner(job, optimized=True)
+    found = job.measure("onnx-deployed", runner, reference, previous, keep=False)
+    own = {"roundings": roundings} if folded is not None and (roundings := _own_roundings(folded)) else {}
+    return {"metrics": found.metrics, "distance": found.distance, **own}
+
+
+def _own_roundings(folded: FoldedModel) -> list[str]:
+    """Roundings of ONNX Runtime's default session that no other row has.
+
+    float-inputs: MatMulNBits rounds the float input of a layer with blocks to int8. conv-biases: the bias of
+    a convolution becomes a multiple of input scale times weight scale, which is coarse below 8 bits.
+    """
+    plan = [item for item in plans_from_json(read_json(folded.path / "folded.json")["plan"]) if item.weights]
+    blocked = any(item.block and not item.activations for item in plan)
+    narrow = any(
+        item.layer.kind == "conv"
+        and item.activations is not None
+        and item.codebook is None
+        and min(item.weights.bits, item.activations.bits) < 8
+        for item in plan
+    )
+    return [name for name, there in (("float-inputs", blocked), ("conv-biases", narrow)) if there]
+
+
+def _rounds_anything(folded: FoldedModel) -> bool:
+    """Whether a value is rounded on the way: an activation, or a point."""
+    points = points_from_json(read_json(folded.path / "folded.json").get("points", []))
+    return _rounds_activations(folded) or bool(rounded(points))
+
+
+def _rounds_activations(folded: FoldedModel) -> bool:
+    plan = plans_from_json(read_json(folded.path / "folded.json")["plan"])
+    return any(item.activations for item in plan)
+
+
+def _not_run(stage: str, artifacts: Artifacts, recipe: Recipe) -> dict[str, Any] | None:
+    """Status and reason of a row that cannot be measured here, None if it can."""
+    if stage == "engine":
+        if artifacts.engine is None:
+            return {"status": "not-run", "reason": artifacts.missing.get("engine", "no engine was built")}
+        facts = read_json(artifacts.engine.path / "build.json")
+        if facts["status"] == "built":
+            lacking = why_not(artifacts.engine)
+            if lacking is None and _not_run("onnx", artifacts, recipe) is not None:
+                lacking = "it is compared with the onnx row, which is not measured"
+            return lacking and {"status": "not-run", "reason": lacking}
+        status = "deferred" if facts["status"] == "deferred" else "not-run"
+        return {"status": status, "reason": facts["reason"], "command": facts.get("command")}
+    if getattr(artifacts, {"float": "float_model"}.get(stage, stage)) is None:
+        return {"status": "not-run", "reason": artifacts.missing.get(stage, "its artifact is gone")}
+    if stage == "trained" and artifacts.float_model is None:
+        return {"status": "not-run", "reason": "the float model, whose weights it shares, is gone"}
+    if stage == "onnx" and recipe.format.compute == "bf16":
+        return {"status": "not-run", "reason": "ONNX Runtime's CPU provider has no bf16 kernels"}
+    return None
+
+
+def _device(recipe: Recipe) -> torch.device:
+    wanted = recipe.train.device
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

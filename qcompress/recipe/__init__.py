@@ -1,0 +1,1 @@
+"""Reading, merging, validating and checking a recipe. No torch."""

@@ -1,0 +1,313 @@
+"""A recipe against the model it names and the target it is for, from file headers alone. No torch.
+
+Reads `config.json` and the safetensors header; answers in milliseconds what would otherwise fail after hours
+of training: patterns without layers, blocks that do not divide, formats that the target refuses.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from qcompress.errors import Mistake, ModelError, RecipeError
+from qcompress.models import FAMILIES, describe
+from qcompress.models.architecture import Architecture, Head, Layer
+from qcompress.models.depth import BlocksError
+from qcompress.models.heads import HeadError
+from qcompress.models.plan import LayerPlan, PointPlan, matches, plan_layers, plan_points
+from qcompress.recipe.data_check import judge_data
+from qcompress.recipe.load import Resolved, base_of, examine, resolved
+from qcompress.recipe.rules.adapters import judge_adapter
+from qcompress.recipe.rules.codebooks import judge_codebooks
+from qcompress.recipe.rules.points import judge_attentions, judge_cache, judge_kept, judge_points
+from qcompress.recipe.rules.slices import judge_values
+from qcompress.recipe.rules.values import judge_profiles
+from qcompress.recipe.yaml_file import Document, Key
+from qcompress.schema.axes import PHASES
+from qcompress.schema.formats import INT2_OPSET, WeightFormat
+from qcompress.schema.recipe import Recipe
+from qcompress.tasks import TASKS
+
+What = Literal["weights", "activations"]
+
+SHOWN = 3
+"""Layers named in one message."""
+
+BLOCKS = get_args(get_args(WeightFormat.model_fields["block"].annotation)[0])
+"""Sizes that a block may have."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a recipe comes to on its model."""
+
+    architecture: Architecture
+    plan: tuple[LayerPlan, ...]
+    matches: dict[str, int]
+    """Layers that each pattern of `format.layers` matches, or points where it matches no layer."""
+    points: tuple[PointPlan, ...] = ()
+    bounded: tuple[str, ...] = ()
+    """Data of which only a part was looked at."""
+
+
+def head_of(recipe: Recipe) -> Head:
+    """What the recipe's task needs at the end of the model."""
+    return TASKS[recipe.task.name].head(recipe.task)
+
+
+def check_model(recipe: Resolved, directory: Path, *, whole: bool = True) -> Report:
+    """Hold a recipe against a checkpoint and its data. Raises RecipeError with every mistake, or ModelError.
+
+    `whole`: all rows of the data are looked at, and not the first of each file alone.
+    """
+    document = recipe.document()
+    report = _describe_and_judge(recipe.recipe, document, directory, strict=True)
+    if report is not None and not document.mistakes:
+        judge_data(recipe.recipe, document, recipe.base, directory, whole=whole)
+    judge_values(recipe.recipe, document, recipe.base, hub=whole)
+    if document.mistakes or report is None:
+        raise RecipeError(document.mistakes)
+    return report
+
+
+def all_mistakes(
+    file: Path, overrides: Sequence[str] = (), directory: Path | None = None
+) -> tuple[Resolved | None, Report | None, list[Mistake]]:
+    """Everything that is wrong with a recipe, with its model and for its target, in the order of the file.
+
+    `directory` is where the checkpoint lies when `model.source` is a hub id or `model.run` is given; without
+    it such a model is not looked at. The recipe and the report are there if nothing is wrong with them.
+    """
+    document, recipe = examine(file, overrides)
+    if recipe is None:
+        return None, None, RecipeError(document.mistakes).mistakes
+    whole = None if document.mistakes else resolved(document, recipe, file)
+    report, bounded = None, ()
+    if document.sound(("model", "family"), ("model", "source"), ("model", "run")):
+        source = base_of(file) / recipe.model.source if recipe.model.source else None
+        directory = directory or (source if source and os.path.isdir(source) else None)
+        report = _describe_and_judge(recipe, document, directory) if directory else None
+    if directory is not None and report is not None:
+        bounded = judge_data(recipe, document, base_of(file), directory, whole=False)
+    if () not in document.tainted:
+        judge_values(recipe, document, base_of(file), hub=False)
+    if document.mistakes:
+        return whole, None, RecipeError(document.mistakes).mistakes
+    return whole, report and replace(report, bounded=bounded), []
+
+
+def _describe_and_judge(
+    recipe: Recipe, document: Document, directory: Path, strict: bool = False
+) -> Report | None:
+    """None where the model cannot be looked at; `strict`: what keeps us from it is raised as it is."""
+    carried, task = FAMILIES[recipe.model.family].TASKS, recipe.task.name
+    if task not in carried:
+        key: Key = ("task", "name")
+        if document.sound(key, ("model", "family")):
+            message = f"a {recipe.model.family} model cannot carry the task {task}"
+            document.report(key, message, f"write one of: {', '.join(carried)}")
+        return None
+    try:
+        architecture = describe(recipe.model.family, directory, head_of(recipe), recipe.model.blocks)
+    except (ModelError, OSError) as error:
+        key = ("model", "source" if recipe.model.source else "run")
+        key = ("model", "blocks") if isinstance(error, BlocksError) else key
+        key = error.key if isinstance(error, HeadError) else key
+        if strict and not isinstance(error, (BlocksError, HeadError)):
+            raise
+        fix = error.fix if isinstance(error, ModelError) else "check the permissions of the model's files"
+        document.report(key, error.message if isinstance(error, ModelError) else str(error), fix)
+        return None
+    return _judge(recipe, document, architecture)
+
+
+def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Report:
+    counts = _patterns(recipe, document, architecture)
+    plan, points = plan_layers(recipe, architecture), plan_points(recipe, architecture)
+    settled = tuple(layer for layer in plan if _is_settled(recipe, document, layer.layer))
+    _blocks(recipe, document, settled)
+    _opset(recipe, document, settled)
+    _tied(recipe, document, settled)
+    _ternary(recipe, document, settled)
+    judge_codebooks(recipe, document, settled, lambda item: _origin(recipe, document, item.layer, "weights"))
+    _target(recipe, document, settled)
+    _context(recipe, document, architecture)
+    judge_attentions(recipe, document, architecture)
+    judge_adapter(recipe, document, architecture, settled)
+    _new_head(recipe, document, architecture)
+    _layer_drop(recipe, document)
+    judge_points(recipe, document, points)
+    judge_cache(recipe, document)
+    judge_kept(recipe, document, architecture)
+    return Report(architecture, plan, counts, points)
+
+
+def _is_settled(recipe: Recipe, document: Document, layer: Layer) -> bool:
+    """Whether nothing is wrong with the keys that give a layer its formats, so that they are as meant."""
+    own = layer.section
+    patterns = [pattern for pattern in recipe.format.layers if matches(pattern, layer.name)]
+    keys: list[Key] = [("format", key) for key in ("preset", "activations", own)]
+    return document.sound(*keys, *(("format", "layers", pattern) for pattern in patterns))
+
+
+def _patterns(recipe: Recipe, document: Document, architecture: Architecture) -> dict[str, int]:
+    """Layers that each pattern matches, or points where it matches no layer."""
+    names = [layer.name for layer in architecture.layers]
+    points = [point.name for point in architecture.points]
+    counts = {
+        pattern: sum(matches(pattern, name) for name in names)
+        or sum(matches(pattern, name) for name in points)
+        for pattern in recipe.format.layers
+    }
+    for pattern, count in counts.items():
+        key: Key = ("format", "layers", pattern)
+        if not count and document.present(key):
+            near = [*names, *points] if pattern.endswith("point") else names
+            document.report(key, f"matches none of the {len(names)} layers", _nearest_pattern(pattern, near))
+    return counts
+
+
+def _nearest_pattern(pattern: str, names: list[str]) -> str:
+    for meant in (f"*.{pattern}", pattern.removeprefix("*."), f"{pattern}.*", f"*.{pattern}.*"):
+        if count := sum(matches(meant, name) for name in names):
+            return f"a pattern is of whole names: did you mean {meant!r} ({count} layer{'s' * (count > 1)})?"
+    close = difflib.get_close_matches(pattern, names, n=SHOWN, cutoff=0.5) or names[-SHOWN:]
+    return f"write a pattern of whole names; near are {', '.join(close)}"
+
+
+def _origin(recipe: Recipe, document: Document, layer: Layer, what: What) -> Key:
+    """The key that decides about a layer's weights or activations."""
+    for pattern, exception in reversed(recipe.format.layers.items()):
+        if getattr(exception, what) != "inherit" and matches(pattern, layer.name):
+            return ("format", "layers", pattern)
+    section = layer.section if what == "weights" else what
+    own: tuple[Key, ...] = (("format", section), ("format", "preset"))
+    return next((key for key in own if key in document.places), ("format",))
+
+
+def _narrowed(origin: Key, what: What, option: str, document: Document) -> Key:
+    """The key of one option of a format, as far down as the recipe spells it out."""
+    keys: list[Key] = [(*origin, option), (*origin, what, option), (*origin, what)]
+    return next((key for key in keys if key in document.places), origin)
+
+
+def _blocks(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
+    """Report the blocks that do not divide their layers, whatever the target."""
+    wrong: dict[Key, list[LayerPlan]] = {}
+    for layer in plan:
+        if layer.block and layer.layer.kind != "conv" and layer.layer.in_features % layer.block:
+            wrong.setdefault(_origin(recipe, document, layer.layer, "weights"), []).append(layer)
+    for origin, layers in wrong.items():
+        first = layers[0]
+        key = _narrowed(origin, "weights", "block", document)
+        best = [block for block in BLOCKS if not any(one.layer.in_features % block for one in layers)]
+        if not best:
+            fix = "give these layers a format without blocks, such as int8"
+        elif key[-1] == "block":
+            fix = f"write `block: {max(best)}`"
+        else:
+            fix = f"write {{bits: {first.weights.bits if first.weights else 8}, block: {max(best)}}}"
+        more = f", and {len(layers) - 1} more" if len(layers) > 1 else ""
+        inputs = f"the {first.layer.in_features} inputs of {first.name}{more}"
+        document.report(key, f"blocks of {first.block} do not divide {inputs}", fix)
+
+
+def _opset(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
+    """Report an opset that has no type for what is stored."""
+    integers = [layer for layer in plan if layer.weights and layer.codebook is None]
+    stored = [layer for layer in integers if layer.weights.stored_bits == 2]
+    key: Key = ("export", "opset")
+    if stored and recipe.export.opset < INT2_OPSET and document.sound(key):
+        came = f"{stored[0].name} is stored in int2, which came with opset {INT2_OPSET}"
+        message = f"is {recipe.export.opset}, and {came}"
+        document.report(key, message, f"write `opset: {INT2_OPSET}`, or `container: int4`")
+
+
+def _tied(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
+    """A layer that has the weight of another one has its format as well; a key is told the first."""
+    by_name = {layer.name: layer for layer in plan}
+    told: set[Key] = set()
+    for layer in plan:
+        owner = by_name.get(layer.layer.tied_to or "")
+        if owner is None or owner.weights == layer.weights:
+            continue
+        origins = [_origin(recipe, document, one.layer, "weights") for one in (layer, owner)]
+        key = next((key for key in origins if key[:2] == ("format", "layers")), origins[0])
+        formats = [f"{one.name} {one.weights or 'float'}" for one in (layer, owner)]
+        message = f"gives one tensor two formats: {' and '.join(formats)} are tied, and stored once"
+        if key not in told:
+            document.report(key, message, f"name both layers, or neither: {layer.name}, {owner.name}")
+        told.add(key)
+
+
+def _layer_drop(recipe: Recipe, document: Document) -> None:
+    family, key = recipe.model.family, ("train", "layer_drop")
+    if recipe.train.layer_drop and FAMILIES[family].DEPTH is None and document.sound(key):
+        message = f"leaves out blocks, and those of a {family} change the shape of what they are given"
+        document.report(key, message, "drop it")
+
+
+def _ternary(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
+    """Report the formats that would count more bits than the codes of the quantizer `ternary` have."""
+    if not document.sound(("quantizer",), ("method",)):
+        return
+    wrong: dict[Key, list[LayerPlan]] = {}
+    for layer in plan:
+        if layer.weight_quantizer.name == "ternary" and layer.weights and not layer.weights.ternary:
+            wrong.setdefault(_origin(recipe, document, layer.layer, "weights"), []).append(layer)
+    for origin, layers in wrong.items():
+        role = layers[0].layer.section
+        message = (
+            f"is {layers[0].weights} for {layers[0].name}, and the quantizer `ternary` has the codes -1, 0, 1"
+        )
+        fix = f"write `ternary`, or another quantizer such as `quantizer: {{{role}: lsq}}`"
+        document.report(_narrowed(origin, "weights", "bits", document), message, fix)
+
+
+def _target(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
+    """Report what the target refuses, at the key that asks for it; layers of one origin count as one."""
+    from qcompress.schema.targets import refusals
+
+    if not document.sound(("build", "target")):
+        return
+    for what in get_args(What):
+        origins: dict[Key, list[LayerPlan]] = {}
+        for layer in plan:
+            origins.setdefault(_origin(recipe, document, layer.layer, what), []).append(layer)
+        for origin, layers in origins.items():
+            for refusal in refusals(recipe.build.target, tuple(layers), recipe.format.compute):
+                _, section, *option = refusal.key.split(".")
+                asked = {"embeddings": "weights"}.get(section, section)
+                key = _narrowed(origin, what, option[0], document) if asked == what else ("format", section)
+                if asked in (what, "compute") and document.sound(key):
+                    document.report(key, refusal.message, refusal.fix)
+
+
+def _context(recipe: Recipe, document: Document, architecture: Architecture) -> None:
+    key: Key = ("task", "context")
+    limit = architecture.context
+    if recipe.task.context is None:
+        return
+    if not document.sound(key):
+        judge_profiles(recipe, document, limit, f"the model has {limit} positions")
+    elif recipe.task.context > limit:
+        message = f"is {recipe.task.context} tokens, and the model has {limit} positions"
+        document.report(key, message, f"write `context: {limit}` or less")
+
+
+def _new_head(recipe: Recipe, document: Document, architecture: Architecture) -> None:
+    """A head that is drawn at random has to be trained before anything else is done with it."""
+    if not architecture.new_head or not document.sound(("schedule",), ("train", "phases")):
+        return
+    defaults = PHASES[recipe.schedule.name]
+    chosen = {name: recipe.train.phases.get(name, phase) for name, phase in defaults.items()}
+    if any(chosen[name].steps and "weight" in phase.roles for name, phase in defaults.items()):
+        return
+    key: Key = ("model", "source" if recipe.model.source else "run")
+    lacking = f"{architecture.new_head[0]} and {len(architecture.new_head) - 1} more"
+    message = f"lacks the head of the task {recipe.task.name} ({lacking}), and no phase trains weights"
+    document.report(key, message, "fine-tune first with `method: float`, and name that run under `model.run`")

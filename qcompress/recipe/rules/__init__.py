@@ -1,0 +1,1 @@
+"""Rules that a recipe must keep, one file a section."""

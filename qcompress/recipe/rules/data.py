@@ -1,0 +1,171 @@
+"""What a recipe's data must keep to: what fits the task, and what is there to be read. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from qcompress.recipe.yaml_file import Document, Key, dotted
+from qcompress.schema.data import COLUMNS, FILES, SUFFIXES
+from qcompress.schema.recipe import CausalLm, ImageClassification, Recipe, TextData
+
+FORMATS: tuple[Key, ...] = tuple(
+    ("format", key)
+    for key in (
+        "preset",
+        "weights",
+        "activations",
+        "embeddings",
+        "attention",
+        "cache",
+        "residual",
+        "layers",
+    )  # fmt: skip
+)
+"""Keys that decide what is quantized."""
+
+ORIGINS: dict[str, tuple[str, ...]] = {
+    "causal-lm": ("text", "dataset"),
+    "sequence-classification": ("text", "table", "dataset"),
+    "token-classification": ("text", "table", "dataset"),
+    "image-classification": ("npz", "folder", "dataset"),
+}
+"""Where a task's data may come from."""
+
+LOCAL = ("/", "./", "../")
+"""How the name of a dataset begins that can only be a directory."""
+
+
+def judge_origins(recipe: Recipe, document: Document) -> None:
+    """Text is for language models, images for what classifies them, a table of examples for every other
+    task.
+    """
+    if not document.sound(("task", "name")):
+        return
+    task = recipe.task.name
+    for section, data in sections_of(recipe):
+        for key, message, fix in _misplaced(recipe, section, data):
+            if document.present((*section, key)):
+                document.report((*section, key), message, fix)
+                document.tainted.add((*section, key))
+        for index, name in enumerate(data.table or ()):
+            key = (*section, "table", index)
+            if "table" in ORIGINS[task] and not name.endswith(SUFFIXES) and document.sound(key):
+                message = f"{name} ends in none of {', '.join(SUFFIXES)}, so it is not known how to read it"
+                document.report(key, message, "rename it, or write it as one of these")
+
+
+def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[str, str, str]]:
+    """Keys of some data that the task cannot use: key, what is wrong, what to write."""
+    task = recipe.task
+    if data.augment is not None and not (section == ("data", "train") and "folder" in ORIGINS[task.name]):
+        yield "augment", "varies the images of `data.train` alone", "drop it"
+    given = [key for key in (*FILES, "folder") if getattr(data, key) is not None]
+    strange = [key for key in given if key not in ORIGINS[task.name]]
+    if strange:
+        owner = {"npz": "image-classification", "folder": "image-classification"}.get(strange[0])
+        owner = owner or ("a task of text" if isinstance(task, ImageClassification) else "a classification")
+        fix = {
+            "causal-lm": "write `text: [FILE, ...]`, or `dataset:` with `column:`",
+            "image-classification": "write `npz: [FILE, ...]`, `folder: DIR` or `dataset:`",
+        }.get(task.name, "write `table: [FILE, ...]` (.tsv, .csv, .jsonl, .parquet) with `columns:`")
+        yield strange[0], f"belongs to {owner}, and the task is {task.name}", fix
+        return
+    if isinstance(task, CausalLm):
+        if data.columns is not None:
+            message = f"belongs to a classification, and the task is {task.name}"
+            yield "columns", message, "write `text: [FILE, ...]`, or `dataset:` with `column:`"
+        return
+    if data.text is not None and section == ("data", "train"):
+        message = f"has no labels, and {task.name} trains on them"
+        yield "text", message, "write `table: [FILE, ...]` (.tsv, .csv, .jsonl, .parquet) with `columns:`"
+    role = COLUMNS[task.name][0]
+    if data.column != TextData.model_fields["column"].default:  # which a dumped recipe spells out
+        yield "column", "belongs to causal-lm", f"write `columns: {{{role}: {data.column}}}`"
+    for name, column in (data.columns.model_dump() if data.columns else {}).items():
+        if column is not None and name not in COLUMNS[task.name]:
+            message = f"names the column `{name}`, and {task.name} reads {', '.join(COLUMNS[task.name])}"
+            yield "columns", message, f"drop `{name}`"
+
+
+def sections_of(recipe: Recipe) -> Iterator[tuple[Key, TextData]]:
+    """The sections of a recipe's data with their keys."""
+    for name in ("train", "calibration"):
+        if (text := getattr(recipe.data, name)) is not None:
+            yield ("data", name), text
+    for name, text in recipe.data.evaluate.items():
+        yield ("data", "evaluate", name), text
+
+
+def judge_files(recipe: Recipe, document: Document, base: Path) -> None:
+    """Each file is judged once: one that is missing is one mistake, however many sets name it."""
+    wrong: dict[str, tuple[str, list[Key]]] = {}
+    for section, data in sections_of(recipe):
+        origin = next((key for key in FILES if getattr(data, key) is not None), "")
+        if data.folder is not None:
+            judge_directory((*section, "folder"), data.folder, "a folder of images", document, base)
+        for index, name in enumerate(data.files):
+            key = (*section, origin, index)
+            if document.sound(key) and (problem := _unreadable(base / name)) is not None:
+                wrong.setdefault(os.path.normpath(base / name), (problem, []))[1].append(key)
+        if data.dataset is not None and data.dataset.startswith(LOCAL):
+            judge_directory(
+                (*section, "dataset"), data.dataset, "a dataset's directory or name", document, base
+            )
+    for name, (problem, keys) in wrong.items():
+        document.report(
+            keys[0], f"{name} {problem}{also(keys)}", "check the path; it is relative to the recipe"
+        )
+
+
+def _unreadable(file: Path) -> str | None:
+    """What keeps a file from being read, None if nothing does."""
+    if not os.path.exists(file):
+        return "does not exist"
+    if not os.path.isfile(file):
+        return "is a directory" if os.path.isdir(file) else "is not a regular file"
+    return None if os.access(file, os.R_OK) else "cannot be read: no permission"
+
+
+def judge_directory(key: Key, name: str, wanted: str, document: Document, base: Path) -> None:
+    if os.path.isdir(base / name):
+        return
+    what = "is no directory" if os.path.exists(base / name) else "does not exist"
+    document.report(key, f"{name[:200]!r} {what}", f"write {wanted}; paths are relative to the recipe")
+
+
+def also(keys: Sequence[Key]) -> str:
+    return f" (also {', '.join(dotted(key) for key in keys[1:])})" if keys[1:] else ""
+
+
+def judge_graph(recipe: Recipe, document: Document, base: Path) -> None:
+    """A graph that was made elsewhere: it is there, and nothing is asked for that only ours has."""
+    key: Key = ("export", "graph")
+    graph = recipe.export.graph
+    if document.sound(key) and not os.path.isfile(base / graph):
+        what = "is no file" if os.path.exists(base / graph) else "does not exist"
+        fix = "write an ONNX file; paths are relative to the recipe"
+        document.report(key, f"{graph[:200]!r} {what}", fix)
+    idle = [key for key in IDLE if key in document.places and document.sound(key)]
+    if not recipe.format.is_float and not any(key in document.places for key in FORMATS):
+        idle.append(("format",))  # `format: w8a8`
+    if idle:
+        message = f"has no effect: `export.graph` is a graph that is made{also(idle)}"
+        document.report(idle[0], message, "drop it")
+
+
+IDLE: tuple[Key, ...] = (
+    ("method",),
+    ("quantizer",),
+    ("adapter",),
+    ("objective",),
+    ("stepper",),
+    ("schedule",),
+    *FORMATS,
+    *(("train", key) for key in ("batch_size", "lr", "phases", "optimizer", "layer_drop")),
+    *(("data", key) for key in ("train", "calibration")),
+    *(("export", key) for key in ("opset", "cache", "dynamic", "keep_fp32")),
+    ("verify", "sharpness"),
+)
+"""Keys about how a graph of ours is made."""

@@ -1,0 +1,395 @@
+"""The code that a user's class can run, for the key of the stage that runs it. No torch.
+
+Covered, from the class on:
+  * the module of every class in its MRO, and of every class and function that they refer to;
+  * what those files import, inside functions too, relative imports as well. A file counts by its syntax tree
+    (`codekey.py`), so a comment or a docstring re-runs nothing;
+  * values that no file shows: attributes of classes, closures, defaults, and module globals that a function
+    reads. Numbers, strings, containers, arrays and tensors count by content, stock classes and functions by
+    name, other objects by what a copy would be made of (`custom_values.py`). An object without a content that
+    can be read is an error;
+  * the order of a class's bases;
+  * functions without a file (a notebook's cell) by their byte code;
+  * modules of this package, which the caller walks as it walks a stage's own;
+  * installed packages (site-packages) by their version. The standard library does not count.
+
+Imports by a computed name are invisible, unless the module holds something of what they return. A file that
+was edited after Python had imported it is refused where a function differs from the loaded one; a constant
+that differs counts with the value that is loaded (`custom_loaded.py`).
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import hashlib
+import importlib
+import importlib.machinery
+import sys
+import sysconfig
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+
+from qcompress.errors import UsageError
+from qcompress.schema.custom_loaded import Codes, changed, changed_constants, compiled, functions_of
+from qcompress.schema.custom_values import (
+    DESCRIPTORS,
+    PLAIN,
+    STATELESS,
+    array_text,
+    attributes,
+    byte_code,
+    codes_of,
+    content,
+    is_array,
+    is_file,
+    module_of,
+    qualified,
+    reduced,
+    wrapped,
+)
+from qcompress.system.fingerprint import PACKAGE, import_statements, is_module, tree_digest
+
+MAPPINGS = (dict, OrderedDict, MappingProxyType)
+
+WRAPPERS = (staticmethod, classmethod, property, functools.partial, MethodType)
+"""Objects that are nothing beyond the functions and values inside them."""
+
+TRANSPARENT = {"builtins", "collections", "functools", "types"}
+"""Modules whose classes hold the user's values: each of those must be in the key."""
+
+PARTS = ("made by", "from", "state", "items", "pairs")
+"""Parts of what `__reduce_ex__` returns."""
+
+INSTALLED = {"site-packages", "dist-packages"}
+"""Names of folders whose content counts by version."""
+
+TOOLS = {"torch", "transformers", "numpy", "accelerate", "tokenizers", "pydantic", "scipy", "onnx"}
+"""Never walked, wherever they are installed; their versions are in the stages' keys."""
+
+
+@dataclass
+class CustomCode:
+    """What a set of classes can run."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    """Digest of each of the user's modules, by `custom <module>`, and of what is in no file."""
+    modules: set[str] = field(default_factory=set)
+    """Modules of this package."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of installed packages; `absent` for an import that would fail."""
+
+
+def code_of(classes: Mapping[str, type]) -> CustomCode:
+    """The code of these classes; the names are only labels."""
+    importlib.invalidate_caches()
+    walk = _Walk()
+    for name, kind in sorted(classes.items()):
+        walk.value(kind, name)
+    code = CustomCode(walk.files, walk.package, walk.versions)
+    if walk.state:
+        state = _text(walk.state).encode("utf-8", "surrogatepass")
+        code.files["custom values"] = hashlib.sha256(state).hexdigest()
+    return code
+
+
+def _text(state: Mapping[str, str]) -> str:
+    return "\n".join(f"{name} = {text}" for name, text in sorted(state.items()))
+
+
+class _Walk:
+    """From one value to the next, each once."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+        self.package: set[str] = set()
+        self.versions: dict[str, str] = {}
+        self.state: dict[str, str] = {}
+        self._modules: dict[str, bool] = {}
+        self._seen: dict[int, tuple[object, str]] = {}  # holds them, so that no id is used twice
+        self._names: dict[str, int] = {}
+        self._compiled: dict[Path, Codes] = {}
+        self._globals: set[tuple[int, str]] = set()
+        self._deep = False  # inside an object of a stock class, where a part may count by its class alone
+
+    # Values ---------------------------------------------------------------------------------------
+
+    def value(self, value: object, name: str) -> None:
+        """Anything that a class or a function holds or refers to."""
+        if type(value) in PLAIN:
+            self._note(name, repr(value))
+            return
+        if type(value) is tuple and all(type(item) in PLAIN for item in value):
+            self._note(name, repr(value))  # by value: the compiler may make one object of two equal ones
+            return
+        if id(value) in self._seen:
+            self._note(name, f"same as {self._seen[id(value)][1]}")
+            return
+        if isinstance(value, type):
+            self._note(name, self._class(value)[0])
+            return
+        label = self._free(name)
+        self._seen[id(value)] = (value, label)
+        if isinstance(value, ModuleType):
+            self.state[label] = f"module {value.__name__}"
+            self.module(value.__name__)
+        elif isinstance(value, FunctionType):
+            self._function(value, label)
+        elif type(value) in MAPPINGS:
+            self._mapping(value, label)
+        elif type(value) in (tuple, list):
+            self.state[label] = f"{type(value).__name__} of {len(value)}"
+            for index, item in enumerate(value):
+                self.value(item, f"{label}[{index}]")
+        elif type(value) in (set, frozenset):
+            self.state[label] = f"{type(value).__name__} {self._unordered(value)}"
+        elif is_array(value):
+            self.state[label] = array_text(value)
+        else:
+            self._instance(value, label)
+
+    def _free(self, name: str) -> str:
+        """The name, with a number where another value has it."""
+        self._names[name] = number = self._names.get(name, 0) + 1
+        return name if number == 1 else f"{name} #{number}"
+
+    def _note(self, name: str, text: str) -> None:
+        self.state[self._free(name)] = text
+
+    def _mapping(self, value: Mapping[object, object], label: str) -> None:
+        self.state[label] = f"{type(value).__name__} of {len(value)}"
+        for index, (key, item) in enumerate(value.items()):
+            if type(key) in PLAIN:
+                self.value(item, f"{label}[{key!r}]")
+            else:
+                self.value(key, f"{label} key {index}")
+                self.value(item, f"{label} value {index}")
+
+    def _unordered(self, items: Iterable[object]) -> list[str]:
+        """Texts of a set's items, each as if it stood alone, sorted."""
+        texts, before = [], (self.state, self._seen, self._names, self._globals)
+        for item in items:
+            self.state, self._seen, self._names, self._globals = {}, dict(before[1]), {}, set(before[3])
+            self.value(item, "item")
+            texts.append(_text(self.state))
+        self.state, self._seen, self._names, self._globals = before
+        return sorted(texts)
+
+    def _instance(self, value: object, label: str) -> None:
+        kind, is_own = self._class(type(value))
+        self.state[label] = kind
+        inner = [*wrapped(value)]
+        for item in inner:
+            self.value(item, f"{label}()")
+        if isinstance(value, WRAPPERS):
+            return
+        if isinstance(value, DESCRIPTORS):
+            self.state[label] = f"{kind} {value.__name__}"
+            return
+        if isinstance(value, STATELESS):
+            return
+        parts, held = reduced(value), attributes(value)
+        if isinstance(parts, str):
+            self.state[label] = f"{kind} {module_of(value)}.{parts}"
+        elif parts is not None:
+            deep = self._deep
+            self._deep = deep or not (is_own or module_of(type(value)) in TRANSPARENT)
+            for index, part in enumerate(parts):
+                if part is not None:
+                    self.value(part, f"{label}.{PARTS[index]}")
+            self._deep = deep
+        elif not (held or inner or self._deep or is_own):
+            raise UsageError(
+                f"custom code: {label} is an object of {qualified(type(value))}, "
+                "whose content cannot be part of the cache key",
+                fix="make it a plain value: a number, a string, an array, or a list of these",
+            )
+        if is_own or (parts is None and not self._deep):
+            for key, item in held.items():
+                self.value(item, f"{label}.{key}")
+
+    def _class(self, kind: type) -> tuple[str, bool]:
+        """Walk a class and its bases: its text, and whether it is the user's own."""
+        own = {base: self.module(module_of(base)) for base in kind.__mro__}
+        unseen = [base for base in kind.__mro__ if own[base] and id(base) not in self._seen]
+        for base in unseen:
+            self._seen[id(base)] = (base, self._free(f"class {qualified(base)}"))
+        names = [self._seen[id(base)][1] if own[base] else qualified(base) for base in kind.__mro__]
+        for base in unseen:
+            label = self._seen[id(base)][1]
+            self.state[label] = " < ".join(map(qualified, base.__mro__))
+            for key, item in vars(base).items():
+                is_dunder = key.startswith("__") and key.endswith("__")
+                if key != "_abc_impl" and (not is_dunder or isinstance(item, FunctionType)):
+                    self.value(item, f"{label}.{key}")
+        if kind in unseen and type(kind) is not type:
+            self.value(type(kind), f"{names[0]}.__class__")
+        return " < ".join(names), own[kind]
+
+    def _function(self, function: FunctionType, label: str) -> None:
+        self.state[label] = f"function {qualified(function)}"
+        is_own, deep = self.module(module_of(function)), self._deep
+        self._deep = deep or not is_own
+        for index, cell in enumerate(function.__closure__ or ()):
+            self.value(content(cell), f"{label}<{index}>")
+        self._deep = deep
+        if not is_own:
+            return
+        self._demand_same(iter([function]), Path(function.__code__.co_filename))
+        codes = list(codes_of(function.__code__))
+        if not is_file(function.__code__.co_filename):
+            self.state[label] += " " + "; ".join(byte_code(code) for code in codes)
+            for code in codes:
+                self._imports_of(code)
+        for part in (function.__defaults__, function.__kwdefaults__):
+            if part:
+                self.value(part, f"{label}()")
+        for wanted in sorted({name for code in codes for name in code.co_names}):
+            if wanted in function.__globals__:
+                self._global(function, wanted)
+
+    def _global(self, function: FunctionType, wanted: str) -> None:
+        """A module's global, once: another function of the module reads the same one."""
+        name = f"{module_of(function)}.{wanted}"
+        if (id(function.__globals__), wanted) not in self._globals:
+            self._globals.add((id(function.__globals__), wanted))
+            self.value(function.__globals__[wanted], name)
+
+    def _imports_of(self, code: CodeType) -> None:
+        """Imports inside a function that is in no file."""
+        for instruction in dis.get_instructions(code):
+            if instruction.opname == "IMPORT_NAME":
+                self.module(instruction.argval)
+
+    # Modules --------------------------------------------------------------------------------------
+
+    def module(self, name: str) -> bool:
+        """Walk a module with the packages above it; whether it is the user's own."""
+        if name in self._modules:
+            return self._modules[name]
+        self._modules[name] = False
+        if name.partition(".")[0] == PACKAGE.name:
+            if name != PACKAGE.name:
+                self.package.add(name)
+            return False
+        if not name or name.partition(".")[0] in TOOLS:
+            return False
+        loaded, spec = sys.modules.get(name), _spec(name)
+        if loaded is None and spec is None:
+            self.versions[name] = "absent"
+            return False
+        real = spec.name if spec is not None else name  # of `python -m package.module`
+        if "." in real:
+            self.module(real.rpartition(".")[0])
+        if spec is not None:
+            file = Path(spec.origin) if spec.has_location and spec.origin else None
+            package = real if spec.submodule_search_locations is not None else real.rpartition(".")[0]
+        else:
+            file = Path(loaded.__file__) if getattr(loaded, "__file__", None) else None
+            package = getattr(loaded, "__package__", None) or ""
+        if file is None:
+            # a notebook or an interactive session; else built in, frozen, or a folder without __init__
+            self._modules[name] = spec is None and name not in sys.builtin_module_names
+            return self._modules[name]
+        if _is_standard(file):
+            return False
+        if INSTALLED & set(file.parts):
+            distributions = _distributions().get(name.partition(".")[0], [])
+            self.versions |= {one: metadata.version(one) for one in distributions}
+            if distributions:
+                return False
+        self._modules[name] = True
+        if file.is_file():  # else read from stdin, out of an archive, or deleted since: its functions count
+            self._file(name, package, file)
+        return True
+
+    def _file(self, name: str, package: str, file: Path) -> None:
+        label = f"custom {file.stem if name == '__main__' else name}"
+        content = file.read_bytes()
+        try:
+            tree = ast.parse(content, filename=str(file)) if file.suffix == ".py" else None
+        except (SyntaxError, ValueError):  # of another Python, imported only where it fits
+            tree = None
+        if tree is None:
+            self.files[label] = hashlib.sha256(content).hexdigest()
+            return
+        self.files[label] = tree_digest(tree)
+        self._compare(name, file, content, tree)
+        for node, _ in import_statements(tree.body, lazy=False):
+            for imported in _imported(node, package):
+                self.module(imported)
+
+    def _compare(self, name: str, file: Path, content: bytes, tree: ast.Module) -> None:
+        """Refuse a module whose functions are not those of its file; note the constants that differ."""
+        loaded = sys.modules.get(name)
+        codes = compiled(loaded, content, file)
+        if codes is None:
+            return
+        self._compiled[file] = codes
+        self._demand_same(functions_of(loaded), file)
+        deep, self._deep = self._deep, True
+        for key, value in sorted(changed_constants(loaded, tree).items()):
+            self.value(value, f"{name}.{key} loaded")
+        self._deep = deep
+
+    def _demand_same(self, functions: Iterator[FunctionType], file: Path) -> None:
+        name = changed(functions, self._compiled[file], file) if file in self._compiled else None
+        if name is not None:
+            raise UsageError(
+                f"{file} was changed after it was imported: {name} is not what the file says",
+                fix="restart Python, or reload the module and take the class from it again",
+            )
+
+
+def _imported(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[str]:
+    """The modules that one import statement in `package` names."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    base = node.module or ""
+    if node.level:
+        above = package.split(".")[: len(package.split(".")) - (node.level - 1)]
+        base = ".".join([*above, base] if base else above)
+    yield base
+    for alias in node.names:
+        name = f"{base}.{alias.name}"
+        ours = base.partition(".")[0] == PACKAGE.name
+        if is_module(name) if ours else _spec(name) is not None:
+            yield name
+
+
+def _spec(name: str) -> importlib.machinery.ModuleSpec | None:
+    """Where a module is; nothing is imported, not even the packages above it. None: nowhere, or a module
+    that was loaded without a specification (a script, a notebook).
+    """
+    if name in sys.modules:
+        return getattr(sys.modules[name], "__spec__", None)
+    parent, path = name.rpartition(".")[0], None
+    if parent:
+        above = _spec(parent)
+        if above is None or above.submodule_search_locations is None:
+            return None
+        path = list(above.submodule_search_locations)
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
+        if spec is not None:
+            return spec
+    return None
+
+
+def _is_standard(file: Path) -> bool:
+    """Whether a file is of the standard library."""
+    paths = sysconfig.get_paths()
+    libraries = {Path(paths[key]).resolve() for key in ("stdlib", "platstdlib")}
+    standard = any(file.resolve().is_relative_to(library) for library in libraries)
+    return standard and not INSTALLED & set(file.parts)
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()

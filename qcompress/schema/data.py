@@ -1,0 +1,156 @@
+"""The data of a task, as a recipe writes it. No torch."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from qcompress.schema.formats import Options
+from qcompress.schema.tasks import distinct
+
+
+class _Grown(Options):
+    """Options that have grown: those of `_ADDED` are not written where they are not set, so that the digest
+    of a recipe without them stays what it was.
+    """
+
+    _ADDED: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)
+        return {key: value for key, value in values.items() if value is not None or key not in self._ADDED}
+
+
+class Columns(_Grown):
+    """Names of a table's columns, or of an archive's arrays. What is left out is called as its key is; `pair`
+    is not read then.
+    """
+
+    text: str | None = None
+    """The text (sequence-classification)."""
+    pair: str | None = None
+    """The second text of a pair (sequence-classification)."""
+    label: str | None = None
+    """The label: a name or its index, a number for a regression, a list of names or indices for several
+    labels (in .tsv and .csv joined by `|`). Without this key, a table without a column `label` has none."""
+    tokens: str | None = None
+    """The words, a list (token-classification)."""
+    tags: str | None = None
+    """A label for each word, a list of names or indices (token-classification); -100 is not counted."""
+    image: str | None = None
+    """The image (image-classification); in an archive the array `images`, uint8 [images, height, width, 3],
+    and the array of labels is `labels`."""
+
+    _ADDED: ClassVar[tuple[str, ...]] = ("image",)
+
+
+class Augment(Options):
+    """How training images are varied, after they were brought to the model's size."""
+
+    flip: bool = False
+    """Mirror each image left to right with probability 1/2."""
+    crop: int = Field(default=0, ge=0)
+    """Pad each image with so many black pixels on each side, and cut its own size out at a random place. He
+    et al. (arXiv:1512.03385), section 4.2, train on CIFAR-10 with 4, and flip."""
+
+
+COLUMNS = {
+    "sequence-classification": ("text", "pair", "label"),
+    "token-classification": ("tokens", "tags"),
+    "image-classification": ("image", "label"),
+}
+"""Keys of `columns` that a task reads."""
+
+FILES = ("text", "table", "npz")
+"""Origins of data that are lists of files."""
+
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
+"""Tables that can be read."""
+
+
+RESULTS = ("label", "positions", "tokens", "prediction", "reference", "rank", "correct", "nll", "loss")
+"""What the results of a sample may have of their own: parts of a set without `slices`."""
+
+
+class TextData(_Grown):
+    """Text from files, examples from tables, images from archives or folders, or any from a `datasets`
+    name.
+    """
+
+    text: list[str] | None = None
+    """UTF-8 files, relative to the recipe, joined in this order. For a classification, which can only
+    calibrate on them and measure agreement with float: one example a line."""
+    table: list[str] | None = None
+    """Files of examples for a classification, relative to the recipe, by suffix: .tsv (quotes are literal),
+    .csv, .jsonl, .parquet. A .tsv of `task.glue` is as GLUE published it, unless `columns` are named."""
+    npz: list[str] | None = None
+    """numpy archives of images and their labels, relative to the recipe; `columns` names the arrays."""
+    folder: str | None = None
+    """A folder of images, relative to the recipe, with a folder for each label that has its name."""
+    augment: Augment | None = None
+    """How images are varied, for `data.train` alone; none: they are not."""
+    columns: Columns | None = None
+    """Names of the columns of a table or of a dataset; with `task.glue` they are known."""
+    dataset: str | None = None
+    """A dataset's name on the hub, or a local directory that `datasets` can load."""
+    config: str | None = None
+    """Configuration of the dataset."""
+    split: str = "train"
+    """Split of the dataset."""
+    revision: str | None = None
+    """Commit of a hub dataset."""
+    column: str = "text"
+    """The dataset's column that holds the text, for causal-lm."""
+    slices: list[str] | None = Field(default=None, min_length=1)
+    """Columns whose values part an evaluation set, so that goals hold for each part (`gate.regression`:
+    `<set>.<metric>@<column>=<value>`). An array for each in an archive."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most this many sequences of `task.context` tokens, or examples: spread over the whole for training
+    and calibration, the first ones for evaluation."""
+
+    _ADDED: ClassVar[tuple[str, ...]] = ("npz", "folder", "augment", "slices")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TextData:
+        origins = [self.text, self.table, self.npz, self.folder, self.dataset]
+        if sum(origin is not None for origin in origins) != 1:
+            raise ValueError(
+                "give exactly one of `text`, `table` and `dataset` (of images: `npz`, `folder`, `dataset`)"
+            )
+        for name in FILES:
+            if getattr(self, name) is not None and not getattr(self, name):
+                raise ValueError(f"`{name}` names no file")
+        if self.columns is not None and (self.text is not None or self.folder is not None):
+            origin = "text" if self.text is not None else "folder"
+            raise ValueError(f"`columns` belong to `table` or `dataset` (or `npz`), and `{origin}` has none")
+        return self
+
+    @model_validator(mode="after")
+    def _slices_have_names(self) -> TextData:
+        for name in self.slices or ():
+            if name in RESULTS:
+                raise ValueError(
+                    f"`slices` names {name!r}, which the results of a sample have: rename the column"
+                )
+            if not name.strip() or "=" in name:
+                raise ValueError(f"`slices` names {name!r}, and a goal could not: rename the column")
+        distinct(self.slices, "slices")
+        return self
+
+    @property
+    def files(self) -> list[str]:
+        """The files that are named."""
+        return self.text or self.table or self.npz or []
+
+
+class Data(Options):
+    """What is read, and for what."""
+
+    train: TextData | None = None
+    """For phases that train with the task's loss."""
+    calibration: TextData | None = None
+    """For ranges and for block-wise calibration; no labels are needed."""
+    evaluate: dict[str, TextData] = Field(min_length=1)
+    """Named evaluation sets; the first is the one a ladder shows first."""

@@ -1,0 +1,177 @@
+"""The options of axis 1: how a tensor becomes integers while training. No torch.
+
+`quant/` holds the class that does the work of each value.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from qcompress.schema.formats import Options
+
+
+def named(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class MinMax(Options):
+    """Range from observed values; nothing is learned."""
+
+    name: Literal["minmax"] = "minmax"
+    range: Literal["absmax", "percentile", "mse"] = "absmax"
+    """absmax: the largest magnitude; percentile: clip the rarest magnitudes; mse: least squared error."""
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    """Share of magnitudes (in %) that `range: percentile` keeps."""
+    renew: int | None = Field(default=None, ge=1)
+    """Updates after which `percentile` and `mse` choose a weight's range again, as Quant-Noise's histograms
+    do every 1000; none: the share of the largest magnitude that was right at the start is kept."""
+
+    @model_validator(mode="after")
+    def _renews_something(self) -> MinMax:
+        if self.renew is not None and self.range == "absmax":
+            raise ValueError(
+                "`renew` is for `percentile` and `mse`: the largest magnitude is looked at each time"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _unless_default(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `renew` where it says nothing: recipes from before it keep their digests."""
+        return {key: value for key, value in spell(self).items() if (key, value) != ("renew", None)}
+
+
+class Lsq(Options):
+    """Learned step size (LSQ, arXiv:1902.08153)."""
+
+    name: Literal["lsq"] = "lsq"
+    init: Literal["mse", "lsq", "absmax", "percentile"] = "mse"
+    """Starting scale. mse: least squared error; lsq: 2 * mean|x| / sqrt(qmax), section 2.1 of the paper."""
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    """Share of magnitudes (in %) that `init: percentile` keeps."""
+    floor: float = Field(default=1e-3, gt=0, lt=1)
+    """After each update a scale is at least this fraction of where it started."""
+
+
+class Ternary(Options):
+    """Ternary weights (TWN, arXiv:1605.04711): -a, 0, a with a threshold at 0.7 of the mean magnitude. As
+    TernaryBERT (arXiv:2009.12812) and Teacher Intervention (arXiv:2302.11812) use it.
+    """
+
+    name: Literal["ternary"] = "ternary"
+    threshold: float = Field(default=0.7, gt=0, lt=1)
+    """Weights below this share of the mean magnitude become 0."""
+    clip: float = Field(default=2.5, gt=0)
+    """Weights are clamped to [-clip, clip] first; no gradient passes outside."""
+
+
+class Dynamic(Options):
+    """Range of the tensor at hand while training (TernaryBERT, arXiv:2009.12812); a static range, observed
+    on the calibration data when training has ended, is what is deployed. The ladder shows both.
+    """
+
+    name: Literal["dynamic"] = "dynamic"
+    clip: float | None = Field(default=2.5, gt=0)
+    """Activations are clamped to [-clip, clip] first; no gradient passes outside. none: no clamping."""
+
+
+class Codebook(Options):
+    """k-means codebooks (product quantization; iPQ of Quant-Noise, arXiv:2004.07320, after arXiv:1907.05686).
+    For every weight whose *format* is a codebook; the other quantizers serve the integers beside them.
+    """
+
+    name: Literal["codebook"] = "codebook"
+    iterations: int = Field(default=15, ge=1)
+    """Rounds of k-means."""
+    splits: int = Field(default=100, ge=0)
+    """Most rounds in which empty clusters are filled by splitting the fullest ones."""
+    gradient: Literal["sum", "mean"] = "sum"
+    """Of a centroid, over the blocks that it stands for: their sum, as in the published code for linear
+    layers and tables, or their mean, as it has it for convolutions."""
+    renew: int = Field(default=500, ge=1)
+    """Updates between two searches for the centroids that Quant-Noise's `form: round` blocks become."""
+
+
+class Noise(Options):
+    """Quant-Noise (arXiv:2004.07320): each forward pass of training rounds a random part of the weights, and
+    the rest gets a gradient without bias. Evaluation and what is deployed round everything.
+    """
+
+    p: float = Field(default=0.1, ge=0, le=1)
+    """Share that is rounded; 0: training in float, 1: quantization-aware training as usual."""
+    form: Literal["round", "zero"] = "round"
+    """What becomes of it: its quantized value, or 0 with the rest scaled by 1 / (1 - p), which the paper
+    found to serve a codebook as well as its centroids."""
+    block: int | None = Field(default=None, ge=1)
+    """Consecutive input channels that are drawn together; none: one weight of an integer format, the block
+    of a codebook."""
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Noise:
+        if self.form == "zero" and self.p == 1:
+            raise ValueError("`form: zero` with p 1 leaves no weight: write less, such as 0.1")
+        return self
+
+
+WeightQuantizer = Annotated[MinMax | Lsq | Ternary, Field(discriminator="name"), BeforeValidator(named)]
+ActivationQuantizer = Annotated[MinMax | Lsq | Dynamic, Field(discriminator="name"), BeforeValidator(named)]
+
+
+def _noise(value: object) -> object:
+    """A number is the share; `none` is none."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"p": float(value)}
+    return None if value == "none" else value
+
+
+class Quantizers(Options):
+    """One quantizer for each role."""
+
+    weights: WeightQuantizer = MinMax()
+    activations: ActivationQuantizer = MinMax()
+    embeddings: WeightQuantizer = MinMax()
+    codebook: Codebook = Codebook()
+    """For weights and tables whose format is a codebook, instead of the two above."""
+    noise: Annotated[Noise | None, BeforeValidator(_noise)] = None
+    """Quant-Noise around the quantizers of weights and tables; none: all of them round everything."""
+
+    @model_serializer(mode="wrap")
+    def _unless_default(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what says nothing: recipes from before codebooks and noise keep their digests."""
+        found = spell(self)
+        if found.get("noise") is None:
+            found.pop("noise", None)
+        if self.codebook == Codebook():
+            found.pop("codebook", None)
+        return found
+
+
+ROLES = ("weights", "activations", "embeddings")
+"""Keys of `Quantizers` that choose among quantizers."""
+
+
+def quantizers(value: object) -> object:
+    """`quantizer: lsq` is lsq for weights and activations, and minmax for the embedding tables; ternary and
+    dynamic belong together, as in TernaryBERT, tables included. `noise` may stand beside a name.
+
+    >>> quantizers({"name": "lsq", "noise": 0.5})
+    {'weights': {'name': 'lsq'}, 'activations': {'name': 'lsq'}, 'noise': 0.5}
+    """
+    if not isinstance(value, str) and not (isinstance(value, dict) and "name" in value):
+        return value
+    beside: dict[str, object] = {}
+    if isinstance(value, dict) and "noise" in value:
+        beside = {"noise": value["noise"]}
+        value = {key: option for key, option in value.items() if key != "noise"}
+    name = value if isinstance(value, str) else value["name"]
+    if name == "ternary":
+        return {"weights": value, "activations": "dynamic", "embeddings": value, **beside}
+    if name == "dynamic":
+        return {"activations": value, **beside}
+    if name == "codebook":
+        return {"codebook": named(value), **beside}
+    activations = value
+    if isinstance(value, dict):  # of activations no range is chosen again
+        activations = {key: option for key, option in value.items() if key != "renew"}
+    return {"weights": value, "activations": activations, **beside}

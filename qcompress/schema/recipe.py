@@ -1,0 +1,348 @@
+"""What a recipe may say: every section, axis value and option as a typed value. No torch.
+
+A docstring under a field is its help text (`qcompress list`, JSON Schema). Reading YAML, line numbers and the
+checks that need a model live in `recipe.py`; number formats live in `formats.py`.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_serializer, model_validator
+
+from qcompress.schema.adapters import Adapter, NoAdapter
+from qcompress.schema.axes import METHODS, beside_preset
+from qcompress.schema.data import Data
+from qcompress.schema.data import TextData as TextData
+from qcompress.schema.export import Build, Export
+from qcompress.schema.export import Profile as Profile  # what a recipe is made of is found here
+from qcompress.schema.formats import (
+    ACTIVATION_WORDS,
+    FORMAT_PRESETS,
+    WEIGHT_WORDS,
+    ActivationFormat,
+    CodebookFormat,
+    Options,
+    WeightFormat,
+    over_preset,
+)
+from qcompress.schema.goals import Gate
+from qcompress.schema.method_options import (
+    Calibrate,
+    Objective,
+    PlainStepper,
+    Role,
+    Schedule,
+    Sharpness,
+    Stepper,
+    TaskObjective,
+)
+from qcompress.schema.quantizers import Quantizers, quantizers
+from qcompress.schema.tasks import CausalLm as CausalLm
+from qcompress.schema.tasks import ImageClassification as ImageClassification
+from qcompress.schema.tasks import SequenceClassification as SequenceClassification
+from qcompress.schema.tasks import Task
+from qcompress.schema.tasks import TokenClassification as TokenClassification
+
+Stage = Literal["load", "train", "fold", "export", "build", "verify", "gate"]
+STAGES: tuple[str, ...] = ("load", "train", "fold", "export", "build", "verify", "gate")
+
+Row = Literal["float", "trained", "folded", "onnx", "engine"]
+ROWS: tuple[str, ...] = ("float", "trained", "folded", "onnx", "engine")
+
+
+def _word(words: dict[str, Any], default: str) -> BeforeValidator:
+    """Turn a short form (`int8`) into its value; anything else is left for the field itself to judge."""
+
+    def expand(value: object) -> object:
+        if isinstance(value, str):
+            if value not in words:
+                raise ValueError(f"unknown format; known: {', '.join(words)}, or a mapping such as {default}")
+            return words[value]
+        return value
+
+    return BeforeValidator(expand)
+
+
+def _spelled(value: Options | str | None) -> object:
+    """A format as a recipe writes it: `float` where there is none."""
+    return "float" if value is None else value.model_dump() if isinstance(value, Options) else value
+
+
+def _weight_kind(value: object) -> str:
+    """Which of the two kinds of weight formats a value is meant to be."""
+    if value is None:
+        return "float"
+    if not isinstance(value, (dict, Options)):
+        return "WeightFormat"
+    keys = set(value if isinstance(value, dict) else type(value).model_fields)
+    return "CodebookFormat" if {"codebook", "centroids", "table"} & keys else "WeightFormat"
+
+
+Stored = Annotated[
+    Annotated[WeightFormat, Tag("WeightFormat")]
+    | Annotated[CodebookFormat, Tag("CodebookFormat")]
+    | Annotated[None, Tag("float")],
+    Discriminator(_weight_kind),
+]
+Weights = Annotated[Stored, _word(WEIGHT_WORDS, "{bits: 4, block: 64}")]
+Activations = Annotated[ActivationFormat | None, _word(ACTIVATION_WORDS, "{bits: 8}")]
+
+
+# Sections -----------------------------------------------------------------------------------------
+
+
+def _picked(value: object) -> object:
+    """What `model.blocks` may be in one word, said where another word stands there."""
+    if isinstance(value, str) and value not in ("every-other", "pairs"):
+        raise ValueError("write every-other, pairs, or numbers of blocks such as [0, 0, 2, 2]")
+    return value
+
+
+class Model(Options):
+    """Where the float model comes from."""
+
+    family: Literal["gpt2", "bert", "roberta", "distilbert", "vit", "resnet", "cifar-resnet", "efficientnet"]
+    """Architecture; `qcompress list models`."""
+    source: str | None = None
+    """A directory (relative to the recipe) in transformers' layout with safetensors weights, or a hub id."""
+    revision: str | None = None
+    """Commit of a hub id."""
+    run: str | None = None
+    """Directory of an earlier run of `method: float`, instead of `source`."""
+    blocks: Annotated[
+        Annotated[list[int], Field(min_length=1)] | Literal["every-other", "pairs"] | None,
+        BeforeValidator(_picked),
+    ] = None
+    """Which blocks the model is made of, by their numbers from 0; equal numbers share their weights.
+    every-other: the first, third ... (layer dropping); pairs: all, of which two and two share the weights of
+    the first. None: all, as they are."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.source is None) == (self.run is None):
+            raise ValueError("give exactly one of `source` and `run`")
+        if self.run is not None and self.revision is not None:
+            raise ValueError("`revision` belongs to a hub id, and `run` is a directory")
+        return self
+
+
+class LayerFormat(Options):
+    """An exception for the layers that a pattern matches; what is left out stays as it was."""
+
+    weights: Weights | Literal["inherit"] = "inherit"
+    activations: Activations | Literal["inherit"] = "inherit"
+
+    @field_serializer("weights", "activations")
+    def _spell_float(self, value: Options | Literal["inherit"] | None) -> object:
+        return _spelled(value)
+
+
+def _layer_format(value: object) -> object:
+    """`float`, `int8` ... for a layer means its weights; `float` and presets set its activations as well."""
+    if isinstance(value, str):
+        if value in FORMAT_PRESETS:
+            return {key: FORMAT_PRESETS[value][key] for key in ("weights", "activations")}
+        return {"weights": value}
+    return value
+
+
+class Format(Options):
+    """Bits of everything."""
+
+    preset: str | None = None
+    """A row of the presets (`w8a8`, `w4a16-g64`...), overridden by the keys beside it."""
+    weights: Weights = None
+    """Linear layers: int8, int4, int3, int2, ternary, float, or {bits, ternary, granularity, block,
+    container}."""
+    activations: Activations = None
+    """Inputs of quantized linear layers: int8, float."""
+    embeddings: Weights = None
+    """Embedding tables, and an output head tied to one."""
+    attention: Activations = None
+    """Operands of both matmuls of an attention (query, key, probabilities, value): int8, float."""
+    cache: Activations = None
+    """Keys and values alone, which is what a key-value cache stores (`export.cache`): int8, float; for these
+    two it counts more than `attention`.
+    """
+    residual: Activations = None
+    """Both inputs of each residual addition: int8, float."""
+    compute: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Type of everything that is not an integer, and of the scales."""
+    layers: dict[str, Annotated[LayerFormat, BeforeValidator(_layer_format)]] = {}
+    """Exceptions by name of a layer or a point (`*.query_point`): globs, the last match wins, a glob that
+    matches nothing is a mistake."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, value: object) -> object:
+        value = {"preset": value} if isinstance(value, str) else value
+        if not isinstance(value, dict) or not isinstance(value.get("preset"), str):
+            return value
+        if value["preset"] not in FORMAT_PRESETS:
+            raise ValueError(f"unknown preset {value['preset']!r}; known: {', '.join(FORMAT_PRESETS)}")
+        preset = FORMAT_PRESETS[value["preset"]]
+        return {
+            **value,
+            **{key: over_preset(key, preset[key], value.get(key, preset[key])) for key in preset},
+        }
+
+    @field_serializer("weights", "activations", "embeddings", "attention", "cache", "residual")
+    def _spell_float(self, value: Options | None) -> object:
+        return _spelled(value)
+
+    @property
+    def is_float(self) -> bool:
+        """Nothing is quantized anywhere."""
+        own = (self.weights, self.activations, self.embeddings, self.attention, self.cache, self.residual)
+        return not any((*own, self.layers))
+
+
+class PhaseOptions(Options):
+    """One phase of the schedule."""
+
+    steps: int = Field(ge=0)
+    """Updates; for a block-wise phase, updates of each block."""
+    lr: dict[Role, Annotated[float, Field(gt=0)]] = {}
+    """Learning rates that differ from `train.lr` in this phase."""
+
+
+class Train(Options):
+    """How long and how fast."""
+
+    batch_size: int = Field(default=8, ge=1)
+    """Sequences of one update, over all processes."""
+    lr: dict[Role, Annotated[float, Field(gt=0)]] = {}
+    """Learning rate of each role; what is left out takes the default of `LEARNING_RATES`."""
+    phases: dict[str, PhaseOptions] = {}
+    """Steps of the schedule's phases; `qcompress check` shows their names."""
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of a phase's steps with a rising learning rate."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd: with `momentum`, in Nesterov's form."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of sgd; 0: none."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decay of the role `weight`; scales and adapters never decay."""
+    layer_drop: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that an update leaves out a block (LayerDrop, arXiv:1909.11556), in phases that train
+    weights, so that `model.blocks: every-other` can drop blocks afterwards."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of accelerate."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where training and the torch rows of the ladder run."""
+    checkpoint_every_s: int = Field(default=60, ge=1)
+    """Seconds between two checkpoints; a killed run goes on from the newest."""
+
+
+LEARNING_RATES: dict[str, float] = {
+    "weight": 2e-5,
+    "other": 2e-5,
+    "scale": 1e-3,
+    "adapter": 1e-3,
+    "centroid": 1e-3,
+}
+"""Default learning rate of each role. A learned scale's is a share of its starting value under AdamW, and the
+rate of LSQ's own update under SGD.
+"""
+
+
+class Verify(Options):
+    """What is measured."""
+
+    require: list[Row] = ["float", "trained", "folded", "onnx"]
+    """Rows that must be measured; a missing one makes the verdict anomalous. With `compute: bf16` the default
+    leaves out onnx, which ONNX Runtime cannot run then."""
+    samples: int | None = Field(default=None, ge=1)
+    """At most this many samples of each evaluation set; none: all."""
+    batch_size: int = Field(default=8, ge=1)
+    """Samples of one forward pass."""
+    distance_samples: int = Field(default=64, ge=1)
+    """Samples of the first evaluation set whose logits are compared between rows; of a classifier all are."""
+    held: Literal["auto", "always", "never"] = "auto"
+    """Compare graph and folded model from the graph's own codes as well, place by place, on the first
+    `distance_samples`: a rounding that flips on a tie reaches no later place then, and every code that
+    differs without that excuse is counted. auto: where the onnx row misses its default limits by itself."""
+    sharpness: Sharpness | None = None
+    """Measure the sharpness of the trained model as well (`{}`: with the defaults); none: do not."""
+
+
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+TRACKERS: tuple[str, ...] = ("tensorboard", "mlflow", "wandb")
+
+
+def _several(value: object) -> object:
+    """One tracker by its name alone."""
+    return [value] if isinstance(value, str) else value
+
+
+class Recipe(Options):
+    """One run: a float model, a method, a format, a target, and what must hold."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*$", max_length=100)
+    """A slug; the folder of the run."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of everything random."""
+    model: Model
+    task: Task
+    data: Data
+    format: Format = Format()
+    method: str = "ptq"
+    """A preset of the five axes; `qcompress list methods`."""
+    quantizer: Annotated[Quantizers, BeforeValidator(quantizers)] = Quantizers()
+    adapter: Adapter = NoAdapter()
+    objective: Objective = TaskObjective()
+    stepper: Stepper = PlainStepper()
+    schedule: Schedule = Calibrate()
+    train: Train = Train()
+    export: Export = Export()
+    build: Build = Build()
+    verify: Verify = Verify()
+    gate: Gate = Gate()
+    tracking: Annotated[list[Tracker], BeforeValidator(_several)] = []
+    """Trackers of accelerate that are told what log.jsonl says: tensorboard, mlflow, wandb, or several of
+    them. They change nothing about the run, neither its numbers nor what is reused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_method(cls, value: object) -> object:
+        if not isinstance(value, dict) or not isinstance(value.get("method", "ptq"), str):
+            return value
+        method = value.get("method", "ptq")
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        written = {
+            axis: beside_preset(axis, preset, value.get(axis, preset))
+            for axis, preset in METHODS[method].items()
+        }
+        return {**value, **written}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _required_rows(cls, value: object) -> object:
+        """A graph made elsewhere has no trained and no folded model to measure, and ONNX Runtime's CPU
+        provider cannot run one in bf16.
+        """
+        if not isinstance(value, dict):
+            return value
+        export, verify, form = value.get("export"), value.get("verify", {}), value.get("format")
+        rows = None
+        if isinstance(export, dict) and export.get("graph"):
+            rows = ["float", "onnx"]
+        elif isinstance(form, dict) and form.get("compute") == "bf16":
+            rows = ["float", "trained", "folded"]
+        if rows is None or not isinstance(verify, dict):
+            return value
+        return {**value, "verify": {"require": rows, **verify}}
+
+    @property
+    def trains_float(self) -> bool:
+        """Nothing is quantized: what comes out is another float model."""
+        return self.format.is_float and self.export.graph is None
+
+
+RECIPE: ContextVar[type[Recipe]] = ContextVar("recipe", default=Recipe)
+"""The schema that recipes are validated by: `own.py` adds what a caller brings along."""

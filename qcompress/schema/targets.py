@@ -1,0 +1,303 @@
+"""The table of targets, and what each one cannot do, decided from the recipe alone. No torch, no TensorRT.
+
+An engine of TensorRT is built on the device itself. TensorRT-RTX builds on any machine, with or without a
+GPU, for one compute capability (SM). Versions are those that ship for a device; precisions are the vendor's
+support matrices, made stricter by what TensorRT-RTX 1.7 really builds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from qcompress.errors import UsageError
+from qcompress.models.plan import LayerPlan
+from qcompress.schema.formats import CodebookFormat
+from qcompress.schema.recipe import Build
+
+AMPERE = 80
+"""SM of the first GPUs of that architecture."""
+
+BLOCKS = (32, 64, 128)
+"""Block sizes of int4 weights with a fast kernel."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device, and the TensorRT that builds for it."""
+
+    name: str
+    backend: Literal["tensorrt", "tensorrt_rtx"] | None
+    """Python module of the builder; none: there is nothing to build."""
+    versions: tuple[tuple[str, str], ...]
+    """Versions of the backend that build for this device: ranges [from, to)."""
+    sm: int | None
+    """Compute capability, 86 for 8.6."""
+    note: str
+    weight_bits: tuple[int, ...] = (8, 4)
+    """Bits of integer types that weights may be stored in."""
+    compute: tuple[str, ...] = ("fp32", "fp16", "bf16")
+    """Types that matmuls compute in."""
+
+    def accepts(self, version: str) -> bool:
+        """Whether this version of the backend builds for this device.
+
+        >>> TARGETS["thor"].accepts("11.4.0.106"), TARGETS["thor"].accepts("11.4.1.2")
+        (False, True)
+        """
+        found = _numbers(version)
+        return any(_numbers(low) <= found < _numbers(high) for low, high in self.versions)
+
+    @property
+    def jetson(self) -> bool:
+        """Whether it is a Jetson."""
+        return self.versions in (JETPACK_6, JETPACK_7)
+
+    @property
+    def requirement(self) -> str:
+        """The backend and its versions in words.
+
+        >>> TARGETS["orin-jp6"].requirement
+        'tensorrt >=10.3,<11'
+        """
+        return f"{self.backend} " + " or ".join(f">={low},<{high}" for low, high in self.versions)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+RTX = (("1.5", "2"),)
+SERVER = (("11", "12"),)
+JETPACK_6 = (("10.3", "11"),)
+JETPACK_7 = (("10.3", "11"), ("11.4.1", "12"))
+"""JetPack 7 ships TensorRT 10 until 7.2.2 and TensorRT from 11.4.1 on after it."""
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "cpu", None, (), None,
+            "ONNX Runtime on any processor; held to the rules that all TensorRT targets share, so that what "
+            "passes here builds elsewhere.",
+            weight_bits=(8, 4, 2), compute=("fp32", "fp16"),
+        ),
+        Target(
+            "rtx-turing", "tensorrt_rtx", RTX, 75,
+            "GeForce RTX 20 and Quadro RTX: fp16 matmuls and int8 only.",
+            weight_bits=(8,), compute=("fp16",),
+        ),
+        Target("rtx-ampere", "tensorrt_rtx", RTX, 86, "GeForce RTX 30 and RTX A-series."),
+        Target("rtx-ada", "tensorrt_rtx", RTX, 89, "GeForce RTX 40 and RTX Ada generation."),
+        Target("rtx-blackwell", "tensorrt_rtx", RTX, 120, "GeForce RTX 50 and RTX PRO Blackwell."),
+        Target(
+            "t4", "tensorrt", SERVER, 75, "Tesla T4: int8 and fp16; no bf16, no int4.",
+            weight_bits=(8,), compute=("fp32", "fp16"),
+        ),
+        Target("a10", "tensorrt", SERVER, 86, "A10."),
+        Target("a100", "tensorrt", SERVER, 80, "A100 and A30."),
+        Target("l4", "tensorrt", SERVER, 89, "L4."),
+        Target("l40s", "tensorrt", SERVER, 89, "L40S and L40."),
+        Target("h100", "tensorrt", SERVER, 90, "H100 and GH200."),
+        Target("h200", "tensorrt", SERVER, 90, "H200."),
+        Target("b200", "tensorrt", SERVER, 100, "B200 and GB200."),
+        Target("orin-jp6", "tensorrt", JETPACK_6, 87, "Jetson Orin with JetPack 6; build on the Jetson."),
+        Target("orin-jp7", "tensorrt", JETPACK_7, 87, "Jetson Orin with JetPack 7; build on the Jetson."),
+        Target("thor", "tensorrt", JETPACK_7, 110, "Jetson Thor; build on the Jetson."),
+    )
+}  # fmt: skip
+"""Every device an engine can be made for, by name."""
+
+
+def find_target(name: str) -> Target:
+    """The target of that name."""
+    if name not in TARGETS:
+        raise UsageError(f"unknown target {name!r}", fix=f"name one of {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+class Refusal(NamedTuple):
+    """Something a recipe asks for that its target cannot do."""
+
+    key: str
+    """The recipe key to change."""
+    message: str
+    fix: str
+
+
+def refusals(target: Target | str, plan: tuple[LayerPlan, ...], compute: str) -> list[Refusal]:
+    """What the target, or the target of that name, cannot do: one entry for each cause, however many layers
+    share it.
+
+    Limits on activations hold for every target: exported graphs carry one scale and no zero point for the
+    input of a layer, because no TensorRT takes anything else.
+    """
+    target = find_target(target) if isinstance(target, str) else target
+    return [
+        *_refuse_activations(target, plan),
+        *_refuse_compute(target, compute),
+        *_refuse_int4(target, plan),
+        *_refuse_blocks(plan),
+        *_refuse_int4_gemm(target, plan),
+        *_refuse_kernels(target, plan),
+    ]
+
+
+def option_refusals(target: Target | str, build: Build) -> Iterator[Refusal]:
+    """What the target's builder cannot do of what `build` asks for.
+
+    Hardware compatibility: TensorRT's engine compatibility page (Ampere and later, no Jetson); what
+    TensorRT-RTX refuses was measured with 1.7.
+    """
+    target = find_target(target) if isinstance(target, str) else target
+    asked = {
+        "version_compatible": build.version_compatible,
+        "hardware_compatibility": build.hardware_compatibility != "none",
+        "timing_cache": build.timing_cache is not None,
+    }
+    reasons = {}
+    if target.backend is None:
+        reasons = dict.fromkeys(asked, f"target {target.name} builds no engine")
+    elif target.backend == "tensorrt_rtx":
+        reasons = {
+            "version_compatible": "TensorRT-RTX ships no lean runtime to put into the plan",
+            "hardware_compatibility": "TensorRT-RTX compiles on the device, for its compute capability",
+            "timing_cache": "TensorRT-RTX times nothing while it builds",
+        }
+    elif target.jetson:
+        reasons = {"hardware_compatibility": "TensorRT has no hardware compatibility on Jetson"}
+    elif build.hardware_compatibility == "ampere-plus" and target.sm < AMPERE:
+        reasons = {"hardware_compatibility": f"target {target.name} (SM{target.sm}) is older than Ampere"}
+    for name, reason in reasons.items():
+        if asked[name]:
+            yield Refusal(f"build.{name}", reason, f"drop `{name}`, or name another build.target")
+
+
+def _name(layers: list[LayerPlan]) -> str:
+    """The first layer, and how many there are besides."""
+    others = len(layers) - 1
+    return layers[0].name + (f" and {others} other layer{'s' if others > 1 else ''}" if others else "")
+
+
+def _key(layer: LayerPlan, field: str) -> str:
+    return f"format.{layer.layer.section}.{field}"
+
+
+def _group(plan: tuple[LayerPlan, ...], key: Callable[[LayerPlan], str | None]) -> dict[str, list[LayerPlan]]:
+    """Layers by key; a layer whose key is None is left out."""
+    groups: dict[str, list[LayerPlan]] = {}
+    for layer in plan:
+        if name := key(layer):
+            groups.setdefault(name, []).append(layer)
+    return groups
+
+
+def _refuse_activations(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
+    who = "TensorRT" if target.backend else f"target {target.name}, like TensorRT,"
+    quantized = [layer for layer in plan if layer.activations]
+    channel = [layer for layer in quantized if layer.activations.granularity == "channel"]
+    if channel:
+        yield Refusal(
+            "format.activations.granularity",
+            f"{who} takes one scale for a whole activation; {_name(channel)} asks for one per channel",
+            "set `granularity: tensor`; `method: quadapter` moves outlying channels into the weights",
+        )
+    asymmetric = [layer for layer in quantized if not layer.activations.symmetric]
+    if asymmetric:
+        yield Refusal(
+            "format.activations.symmetric",
+            f"{who} takes no zero point but 0; the input of {_name(asymmetric)} is asymmetric",
+            "set `symmetric: true`",
+        )
+
+
+def _refuse_compute(target: Target, compute: str) -> Iterator[Refusal]:
+    if compute not in target.compute:
+        yield Refusal(
+            "format.compute",
+            f"target {target.name} has no {compute} matmul",
+            f"set `compute: {target.compute[-1]}`, or name another build.target",
+        )
+
+
+def _refuse_int4(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
+    def key(layer: LayerPlan) -> str | None:
+        integers = layer.weights and layer.codebook is None
+        refused = integers and layer.weights.stored_bits not in target.weight_bits
+        return _key(layer, "bits") if refused else None
+
+    for name, layers in _group(plan, key).items():
+        bits = layers[0].weights.stored_bits
+        fix = "set `bits: 8`, or for linear layers `{bits: 4, container: int8}`"
+        if bits == 2 and 4 in target.weight_bits:
+            fix = "set `container: int4`, or name the target `cpu`"
+        yield Refusal(
+            name,
+            f"target {target.name} (SM{target.sm}) has no int{bits}; {_name(layers)} is stored in it",
+            fix,
+        )
+
+
+def _refuse_blocks(plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
+    def key(layer: LayerPlan) -> str | None:
+        uneven = layer.block and layer.layer.kind != "conv" and layer.layer.in_features % layer.block
+        return _key(layer, "block") if uneven else None
+
+    for name, layers in _group(plan, key).items():
+        features, block = layers[0].layer.in_features, layers[0].block
+        best = max((size for size in BLOCKS if features % size == 0), default=None)
+        yield Refusal(
+            name,
+            f"{_name(layers)}: {features} input features do not divide into blocks of {block}",
+            f"set `block: {best}`, the largest that divides {features}" if best else
+            f"no block size divides {features}: drop `block`, or set the layer to int8 in format.layers",
+        )  # fmt: skip
+
+
+def _refuse_kernels(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
+    """Convolutions: int8 codes, no blocks (nvidia-modelopt's README: "TensorRT only supports FP8 and INT8 for
+    convolution operations"; TensorRT-RTX 1.7 parses no blocks and builds no int4 beside an int8 input).
+    """
+    who = "TensorRT" if target.backend else f"target {target.name}, like TensorRT,"
+
+    def key(layer: LayerPlan) -> str | None:
+        if layer.layer.kind != "conv" or layer.weights is None:
+            return None
+        if isinstance(layer.weights, CodebookFormat):  # floats in the graph, or int8 codes with equal scales
+            return None
+        if layer.block:
+            return _key(layer, "block")
+        return _key(layer, "container") if layer.weights.stored_bits != 8 else None
+
+    for name, layers in _group(plan, key).items():
+        weights = layers[0].weights
+        stored = f"blocks of {weights.block}" if weights.block else f"int{weights.stored_bits}"
+        ternary = ", ternary: true" if weights.ternary else ""
+        yield Refusal(
+            name,
+            f"{who} takes convolutions of int8 codes with a scale for each output channel, and not {stored}: "
+            f"{_name(layers)}",
+            "drop `block`"
+            if weights.bits == 8
+            else f"write {{bits: {weights.bits}{ternary}, container: int8}}",
+        )
+
+
+def _refuse_int4_gemm(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
+    """TensorRT-RTX 1.7 dies on several int4 blocks times an int8 activation of rank 3 (CHECK is_constant)."""
+
+    def key(layer: LayerPlan) -> str | None:
+        blocks = layer.block and layer.layer.kind != "conv" and layer.layer.in_features > layer.block
+        refused = blocks and layer.weights.stored_bits == 4 and layer.activations
+        return _key(layer, "block") if refused else None
+
+    if target.backend != "tensorrt_rtx":
+        return
+    for name, layers in _group(plan, key).items():
+        yield Refusal(
+            name,
+            f"target {target.name} cannot multiply int4 blocks by an int8 activation, as in {_name(layers)}",
+            "set `activations: float`, or weights `{bits: 4, container: int8}` for an int8 matmul",
+        )

@@ -1,0 +1,263 @@
+"""The tasks, as a recipe writes them. No torch.
+
+`tasks/` holds the module that does the work of each task, under the same name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
+
+from qcompress.schema.formats import Options
+from qcompress.schema.glue import GLUE
+from qcompress.schema.quantizers import named
+
+
+class CausalLm(Options):
+    """Next-token prediction. Metrics: perplexity, token_accuracy."""
+
+    name: Literal["causal-lm"] = "causal-lm"
+    context: int = Field(default=1024, ge=2)
+    """Tokens of one sequence."""
+    stride: int | None = Field(default=None, ge=1)
+    """Evaluation windows start this many tokens apart and only count what no earlier window counted; none:
+    the context, so that windows do not overlap."""
+
+    @model_validator(mode="after")
+    def _stride_covers_the_text(self) -> CausalLm:
+        if self.stride is not None and self.stride > self.context:
+            raise ValueError(
+                f"stride {self.stride} is longer than context {self.context}: it would skip tokens"
+            )
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Everything that is measured."""
+        return ("perplexity", "token_accuracy")
+
+    @property
+    def main(self) -> tuple[str, ...]:
+        """What a ladder shows."""
+        return ("perplexity",)
+
+    def within(self, context: int) -> CausalLm:
+        """The same task on sequences of at most so many tokens."""
+        context = min(self.context, context)
+        return self.model_copy(update={"context": context, "stride": min(self.stride or context, context)})
+
+
+def distinct(names: list[str] | None, key: str = "labels") -> None:
+    """Raise ValueError where a name is there twice; `key`: what the error calls the list."""
+    twice = sorted({name for name in names or () if (names or []).count(name) > 1})
+    if twice:
+        raise ValueError(f"`{key}` names {', '.join(twice)} more than once")
+
+
+LabelsAre = Literal["names", "indices"]
+READINGS: tuple[str, ...] = get_args(LabelsAre)
+
+
+class Labelled(Options):
+    """Options of a task with labels. `labels_are` is not written where it is not set, so that the digest of a
+    recipe without it stays as it was.
+    """
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)
+        return {key: value for key, value in values.items() if value is not None or key != "labels_are"}
+
+
+class SequenceClassification(Labelled):
+    """One answer to each text, or pair of texts. Metrics: accuracy, f1 and mcc (single), f1_micro, f1_macro
+    and accuracy (multi), spearman and pearson (regression).
+    """
+
+    name: Literal["sequence-classification"] = "sequence-classification"
+    glue: Literal["cola", "sst2", "mrpc", "stsb", "rte", "qnli", "qqp", "mnli", "wnli"] | None = None
+    """A task of GLUE: gives kind, labels, columns and the official metrics."""
+    kind: Literal["single", "multi", "regression"] = "single"
+    """One label of several; any number of labels; or a number."""
+    labels: list[str] | None = Field(default=None, min_length=2)
+    """Names of the labels; none: those of the checkpoint's config.json."""
+    context: int = Field(default=128, ge=2)
+    """Most tokens of one example; what is longer is cut."""
+    labels_are: LabelsAre | None = None
+    """Content of a column of labels: names, or indices from 0 in the model's order. none: a cell that is a
+    name of the model is that label, and whole numbers that are not all names are indices; a column that gives
+    other labels by the one reading than by the other is refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_of_glue(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "kind" not in value and value.get("glue") == "stsb":
+            return {**value, "kind": "regression"}
+        return value
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> SequenceClassification:
+        if self.glue is not None:
+            kind = "single" if GLUE[self.glue].labels else "regression"
+            if self.kind != kind:
+                raise ValueError(f"`glue: {self.glue}` is of the kind {kind}, and `kind` is {self.kind}")
+            if self.labels is not None and set(self.labels) != set(GLUE[self.glue].labels):
+                raise ValueError(f"`glue: {self.glue}` has labels of its own: drop `labels`")
+        if self.kind == "regression" and self.labels is not None:
+            raise ValueError("a regression gives a number and has no labels: drop `labels`")
+        if self.kind == "regression" and self.labels_are is not None:
+            raise ValueError("a regression gives a number and has no labels: drop `labels_are`")
+        distinct(self.labels)
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Everything that is measured where there are labels, the main ones first."""
+        if self.kind == "regression":
+            return ("spearman", "pearson")
+        if self.kind == "multi":
+            return ("f1_micro", "f1_macro", "accuracy")
+        if self.glue is not None:
+            return {"cola": ("mcc", "accuracy"), "qqp": ("accuracy", "f1")}.get(self.glue, self.main)
+        if self.labels is None:
+            return ("accuracy", "f1", "f1_macro", "mcc")
+        return ("accuracy", "f1", "mcc") if len(self.labels) == 2 else ("accuracy", "f1_macro", "mcc")
+
+    @property
+    def main(self) -> tuple[str, ...]:
+        """What a ladder shows: GLUE's official metrics, or the first."""
+        return GLUE[self.glue].main if self.glue is not None else self.metrics[:1]
+
+    def within(self, context: int) -> SequenceClassification:
+        """The same task on at most so many tokens."""
+        return self.model_copy(update={"context": min(self.context, context)})
+
+
+class TokenClassification(Labelled):
+    """One label for each word. Metrics: token_accuracy, and span_f1 where the labels are IOB2 (`B-...`,
+    `I-...`, `O`).
+    """
+
+    name: Literal["token-classification"] = "token-classification"
+    labels: list[str] | None = Field(default=None, min_length=2)
+    """Names of the tags; none: those of the checkpoint's config.json."""
+    context: int = Field(default=128, ge=2)
+    """Most tokens of one example; what is longer is cut."""
+    labels_are: LabelsAre | None = None
+    """Content of a column of labels: names, or indices from 0 in the model's order. none: a cell that is a
+    name of the model is that label, and whole numbers that are not all names are indices; a column that gives
+    other labels by the one reading than by the other is refused."""
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> TokenClassification:
+        distinct(self.labels)
+        return self
+
+    @property
+    def spans(self) -> bool:
+        """Whether the labels mark entities: with `B-` or `I-` and a type, or `O`."""
+        labels = self.labels or ()
+        return "O" in labels and all(label == "O" or label[:2] in ("B-", "I-") for label in labels)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Everything that is measured where there are labels, the main one first."""
+        return ("span_f1", "token_accuracy") if self.labels is None or self.spans else ("token_accuracy",)
+
+    @property
+    def main(self) -> tuple[str, ...]:
+        """What a ladder shows."""
+        return self.metrics[:1]
+
+    def within(self, context: int) -> TokenClassification:
+        """The same task on at most so many tokens."""
+        return self.model_copy(update={"context": min(self.context, context)})
+
+
+def _square(value: Any) -> Any:
+    """One number stands for height and width."""
+    return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Size = Annotated[
+    list[int],
+    Field(min_length=2, max_length=2),
+    BeforeValidator(_square),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2},
+            ]
+        }
+    ),
+]
+Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class ImageClassification(Labelled):
+    """One label for each image. Metrics: accuracy, top5_accuracy (of five labels and more), cross_entropy."""
+
+    name: Literal["image-classification"] = "image-classification"
+    labels: list[str] | None = Field(default=None, min_length=2)
+    """Names of the labels; none: those of the checkpoint's config.json."""
+    mean: Channels | None = None
+    """Mean of red, green and blue, of values from 0 to 1. With `std`: how images are prepared, in the place
+    of the checkpoint's preprocessor_config.json, or where it has none."""
+    std: Channels | None = None
+    """Standard deviation of each, of values from 0 to 1."""
+    size: Size | None = None
+    """Height and width that images are resized to (bilinear), or one number for both, with `mean` and `std`;
+    none: they are not."""
+    labels_are: LabelsAre | None = None
+    """Content of a column of labels: names, or indices from 0 in the model's order. none: a cell that is a
+    name of the model is that label, and whole numbers that are not all names are indices; a column that gives
+    other labels by the one reading than by the other is refused."""
+
+    @model_validator(mode="after")
+    def _add_up(self) -> ImageClassification:
+        distinct(self.labels)
+        if (self.mean is None) != (self.std is None) or (self.size is not None and self.mean is None):
+            raise ValueError("`mean` and `std` say together how images are prepared, `size` with them")
+        if any(value <= 0 for value in (*(self.std or ()), *(self.size or ()))):
+            raise ValueError("`std` and `size` must be above 0")
+        return self
+
+    @property
+    def context(self) -> None:
+        """Nothing is cut: an image has the model's size."""
+        return None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Everything that is measured where there are labels, the main one first."""
+        few = self.labels is not None and len(self.labels) < 5
+        return ("accuracy", "cross_entropy") if few else ("accuracy", "top5_accuracy", "cross_entropy")
+
+    @property
+    def main(self) -> tuple[str, ...]:
+        """What a ladder shows."""
+        return self.metrics[:1]
+
+    def within(self, context: int) -> ImageClassification:
+        """The same task."""
+        return self
+
+
+AGREEMENT = "agreement"
+"""What is measured of a classification without labels: the share of answers that are the float model's; for a
+regression Pearson's correlation with the float model's numbers."""
+
+Task = Annotated[
+    CausalLm | SequenceClassification | TokenClassification | ImageClassification,
+    Field(discriminator="name"),
+    BeforeValidator(named),
+]

@@ -1,0 +1,1 @@
+"""Files, locks, the cache, memory, signals, the terminal, this machine. Standard library, rich and numpy."""

@@ -1,0 +1,1 @@
+"""Training: the loop, calibration, observers, checkpoints, the training log, the methods."""

@@ -1,0 +1,293 @@
+"""The training loop over the whole model, and what it shares with the one over blocks (`blockwise.py`).
+
+Both make the same update (`Stepper.step`, then every quantizer's `advance`), both resume from a checkpoint
+bit for bit, and neither knows which method it serves.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from qcompress.errors import ModelError
+from qcompress.models.architecture import Architecture
+from qcompress.models.prepare import Prepared
+from qcompress.quant.codebook import is_codebook
+from qcompress.quant.layers import QuantizedWeight
+from qcompress.quant.learned_scale import unit_of
+from qcompress.schema.rates import peak_rates, rate_factor
+from qcompress.schema.recipe import Recipe
+from qcompress.system.distributed import Processes
+from qcompress.system.reporter import Reporter
+from qcompress.tasks.examples import Batch, Examples
+from qcompress.training.checkpoint import Checkpoints, Position, moving, restore
+from qcompress.training.history import History
+from qcompress.training.layerdrop import layer_drop
+from qcompress.training.methods.protocols import Group, Moment, Objective, Phase, Report, Stepper
+from qcompress.training.parameter_roles import ParameterRole
+from qcompress.training.recording import Heard, log_scales
+
+
+@dataclass
+class Training:
+    """Everything a loop needs, and what it has found so far (`facts`)."""
+
+    recipe: Recipe
+    architecture: Architecture
+    prepared: Prepared
+    objective: Objective
+    stepper: Stepper
+    accelerator: Accelerator
+    processes: Processes
+    checkpoints: Checkpoints
+    reporter: Reporter
+    history: History
+    train_data: Examples | None
+    calibration_data: Examples | None
+    reference: Callable[[], nn.Module]
+    moving: set[str]
+    roles: dict[str, ParameterRole]
+    """Of each parameter of the prepared model, by name."""
+    facts: list[dict[str, object]]
+    recent: list[float]
+
+    def save(self, position: Position, optimizer: torch.optim.Optimizer | None) -> None:
+        """Write a checkpoint, in the first process; without an optimizer a phase or a block is to begin."""
+        if self.processes.first:
+            model, kept = self.prepared.model, self.stepper.state_dict() if optimizer is not None else {}
+            self.checkpoints.save(position, model, self.moving, optimizer, self.facts, self.recent, kept)
+
+
+def reseed(processes: Processes, *where: int) -> None:
+    """Set torch's generators to a function of (seed, phase, block, step), another one in each process."""
+    where = (*where, processes.rank) if processes.rank else where
+    torch.manual_seed(_seed(*where))
+
+
+def _seed(*where: int) -> int:
+    return int(np.random.SeedSequence(where).generate_state(1, np.uint64)[0])
+
+
+BUCKET = 32
+"""Batches of an epoch that are sorted by length together."""
+
+
+def batch_rows(lengths: np.ndarray, size: int, step: int, seed: int) -> list[int]:
+    """Which examples update `step` sees: shuffled epochs, one after another without a gap.
+
+    Where examples differ in length, those of `BUCKET` batches are sorted by it, so that a batch holds little
+    padding, and these batches are shuffled again.
+    """
+    count = len(lengths)
+    places = range(step * size, (step + 1) * size)
+    order = {epoch: _epoch(lengths, size, seed, epoch) for epoch in {place // count for place in places}}
+    return [int(order[place // count][place % count]) for place in places]
+
+
+@functools.lru_cache(maxsize=4)
+def _cached_epoch(lengths: bytes, dtype: str, size: int, seed: int, epoch: int) -> np.ndarray:
+    known = np.frombuffer(lengths, dtype)
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(known))
+    if len(known) == 0 or known.min() == known.max():
+        return order
+    for start in range(0, len(order), BUCKET * size):
+        piece = order[start : start + BUCKET * size]
+        piece = piece[np.argsort(known[piece], kind="stable")]
+        whole = len(piece) // size * size
+        batches = piece[:whole].reshape(-1, size)
+        order[start : start + len(piece)] = np.concatenate(
+            [batches[random.permutation(len(batches))].ravel(), piece[whole:]]
+        )
+    return order
+
+
+def _epoch(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Order of the examples in one epoch."""
+    return _cached_epoch(lengths.tobytes(), lengths.dtype.str, size, seed, epoch)
+
+
+def in_order(examples: Examples, size: int) -> Iterator[Batch]:
+    """All examples, one batch after another."""
+    for start in range(0, len(examples), size):
+        yield examples.batch(range(start, min(start + size, len(examples))))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch, where the model is."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def groups_of(training: Training, phase: Phase, scope: str = "") -> list[Group]:
+    """The phase's parameters by role, those under `scope` only; all others stop requiring gradients."""
+    chosen: dict[str, dict[str, nn.Parameter]] = {role: {} for role in phase.roles}
+    for name, parameter in training.prepared.model.named_parameters():
+        role = training.roles[name].role
+        wanted = role in chosen and name.startswith(scope)
+        parameter.requires_grad_(wanted)
+        if wanted:
+            chosen[role][name] = parameter
+    train = training.recipe.train
+    rates = peak_rates(train, phase.name)
+    return [
+        Group(
+            role,
+            tuple(members.values()),
+            rates[role],
+            train.weight_decay if role == "weight" else 0.0,
+            kinds=tuple(training.roles[name].kind for name in members),
+            units=tuple(unit_of(training.prepared.model, name) for name in members),
+        )
+        for role, members in chosen.items()
+        if members
+    ]
+
+
+def optimizer_of(training: Training, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    """One parameter group a role; learning rates are set before each update."""
+    parameters = [
+        {"params": list(group.parameters), "lr": group.lr, "weight_decay": group.weight_decay}
+        for group in groups
+    ]
+    train = training.recipe.train
+    if train.optimizer == "sgd":
+        made = torch.optim.SGD(parameters, momentum=train.momentum, nesterov=train.momentum > 0)
+    else:
+        # on a CPU the fused kernel is some three times as fast as the loop over tensors
+        made = torch.optim.AdamW(parameters, fused=training.accelerator.device.type == "cpu" or None)
+    return training.accelerator.prepare(made)
+
+
+def set_rates(training: Training, optimizer, groups: Sequence[Group], step: int, steps: int) -> None:
+    """Set the learning rate of each group for update `step`."""
+    factor = rate_factor(training.recipe.train, step, steps)
+    for group, target in zip(groups, optimizer.param_groups, strict=True):
+        target["lr"] = group.lr * factor
+
+
+def advance(prepared: Prepared) -> None:
+    """Let every quantizer and every rescaling restore what an update may have broken, and every layer forget
+    its rounded weight.
+    """
+    for layer in prepared.layers.values():
+        if isinstance(layer, QuantizedWeight):
+            layer.forget()
+    for _, quantizer in [*prepared.weight_quantizers(), *prepared.activation_quantizers()]:
+        quantizer.advance()
+    for scale in prepared.rescalings.values():
+        scale.advance()
+
+
+def log_update(
+    training: Training, number: int, step: int, report: Report, terms: Mapping[str, float], optimizer,
+    groups: Sequence[Group],
+) -> None:  # fmt: skip
+    """Record update `step` (from 1) of phase `number`."""
+    rates = {group.role: target["lr"] for group, target in zip(groups, optimizer.param_groups, strict=True)}
+    training.history.update(number, step, report.passes, report.loss, terms, rates)
+
+
+def taps_of(prepared: Prepared, scope: str = "") -> list[QuantizedWeight]:
+    """The quantized weights under `scope`, for steppers that perturb them; a tied head taps its table."""
+    return [prepared.layers[name] for name, _ in prepared.weight_quantizers() if name.startswith(scope)]
+
+
+def run_model_phase(training: Training, phase: Phase, start: Position, moments: dict[str, Tensor]) -> None:
+    """Updates of the whole model on batches of the training data."""
+    if start.step == 0:
+        settle(training, phase.quantizes, start.phase)
+    for layer in training.prepared.layers.values():
+        layer.noisy = phase.noise
+    for _, quantizer in training.prepared.weight_quantizers():
+        if is_codebook(quantizer):
+            quantizer.waiting = not phase.noise
+    groups = groups_of(training, phase)
+    optimizer = optimizer_of(training, groups)
+    restore(optimizer, moments)
+    training.objective.begin(phase.name)
+    recipe, data, model = training.recipe, training.train_data, training.prepared.model
+    model.train(phase.dropout)
+    taps, position = taps_of(training.prepared), start
+    if start.step == 0:
+        log_scales(training, start.phase, 0)
+    began, read = time.monotonic(), 0
+    drops = recipe.train.layer_drop if phase.dropout and "weight" in phase.roles else 0.0
+    with (
+        training.reporter.bar(phase.name, phase.steps, done=start.step) as bar,
+        layer_drop(model, training.architecture, drops) as draw,
+    ):
+        for step in range(start.step, phase.steps):
+            batch, size = _batch_of(training, start.phase, step)
+            read += size
+
+            due = training.history.update_due(start.phase, step + 1)
+            heard = Heard(training.objective) if due else None
+
+            def closure(step: int = step, batch: Batch = batch, heard: Heard | None = heard) -> Tensor:
+                reseed(training.processes, recipe.seed, start.phase, 0, step)
+                draw(recipe.seed, start.phase, step)
+                loss = training.objective.loss(batch, step / phase.steps)
+                return heard.of(loss) if heard else loss
+
+            set_rates(training, optimizer, groups, step, phase.steps)
+            moment = Moment(recipe.seed, start.phase, 0, step)
+            report = training.stepper.step(closure, optimizer, groups, taps, training.accelerator, moment)
+            refuse_nan(report.loss, f"phase {phase.name}, step {step + 1}")
+            advance(training.prepared)
+            training.recent = [*training.recent, report.loss][-10:]
+            position = replace(position, step=step + 1, passes=position.passes + report.passes)
+            if heard:
+                terms = heard.terms_of(report.loss)
+                log_update(training, start.phase, step + 1, report, terms, optimizer, groups)
+            log_scales(training, start.phase, step + 1)
+            if training.processes.first and training.checkpoints.due():
+                training.save(position, optimizer)
+            speed = read / (time.monotonic() - began)
+            bar.advance(f"loss {report.loss:.4f}  {speed:.0f} {data.unit}/s")
+    last = sum(training.recent) / len(training.recent) if training.recent else None
+    training.facts.append(
+        {"name": phase.name, "steps": phase.steps, "passes": position.passes, "last_loss": last}
+    )
+    training.recent = []
+
+
+def _batch_of(training: Training, number: int, step: int) -> tuple[Batch, int]:
+    """This process's share of an update's batch, and how many tokens or images it has."""
+    data, recipe = training.train_data, training.recipe
+    rows = batch_rows(data.lengths, recipe.train.batch_size, step, recipe.seed)
+    rows = training.processes.share(rows)
+    batch = to_device(data.batch(rows, (recipe.seed, number, step)), training.accelerator.device)
+    return batch, int(data.lengths[rows].sum())
+
+
+def settle(training: Training, names: Iterable[str], phase: int) -> None:
+    """Make codebooks of these layers, as far as they are none yet; the same ones in every process, and again
+    when a phase is begun a second time.
+    """
+    prepared = training.prepared
+    names = [name for name in names if not prepared.layers[name].weight_quantizer.settled]
+    if not names:
+        return
+    torch.manual_seed(_seed(training.recipe.seed, phase))
+    with training.reporter.bar("k-means", len(names)) as bar:
+        for name in names:
+            layer = prepared.layers[name]
+            clusters = layer.weight_quantizer.settle(layer.coded_weight().detach())
+            layer.forget()
+            empty = f", {clusters.empty} centroids unused" if clusters.empty else ""
+            bar.advance(f"{name}: squared error {clusters.objective:.3g} a vector{empty}")
+    training.processes.equalise(moving(prepared.model, training.moving).values())
+
+
+def refuse_nan(loss: float, where: str) -> None:
+    """End a run whose loss is no number."""
+    if not math.isfinite(loss):
+        raise ModelError(f"the loss is {loss} at {where}", fix="lower the learning rates under train.lr")

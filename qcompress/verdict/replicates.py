@@ -1,0 +1,200 @@
+"""Metrics of bootstrap samples: each from per-sample results and how often each sample was drawn. No torch.
+
+A metric here is a function of `columns` (per-sample results by name, one value a sample) and `counts`
+[draws, samples], and gives [draws]. All draws at once: with counts a metric is a few matrix products, where
+computing it again for every draw takes minutes. A draw in which a metric is undefined gives NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from qcompress.parity.sample_results import Columns
+
+
+def draw_counts(samples: int, draws: int, task: int) -> np.ndarray:
+    """How often each sample is drawn with replacement, float64 [draws, samples]; rows sum to `samples`.
+
+    They depend on nothing but the arguments: all runs of a task see the same draws, which is what makes their
+    differences paired.
+    """
+    random = np.random.default_rng([20_150_505, task])
+    return random.multinomial(samples, np.full(samples, 1 / samples), size=draws).astype(np.float64)
+
+
+def perplexity(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """exp of the mean negative log-likelihood of a token."""
+    with np.errstate(over="ignore"):
+        return np.exp((counts @ _numbers(columns["nll"])) / (counts @ _numbers(columns["tokens"])))
+
+
+def token_accuracy(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Share of the tokens that the model ranks first, or of the words that it labels as they are labelled."""
+    right, total = _words(columns, "label") if "positions" in columns else _tokens(columns)
+    return (counts @ right) / (counts @ total)
+
+
+def _tokens(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+    return _numbers(columns["correct"]), _numbers(columns["tokens"])
+
+
+def _words(columns: Columns, truth: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sequence: words that are labelled as `truth` has it, and all of its words."""
+    pairs = list(zip(columns[truth], columns["prediction"], strict=True))
+    right = [sum(one == other for one, other in zip(*pair, strict=True)) for pair in pairs]
+    return np.array(right, np.float64), np.array([len(label) for label, _ in pairs], np.float64)
+
+
+def agreement(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Share of answers (of words, in sequences) that are the float model's, `reference`; Pearson's
+    correlation of numbers.
+    """
+    if "positions" in columns:
+        right, total = _words(columns, "reference")
+        return (counts @ right) / (counts @ total)
+    if isinstance(columns["prediction"][0], float):
+        return pearson({**columns, "label": columns["reference"]}, counts)
+    return accuracy({**columns, "label": columns["reference"]}, counts)
+
+
+def accuracy(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Share of samples whose prediction is the label; of several labels all must be right."""
+    right = [label == answer for label, answer in zip(columns["label"], columns["prediction"], strict=True)]
+    return (counts @ np.array(right, np.float64)) / counts.sum(axis=1)
+
+
+def top5_accuracy(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Share of images whose label is among the five first answers."""
+    right = [rank < 5 for rank in columns["rank"]]
+    return (counts @ np.array(right, np.float64)) / counts.sum(axis=1)
+
+
+def cross_entropy(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Mean loss of a sample."""
+    return (counts @ _numbers(columns["loss"])) / counts.sum(axis=1)
+
+
+def f1(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """F1 of label 1 against the rest; 0 where it is neither a label nor a prediction."""
+    label, answer = (np.array(columns[name]) == 1 for name in ("label", "prediction"))
+    total = counts @ (label.astype(np.float64) + answer)
+    return 2 * (counts @ (label & answer)) / np.maximum(total, 1)
+
+
+def f1_macro(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Mean F1 of the labels: of those that occur in a draw, or of all where a sample may have several."""
+    both, total = _label_counts(columns, counts)
+    each = 2 * both / np.maximum(total, 1)
+    if isinstance(columns["label"][0], list):
+        return each.mean(axis=1)
+    return each.sum(axis=1) / (total > 0).sum(axis=1)
+
+
+def f1_micro(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """F1 of all labels together; 0 where there are none."""
+    both, total = _label_counts(columns, counts)
+    return 2 * both.sum(axis=1) / np.maximum(total.sum(axis=1), 1)
+
+
+def _label_counts(columns: Columns, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each label [draws, labels]: samples that have it and are given it; the sum of having and giving."""
+    label, answer = (np.array(columns[name]) for name in ("label", "prediction"))
+    if label.ndim == 1:
+        classes = np.union1d(label, answer)
+        label, answer = (side[:, None] == classes for side in (label, answer))
+    label, answer = label.astype(np.float64), answer.astype(np.float64)
+    return counts @ (label * answer), counts @ (label + answer)
+
+
+def span_f1(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """F1 of whole entities, from the numbers of each sequence (`spans_right`, `spans_total`); 0 without."""
+    right, total = (counts @ _numbers(columns[name]) for name in ("spans_right", "spans_total"))
+    return np.where(total > 0, 2 * right / np.maximum(total, 1), 0.0)
+
+
+def mcc(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Matthews correlation coefficient, for several classes R_K (Gorodkin 2004); 0 where a side is constant.
+
+    With c right of s samples, t_k labels and p_k predictions of class k: (c s - sum t_k p_k) /
+    sqrt((s^2 - sum p_k^2) (s^2 - sum t_k^2)).
+    """
+    label, answer = (np.array(columns[name]) for name in ("label", "prediction"))
+    classes = np.union1d(label, answer)
+    labels, answers = (counts @ (side[:, None] == classes).astype(np.float64) for side in (label, answer))
+    total, right = counts.sum(axis=1), counts @ (label == answer)
+    spread = (total**2 - (answers**2).sum(1)) * (total**2 - (labels**2).sum(1))
+    apart = right * total - (labels * answers).sum(1)
+    return np.where(spread > 0, apart / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
+
+
+BLOCK = 128
+"""Draws whose correlations are made at once: what they take stays in a processor's cache."""
+
+
+def pearson(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of labels and predictions."""
+    label, answer = (_numbers(columns[name]) for name in ("label", "prediction"))
+    return np.concatenate([
+        _correlation(part, np.tile(label, (len(part), 1)), np.tile(answer, (len(part), 1)))
+        for part in _blocks(counts)
+    ])  # fmt: skip
+
+
+def spearman(columns: Columns, counts: np.ndarray) -> np.ndarray:
+    """Spearman's: Pearson's of the ranks within each draw, ties sharing the mean of their ranks."""
+    label, answer = (_numbers(columns[name]) for name in ("label", "prediction"))
+    return np.concatenate([
+        _correlation(part, _ranks(label, part), _ranks(answer, part)) for part in _blocks(counts)
+    ])  # fmt: skip
+
+
+def _blocks(counts: np.ndarray) -> list[np.ndarray]:
+    return [counts[start : start + BLOCK] for start in range(0, len(counts), BLOCK)]
+
+
+def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mean rank of each value among the drawn ones, less one half, [draws, samples]."""
+    place = stats.rankdata(values, method="dense") - 1
+    order = np.argsort(place, kind="stable")
+    starts = np.searchsorted(place[order], np.arange(place.max() + 1))
+    # how many drawn samples have each of the different values
+    each = np.add.reduceat(counts[:, order], starts, axis=1)
+    return (np.cumsum(each, axis=1) - each / 2)[:, place]
+
+
+def _correlation(counts: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    size = counts.shape[1]
+    a = a - (counts * a).sum(1, keepdims=True) / size
+    b = b - (counts * b).sum(1, keepdims=True) / size
+
+    def together(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.einsum("ij,ij,ij->i", counts, one, other)
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return together(a, b) / np.sqrt(together(a, a) * together(b, b))
+
+
+def _numbers(values: list[Any]) -> np.ndarray:
+    return np.array(values, np.float64)
+
+
+REPLICATES: dict[str, Callable[[Columns, np.ndarray], np.ndarray]] = {
+    "perplexity": perplexity,
+    "token_accuracy": token_accuracy,
+    "accuracy": accuracy,
+    "top5_accuracy": top5_accuracy,
+    "cross_entropy": cross_entropy,
+    "f1": f1,
+    "f1_macro": f1_macro,
+    "f1_micro": f1_micro,
+    "span_f1": span_f1,
+    "agreement": agreement,
+    "mcc": mcc,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+"""Metrics that can be bootstrapped; a comparison of another one has no bootstrap interval, and says so."""

@@ -1,0 +1,150 @@
+"""A finished run as it lies on disk. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcompress.errors import IncomparableError, UsageError
+from qcompress.recipe.load import read
+from qcompress.recipe.validate import validate
+from qcompress.schema import custom
+from qcompress.schema.recipe import Recipe
+from qcompress.system.artifacts import read_object, sha256_file
+from qcompress.system.workspace import damage, followed, manifest_of
+from qcompress.tasks import TASKS
+from qcompress.verdict.run_files import AGAIN, check_files, read_shaped
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run directory: its recipe, its report and its verdict, and where its artifacts lie."""
+
+    path: Path
+    recipe: Recipe
+    manifest: dict[str, Any]
+    parity: dict[str, Any]
+    verdict: dict[str, Any]
+
+    @property
+    def smoke(self) -> bool:
+        """Whether `run --smoke` made it."""
+        return bool(self.manifest.get("smoke"))
+
+    def demand_whole(self) -> None:
+        """Raise UsageError for a smoke run, which nobody can judge."""
+        if self.smoke:
+            raise UsageError(
+                f"{self.path} is a smoke run: two blocks and little data say nothing about the model",
+                fix="run the recipe without --smoke, and name that run",
+            )
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Names of the model's outputs, in their order; None where they have none."""
+        task, config = self.recipe.task, self.path / "config.json"
+        if config.is_file():
+            task = TASKS[task.name].settled(task, read_object(config))
+        names = getattr(task, "labels", None)
+        return tuple(names) if names else None
+
+    def stage(self, name: str) -> Path | None:
+        """Folder of a stage in the cache, None if it is gone."""
+        folder = Path(self.manifest["stages"][name]["path"]) if name in self.manifest["stages"] else None
+        return folder if folder is not None and folder.is_dir() else None
+
+    def checked_stage(self, name: str) -> Path | None:
+        """Folder of a stage, every file of which was read and held against its digest. Raises
+        IncomparableError for a damaged one, or one that is not of this run.
+        """
+        folder = self.stage(name)
+        if folder is None:
+            return None
+        wrong = damage(folder, whole=True)
+        if wrong is None and manifest_of(folder)["digest"] != self.manifest["stages"][name]["digest"]:
+            wrong = "it was made again with other content"
+        if wrong:
+            raise IncomparableError(
+                f"{folder}: {wrong}", fix="run the recipe again: what is damaged is made anew"
+            )
+        return folder
+
+
+def load(path: str | os.PathLike[str]) -> LoadedRun:
+    """Open a run directory."""
+    folder = followed(Path(path))
+    if not folder.is_dir():
+        what = "is a file, and a run is a directory" if folder.exists() else "does not exist"
+        raise UsageError(f"{folder} {what}", fix="name the run directory that `qcompress run` printed")
+    for name in ("recipe.resolved.yaml", "manifest.json", "parity.json", "verdict.json"):
+        if not (folder / name).is_file():
+            raise UsageError(
+                f"{folder} is not a finished run: {name} is missing",
+                fix="name the run directory that `qcompress run` printed, or let the run finish",
+            )
+    check_files(folder)
+    manifest = read_shaped(folder / "manifest.json")
+    return LoadedRun(
+        path=folder,
+        recipe=_recipe(folder / "recipe.resolved.yaml", manifest),
+        manifest=manifest,
+        parity=read_shaped(folder / "parity.json"),
+        verdict=read_shaped(folder / "verdict.json"),
+    )
+
+
+def _recipe(file: Path, manifest: Mapping[str, Any]) -> Recipe:
+    """The recipe that a run wrote; its data may be gone, so only its structure is checked."""
+    with custom.recorded(manifest.get("own", {})):
+        document = read(file)
+        recipe = validate(document)
+    if document.mistakes or recipe is None:
+        first = f": {document.mistakes[0]}" if document.mistakes else ""
+        raise IncomparableError(f"{file} is not the recipe of a run{first}", fix=AGAIN)
+    return recipe
+
+
+def broken(folder: Path, parity: Mapping[str, Any]) -> Iterator[str]:
+    """The graph is the one that was measured, the engine was built from it, and the plan is that engine. A
+    file that is not there (CI keeps what it needs) cannot be asked.
+    """
+    graph, build = folder / "model.onnx", folder / "engine" / "build.json"
+    facts = read_object(build) if build.is_file() else {}
+    found = sha256_file(graph) if graph.is_file() else None
+    if found and parity.get("onnx") and found != parity["onnx"]["sha256"]:
+        yield f"{graph} is not the file that was measured"
+    if found and facts.get("onnx") and found != facts["onnx"]["sha256"]:
+        yield f"the engine was built from another file than {graph}"
+    for name, digest in _certified(folder).items():
+        if (folder / name).is_file() and sha256_file(folder / name) != digest:
+            yield f"{folder / name} is not the file that certificate.json is about"
+    for file, digest in _data(folder, parity):
+        if sha256_file(file) != digest:
+            yield f"{file} is not the file that was measured"
+    for file, digest in _data(folder, facts):
+        if sha256_file(file) != digest:
+            yield f"the engine was built from another file than {file}"
+    plan = folder / "engine" / "model.plan"
+    if plan.is_file() and facts.get("plan") and sha256_file(plan) != facts["plan"]["sha256"]:
+        yield f"{plan} is not the engine that was built"
+    engine = next((row for row in parity["rows"] if row["stage"] == "engine"), {})
+    measured = engine.get("measured_on") or {}
+    on_plan = measured.get("measured") == "plan" and facts.get("plan")
+    if on_plan and measured["file_sha256"] != facts["plan"]["sha256"]:
+        yield "the engine row was measured on another plan than the one that was built"
+
+
+def _certified(folder: Path) -> dict[str, str]:
+    """Digests in the certificate, by file; empty where there is none."""
+    file = folder / "certificate.json"
+    return read_object(file).get("files", {}) if file.is_file() else {}
+
+
+def _data(folder: Path, facts: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """The graph's external data that are there, and their digests in what was written of the graph."""
+    for name, digest in (facts.get("onnx") or {}).get("data", {}).items():
+        if (folder / name).is_file():
+            yield folder / name, digest
