@@ -11,7 +11,6 @@ from qcompress.errors import ExportError, IncomparableError, UsageError
 from qcompress.graph.external import REASON, check_unchanged
 from qcompress.pipeline import run as pipeline
 from qcompress.pipeline.smoke import smoke as shorten
-from qcompress.pipeline.stages.gate import judged, verdict_of, write_verdict
 from qcompress.recipe.load import Resolved, load_recipe
 from qcompress.report.seeds import summarise
 from qcompress.schema import custom
@@ -20,6 +19,7 @@ from qcompress.system.artifacts import read_json, sha256_file, write_json
 from qcompress.system.places import demand_place
 from qcompress.system.reporter import Reporter
 from qcompress.system.workspace import point_latest
+from qcompress.verdict.judge import judged, verdict_of, write_verdict
 from qcompress.verdict.measured import arm_and_runs, measured
 from qcompress.verdict.run_directory import LoadedRun, broken, load
 from qcompress.verdict.run_files import read_run_samples, record_files
@@ -56,8 +56,9 @@ def run(
     `overrides` are `a.b=c` strings, `until` is the last stage, `keep` names stages whose whole folder is
     copied into the run, `check_cache` reads every file of the cache instead of trusting remembered digests,
     `smoke` runs two blocks on little data (`qcompress/pipeline/smoke.py`). `quantizers` and the
-    three after it are classes of your own by the name that the recipe gives them (`qcompress/schema/custom.py`). Raises
-    RecipeError, ModelError, ExportError, MachineError, UsageError or BusyError.
+    three after it are classes of your own by the name that the recipe gives them
+    (`qcompress/schema/custom.py`). Raises RecipeError, ModelError, ExportError, MachineError, UsageError or
+    BusyError.
     """
     reporter = reporter or Reporter(silent=True)
     with custom.among(_by_axis(quantizers, adapters, objectives, steppers)):

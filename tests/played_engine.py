@@ -1,5 +1,5 @@
-"""`python played_engine.py ONNX ARGUMENT...`: what `python -m qcompress.engine.local_run ARGUMENT...` does, on an
-engine that is played: ONNX Runtime on the graph ONNX, behind TensorRT's names, in host memory.
+"""`python played_engine.py ONNX ARGUMENT...`: what `python -m qcompress.engine.local_run ARGUMENT...` does,
+on an engine that is played: ONNX Runtime on the graph ONNX, behind TensorRT's names, in host memory.
 
 A plan that begins with `crash` ends the process as native code does; one that begins with `broken` is not
 loaded.

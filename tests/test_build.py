@@ -27,9 +27,9 @@ from qcompress.graph.sizes import check_plan, limit_bytes, predicted_bytes
 from qcompress.graph.view import read
 from qcompress.pipeline.stages import build as stage
 from qcompress.pipeline.stages.build import build, build_file, device_command
+from qcompress.schema import targets
 from qcompress.schema.recipe import Build, Profile
 from qcompress.schema.targets import TARGETS
-from qcompress.system import gpu as device
 from qcompress.system.artifacts import Engine, OnnxModel, read_json, sha256_file
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
@@ -203,7 +203,7 @@ def test_a_build_that_must_not_happen_here_is_deferred(model: OnnxModel, out: Pa
 def test_an_engine_of_tensorrt_is_deferred_to_its_device(
     model: OnnxModel, out: Path, monkeypatch: pytest.MonkeyPatch, gpu: int | None, words: str
 ) -> None:
-    monkeypatch.setattr(device, "compute_capability", lambda: gpu)
+    monkeypatch.setattr(targets, "compute_capability", lambda: gpu)
     found = record(build(model, options("h100"), out))
     assert found["status"] == "deferred"
     assert "SM90" in found["reason"]
@@ -222,7 +222,7 @@ def test_the_command_says_what_the_recipe_said() -> None:
 def test_a_device_that_has_the_gpu_but_no_tensorrt_is_told_what_to_install(
     model: OnnxModel, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(device, "compute_capability", lambda: 90)
+    monkeypatch.setattr(targets, "compute_capability", lambda: 90)
     fake(
         monkeypatch,
         tmp_path,
@@ -238,7 +238,7 @@ def test_a_device_that_has_the_gpu_but_no_tensorrt_is_told_what_to_install(
 def test_another_version_of_tensorrt_is_as_good_as_none(
     model: OnnxModel, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(device, "compute_capability", lambda: 110)
+    monkeypatch.setattr(targets, "compute_capability", lambda: 110)
     fake(monkeypatch, tmp_path, "tensorrt", "__version__ = '11.4.0.106'")
     found = record(build(model, options("thor"), out))
     assert found["status"] == "deferred"
@@ -249,7 +249,7 @@ def test_another_version_of_tensorrt_is_as_good_as_none(
 def test_a_required_engine_that_cannot_be_built_here_is_an_error(
     model: OnnxModel, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str
 ) -> None:
-    monkeypatch.setattr(device, "compute_capability", lambda: None)
+    monkeypatch.setattr(targets, "compute_capability", lambda: None)
     fake(monkeypatch, tmp_path, "tensorrt_rtx", "raise ImportError('not here')")
     with pytest.raises(MachineError, match="(?s)cannot build for .*qcompress build model.onnx") as error:
         build(model, options(target, here="required"), out)

@@ -440,8 +440,9 @@ def test_mutations_of_the_text_never_break_the_check(made: Path) -> None:
 
 def test_a_check_takes_no_torch_and_no_onnx_and_less_than_a_second(made: Path) -> None:
     program = (
-        "import sys, time; start = time.perf_counter(); from pathlib import Path; from qcompress.recipe.check import"
-        " all_mistakes; assert all_mistakes(Path(sys.argv[1]))[2] == []; print(time.perf_counter() - start);"
+        "import sys, time; start = time.perf_counter(); from pathlib import Path;"
+        " from qcompress.recipe.check import all_mistakes;"
+        " assert all_mistakes(Path(sys.argv[1]))[2] == []; print(time.perf_counter() - start);"
         " print([name for name in ('torch', 'onnx', 'transformers', 'onnxruntime') if name in sys.modules])"
     )
     run = subprocess.run(

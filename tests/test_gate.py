@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from qcompress.errors import QcompressError
-from qcompress.pipeline.stages.gate import EXIT_CODES, exit_code, gate, judge
+from qcompress.pipeline.stages.gate import gate
 from qcompress.schema.goals import PARITY, Gate
 from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import read_json, write_json
+from qcompress.verdict.judge import EXIT_CODES, exit_code, judge
 
 REQUIRE = ["float", "trained", "folded", "onnx"]
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from test_gate import GOALS, REQUIRE, report, row
 
-from qcompress.pipeline.stages.gate import gate, judge
+from qcompress.pipeline.stages.gate import gate
 from qcompress.schema.goals import Gate
 from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import read_json, write_json
+from qcompress.verdict.judge import judge
 
 
 def onnx_row(

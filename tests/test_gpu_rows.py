@@ -28,10 +28,10 @@ from qcompress.parity.gpu import profile_of
 from qcompress.parity.inputs import Artifacts, evaluation_samples
 from qcompress.parity.runners import assigned_nodes
 from qcompress.parity.sample_results import read_samples
-from qcompress.pipeline.stages.gate import judge
 from qcompress.report.ladder import ladder
 from qcompress.system.artifacts import Engine, OnnxModel, read_json, write_json
 from qcompress.system.reporter import Reporter
+from qcompress.verdict.judge import judge
 
 KIT = {
     "inputs.npz", "reference.npz", "probe.json", "measure_engine.py", "engine_runners.py", "engine_speed.py",

@@ -202,7 +202,8 @@ def test_a_helper_in_another_file_and_a_base_in_this_package_are_in_the_key(
     helper.write_text("def factor():\n    return 1\n")
     (folder / "own_saq.py").write_text(
         "from own_helper import factor\nfrom qcompress.training.methods.saq import SharpnessAwareUpdate\n"
-        "from qcompress.schema.method_options import Saq\n\n\nclass Mine(SharpnessAwareUpdate):\n    class Options(Saq):\n"
+        "from qcompress.schema.method_options import Saq\n\n\n"
+        "class Mine(SharpnessAwareUpdate):\n    class Options(Saq):\n"
         "        rho: float = 0.05\n\n    def step(self, *given):\n        factor()\n"
         "        return super().step(*given)\n"
     )

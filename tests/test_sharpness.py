@@ -20,7 +20,6 @@ from transformers import GPT2LMHeadModel
 from qcompress.models import load_tokenizer
 from qcompress.parity.inputs import Artifacts
 from qcompress.parity.sharpness import Part, measure_sharpness, trained_sharpness
-from qcompress.pipeline.stages.gate import judge
 from qcompress.pipeline.stages.verify import verify
 from qcompress.quant.affine import Grid
 from qcompress.quant.layers import QuantizedLinear
@@ -31,6 +30,7 @@ from qcompress.schema.recipe import Verify
 from qcompress.system.artifacts import read_json
 from qcompress.system.reporter import Reporter
 from qcompress.tasks import causal_lm
+from qcompress.verdict.judge import judge
 
 PRECISE = {"iterations": 2000, "tolerance": 1e-5}
 

@@ -19,12 +19,12 @@ from qcompress.errors import ModelError, UsageError
 from qcompress.models import describe
 from qcompress.pipeline import run as pipeline
 from qcompress.pipeline.smoke import BLOCKS, SEQUENCES, shorten, smoke
-from qcompress.pipeline.stages.gate import EXIT_CODES, exit_code, verdict_of
 from qcompress.recipe.load import load_recipe
 from qcompress.report.seeds import SEVERITY, seeds_table, summarise
 from qcompress.schema.goals import Gate
 from qcompress.system.artifacts import read_json
 from qcompress.system.memory import AllocationError
+from qcompress.verdict.judge import EXIT_CODES, exit_code, verdict_of
 
 
 @pytest.fixture(scope="module")

@@ -29,13 +29,13 @@ from qcompress.parity.gpu import take_engine_row
 from qcompress.parity.inputs import Artifacts
 from qcompress.parity.sample_results import known_of, read_samples, results_of
 from qcompress.pipeline.stages import verify as stage
-from qcompress.pipeline.stages.gate import judge
 from qcompress.report.ladder import ladder, order_metrics
 from qcompress.schema.goals import Gate
 from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import FloatModel, OnnxModel, read_json
 from qcompress.system.reporter import Reporter
 from qcompress.tasks import TASKS
+from qcompress.verdict.judge import judge
 
 COUNT = 23
 NAMES = ["x", "y", "z"]

@@ -13,13 +13,13 @@ from qcompress.cli.arguments import AsJson, RunFolder
 from qcompress.cli.completion import words
 from qcompress.cli.terminal import console, errors, print_json, refresh_report, report_run
 from qcompress.errors import UsageError
-from qcompress.pipeline.stages.gate import exit_code
 from qcompress.report.gated import print_gate
 from qcompress.report.hosts import annotations, code_quality, step_summary
 from qcompress.schema.recipe import ROWS
 from qcompress.system import strict_json
 from qcompress.system.places import append_whole, demand_place, write_named
 from qcompress.system.printable import command, say
+from qcompress.verdict.judge import exit_code
 from qcompress.verdict.junit import junit
 
 baseline = typer.Typer(

@@ -16,8 +16,7 @@ from qcompress.recipe.messages import sections_of
 from qcompress.schema.axes import AXES, METHODS
 from qcompress.schema.formats import ACTIVATION_WORDS, FORMAT_PRESETS, WEIGHT_WORDS
 from qcompress.schema.recipe import Task
-from qcompress.schema.targets import TARGETS, Target
-from qcompress.system.gpu import lacks
+from qcompress.schema.targets import TARGETS, Target, lacks
 
 WIDTH = 80
 """Columns that a list fits."""

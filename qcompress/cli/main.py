@@ -39,7 +39,6 @@ from qcompress.cli.terminal import console, errors, print_json, refresh_report, 
 from qcompress.errors import ExportError, RecipeError, UsageError
 from qcompress.pipeline import keys
 from qcompress.pipeline import run as pipeline
-from qcompress.pipeline.stages.gate import exit_code
 from qcompress.pipeline.stages.load import locate
 from qcompress.recipe.check import all_mistakes
 from qcompress.report.checked import check_json, print_check
@@ -53,6 +52,7 @@ from qcompress.report.shown import print_run, summary
 from qcompress.schema.recipe import ROWS, STAGES
 from qcompress.system.printable import Guard, say, show_block
 from qcompress.system.reporter import Reporter
+from qcompress.verdict.judge import exit_code
 
 app = typer.Typer(
     name="qcompress",

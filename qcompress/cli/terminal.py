@@ -11,7 +11,6 @@ from pathlib import Path
 import typer
 
 from qcompress.errors import QcompressError, package_missing
-from qcompress.pipeline.stages.gate import exit_code
 from qcompress.report.html.beside import write_beside
 from qcompress.report.shown import print_run, summary
 from qcompress.system import stopping, strict_json
@@ -19,6 +18,7 @@ from qcompress.system.memory import AllocationError, Allocations
 from qcompress.system.places import place_errors
 from qcompress.system.printable import flushed, guarded, json_text, say
 from qcompress.system.screen import Screen
+from qcompress.verdict.judge import exit_code
 from qcompress.verdict.run_directory import load
 
 LOG_COLUMNS = 200

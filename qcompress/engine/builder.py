@@ -32,6 +32,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
+from qcompress.system.memory import limit_memory
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -131,25 +133,6 @@ def _run(spec: dict[str, Any], channel: Channel) -> tuple[str, dict[str, Any]]:
 
 def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)]
-
-
-def limit_memory(mib: int) -> None:
-    """Private writable memory beyond what the imported libraries have already taken; no core dumps.
-
-    Not the address space: a CUDA driver reserves far more of that than it ever uses. Other systems than Linux
-    have no such limit.
-    """
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return
-    import resource
-
-    used_kib = re.search(r"VmData:\s+(\d+) kB", status.read_text(encoding="ascii"))
-    wanted = (mib << 20) + (int(used_kib[1]) << 10 if used_kib else 0)
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _logger(trt: ModuleType, channel: Channel, errors: list[str]) -> Any:

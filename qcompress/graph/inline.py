@@ -11,7 +11,7 @@ import sys
 import onnx
 import onnx.inliner
 
-from qcompress.engine.builder import limit_memory
+from qcompress.system.memory import limit_memory
 
 
 def main(arguments: list[str]) -> None:

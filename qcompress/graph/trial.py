@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from qcompress.engine.builder import limit_memory
+from qcompress.system.memory import limit_memory
 
 ROWS, TOKENS = 2, 5
 

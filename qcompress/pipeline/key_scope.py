@@ -98,9 +98,9 @@ HIDDEN_CODE: dict[str, tuple[str, ...]] = {
 
 NO_RESULT: dict[str, str] = {
     "qcompress": "the version number, and the API, which is imported on demand",
-    "qcompress.system.reporter": "bars and lines for the terminal and log.jsonl: nothing is returned to a stage",
+    "qcompress.system.reporter": "bars and lines for the terminal and log.jsonl: a stage is given nothing",
     "qcompress.training.history": "records of updates that were made, and which of them are recorded",
-    "qcompress.system.filesystem": "locks, folders, disk errors, memory statistics and the allocator's settings",
+    "qcompress.system.filesystem": "locks, folders, disk errors, memory statistics, the allocator's settings",
     "qcompress.system.fingerprint": "names of cache entries: another name is another entry",
     "qcompress.schema.custom_code": "the same for classes of a user's own",
     "qcompress.training.movement": "a line for the terminal about learned scales, after the last update",
@@ -113,7 +113,10 @@ NOT_CAUGHT = ("load", "train", "fold", "export")
 """
 
 ONLY_CHECKED: dict[str, tuple[tuple[str, str], ...]] = {
-    stage: (("qcompress.schema.recipe", "qcompress.schema.goals"), ("qcompress.schema.recipe", "qcompress.schema.export"))
+    stage: (
+        ("qcompress.schema.recipe", "qcompress.schema.goals"),
+        ("qcompress.schema.recipe", "qcompress.schema.export"),
+    )
     for stage in ("load", "train", "fold")
 } | {
     stage: (("qcompress.schema.recipe", "qcompress.schema.goals"),) for stage in ("export", "build", "verify")
@@ -143,7 +146,7 @@ METHOD_MODULES: dict[str, dict[str, str]] = {
         "staged": "ipq",
     },
 }
-"""Modules of `qcompress.training.methods` that serve some values of an axis only; `plain` serves the others."""
+"""Modules of `training.methods` that serve some values of an axis only; `plain` serves the others."""
 
 TOOLS: dict[str, tuple[str, ...]] = {
     "load": (),

@@ -270,7 +270,7 @@ def _ternary(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) ->
 
 def _target(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
     """Report what the target refuses, at the key that asks for it; layers of one origin count as one."""
-    from qcompress.schema.targets import refusals
+    from qcompress.recipe.rules.targets import refusals
 
     if not document.sound(("build", "target")):
         return

@@ -30,7 +30,7 @@ from typing import Any
 
 from qcompress.errors import ContractError
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 SECTIONS = ("code", "values", "versions", "inputs", "data")
 """The order in which `differences` tells what changed: the likeliest cause first."""

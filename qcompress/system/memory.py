@@ -38,6 +38,26 @@ def bounded(more_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+STATUS = Path("/proc/self/status")
+
+
+def limit_memory(mib: int) -> None:
+    """Limit private writable memory to `mib` MiB beyond what the imported libraries have already taken; no
+    core dumps. For a child process: there is no way back.
+
+    Not the address space: a CUDA driver reserves far more of that than it ever uses. Other systems than Linux
+    have no such limit.
+    """
+    if resource is None or not STATUS.is_file():
+        return
+    used_kib = re.search(r"VmData:\s+(\d+) kB", STATUS.read_text(encoding="ascii"))
+    wanted = (mib << 20) + (int(used_kib[1]) << 10 if used_kib else 0)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def _address_space() -> int:
     """Bytes of address space that this process has."""
     return int(STATM.read_text(encoding="ascii").split()[0]) * resource.getpagesize()

@@ -23,13 +23,13 @@ from lines import Result, cli
 from markdown_it import MarkdownIt
 
 from qcompress.parity.sample_results import write_samples
-from qcompress.pipeline.stages.gate import write_verdict
 from qcompress.recipe.load import dump_recipe
 from qcompress.report.hosts import annotations, code_quality, step_summary
 from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import write_json
 from qcompress.system.printable import HIDDEN, Guard, guarded, say
 from qcompress.system.reporter import Reporter
+from qcompress.verdict.judge import write_verdict
 from qcompress.verdict.junit import junit
 
 pytestmark = pytest.mark.attack("injection into CI logs")

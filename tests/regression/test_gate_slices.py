@@ -17,7 +17,6 @@ from scipy import stats
 from sklearn import metrics
 
 from qcompress.parity.sample_results import pack_samples, read_samples, write_samples
-from qcompress.pipeline.stages.gate import write_verdict
 from qcompress.recipe.load import dump_recipe
 from qcompress.schema.goals import Gate, Goal
 from qcompress.schema.recipe import Recipe
@@ -25,6 +24,7 @@ from qcompress.system.artifacts import read_json, write_json
 from qcompress.verdict.baseline.decide import decide
 from qcompress.verdict.baseline.snapshot import read_standing
 from qcompress.verdict.baseline.statistics import ALPHA, loss_of, mcnemar_exact, share_interval
+from qcompress.verdict.judge import write_verdict
 from qcompress.verdict.measured import measured
 from qcompress.verdict.run_directory import load
 

@@ -238,7 +238,7 @@ def test_a_refused_node_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("taken_mib", "fits"), [(32, True), (256, False)])
 def test_memory_is_limited_beyond_what_is_in_use(taken_mib: int, fits: bool) -> None:
     code = (
-        "from qcompress.engine.builder import limit_memory\n"
+        "from qcompress.system.memory import limit_memory\n"
         "before = bytearray(200 * 2**20)\n"  # stands for the libraries
         "limit_memory(128)\n"
         f"more = bytearray({taken_mib} * 2**20)\n"

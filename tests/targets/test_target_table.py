@@ -5,8 +5,9 @@ import pytest
 from qcompress.errors import UsageError
 from qcompress.models.architecture import Layer
 from qcompress.models.plan import LayerPlan
+from qcompress.recipe.rules.targets import refusals
 from qcompress.schema.formats import ActivationFormat, WeightFormat
-from qcompress.schema.targets import TARGETS, Refusal, find_target, refusals
+from qcompress.schema.targets import TARGETS, Refusal, find_target
 
 INT8, INT4 = WeightFormat(bits=8), WeightFormat(bits=4, block=128)
 SHORT_BLOCKS = WeightFormat(bits=4, block=64)

@@ -1,7 +1,7 @@
 """A child process that opens an ONNX file in ONNX Runtime, as Triton's backend would.
 
-`python -m qcompress.cli.bundle.opens FILE LEVEL`, LEVEL being `optimization.graph.level` of config.pbtxt. Writes
-one JSON object: the version of ONNX Runtime, and why it does not take the file ("" if it does).
+`python -m qcompress.cli.bundle.opens FILE LEVEL`, LEVEL being `optimization.graph.level` of config.pbtxt.
+Writes one JSON object: the version of ONNX Runtime, and why it does not take the file ("" if it does).
 """
 
 from __future__ import annotations

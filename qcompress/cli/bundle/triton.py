@@ -31,11 +31,11 @@ from qcompress.engine.profiles import model_context
 from qcompress.errors import IncomparableError, UsageError, VerdictError
 from qcompress.graph.view import View, read
 from qcompress.models import FAMILIES
-from qcompress.pipeline.stages.gate import exit_code, judged, verdict_of
 from qcompress.schema.targets import find_target
 from qcompress.system.artifacts import read_object, sha256_file, write_json
 from qcompress.system.filesystem import machine_errors
 from qcompress.system.places import demand_place
+from qcompress.verdict.judge import exit_code, judged, verdict_of
 from qcompress.verdict.run_directory import LoadedRun, broken
 
 RECORD = "bundle.json"

@@ -18,9 +18,8 @@ from qcompress.graph.lint.soundness import demand_sound
 from qcompress.graph.sizes import check_plan, limit_bytes, predicted_bytes
 from qcompress.graph.view import View, dimensions, read
 from qcompress.schema.recipe import Build, Profile
-from qcompress.schema.targets import Target, find_target, option_refusals
+from qcompress.schema.targets import Target, find_target, lacks, option_refusals
 from qcompress.system.artifacts import Engine, OnnxModel, sha256_file, write_json
-from qcompress.system.gpu import lacks
 
 PLAN, RECORD = "model.plan", "build.json"
 

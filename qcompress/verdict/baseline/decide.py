@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from qcompress.errors import UsageError
-from qcompress.pipeline.stages.gate import judge
 from qcompress.schema.goals import Gate
 from qcompress.verdict.baseline.goal_tests import judge_each
 from qcompress.verdict.baseline.snapshot import Standing
 from qcompress.verdict.baseline.statistics import ALPHA, POWER
+from qcompress.verdict.judge import judge
 
 FEW = 30
 """Samples below which a bootstrap says little: its verdict carries a note."""

@@ -15,10 +15,10 @@ from typing import Any
 
 from qcompress.errors import IncomparableError, UsageError
 from qcompress.parity.sample_results import APART, REFERENCE, Columns, with_entities
-from qcompress.pipeline.stages.gate import served_by_onnxruntime
 from qcompress.schema.goals import Gate
 from qcompress.system.artifacts import read_object, sha256_file
 from qcompress.verdict.baseline.read import FORMAT, read_written
+from qcompress.verdict.judge import served_by_onnxruntime
 from qcompress.verdict.run_directory import broken, load
 from qcompress.verdict.run_files import read_run_samples
 
