@@ -21,7 +21,7 @@ from qcompress.schema.targets import TARGETS
 
 RECIPES = sorted(
     file
-    for file in (Path(__file__).parent.parent / "recipes").rglob("*.yaml")
+    for file in (Path(__file__).parents[2] / "recipes").rglob("*.yaml")
     if file.name not in ("study.yaml", "mixtures.yaml")  # which list what a study compares
 )
 SCHEMA = recipe_schema()

@@ -150,7 +150,7 @@ def test_nothing_in_the_file_depends_on_where_it_was_made(graph: Exported, model
     assert not any(tensor.metadata_props or tensor.doc_string for tensor in model.graph.initializer)
     assert not model.doc_string and not model.graph.doc_string and not model.graph.metadata_props
     content = graph.file.read_bytes()
-    for trace in (b"site-packages", b".py", str(Path(__file__).parent.parent).encode()):
+    for trace in (b"site-packages", b".py", str(Path(__file__).parents[2]).encode()):
         assert trace not in content
 
 
@@ -392,7 +392,7 @@ def test_another_process_and_another_install_directory_write_the_same_bytes(
 ) -> None:
     source = exported(QUICK[0], tiny_model, text_file)
     elsewhere = tmp_path / "a" / "much" / "longer" / "path"
-    shutil.copytree(Path(__file__).parent.parent / "qcompress", elsewhere / "qcompress")
+    shutil.copytree(Path(__file__).parents[2] / "qcompress", elsewhere / "qcompress")
     folded = shutil.copytree(source.folded.path, tmp_path / "folded")
     metadata = {item.key: item.value for item in onnx.load(str(source.file)).metadata_props}
     facts = {key: metadata[f"qcompress.{key}"] for key in ("recipe", "recipe_sha256", "version", "method")}

@@ -27,7 +27,7 @@ from qcompress.system.artifacts import read_json, sha256_file
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 UNMADE = ("method", "format", "train")
 

@@ -37,7 +37,7 @@ KIT = {
     "inputs.npz", "reference.npz", "probe.json", "measure_engine.py", "engine_runners.py", "engine_speed.py",
     "strict_json.py",
 }  # fmt: skip
-PLAYED = Path(__file__).with_name("played_engine.py")
+PLAYED = Path(__file__).parents[1] / "played_engine.py"
 
 
 @pytest.fixture(scope="module")

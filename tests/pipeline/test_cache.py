@@ -35,7 +35,7 @@ from qcompress.pipeline.stages.export import export
 from qcompress.schema.recipe import Build, Export
 from qcompress.system.artifacts import OnnxModel, read_json
 
-BUNDLED = Path(__file__).parents[1] / "recipes" / "quickstart"
+BUNDLED = Path(__file__).parents[2] / "recipes" / "quickstart"
 BLOCKS, HEADS, WIDTH = 3, 6, 32
 PROMPTS = (
     "ROMEO:\nI will not stay; the night is",
