@@ -9,7 +9,6 @@ Source of the gradient: LSQ (arXiv:1902.08153), equations 1 to 3. With v = x / s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,101 +120,23 @@ def fake_quantize(x: Tensor, scale: Tensor, bounds: tuple[int, int], slope: floa
 
 
 class _FakeQuantize(torch.autograd.Function):
+    """Equations 1 to 3 of LSQ; x on a bound counts as clipped."""
+
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int, slope: float) -> Tensor:
-        y, ctx.inside = _round(x, scale, (qmin, qmax))
+        y = torch.div(x, scale).round_().clamp_(qmin, qmax).mul_(scale)
         ctx.save_for_backward(x, y, scale)
         ctx.bounds, ctx.slope = (qmin, qmax), slope
-        ctx.wants_sum, ctx.told = scale.numel() == 1 and ctx.needs_input_grad[1], None
         return y
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale = ctx.saved_tensors
-        learned = ctx.needs_input_grad[1]
-        if scale.numel() == 1:
-            through = upstream if ctx.inside else _MASK(upstream, x, *_limits(scale, ctx.bounds))
-            # sum(g * vbar) - sum over the inside of (g * v), times the scale, of what is already in memory
-            terms = (_sum_of(ctx, upstream, y) - _dot(through, x)).reshape(scale.shape) if learned else None
-        else:
-            through, terms = _backward_of_many(upstream, x, y, scale, ctx.bounds, learned)
-        scale_gradient = None if terms is None else terms * (ctx.slope / scale)
-        return (through if ctx.needs_input_grad[0] else None), scale_gradient, None, None, None
-
-
-_MASK = torch.ops.aten.hardtanh_backward
-"""Passes the gradient where x is strictly between two bounds, in one kernel instead of four."""
-
-PIECE = 1 << 17
-"""Elements a thread of a CPU works on at once: what several steps read again is still in its cache."""
-
-
-def _round(x: Tensor, scale: Tensor, bounds: tuple[int, int]) -> tuple[Tensor, bool]:
-    """The rounded x, and whether nothing in it is clipped, so that its gradient is upstream's own and needs
-    neither mask nor memory. This is asked where the answer costs less than it saves: with one scale, and not
-    of a GPU, which would have to be waited for.
-    """
-    if scale.numel() != 1 or x.is_cuda or x.numel() == 0:
-        return torch.div(x, scale).round_().clamp_(*bounds).mul_(scale), False
-    y, limits, step, inside = torch.empty_like(x), _limits(scale, bounds), scale.reshape(()), True
-    for values, out in _pieces(x, y):
-        found = values.aminmax()
-        torch.div(values, step, out=out).round_()
-        if not (found.min.item() > limits[0] and found.max.item() < limits[1]):
-            out.clamp_(*bounds)
-            inside = False
-        out.mul_(step)
-    return y, inside
-
-
-def _pieces(x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Both in parts that a cache holds together, as views; whole where x does not lie in one row."""
-    if not x.is_contiguous():
-        return [(x, y)]
-    size = PIECE * torch.get_num_threads()
-    return zip(x.view(-1).split(size), y.view(-1).split(size), strict=True)
-
-
-def _limits(scale: Tensor, bounds: tuple[int, int]) -> tuple[float, float]:
-    """The values at which one scale begins to clip, rounded to its own precision."""
-    return (bounds[0] * scale).item(), (bounds[1] * scale).item()
-
-
-@dataclass(frozen=True)
-class Told:
-    """sum(g * y) as the reader of y told it (`product.py`), and the g that it handed back."""
-
-    gradient: Tensor
-    version: int
-    sum: Tensor
-
-    def holds_for(self, upstream: Tensor) -> bool:
-        """Whether that g is all that arrived: nobody else read y, or changed g on its way."""
-        told = self.gradient
-        same = told.data_ptr() == upstream.data_ptr() and told.dtype == upstream.dtype
-        same = same and told.shape == upstream.shape and told.stride() == upstream.stride()
-        return same and self.version == upstream._version and not torch.is_grad_enabled()
-
-
-def _sum_of(ctx, upstream: Tensor, y: Tensor) -> Tensor:
-    """sum(g * y), told or taken."""
-    told, ctx.told = ctx.told, None
-    return told.sum if told is not None and told.holds_for(upstream) else _dot(upstream, y)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.flatten(), b.flatten())
-
-
-def _backward_of_many(
-    upstream: Tensor, x: Tensor, y: Tensor, scale: Tensor, bounds: tuple[int, int], learned: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of x, and (where learned) the sum of g * y - through * x over all that shares a scale."""
-    # bounds that differ are made equal by a division, into whose memory the terms go
-    quotients = torch.div(x, scale)
-    through = _MASK(upstream, quotients, *bounds)
-    if not learned:
-        return through, None
-    dims = [axis for axis in range(x.dim()) if scale.shape[axis] == 1 and x.shape[axis] != 1]
-    terms = torch.mul(upstream, y, out=quotients).addcmul_(through, x, value=-1)
-    return through, terms.sum(dim=dims, keepdim=True)
+        v = torch.div(x, scale)
+        inside = (v > ctx.bounds[0]) & (v < ctx.bounds[1])
+        x_gradient = torch.where(inside, upstream, 0)
+        scale_gradient = None
+        if ctx.needs_input_grad[1]:
+            terms = upstream * y - x_gradient * x  # scale * (vbar - v), and scale * vbar outside
+            scale_gradient = terms.sum_to_size(scale.shape) * (ctx.slope / scale)
+        return (x_gradient if ctx.needs_input_grad[0] else None), scale_gradient, None, None, None

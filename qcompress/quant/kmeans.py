@@ -59,11 +59,7 @@ def kmeans(vectors: Tensor, k: int, iterations: int, splits: int, generator: tor
     centroids[: len(start)] = vectors[start]
     alive = torch.arange(k, device=vectors.device) < len(start)
     split = 0
-    for number in range(iterations):
-        # the last round's means are exact to the bit, which a library's sums in float32 are not
-        if number + 1 < iterations and (moved := _round_by_faiss(vectors, centroids, alive)) is not None:
-            centroids = moved
-            continue
+    for _ in range(iterations):
         assigned = nearest(vectors, centroids, alive)
         for _ in range(splits):
             filled = _refill(vectors, centroids, alive, assigned)
@@ -84,24 +80,6 @@ def kmeans(vectors: Tensor, k: int, iterations: int, splits: int, generator: tor
     centroids = torch.where(used[:, None], centroids, torch.zeros_like(centroids))
     objective, empty = float(total) / len(vectors), int((~used).sum())
     return Clusters(centroids, assigned.to(torch.uint8), objective, empty, split)
-
-
-def _round_by_faiss(vectors: Tensor, centroids: Tensor, alive: Tensor) -> Tensor | None:
-    """The centroids after a round by the library that was measured to be the fastest, on a CPU; None where a
-    cluster is empty: it would split another one by a random step, whether it can be split or not.
-    """
-    if vectors.device.type != "cpu" or not bool(alive.all()):
-        return None
-    k, width = centroids.shape
-    options = faiss.ClusteringParameters()
-    options.niter = options.min_points_per_centroid = 1
-    options.max_points_per_centroid = len(vectors)  # it would draw a sample
-    made = faiss.Clustering(width, k, options)
-    faiss.copy_array_to_vector(centroids.numpy().ravel(), made.centroids)
-    made.train(vectors.numpy(), faiss.IndexFlatL2(width))
-    if made.iteration_stats.at(0).nsplit:
-        return None
-    return torch.from_numpy(faiss.vector_float_to_array(made.centroids).reshape(k, width))
 
 
 def nearest(vectors: Tensor, centroids: Tensor, alive: Tensor) -> Tensor:

@@ -18,7 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.quant.noise import QuantNoise
-from qcompress.quant.product import matmul, product
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, channel_axis: int) -> Tensor:
+    """x @ w + b, x [..., in]. Every form of a layer calls it, so that they agree to the last bit."""
+    y = torch.matmul(x, weight if channel_axis == 1 else weight.t())
+    return y if bias is None else y + bias
 
 
 class ChannelScale(nn.Module):
@@ -226,7 +231,7 @@ class QuantizedLinear(QuantizedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        return product(x, self.quantized_weight(), self.rescaled_bias(), self.channel_axis)
+        return matmul(x, self.quantized_weight(), self.rescaled_bias(), self.channel_axis)
 
     def rescaled_bias(self) -> Tensor | None:
         """The bias that will be deployed, [out]."""

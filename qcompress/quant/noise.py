@@ -14,14 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qcompress.schema.quantizers import Noise
-
-LEVELS = 2**16
-"""Masks are drawn from 16 random bits: the share p is met to 1/65536, and 0 and 1 exactly."""
 
 
 class QuantNoise:
@@ -43,7 +39,7 @@ class QuantNoise:
         drawn = self.draw(weight)
         if self.zero:
             return weight.masked_fill(drawn, 0.0) / (1 - self.p)
-        return _Mixed.apply(rounded(), weight, drawn.to(weight.dtype))
+        return torch.where(drawn, rounded(), weight)
 
     def draw(self, weight: Tensor) -> Tensor:
         """Which weights are rounded in this pass, bool, in the weight's shape; from torch's generator."""
@@ -54,32 +50,5 @@ class QuantNoise:
 
 
 def random_mask(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
-    """A bool tensor of independent draws, true with probability p (to 1 / LEVELS), on `device`.
-
-    On a CPU numpy's SFC64 makes the bits, seeded by torch's generator: torch's own serial generator would
-    take longer than the update of a small layer.
-    """
-    limit = round(p * LEVELS)
-    if device.type != "cpu":
-        return torch.rand(shape, device=device) < p
-    seed = int(torch.randint(2**62, ()))
-    count = int(np.prod(shape))
-    words = np.random.SFC64(seed).random_raw(-(-count // 4))
-    return torch.from_numpy(words.view(np.uint16)[:count] < limit).view(shape)
-
-
-class _Mixed(torch.autograd.Function):
-    """`rounded` where `drawn` is 1, `weight` where it is 0, exactly, each with the gradient of its part. As
-    arithmetic on floats it takes half the time of `torch.where`, which does not vectorise over masks.
-    """
-
-    @staticmethod
-    def forward(ctx, rounded: Tensor, weight: Tensor, drawn: Tensor) -> Tensor:
-        ctx.save_for_backward(drawn)
-        return torch.lerp(weight, rounded, drawn)
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        (drawn,) = ctx.saved_tensors
-        of_rounded = upstream * drawn
-        return of_rounded, upstream - of_rounded, None
+    """A bool tensor of independent draws, true with probability p, on `device`; from torch's generator."""
+    return torch.rand(shape, device=device) < p

@@ -151,18 +151,6 @@ class Engine(Artifact):
         return plan if plan.is_file() else None
 
 
-@dataclass(frozen=True)
-class ParityReport(Artifact):
-    """parity.json: one row per stage, the trained one with `dynamic` in it if its ranges were, the onnx one
-    with `deployed` (`stages/verify.py`). samples.json.gz: per-sample results with ids.
-    """
-
-
-@dataclass(frozen=True)
-class Verdict(Artifact):
-    """verdict.json: {"verdict", "goals", "reasons"}; junit.xml: the same for a CI server."""
-
-
 def disabled_optimizers(file: Path) -> list[str]:
     """Optimizers without which ONNX Runtime must run a graph: certificate.json beside one that was made
     elsewhere names them.

@@ -250,34 +250,6 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-"""Parameters of glibc's mallopt."""
-
-LARGEST_KEPT = 1 << 25
-"""Bytes of a block that glibc may take from its heap; larger ones always come from the system and go back."""
-
-
-@contextmanager
-def memory_kept() -> Iterator[None]:
-    """What is freed inside stays with the process for what is allocated next, where the C library is glibc.
-
-    A training step on a CPU frees and takes hundreds of blocks of some MiB. As glibc is set at first, their
-    memory goes back to the system in between, which fills every page with zeros when it is touched again.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_THRESHOLD, LARGEST_KEPT)
-        libc.mallopt(_TRIM_THRESHOLD, -1)  # never
-    except (AttributeError, OSError, TypeError):  # another C library
-        yield
-        return
-    try:
-        yield
-    finally:
-        libc.mallopt(_TRIM_THRESHOLD, 2 * LARGEST_KEPT)  # what glibc comes to by itself
-        libc.malloc_trim(0)
-
-
 def peak_mib() -> float:
     """Largest resident memory of this process since `reset_peak`, in MiB; 0 where nothing measures it."""
     with suppress(OSError):

@@ -309,14 +309,14 @@ def test_methods_and_models_are_described_and_not_spelled_out() -> None:
 
 
 def test_a_target_says_whether_it_can_be_built_here_and_else_how(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcompress.system.gpu.compute_capability", lambda: 89)
+    monkeypatch.setattr("qcompress.schema.targets.compute_capability", lambda: 89)
     about = {item["name"]: item["about"] for item in strict(cli("list", "targets", "--json"))}
     on_device = "on the device: qcompress build model.onnx --target"
     assert about["h100"].endswith(
         f"SM90, fp32, fp16, bf16, int8, int4; tensorrt >=11,<12; {on_device} h100 --out engine"
     )
     assert on_device not in about["l4"]  # a GPU of that kind is here
-    monkeypatch.setattr("qcompress.system.gpu.compute_capability", lambda: None)
+    monkeypatch.setattr("qcompress.schema.targets.compute_capability", lambda: None)
     about = {item["name"]: item["about"] for item in strict(cli("list", "targets", "--json"))}
     assert on_device in about["l4"] and about["cpu"].endswith("There is nothing to build.")
     here = "builds here" if find_spec("tensorrt_rtx") else "here, after pip install tensorrt_rtx"

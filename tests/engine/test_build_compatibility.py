@@ -18,9 +18,9 @@ from lines import cli
 from qcompress.errors import ExportError, UsageError
 from qcompress.graph.sizes import limit_bytes
 from qcompress.pipeline.stages.build import build_file, device_command
+from qcompress.schema import targets
 from qcompress.schema.recipe import Build
 from qcompress.schema.targets import TARGETS, option_refusals
-from qcompress.system import gpu
 from qcompress.system.artifacts import read_json
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
@@ -54,7 +54,7 @@ def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fake" / "tensorrt.py").write_text(STAND_IN)
     path = os.pathsep.join([str(tmp_path / "fake"), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
-    monkeypatch.setattr(gpu, "compute_capability", lambda: 90)
+    monkeypatch.setattr(targets, "compute_capability", lambda: 90)
 
 
 # What a target cannot do --------------------------------------------------------------------------

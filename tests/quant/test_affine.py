@@ -10,7 +10,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from qcompress.quant import affine
 from qcompress.quant.affine import Grid, fake_quantize, to_codes, to_ternary
 
 INT8, INT4, INT2 = (-128, 127), (-8, 7), (-2, 1)
@@ -171,14 +170,11 @@ def gradients(function, x: Tensor, scale: Tensor, upstream: Tensor) -> tuple[Ten
     return x.grad, scale.grad
 
 
-@pytest.mark.parametrize("piece", [affine.PIECE, 100])
 @pytest.mark.parametrize("slope", [1.0, 0.0173])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_those_of_the_composition_with_a_straight_through_estimator(
-    layout: str, slope: float, piece: int, monkeypatch: pytest.MonkeyPatch
+    layout: str, slope: float
 ) -> None:
-    """In one piece and, where there is one scale, in pieces."""
-    monkeypatch.setattr(affine, "PIECE", piece)
     bounds, grid, _ = LAYOUTS[layout]
     for seed in range(10):
         x, scale = sample(layout, seed, ties=0)  # double precision and fp32 decide ties differently
@@ -198,26 +194,6 @@ def test_gradients_are_those_of_the_composition_with_a_straight_through_estimato
         # ds is a difference of two sums, each larger than it: their last bits are left
         atol = 2e-4 * float(expected_ds.abs().max())
         torch.testing.assert_close(ds, expected_ds.float(), rtol=2e-4, atol=atol)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels last", "every other"])
-@pytest.mark.parametrize("clipped", [0, 999, None])
-def test_rounding_in_pieces_is_rounding(
-    clipped: int | None, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of several pieces the first, the last or none has a value beyond the bounds."""
-    monkeypatch.setattr(affine, "PIECE", max(1, 100 // torch.get_num_threads()))
-    values = torch.rand(1000, generator=torch.Generator().manual_seed(0)).sub_(0.5).mul_(0.8)
-    if clipped is not None:
-        values[clipped] = -9.0
-    x = values.view(2, 5, 10, 10)
-    x = x.contiguous(memory_format=torch.channels_last) if layout == "channels last" else x
-    x = x.repeat_interleave(2, dim=3)[..., ::2] if layout == "every other" else x
-    scale = torch.tensor(0.0625, dtype=torch.float64)
-    dx, _ = gradients(lambda x, s: fake_quantize(x, s, INT4), x, scale.float(), torch.ones_like(x))
-    assert torch.equal((dx == 0).nonzero(), (x == -9).nonzero())
-    expected = (x.double() / scale).round().clamp(*INT4) * scale
-    assert torch.equal(fake_quantize(x, scale.float(), INT4), expected.float())
 
 
 @pytest.mark.parametrize("scale_shape", [(), (1, 1), (3, 1)])

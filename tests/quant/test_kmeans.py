@@ -35,18 +35,6 @@ def test_the_objective_never_rises_and_is_that_of_what_is_returned() -> None:
     assert (nearest == found.assignments.long()).float().mean() > 0.999
 
 
-def test_a_round_of_the_library_is_lloyds() -> None:
-    x, centroids = vectors(), vectors(64)
-    nearest = torch.cdist(x.double(), centroids.double()).argmin(1)
-    means = torch.stack([x[nearest == index].double().mean(0) for index in range(64)])
-    alive = torch.ones(64, dtype=torch.bool)
-    moved = module._round_by_faiss(x, centroids, alive)
-    torch.testing.assert_close(moved.double(), means, rtol=0, atol=1e-6)
-    far = torch.cat([centroids[:63], torch.full((1, 8), 1e3)])
-    assert module._round_by_faiss(x, far, alive) is None  # it would split one
-    assert module._round_by_faiss(x, centroids, torch.arange(64) != 3) is None
-
-
 def test_it_is_as_good_as_scikit_learns_from_starts_of_the_same_kind() -> None:
     x = vectors()
     ours = [kmeans(x, 64, 15, 100, seeded(seed)).objective for seed in range(3)]

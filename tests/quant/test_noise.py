@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qcompress.quant.affine import Grid, fake_quantize
 from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear
-from qcompress.quant.noise import LEVELS, QuantNoise, random_mask
+from qcompress.quant.noise import QuantNoise, random_mask
 from qcompress.quant.quantizers import LsqWeight, MinMaxWeight
 from qcompress.schema.quantizers import Lsq, MinMax, Noise
 
@@ -107,7 +107,7 @@ def test_the_share_that_is_drawn_is_p_and_a_block_is_drawn_whole(axis: int, bloc
     assert torch.equal(by_block.all(3), by_block.any(3))
     count = by_block[..., 0].numel()
     share = by_block[..., 0].double().mean().item()
-    assert abs(share - p) <= 3 * (p * (1 - p) / count) ** 0.5 + 1 / LEVELS
+    assert abs(share - p) <= 3 * (p * (1 - p) / count) ** 0.5
     assert len({tuple(mask.flatten().tolist()) for mask in masks[:20]}) > 10
     each = by_block[..., 0].double().mean(0)  # no place is preferred
     assert (each - p).abs().max() < 5 * (p * (1 - p) / 2000) ** 0.5

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -228,34 +227,6 @@ def test_a_run_that_could_not_be_set_up_is_not_held(tmp_path: Path, monkeypatch:
         with pytest.raises(MachineError, match="No space left"):
             open_space(tmp_path)
     open_space(tmp_path).close()
-
-
-FAULTS = """
-import resource
-import numpy as np
-from qcompress.system.filesystem import memory_kept
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        blocks = [np.ones(size << 20, np.uint8) for size in (12, 12, 12, 12)]
-        del blocks
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-before = faults()
-with memory_kept():
-    faults()
-    inside = faults()
-print(before, inside)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library keeps memory as it likes")
-def test_memory_that_is_freed_is_used_again_without_asking_the_system() -> None:
-    """20 times 48 MiB; left alone, glibc gives back what exceeds 24 MiB of it, and it is faulted in again."""
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    before, inside = map(int, done.stdout.split())
-    assert before > 20_000 and inside < 1000
 
 
 def test_a_file_in_the_way_of_a_folder_is_the_users_mistake(tmp_path: Path) -> None:

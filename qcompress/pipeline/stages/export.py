@@ -19,7 +19,6 @@ from types import ModuleType
 from typing import Any
 
 import ml_dtypes
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -309,10 +308,3 @@ def _save(model: ir.Model, file: Path) -> None:
         ir.save(model, file, external_data=file.name + ".data")
     else:
         ir.save(model, file)
-
-
-def as_numpy(tensor: Tensor) -> np.ndarray:
-    """A torch tensor as numpy; bfloat16 through ml_dtypes."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()

@@ -31,7 +31,6 @@ from qcompress.schema.formats import CodebookFormat
 from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import FloatModel
 from qcompress.system.distributed import Processes
-from qcompress.system.filesystem import memory_kept
 from qcompress.system.reporter import Reporter
 from qcompress.tasks import TASKS
 from qcompress.tasks.examples import Examples
@@ -88,8 +87,7 @@ def train(
     )  # fmt: skip
     prepared = training.prepared
     before = frozen_digest(prepared.model, training.roles) if frozen else None
-    with memory_kept():
-        _run(training, phases)
+    _run(training, phases)
     note = movement_note(prepared) if any(phase.steps for phase in phases) else None
     if note is not None:
         reporter.say(f"train: {note}")
