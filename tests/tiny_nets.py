@@ -230,7 +230,7 @@ class Done:
     @property
     def books(self) -> list[str]:
         """Layers whose weights are looked up."""
-        return [item.name for item in self.line.plan if item.codebook]
+        return [item.name for item in self.line.plan if item.weights and not item.integers]
 
     def run(self, x: Tensor, optimized: bool = False) -> np.ndarray:
         """Logits of the graph in ONNX Runtime."""

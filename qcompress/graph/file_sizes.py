@@ -9,11 +9,12 @@ from typing import Any
 
 import onnx
 
+from qcompress.encodings import PARTS
 from qcompress.graph.tensors import stored_bytes
 from qcompress.models.plan import LayerPlan
 
-PARTS = ("codes", "scale", "zero", "assignments", "centroids")
-"""What a weight's initializers are called, after its name."""
+INITIALIZERS = (*PARTS, "zero")
+"""Names of a weight's initializers, after its own."""
 
 
 def measure_sizes(
@@ -28,7 +29,7 @@ def measure_sizes(
     for item in plan:
         if item.weights is None or item.layer.tied_to:
             continue
-        size = sum(stored.get(f"{item.name}.weight.{part}", 0) for part in PARTS)
+        size = sum(stored.get(f"{item.name}.weight.{part}", 0) for part in INITIALIZERS)
         layers.append(
             {
                 "name": item.name,

@@ -6,6 +6,7 @@ import fnmatch
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qcompress.encodings import encoding_of
 from qcompress.models.architecture import Architecture, Layer, Point, Site
 from qcompress.schema.formats import ActivationFormat, CodebookFormat, WeightFormat
 from qcompress.schema.quantizers import Codebook, Dynamic, Lsq, MinMax, Noise, Ternary
@@ -34,10 +35,9 @@ class LayerPlan:
         return self.weights.block if isinstance(self.weights, WeightFormat) else None
 
     @property
-    def codebook(self) -> CodebookFormat | None:
-        """The format of a weight that the file holds as indices and a table."""
-        form = self.weights
-        return form if isinstance(form, CodebookFormat) and form.codebook == "gather" else None
+    def integers(self) -> bool:
+        """True for a weight that is stored as multiples of a scale."""
+        return self.weights is not None and encoding_of(self.weights).integers
 
 
 @dataclass(frozen=True)

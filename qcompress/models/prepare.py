@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qcompress.encodings import encoding_of
 from qcompress.errors import ContractError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Site
@@ -29,11 +30,11 @@ from qcompress.models.plan import (
 )
 from qcompress.quant.affine import Grid
 from qcompress.quant.batchnorm import statistics
+from qcompress.quant.codebook import PARTS as CODEBOOK
 from qcompress.quant.codebook import CodebookWeight, FrozenCodebook
 from qcompress.quant.conv import Geometry, QuantizedConv
-from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, FoldedWeight, Rounding
-from qcompress.quant.folded_codebook import FoldedCodebook
-from qcompress.quant.folded_conv import FoldedConv, FoldedKernel
+from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, Rounding
+from qcompress.quant.folded_conv import FoldedConv
 from qcompress.quant.layers import (
     FixedScale,
     QuantizedEmbedding,
@@ -263,31 +264,11 @@ def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
     return prepared
 
 
-CODEBOOK = ("assignments", "centroids", "scale")
-"""Parts of a weight that is looked up; the scale is that of an int8 table."""
-
-
-def _folded_weight(
-    item: LayerPlan, tensors: dict[str, Tensor], axis: int, dtype: torch.dtype
-) -> FoldedWeight | FoldedCodebook:
-    """One weight, whose tensors are taken out of `tensors`; `axis` is its output channels'."""
-    if item.codebook is not None:
-        indices, centroids, scale = (tensors.pop(f"{item.name}.weight.{part}", None) for part in CODEBOOK)
-        centroids, scale = (centroids.to(dtype), None) if scale is None else (centroids, scale.to(dtype))
-        kernel = item.layer.shape if item.layer.kind == "conv" else None
-        return FoldedCodebook(indices, centroids, scale, axis, kernel)
-    codes, scale = (tensors.pop(f"{item.name}.weight.{part}") for part in ("codes", "scale"))
-    return FoldedWeight(codes, scale.to(dtype), Grid(axis, item.block), item.weights.stored_bits)
-
-
-def _folded_kernel(
-    item: LayerPlan, tensors: dict[str, Tensor], dtype: torch.dtype
-) -> FoldedKernel | FoldedCodebook:
-    """The weight of a convolution, whose tensors are taken out of `tensors`."""
-    if item.codebook is not None:
-        return _folded_weight(item, tensors, 0, dtype)
-    codes, scale = (tensors.pop(f"{item.name}.weight.{part}") for part in ("codes", "scale"))
-    return FoldedKernel(codes, scale.to(dtype), item.weights.stored_bits)
+def _stored_weight(item: LayerPlan, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """The decoder of a folded weight, whose tensors are taken out of `tensors`."""
+    encoding = encoding_of(item.weights)
+    parts = {part: tensors.pop(f"{item.name}.weight.{part}", None) for part in encoding.parts}
+    return encoding.decoder(parts, item, dtype)
 
 
 def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: bool = False) -> nn.Module:
@@ -314,7 +295,7 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: b
         elif owner is not None:
             layer = FoldedTiedHead(owner.weight, rounding, integer)
         elif item.layer.kind == "conv":
-            weight = _folded_kernel(item, tensors, dtype)
+            weight = _stored_weight(item, tensors, dtype)
             gain = tensors.pop(f"{item.name}.gain", None)
             geometry = Geometry.of(model.get_submodule(item.name))
             layer = FoldedConv(
@@ -322,7 +303,7 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: b
             )
         else:
             table = item.layer.kind == "embedding"
-            weight = _folded_weight(item, tensors, 0 if table else 1, dtype)
+            weight = _stored_weight(item, tensors, dtype)
             layer = FoldedEmbedding(weight) if table else FoldedLinear(weight, bias, rounding, integer)
         replace_module(model, item.name, layer)
         layers[item.name] = layer

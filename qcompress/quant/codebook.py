@@ -24,6 +24,9 @@ from qcompress.quant.ranges import TINY
 from qcompress.schema.formats import CodebookFormat
 from qcompress.schema.quantizers import Codebook
 
+PARTS = ("assignments", "centroids", "scale")
+"""Tensors of a trained codebook; `scale` is that of an int8 table."""
+
 TABLE = (-127, 127)
 """Codes of an int8 table; without -128, so that a sign can be changed."""
 
@@ -189,6 +192,11 @@ class FrozenCodebook(_Decoded):
     def scale_of(self, weight: Tensor) -> Tensor:
         """Scale of an int8 table, []."""
         return self.scale
+
+    def codes_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of the decoded weight of an int8 table, and equal scales of its channels."""
+        codes = from_vectors(self.codes()[self.assignments.int()], self.channel_axis)
+        return codes, self.scale.expand(codes.shape[self.channel_axis])
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.decoded(self.assignments)

@@ -1,10 +1,9 @@
 """A weight that is looked up, after folding: indices, and a table of floats or of int8 codes.
 
 The ONNX form is Cast -> Gather -> Transpose -> Reshape (a matmul's weight, [in, out]) and Cast -> Gather ->
-Gather -> Reshape (rows of a table); a convolution's weight is Cast -> Gather -> Reshape. Exporters fold
-constants, and would put the decoded weight into the file:
-while exporting, the look-up is one node of a domain of its own, which `codebook_nodes.py` spells out when
-nothing folds any more.
+Gather -> Reshape (rows of a table); a convolution's weight is Cast -> Gather -> Reshape. An exporter folds
+constants, and would put the decoded weight into the file: the look-up is one node of a private domain
+while exporting; `encodings/lookup_nodes.py` replaces it after the last optimizer.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def _blocks(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> 
 
 def _opset(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
     """Report an opset that has no type for what is stored."""
-    integers = [layer for layer in plan if layer.weights and layer.codebook is None]
+    integers = [layer for layer in plan if layer.integers]
     stored = [layer for layer in integers if layer.weights.stored_bits == 2]
     key: Key = ("export", "opset")
     if stored and recipe.export.opset < INT2_OPSET and document.sound(key):

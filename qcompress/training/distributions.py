@@ -22,8 +22,9 @@ from torch import Tensor
 
 from qcompress.models.architecture import Site
 from qcompress.models.plan import LayerPlan
-from qcompress.models.prepare import CODEBOOK, Prepared
+from qcompress.models.prepare import Prepared
 from qcompress.quant.affine import Grid
+from qcompress.quant.codebook import PARTS as CODEBOOK
 from qcompress.quant.codebook import FrozenCodebook
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.quantizers import FrozenWeight

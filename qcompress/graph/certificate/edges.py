@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
+from qcompress.encodings.walk import matmuls, same, zero_is_zero
 from qcompress.models.plan import LayerPlan, sharers
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -50,14 +51,6 @@ class Graph:
         """Values of an initializer, or None."""
         tensor = self.initializers.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor, base_dir=str(self.file.parent))
-
-
-def zero_is_zero(graph: Graph, node: NodeProto) -> bool:
-    """Whether a Q or DQ node has no zero point, or one of zeros."""
-    if len(node.input) < 3 or not node.input[2]:
-        return True
-    zero = graph.array(node.input[2])
-    return zero is not None and not np.any(zero.astype(np.int8))
 
 
 class Use(NamedTuple):
@@ -164,28 +157,3 @@ def bounds_fit(graph: Graph, clip: NodeProto | None, bounds: tuple[int, int]) ->
         return bounds == (-128, 127)
     found = [graph.array(name) for name in clip.input[1:]]
     return all(value is not None for value in found) and [int(value) for value in found] == list(bounds)
-
-
-def matmuls(graph: Graph, value: str) -> list[tuple[NodeProto, str]]:
-    """Matmuls that read a decoded weight, directly or transposed, and the name they read it by."""
-    found = []
-    for node in graph.readers.get(value, []):
-        if node.op_type in ("MatMul", "Gemm", "Conv"):
-            found.append((node, value))
-        elif node.op_type == "Transpose":
-            found += matmuls(graph, node.output[0])
-    return found
-
-
-def same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays agree in shape, type and every bit."""
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
-
-
-def first_difference(found: np.ndarray, expected: np.ndarray, what: str) -> str:
-    """In words, where two arrays that are not the same differ."""
-    if found.shape != expected.shape:
-        return f"{what}: shape {list(found.shape)}, expected {list(expected.shape)}"
-    where = np.argwhere(found != expected)
-    place = tuple(int(index) for index in where[0])
-    return f"{what}: {len(where)} differ, first at {list(place)}: {found[place]}, expected {expected[place]}"

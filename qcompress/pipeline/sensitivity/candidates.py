@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from qcompress.encodings import encoding_of
 from qcompress.errors import UsageError
 from qcompress.models.architecture import Layer
 from qcompress.models.plan import LayerPlan, sharers
@@ -56,11 +57,7 @@ def stored_bytes(layer: Layer, form: Form, compute: str) -> int:
     number = 4 if compute == "fp32" else 2
     if form is None:
         return layer.weights * number
-    if isinstance(form, CodebookFormat):
-        table = form.centroids * form.block * (1 if form.table == "int8" else number)
-        return int(layer.weights * form.stored_bits / 8) + table
-    block = form.block or layer.in_features
-    return layer.weights * form.stored_bits // 8 + layer.weights // block * number
+    return encoding_of(form).stored_bytes(layer, form, number)
 
 
 def groups_of(plan: Sequence[LayerPlan]) -> dict[str, list[str]]:

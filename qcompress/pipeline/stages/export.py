@@ -18,7 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import ml_dtypes
 import onnx
 import onnx_ir as ir
 import torch
@@ -26,12 +25,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
+from qcompress.encodings import CODES, ENCODINGS, encoding_of
 from qcompress.errors import ExportError
 from qcompress.graph.certificate.points import certify_all
 from qcompress.graph.file_sizes import measure_sizes
 from qcompress.graph.keep_fp32 import keep_fp32, require_operators
 from qcompress.graph.lint.lint import lint
-from qcompress.graph.lookup_nodes import spell_out
 from qcompress.graph.optimizer import optimize
 from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.depth import lent_prefixes
@@ -39,13 +38,9 @@ from qcompress.models.files import read_config
 from qcompress.models.plan import LayerPlan, plans_from_json, points_from_json, sharers
 from qcompress.models.prepare import assemble
 from qcompress.quant.types import COMPUTE
-from qcompress.schema.formats import WeightFormat
 from qcompress.schema.recipe import Export
 from qcompress.schema.targets import TARGETS
 from qcompress.system.artifacts import FoldedModel, read_json, write_json
-
-NARROW = {4: (ml_dtypes.int4, ir.DataType.INT4), 2: (ml_dtypes.int2, ir.DataType.INT2)}
-"""Types of codes by stored bits, in numpy and in the file."""
 
 EXTERNAL_BYTES = 3 * 2**29
 """Initializers go into a file of their own above this size: protobuf ends at 2 GiB."""
@@ -77,8 +72,11 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     model, stored = program.model, _Stored.of(folded, facts["family"], plan)
     optimize(model, lambda name: stored.is_apart(name.removeprefix(PREFIX)))
     _name(model, plan, stored.name)
-    spell_out(model)
-    _store_narrow(model, plan)
+    for encoding in ENCODINGS:
+        encoding.lower(model)
+    for item in plan:
+        if item.weights is not None and not item.layer.tied_to:
+            encoding_of(item.weights).pack(model.graph.initializers, item.name, item.weights)
     if options.keep_fp32:
         require_operators(model, options.keep_fp32)
         keep_fp32(model, options.keep_fp32, load_file(folded.path / "folded.safetensors"))
@@ -270,22 +268,8 @@ def _owner(value: ir.Value | None) -> str | None:
     while node is not None and node.op_type == "Transpose":
         node = node.inputs[0].producer()
     codes = node.inputs[0].name if node is not None and node.inputs and node.inputs[0] is not None else ""
-    for ending in (".weight.codes", ".weight.assignments"):
-        if (codes or "").endswith(ending):
-            return codes.removesuffix(ending)
-    return None
-
-
-def _store_narrow(model: ir.Model, plan: tuple[LayerPlan, ...]) -> None:
-    """Narrow codes become int4 or int2 initializers, packed, where the format's container says so."""
-    for item in plan:
-        narrow = isinstance(item.weights, WeightFormat) and item.weights.stored_bits < 8
-        if not narrow or item.layer.tied_to:
-            continue
-        value = model.graph.initializers[f"{item.name}.weight.codes"]
-        kind, name = NARROW[item.weights.stored_bits]
-        value.const_value = ir.Tensor(value.const_value.numpy().astype(kind), name=value.name)
-        value.dtype = name
+    owner, _, part = (codes or "").rpartition(".weight.")
+    return owner if part in CODES else None
 
 
 def _strip(model: ir.Model) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompress.encodings import CODES, encoding_of
 from qcompress.errors import ContractError, ExportError
-from qcompress.models.plan import LayerPlan, plans_to_json, points_to_json
+from qcompress.models.plan import plans_to_json, points_to_json
 from qcompress.models.prepare import Prepared, QuantizedLayer, own_tensors, rebuild
 from qcompress.quant.batchnorm import fold_batch_norm, gain_and_bias
-from qcompress.quant.codebook import FrozenCodebook, from_vectors
 from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.int32_bias import least_scales, raise_scales
 from qcompress.quant.layers import QuantizedLinear, QuantizedTied, QuantizedWeight
@@ -89,10 +89,10 @@ def _fold_norms(prepared: Prepared, found: dict[str, Tensor], compute: torch.dty
     """Put batch norms into the scales and biases of the quantized convolutions in front of them; where a
     weight is looked up, into a gain of its own.
     """
-    gone = 0
+    gone, plans = 0, {item.name: item for item in prepared.plan}
     for name, layer in prepared.layers.items():
         if isinstance(layer, QuantizedConv) and layer.norm is not None:
-            if f"{name}.weight.assignments" in found:
+            if not encoding_of(plans[name].weights).integers:
                 gain, bias = gain_and_bias(layer.bias, layer.norm)
                 found |= {f"{name}.gain": gain, f"{name}.bias": bias}
                 continue
@@ -158,19 +158,15 @@ def _codes(prepared: Prepared) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     plans = {item.name: item for item in prepared.plan}
     for name, layer in prepared.layers.items():
-        if isinstance(layer, QuantizedWeight) and isinstance(layer.weight_quantizer, FrozenCodebook):
-            found |= _looked_up(name, layer, plans[name])
-        elif isinstance(layer, QuantizedWeight):
-            codes, scale = layer.codes()
-            scale = layer.weight_quantizer.grid.spread(scale, codes.shape[layer.channel_axis])
-            check_scale(scale, f"{name}.weight")
-            low, high = plans[name].weights.bounds
-            if int(codes.min()) < low or int(codes.max()) > high:
-                raise ContractError(f"{name}: codes outside [{low}, {high}]")
-            if isinstance(layer, QuantizedLinear) and layer.channel_axis == 0:
-                codes, scale = codes.t(), scale if scale.dim() == 1 else scale.t()
-            found[f"{name}.weight.codes"] = codes.contiguous()
-            found[f"{name}.weight.scale"] = scale.contiguous()
+        if isinstance(layer, QuantizedWeight):
+            form = plans[name].weights
+            try:
+                parts = encoding_of(form).fold(layer, form)
+            except ContractError as error:
+                raise ContractError(f"{name}: {error}") from None
+            if "scale" in parts:
+                check_scale(parts["scale"], f"{name}.weight")
+            found |= {f"{name}.weight.{part}": tensor for part, tensor in parts.items()}
         if getattr(layer, "input_quantizer", None) is not None:
             scale = layer.input_quantizer.scale_of()
             check_scale(scale, f"{name}.input")
@@ -181,35 +177,13 @@ def _codes(prepared: Prepared) -> dict[str, Tensor]:
     return found
 
 
-def _looked_up(name: str, layer: QuantizedWeight, item: LayerPlan) -> dict[str, Tensor]:
-    """Indices, table and the scale of an int8 table; or what they decode to, codes and equal scales."""
-    quantizer = layer.weight_quantizer
-    indices = quantizer.assignments
-    transposed = isinstance(layer, QuantizedLinear) and layer.channel_axis == 0
-    if int(indices.max()) >= item.weights.centroids:
-        raise ContractError(f"{name}: index {int(indices.max())} of {item.weights.centroids} centroids")
-    found = {}
-    if quantizer.scale is not None:
-        check_scale(quantizer.scale, f"{name}.weight")
-        found["scale"] = quantizer.scale
-    table = quantizer.centroids if quantizer.scale is None else quantizer.codes()
-    if item.codebook is not None:
-        found |= {"assignments": indices.t() if transposed else indices, "centroids": table}
-    else:
-        codes = from_vectors(table[indices.int()], layer.channel_axis)
-        codes = codes.view(layer.weight.shape) if isinstance(layer, QuantizedConv) else codes
-        found["scale"] = quantizer.scale.expand(codes.shape[layer.channel_axis])
-        found["codes"] = codes.t() if transposed else codes
-    return {f"{name}.weight.{part}": tensor.clone().contiguous() for part, tensor in found.items()}
-
-
 def _floats(prepared: Prepared, quantized: dict[str, Tensor]) -> dict[str, Tensor]:
     """Everything that stays float, norms and biases with their rescaling in them."""
     norms = {item.layer.norm for item in prepared.plan if item.weights and item.layer.norm}
     floats = {
         name: tensor
         for name, tensor in own_tensors(prepared.model).items()
-        if not {name, f"{name}.codes", f"{name}.assignments"} & quantized.keys()
+        if not {name, *(f"{name}.{codes}" for codes in CODES)} & quantized.keys()
         and name.rpartition(".")[0] not in norms
     }
     for name, layer in prepared.layers.items():

@@ -324,7 +324,7 @@ def _own_roundings(folded: FoldedModel) -> list[str]:
     narrow = any(
         item.layer.kind == "conv"
         and item.activations is not None
-        and item.codebook is None
+        and item.integers
         and min(item.weights.bits, item.activations.bits) < 8
         for item in plan
     )

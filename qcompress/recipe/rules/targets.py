@@ -76,8 +76,7 @@ def _refuse_compute(target: Target, compute: str) -> Iterator[Refusal]:
 
 def _refuse_int4(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
     def key(layer: LayerPlan) -> str | None:
-        integers = layer.weights and layer.codebook is None
-        refused = integers and layer.weights.stored_bits not in target.weight_bits
+        refused = layer.integers and layer.weights.stored_bits not in target.weight_bits
         return _key(layer, "bits") if refused else None
 
     for name, layers in _group(plan, key).items():

@@ -1,0 +1,34 @@
+"""Encodings: the ways in which a weight is stored in folded.safetensors and in model.onnx.
+
+One class an encoding, one row in `ENCODINGS`. Fold, export, the certificate, sizes and the rules of a recipe
+ask the encoding of a weight's format, and switch on no format themselves. Torch and onnx are imported inside
+the functions that need them.
+"""
+
+from __future__ import annotations
+
+from qcompress.encodings.base import Certified, Encoding
+from qcompress.encodings.codebook import GatheredCodebook
+from qcompress.encodings.int_qdq import IntegerQdq
+from qcompress.schema.formats import CodebookFormat, WeightFormat
+
+__all__ = ["CODES", "ENCODINGS", "PARTS", "Certified", "Encoding", "encoding_of"]
+
+ENCODINGS: tuple[Encoding, ...] = (IntegerQdq(), GatheredCodebook())
+"""Every encoding; each weight format belongs to exactly one."""
+
+CODES: tuple[str, ...] = tuple(encoding.parts[0] for encoding in ENCODINGS)
+"""Names of the integers, the first part of each encoding."""
+
+PARTS: tuple[str, ...] = tuple(dict.fromkeys(part for encoding in ENCODINGS for part in encoding.parts))
+"""Names of the tensors of a weight: `<layer>.weight.<part>`."""
+
+
+def encoding_of(form: WeightFormat | CodebookFormat) -> Encoding:
+    """The encoding of a weight format.
+
+    >>> encoding_of(WeightFormat(bits=4, block=32)).name, encoding_of(CodebookFormat()).name
+    ('int-qdq', 'codebook')
+    """
+    (encoding,) = [encoding for encoding in ENCODINGS if encoding.holds(form)]
+    return encoding

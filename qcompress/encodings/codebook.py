@@ -1,0 +1,168 @@
+"""Indices into a table of vectors (product quantization), decoded by Gather.
+
+    assignments   uint8, [in / block, out], [rows, width / block] of a table, [out, in * h * w / block]
+    centroids     [k, block], floats or int8 codes with one scale
+
+A decoded copy in the file would pass every comparison of outputs and cost eight times the bytes, so the
+certificate follows the way node by node: Cast, Gather from the table, Reshape, and nothing else reads the
+indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qcompress.encodings.base import Certified, Form, is_turned
+from qcompress.encodings.walk import first_difference, matmuls, same, zero_is_zero
+from qcompress.errors import ContractError
+from qcompress.schema.formats import CodebookFormat
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnx import NodeProto
+    from torch import Tensor, dtype, nn
+
+    from qcompress.graph.certificate.edges import Graph
+    from qcompress.models.architecture import Layer
+    from qcompress.models.plan import LayerPlan
+    from qcompress.quant.layers import QuantizedWeight
+
+
+class GatheredCodebook:
+    """Indices and a table in the file."""
+
+    name = "codebook"
+    parts = ("assignments", "centroids", "scale")
+    integers = False
+
+    def holds(self, form: Form) -> bool:
+        """Codebooks that a runtime looks up."""
+        return isinstance(form, CodebookFormat) and form.codebook == "gather"
+
+    def fold(self, layer: QuantizedWeight, form: Form) -> dict[str, Tensor]:
+        """Indices, the table or its codes, and the scale [] of an int8 table."""
+        quantizer = layer.weight_quantizer
+        indices = quantizer.assignments
+        if int(indices.max()) >= form.centroids:
+            raise ContractError(f"index {int(indices.max())} of {form.centroids} centroids")
+        indices = indices.t() if is_turned(layer) else indices
+        parts = {"assignments": indices, "centroids": quantizer.centroids}
+        if quantizer.scale is not None:
+            parts |= {"centroids": quantizer.codes(), "scale": quantizer.scale}
+        return {part: tensor.clone().contiguous() for part, tensor in parts.items()}
+
+    def decoder(self, parts: Mapping[str, Tensor | None], item: LayerPlan, compute: dtype) -> nn.Module:
+        """A FoldedCodebook."""
+        from qcompress.quant.folded_codebook import FoldedCodebook
+
+        centroids, scale = parts["centroids"], parts["scale"]
+        centroids, scale = (centroids.to(compute), None) if scale is None else (centroids, scale.to(compute))
+        axis = 0 if item.layer.kind in ("embedding", "conv") else 1
+        kernel = item.layer.shape if item.layer.kind == "conv" else None
+        return FoldedCodebook(parts["assignments"], centroids, scale, axis, kernel)
+
+    def pack(self, initializers: Mapping[str, ir.Value], owner: str, form: Form) -> None:
+        """Nothing: indices are uint8 in both files."""
+
+    def lower(self, model: ir.Model) -> None:
+        """Look-ups become Cast, Gather, Transpose and Reshape."""
+        from qcompress.encodings.lookup_nodes import spell_out
+
+        spell_out(model)
+
+    def certify(self, graph: Graph, tensors: Any, item: LayerPlan) -> Certified:
+        """Indices and table bit for bit, the table's scale, and the way to the layer."""
+        owner = item.layer.tied_to or item.name
+        reasons: list[str] = []
+        indices = _stored(graph, tensors, f"{owner}.weight.assignments", reasons)
+        table = _stored(graph, tensors, f"{owner}.weight.centroids", reasons)
+        scales = _table_scale(graph, tensors, owner, reasons) if item.weights.table == "int8" else True
+        ends = _ends(graph, owner, item, reasons)
+        return Certified(indices and table, scales, ends, reasons)
+
+    def sources(self, graph: Graph, owner: str) -> list[str]:
+        """Outputs of the Reshape nodes behind the look-ups."""
+        return looked_up(graph, owner)
+
+    def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:
+        """Indices and the table."""
+        table = form.centroids * form.block * (1 if form.table == "int8" else float_bytes)
+        return int(layer.weights * form.stored_bits / 8) + table
+
+
+def _stored(graph: Graph, tensors: Any, name: str, reasons: list[str]) -> bool:
+    """Whether an initializer is the folded tensor; a table of floats in the compute type."""
+    found, wanted = graph.array(name), tensors.get_tensor(name)
+    if found is None:
+        reasons.append(f"no initializer {name}")
+        return False
+    floats = found.dtype in (np.float32, np.float16) or found.dtype.name == "bfloat16"
+    wanted = wanted.astype(found.dtype) if floats and wanted.dtype == np.float32 else wanted
+    if not same(found, wanted):
+        reasons.append(first_difference(found, wanted, name.rpartition(".")[2]))
+        return False
+    return True
+
+
+def _table_scale(graph: Graph, tensors: Any, owner: str, reasons: list[str]) -> bool:
+    """Whether an int8 table is decoded with its scale, and by one DequantizeLinear alone."""
+    readers = graph.readers.get(f"{owner}.weight.centroids", [])
+    wanted = tensors.get_tensor(f"{owner}.weight.scale")
+    for node in readers:
+        scale = graph.array(node.input[1]) if node.op_type == "DequantizeLinear" else None
+        if scale is None or not same(scale, wanted.astype(scale.dtype)) or not zero_is_zero(graph, node):
+            reasons.append(f"{node.name}: the table is not decoded with its scale")
+            return False
+    return bool(readers)
+
+
+def _ends(graph: Graph, owner: str, item: LayerPlan, reasons: list[str]) -> list[str]:
+    """Outputs of the look-ups that reach this layer."""
+    readers = graph.readers.get(f"{owner}.weight.assignments", [])
+    if not readers or any(node.op_type != "Cast" for node in readers):
+        reasons.append("indices must be read by Cast and by nothing else")
+    rows = item.layer.kind == "embedding"
+    ends = looked_up(graph, owner, rows)
+    if not ends:
+        reasons.append("the indices reach no operation of the layer")
+    return ends
+
+
+def looked_up(graph: Graph, owner: str, rows: bool = False) -> list[str]:
+    """Values of the weight `owner` decoded for a matmul, or of rows of it: what comes out of Reshape,
+    followed from the indices through Cast and the Gathers of ids and table. Another table's Gather leads
+    nowhere.
+    """
+    table = f"{owner}.weight.centroids"
+    found: list[str] = []
+    for cast in graph.readers.get(f"{owner}.weight.assignments", []):
+        level = _gathers(graph, cast, first=True) if rows else [cast]
+        for gather in (after for node in level for after in _gathers(graph, node, first=False)):
+            if _is_table(graph, gather.input[0], table):
+                found += _reshaped(graph, gather)
+    return found if rows else [name for name in found if matmuls(graph, name)]
+
+
+def _gathers(graph: Graph, node: NodeProto, first: bool) -> list[NodeProto]:
+    """Gather nodes that take a node's output as their data, or as their indices."""
+    name = node.output[0]
+    readers = [after for after in graph.readers.get(name, []) if after.op_type == "Gather"]
+    return [after for after in readers if after.input[0 if first else 1] == name]
+
+
+def _reshaped(graph: Graph, gather: NodeProto) -> list[str]:
+    """Outputs of the Reshape behind a Gather, with a Transpose between them or not."""
+    after = graph.readers.get(gather.output[0], [])
+    turned = [
+        end for node in after if node.op_type == "Transpose" for end in graph.readers.get(node.output[0], [])
+    ]
+    return [node.output[0] for node in (*after, *turned) if node.op_type == "Reshape"]
+
+
+def _is_table(graph: Graph, name: str, table: str) -> bool:
+    """Whether a value is a table, or what its codes are decoded to."""
+    decoder = graph.producer.get(name)
+    return name == table or (decoder is not None and decoder.input[0] == table)

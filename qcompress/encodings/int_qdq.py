@@ -1,0 +1,158 @@
+"""Integers with scales, decoded by DequantizeLinear: int8, int4 and int2, per channel or in blocks.
+
+    weight = codes * scale        codes int8 in folded.safetensors; int8, int4 or int2 in the file
+
+Narrow codes may lie in a wider type (`container`). A codebook with `codebook: decode-int8` is stored here,
+too: the codes of its table in the places of its indices, with equal scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qcompress.encodings.base import Certified, Form, is_turned
+from qcompress.encodings.walk import first_difference, matmuls, same, zero_is_zero
+from qcompress.errors import ContractError
+from qcompress.schema.formats import WeightFormat
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnx import NodeProto
+    from torch import Tensor, dtype, nn
+
+    from qcompress.graph.certificate.edges import Graph
+    from qcompress.models.architecture import Layer
+    from qcompress.models.plan import LayerPlan
+    from qcompress.quant.layers import QuantizedWeight
+
+
+class IntegerQdq:
+    """Codes and scales behind a DequantizeLinear node."""
+
+    name = "int-qdq"
+    parts = ("codes", "scale")
+    integers = True
+
+    def holds(self, form: Form) -> bool:
+        """Integer formats, and codebooks that are decoded before they are stored."""
+        return isinstance(form, WeightFormat) or form.codebook == "decode-int8"
+
+    def fold(self, layer: QuantizedWeight, form: Form) -> dict[str, Tensor]:
+        """codes int8 and scale fp32: [out], [rows], or [in / block, out]."""
+        codes, scale = layer.codes()
+        scale = layer.weight_quantizer.grid.spread(scale, codes.shape[layer.channel_axis])
+        low, high = form.bounds
+        if int(codes.min()) < low or int(codes.max()) > high:
+            raise ContractError(f"codes outside [{low}, {high}]")
+        if is_turned(layer):
+            codes, scale = codes.t(), scale if scale.dim() == 1 else scale.t()
+        return {"codes": codes.contiguous(), "scale": scale.contiguous()}
+
+    def decoder(self, parts: Mapping[str, Tensor | None], item: LayerPlan, compute: dtype) -> nn.Module:
+        """A FoldedWeight, or a FoldedKernel for a convolution."""
+        from qcompress.quant.affine import Grid
+        from qcompress.quant.folded import FoldedWeight
+        from qcompress.quant.folded_conv import FoldedKernel
+
+        codes, scale = parts["codes"], parts["scale"].to(compute)
+        if item.layer.kind == "conv":
+            return FoldedKernel(codes, scale, item.weights.stored_bits)
+        axis = 0 if item.layer.kind == "embedding" else 1
+        return FoldedWeight(codes, scale, Grid(axis, item.block), item.weights.stored_bits)
+
+    def pack(self, initializers: Mapping[str, ir.Value], owner: str, form: Form) -> None:
+        """Narrow codes become int4 or int2, packed, where the format's container says so."""
+        import ml_dtypes
+        import onnx_ir as ir
+
+        if form.stored_bits == 8:
+            return
+        kinds = {4: (ml_dtypes.int4, ir.DataType.INT4), 2: (ml_dtypes.int2, ir.DataType.INT2)}
+        value = initializers[f"{owner}.weight.codes"]
+        kind, name = kinds[form.stored_bits]
+        value.const_value = ir.Tensor(value.const_value.numpy().astype(kind), name=value.name)
+        value.dtype = name
+
+    def lower(self, model: ir.Model) -> None:
+        """Nothing: DequantizeLinear is written as it is."""
+
+    def certify(self, graph: Graph, tensors: Any, item: LayerPlan) -> Certified:
+        """Integers, their type, scales, axis and block, and what reads them."""
+        from onnx import TensorProto
+
+        owner = item.layer.tied_to or item.name
+        codes_name = f"{owner}.weight.codes"
+        reasons: list[str] = []
+        codes, wanted = graph.array(codes_name), tensors.get_tensor(codes_name)
+        codes_equal = codes is not None and same(codes.astype(np.int8), wanted)
+        if codes is None:
+            reasons.append(f"no initializer {codes_name}")
+        elif not codes_equal:
+            reasons.append(first_difference(codes.astype(np.int8), wanted, "codes"))
+        else:
+            stored = TensorProto.DataType.Name(graph.initializers[codes_name].data_type)
+            if stored != f"INT{item.weights.stored_bits}":
+                reasons.append(f"codes are stored as {stored}")
+        readers = graph.readers.get(codes_name, [])
+        decoders = [node for node in readers if node.op_type == "DequantizeLinear"]
+        if not decoders or len(decoders) != len(readers):
+            reasons.append("codes must be read by DequantizeLinear and by nothing else")
+        wrong_scales = _wrong_scales(graph, decoders, tensors.get_tensor(f"{owner}.weight.scale"))
+        reasons += wrong_scales + _wrong_layout(decoders, item) + _unread(graph, decoders, item)
+        sources = [node.output[0] for node in decoders]
+        return Certified(codes_equal, bool(decoders) and not wrong_scales, sources, reasons)
+
+    def sources(self, graph: Graph, owner: str) -> list[str]:
+        """Outputs of the DequantizeLinear nodes."""
+        readers = graph.readers.get(f"{owner}.weight.codes", [])
+        return [node.output[0] for node in readers if node.op_type == "DequantizeLinear"]
+
+    def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:
+        """Codes and scales. Zero points are left out: layers of a shape share them."""
+        if not isinstance(form, WeightFormat):  # a table that was decoded
+            return layer.weights + float_bytes * layer.out_features
+        block = form.block or layer.in_features
+        return layer.weights * form.stored_bits // 8 + layer.weights // block * float_bytes
+
+
+def _wrong_scales(graph: Graph, decoders: list[NodeProto], reference: np.ndarray) -> list[str]:
+    """Scales and zero points of a weight; all decoders of a tied table count."""
+    found = []
+    for node in decoders:
+        scale = graph.array(node.input[1])
+        if scale is None:
+            found.append(f"{node.name}: no initializer {node.input[1]}")
+        elif not same(scale, reference.astype(scale.dtype)):
+            found.append(first_difference(scale, reference.astype(scale.dtype), "scale"))
+        if not zero_is_zero(graph, node):
+            found.append(f"{node.name}: the zero point is not 0")
+    return found
+
+
+def _unread(graph: Graph, decoders: list[NodeProto], item: LayerPlan) -> list[str]:
+    """Decoded codes that reach no operation of their layer: it reads something else, such as a float copy."""
+    if not decoders:
+        return []
+    outputs = [node.output[0] for node in decoders]
+    if item.layer.kind == "embedding":
+        readers = [node for name in outputs for node in graph.readers.get(name, [])]
+        read = any(node.op_type == "Gather" and node.input[0] in outputs for node in readers)
+        return [] if read else ["the decoded codes reach no Gather"]
+    wanted = "Conv" if item.layer.kind == "conv" else "MatMul"
+    return [] if any(matmuls(graph, name) for name in outputs) else [f"the decoded codes reach no {wanted}"]
+
+
+def _wrong_layout(decoders: list[NodeProto], item: LayerPlan) -> list[str]:
+    tied_head = item.layer.kind == "head" and item.layer.tied_to is not None
+    table = item.layer.kind in ("embedding", "conv") or tied_head
+    channel_axis = 0 if table else 1
+    axis = channel_axis if item.block is None else 1 - channel_axis
+    found = []
+    for node in decoders:
+        values = {attribute.name: attribute.i for attribute in node.attribute}
+        if values.get("axis", 1) != axis or values.get("block_size", 0) != (item.block or 0):
+            found.append(f"{node.name} has {values}, expected axis {axis}, block {item.block}")
+    return found
