@@ -51,7 +51,7 @@ class Graph:
         graph = helper.make_graph(self.nodes, "graph", inputs, outputs, self.tensors)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
         if formats is not None:
-            helper.set_model_props(model, {"qcompress.schema.formats": formats})
+            helper.set_model_props(model, {"qcompress.formats": formats})
         return model
 
 

@@ -179,7 +179,7 @@ def add_functions(model: onnx.ModelProto, chance: Random) -> None:
 
 def forge_metadata(model: onnx.ModelProto, chance: Random) -> None:
     value = some(["{", "[" * 100_000, '{"a": {"bits": "x"}}', "\0?", "null"], chance)
-    model.metadata_props.append(onnx.StringStringEntryProto(key="qcompress.schema.formats", value=value))
+    model.metadata_props.append(onnx.StringStringEntryProto(key="qcompress.formats", value=value))
 
 
 STRUCTURE: tuple[Change, ...] = (

@@ -27,7 +27,7 @@ from qcompress.graph.tensors import type_word
 from qcompress.graph.view import DEQUANTIZE, FLOATS, QUANTIZE, Shape, View, attribute, operand, result
 from qcompress.schema.targets import Target
 
-FORMATS_KEY = "qcompress.schema.formats"
+FORMATS_KEY = "qcompress.formats"
 """Key of an ONNX file's metadata that says how its layers are quantized, as JSON."""
 
 OPSETS = (21, 25)

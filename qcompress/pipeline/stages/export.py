@@ -88,7 +88,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     }
     model.metadata_props.clear()
     model.metadata_props.update({f"qcompress.{key}": value for key, value in sorted(provenance.items())})
-    model.metadata_props["qcompress.schema.formats"] = json.dumps(formats, sort_keys=True)
+    model.metadata_props["qcompress.formats"] = json.dumps(formats, sort_keys=True)
     model.producer_name, model.producer_version = "qcompress", provenance["version"]
     model.doc_string = None
     file = out / "model.onnx"
