@@ -23,7 +23,10 @@ from qcompress.quant.noise import QuantNoise
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, channel_axis: int) -> Tensor:
     """x @ w + b, x [..., in]. Every form of a layer calls it, so that they agree to the last bit."""
     y = torch.matmul(x, weight if channel_axis == 1 else weight.t())
-    return y if bias is None else y + bias
+    if bias is None:
+        return y
+    # in place it costs half; under autocast the sum has the bias's precision and needs memory of its own
+    return y.add_(bias) if y.dtype == bias.dtype else y + bias
 
 
 class ChannelScale(nn.Module):
