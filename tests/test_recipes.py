@@ -1,19 +1,16 @@
-"""The recipes that ship, the table in the quickstart's header, and what the README says is there."""
+"""The recipes that ship, and the table in the quickstart's header."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import typer
 import yaml
 
-from qcompress.cli.main import app
 from qcompress.recipe.check import all_mistakes
 from qcompress.recipe.load import load_recipe
 
@@ -85,19 +82,6 @@ def test_quadapter_wins_back_what_ptq_loses_and_loses_less_elsewhere_than_lsq() 
         lost = mean(f"{form} ptq", "shakespeare") - base
         assert (mean(f"{form} quadapter", "shakespeare") - base) / lost < 0.1
         assert mean(f"{form} quadapter", "wikitext2") < mean(f"{form} lsq", "wikitext2")
-
-
-def test_the_readme_names_files_and_commands_that_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = text.split("## Layout")[1].split("```")[1]
-    names = re.findall(r"[\w/]+\.(?:py|toml|txt)", tree)
-    assert len(names) >= 15
-    for name in names:
-        assert any((folder / name).is_file() for folder in (ROOT, ROOT / "qcompress", ROOT / "tests")), name
-    commands = set(re.findall(r"^qcompress (\w+)", text, flags=re.MULTILINE))
-    known = set(typer.main.get_command(app).commands)
-    assert len(commands) >= 8
-    assert commands <= known, commands - known
 
 
 def test_the_bundled_model_without_its_outliers_computes_the_same(
