@@ -18,9 +18,12 @@ import pytest
 import typer
 import yaml
 from pydantic import BaseModel
+from test_layers import ROOMS
 
 from qcompress.cli.listing import LISTS
 from qcompress.cli.main import app
+from qcompress.graph.lint.rules import RULES
+from qcompress.recipe.check import all_mistakes
 from qcompress.recipe.json_schema import recipe_schema
 from qcompress.schema import adapters, custom, data, export, formats, goals, method_options, quantizers
 from qcompress.schema import recipe as recipes
@@ -184,9 +187,8 @@ def test_links_and_anchors_resolve(found: Page) -> None:
             continue
         path, _, anchor = unquote(link).partition("#")
         target = (found.file.parent / path).resolve() if path else found.file
-        if not target.is_file() or not target.is_relative_to(ROOT.resolve()):
-            broken.append(link)
-        elif anchor and anchor not in Page(target).anchors:
+        inside = target.is_file() and target.is_relative_to(ROOT.resolve())
+        if not inside or (anchor and anchor not in Page(target).anchors):
             broken.append(link)
     assert broken == []
 
@@ -228,6 +230,13 @@ def test_rooms_are_the_folders_of_the_package(name: str) -> None:
     folders = {path.name for path in (ROOT / "qcompress").iterdir() if path.is_dir()} - {"__pycache__"}
     assert sorted(set(rooms) - {"api.py"}) == sorted(folders)
     assert len(rooms) == len(set(rooms))
+
+
+def test_the_architecture_has_the_directions_of_imports() -> None:
+    (table,) = (table for table in page("architecture").tables if table.header[0] == "room")
+    for room, _, below in table.rows:
+        allowed = set(ROOMS[quoted(room)[0].removesuffix(".py")].split()) - {"errors"}
+        assert set(below.split(", ")) == (allowed or {"nothing"}), room
 
 
 def test_the_readme_has_the_exit_codes_of_the_package() -> None:
@@ -310,6 +319,10 @@ def test_parity_limits_are_those_of_the_gate() -> None:
                 assert (float(mean), float(top)) == (limits.mean_abs, limits.top1_agreement)
                 seen += 1
     assert seen == 6
+
+
+def test_the_number_of_lint_rules_is_that_of_the_linter() -> None:
+    assert f"`lint` has {len(RULES)} rules" in page("foreign-graphs").text
 
 
 # The glossary -------------------------------------------------------------------------------------
@@ -447,6 +460,15 @@ def test_recipes_are_found_and_one_is_whole() -> None:
     assert len(YAML) >= 15
     assert any("name" in document and "data" in document for document in YAML.values())
     assert mistakes({"train": {"batchsize": 8}}) and mistakes({"formats": "w8a8"})
+
+
+def test_a_whole_recipe_lacks_nothing_but_its_files(tmp_path: Path) -> None:
+    whole = [document for document in YAML.values() if "name" in document and "data" in document]
+    for document in whole:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(document, sort_keys=False))
+        found = all_mistakes(file)[2]
+        assert found and all(mistake.key.startswith(("model.source", "data.")) for mistake in found), found
 
 
 def test_every_short_recipe_in_a_line_fits_the_schema() -> None:
