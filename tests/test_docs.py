@@ -23,6 +23,7 @@ from test_layers import ROOMS
 from qcompress.cli.listing import LISTS
 from qcompress.cli.main import app
 from qcompress.graph.lint.rules import RULES
+from qcompress.pipeline.key_scope import TOOLS, VALUES
 from qcompress.recipe.check import all_mistakes
 from qcompress.recipe.json_schema import recipe_schema
 from qcompress.schema import adapters, custom, data, export, formats, goals, method_options, quantizers
@@ -319,6 +320,15 @@ def test_parity_limits_are_those_of_the_gate() -> None:
                 assert (float(mean), float(top)) == (limits.mean_abs, limits.top1_agreement)
                 seen += 1
     assert seen == 6
+
+
+def test_what_re_runs_a_stage_is_what_the_keys_cover() -> None:
+    (table,) = (table for table in page("run-directory").tables if table.header[0] == "stage")
+    assert [quoted(row[0])[0] for row in table.rows] == list(recipes.STAGES)
+    for row in table.rows:
+        stage, axes = quoted(row[0])[0], set(AXES) if "the five axes" in row[1] else set()
+        assert {key for key in quoted(row[1]) if key != "provenance"} | axes == set(VALUES[stage]), stage
+        assert [tool for tool in TOOLS[stage] if tool not in f"{row[4]}, onnxruntime-gpu"] == []
 
 
 def test_the_number_of_lint_rules_is_that_of_the_linter() -> None:
