@@ -14,7 +14,7 @@ import numpy as np
 from qcompress.errors import UsageError
 from qcompress.models import FAMILIES, load_tokenizer
 from qcompress.models.architecture import PIXELS
-from qcompress.models.files import read_config
+from qcompress.models.checkpoint_files import read_config
 from qcompress.parity.generate import Generator
 from qcompress.parity.runners import OnnxRunner
 from qcompress.schema.recipe import CausalLm

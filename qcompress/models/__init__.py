@@ -15,8 +15,9 @@ from qcompress.models.architecture import (
     Head,
     Input,
 )
+from qcompress.models.checkpoint_files import read_config, read_object, read_tensors, wrapper_of
 from qcompress.models.config_values import check_floats
-from qcompress.models.depth import (
+from qcompress.models.layer_selection import (
     SHARED,
     Blocks,
     BlocksError,
@@ -27,7 +28,6 @@ from qcompress.models.depth import (
     share,
     with_shared,
 )
-from qcompress.models.files import read_config, read_object, read_tensors, wrapper_of
 from qcompress.models.loading import reading
 
 if TYPE_CHECKING:

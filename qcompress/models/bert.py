@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qcompress.models.encoder import CAUSAL, LINEAR_AXIS, TASKS, Encoder
-from qcompress.models.stock import Stock
+from qcompress.models.hf_loader import Stock
 
 __all__ = ["CAUSAL", "LINEAR_AXIS", "TASKS"]
 

@@ -32,7 +32,7 @@ from qcompress.models.convnet import (
     Outline,
     integers,
 )  # fmt: skip
-from qcompress.models.depth import Names
+from qcompress.models.layer_selection import Names
 from qcompress.models.stock_images import OwnImages
 
 __all__ = ["CAUSAL", "DEPTH", "INPUTS", "LINEAR_AXIS", "TASKS"]

@@ -30,7 +30,7 @@ from qcompress.models.architecture import (
     Point,
     image_inputs,
 )
-from qcompress.models.heads import check_config, check_leftover, check_shapes, config_of, labels_of
+from qcompress.models.config_checks import check_config, check_leftover, check_shapes, config_of, labels_of
 
 TASKS = ("image-classification",)
 

@@ -30,7 +30,7 @@ from qcompress.models.convnet import (
     Outline,
     integers,
 )
-from qcompress.models.depth import Names
+from qcompress.models.layer_selection import Names
 from qcompress.models.stock_images import StockImages
 
 __all__ = ["CAUSAL", "DEPTH", "INPUTS", "LINEAR_AXIS", "TASKS"]

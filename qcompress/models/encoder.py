@@ -42,8 +42,8 @@ from qcompress.models.architecture import (
     Site,
     token_inputs,
 )
-from qcompress.models.depth import Depth
-from qcompress.models.heads import check_config, check_leftover, check_shapes, config_of, labels_of
+from qcompress.models.config_checks import check_config, check_leftover, check_shapes, config_of, labels_of
+from qcompress.models.layer_selection import Depth
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -29,9 +29,9 @@ from qcompress.models.architecture import (
     Site,
     token_inputs,
 )
-from qcompress.models.depth import Depth, lacking, share_parameters
+from qcompress.models.config_checks import check_config, check_leftover
 from qcompress.models.finite import demand_finite
-from qcompress.models.heads import check_config, check_leftover
+from qcompress.models.layer_selection import Depth, lacking, share_parameters
 from qcompress.models.loading import reading, stock_config, stock_model
 
 if TYPE_CHECKING:

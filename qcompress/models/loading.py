@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import ModelError, QcompressError
-from qcompress.models.files import read_config, weight_files
+from qcompress.models.checkpoint_files import read_config, weight_files
 from qcompress.system.artifacts import read_json
 from qcompress.system.digests import digest_of
 

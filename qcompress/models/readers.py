@@ -13,7 +13,7 @@ from typing import Any
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES, PROCESSOR, graph_signature, prepared_size, read_steps
 from qcompress.models.architecture import PIXELS
-from qcompress.models.files import read_object
+from qcompress.models.checkpoint_files import read_object
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -16,7 +16,7 @@ from typing import Any
 from qcompress.errors import ModelError
 from qcompress.models.architecture import convolution
 from qcompress.models.convnet import CAUSAL, DEPTH, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
-from qcompress.models.depth import Names
+from qcompress.models.layer_selection import Names
 from qcompress.models.stock_images import StockImages
 
 __all__ = ["CAUSAL", "DEPTH", "INPUTS", "LINEAR_AXIS", "TASKS"]

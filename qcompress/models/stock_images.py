@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import ModelError
+from qcompress.models.checkpoint_files import read_config
 from qcompress.models.convnet import COUNTED, ConvNet
-from qcompress.models.files import read_config
 from qcompress.models.finite import demand_finite
 from qcompress.models.loading import hashed_files, reading, stock_config, stock_model
 
@@ -148,7 +148,7 @@ class OwnImages(_Images):
 
 def _rows(directory: Path, name: str) -> int:
     """Rows of a tensor of a checkpoint."""
-    from qcompress.models.files import read_tensors
+    from qcompress.models.checkpoint_files import read_tensors
 
     return read_tensors(directory)[name][1][0]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcompress.models.files import read_object
+from qcompress.models.checkpoint_files import read_object
 from qcompress.models.loading import reading
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

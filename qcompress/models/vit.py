@@ -33,9 +33,9 @@ from qcompress.models.architecture import (
     Site,
     image_inputs,
 )
-from qcompress.models.depth import Depth, share_parameters
-from qcompress.models.heads import check_config, check_leftover, check_shapes, config_of, labels_of
-from qcompress.models.stock import Maker, empty_model, load_model, put_points
+from qcompress.models.config_checks import check_config, check_leftover, check_shapes, config_of, labels_of
+from qcompress.models.hf_loader import Maker, empty_model, load_model, put_points
+from qcompress.models.layer_selection import Depth, share_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

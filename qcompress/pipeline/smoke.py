@@ -19,8 +19,8 @@ from typing import Any
 
 from qcompress.errors import UsageError
 from qcompress.models import first_blocks
-from qcompress.models.depth import Blocks
-from qcompress.models.files import copy_tensors
+from qcompress.models.checkpoint_files import copy_tensors
+from qcompress.models.layer_selection import Blocks
 from qcompress.models.plan import matches
 from qcompress.models.readers import READER_FILES
 from qcompress.pipeline.stages.load import fingerprint, locate

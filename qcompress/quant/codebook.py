@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.quant.affine import Grid, fake_quantize
-from qcompress.quant.coding import CodedWeight
 from qcompress.quant.kmeans import Clusters, kmeans
 from qcompress.quant.ranges import TINY
+from qcompress.quant.weight_quantizer import CodedWeight
 from qcompress.schema.formats import CodebookFormat
 from qcompress.schema.quantizers import Codebook
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.quant.affine import Grid, fake_quantize, to_ternary
-from qcompress.quant.coding import CodedWeight
 from qcompress.quant.dynamic import DynamicActivation
 from qcompress.quant.learned_scale import LearnedScale
 from qcompress.quant.ranges import Statistics, activation_ratio, start_scale, weight_ratio
 from qcompress.quant.ternary import TernaryWeight
+from qcompress.quant.weight_quantizer import CodedWeight
 from qcompress.schema.quantizers import Lsq, MinMax
 
 ChannelScale = Callable[[], Tensor]

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcompress.quant.affine import Grid
-from qcompress.quant.coding import CodedWeight
 from qcompress.quant.ranges import TINY
+from qcompress.quant.weight_quantizer import CodedWeight
 from qcompress.schema.quantizers import Ternary
 
 

@@ -16,8 +16,8 @@ from typing import Literal, get_args
 from qcompress.errors import Mistake, ModelError, RecipeError
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture, Head, Layer
-from qcompress.models.depth import BlocksError
-from qcompress.models.heads import HeadError
+from qcompress.models.config_checks import HeadError
+from qcompress.models.layer_selection import BlocksError
 from qcompress.models.plan import LayerPlan, PointPlan, matches, plan_layers, plan_points
 from qcompress.recipe.data_check import judge_data
 from qcompress.recipe.load import Resolved, base_of, examine, resolved

@@ -5,7 +5,7 @@
 
 A class fulfils its axis's protocol (`methods/protocols.py`) and is built as this package's own are:
 
-    quantizers   of a weight (with `codes_of`, best a CodedWeight of `quant/coding.py`):
+    quantizers   of a weight (with `codes_of`, best a CodedWeight of `quant/weight_quantizer.py`):
                  cls(options, grid, bounds, shape); of an activation: cls(options, bounds, channels)
     adapters     cls(options)
     objectives   cls(options, task_loss), with task_loss(logits, batch)

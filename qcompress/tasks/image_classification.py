@@ -21,7 +21,7 @@ import numpy as np
 
 from qcompress.models import FAMILIES, graph_signature, load_processor
 from qcompress.models.architecture import Head
-from qcompress.models.files import read_config
+from qcompress.models.checkpoint_files import read_config
 from qcompress.schema.data import Columns
 from qcompress.schema.recipe import ImageClassification, TextData
 from qcompress.schema.tasks import AGREEMENT

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qcompress.errors import UsageError
-from qcompress.models.heads import is_named, label_names
+from qcompress.models.config_checks import is_named, label_names
 from qcompress.schema.glue import GLUE
 from qcompress.schema.recipe import ImageClassification, SequenceClassification, TokenClassification
 from qcompress.tasks.text import printable

@@ -26,7 +26,7 @@ from transformers import GPT2LMHeadModel
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import CAUSAL_LM, Head
-from qcompress.models.files import read_tensors
+from qcompress.models.checkpoint_files import read_tensors
 from qcompress.models.readers import check_reader
 from qcompress.pipeline.stages.load import fingerprint, load
 from qcompress.schema.recipe import Model

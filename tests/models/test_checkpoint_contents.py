@@ -23,7 +23,7 @@ from transformers import GPT2LMHeadModel
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Head
-from qcompress.models.files import read_tensors
+from qcompress.models.checkpoint_files import read_tensors
 from qcompress.pipeline.stages.load import fingerprint, load
 from qcompress.schema.recipe import Model
 from qcompress.system.artifacts import FloatModel

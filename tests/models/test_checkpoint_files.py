@@ -15,7 +15,13 @@ from transformers import GPT2LMHeadModel
 
 from qcompress.errors import ModelError
 from qcompress.models import describe
-from qcompress.models.files import HEADER_LIMIT, read_config, read_header, read_tensors, weight_files
+from qcompress.models.checkpoint_files import (
+    HEADER_LIMIT,
+    read_config,
+    read_header,
+    read_tensors,
+    weight_files,
+)
 from qcompress.models.gpt2 import describe as describe_gpt2
 
 

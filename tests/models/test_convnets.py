@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES, describe, graph_signature
 from qcompress.models.architecture import Head
-from qcompress.models.files import copy_tensors, read_config, read_header
+from qcompress.models.checkpoint_files import copy_tensors, read_config, read_header
 
 HEAD = Head("image-classification")
 FAMILIES_OF_NETS = ("resnet", "cifar-resnet", "efficientnet")

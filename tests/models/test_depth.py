@@ -23,7 +23,7 @@ from transformers import GPT2LMHeadModel, ViTForImageClassification
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import CAUSAL_LM, Head
-from qcompress.models.depth import SHARED, BlocksError, Depth, choose, owners
+from qcompress.models.layer_selection import SHARED, BlocksError, Depth, choose, owners
 from qcompress.pipeline.stages.load import fingerprint, load
 from qcompress.schema.recipe import Model
 

@@ -388,9 +388,13 @@ NEVER = re.compile(
 @pytest.mark.parametrize(
     ("sections", "wanted", "unwanted"),
     [
-        ({"method": "lsq"}, {"models/gpt2.py", "tasks/causal_lm.py"}, {"methods/ball.py", "models/bert.py"}),
-        ({"method": "saq"}, {"methods/saq.py", "methods/ball.py"}, {"methods/squat.py"}),
-        ({"method": "squat"}, {"methods/squat.py", "methods/ball.py"}, {"methods/saq.py"}),
+        (
+            {"method": "lsq"},
+            {"models/gpt2.py", "tasks/causal_lm.py"},
+            {"methods/perturbation.py", "models/bert.py"},
+        ),
+        ({"method": "saq"}, {"methods/saq.py", "methods/perturbation.py"}, {"methods/squat.py"}),
+        ({"method": "squat"}, {"methods/squat.py", "methods/perturbation.py"}, {"methods/saq.py"}),
         ({"method": "quadapter"}, {"methods/quadapter.py"}, {"methods/modelopt.py", "methods/ipq.py"}),
         ({"method": "smoothquant"}, {"methods/smoothquant.py", "methods/modelopt.py"}, {"methods/awq.py"}),
         ({"method": "awq"}, {"methods/awq.py", "methods/modelopt.py"}, {"methods/smoothquant.py"}),
@@ -410,9 +414,9 @@ NEVER = re.compile(
             {
                 "methods/teacher_intervention.py",
                 "methods/distillation.py",
-                "methods/signals.py",
+                "methods/activation_taps.py",
                 "models/bert.py",
-                "models/stock.py",
+                "models/hf_loader.py",
                 "tasks/sequence_classification.py",
                 "quant/ternary.py",
             },
@@ -442,7 +446,7 @@ def test_the_code_of_train_is_what_the_recipe_selects(
 def test_every_stage_has_its_own_code_and_no_report(text_file: Path) -> None:
     recipe = make_recipe(text_file)
     wanted = {
-        "load": {"models/files.py", "models/gpt2.py"},
+        "load": {"models/checkpoint_files.py", "models/gpt2.py"},
         "fold": {"quant/folded.py", "prepare.py", "models/gpt2.py"},
         "export": {"certificate.py", "targets/rules.py", "sizes.py", "prepare.py"},
         "build": {"targets/process.py", "errors.py"},

@@ -15,8 +15,8 @@ from transformers import BertForSequenceClassification
 
 from qcompress.errors import RecipeError
 from qcompress.models import FAMILIES
-from qcompress.models.files import read_config, read_tensors
-from qcompress.models.heads import HeadError
+from qcompress.models.checkpoint_files import read_config, read_tensors
+from qcompress.models.config_checks import HeadError
 from qcompress.pipeline.keys import Plan, parts
 from qcompress.pipeline.stages.load import fingerprint
 from qcompress.recipe.check import Report, check_model

@@ -23,7 +23,7 @@ from qcompress.errors import RecipeError, UsageError
 from qcompress.pipeline import keys
 from qcompress.pipeline import run as pipeline
 from qcompress.quant.affine import Grid, fake_quantize
-from qcompress.quant.coding import CodedWeight
+from qcompress.quant.weight_quantizer import CodedWeight
 from qcompress.recipe.load import load_recipe
 from qcompress.schema.custom import among
 from qcompress.schema.formats import Options

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from qcompress.errors import UsageError
 from qcompress.quant.affine import fake_quantize
-from qcompress.quant.coding import CodedWeight
 from qcompress.quant.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, LsqActivation, LsqWeight
+from qcompress.quant.weight_quantizer import CodedWeight
 from qcompress.system.reporter import Reporter
 from qcompress.training import loop
 from qcompress.training.methods import ADAPTERS

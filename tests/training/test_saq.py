@@ -35,7 +35,7 @@ from qcompress.quant.learned_scale import unit_of
 from qcompress.system.fingerprint import code_digest
 from qcompress.training.loop import taps_of
 from qcompress.training.methods import STEPPERS
-from qcompress.training.methods.ball import Ball, Perturbation, random_share
+from qcompress.training.methods.perturbation import Ball, Perturbation, random_share
 from qcompress.training.methods.protocols import Moment
 from qcompress.training.parameter_roles import parameter_roles
 
@@ -566,8 +566,8 @@ def test_a_weight_that_stays_float_is_no_tap(line: Callable[..., Line]) -> None:
 def test_another_methods_code_is_no_part_of_the_key(text_file: Path) -> None:
     own = {
         "lsq": set(),
-        "saq": {"methods/ball.py", "methods/saq.py"},
-        "squat": {"methods/ball.py", "methods/squat.py"},
+        "saq": {"methods/perturbation.py", "methods/saq.py"},
+        "squat": {"methods/perturbation.py", "methods/squat.py"},
     }
     every = set.union(*own.values())
     for method, files in own.items():

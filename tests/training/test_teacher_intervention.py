@@ -26,9 +26,9 @@ from qcompress.pipeline.stages.export import export
 from qcompress.schema.method_options import Distillation, TeacherIntervention, TwoStep
 from qcompress.schema.recipe import Train
 from qcompress.training.methods import SCHEDULES
+from qcompress.training.methods.activation_taps import Watch
 from qcompress.training.methods.distillation import DistillationLoss, prediction_loss
 from qcompress.training.methods.protocols import Scene
-from qcompress.training.methods.signals import Watch
 from qcompress.training.methods.teacher_intervention import INTERVENTION, Intervention, mode_at
 
 MODES = ("output", "context", "attention")

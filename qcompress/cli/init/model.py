@@ -14,8 +14,8 @@ from qcompress.cli.init.asked import Mistakes
 from qcompress.errors import ModelError, UsageError
 from qcompress.models import FAMILIES, describe, renamed_tensors
 from qcompress.models.architecture import Architecture, Head
-from qcompress.models.files import copy_tensors, read_config, read_tensors
-from qcompress.models.heads import HeadError, is_named, problem_of
+from qcompress.models.checkpoint_files import copy_tensors, read_config, read_tensors
+from qcompress.models.config_checks import HeadError, is_named, problem_of
 from qcompress.models.readers import READER_FILES
 from qcompress.recipe.messages import nearest
 from qcompress.schema.tasks import LabelsAre

@@ -33,8 +33,8 @@ from qcompress.graph.keep_fp32 import keep_fp32, require_operators
 from qcompress.graph.lint.lint import lint
 from qcompress.graph.optimizer import optimize
 from qcompress.models import FAMILIES, graph_signature
-from qcompress.models.depth import lent_prefixes
-from qcompress.models.files import read_config
+from qcompress.models.checkpoint_files import read_config
+from qcompress.models.layer_selection import lent_prefixes
 from qcompress.models.plan import LayerPlan, plans_from_json, points_from_json, sharers
 from qcompress.models.prepare import assemble
 from qcompress.quant.types import COMPUTE

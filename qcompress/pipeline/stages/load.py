@@ -17,7 +17,7 @@ from typing import Any
 from qcompress.errors import MachineError, ModelError
 from qcompress.models import FAMILIES, PROCESSOR, chosen, describe, renamed_tensors
 from qcompress.models.architecture import CAUSAL_LM, Head
-from qcompress.models.files import ADAPTER, copy_tensors, read_config, read_tensors, weight_files
+from qcompress.models.checkpoint_files import ADAPTER, copy_tensors, read_config, read_tensors, weight_files
 from qcompress.models.readers import READER_FILES, WHOLE_PROCESSOR, check_reader
 from qcompress.schema.recipe import Model
 from qcompress.system.artifacts import write_json

@@ -21,7 +21,7 @@ from torch import nn
 from qcompress.errors import ContractError, MachineError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Architecture
-from qcompress.models.files import read_config
+from qcompress.models.checkpoint_files import read_config
 from qcompress.models.plan import LayerPlan, PointPlan, plan_points, plan_sites, rounded
 from qcompress.models.prepare import Prepared, initialise, open_points, quantize
 from qcompress.quant.batchnorm import BatchNorm

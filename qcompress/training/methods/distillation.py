@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from qcompress.schema.method_options import Distillation, TeacherIntervention
 from qcompress.tasks.examples import Batch, inputs_of
+from qcompress.training.methods.activation_taps import Signals, Watch
 from qcompress.training.methods.protocols import Scene
-from qcompress.training.methods.signals import Signals, Watch
 
 MASKED = -100.0
 """Scores at or below this were masked."""

@@ -45,7 +45,7 @@ class Quantizer(Protocol):
 
     def scale_of(self, *weight: Tensor) -> Tensor:
         """The scale that is deployed; called when training has ended. A weight's quantizer is a `CodedWeight`
-        (`quant/coding.py`), which says how its codes are made as well.
+        (`quant/weight_quantizer.py`), which says how its codes are made as well.
         """
 
 

@@ -12,9 +12,9 @@ The paper holds three formulations against each other, `case` here:
 
 In case 2 a quantizer whose scale follows the weight (minmax) takes the scale of w + eps.
 
-Two passes an update: the first finds eps (`ball.py`), the second gives the gradient, straight through the
-quantizer, to weights and scales alike. Running statistics of batch norms see the first pass only; the
-published code lets them see both.
+Two passes an update: the first finds eps (`perturbation.py`), the second gives the gradient, straight
+through the quantizer, to weights and scales alike. Running statistics of batch norms see the first pass only;
+the published code lets them see both.
 
 Cheaper: the paper's "efficient training strategy" is in no text or code that was available to us, so these
 are readings from the literature that its README credits.
@@ -41,7 +41,7 @@ from torch.optim import Optimizer
 
 from qcompress.quant.layers import Place, QuantizedWeight
 from qcompress.schema.method_options import Saq
-from qcompress.training.methods.ball import Ball, Perturbation, fixed_statistics, random_share
+from qcompress.training.methods.perturbation import Ball, Perturbation, fixed_statistics, random_share
 from qcompress.training.methods.plain import apply_gradients
 from qcompress.training.methods.protocols import Group, Moment, Report
 

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 
 from qcompress.quant.layers import Place, QuantizedWeight
 from qcompress.schema.method_options import Squat
-from qcompress.training.methods.ball import Ball, fixed_statistics, without_gradients
+from qcompress.training.methods.perturbation import Ball, fixed_statistics, without_gradients
 from qcompress.training.methods.plain import apply_gradients
 from qcompress.training.methods.protocols import Group, Moment, Report
 

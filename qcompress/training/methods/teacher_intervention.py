@@ -29,9 +29,9 @@ from qcompress.schema.axes import PHASES
 from qcompress.schema.method_options import TwoStep
 from qcompress.schema.recipe import Train
 from qcompress.tasks.examples import Batch
+from qcompress.training.methods.activation_taps import Mode, Signals
 from qcompress.training.methods.distillation import DistillationLoss, states_loss
 from qcompress.training.methods.protocols import Phase
-from qcompress.training.methods.signals import Mode, Signals
 
 INTERVENTION = "intervention"
 """The phase in which the teacher intervenes."""

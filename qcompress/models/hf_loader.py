@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import ModelError
 from qcompress.models.architecture import OPERANDS
-from qcompress.models.depth import Depth, lacking, share_parameters
+from qcompress.models.checkpoint_files import read_config
 from qcompress.models.encoder import CLASSES, Encoder
-from qcompress.models.files import read_config
 from qcompress.models.finite import demand_finite
+from qcompress.models.layer_selection import Depth, lacking, share_parameters
 from qcompress.models.loading import reading, stock_config, stock_model
 
 if TYPE_CHECKING:
