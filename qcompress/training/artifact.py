@@ -1,5 +1,5 @@
-"""What training leaves behind: trained.safetensors (the final form of every quantizer, every rescaling, and
-the tensors that training changed) and trained.json.
+"""Writer of the train stage's files: trained.safetensors (final tensors of every quantizer, every rescaling,
+and the float tensors that training changed) and trained.json.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ def save_trained(
     training: Training, adapter: Adapter, float_names: set[str], frozen: bool, digest: str | None,
     ranges: dict[str, dict[str, float]], out: Path,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Write both files into `out`, and return the tensors. `float_names`: the parameters of the float model;
-    `frozen`: none of them was trained, and `digest` is theirs; `ranges`: what `make_static` found.
+    """Write both files into `out` and return the tensors.
+
+    `float_names`: the parameters of the float model; `frozen`: training changed none of them, and `digest` is
+    their SHA-256; `ranges`: the static activation ranges of `make_static`.
     """
     recipe, prepared = training.recipe, training.prepared
     compute = COMPUTE[recipe.format.compute]
@@ -46,10 +48,10 @@ def save_trained(
     tensors |= {f"{writer}.rescale": scale for writer, scale in rescalings.items()}
     changed = []
     if not frozen:
-        looked_up = {f"{name}.weight" for name in books}  # of which nothing is left
-        own = own_tensors(prepared.model)
-        changed = [name for name in own if name in float_names and name not in looked_up]
-        tensors |= {name: own[name] for name in changed}
+        looked_up = {f"{name}.weight" for name in books}  # replaced by assignments and centroids
+        model_tensors = own_tensors(prepared.model)
+        changed = [name for name in model_tensors if name in float_names and name not in looked_up]
+        tensors |= {name: model_tensors[name] for name in changed}
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_tensors(out / "trained.safetensors", contents)
     sites = {site.writer: site for site in training.architecture.sites}
@@ -72,7 +74,8 @@ def save_trained(
 
 
 def snap(scale: Tensor, compute: torch.dtype, name: str) -> Tensor:
-    """The nearest scale that the compute type can hold, in fp32; positive and finite or refused.
+    """Round a scale to the nearest value of the compute type, returned in fp32. Raises ModelError unless the
+    result is positive and finite.
 
     Rounding scales here, and not at export, keeps the integers of training and deployment equal.
     """

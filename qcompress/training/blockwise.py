@@ -1,6 +1,6 @@
-"""The training loop over one transformer block after another, each against its float output (Quadapter).
+"""Block-wise training loop: each transformer block in turn learns to reproduce its float output (Quadapter).
 
-It makes the same update as `loop.py`, resumes bit for bit, and does not know which method it serves.
+The update is the one of `loop.py`, a resumed run is bit-identical, and no method is special-cased.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from qcompress.training.recording import log_scales
 
 @dataclass(frozen=True)
 class _Sequences:
-    """What one block receives, for all calibration data.
+    """Inputs of one block for all calibration data.
 
-    hidden: [sequences, tokens, width], shorter sequences filled up with zeros. real: which tokens are no
-    padding, bool [sequences, tokens]; None: all of them. rest: the block's other arguments, which are equal
-    for all sequences, apart from a mask of padding.
+    hidden: [sequences, tokens, width], shorter sequences zero-padded on the right. real: mask of the tokens
+    that are not padding, bool [sequences, tokens]; None: no padding. rest: the block's other arguments, equal
+    for all sequences except for a padding mask.
     """
 
     hidden: Tensor
@@ -52,7 +52,9 @@ class _Sequences:
         return len(self.hidden)
 
     def of(self, rows: slice | list[int]) -> tuple[Tensor, dict[str, object], Tensor | None]:
-        """Some sequences, as long as the longest of them: hidden states, other arguments, real tokens."""
+        """Select sequences, cut to the longest of them. Returns hidden states, other arguments, padding
+        mask.
+        """
         if self.real is None:
             return self.hidden[rows], self.rest, None
         real = self.real[rows]
@@ -63,7 +65,7 @@ class _Sequences:
         return self.hidden[rows][:, : real.shape[1]], {**self.rest, "attention_mask": mask}, real
 
     def through(self, block: nn.Module, size: int) -> Tensor:
-        """What a block makes of them, `size` sequences at a time, [sequences, tokens, width]."""
+        """Run a block on all sequences, `size` at a time; returns outputs [sequences, tokens, width]."""
         outputs = torch.zeros_like(self.hidden)
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
@@ -72,14 +74,14 @@ class _Sequences:
         return outputs
 
 
-def _squares(found: Tensor, wanted: Tensor, real: Tensor | None) -> Tensor:
-    """Squared differences of real tokens; `wanted` may be longer than the sequences at hand."""
-    squares = (found - wanted[:, : found.shape[1]]).square()
+def _squares(outputs: Tensor, targets: Tensor, real: Tensor | None) -> Tensor:
+    """Squared differences at real tokens; `targets` may be longer than the selected sequences."""
+    squares = (outputs - targets[:, : outputs.shape[1]]).square()
     return squares if real is None else squares[real]
 
 
 def run_block_phase(training: Training, phase: Phase, start: Position) -> None:
-    """Each block in order learns to reproduce its float output on float inputs (L2), keeping its best
+    """Train each block in order to reproduce its float output on float inputs (L2 loss), keeping its best
     state.
     """
     blocks, size = training.architecture.blocks, training.recipe.train.batch_size
@@ -110,7 +112,9 @@ def _fit_block(
     outputs: Tensor,
     bar: Bar,
 ) -> tuple[float, float]:
-    """Train one block; returns its mean squared error before and after. A state that is worse is not kept."""
+    """Train one block and return its mean squared error before and after. Restores the state with the
+    lowest error.
+    """
     name = training.architecture.blocks[index]
     block = training.prepared.model.get_submodule(name)
     groups = groups_of(training, phase, scope=f"{name}.")
@@ -139,7 +143,7 @@ def _fit_block(
         advance(training.prepared)
         if training.history.update_due(phase_index, done):
             log_update(training, phase_index, done, report, {}, optimizer, groups)
-        if step + 1 < phase.steps:  # of the last one the best state is kept, which may be an earlier one
+        if step + 1 < phase.steps:  # the caller logs the final scales, after the best state is restored
             log_scales(training, phase_index, done, f"{name}.")
         where = f"block {index + 1} of {len(training.architecture.blocks)}"
         bar.advance(f"{where}  error {before:.3g} -> {best:.3g}  loss {report.loss:.3g}")
@@ -147,21 +151,21 @@ def _fit_block(
             error = training.processes.agree(_error(block, inputs, outputs, size))
             if error < best:
                 best, kept = error, _snapshot(training.prepared.model, names)
-    own = training.prepared.model.state_dict(keep_vars=True)
+    model_tensors = training.prepared.model.state_dict(keep_vars=True)
     with torch.no_grad():
         for key, value in kept.items():
-            own[key].copy_(value)
+            model_tensors[key].copy_(value)
     return before, best
 
 
 def _snapshot(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
-    found = moving(model, names)
-    return {name: tensor.detach().clone() for name, tensor in found.items() if tensor.requires_grad}
+    tensors = moving(model, names)
+    return {name: tensor.detach().clone() for name, tensor in tensors.items() if tensor.requires_grad}
 
 
 @torch.no_grad()
 def _error(block: nn.Module, inputs: _Sequences, outputs: Tensor, size: int) -> float:
-    """Mean squared error over all calibration data."""
+    """Mean squared error of a block over all calibration data."""
     total, count = 0.0, 0
     for start in range(0, len(inputs), size):
         rows = slice(start, start + size)
@@ -178,10 +182,10 @@ class _Reached(Exception):  # noqa: N818 (not an error: it ends a forward pass e
 
 @torch.no_grad()
 def _block_inputs(training: Training, model: nn.Module, first: str) -> _Sequences:
-    """What the first block receives.
+    """Capture the inputs of the first block.
 
-    Sequences of one length without padding, as a language model's are, have one mask. Where lengths differ
-    every token sees all real ones (`Encoder`), and a mask is made for each batch anew.
+    Sequences of equal length without padding, such as a language model's, share one mask. Where lengths
+    differ, every token attends to all real tokens (`Encoder`), and each batch gets a new mask.
     """
     hidden: list[Tensor] = []
     real: list[Tensor | None] = []
@@ -193,7 +197,7 @@ def _block_inputs(training: Training, model: nn.Module, first: str) -> _Sequence
         rest.update(dict(zip(names, arguments[1:], strict=True)) | keywords)
         mask = rest.get("attention_mask")
         if mask is not None:
-            rest["attention_mask"] = mask[:1]  # the causal mask is the same for every sequence
+            rest["attention_mask"] = mask[:1]  # all sequences share one causal mask
         raise _Reached
 
     handle = model.get_submodule(first).register_forward_pre_hook(catch, with_kwargs=True)

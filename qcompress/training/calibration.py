@@ -1,4 +1,4 @@
-"""The calibration data as batches on the device, and the statistics of the float model on them."""
+"""Calibration data as batches on the device, and statistics of the float model on them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from qcompress.training.loop import in_order, to_device
 from qcompress.training.observer import observe
 
 LOGITS = 2**26
-"""Most logits of one calibration batch."""
+"""Upper limit of logits in one calibration batch."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration data, where a recipe needs any; `config` is the model's config.json."""
+    """Calibration data of a recipe, None where the recipe needs none; `config` is the model's config.json."""
 
     recipe: Recipe
     config: dict[str, Any]
@@ -35,18 +35,18 @@ class Calibration:
 
     @property
     def size(self) -> int:
-        """Examples of a batch."""
-        # every position has a row of logits, although nobody looks at them here
+        """Batch size in examples: the recipe's, lowered so that a batch has at most `LOGITS` logits."""
+        # the model computes logits for every position, although calibration discards them
         room = LOGITS // math.prod(TASKS[self.recipe.task.name].logits_of(self.recipe.task, self.config))
         return max(1, min(self.recipe.train.batch_size, room))
 
     def batches(self) -> Iterator[Batch]:
-        """Every example, in order."""
+        """Batches of all examples, in order."""
         for batch in in_order(self.examples, self.size) if self.examples is not None else ():
             yield to_device(batch, self.device)
 
     def unpadded(self) -> Iterator[Batch]:
-        """Every example, batched with others of its own length: for who cannot leave padding out himself."""
+        """Batches of equal-length examples, for consumers that cannot mask padding."""
         lengths = [] if self.examples is None else self.examples.lengths.tolist()
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         for _, rows in groupby(order, key=lengths.__getitem__):
@@ -62,7 +62,9 @@ def observe_all(
     calibration: Calibration,
     reporter: Reporter,
 ) -> dict[str, Statistics]:
-    """Statistics of the float model on the calibration data, for all that is rounded."""
+    """Collect statistics of every activation that the plan or a quantization point rounds, on the
+    calibration data.
+    """
     if not any(item.weights and item.activations for item in plan) and not rounded(points):
         return {}
     total = -(-len(calibration.examples) // calibration.size)

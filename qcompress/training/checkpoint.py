@@ -1,11 +1,12 @@
-"""Checkpoints of a training run: everything that moves, in one safetensors file, written in one step.
+"""Training checkpoints: all state that changes during training, in one safetensors file that is replaced
+atomically.
 
 Randomness is a function of (seed, phase, step), so no random state is stored; learning rates are a function
-of the step. What is stored is the model's moving tensors, the optimizer's moments, what the stepper keeps
-from one update to the next, and where the run was.
+of the step. A checkpoint stores the model's changing tensors, the optimizer's moments, the stepper's state
+between updates, and the position in the run.
 
-The metadata has a digest of all of that and of the files beside the checkpoint, which only grow: training
-never resumes from bits that nobody wrote.
+The metadata holds a digest of all of these and of the append-only files beside the checkpoint, so that
+training never resumes from damaged files.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NAME = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: about to make update `step` of block `block` of phase `phase`."""
+    """Position in a run: the next update is number `step` of block `block` of phase `phase`."""
 
     phase: int = 0
     block: int = 0
@@ -41,7 +42,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a checkpoint knows beside the model's tensors."""
+    """Contents of a checkpoint apart from the model's tensors."""
 
     position: Position
     moments: dict[str, Tensor]
@@ -51,7 +52,7 @@ class Resumed:
 
 
 class Checkpoints:
-    """Reads and writes the one checkpoint of a stage's folder."""
+    """Reader and writer of the one checkpoint in a stage's folder."""
 
     def __init__(self, folder: Path, every_s: float) -> None:
         self.file = folder / NAME
@@ -59,14 +60,16 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether enough time has passed since the last one."""
+        """True if `every_s` seconds have passed since the last save."""
         return time.monotonic() - self._last >= self.every_s
 
     def save(
         self, position: Position, model: nn.Module, names: set[str], optimizer: torch.optim.Optimizer | None,
         facts: list[dict[str, object]], recent: list[float], stepper: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
-        """Write a checkpoint; a reader sees the old one or this one. `stepper` is the stepper's state."""
+        """Write a checkpoint atomically: a concurrent reader sees the previous one or this one. `stepper` is
+        the stepper's state.
+        """
         tensors = {f"model:{name}": tensor for name, tensor in moving(model, names).items()}
         if optimizer is not None:
             for index, state in optimizer.state_dict()["state"].items():
@@ -87,7 +90,9 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def damage(self) -> str | None:
-        """The first difference between what was saved and what is there, or None."""
+        """Describe the first difference between the saved checkpoint and the files on disk; None if they
+        agree.
+        """
         if not self.file.is_file():
             return None
         try:
@@ -104,35 +109,39 @@ class Checkpoints:
                 return f"{name} has other content than was written"
         return None
 
-    def drop_damaged(self, say: Callable[[str], None]) -> None:
-        """Empty the folder, and say so, if anything in it is damaged: training begins anew."""
-        if wrong := self.damage():
-            say(f"train: damaged: {wrong}; training begins anew")
+    def drop_damaged(self, report: Callable[[str], None]) -> None:
+        """Delete the folder's files, and report it, if any of them is damaged; training then starts from
+        the beginning.
+        """
+        if damage := self.damage():
+            report(f"train: damaged: {damage}; training begins anew")
             for path in self.file.parent.iterdir():
                 path.unlink()
 
     def _beside(self) -> dict[str, tuple[int, str]]:
-        """Bytes and digest of each other file of the folder, which is brought to the disk."""
-        promised = {}
+        """Sync the folder's other files to disk; returns size in bytes and digest of each."""
+        digests = {}
         for path in sorted(self.file.parent.iterdir()):
             if path.is_file() and not path.name.startswith("checkpoint") and path.suffix != ".tmp":
                 sync(path)
                 size = path.stat().st_size
-                promised[path.name] = (size, prefix_digest(path, size))
-        return promised
+                digests[path.name] = (size, prefix_digest(path, size))
+        return digests
 
     def load(self, model: nn.Module) -> Resumed | None:
-        """Fill the model from the checkpoint, if there is one."""
+        """Fill the model from the checkpoint; returns the rest of its contents, or None without a
+        checkpoint.
+        """
         if not self.file.is_file():
             return None
         with safe_open(self.file, framework="pt") as stream:
             metadata = stream.metadata()
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
-        own = model.state_dict(keep_vars=True)
+        model_tensors = model.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if name.startswith("model:"):
-                    own[name.removeprefix("model:")].copy_(tensor)
+                    model_tensors[name.removeprefix("model:")].copy_(tensor)
         return Resumed(
             position=Position(**json.loads(metadata["position"])),
             moments={name: tensor for name, tensor in tensors.items() if name.startswith("optimizer:")},
@@ -147,7 +156,7 @@ class Checkpoints:
 
 
 def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Of metadata and of tensors in the order of their names: names, types, shapes and bytes."""
+    """SHA-256 of metadata and name-sorted tensors: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in tensors:
         digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
@@ -156,18 +165,18 @@ def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) 
 
 
 def moving(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
-    """The named tensors of the model's state, each shared one once."""
-    found: dict[str, Tensor] = {}
+    """Select the named tensors of the model's state; a shared tensor appears once, under its first name."""
+    selected: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in names and id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor
-    return found
+            selected[name] = tensor
+    return selected
 
 
 def restore(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    """Give a new optimizer the moments of the checkpoint."""
+    """Load the checkpoint's moments into a new optimizer."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in moments.items():
         _, index, key = name.split(":", 2)

@@ -1,12 +1,12 @@
-"""Distributions before and after compression, for the page: distributions.json, compact whatever the model.
+"""Distributions before and after compression, for the HTML report: distributions.json, of bounded size.
 
-    weights      each layer's SNR: its weight as training left it against codes times scale as deployed
-    histograms   of the weights of the layers with the lowest SNR: both of these, over the same bins
-    sites        largest and median magnitude of an adapter's channels, before and after
-    channels     of the sites with the largest outliers: histograms of the channels' magnitudes, the top ones
+    weights      SNR of each layer: trained weight against deployed codes times scale
+    histograms   trained and deployed weights over shared bins, for the layers with the lowest SNR
+    sites        largest and median channel magnitude at an adapter's sites, before and after
+    channels     histograms of channel magnitudes, and the top channels, for sites with the largest outliers
 
-A channel's magnitude is the largest that the float model has on the calibration data; after the adapter it is
-that times the final scale. Channels that are 0 on all of it are counted as silent and left out.
+A channel's magnitude is the float model's largest on the calibration data; after the adapter it is multiplied
+by the final scale. Channels that are 0 on all calibration data are counted as silent and left out.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from qcompress.system.artifacts import read_json, write_json
 
 NAME = "distributions.json"
 KEPT = "checkpoint-channels.json"
-"""Magnitudes before the adapter, for a run that goes on: it observes nothing again."""
+"""Pre-adapter channel magnitudes, saved so that a resumed run need not observe again."""
 
 WORST = 4
-"""Layers, and sites, that have histograms."""
+"""Number of layers, and of sites, with histograms."""
 
 BINS, CHANNEL_BINS, TOP = 48, 24, 16
 """Bins of a weight's histogram and of a site's; channels of a site that are listed."""
@@ -46,7 +46,7 @@ DIGITS = 6
 
 
 def keep_channels(sites: Sequence[Site], statistics: Mapping[str, Statistics], out: Path) -> None:
-    """Write down what the adapter's channels were before it, as far as their readers were observed."""
+    """Save the pre-adapter channel magnitudes of each site whose readers were observed."""
     seen = {
         site.writer: statistics[site.readers[0]].largest for site in sites if site.readers[0] in statistics
     }
@@ -55,7 +55,7 @@ def keep_channels(sites: Sequence[Site], statistics: Mapping[str, Statistics], o
 
 @torch.no_grad()
 def save_distributions(prepared: Prepared, tensors: Mapping[str, Tensor], out: Path) -> None:
-    """Write distributions.json. `tensors` are those of trained.safetensors."""
+    """Write distributions.json; `tensors` are those of trained.safetensors."""
     plans = {item.name: item for item in prepared.plan}
     pairs = {name: (prepared.layers[name], plans[name]) for name, _ in prepared.weight_quantizers()}
     weights = [_noise(name, *_both(layer, item, tensors)) for name, (layer, item) in pairs.items()]
@@ -84,15 +84,15 @@ def save_distributions(prepared: Prepared, tensors: Mapping[str, Tensor], out: P
 
 
 def _both(layer: QuantizedWeight, item: LayerPlan, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A weight as training left it, and what is deployed in its place."""
+    """Trained weight of a layer, and the deployed weight that replaces it."""
     weight, axis = layer.coded_weight().float(), layer.channel_axis
     parts = (*CODEBOOK, "threshold")
-    found = {part: tensors.get(f"{item.name}.weight.{part}") for part in parts}
-    found = {part: None if tensor is None else tensor.to(weight.device) for part, tensor in found.items()}
+    stored = {part: tensors.get(f"{item.name}.weight.{part}") for part in parts}
+    stored = {part: None if tensor is None else tensor.to(weight.device) for part, tensor in stored.items()}
     if isinstance(item.weights, CodebookFormat):
-        return weight, FrozenCodebook(*(found[part] for part in CODEBOOK), axis)(weight)
+        return weight, FrozenCodebook(*(stored[part] for part in CODEBOOK), axis)(weight)
     grid = Grid(axis, item.block, item.weights.granularity)
-    return weight, FrozenWeight(found["scale"], grid, item.weights.bounds, found["threshold"])(weight)
+    return weight, FrozenWeight(stored["scale"], grid, item.weights.bounds, stored["threshold"])(weight)
 
 
 def _noise(name: str, weight: Tensor, deployed: Tensor) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _histogram(weight: Tensor, deployed: Tensor) -> dict[str, Any]:
 
 
 class _Channels:
-    """The magnitudes of one site's channels, [channels], before an adapter and after it."""
+    """Magnitudes of one site's channels, [channels], before and after an adapter."""
 
     def __init__(self, writer: str, before: np.ndarray, scale: np.ndarray) -> None:
         self.writer = writer
@@ -124,11 +124,11 @@ class _Channels:
 
     @property
     def outlier(self) -> float:
-        """How many times the median the largest channel was."""
+        """Largest channel magnitude divided by the median, before the adapter."""
         return float(self.before.max() / np.median(self.before)) if len(self.before) else 0.0
 
     def summary(self) -> dict[str, Any]:
-        """Largest and median channel."""
+        """Largest and median channel magnitude, before and after the adapter."""
 
         def ends(values: np.ndarray) -> dict[str, float | None]:
             if not len(values):
@@ -139,7 +139,7 @@ class _Channels:
         return {"site": self.writer, **counts, "before": ends(self.before), "after": ends(self.after)}
 
     def histogram(self) -> dict[str, Any]:
-        """Channels by magnitude, in bins of equal ratios, and the largest ones by their place."""
+        """Histogram of channel magnitudes in bins of equal ratios, and the largest channels by index."""
         if not len(self.before):
             return {"site": self.writer, "edges": [], "before": [], "after": [], "top": []}
         both = np.concatenate([self.before, self.after])

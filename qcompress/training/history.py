@@ -1,15 +1,15 @@
-"""What training records at its log points: history.jsonl in the stage's folder, and the same records in
-log.jsonl. No torch.
+"""Training log: records at log points, in history.jsonl of the stage's folder and copied to log.jsonl. No
+torch.
 
     {"event": "update", "phase": "finetune", "number": 0, "step": 24, "steps": 60, "update": 204, "passes": 1,
      "loss": 3.1, "terms": {"logits": 3.0, "hidden": 0.1}, "lr": {"scale": 0.001, "weight": 2e-05}}
     {"event": "scales", "phase": "finetune", "number": 0, "step": 24, "steps": 60, "update": 204,
      "scales": {"h.0.attn.c_attn.input": 0.021, "h.0.attn.c_attn.weight": [0.001, 0.002, 0.004]}}
 
-`number` counts phases from 0, `step` the phase's updates (over all of its blocks), `update` those of all
-phases; passes, loss and terms are those of this one update, in the first process. A scale is its value or, of
-many, least, median and largest. Log points depend on nothing but the recipe, so that a run which was stopped
-and goes on leaves the records of one that was not.
+`number` counts phases from 0, `step` the phase's updates (over all of its blocks), `update` the updates of
+all phases; passes, loss and terms belong to this one update, in the first process. A scalar scale is its
+value; a tensor of scales is [minimum, median, maximum]. Log points depend only on the recipe, so that a
+resumed run leaves the records of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,23 +26,26 @@ from qcompress.system.reporter import Reporter
 NAME = "history.jsonl"
 
 UPDATES, FEWEST_UPDATES = 400, 20
-"""Records of updates that a run has at most, shared out among its phases, and what a phase has at least."""
+"""Upper limit of update records in a run, divided among its phases, and the least number for a phase."""
 
 SUMMARIES, MOST_SCALES = 4000, 20
-"""Summaries of scales that a run has about, and records of scales that a phase has at most; one it has
-always."""
+"""Approximate limit of scale summaries in a run, and upper limit of scale records in a phase, which has at
+least one.
+"""
 
 Record = dict[str, Any]
 Scale = float | list[float]
 
 
 class History:
-    """The records of one training. `folder` None: another process keeps them, and nothing is ever due."""
+    """Writer of one training's records. `folder` None: another process writes them, and no record is ever
+    due.
+    """
 
     def __init__(
         self, folder: Path | None, phases: Sequence[tuple[str, int]], scales: int, reporter: Reporter
     ) -> None:
-        """`phases` are names and updates, `scales` is how many a record of scales has."""
+        """`phases`: names and numbers of updates; `scales`: number of scales in one scale record."""
         self._file = None if folder is None else folder / NAME
         self._phases, self._reporter = phases, reporter
         trained = max(1, sum(steps > 0 for _, steps in phases))
@@ -50,8 +53,8 @@ class History:
         self._scales = min(MOST_SCALES, max(1, SUMMARIES // (max(1, scales) * trained))) if scales else 0
 
     def go_on(self, number: int, step: int) -> None:
-        """Training is about to go on behind update `step` of phase `number`: what was recorded later is
-        forgotten, here and in log.jsonl.
+        """Prepare to resume after update `step` of phase `number`: drop later records here and in
+        log.jsonl.
         """
         if self._file is None:
             return
@@ -68,15 +71,15 @@ class History:
         self._reporter.settle(kept)
 
     def update_due(self, number: int, step: int) -> bool:
-        """Whether update `step` (from 1) is to be recorded."""
+        """True if update `step` (from 1) is a log point."""
         if self._file is None:
             return False
         steps = self._phases[number][1]
         return step in (1, steps) or step % -(-steps // self._updates) == 0
 
     def scales_due(self, number: int, step: int) -> bool:
-        """Whether scales are to be recorded behind update `step`. 0 is before the first one: where training
-        begins, and no later phase, which begins where another one has ended.
+        """True if scales are recorded after update `step`. Step 0, before the first update, is recorded once,
+        at the start of training; a later phase starts where the previous one ended.
         """
         if self._file is None or not self._scales:
             return False
@@ -90,13 +93,13 @@ class History:
         rates: Mapping[str, float],
     ) -> None:  # fmt: skip
         """Record an update."""
-        told = {"terms": dict(terms)} if terms else {}
-        self._add("update", number, step, {"passes": passes, "loss": loss, **told, "lr": dict(rates)})
+        loss_terms = {"terms": dict(terms)} if terms else {}
+        self._add("update", number, step, {"passes": passes, "loss": loss, **loss_terms, "lr": dict(rates)})
 
-    def scales(self, number: int, step: int, found: Mapping[str, Scale]) -> None:
+    def scales(self, number: int, step: int, values: Mapping[str, Scale]) -> None:
         """Record learned scales."""
-        if found:
-            self._add("scales", number, step, {"scales": dict(found)})
+        if values:
+            self._add("scales", number, step, {"scales": dict(values)})
 
     def _add(self, event: str, number: int, step: int, facts: Record) -> None:
         name, steps = self._phases[number]
@@ -109,7 +112,7 @@ class History:
 
 
 def read(folder: Path) -> list[Record]:
-    """The records of a stage's folder; a line that a killed run did not finish is none."""
+    """Read the records of a stage's folder; an unfinished last line of a killed run is ignored."""
     file = folder / NAME
     whole = file.read_text(encoding="utf-8").rpartition("\n")[0] if file.is_file() else ""
     return [strict_json.loads(line) for line in whole.splitlines()]

@@ -1,9 +1,10 @@
-"""LayerDrop (arXiv:1909.11556, section 3.1): each update leaves out each block with probability p.
+"""LayerDrop (arXiv:1909.11556, section 3.1): each update skips each block with probability p.
 
-What is left is the residual stream, so that a model trained so can lose blocks afterwards: `model.blocks:
-every-other` in the recipe that reads the run. Nothing is rescaled, and evaluation uses every block. Blocks
-that share their weights are left out together, as they would be dropped together (our reading of
-Quant-Noise, arXiv:2004.07320, which combines the two and does not say). One block or chunk always stays.
+A skipped block passes the residual stream through, so that the trained model can lose blocks afterwards:
+`model.blocks: every-other` in the recipe that reads the run. Nothing is rescaled, and evaluation uses every
+block. Blocks that share weights form a chunk and are skipped together, as they would be dropped together (our
+reading of Quant-Noise, arXiv:2004.07320, which combines the two and does not specify it). At least one chunk
+always runs.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from torch import Tensor, nn
 from qcompress.models.architecture import Architecture
 
 Draw = Callable[..., None]
-"""Draws anew which blocks are left out, as a function of its arguments: integers."""
+"""Draws the set of skipped blocks, as a function of its integer arguments."""
 
 STREAM = 2
-"""Keeps these draws apart from others with the same integers."""
+"""Spawn key that separates these draws from other generators seeded with equal integers."""
 
 
 @contextmanager
 def layer_drop(model: nn.Module, architecture: Architecture, p: float) -> Iterator[Draw]:
-    """Inside, blocks are left out of passes in training mode. A draw depends on nothing but the integers that
-    it is given: both passes of an update leave out the same blocks, and so do several processes.
+    """Context manager in which passes in training mode skip blocks. Yields `Draw`, which depends only on its
+    integers: both passes of an update skip the same blocks in every process.
     """
     if p == 0:
         yield lambda *where: None
@@ -37,7 +38,7 @@ def layer_drop(model: nn.Module, architecture: Architecture, p: float) -> Iterat
     def draw(*where: int) -> None:
         random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(where, spawn_key=(STREAM,))))
         values = random.random(len(chunks))
-        values[values.argmax()] = 1.0  # one stays: without any block nothing would be learned
+        values[values.argmax()] = 1.0  # at least one chunk runs
         left_out.clear()
         for chunk, value in zip(chunks, values, strict=True):
             left_out.update(chunk if value < p else ())
@@ -64,13 +65,15 @@ def _skipping(
 
 
 def chunks_of(architecture: Architecture) -> list[tuple[str, ...]]:
-    """Blocks that share their weights, in the order of the forward pass."""
+    """Groups of blocks that share weights, in the order of the forward pass."""
     chunks: dict[str, list[str]] = {block: [block] for block in architecture.blocks}
     for layer in architecture.layers:
-        block = next((one for one in architecture.blocks if layer.name.startswith(f"{one}.")), None)
-        owner = next(
-            (one for one in architecture.blocks if (layer.tied_to or "").startswith(f"{one}.")), None
-        )
+        block = _block_of(layer.name, architecture)
+        owner = _block_of(layer.tied_to or "", architecture)
         if owner and block in chunks:
             chunks[owner] += chunks.pop(block)
     return [tuple(chunk) for chunk in chunks.values()]
+
+
+def _block_of(layer: str, architecture: Architecture) -> str | None:
+    return next((block for block in architecture.blocks if layer.startswith(f"{block}.")), None)

@@ -1,7 +1,7 @@
-"""The training loop over the whole model, and what it shares with the one over blocks (`blockwise.py`).
+"""Training loop over the whole model, and the functions it shares with the block-wise loop (`blockwise.py`).
 
-Both make the same update (`Stepper.step`, then every quantizer's `advance`), both resume from a checkpoint
-bit for bit, and neither knows which method it serves.
+Both loops make one update in one way (`Stepper.step`, then every quantizer's `advance`), resume from a
+checkpoint bit for bit, and special-case no method.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from qcompress.training.history import History
 from qcompress.training.layerdrop import layer_drop
 from qcompress.training.methods.protocols import Group, Moment, Objective, Phase, Report, Stepper
 from qcompress.training.parameter_roles import ParameterRole
-from qcompress.training.recording import Heard, log_scales
+from qcompress.training.recording import LossRecorder, log_scales
 
 
 @dataclass
 class Training:
-    """Everything a loop needs, and what it has found so far (`facts`)."""
+    """State of a training run: everything that a loop needs, and the facts it reports (`facts`)."""
 
     recipe: Recipe
     architecture: Architecture
@@ -55,19 +55,21 @@ class Training:
     reference: Callable[[], nn.Module]
     moving: set[str]
     roles: dict[str, ParameterRole]
-    """Of each parameter of the prepared model, by name."""
+    """Role of each parameter of the prepared model, by name."""
     facts: list[dict[str, object]]
     recent: list[float]
 
     def save(self, position: Position, optimizer: torch.optim.Optimizer | None) -> None:
-        """Write a checkpoint, in the first process; without an optimizer a phase or a block is to begin."""
+        """Write a checkpoint, in the first process only. `optimizer` None: the next phase or block has not
+        started.
+        """
         if self.processes.first:
             model, kept = self.prepared.model, self.stepper.state_dict() if optimizer is not None else {}
             self.checkpoints.save(position, model, self.moving, optimizer, self.facts, self.recent, kept)
 
 
 def reseed(processes: Processes, *where: int) -> None:
-    """Set torch's generators to a function of (seed, phase, block, step), another one in each process."""
+    """Seed torch's generators from (seed, phase, block, step) and the process's rank."""
     where = (*where, processes.rank) if processes.rank else where
     torch.manual_seed(_seed(*where))
 
@@ -77,14 +79,14 @@ def _seed(*where: int) -> int:
 
 
 BUCKET = 32
-"""Batches of an epoch that are sorted by length together."""
+"""Number of batches that are sorted by length together."""
 
 
 def batch_rows(lengths: np.ndarray, size: int, step: int, seed: int) -> list[int]:
-    """Which examples update `step` sees: shuffled epochs, one after another without a gap.
+    """Indices of the examples of update `step`: shuffled epochs, one after another without a gap.
 
-    Where examples differ in length, those of `BUCKET` batches are sorted by it, so that a batch holds little
-    padding, and these batches are shuffled again.
+    Where examples differ in length, those of `BUCKET` batches are sorted by length to limit padding, and
+    these batches are shuffled again.
     """
     count = len(lengths)
     places = range(step * size, (step + 1) * size)
@@ -94,14 +96,14 @@ def batch_rows(lengths: np.ndarray, size: int, step: int, seed: int) -> list[int
 
 @functools.lru_cache(maxsize=4)
 def _cached_epoch(lengths: bytes, dtype: str, size: int, seed: int, epoch: int) -> np.ndarray:
-    known = np.frombuffer(lengths, dtype)
+    counts = np.frombuffer(lengths, dtype)
     random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(known))
-    if len(known) == 0 or known.min() == known.max():
+    order = random.permutation(len(counts))
+    if len(counts) == 0 or counts.min() == counts.max():
         return order
     for start in range(0, len(order), BUCKET * size):
         piece = order[start : start + BUCKET * size]
-        piece = piece[np.argsort(known[piece], kind="stable")]
+        piece = piece[np.argsort(counts[piece], kind="stable")]
         whole = len(piece) // size * size
         batches = piece[:whole].reshape(-1, size)
         order[start : start + len(piece)] = np.concatenate(
@@ -116,18 +118,20 @@ def _epoch(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def in_order(examples: Examples, size: int) -> Iterator[Batch]:
-    """All examples, one batch after another."""
+    """Batches of all examples in order."""
     for start in range(0, len(examples), size):
         yield examples.batch(range(start, min(start + size, len(examples))))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The same batch, where the model is."""
+    """Copy of a batch on the device."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def groups_of(training: Training, phase: Phase, scope: str = "") -> list[Group]:
-    """The phase's parameters by role, those under `scope` only; all others stop requiring gradients."""
+    """Parameter groups of the phase by role, restricted to names under `scope`; all other parameters stop
+    requiring gradients.
+    """
     chosen: dict[str, dict[str, nn.Parameter]] = {role: {} for role in phase.roles}
     for name, parameter in training.prepared.model.named_parameters():
         role = training.roles[name].role
@@ -152,18 +156,18 @@ def groups_of(training: Training, phase: Phase, scope: str = "") -> list[Group]:
 
 
 def optimizer_of(training: Training, groups: Sequence[Group]) -> torch.optim.Optimizer:
-    """One parameter group a role; learning rates are set before each update."""
+    """Build the optimizer with one parameter group per role; learning rates are set before each update."""
     parameters = [
         {"params": list(group.parameters), "lr": group.lr, "weight_decay": group.weight_decay}
         for group in groups
     ]
     train = training.recipe.train
     if train.optimizer == "sgd":
-        made = torch.optim.SGD(parameters, momentum=train.momentum, nesterov=train.momentum > 0)
+        optimizer = torch.optim.SGD(parameters, momentum=train.momentum, nesterov=train.momentum > 0)
     else:
-        # on a CPU the fused kernel is some three times as fast as the loop over tensors
-        made = torch.optim.AdamW(parameters, fused=training.accelerator.device.type == "cpu" or None)
-    return training.accelerator.prepare(made)
+        # on a CPU the fused kernel is about three times as fast as the loop over tensors
+        optimizer = torch.optim.AdamW(parameters, fused=training.accelerator.device.type == "cpu" or None)
+    return training.accelerator.prepare(optimizer)
 
 
 def set_rates(training: Training, optimizer, groups: Sequence[Group], step: int, steps: int) -> None:
@@ -174,8 +178,8 @@ def set_rates(training: Training, optimizer, groups: Sequence[Group], step: int,
 
 
 def advance(prepared: Prepared) -> None:
-    """Let every quantizer and every rescaling restore what an update may have broken, and every layer forget
-    its rounded weight.
+    """Project every quantizer and rescaling back into its valid range after an update, and clear every
+    layer's cached rounded weight.
     """
     for layer in prepared.layers.values():
         if isinstance(layer, QuantizedWeight):
@@ -190,18 +194,20 @@ def log_update(
     training: Training, number: int, step: int, report: Report, terms: Mapping[str, float], optimizer,
     groups: Sequence[Group],
 ) -> None:  # fmt: skip
-    """Record update `step` (from 1) of phase `number`."""
+    """Record update `step` (from 1) of phase `number` in the training log."""
     rates = {group.role: target["lr"] for group, target in zip(groups, optimizer.param_groups, strict=True)}
     training.history.update(number, step, report.passes, report.loss, terms, rates)
 
 
 def taps_of(prepared: Prepared, scope: str = "") -> list[QuantizedWeight]:
-    """The quantized weights under `scope`, for steppers that perturb them; a tied head taps its table."""
+    """Quantized weights under `scope`, for steppers that perturb them; a tied head uses its embedding
+    table's.
+    """
     return [prepared.layers[name] for name, _ in prepared.weight_quantizers() if name.startswith(scope)]
 
 
 def run_model_phase(training: Training, phase: Phase, start: Position, moments: dict[str, Tensor]) -> None:
-    """Updates of the whole model on batches of the training data."""
+    """Run the updates of a phase that trains the whole model on batches of the training data."""
     if start.step == 0:
         settle(training, phase.quantizes, start.phase)
     for layer in training.prepared.layers.values():
@@ -229,13 +235,15 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
             read += size
 
             due = training.history.update_due(start.phase, step + 1)
-            heard = Heard(training.objective) if due else None
+            recorder = LossRecorder(training.objective) if due else None
 
-            def closure(step: int = step, batch: Batch = batch, heard: Heard | None = heard) -> Tensor:
+            def closure(
+                step: int = step, batch: Batch = batch, recorder: LossRecorder | None = recorder
+            ) -> Tensor:
                 reseed(training.processes, recipe.seed, start.phase, 0, step)
                 draw(recipe.seed, start.phase, step)
                 loss = training.objective.loss(batch, step / phase.steps)
-                return heard.of(loss) if heard else loss
+                return recorder.record(loss) if recorder else loss
 
             set_rates(training, optimizer, groups, step, phase.steps)
             moment = Moment(recipe.seed, start.phase, 0, step)
@@ -244,8 +252,8 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
             advance(training.prepared)
             training.recent = [*training.recent, report.loss][-10:]
             position = replace(position, step=step + 1, passes=position.passes + report.passes)
-            if heard:
-                terms = heard.terms_of(report.loss)
+            if recorder:
+                terms = recorder.terms_of(report.loss)
                 log_update(training, start.phase, step + 1, report, terms, optimizer, groups)
             log_scales(training, start.phase, step + 1)
             if training.processes.first and training.checkpoints.due():
@@ -260,7 +268,7 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
 
 
 def _batch_of(training: Training, number: int, step: int) -> tuple[Batch, int]:
-    """This process's share of an update's batch, and how many tokens or images it has."""
+    """This process's share of an update's batch, and its number of tokens or images."""
     data, recipe = training.train_data, training.recipe
     rows = batch_rows(data.lengths, recipe.train.batch_size, step, recipe.seed)
     rows = training.processes.share(rows)
@@ -269,8 +277,8 @@ def _batch_of(training: Training, number: int, step: int) -> tuple[Batch, int]:
 
 
 def settle(training: Training, names: Iterable[str], phase: int) -> None:
-    """Make codebooks of these layers, as far as they are none yet; the same ones in every process, and again
-    when a phase is begun a second time.
+    """Run k-means for those of the named layers that have no codebook yet. Deterministic: every process, and
+    a phase that is started again, gets the same codebooks.
     """
     prepared = training.prepared
     names = [name for name in names if not prepared.layers[name].weight_quantizer.settled]
@@ -288,6 +296,6 @@ def settle(training: Training, names: Iterable[str], phase: int) -> None:
 
 
 def refuse_nan(loss: float, where: str) -> None:
-    """End a run whose loss is no number."""
+    """Raise ModelError if the loss is not finite."""
     if not math.isfinite(loss):
         raise ModelError(f"the loss is {loss} at {where}", fix="lower the learning rates under train.lr")

@@ -1,4 +1,4 @@
-"""The movement of learned scales in training, as a line for a person."""
+"""Relative movement of learned scales during training, as a log line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from qcompress.quant.learned_scale import LearnedScale
 
 
 def movements(prepared: Prepared) -> dict[str, Tensor]:
-    """Relative movement of every learned scale since its start, [scales], for `weight` and `activation`."""
+    """Relative change of every learned scale since its initial value, [scales], for `weight` and
+    `activation`.
+    """
     quantizers = {
         "weight": [part for _, part in prepared.weight_quantizers()],
         "activation": [part for _, part in prepared.activation_quantizers()],
@@ -23,7 +25,7 @@ def movements(prepared: Prepared) -> dict[str, Tensor]:
 
 
 def movement_note(prepared: Prepared) -> str | None:
-    """How far learned scales moved, for a person; None where no scale is learned."""
+    """Summary line of scale movement for the log; None without learned scales."""
     parts = [
         f"{len(moved)} {role} scales by {100 * moved.median():.2g} % (median) and {100 * moved.max():.2g} % "
         "(largest)"

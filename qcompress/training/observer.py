@@ -1,7 +1,8 @@
-"""What calibration sees: ranges of the float model's activations, and of a trained one's.
+"""Activation observers: ranges of the float model's activations, and static ranges for a trained model's
+dynamic ones.
 
-Both leave padding out, and both know layers' inputs and points alike. Shapes: activations [batch, tokens,
-channels] or, of images, [batch, channels, height, width], masks bool [batch, tokens].
+Both mask padding, and both cover layer inputs and quantization points. Shapes: activations [batch, tokens,
+channels] or, for images, [batch, channels, height, width]; masks bool [batch, tokens].
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from qcompress.quant.ranges import Statistics
 from qcompress.tasks.examples import Batch, inputs_of
 
 ROWS = 512
-"""Token vectors kept of each layer's input when a range needs a distribution."""
+"""Token vectors kept of each activation whose range needs a distribution."""
 
 
 @torch.no_grad()
@@ -29,22 +30,22 @@ def observe(
     model: nn.Module, plan: tuple[LayerPlan, ...], batches: Iterable[Batch], tokens: int | None,
     points: tuple[PointPlan, ...] = (), examples: int = 0,
 ) -> dict[str, Statistics]:  # fmt: skip
-    """Statistics of the inputs of all layers whose activations are quantized, and of what points round, by
-    the names of layers and points.
+    """Statistics of the inputs of all layers with quantized activations, and of all rounded points, by the
+    name of the layer or point.
 
-    `tokens` is how many tokens the batches have in all; None where a model makes its own positions of an
-    input (images), and `examples` are how many. Padding is left out. Points need a module at their place
+    `tokens`: total number of tokens in the batches; None where a model computes its own positions (images),
+    and then `examples` is the number of examples. Padding is masked. Every point needs a module at its name
     (`open_points`, or quantizers).
     """
     watched = [item for item in plan if item.weights and item.activations]
     stride = None if tokens is None else max(1, tokens // ROWS)
-    seen = {item.name: _Seen(stride, item) for item in [*watched, *rounded(points)]}
+    observers = {item.name: _Observer(stride, item) for item in [*watched, *rounded(points)]}
     real: list[Tensor | None] = [None]
     share = 1.0
 
     def watch(name: str, vectors: Callable[[Tensor, Tensor | None], Tensor]):
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen[name].add(vectors(arguments[0].detach().float(), real[0]), share)
+            observers[name].add(vectors(arguments[0].detach().float(), real[0]), share)
 
         return model.get_submodule(name).register_forward_pre_hook(hook)
 
@@ -57,32 +58,32 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: found.statistics() for name, found in seen.items()}
+    return {name: observer.statistics() for name, observer in observers.items()}
 
 
 def _vectors_of(item: LayerPlan | PointPlan) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """From what a layer or a point is given, and which tokens are real, to its vectors [vectors, width]."""
+    """Function from the input of a layer or point and its padding mask to vectors [vectors, width]."""
     point = isinstance(item, PointPlan)
-    own = partial(token_vectors, item.name) if point else _layer_vectors
+    tokens_of = partial(token_vectors, item.name) if point else _layer_vectors
     image = item.point.kind == "residual" if point else item.layer.kind == "conv"
 
     def vectors(x: Tensor, mask: Tensor | None) -> Tensor:
-        # of an image every pixel has one
-        return x.movedim(1, -1).flatten(0, -2) if image and x.dim() == 4 else own(x, mask)
+        # one vector for each pixel of an image
+        return x.movedim(1, -1).flatten(0, -2) if image and x.dim() == 4 else tokens_of(x, mask)
 
     return vectors
 
 
 def _layer_vectors(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Token vectors of a layer's input, [tokens, channels]: those of padding left out."""
+    """Token vectors of a layer's input, [tokens, channels], without padding."""
     # a pooled input has one vector for each sequence, and no padding
     return x.flatten(0, -2) if mask is None or x.shape[:-1] != mask.shape else x[mask]
 
 
-class _Seen:
-    """Gathers the statistics of one activation, whose vectors come in pieces [vectors, channels].
+class _Observer:
+    """Accumulates statistics of one activation from chunks of vectors [vectors, channels].
 
-    `stride` None: so that about `ROWS` vectors are kept of all, as the first piece promises them.
+    `stride` None: chosen at the first chunk so that about `ROWS` vectors are kept in all.
     """
 
     def __init__(self, stride: int | None, item: LayerPlan | PointPlan) -> None:
@@ -95,7 +96,7 @@ class _Seen:
         self.count = 0
 
     def add(self, x: Tensor, share: float = 1.0) -> None:
-        """Take in some vectors, of which `share` is the part of all."""
+        """Add a chunk of vectors; `share` is its fraction of all data."""
         if self.stride is None:
             self.stride = max(1, round(len(x) / share) // ROWS)
         magnitude = x.abs()
@@ -107,25 +108,24 @@ class _Seen:
         self.count += len(x)
 
     def statistics(self) -> Statistics:
-        """What was seen."""
+        """Statistics of all chunks added so far."""
         rows = torch.cat(self.rows) if self.rows else self.largest.new_empty(0, len(self.largest))
         return Statistics(self.largest, (self.total / self.count).float(), rows)
 
 
 @torch.no_grad()
 def make_static(prepared: Prepared, batches: Iterable[Batch]) -> dict[str, dict[str, float]]:
-    """Replace every dynamic activation quantizer by one with a static scale: the largest range that the
-    calibration data calls for, at most the clip.
+    """Replace every dynamic activation quantizer by one with a static scale: the largest range on the
+    calibration data, limited by the clip.
 
     The range is that of the *quantized* model, whose weights training has moved, and not of the float one.
-    One pass observes all layers, each with dynamic ranges before it: that is the model that was trained, and
-    a pass for each layer would only add the static rounding of the layers before it, which no value leaves
-    the range by. Padding is left out. Called when training has ended; the result is the same at every call.
+    One pass observes all layers, each preceded by dynamic ranges: that is the trained model, and a pass for
+    each layer would only add the static rounding of the layers before it, which cannot leave the range.
+    Padding is masked. Called when training has ended; repeated calls give equal results. The verify stage
+    measures the cost of static ranges by restoring the dynamic ones.
 
-    What static ranges cost is measured by the stage verify, which puts the dynamic ones back.
-
-    Returns for each layer and point its range, the largest magnitude seen, and the scale; empty if none is
-    dynamic.
+    Returns for each layer and point its range (the largest magnitude) and its scale; empty without dynamic
+    quantizers.
     """
     dynamic = {
         name: quantizer
@@ -172,6 +172,6 @@ def make_static(prepared: Prepared, batches: Iterable[Batch]) -> dict[str, dict[
 
 
 def real_tokens(batch: Batch) -> Tensor | None:
-    """Which tokens of a batch are no padding, bool [batch, sequence]; None: all of them."""
+    """Mask of the tokens that are not padding, bool [batch, sequence]; None: no padding."""
     mask = batch.get("attention_mask")
     return None if mask is None else mask.bool()

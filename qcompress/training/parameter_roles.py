@@ -1,15 +1,15 @@
-"""The role of every trainable parameter, from declarations: nothing is inferred from the ending of a name.
+"""Role of every trainable parameter, read from declarations of the classes and never guessed from a name.
 
-A parameter of the float model is a `weight` (that of a layer of the architecture) or `other`. Every other
-parameter belongs to a quantizer or to the rescaling of an adapter, whose class declares it:
+A parameter of the float model is a `weight` (of a layer of the architecture) or `other`. Every other
+parameter belongs to a quantizer or to an adapter's rescaling, whose class declares its role:
 
     class Mine(CodedWeight):
         parameter_roles = {"alpha": "scale", "levels": "centroid"}
 
-The names are those of `named_parameters()` of the module. A parameter that no class declares ends the run
+The names are those of the module's `named_parameters()`. A parameter that no class declares ends the run
 before the first update, because its learning rate would be a guess.
 
-A stepper that perturbs parameters also asks for their kind (`options.Ball`): the scales of weights and of
+Steppers that perturb parameters also need their kind (`method_options.Ball`): the scales of weights and of
 activations, centroids, norms, biases, other.
 """
 
@@ -33,12 +33,12 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, RescaledNor
 
 @dataclass(frozen=True)
 class ParameterRole:
-    """The role of one parameter, and its kind for steppers that perturb some kinds."""
+    """Role of one parameter, and its kind for steppers that perturb selected kinds."""
 
     role: str
     kind: str
     declared: bool = False
-    """By a quantizer or an adapter; otherwise it is a parameter of the float model."""
+    """True for a parameter of a quantizer or adapter, False for one of the float model."""
 
 
 def parameter_roles(
@@ -80,16 +80,18 @@ def kind_of_float(model: nn.Module, name: str) -> str:
 
 
 def _declare(declared: dict[int, ParameterRole], owner: str, module: nn.Module, scale_kind: str) -> None:
-    """Add the parameters of one module. A rescaling that several modules read was declared before them."""
+    """Add the roles of one module's parameters. Parameters of a shared rescaling are added once, for the
+    adapter.
+    """
     roles: Mapping[str, str] = getattr(module, "parameter_roles", {})
     for name, parameter in module.named_parameters():
         if id(parameter) in declared:
             continue
         role = roles.get(name)
         if role not in ROLES:
-            found = "is not declared" if role is None else f"has the role {role!r}, which does not exist"
+            problem = "is not declared" if role is None else f"has the role {role!r}, which does not exist"
             raise UsageError(
-                f"{type(module).__name__} ({owner}): the parameter {name!r} {found}, so that its learning "
+                f"{type(module).__name__} ({owner}): the parameter {name!r} {problem}, so that its learning "
                 "rate is unknown",
                 fix=f"declare it in the class: parameter_roles = {_wanted(module, name)}, where the role is "
                 f"one of {', '.join(ROLES)}",

@@ -1,4 +1,4 @@
-"""What a log point of training looks at: the terms of a loss, and learned scales."""
+"""Values recorded at a training log point: the terms of a loss, and learned scales."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ DIGITS = 6
 
 @runtime_checkable
 class OfTerms(Protocol):
-    """An objective whose loss is a sum, and which remembers its terms."""
+    """An objective that sums several losses and keeps the terms of the last sum."""
 
     terms: Mapping[str, Tensor]
-    """Those of the last loss, [] each, weighted as they are summed."""
+    """Terms of the last loss, [] each, with their weights applied."""
 
 
-class Heard:
-    """The losses of one update with their terms: a stepper may ask for several, and reports one."""
+class LossRecorder:
+    """Losses of one update with their terms. A stepper may evaluate several losses and report one of them."""
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
         self._losses: list[tuple[Tensor, dict[str, Tensor]]] = []
 
-    def of(self, loss: Tensor) -> Tensor:
-        """Remember a loss and hand it on."""
+    def record(self, loss: Tensor) -> Tensor:
+        """Record a loss and return it."""
         terms = dict(self._objective.terms) if isinstance(self._objective, OfTerms) else {}
         self._losses.append((loss.detach(), terms))
         return loss
 
     def terms_of(self, reported: float) -> dict[str, float]:
-        """The terms of the loss that was reported; none where it is no loss that was asked for."""
+        """Terms of the reported loss; empty if it was not recorded."""
         for loss, terms in self._losses:
             if loss.item() == reported:
                 return {name: term.item() for name, term in terms.items()}
@@ -51,9 +51,11 @@ class Heard:
 
 
 def learned(prepared: Prepared, scope: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """What has a learned scale under `scope`, by the name of the scale: the quantizers of `<layer>.weight`,
-    `<layer>.input` and `<point>`, the rescaling `<writer>.rescale`. Codebooks have none to speak of, and
-    dynamic activations none, though one behind an adapter holds the parameters of its rescaling.
+    """Modules with a learned scale under `scope`, by the scale's name: the quantizers of `<layer>.weight`,
+    `<layer>.input` and `<point>`, and the rescaling `<writer>.rescale`.
+
+    Codebooks and dynamic activation quantizers are left out; a dynamic quantizer behind an adapter holds only
+    the parameters of the rescaling.
     """
     weights = ((f"{name}.weight", part) for name, part in prepared.weight_quantizers())
     rescalings = ((f"{name}.rescale", part) for name, part in prepared.rescalings.items())
@@ -68,13 +70,13 @@ def _without_scale(part: nn.Module) -> bool:
 
 @torch.no_grad()
 def log_scales(training: Training, number: int, step: int, scope: str = "", last: bool = False) -> None:
-    """Record the learned scales under `scope` behind an update, if that is a log point; the `last` ones of a
-    block are recorded in any case.
+    """Record the learned scales under `scope` after an update, if it is a log point. `last`: record the final
+    scales of a block in any case.
     """
     history, prepared = training.history, training.prepared
     if history.scales_due(number, step) or (last and training.processes.first):
-        found = {name: _summary(_scale(prepared, name, part)) for name, part in learned(prepared, scope)}
-        history.scales(number, step, found)
+        summaries = {name: _summary(_scale(prepared, name, part)) for name, part in learned(prepared, scope)}
+        history.scales(number, step, summaries)
 
 
 def _scale(prepared: Prepared, name: str, part: nn.Module) -> Tensor:

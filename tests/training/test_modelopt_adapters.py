@@ -158,7 +158,7 @@ def test_readers_of_one_norm_share_the_mean_of_modelopts_scales(
     monkeypatch.setattr("qcompress.training.methods.modelopt.pre_quant_scales", lambda *given: scales)
     adapter = ADAPTERS["smoothquant"](made.recipe.adapter)
     adapter.fit(torch.nn.Identity(), made.plan, [both], list)
-    assert torch.equal(adapter.found[first.writer], torch.full((64,), 3.0))
+    assert torch.equal(adapter.fitted[first.writer], torch.full((64,), 3.0))
     scales[first.readers[0]][5] = torch.nan
     with pytest.raises(
         ModelError, match=r"c_attn, transformer\.h\.0\.mlp\.c_fc scales that are not positive"

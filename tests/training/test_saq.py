@@ -566,8 +566,8 @@ def test_a_weight_that_stays_float_is_no_tap(line: Callable[..., Line]) -> None:
 def test_another_methods_code_is_no_part_of_the_key(text_file: Path) -> None:
     own = {
         "lsq": set(),
-        "saq": {"methods/perturbation.py", "methods/saq.py"},
-        "squat": {"methods/perturbation.py", "methods/squat.py"},
+        "saq": {"training/methods/perturbation.py", "training/methods/saq.py"},
+        "squat": {"training/methods/perturbation.py", "training/methods/squat.py"},
     }
     every = set.union(*own.values())
     for method, files in own.items():

@@ -1,6 +1,6 @@
-"""The methods: five protocols (`protocols.py`) and, for each axis, the table of classes that fulfil them.
+"""QAT methods: for each axis of a method, the table of classes that implement its protocol (`protocols.py`).
 
-Their options are in `qcompress/schema/axes.py`, which needs no torch; a test holds the two tables together.
+Their options are in `qcompress/schema/axes.py`, which needs no torch; a test compares the two tables.
 """
 
 from __future__ import annotations

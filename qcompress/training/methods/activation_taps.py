@@ -1,8 +1,9 @@
-"""What a model says inside, for losses that look there: hidden states, attention scores, attention outputs.
+"""Hooks that record a model's inner activations for losses: hidden states, attention scores, attention
+outputs.
 
-`Watch` hooks one model. Hidden states and block outputs come through forward hooks; what happens inside an
-attention comes through its probe (`models/attention.py`), for which the model runs the attention function
-that has probes. Nothing is changed unless a `Signals` of another model is given to replace.
+`Watch` hooks one model. Hidden states and block outputs come from forward hooks; values inside an attention
+come from its probe (`models/attention.py`), for which the model runs an attention function with probes. The
+model's outputs change only while the `Signals` of another model replace its own.
 
 Shapes: hidden states [batch, tokens, width]; scores and probabilities [batch, heads, tokens, tokens]; context
 [batch, heads, tokens, width of a head].
@@ -26,12 +27,12 @@ CUT: dict[Mode, tuple[str, ...]] = {
     "context": ("query", "key", "value"),
     "attention": ("query", "key"),
 }
-"""Layers of an attention whose input keeps no gradient while the teacher's signal replaces theirs."""
+"""Layers of an attention whose input is detached while the teacher's activation replaces theirs."""
 
 
 @dataclass
 class Signals:
-    """One forward pass. Lists are in the order of the architecture's blocks and attentions."""
+    """Activations of one forward pass. Lists are in the order of the architecture's blocks and attentions."""
 
     logits: Tensor | None = None
     hidden: list[Tensor] = field(default_factory=list)
@@ -43,7 +44,9 @@ class Signals:
 
 
 class Watch:
-    """Hooks on one model. `attentions`: also look into its attentions, which costs the fused kernel."""
+    """Hooks on one model. `attentions`: also record inside its attentions, which disables the fused
+    kernel.
+    """
 
     def __init__(self, model: nn.Module, architecture: Architecture, attentions: bool) -> None:
         self.model = model
@@ -56,29 +59,31 @@ class Watch:
         for name in (architecture.embeddings, *architecture.blocks):
             self._hook(name, lambda module, arguments, output: self._hidden(output))
         if attentions:
-            self._implementation = model.config._attn_implementation  # a model with points has it already
+            self._implementation = model.config._attn_implementation  # restored by `remove`
             open_attention(model)
-            for place, attention in enumerate(architecture.attentions):
-                self._attention(place, attention)
+            for index, attention in enumerate(architecture.attentions):
+                self._attention(index, attention)
 
     def __call__(self, **inputs: Tensor) -> Signals:
-        """Run the model and return what it said; without a replacement it is the model as it is."""
+        """Run the model and return its activations; without a replacement the model's outputs are
+        unchanged.
+        """
         return self.collect(lambda: self.model(**inputs).logits)
 
     def collect(self, run: Callable[[], Tensor]) -> Signals:
-        """What the model says while `run`, which returns logits, runs it."""
+        """Record activations while `run` runs the model and returns its logits."""
         self.signals = Signals()
         logits = run()
-        found, self.signals = self.signals, Signals()
-        found.logits = logits
-        return found
+        signals, self.signals = self.signals, Signals()
+        signals.logits = logits
+        return signals
 
     def replace(self, mode: Mode | None, teacher: Signals | None) -> None:
-        """From now on put the teacher's signals where the model's own were; None: nothing is replaced."""
+        """From now on put the teacher's activations in place of the model's; None: replace nothing."""
         self.mode, self.teacher = mode, teacher
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Remove all hooks and restore the attention implementation."""
         for handle in self._handles:
             handle.remove()
         for module in self._probed:
@@ -93,14 +98,14 @@ class Watch:
     def _hidden(self, output: Any) -> None:
         self.signals.hidden.append(output[0] if isinstance(output, tuple) else output)
 
-    def _attention(self, place: int, attention: Attention) -> None:
+    def _attention(self, index: int, attention: Attention) -> None:
         module = self.model.get_submodule(attention.module)
-        module.probe = _Probe(self, place)
+        module.probe = _Probe(self, index)
         self._probed.append(module)
         for role in ("query", "key", "value"):
             layer = self.model.get_submodule(getattr(attention, role))
             self._handles.append(layer.register_forward_pre_hook(self._cut(role)))
-        self._hook(attention.output, lambda module, arguments, output: self._output(place, output))
+        self._hook(attention.output, lambda module, arguments, output: self._output(index, output))
         self._hook(attention.norm, lambda module, arguments, output: self.signals.normed.append(output))
 
     def _cut(self, role: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
@@ -111,29 +116,33 @@ class Watch:
 
         return hook
 
-    def _output(self, place: int, output: Tensor) -> Tensor | None:
+    def _output(self, index: int, output: Tensor) -> Tensor | None:
         self.signals.outputs.append(output)
-        return self.teacher.outputs[place] if self.mode == "output" else None
+        return self.teacher.outputs[index] if self.mode == "output" else None
 
 
 class _Probe:
-    """What one attention calls while it runs."""
+    """Callbacks of one attention module."""
 
-    def __init__(self, watch: Watch, place: int) -> None:
-        self.watch, self.place = watch, place
+    def __init__(self, watch: Watch, index: int) -> None:
+        self.watch, self.index = watch, index
 
     def scores(self, scores: Tensor) -> None:
-        """Scores after the mask was added, before the softmax."""
+        """Record scores after the mask was added, before the softmax."""
         self.watch.signals.scores.append(scores)
 
     def probabilities(self, probabilities: Tensor) -> Tensor:
-        """The attention map, before dropout and rounding."""
+        """Record the attention map, before dropout and rounding; returns the teacher's in mode
+        `attention`.
+        """
         self.watch.signals.probabilities.append(probabilities)
         replaced = self.watch.mode == "attention"
-        return self.watch.teacher.probabilities[self.place] if replaced else probabilities
+        return self.watch.teacher.probabilities[self.index] if replaced else probabilities
 
     def context(self, context: Tensor) -> Tensor:
-        """The context of each head, before the output layer."""
+        """Record the context of each head, before the output layer; returns the teacher's in mode
+        `context`.
+        """
         self.watch.signals.contexts.append(context)
         replaced = self.watch.mode == "context"
-        return self.watch.teacher.contexts[self.place] if replaced else context
+        return self.watch.teacher.contexts[self.index] if replaced else context

@@ -20,14 +20,14 @@ from qcompress.training.methods.modelopt import FixedRescaling
 
 
 class Awq(FixedRescaling):
-    """A fixed scale for each site; the options are `AwqOptions`."""
+    """AWQ adapter: a fixed scale for each site; the options are `AwqOptions`."""
 
     def settings(self) -> dict[str, Any]:
-        """As the base says."""
+        """modelopt's `algorithm` for AWQ."""
         return {"method": "awq_lite", "alpha_step": self.options.alpha_step}
 
     def quantizers(self, item: LayerPlan) -> dict[str, dict[str, Any]]:
-        """As the base says."""
+        """modelopt's weight quantizer in the layer's own format; inputs stay float."""
         form = item.weights
         weight: dict[str, Any] = {"num_bits": form.bits, "axis": None if form.granularity == "tensor" else 0}
         if form.block is not None:  # along the last axis of [out, in]

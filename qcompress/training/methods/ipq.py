@@ -1,11 +1,11 @@
-"""iPQ: product quantization of one set of layers after another (Quant-Noise, arXiv:2004.07320, section 3.3).
+"""iPQ: product quantization of one layer set after another (Quant-Noise, arXiv:2004.07320, section 3.3).
 
-    finetune     training in float, with noise that prepares the weights for what follows
-    ffn ...      k-means of the set, then training of its centroids and of everything that is still float
+    finetune     training in float, with noise that prepares weights for quantization
+    ffn ...      k-means of the layer set, then training of its centroids and of all float parameters
 
-Quantizing everything at once leaves an error that grows from layer to layer; here the layers behind a set
-learn to live with it before their own turn comes. The published code trains the sets in the order FFN,
-embeddings, attention, and adds no noise in their phases.
+Quantizing everything at once leaves an error that grows from layer to layer; here the layers after a set
+adapt to its error before their own turn. The published code trains the sets in the order FFN, embeddings,
+attention, and adds no noise in their phases.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from qcompress.training.methods.protocols import Phase
 
 
 class QuantizeInTurn:
-    """`finetune`, then a phase for each set of layers; a set of which no layer is a codebook has none."""
+    """Schedule of `finetune` and one phase for each layer set; a set without codebook layers has no phase."""
 
     def __init__(self, options: Staged, train: Train) -> None:
         self.options, self.train = options, train
 
     def phases(self, architecture: Architecture, plan: tuple[LayerPlan, ...]) -> tuple[Phase, ...]:
-        """In the order of the options."""
+        """`finetune`, then the layer sets in the order of the options."""
         books = [item for item in plan if isinstance(item.weights, CodebookFormat) and not item.layer.tied_to]
-        found = [self._phase("finetune")]
+        phases = [self._phase("finetune")]
         for name in self.options.order:
             members = tuple(item.name for item in books if set_of(item.layer) == name)
             if members:
-                found.append(self._phase(name, members))
-        return tuple(found)
+                phases.append(self._phase(name, members))
+        return tuple(phases)
 
     def _phase(self, name: str, members: tuple[str, ...] = ()) -> Phase:
         defaults, chosen = PHASES["staged"][name], self.train.phases.get(name)
@@ -42,7 +42,7 @@ class QuantizeInTurn:
 
 
 def set_of(layer: Layer) -> str:
-    """The set that a layer becomes a codebook with."""
+    """Name of the layer set in which a layer is quantized."""
     if layer.kind == "embedding":
         return "embeddings"
     return layer.part

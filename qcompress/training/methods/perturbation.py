@@ -1,20 +1,20 @@
-"""The ball around a point in which a sharpness-aware stepper looks for the worst loss.
+"""Worst-case perturbation of a sharpness-aware stepper, within a ball of radius rho.
 
 Source: SAM (Foret et al., arXiv:2010.01412), section 2, first order. With g the gradient of the loss with
-respect to everything in the ball, taken together as one vector:
+respect to all members of the ball, taken together as one vector:
 
     eps = rho * g / (||g||_2 + 1e-12)
 
-What is in the ball, by kind: the quantized weights of layers (`weight`) and of embedding tables (`embedding`;
-a tied head reads its table), biases (`bias`), weights and biases of norms (`norm`), and learned scales
-(`weight-scale`, `activation-scale`). Only what trains is in it, and a weight that stays float is not. A
-learned scale s is in the ball as itself, whatever its parametrization: of a parameter p with s = unit * p,
-the gradient is divided by the unit before the norm is taken, and eps is divided by the unit before p moves.
+Members by kind: the quantized weights of layers (`weight`) and of embedding tables (`embedding`; a tied head
+reads its table), biases (`bias`), weights and biases of norms (`norm`), and learned scales (`weight-scale`,
+`activation-scale`). Only trained parameters are members, and a weight that stays float is not. A learned
+scale s is perturbed as s, whatever its parametrization: for a parameter p with s = unit * p, the gradient is
+divided by the unit before the norm is taken, and eps is divided by the unit before p moves.
 
-A quantized weight is moved by an offset at a place of its tap, and no parameter is written. The others are
-moved in place and put back, bit for bit. Gradients of quantized weights are those of this process alone, and
-the pass that finds them exchanges nothing, so that under data parallelism each process perturbs by itself
-("m-sharpness", as the published code of SAQ does).
+A quantized weight is moved by an offset at its tap, and no parameter is written. The other members are moved
+in place and restored bit for bit. Gradients of quantized weights are those of this process alone, and the
+pass that computes them exchanges nothing, so that under data parallelism each process perturbs by itself
+("m-sharpness", as in the published code of SAQ).
 """
 
 from __future__ import annotations
@@ -40,39 +40,39 @@ SCALES = ("weight-scale", "activation-scale")
 
 @dataclass(frozen=True)
 class Perturbation:
-    """eps of every tap and of every parameter in the ball; None where one has no gradient. Both empty where
-    nothing is perturbed.
+    """eps of every tap and of every parameter in the ball; None for a member without a gradient. Both tuples
+    are empty for no perturbation.
     """
 
     offsets: tuple[Tensor | None, ...] = ()
     shifts: tuple[Tensor | None, ...] = ()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Named by their places, for a checkpoint."""
+        """Tensors for a checkpoint, named by index."""
         parts = {"offset": self.offsets, "shift": self.shifts}
         return {
-            f"{part}:{place}": tensor
+            f"{part}:{index}": tensor
             for part, tensors in parts.items()
-            for place, tensor in enumerate(tensors)
+            for index, tensor in enumerate(tensors)
             if tensor is not None
         }
 
 
 @dataclass(frozen=True)
 class Ball:
-    """What is perturbed, and where: the members of one phase."""
+    """Members of one phase that are perturbed, and the radius."""
 
     layers: tuple[QuantizedWeight, ...]
     parameters: tuple[nn.Parameter, ...]
     kinds: tuple[str, ...]
-    """Of each parameter."""
+    """Kind of each parameter."""
     rho: float
     listen: Place
-    """Whose gradient eps follows."""
+    """Tap whose gradient eps follows."""
     move: Place
-    """Where eps is added."""
+    """Tap where eps is added."""
     outside: tuple[nn.Parameter, ...] = ()
-    """What the phase trains besides."""
+    """Trained parameters of the phase that are not members."""
     units: tuple[Tensor | None, ...] = ()
     """Unit of each parameter that stores a learned scale, None for the others."""
 
@@ -81,7 +81,7 @@ class Ball:
         cls, kinds: Sequence[str], groups: Sequence[Group], taps: Sequence[QuantizedWeight],
         rho: float, listen: Place, move: Place,
     ) -> Ball:  # fmt: skip
-        """The ball with those members of these kinds."""
+        """Build the ball from the taps and groups whose kinds are listed."""
         layers = tuple(
             layer
             for layer in taps
@@ -95,28 +95,30 @@ class Ball:
             )
         ]
         inside = [member for member in trained if member[1] in kinds]
-        parameters, own, units = zip(*inside, strict=True) if inside else ((), (), ())
+        parameters, inside_kinds, units = zip(*inside, strict=True) if inside else ((), (), ())
         outside = tuple(parameter for parameter, kind, _ in trained if kind not in kinds)
-        return cls(layers, parameters, own, rho, listen, move, outside, units)
+        return cls(layers, parameters, inside_kinds, rho, listen, move, outside, units)
 
     def from_state(self, state: dict[str, Tensor]) -> Perturbation:
-        """Inverse of `Perturbation.state_dict`; without any tensor nothing is perturbed."""
+        """Inverse of `Perturbation.state_dict`; no tensors mean no perturbation."""
         if not state:
             return Perturbation()
         return Perturbation(
-            tuple(state.get(f"offset:{place}") for place in range(len(self.layers))),
-            tuple(state.get(f"shift:{place}") for place in range(len(self.parameters))),
+            tuple(state.get(f"offset:{index}") for index in range(len(self.layers))),
+            tuple(state.get(f"shift:{index}") for index in range(len(self.parameters))),
         )
 
     def climb(
         self, closure: Callable[[], Tensor], model: nn.Module | None, accelerator: Accelerator,
         others: Iterable[nn.Parameter] = (),
     ) -> tuple[Tensor, Perturbation]:  # fmt: skip
-        """One pass at the unperturbed point: its loss and eps. The ball's parameters and `others` keep its
-        gradients; nothing else gets one, so that the backward pass ends at the rounded weights.
+        """Run one pass at the unperturbed point; returns its loss and eps. The ball's parameters and `others`
+        keep their gradients of this pass; nothing else gets one, so that the backward pass ends at the
+        rounded weights.
 
-        Under fp16 the loss scale is taken out before the norm. A gradient that is not finite (the scale was
-        too large, and will be lowered) gives no direction, and nothing is perturbed.
+        Under fp16 the loss scale is removed before the norm. A gradient that is not finite (the loss scale
+        was too large, and will be lowered) gives no perturbation. Raises ModelError if the phase trains no
+        member of the ball.
         """
         taps = [Tap(self.listen, listens=True) for _ in self.layers]
         wanted = {id(parameter) for parameter in others}
@@ -124,7 +126,7 @@ class Ball:
         alone = accelerator.no_sync(model) if model is not None else nullcontext()
         with tapped(self.layers, taps), without_gradients(unwanted), alone:
             loss = closure()
-            if loss.requires_grad:  # else the ball is empty, which is refused below
+            if loss.requires_grad:  # False for an empty ball, which raises below
                 accelerator.backward(loss)
         units = (*(None for _ in taps), *self.units)
         gradients = [tap.gradient for tap in taps] + [parameter.grad for parameter in self.parameters]
@@ -153,9 +155,10 @@ class Ball:
 
     @contextmanager
     def perturbed(self, eps: Perturbation) -> Iterator[None]:
-        """Inside, the loss is that of the perturbed point; afterwards everything is as it was.
+        """Context manager in which the loss is that of the perturbed point; the parameters are restored
+        afterwards.
 
-        A scale keeps at least half its value, since a scale below 0 would turn its weights around.
+        A scale keeps at least half its value, because a negative scale would negate its weights.
         """
         if not eps.offsets and not eps.shifts:
             yield
@@ -182,12 +185,14 @@ class Ball:
 
 
 def _over(tensor: Tensor, unit: Tensor | None) -> Tensor:
-    """The tensor divided by a unit, if there is one."""
+    """Divide a tensor by its unit, if it has one."""
     return tensor if unit is None else tensor / unit
 
 
 def random_share(eps: Perturbation, share: float, moment: Moment) -> Perturbation:
-    """eps of a random share of the elements, divided by the share, so that its mean over draws is eps."""
+    """Keep eps for a random fraction `share` of the elements, divided by it, so that the mean over draws
+    is eps.
+    """
     where = (moment.seed, moment.phase, moment.block, moment.step)
     seed = int(np.random.SeedSequence(where, spawn_key=(1,)).generate_state(1, np.uint64)[0])
     generators: dict[torch.device, torch.Generator] = {}
@@ -205,7 +210,7 @@ def random_share(eps: Perturbation, share: float, moment: Moment) -> Perturbatio
 
 @contextmanager
 def without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, these parameters get no gradient; all of them get one afterwards."""
+    """Context manager in which these parameters require no gradient; afterwards all of them do."""
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -217,9 +222,10 @@ def without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def fixed_statistics(model: nn.Module | None) -> Iterator[None]:
-    """Inside, batch norms in training mode use the batch's statistics and leave their running ones alone.
+    """Context manager in which batch norms in training mode use the batch's statistics and keep their running
+    ones.
 
-    They would otherwise count a batch once for each pass, and average over perturbed weights.
+    Otherwise running statistics would count a batch once for each pass, and average over perturbed weights.
     """
     modules = [] if model is None else [*model.modules()]
     norms = [

@@ -1,6 +1,4 @@
-"""The axis values that every baseline is made of: task loss, plain update, calibrate only, train
-everything.
-"""
+"""Baseline values of every axis: task loss, plain update, calibration only, training of all parameters."""
 
 from __future__ import annotations
 
@@ -28,54 +26,54 @@ if TYPE_CHECKING:
 
 
 class NoRescaling:
-    """No adapter."""
+    """Adapter that rescales nothing."""
 
     def __init__(self, options: NoAdapter) -> None:
         pass
 
     def attach(self, prepared: Prepared, sites: Sequence[Site], statistics: dict[str, Statistics]) -> None:
-        """Nothing to install."""
+        """No-op."""
 
     def fold(self) -> dict[str, Tensor]:
-        """Nothing to fold."""
+        """No scales."""
         return {}
 
 
 class TaskLossObjective:
-    """The task's own loss."""
+    """Objective that minimises the task's own loss."""
 
     def __init__(self, options: TaskObjective, task_loss: Callable[[Tensor, Batch], Tensor]) -> None:
         self.task_loss = task_loss
         self.student: nn.Module | None = None
 
     def attach(self, student: nn.Module, scene: Scene) -> None:
-        """Remember the model."""
+        """Store the model."""
         self.student = student
 
     def begin(self, phase: str) -> None:
-        """Every phase has the same loss."""
+        """No-op: every phase has one loss."""
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
         """Mean loss over the batch, []."""
         return self.task_loss(self.student(**inputs_of(batch)).logits, batch)
 
     def detach(self) -> None:
-        """No hook was installed."""
+        """Release the model."""
         self.student = None
 
 
 def apply_gradients(
     optimizer: Optimizer, groups: Sequence[Group], clip_norm: float | None, accelerator: Accelerator
 ) -> None:
-    """The end of every update: average over the processes, clip each role by itself, move what has a
-    gradient, drop the gradients.
+    """Finish an update: average gradients over the processes, clip each role by itself, step the optimizer,
+    clear the gradients.
 
-    Per role, because the gradient of a scale sums over a whole tensor and would drown the weights' in a
-    common norm. A parameter whose gradient is None is left alone entirely: no momentum, no weight decay.
+    Clipping is per role, because the gradient of a scale sums over a whole tensor and would dominate a common
+    norm. A parameter whose gradient is None is left unchanged: no momentum, no weight decay.
     """
     _average([parameter for group in groups for parameter in group.parameters], accelerator)
     if clip_norm is not None:
-        # once for all roles: accelerate's own clipping would remove the loss scale of fp16 at every call
+        # once for all roles: accelerate's own clipping would remove fp16's loss scale at every call
         accelerator.unscale_gradients(optimizer)
         for group in groups:
             nn.utils.clip_grad_norm_(group.parameters, clip_norm)
@@ -84,24 +82,26 @@ def apply_gradients(
 
 
 def _average(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace each gradient by its mean over the processes, in one message; who has none stays without."""
-    held = [parameter for parameter in parameters if parameter.grad is not None]
-    if accelerator.num_processes == 1 or not held:
+    """Replace each gradient by its mean over the processes, in one message; a gradient of None stays None."""
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    if accelerator.num_processes == 1 or not with_gradient:
         return
-    together = accelerator.reduce(torch.cat([one.grad.flatten() for one in held]), reduction="mean")
-    parts = together.split([parameter.numel() for parameter in held])
-    for parameter, part in zip(held, parts, strict=True):
+    averaged = accelerator.reduce(
+        torch.cat([parameter.grad.flatten() for parameter in with_gradient]), reduction="mean"
+    )
+    parts = averaged.split([parameter.numel() for parameter in with_gradient])
+    for parameter, part in zip(with_gradient, parts, strict=True):
         parameter.grad = part.view_as(parameter).to(parameter.grad.dtype)
 
 
 class OneUpdate:
-    """One forward, one backward, one update."""
+    """Stepper with one forward pass, one backward pass and one update."""
 
     def __init__(self, options: PlainStepper) -> None:
         self.options = options
 
     def attach(self, model: nn.Module) -> None:
-        """Nothing to remember."""
+        """No-op."""
 
     def step(
         self,
@@ -112,39 +112,39 @@ class OneUpdate:
         accelerator: Accelerator,
         moment: Moment,
     ) -> Report:
-        """One update, one pass."""
+        """Make one update from one pass."""
         loss = closure()
         accelerator.backward(loss)
         apply_gradients(optimizer, groups, self.options.clip_norm, accelerator)
         return Report(loss=loss.item(), passes=1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """No update depends on another."""
+        """Empty: no state carries over between updates."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to take up."""
+        """No-op."""
 
 
 class CalibrateOnly:
-    """Ranges from the calibration data; no phase trains."""
+    """Schedule without training: ranges come from the calibration data."""
 
     def __init__(self, options: Calibrate, train: Train) -> None:
         pass
 
     def phases(self, architecture: Architecture, plan: tuple[LayerPlan, ...]) -> tuple[Phase, ...]:
-        """None."""
+        """No phases."""
         return ()
 
 
 class TrainEverything:
-    """One phase: weights, scales and everything else, with the task's loss."""
+    """Schedule of one phase that trains weights, scales and all other parameters."""
 
     def __init__(self, options: PlainSchedule, train: Train) -> None:
         self.train = train
 
     def phases(self, architecture: Architecture, plan: tuple[LayerPlan, ...]) -> tuple[Phase, ...]:
-        """`finetune`."""
+        """The phase `finetune`."""
         defaults = PHASES["plain"]["finetune"]
         chosen = self.train.phases.get("finetune")
         return (Phase("finetune", chosen.steps if chosen else defaults.steps, defaults.roles),)

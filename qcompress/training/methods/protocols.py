@@ -1,9 +1,9 @@
-"""The five protocols a method is made of. They carry no code; `methods/__init__.py` lists who fulfils them.
+"""Protocols of the five axes of a method. `methods/__init__.py` lists the classes that implement them.
 
 Life of a training run: adapters are attached and initialised from statistics of the float model, quantizers
-are initialised on what the adapters left, then the schedule's phases run one after another, each with an
-optimizer of its own. Randomness is a function of (seed, phase, step), so that a closure called twice in one
-step sees the same dropout, and a resumed run the same as an uninterrupted one.
+are initialised on the rescaled weights, then the schedule's phases run one after another, each with its own
+optimizer. Randomness is a function of (seed, phase, step), so that a closure called twice in one step sees
+one dropout mask, and a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,75 +28,77 @@ if TYPE_CHECKING:
 
 
 class Quantizer(Protocol):
-    """How one tensor becomes integers while training. Built from its options, its grid and its bounds."""
+    """Differentiable rounding of one tensor during training. Constructed from its options, its grid and
+    its bounds.
+    """
 
     bounds: tuple[int, int]
     parameter_roles: Mapping[str, Role]
     """Role of each of its parameters, by the name in `named_parameters()`; not needed without parameters."""
 
     def init(self, seen: Tensor | Statistics) -> None:
-        """Choose a starting scale from the weight itself, or from what calibration saw of an activation."""
+        """Choose the initial scale, from the weight itself or from an activation's calibration statistics."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x rounded to the grid, differentiable."""
+        """Round x to the grid, differentiably."""
 
     def advance(self) -> None:
-        """Called after each update: restore whatever the update may have broken."""
+        """Restore the scale's valid range; called after each update."""
 
     def scale_of(self, *weight: Tensor) -> Tensor:
-        """The scale that is deployed; called when training has ended. A weight's quantizer is a `CodedWeight`
-        (`quant/weight_quantizer.py`), which says how its codes are made as well.
+        """Scale to deploy; called when training has ended. A weight's quantizer is a `CodedWeight`
+        (`quant/weight_quantizer.py`), which also defines its codes.
         """
 
 
 class Adapter(Protocol):
     """A function-preserving rescaling in front of activation quantizers, folded when training has ended. The
-    modules that it gives to `Prepared.rescale` declare the roles of their parameters (`parameter_roles`).
+    modules passed to `Prepared.rescale` declare the roles of their parameters (`parameter_roles`).
     """
 
     def attach(self, prepared: Prepared, sites: Sequence[Site], statistics: dict[str, Statistics]) -> None:
-        """Install the rescalings and give them their starting values."""
+        """Install the rescalings with their initial values."""
 
     def fold(self) -> dict[str, Tensor]:
-        """The final scales, [channels] each, by the name of the site's writer."""
+        """Final scales, [channels] each, by the name of the site's writer."""
 
 
 @runtime_checkable
 class FittedAdapter(Adapter, Protocol):
-    """An adapter that looks at the float model at work on the calibration data, before it is attached."""
+    """An adapter that runs the float model on the calibration data before it is attached."""
 
     def fit(
         self, model: nn.Module, plan: tuple[LayerPlan, ...], sites: Sequence[Site],
         batches: Callable[[], Iterable[Batch]],
     ) -> None:  # fmt: skip
-        """Choose the scales. `model` is a float model of its own, on the training's device, to do with as it
-        likes; `batches()` gives the calibration data anew at each call, without padding. Not called where
-        training goes on after an interruption: what `attach` installs is in the checkpoint then.
+        """Choose the scales. `model` is a float model on the training device, which the adapter may change;
+        `batches()` gives the calibration data anew at each call, without padding. Not called in a resumed
+        run, whose checkpoint holds the state that `attach` installs.
         """
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What an objective may look at beside the batches."""
+    """Models available to an objective besides the batches."""
 
     model: nn.Module
     architecture: Architecture
     teacher: Callable[[], nn.Module]
-    """Loads the float model, in evaluation mode, on the training's device."""
+    """Loads the float model, in evaluation mode, on the training device."""
 
 
 class Objective(Protocol):
-    """What is minimised."""
+    """The loss that training minimises."""
 
     def attach(self, student: nn.Module, scene: Scene) -> None:
-        """Called once, with the model as the trainer runs it; `scene.model` is the same model unwrapped."""
+        """Called once, with the model as the trainer runs it; `scene.model` is that model unwrapped."""
 
     def begin(self, phase: str) -> None:
-        """Called when a phase begins, also when it goes on after an interruption."""
+        """Called when a phase begins, also when it resumes after an interruption."""
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
-        """Loss of a batch; `progress` in [0, 1) is the share of the phase that is done. Who sums
-        several may keep them in `terms`, for the log (`logpoints.OfTerms`).
+        """Loss of a batch; `progress` in [0, 1) is the completed share of the phase. Objectives that sum
+        several losses may expose them as `terms` for logging (`recording.OfTerms`).
         """
 
     def detach(self) -> None:
@@ -114,12 +116,14 @@ class Group:
     kinds: tuple[str, ...] = ()
     """Kind of each parameter (`parameter_roles.py`), for steppers that perturb some kinds."""
     units: tuple[Tensor | None, ...] = ()
-    """Unit in which each parameter stores a learned scale (`learned_scale.py`); empty: none of them does."""
+    """Unit in which each parameter stores a learned scale (`learned_scale.py`); empty: no parameter stores
+    one.
+    """
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Which update this is. Everything random in it is a function of these four numbers."""
+    """Identity of one update. Everything random in it is a function of these four numbers."""
 
     seed: int
     phase: int
@@ -129,15 +133,17 @@ class Moment:
 
 @dataclass(frozen=True)
 class Report:
-    """One update: the loss whose gradient moved the weights, and how many forward/backward passes it took."""
+    """Result of one update: the loss whose gradient moved the weights, and the number of forward/backward
+    passes.
+    """
 
     loss: float
     passes: int
 
 
 class Stepper(Protocol):
-    """How one update is made. Gradient clipping, the loss scale of fp16 and what processes exchange live here
-    and nowhere else.
+    """Update rule. Gradient clipping, fp16's loss scale and the exchange between processes live here and
+    nowhere else.
     """
 
     def attach(self, model: nn.Module) -> None:
@@ -152,25 +158,25 @@ class Stepper(Protocol):
         accelerator: Accelerator,
         moment: Moment,
     ) -> Report:
-        """One update. `closure()` is the loss on this process's share of the batch, with the same randomness
-        at each call of this step; `taps` are the quantized weights, for steppers that perturb them. The
-        gradients of the update itself are averaged over the processes before they are clipped.
+        """Make one update. `closure()` is the loss on this process's share of the batch, with equal
+        randomness at each call of this step; `taps` are the quantized weights, for steppers that perturb
+        them. The gradients of the update itself are averaged over the processes before they are clipped.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the next update of the phase needs from the ones before; it goes into the checkpoint."""
+        """State that later updates of the phase need; it goes into the checkpoint."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore the state of `state_dict`."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of training with an optimizer of its own.
+    """A part of training with its own optimizer.
 
-    scope "model": every step sees one batch of the training data and the objective. scope "blocks": the
-    blocks of the architecture learn one after another to reproduce their float outputs on the calibration
-    data, and `steps` counts the updates of one block.
+    scope "model": every step runs the objective on one batch of the training data. scope "blocks": the blocks
+    of the architecture learn one after another to reproduce their float outputs on the calibration data, and
+    `steps` counts the updates of one block.
     """
 
     name: str
@@ -182,11 +188,11 @@ class Phase:
     quantizes: tuple[str, ...] = ()
     """Layers that become codebooks when the phase begins."""
     noise: bool = True
-    """Whether Quant-Noise, where there is any, is on."""
+    """Enables Quant-Noise for quantizers that have it."""
 
 
 class Schedule(Protocol):
-    """What is trained when."""
+    """Order of the training phases."""
 
     def phases(self, architecture: Architecture, plan: tuple[LayerPlan, ...]) -> tuple[Phase, ...]:
-        """The phases, in order."""
+        """Phases in order."""

@@ -6,21 +6,21 @@ wastes its integers on them. Quadapter learns a positive scale a for each channe
 
     y = Q_a(x * a) @ Q_w(W / a) + b          x = LayerNorm(h), W [in, out]
 
-which is the float layer when nothing is rounded. It folds: gamma * a and beta * a into the LayerNorm, W / a
-into the reader, and nothing is left at run time. The weight quantizer sees W / a during training too (the
-fused form); scaling the activation alone would train another network than the one deployed. All other model
-parameters stay as they were, which is the paper's point: the model cannot overfit the data it is adapted on.
+which equals the float layer without rounding. It folds: gamma * a and beta * a into the LayerNorm, W / a into
+the reader, and costs nothing at run time. The weight quantizer sees W / a during training too (the fused
+form); scaling the activation alone would train another network than the deployed one. All other model
+parameters stay unchanged, which is the paper's point: the model cannot overfit the data it is adapted on.
 
-What the paper says: two places in each block, a block-wise calibration with an L2 loss, then an end-to-end
-fine-tuning with the task's loss. What we chose because no text of it was available to us: the places ln_1 ->
+From the paper: two sites in each block, a block-wise calibration with an L2 loss, then an end-to-end
+fine-tuning with the task's loss. Our choices, because no text of it was available to us: the sites ln_1 ->
 c_attn and ln_2 -> c_fc (the norms of GPT-2, none of which feeds the residual), a = exp(theta), float inputs
 to each block ("independent" calibration), symmetric activations (TensorRT takes no zero point), and the
-starting value, of which `identity` and `balanced` are options.
+initial value, with the options `identity` and `balanced`.
 
-A third place is ours: the value projection -> the output projection of an attention (`sites: value`, `all`).
-Probabilities mix values over tokens, each channel by itself, so V's weight and bias are multiplied by a, and
-the output projection's rows divided. It is the only place that BERT and its relatives have, whose norms feed
-the residual as well (`models/encoder.py`); in GPT-2 it has to be asked for.
+A third site is our addition: the value projection -> the output projection of an attention (`sites: value`,
+`all`). Probabilities mix values over tokens, each channel by itself, so V's weight and bias are multiplied by
+a, and the output projection's rows divided. It is the only site of BERT and its relatives, whose norms feed
+the residual as well (`models/encoder.py`); in GPT-2 it has to be selected.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from qcompress.training.methods.protocols import Phase
 
 
 class Quadapter:
-    """One learned `ChannelScale` for each site."""
+    """Adapter with one learned `ChannelScale` for each site."""
 
     def __init__(self, options: QuadapterOptions) -> None:
         self.options = options
@@ -62,16 +62,16 @@ class Quadapter:
 
     @torch.no_grad()
     def fold(self) -> dict[str, Tensor]:
-        """Final scales, [channels] each."""
+        """Final scales, [channels] each, by the name of the site's writer."""
         return {writer: scale() for writer, scale in self.scales.items()}
 
 
 @torch.no_grad()
 def balanced(seen: Statistics, readers: Sequence[QuantizedWeight], bound: float) -> Tensor:
-    """sqrt(max|W_i| / max|x_i|) with geometric mean 1, [channels], within [1 / bound, bound].
+    """Initial scale sqrt(max|W_i| / max|x_i|) with geometric mean 1, [channels], within [1 / bound, bound].
 
-    This is SmoothQuant's scale with alpha 1/2 (arXiv:2211.10438, equation 4), inverted since ours multiplies
-    x. A channel that is never active (or never read) keeps scale 1.
+    This is SmoothQuant's scale with alpha 1/2 (arXiv:2211.10438, equation 4), inverted since it multiplies x.
+    A channel that is never active (or never read) keeps scale 1.
     """
     weight = torch.stack([layer.weight.abs().amax(layer.channel_axis) for layer in readers]).amax(0)
     live = (weight > TINY) & (seen.largest > TINY)
@@ -81,7 +81,7 @@ def balanced(seen: Statistics, readers: Sequence[QuantizedWeight], bound: float)
 
 
 class BlocksThenModel:
-    """Quadapter's two phases; dropout stays off, since no weight trains that it could regularise."""
+    """Quadapter's two phases, without dropout, because no weight is trained."""
 
     def __init__(self, options: BlockwiseThenEndToEnd, train: Train) -> None:
         self.options, self.train = options, train

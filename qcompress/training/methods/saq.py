@@ -4,31 +4,32 @@ Each update descends at the worst point near the quantized weights:
 
     min over w, s   max over ||eps|| <= rho   L( Q(w; s) + eps )
 
-The paper holds three formulations against each other, `case` here:
+The paper compares three formulations, `case` here:
 
     1   L( Q(w) + eps(w) )      eps along dL/dw. Mismatch: where a weight is clipped, dL/dw is 0, dL/dQ not.
     2   L( Q(w + eps(w)) )      eps along dL/dw, before the quantizer. Diminishment: it is rounded away.
-    3   L( Q(w) + eps(Q(w)) )   eps along dL/dQ. What the paper chooses, and the default.
+    3   L( Q(w) + eps(Q(w)) )   eps along dL/dQ. The paper's choice, and the default.
 
 In case 2 a quantizer whose scale follows the weight (minmax) takes the scale of w + eps.
 
-Two passes an update: the first finds eps (`perturbation.py`), the second gives the gradient, straight
-through the quantizer, to weights and scales alike. Running statistics of batch norms see the first pass only;
+Two passes an update: the first computes eps (`perturbation.py`), the second computes the gradient, straight
+through the quantizer, of weights and scales alike. Running statistics of batch norms see the first pass only;
 the published code lets them see both.
 
-Cheaper: the paper's "efficient training strategy" is in no text or code that was available to us, so these
-are readings from the literature that its README credits.
+Cheaper variants: the paper's "efficient training strategy" is in no text or code that was available to us, so
+these are readings from the literature that its README credits.
 
-    every: k    eps is found at the updates 0, k, 2k... of a phase and used again in between, 1 + 1/k passes
+    every: k    eps is computed at the updates 0, k, 2k... of a phase and reused in between, 1 + 1/k passes
                 an update (LookSAM, arXiv:2203.02714, which reuses a part of the gradient instead)
     subset: p   eps of a random share p of the elements, divided by p (ESAM's stochastic weight perturbation,
-                arXiv:2110.03141); it changes what is learned, and costs as much as the whole
+                arXiv:2110.03141); it changes the result, and costs as much as the whole
 
 `every` counts a phase's steps and not the passes since the start, and eps goes into the checkpoint: a resumed
-run makes the same updates. Between two searches batch norms' statistics rest, since every pass is perturbed.
+run makes equal updates. Between two searches the statistics of batch norms rest, since every pass is
+perturbed.
 
 The published code quantizes with LIQ, whose levels are odd multiples of half a step. It has no zero, and no
-symmetric integer grid with zero point 0 holds it at its own width, so it is not offered: LSQ takes its place.
+symmetric integer grid with zero point 0 represents it at its own width, so LSQ replaces it.
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ CASES: dict[int, tuple[Place, Place]] = {
     2: ("latent", "latent"),
     3: ("rounded", "rounded"),
 }
-"""Whose gradient eps follows, and where it is added."""
+"""For each case, the tap whose gradient eps follows, and the tap where eps is added."""
 
 
 class SharpnessAwareUpdate:
-    """Find eps, descend at the perturbed point."""
+    """Stepper that computes eps and descends at the perturbed point."""
 
     def __init__(self, options: Saq) -> None:
         self.options = options
@@ -66,7 +67,7 @@ class SharpnessAwareUpdate:
         self._resumed: dict[str, Tensor] | None = None
 
     def attach(self, model: nn.Module) -> None:
-        """Remember the model, for its batch norms and for the processes it is spread over."""
+        """Store the model, for its batch norms and its process group."""
         self.model = model
 
     def step(
@@ -78,7 +79,7 @@ class SharpnessAwareUpdate:
         accelerator: Accelerator,
         moment: Moment,
     ) -> Report:
-        """Two passes, or one where eps is used again."""
+        """Make one update from two passes, or from one where eps is reused."""
         options, passes = self.options, 1
         ball = Ball.of(options.ball, groups, taps, options.rho, *CASES[options.case])
         if self._resumed is not None:
@@ -98,9 +99,9 @@ class SharpnessAwareUpdate:
         return Report(loss=loss.item(), passes=passes)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """eps, where a later update uses it again."""
+        """eps, if a later update reuses it."""
         return self._eps.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on with this eps."""
+        """Continue with this eps."""
         self._resumed = state

@@ -1,25 +1,25 @@
 """SQuAT: Sharpness- and Quantization-Aware Training for BERT (Wang et al., arXiv:2210.07171).
 
-Of the paper we could read the abstract alone: the method "alternates training between sharpness objective and
-step-size objective", with learned scales. Everything below is a reading of that sentence.
+Only the abstract of the paper was available to us: the method "alternates training between sharpness
+objective and step-size objective", with learned scales. Everything below is a reading of that sentence.
 
     sharpness objective   s frozen   min over w   max over ||eps|| <= rho   L( Q(w; s) + eps )
     step-size objective   w frozen   min over s   L( Q(w; s) )
 
-"w" is everything that trains and is no scale. The two share one optimizer; in each of them a frozen parameter
-has no gradient at all, so that neither momentum nor weight decay moves it. Options where the sentence has
-more than one reading:
+"w" is every trained parameter that is not a scale. The two share one optimizer; in each of them a frozen
+parameter has no gradient at all, so that neither momentum nor weight decay moves it. Options where the
+sentence has more than one reading:
 
-    alternate: batch       both on each batch, one after the other: three passes. The default, as the reading
-                               that changes neither objective.
+    alternate: batch       both on each batch, one after the other: three passes. The default, because this
+                               reading changes neither objective.
     alternate: iteration   weights at even updates of a phase (two passes), scales at odd ones (one pass)
     alternate: fused       the scales take the gradient of the first, unperturbed pass: two passes. Both
-                               objectives then see the same weights, and not the scales those just updated.
+                               objectives then see equal weights, and the weights see scales not yet updated.
     perturb: quantized     Q(w) + eps along dL/dQ (SAQ's case 3), the default
     perturb: latent        Q(w + eps) along dL/dw (SAQ's case 2), which rounding mostly undoes
 
-Scales cannot be in the ball, because they are frozen while it is searched. Where no scale trains there is
-nothing to alternate with, and every update is the sharpness objective.
+Scales cannot be in the ball, because they are frozen while it is searched. Without trained scales every
+update is the sharpness objective.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ PLACES: dict[str, Place] = {"quantized": "rounded", "latent": "latent"}
 
 
 class AlternatingUpdate:
-    """Weights at the worst point near by, scales where they are."""
+    """Stepper that updates weights at the worst point nearby, and scales at the unperturbed point."""
 
     def __init__(self, options: Squat) -> None:
         self.options = options
         self.model: nn.Module | None = None
 
     def attach(self, model: nn.Module) -> None:
-        """Remember the model, for its batch norms and for the processes it is spread over."""
+        """Store the model, for its batch norms and its process group."""
         self.model = model
 
     def step(
@@ -62,7 +62,7 @@ class AlternatingUpdate:
         accelerator: Accelerator,
         moment: Moment,
     ) -> Report:
-        """One to three passes."""
+        """Make one update from one to three passes."""
         options = self.options
         weights = [group for group in groups if group.role != "scale"]
         scales = [group for group in groups if group.role == "scale"]
@@ -88,7 +88,9 @@ class AlternatingUpdate:
         self, closure: Callable[[], Tensor], optimizer: Optimizer, groups: Sequence[Group],
         taps: Sequence[QuantizedWeight], accelerator: Accelerator, scales: Sequence[Group], fused: bool,
     ) -> Tensor:  # fmt: skip
-        """Gradients of the sharpness objective; the scales have none, or that of the unperturbed pass."""
+        """Compute gradients of the sharpness objective. The scales get none or, if `fused`, the
+        unperturbed pass's.
+        """
         options, place = self.options, PLACES[self.options.perturb]
         ball = Ball.of(options.ball, groups, taps, options.rho, place, place)
         others = _parameters(scales) if fused else ()
@@ -105,11 +107,11 @@ class AlternatingUpdate:
         return loss
 
     def state_dict(self) -> dict[str, Tensor]:
-        """No update depends on another: whose turn it is follows from the step."""
+        """Empty: the turn of weights or scales follows from the step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to take up."""
+        """No-op."""
 
 
 def _parameters(groups: Sequence[Group]) -> Iterable[nn.Parameter]:

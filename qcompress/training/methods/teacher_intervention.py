@@ -1,21 +1,21 @@
 """Teacher Intervention (Kim et al., EACL 2023, arXiv:2302.11812), after its published code.
 
-In the first of two steps, in every layer, the float model's signal replaces the student's:
+In the first of two steps, in every layer, the float model's activation replaces the student's:
 
     TI-O  output     the attention block's output, before dropout, residual and norm
     TI-C  context    the context of each head, before the output layer
     TI-M  attention  the attention map, before dropout and rounding
 
-and the input of the layers that the signal replaces keeps no gradient (Q, K, V; for TI-M Q and K). So the
-error of the layers below does not reach the rest of the layer, which learns on good inputs; Q and K learn
-from the loss of the attention scores alone. In the second step the student is by itself. TI-G goes through
-TI-O for the first sixth of the step, TI-C for the second, TI-M for the rest (the thresholds of the code).
+and the inputs of the replaced layers are detached (Q, K, V; for TI-M Q and K). The error of the layers below
+therefore does not reach the rest of the layer, which learns on float inputs; Q and K learn from the loss of
+the attention scores alone. In the second step the student runs without replacement. TI-G applies TI-O for the
+first sixth of the step, TI-C for the second, TI-M for the rest (the thresholds of the code).
 
     loss of both steps: distillation.py's, plus L_out, the sum over layers of the mean squared error of the
     attention blocks' outputs
 
-The code compares these outputs after the norm, where TI-O's is the teacher's already: V and the output layer
-learn nothing. The paper's figure 3 draws the arrow to the output before the residual. Both are options.
+The code compares these outputs after the norm, where TI-O's output is already the teacher's: V and the output
+layer learn nothing. The paper's figure 3 draws the arrow to the output before the residual. Both are options.
 """
 
 from __future__ import annotations
@@ -40,44 +40,46 @@ MODES: tuple[Mode, ...] = ("output", "context", "attention")
 
 
 class Intervention(DistillationLoss):
-    """Distillation with the teacher's signals in place of the student's during the phase `intervention`."""
+    """Distillation with the teacher's activations in place of the student's during the phase
+    `intervention`.
+    """
 
     intervenes = False
 
     @property
     def looks_into_attention(self) -> bool:
-        """Always: the replaced signals are in there."""
+        """Always True: the replaced activations are inside the attentions."""
         return True
 
     def begin(self, phase: str) -> None:
-        """The teacher intervenes in one phase only."""
+        """Enable the replacement in the phase `intervention` only."""
         self.intervenes = phase == INTERVENTION
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
         """Weighted sum of the losses, []."""
         mode = mode_at(self.options.mode, progress) if self.intervenes else None
-        taught = self._taught(batch)
-        self.student.replace(mode, taught)
+        teacher = self._taught(batch)
+        self.student.replace(mode, teacher)
         try:
-            said = self.student.collect(lambda: self._logits(batch))
+            student = self.student.collect(lambda: self._logits(batch))
         finally:
             self.student.replace(None, None)
-        loss = self._weighted(said, taught, batch)
+        loss = self._weighted(student, teacher, batch)
         if not self.options.output:
             return loss
-        output = self.options.output * self._output_loss(said, taught)
+        output = self.options.output * self._output_loss(student, teacher)
         self.terms["output"] = output.detach()
         return loss + output
 
-    def _output_loss(self, said: Signals, taught: Signals) -> Tensor:
+    def _output_loss(self, student: Signals, teacher: Signals) -> Tensor:
         if self.options.out_loss == "post_ln":
-            return states_loss(said.normed, taught.normed)
-        return states_loss(said.outputs, taught.outputs)
+            return states_loss(student.normed, teacher.normed)
+        return states_loss(student.outputs, teacher.outputs)
 
 
 def mode_at(mode: str, progress: float) -> Mode:
-    """What is replaced at this share of the phase; `stochastic` draws from torch's generator, which the loop
-    has seeded for this update.
+    """Activation that is replaced at this share of the phase. `stochastic` draws from torch's generator,
+    which the loop seeds for each update.
 
     >>> [mode_at("gradual", step / 60) for step in (0, 9, 10, 19, 20, 59)]
     ['output', 'output', 'context', 'context', 'attention', 'attention']
@@ -94,13 +96,13 @@ def mode_at(mode: str, progress: float) -> Mode:
 
 
 class InterveneThenTrain:
-    """The two steps: `intervention`, then `finetune`."""
+    """Schedule of two steps: `intervention`, then `finetune`."""
 
     def __init__(self, options: TwoStep, train: Train) -> None:
         self.train = train
 
     def phases(self, architecture: Architecture, plan: tuple[LayerPlan, ...]) -> tuple[Phase, ...]:
-        """Both, each with an optimizer of its own."""
+        """Both phases, each with its own optimizer."""
         return tuple(
             Phase(
                 name,
