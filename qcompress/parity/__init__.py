@@ -1,1 +1,1 @@
-"""Measuring each form of a model on the same samples, and the distance from one form to the next."""
+"""Parity: each form of a model measured on shared samples, and the distance between consecutive forms."""

@@ -1,4 +1,4 @@
-"""How far two rows are apart: one pass over pairs of logits, no torch.
+"""Distance between two rows of the parity table, accumulated over pairs of logits. No torch.
 
 Shapes: logits [positions, vocabulary] in fp32; sums are kept in fp64.
 """
@@ -15,17 +15,17 @@ import numpy as np
 from qcompress.system.filesystem import allocate
 
 STEP = 64
-"""Positions compared at once."""
+"""Positions compared in one chunk."""
 
 
 @dataclass
 class Distance:
-    """Running comparison of a row with the row before it.
+    """Running comparison of a row with the previous row.
 
     `range` is the largest minus the smallest logit of the reference; cosine and snr_db are over all logits
-    together, so that a few positions with small logits do not dominate. snr_db is None where there is no
-    error, because JSON knows no infinity; top1_agreement is None where a position has one logit, which is
-    always its best.
+    together, so that a few positions with small logits do not dominate. snr_db is None for zero error,
+    because JSON has no infinity; top1_agreement is None where a position has a single logit, which always
+    ranks first.
     """
 
     to: str
@@ -43,16 +43,16 @@ class Distance:
     broken: int = 0
 
     def add_kept(self, file: Path, rows: Mapping[int, np.ndarray]) -> None:
-        """Hold logits [positions, vocabulary] by sample against what `keep_logits` left. The file is opened
-        each time: mapped pages count as memory.
+        """Compare logits [positions, vocabulary] by sample with the array written by `keep_logits`. The file
+        is opened at each call, because mapped pages count as memory.
         """
         if rows:
             kept = np.load(file, mmap_mode="r")
-            for place, logits in rows.items():
-                self.add(kept[place, : len(logits)], logits)
+            for sample, logits in rows.items():
+                self.add(kept[sample, : len(logits)], logits)
 
     def add(self, reference: np.ndarray, row: np.ndarray) -> None:
-        """Take in the logits of some positions, a few at a time: a vocabulary is wide."""
+        """Add the logits of some positions, in chunks, because a vocabulary is wide."""
         for start in range(0, len(row), STEP):
             self._add(reference[start : start + STEP], row[start : start + STEP])
 
@@ -76,7 +76,7 @@ class Distance:
         self.count += reference.size
 
     def to_json(self) -> dict[str, object]:
-        """The fields of parity.json; NaN where a logit was not finite or nothing was compared."""
+        """Fields of parity.json; NaN if a logit was not finite or nothing was compared."""
         if self.broken or not self.count:
             values = dict.fromkeys(
                 ("max_abs", "mean_abs", "range", "cosine", "snr_db", "top1_agreement"), math.nan
@@ -97,7 +97,7 @@ class Distance:
 
 
 def decibels(signal: float, error: float) -> float | None:
-    """10 log10 of a ratio of squares; None where nothing differs, NaN where there is no signal.
+    """10 log10 of a ratio of squares; None for zero error, NaN for zero signal.
 
     >>> decibels(100.0, 1.0)
     20.0
@@ -108,8 +108,8 @@ def decibels(signal: float, error: float) -> float | None:
 
 
 def keep_logits(file: Path, shape: tuple[int, int, int], rows: Mapping[int, np.ndarray]) -> None:
-    """Leave logits [positions, vocabulary] on disk, each at its sample's place, in an array of `shape`
-    [samples, most positions, vocabulary]; what is there stays.
+    """Write logits [positions, vocabulary], each at its sample's index, into an .npy array of `shape`
+    [samples, most positions, vocabulary]; entries of other samples are kept.
     """
     if not rows:
         return
@@ -117,5 +117,5 @@ def keep_logits(file: Path, shape: tuple[int, int, int], rows: Mapping[int, np.n
         np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
         allocate(file, file.stat().st_size)
     kept = np.lib.format.open_memmap(file, mode="r+")
-    for place, logits in rows.items():
-        kept[place, : len(logits)] = logits
+    for sample, logits in rows.items():
+        kept[sample, : len(logits)] = logits

@@ -1,10 +1,10 @@
-"""How many codes folding changed: activations of the folded model against those of the trained one.
+"""Number of activation codes that folding changes: the folded model against the trained one.
 
-Where a batch norm is folded, fp32 sums come out another way (the factor is in the weight, and not behind the
-sum), and a value that lies on a tie between two codes may round to the other one. One such flip changes all
-that follows it, so the folded model is *held*: at each place it rounds, compares its codes with the trained
-model's, and goes on with the trained model's. What is counted are the flips of each place, and not what they
-lead to; a wrong scale or bias changes many codes of the first place behind it.
+Folding a batch norm changes the order of fp32 operations (the factor is in the weight, and not behind the
+sum), and a value near a rounding tie may round to the neighbouring code. One such flip changes all later
+values, so the folded model's codes are *forced*: each activation quantizer compares its codes with the
+trained model's, and passes on the trained model's. The counts are therefore the flips of each quantizer
+alone, without their consequences; a wrong scale or bias changes many codes of the next quantizer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from qcompress.quant.folded import Rounding
 
 
 class _Held(nn.Module):
-    """In the place of a rounding: compares its codes with the trained model's, and goes on with those."""
+    """Replacement of an activation quantizer that compares its codes with the trained model's and passes
+    on the latter.
+    """
 
     def __init__(
         self, rounding: Rounding, name: str, known: Mapping[str, Tensor], counts: dict[str, int]
@@ -40,8 +42,8 @@ class _Held(nn.Module):
 def count_flips(
     trained: Prepared, folded: nn.Module, batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, int]:
-    """Codes of activations over some batches of inputs, and how many of them the folded model rounds
-    differently. `folded` is spent afterwards.
+    """Number of activation codes over some batches of inputs, and number of them that the folded model rounds
+    differently. Consumes `folded`, whose quantizers are replaced.
     """
     known: dict[str, Tensor] = {}
     counts = {"codes": 0, "flipped": 0}
@@ -53,7 +55,7 @@ def count_flips(
 
         return hook
 
-    handles = [one.register_forward_pre_hook(remember(name)) for name, one in quantizers.items()]
+    handles = [quantizer.register_forward_pre_hook(remember(name)) for name, quantizer in quantizers.items()]
     for name in quantizers:
         replace_module(folded, name, _Held(folded.get_submodule(name), name, known, counts))
     complete = FAMILIES[trained.family].graph_inputs

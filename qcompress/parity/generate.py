@@ -1,8 +1,8 @@
-"""Greedy continuation on ONNX Runtime.
+"""Greedy text generation on ONNX Runtime.
 
-With a key-value cache in the graph each step computes one token for each row, and the cache stays where ONNX
-Runtime put it: what one step has made is bound as the input of the next (IO binding). Without one, the whole
-prefix runs again for every token.
+With a key-value cache in the graph, each step computes one token for each row, and the cache stays in ONNX
+Runtime's memory: each step's cache output is bound as the next step's input (IO binding). Without a cache,
+the whole prefix runs again for every token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qcompress.parity.runners import complete, empty_past, fed, open_session
 
 
 class Generator:
-    """Continues rows of token ids; `optimized` as `runners.OnnxRunner` explains it."""
+    """Continues rows of token ids; `optimized` as in `runners.OnnxRunner`."""
 
     def __init__(self, file: Path, family: str, threads: int, *, optimized: bool = True) -> None:
         self.family = family
@@ -29,9 +29,9 @@ class Generator:
     def __call__(
         self, prompts: Sequence[Sequence[int]], tokens: int, end: int | None = None
     ) -> list[list[int]]:
-        """At most `tokens` new tokens for each prompt; a row ends with `end`.
+        """Generate at most `tokens` new tokens for each prompt; a row stops after the token `end`.
 
-        Shorter prompts are padded at their left. The best token is the first of equals.
+        Shorter prompts are padded on the left. Among equal logits the first token is chosen.
         """
         if not prompts or not all(prompts):
             raise UsageError("a prompt has no tokens", fix="give at least one token")
@@ -42,23 +42,23 @@ class Generator:
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
         step = _Cached(self) if self.cached else _Whole(self)
-        found: list[list[int]] = [[] for _ in prompts]
+        generated: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         for _ in range(tokens):
             best = step(ids, mask)
             for row in list(running):
-                found[row].append(int(best[row]))
-                if found[row][-1] == end:
+                generated[row].append(int(best[row]))
+                if generated[row][-1] == end:
                     running.remove(row)
             if not running:
                 break
             ids = best[:, None]
             mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-        return found
+        return generated
 
 
 class _Whole:
-    """The next token of each row from all before it."""
+    """Next token of each row, computed from the whole prefix."""
 
     def __init__(self, owner: Generator) -> None:
         self.owner, self.ids = owner, None
@@ -71,7 +71,7 @@ class _Whole:
 
 
 class _Cached:
-    """The next token of each row from the new ones and the cache."""
+    """Next token of each row, computed from the new tokens and the cache."""
 
     def __init__(self, owner: Generator) -> None:
         self.owner = owner
@@ -95,6 +95,6 @@ class _Cached:
         for name in self.names:
             binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
-        made = dict(zip(self.names, binding.get_outputs(), strict=True))
-        self.past = {name: made[PRESENT + name.removeprefix(PAST)] for name in self.past}
-        return made["logits"].numpy()[:, -1].argmax(-1)
+        outputs = dict(zip(self.names, binding.get_outputs(), strict=True))
+        self.past = {name: outputs[PRESENT + name.removeprefix(PAST)] for name in self.past}
+        return outputs["logits"].numpy()[:, -1].argmax(-1)

@@ -1,11 +1,11 @@
-"""What only a GPU can measure: the engine, and the graph on ONNX Runtime's GPU providers.
+"""Measurements that need a GPU: the engine, and the graph on ONNX Runtime's GPU providers.
 
-engine row        the plan, run by the probe kit's own script (`engine.py`), or taken in from a device that
-                  ran it; {"measured_on"} has its versions, latency, throughput and self-consistency
-onnx["providers"] {"cuda" | "tensorrt": {"status", "reason", "nodes", "metrics", "distance"}}: the same graph
-                  on that provider, compared with the onnx row, and how many nodes each provider took, since
-                  the CPU takes what the others leave; only on a machine with a GPU, and only those providers
-                  that this ONNX Runtime was built with. No goal judges them but that they must be finite.
+engine row        the plan, run by the probe kit's script (`engine/local_run.py`) here or on another device;
+                  {"measured_on"} has its versions, latency, throughput and self-consistency
+onnx["providers"] {"cuda" | "tensorrt": {"status", "reason", "nodes", "metrics", "distance"}}: the graph on
+                  that provider, compared with the onnx row, and the number of nodes of each provider, since
+                  the CPU runs the nodes that others refuse; only on a machine with a GPU, and only the
+                  providers of this ONNX Runtime build. Goals check only that the values are finite.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from qcompress.system.reporter import Reporter
 from qcompress.tasks import TASKS
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-"""Names in parity.json, and ONNX Runtime's."""
+"""Names in parity.json, and in ONNX Runtime."""
 
 
 def engine_row(
-    found: EngineMeasurement, task: Task, known: Mapping[str, list[dict[str, Any]]],
+    measurement: EngineMeasurement, task: Task, known: Mapping[str, list[dict[str, Any]]],
     reference: Mapping[str, list[dict[str, Any]] | None],
 ) -> tuple[dict[str, Any], Results]:  # fmt: skip
-    """The row of parity.json, and the results of each sample.
+    """Build the engine's row of parity.json, and the per-sample results.
 
-    `task`: with the checkpoint's labels; `known`: what is known of each sample whatever the row, and
-    `reference`: the float row's results, both by set.
+    `task`: with the checkpoint's labels; `known`: row-independent fields of each sample, and `reference`: the
+    float row's results, both by set.
     """
     module = TASKS[task.name]
-    by_set = found.samples or {
-        name: module.results(known[name], logits, task) for name, logits in found.logits.items()
+    by_set = measurement.samples or {
+        name: module.results(known[name], logits, task) for name, logits in measurement.logits.items()
     }
     metrics = {
         f"{name}.{metric}": value
@@ -64,8 +64,8 @@ def engine_row(
         "reason": None,
         "metrics": metrics,
         "samples": sum(map(len, by_set.values())),
-        "distance": found.distance,
-        "measured_on": found.facts,
+        "distance": measurement.distance,
+        "measured_on": measurement.facts,
     }
     return row, by_set
 
@@ -73,24 +73,24 @@ def engine_row(
 def engine_here(
     engine: Engine, onnx: OnnxModel, samples: Samples, measured: Mapping[str, Measured], out: Path
 ) -> tuple[dict[str, Any], Measured | None]:
-    """The row as this machine's GPU gives it, with the kit in `out`/probe; without results where the engine
-    does not run, and the row says why. `measured`: the rows before.
+    """Measure the engine on this machine's GPU with the kit in `out`/probe. If the engine does not run, the
+    row gives the reason and the results are None. `measured`: the previous rows.
     """
-    found = measure(out / "probe", engine, onnx.file, out)
-    if not isinstance(found, EngineMeasurement):
-        return {"stage": "engine", "status": "not-run", "reason": found}, None
+    measurement = measure(out / "probe", engine, onnx.file, out)
+    if not isinstance(measurement, EngineMeasurement):
+        return {"stage": "engine", "status": "not-run", "reason": measurement}, None
     names = TASKS[samples.task.name].KNOWN
     known = {name: known_in(results, names) for name, results in measured["onnx"].samples.items()}
     reference = measured["float"].samples if "float" in measured else {}
-    row, results = engine_row(found, samples.task, known, reference)
-    return row, Measured(row["metrics"], results, found.distance)
+    row, results = engine_row(measurement, samples.task, known, reference)
+    return row, Measured(row["metrics"], results, measurement.distance)
 
 
 def provider_rows(
     recipe: Recipe, onnx: OnnxModel, samples: Samples, reference: Results | None, threads: int, out: Path,
     reporter: Reporter,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """The graph on each GPU provider that is here; the logits of the onnx row wait in `out`."""
+    """Measure the graph on each available GPU provider; the logits of the onnx row lie in `out`."""
     if compute_capability() is None:
         return {}
     rows: dict[str, dict[str, Any]] = {}
@@ -98,37 +98,38 @@ def provider_rows(
         if provider not in usable_providers():
             continue
         try:
-            with redirect_stdout(sys.stderr):  # ONNX Runtime prints what goes wrong with a provider
+            with redirect_stdout(sys.stderr):  # ONNX Runtime prints a provider's errors to stdout
                 options = options_of(provider, onnx.file, recipe, samples)
                 runner = OnnxRunner(onnx.file, recipe.model.family, threads, True, provider, options)
                 nodes = assigned_nodes(runner.session)
                 if nodes is not None and not nodes.get(provider):
                     raise MachineError(f"{provider} took no node of the graph")
-                found = measure_row(
+                measured = measure_row(
                     f"onnx-{name}", runner, recipe, samples, reference, "onnx", out, reporter, keep=False
                 )
         except (MachineError, *ORT_ERRORS) as error:
-            said = error.message if isinstance(error, MachineError) else f"{type(error).__name__}: {error}"
-            rows[name] = {"status": "not-run", "reason": said.splitlines()[0]}
+            reason = error.message if isinstance(error, MachineError) else f"{type(error).__name__}: {error}"
+            rows[name] = {"status": "not-run", "reason": reason.splitlines()[0]}
             continue
-        rows[name] = {"status": "measured", "reason": None, "nodes": nodes} | _shown(found)
+        rows[name] = {"status": "measured", "reason": None, "nodes": nodes} | _shown(measured)
     return rows
 
 
-def _shown(found: Measured) -> dict[str, Any]:
-    return {"metrics": found.metrics, "distance": found.distance}
+def _shown(measured: Measured) -> dict[str, Any]:
+    return {"metrics": measured.metrics, "distance": measured.distance}
 
 
 def options_of(provider: str, file: Path, recipe: Recipe, samples: Samples) -> dict[str, str]:
-    """A provider's options for this measurement. Raises MachineError for a graph that it cannot take.
+    """A provider's options for this measurement. Raises MachineError for a graph that the provider cannot
+    run.
 
     CUDA: no TF32, whose products have 10 bits. TensorRT: int8 from the graph's Q/DQ, and one profile from one
-    sample to the largest batch, since it would build an engine for every new shape.
+    sample to the largest batch, because the provider would build an engine for every new shape.
     """
     if provider == PROVIDERS["cuda"]:
         return {"use_tf32": "0"}
     longest = max(
-        TASKS[recipe.task.name].length(sample) for found in samples.sets.values() for sample in found
+        TASKS[recipe.task.name].length(sample) for windows in samples.sets.values() for sample in windows
     )
     sizes = {"batch": (1, recipe.verify.batch_size), "sequence": (1, longest)}
     return {"trt_int8_enable": "True", **_fp16(recipe), **profile_of(graph_inputs_of(file), sizes)}
@@ -139,8 +140,8 @@ def _fp16(recipe: Recipe) -> dict[str, str]:
 
 
 def profile_of(inputs: Mapping[str, list[int | str]], sizes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-    """Least, likeliest and largest shapes of a graph's inputs, as ONNX Runtime's TensorRT provider reads
-    them.
+    """Minimum, optimum and maximum shapes of a graph's inputs, in the options of ONNX Runtime's TensorRT
+    provider. Raises MachineError for an axis without a size.
 
     >>> profile_of({"x": ["batch", 3]}, {"batch": (1, 8)})["trt_profile_max_shapes"]
     'x:8x3'
@@ -167,13 +168,13 @@ def profile_of(inputs: Mapping[str, list[int | str]], sizes: Mapping[str, tuple[
 
 
 def take_engine_row(run: Path, task: Task, measurement: Path) -> None:
-    """Fill the engine row of a run's parity.json and samples.json.gz from what a device measured."""
-    found = read_measurement(measurement, run / "probe", run / "model.onnx")
+    """Import a device's measurement into the engine row of a run's parity.json and samples.json.gz."""
+    imported = read_measurement(measurement, run / "probe", run / "model.onnx")
     report = read_json(run / "parity.json")
     samples = read_samples(run / "samples.json.gz")
     module = TASKS[task.name]
     row, by_set = engine_row(
-        found,
+        imported,
         module.settled(task, read_json(run / "config.json")),
         {name: known_of(entry) for name, entry in samples.items()},
         {name: results_of(entry, "float") for name, entry in samples.items()},

@@ -1,4 +1,4 @@
-"""What a run is measured on: the artifacts that are there, and the samples that all rows share."""
+"""Inputs of a parity measurement: the artifacts to measure, and the samples that all rows share."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qcompress.system.artifacts import Engine, FloatModel, FoldedModel, OnnxMode
 from qcompress.tasks import TASKS
 
 LOGIT_BYTES = 2**30
-"""Most bytes of logits that wait on disk for the next row."""
+"""Upper limit of bytes of logits kept on disk for the next row."""
 
 
 @dataclass(frozen=True)
 class Artifacts:
-    """What there is to measure; None is a stage that did not run, with its reason in `missing`."""
+    """Artifacts of a run; None for a stage that did not run, with its reason in `missing`."""
 
     float_model: FloatModel | None
     trained: TrainedModel | None
@@ -29,7 +29,7 @@ class Artifacts:
 
 
 def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samples:
-    """What is measured, and how much of it is compared."""
+    """Read the evaluation samples, and choose how many of them are compared logit by logit."""
     task = TASKS[recipe.task.name]
     folder = _checkpoint(artifacts)
     reader, config = task.reader(folder), read_json(folder / "config.json")
@@ -43,18 +43,20 @@ def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samp
     }
     for name, columns in slices.items():
         if any(len(cells) != len(sets[name]) for cells in columns.values()):
-            raise ContractError(f"{name}: {len(sets[name])} samples, and slices of another number")
+            raise ContractError(
+                f"{name}: {len(sets[name])} samples, but a slice column has another number of values"
+            )
     first = next(iter(sets.values()))
     positions, logits = task.logits_of(options, config)
     affordable = max(1, LOGIT_BYTES // (positions * logits * 4))
-    # a classifier's sample is one position: of a few of them, one that flips would look like a regression
+    # a classifier's sample is one position: among few samples a single flip would look like a regression
     wanted = recipe.verify.distance_samples if positions > 1 else len(first)
     return Samples(options, sets, min(wanted, affordable, len(first)), positions, slices)
 
 
 def _checkpoint(artifacts: Artifacts) -> Path:
-    """A folder with config.json and what prepares the inputs: every artifact but the trained one carries
-    them.
+    """Folder with config.json and the tokenizer or image processor: any artifact but the trained one. Raises
+    UsageError without one.
     """
     for artifact in (artifacts.float_model, artifacts.folded, artifacts.onnx):
         if artifact is not None:

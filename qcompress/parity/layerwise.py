@@ -1,21 +1,21 @@
-"""Where trained, folded and ONNX part, place by place, and why: `verify --layers`, and `verify.held`.
+"""Layer-by-layer comparison of the trained, folded and ONNX models: `verify --layers`, and `verify.held`.
 
-A place is the input of a layer, or a point that rounds (an operand of attention, an input of a residual
-addition). Every window runs through the ONNX file in ONNX Runtime at the basic level, with the values at all
-places as further outputs, and through the folded model in torch.
+A quantization point is the input of a layer, or an activation quantizer elsewhere (an operand of attention,
+an input of a residual addition). Every window runs through the ONNX file in ONNX Runtime at the basic level,
+with the values at all points as additional outputs, and through the folded model in torch.
 
-Two correct programs round differently where a value lies on a tie between two codes, since their fp32 sums
-differ in the last bits, and one such flip changes all that follows. So the folded model is *held*: at each
-place it compares the codes that it makes with those of the graph, and goes on with the graph's. What it
-computes between two places therefore starts from the same integers as the graph, no flip reaches a later
-place, and every code of the model is judged: one that differs must be a tie, one step apart and within `TIE`
-of the middle between two codes. What is left is unexplained, a defect at this very place.
+Two correct programs round differently at a rounding tie, since their fp32 sums differ in the last bits, and
+one such flip changes all later values. So the folded model runs with *forced codes*: each point compares its
+own codes with the graph's, and passes on the graph's. Computation between two points therefore starts from
+the graph's integers, no flip reaches a later point, and every code of the model is judged: one that differs
+must be a tie, one step apart and within `TIE` of the middle between two codes. Any other difference is
+unexplained: a defect at this very point.
 
-Trained and folded are compared as they run by themselves: there, every bit must agree.
+Trained and folded models are compared without forcing: every bit must agree.
 
 `verify --layers` writes layers.json: {"layers": [...], "first_difference", "first_unexplained",
 "unexplained", "windows"...}. A run keeps the counts, and the distance between the logits of the graph and of
-the held model (`held_codes`).
+the model with forced codes (`held_codes`).
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from qcompress.tasks import TASKS
 def compare_layers(
     recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter: Reporter
 ) -> dict[str, Any]:
-    """Compare all places on the windows that verify compares; writes and returns layers.json.
+    """Compare all quantization points on the windows that verify compares; writes and returns layers.json.
 
-    Raises UsageError where the folded model is gone or ONNX Runtime cannot compute the graph.
+    Raises UsageError if the folded model is missing or ONNX Runtime cannot compute the graph.
     """
     compute = recipe.format.compute
     if compute not in TIE:
@@ -80,31 +80,32 @@ def compare_layers(
 def held_codes(
     recipe: Recipe, folded: FoldedModel, onnx: OnnxModel, samples: Samples, reporter: Reporter
 ) -> dict[str, Any]:
-    """What `verify.held` adds to the onnx row: {"samples", "codes", "differ", "unexplained",
-    "first_unexplained", "largest_share", "at", "distance"}: the largest share of a place's codes that differ,
-    and which place that is; the distance is that of the graph's logits to those of the held model.
+    """Judge the folded model's codes against the graph's, for `verify.held`. Returns {"samples", "codes",
+    "differ", "unexplained", "first_unexplained", "largest_share", "at", "distance"}: `largest_share` is the
+    largest fraction of differing codes at one point, `at` its name; `distance` is that of the graph's logits
+    from those of the model with forced codes.
     """
     windows = samples.sets[samples.first][: min(recipe.verify.distance_samples, samples.compared)]
     task, distance = TASKS[recipe.task.name], Distance(to="folded")
-    said: list[tuple[np.ndarray, np.ndarray]] = []
+    logit_pairs: list[tuple[np.ndarray, np.ndarray]] = []
     with (
-        follow(folded, onnx, TIE[recipe.format.compute], said) as (places, run_both),
+        follow(folded, onnx, TIE[recipe.format.compute], logit_pairs) as (places, run_both),
         reporter.bar("verify codes", len(windows)) as bar,
     ):
-        for rows in batches(task, windows, recipe.verify.batch_size):  # padded, as the row is measured
+        for rows in batches(task, windows, recipe.verify.batch_size):  # padded as in the onnx row
             batch = [windows[row] for row in rows]
             order = run_both(task.collate(batch))
-            for window, *pair in zip(batch, *said.pop(), strict=True):
+            for window, *pair in zip(batch, *logit_pairs.pop(), strict=True):
                 distance.add(*(task.compared(window, logits) for logits in pair))
                 bar.advance(samples.first)
-    found = [places[name] for name in order]
-    most = max(found, key=lambda place: place.share)
+    points = [places[name] for name in order]
+    most = max(points, key=lambda place: place.share)
     return {
         "samples": len(windows),
-        "codes": sum(place.codes for place in found),
-        "differ": sum(place.differ for place in found),
-        "unexplained": sum(place.unexplained for place in found),
-        "first_unexplained": next((place.name for place in found if place.unexplained), None),
+        "codes": sum(place.codes for place in points),
+        "differ": sum(place.differ for place in points),
+        "unexplained": sum(place.unexplained for place in points),
+        "first_unexplained": next((place.name for place in points if place.unexplained), None),
         "largest_share": most.share,
         "at": most.name,
         "distance": distance.to_json(),
@@ -116,13 +117,15 @@ def follow(
     folded: FoldedModel,
     onnx: OnnxModel,
     limit: float,
-    said: list[tuple[np.ndarray, np.ndarray]] | None = None,
+    logit_pairs: list[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Iterator[tuple[dict[str, Place], Callable[[Inputs], list[str]]]]:
-    """The places of a model, and a function that runs one sample through the graph and through the held model
-    and takes in what it finds; it returns the places in the order in which the model comes by.
+    """Context manager that yields the comparisons by quantization point, and a function that runs one sample
+    through the graph and through the model with forced codes, updates the comparisons, and returns the points
+    in execution order.
 
-    `limit` is how far from the middle between two codes a tie may lie, in steps; to `said` the logits of the
-    held model and of the graph are added.
+    `limit` is the largest distance of a tie from the middle between two codes, in steps; `logit_pairs`
+    collects the logits of the model with forced codes and of the graph. Raises ContractError for a point
+    without a Q/DQ pair in the graph.
     """
     facts = read_json(folded.path / "folded.json")
     graph = Graph.read(onnx.file)
@@ -132,16 +135,16 @@ def follow(
     wanted = [item.name for item in plan if item.weights and item.activations]
     wanted += [item.name for item in rounded(points)]
     if lost := [name for name in wanted if name not in values or values[name][1] is None]:
-        raise ContractError(f"{onnx.file}: no Q/DQ pair was found in front of {', '.join(lost)}")
+        raise ContractError(f"{onnx.file}: the graph has no Q/DQ pair in front of {', '.join(lost)}")
     places = {name: Place(name, limit) for name in values}
     run_held = _held(assemble(folded), places, facts["family"])
     with _onnx_values(onnx, values, facts["family"]) as run_onnx:
 
         def run_both(inputs: Inputs) -> list[str]:
-            floats, codes, graph_said = run_onnx(inputs)
-            order, held_said = run_held(inputs, floats, codes)
-            if said is not None:
-                said.append((held_said, graph_said))
+            floats, codes, graph_logits = run_onnx(inputs)
+            order, forced_logits = run_held(inputs, floats, codes)
+            if logit_pairs is not None:
+                logit_pairs.append((forced_logits, graph_logits))
             return order
 
         yield places, run_both
@@ -164,8 +167,8 @@ def _write(places: list[Place], compute: str, windows: int, out: Path) -> dict[s
 def _held(
     model: nn.Module, places: dict[str, Place], family: str
 ) -> Callable[[Inputs, Inputs, Inputs], tuple[list[str], np.ndarray]]:
-    """A function that runs one sample, with the graph's floats and codes at hand; the order in which it came
-    by its places, and its logits.
+    """Build a function that runs one sample with forced codes, given the graph's floats and codes; it returns
+    the points in execution order, and the logits.
     """
     floats: Inputs = {}
     codes: Inputs = {}
@@ -190,8 +193,8 @@ def _held(
         module.register_forward_pre_hook(watch(place))
 
     @torch.inference_mode()
-    def run(inputs: Inputs, found: Inputs, found_codes: Inputs) -> tuple[list[str], np.ndarray]:
-        for kept, new in ((floats, found), (codes, found_codes)):
+    def run(inputs: Inputs, graph_floats: Inputs, graph_codes: Inputs) -> tuple[list[str], np.ndarray]:
+        for kept, new in ((floats, graph_floats), (codes, graph_codes)):
             kept.clear()
             kept.update(new)
         order.clear()
@@ -204,8 +207,8 @@ def _held(
 def _as_they_run(
     artifacts: Artifacts, names: list[str], family: str
 ) -> tuple[Callable[[Inputs], Inputs], Callable[[Inputs], Inputs]] | tuple[None, None]:
-    """Functions from the inputs of one sample to the input of each place, of the folded and of the trained
-    model; None if the trained one is gone.
+    """Functions from one sample's inputs to the input of each point, of the folded and of the trained model
+    without forcing; None if the trained model is missing.
     """
     if artifacts.trained is None or artifacts.float_model is None:
         return None, None
@@ -239,11 +242,11 @@ def _torch_inputs(model: nn.Module, names: list[str], family: str) -> Callable[[
 def _onnx_values(
     model: OnnxModel, values: dict[str, tuple[str, str | None, bool]], family: str
 ) -> Iterator[Callable[[Inputs], tuple[Inputs, Inputs, np.ndarray]]]:
-    """A function from the inputs of one sample to the floats and the codes at each place of the graph, and to
-    its logits.
+    """Context manager that yields a function from one sample's inputs to the graph's floats and codes at each
+    point, and its logits.
     """
-    wanted = list(dict.fromkeys(name for found in values.values() for name in found[:2] if name))
-    # beside the graph, because external data is looked for there
+    wanted = list(dict.fromkeys(name for tensors in values.values() for name in tensors[:2] if name))
+    # in the graph's folder, where ONNX Runtime looks for external data
     with tempfile.NamedTemporaryFile(dir=model.file.parent, prefix=".layers-", suffix=".onnx") as file:
         with writes_to(Path(file.name)):
             file.write(with_outputs(model.file, wanted))
@@ -254,17 +257,17 @@ def _onnx_values(
             feed = {name: tensor.numpy() for name, tensor in complete(family, inputs).items()}
             feed |= empty_past(session, len(next(iter(inputs.values()))))
             names = [*wanted, "logits"]
-            found = dict(zip(names, session.run(names, feed), strict=True))
+            outputs = dict(zip(names, session.run(names, feed), strict=True))
             floats = {
-                place: (found[name].swapaxes(-1, -2) if moved else found[name]).astype(np.float32)
+                place: (outputs[name].swapaxes(-1, -2) if moved else outputs[name]).astype(np.float32)
                 for place, (name, _, moved) in values.items()
             }
-            codes = {place: found[code].astype(np.int16) for place, (_, code, _) in values.items() if code}
-            return floats, codes, found["logits"].astype(np.float32)
+            codes = {place: outputs[code].astype(np.int16) for place, (_, code, _) in values.items() if code}
+            return floats, codes, outputs["logits"].astype(np.float32)
 
         yield run
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
-    """[..., features] as [positions, features]."""
+    """Reshape [..., features] to [positions, features]."""
     return x.reshape(-1, x.shape[-1])

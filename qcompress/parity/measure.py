@@ -1,6 +1,6 @@
-"""One row of the ladder: a runner on the evaluation samples, and how far it is from the row before.
+"""One row of the parity table: a runner on the evaluation samples, and its distance from the previous row.
 
-The logits that a distance needs wait on disk, in `logits-<row>.npy`: one model is in memory at a time.
+The logits that a distance needs lie on disk, in `logits-<row>.npy`: one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ Results = dict[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Samples:
-    """Evaluation samples by set, and how many of the first set are compared logit by logit."""
+    """Evaluation samples by set, and the number of samples of the first set that are compared logit by
+    logit.
+    """
 
     task: Task
-    """The recipe's, with the checkpoint's labels."""
+    """The recipe's task, with the checkpoint's labels."""
     sets: dict[str, list[Any]]
     compared: int
     positions: int
-    """Most positions of one sample that have logits."""
+    """Largest number of positions with logits in one sample."""
     slices: dict[str, dict[str, list[str | None]]] = field(default_factory=dict)
-    """Of the sets that are parted: the value of each sample, by column; None where it has none."""
+    """For sets with slices: the value of each sample, by column; None for a sample without one."""
 
     @property
     def first(self) -> str:
@@ -41,7 +43,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Measured:
-    """One row: metrics, per-sample results by set, distance to the row before."""
+    """Measurement of one row: metrics, per-sample results by set, distance from the previous row."""
 
     metrics: dict[str, float]
     samples: Results
@@ -52,9 +54,9 @@ def measure_row(
     stage: str, runner: Runner, recipe: Recipe, samples: Samples, reference: Results | None,
     previous: str | None, out: Path, reporter: Reporter, keep: bool = True,
 ) -> Measured:  # fmt: skip
-    """Run all samples; compare the first ones with the logits that the row before left on disk.
+    """Run all samples; compare the first ones with the logits that the previous row left on disk.
 
-    `reference`: the float row's results, which agreement is measured against; None for the float row itself.
+    `reference`: the float row's results, against which agreement is measured; None for the float row itself.
     """
     task, size = TASKS[recipe.task.name], recipe.verify.batch_size
     distance = Distance(to=previous) if previous else None
@@ -69,29 +71,29 @@ def measure_row(
                 logits = runner(task.collate(batch))
                 measured |= zip(rows, task.measure(batch, logits), strict=True)
                 bar.advance(name)
-                found = {
+                to_compare = {
                     row: task.compared(windows[row], row_logits)
                     for row, row_logits in zip(rows, logits, strict=True)
                     if row < compared
                 }
                 if distance is not None:
-                    distance.add_kept(out / f"logits-{previous}.npy", found)
+                    distance.add_kept(out / f"logits-{previous}.npy", to_compare)
                 if keep:
                     shape = (samples.compared, samples.positions, logits.shape[-1])
-                    keep_logits(out / f"logits-{stage}.npy", shape, found)
+                    keep_logits(out / f"logits-{stage}.npy", shape, to_compare)
             results[name] = [measured[row] for row in range(len(windows))]
     against = reference or (results if stage == "float" else {})
     metrics = {
         f"{name}.{metric}": value
-        for name, found in results.items()
-        for metric, value in task.metrics(found, samples.task, against.get(name)).items()
+        for name, by_sample in results.items()
+        for metric, value in task.metrics(by_sample, samples.task, against.get(name)).items()
     }
     return Measured(metrics, results, distance.to_json() if distance else None)
 
 
 def batches(task: Any, windows: list[Any], size: int) -> Iterator[list[int]]:
-    """Places of the samples of each batch: the longest first, so that a batch pads little and what does not
-    fit into memory shows at once. Samples of one length stay in order.
+    """Sample indices of each batch, the longest samples first, so that a batch has little padding and an
+    out-of-memory error comes at once. Samples of equal length stay in order.
     """
     order = sorted(range(len(windows)), key=lambda row: -task.length(windows[row]))
     for start in range(0, len(order), size):

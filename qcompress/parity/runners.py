@@ -1,8 +1,8 @@
-"""Any artifact as one callable: inputs -> logits. A runner knows nothing of metrics.
+"""Runners: any artifact as a function from inputs to logits, without metrics.
 
-inputs: `input_ids`, `attention_mask` and what else the task has, int64 [batch, sequence]; of images
-`pixel_values`, fp32 [batch, channels, height, width].
-logits: fp32 [batch, sequence, vocabulary] of a language model or a tagger, [batch, labels] of a classifier.
+inputs: `input_ids`, `attention_mask` and the task's other inputs, int64 [batch, sequence]; for images
+`pixel_values`, fp32 [batch, channels, height, width]. logits: fp32 [batch, sequence, vocabulary] of a
+language model or a tagger, [batch, labels] of a classifier.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from qcompress.system.artifacts import FloatModel, FoldedModel, TrainedModel, di
 
 
 class Runner(Protocol):
-    """inputs -> outputs."""
+    """Function from inputs to logits."""
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """Logits for inputs."""
+        """Compute the logits."""
 
 
 class TorchRunner:
-    """A transformers model."""
+    """Runner of a torch model of a supported family."""
 
     def __init__(self, model: nn.Module, family: str, device: torch.device) -> None:
         self.model, self.family, self.device = model.to(device), family, device
@@ -48,9 +48,10 @@ class TorchRunner:
 
 
 REWRITERS = ("WeightBiasQuantization",)
-"""Optimizers of ONNX Runtime's basic level that compute something else than the graph says: this one rounds
-the float bias of a convolution between Q/DQ nodes to int32, half a unit of the accumulator at most, and flips
-roundings behind it. TensorRT keeps such a bias float."""
+"""Optimizers of ONNX Runtime's basic level that change a graph's results. This one rounds the float bias of a
+convolution between Q/DQ nodes to int32, by at most half a unit of the accumulator, and flips later rounding
+ties. TensorRT keeps such a bias in float.
+"""
 
 
 CPU = "CPUExecutionProvider"
@@ -60,23 +61,24 @@ ORT_ERRORS = (
     native.RuntimeException, native.InvalidArgument, native.NotFound, native.DeviceReset, RuntimeError,
     ValueError, OSError,
 )  # fmt: skip
-"""What ONNX Runtime raises where a provider cannot take or run a graph; they have no base of their own."""
+"""Errors that ONNX Runtime raises if a provider cannot load or run a graph; they share no base class."""
 
 
 def open_session(
     file: Path, threads: int, optimized: bool, provider: str = CPU, options_of: dict[str, str] | None = None
 ) -> onnxruntime.InferenceSession:
-    """How every session of ours runs; `optimized` as `OnnxRunner` explains it. `options_of`: of the provider.
+    """Open an ONNX Runtime session with this package's settings; `optimized` as in `OnnxRunner`, `options_of`
+    are the provider's options.
 
-    A graph made elsewhere may run only without some optimizers; certificate.json beside it names them.
-    Where a provider cannot start, ONNX Runtime goes on without it: that is a MachineError here.
+    An external graph may need some optimizers disabled; certificate.json beside it lists them. ONNX Runtime
+    continues without a provider that does not start; this function raises MachineError.
     """
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_ENABLE_BASIC
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # its errors are raised; its log has names of nodes as they are
-    # idle threads that spin take the processor from whoever shares the machine
+    options.log_severity_level = 4  # errors are raised as exceptions; the log prints raw node names
+    # spinning idle threads take processor time from other processes
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     without = {*disabled_optimizers(file), *(() if optimized else REWRITERS)}
     if provider != CPU:
@@ -86,7 +88,7 @@ def open_session(
         options,
         providers=[(provider, options_of or {})],
         disabled_optimizers=sorted(without) or None,
-        # or a provider that fails, now or in a later run, is replaced by the CPU without a word
+        # with fallback, a provider that fails now or in a later run is silently replaced by the CPU
         **({} if provider == CPU else {"enable_fallback": 0}),
     )
     if provider not in session.get_providers():
@@ -98,16 +100,16 @@ def open_session(
 
 
 def usable_providers() -> tuple[str, ...]:
-    """Providers that this ONNX Runtime was built with. CUDA's libraries are looked for in torch's and in the
-    packages of NVIDIA, where pip leaves them.
+    """Providers of this ONNX Runtime build. CUDA's libraries are loaded from torch's and NVIDIA's pip
+    packages.
     """
-    with redirect_stdout(sys.stderr):  # it prints what it does not find
+    with redirect_stdout(sys.stderr):  # it prints missing libraries to stdout
         onnxruntime.preload_dlls()
     return tuple(onnxruntime.get_available_providers())
 
 
 def assigned_nodes(session: onnxruntime.InferenceSession) -> dict[str, int] | None:
-    """How many nodes each provider took; None where this ONNX Runtime does not say."""
+    """Number of nodes assigned to each provider; None if this ONNX Runtime does not record it."""
     if not hasattr(session, "get_provider_graph_assignment_info") or session.get_providers()[0] == CPU:
         return None
     counts: dict[str, int] = {}
@@ -117,7 +119,7 @@ def assigned_nodes(session: onnxruntime.InferenceSession) -> dict[str, int] | No
 
 
 def graph_inputs_of(file: Path) -> dict[str, list[int | str]]:
-    """Axes of each input of a graph: names and sizes."""
+    """Axes of each graph input, as names or sizes."""
     return {item.name: list(item.shape) for item in open_session(file, 1, optimized=False).get_inputs()}
 
 
@@ -125,19 +127,21 @@ ELEMENTS = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
     "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(bool)": np.bool_,
 }  # fmt: skip
-"""Types of the inputs of a graph that are fed."""
+"""numpy types of graph inputs."""
 
 
 def fed(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inputs that the graph has, in its types: one made elsewhere may lack some, or take int32."""
+    """Select the graph's inputs and cast them to its types; an external graph may lack some, or take
+    int32.
+    """
     known = {item.name: ELEMENTS[item.type] for item in session.get_inputs() if item.name in inputs}
     return {name: inputs[name].astype(kind, copy=False) for name, kind in known.items()}
 
 
 class OnnxRunner:
-    """An ONNX file on ONNX Runtime, on its CPU provider unless another one is named.
+    """Runner of an ONNX file on ONNX Runtime, by default on its CPU provider.
 
-    `optimized=False` stops at the basic level: it computes what the graph says. At the default level int4
+    `optimized=False` stops at the basic level and computes the graph as written. At the default level int4
     weights become MatMulNBits, which rounds the activations to int8, and int8 layers become integer matmuls.
     """
 
@@ -156,7 +160,7 @@ class OnnxRunner:
 
 
 def empty_past(session: onnxruntime.InferenceSession, rows: int) -> dict[str, np.ndarray]:
-    """Keys and values of no tokens, as a graph with a key-value cache wants them: [rows, heads, 0, width]."""
+    """Empty key-value cache for a graph that has one: [rows, heads, 0, width]."""
     return {
         item.name: np.zeros((rows, item.shape[1], 0, item.shape[3]), ELEMENTS[item.type])
         for item in session.get_inputs()
@@ -165,35 +169,37 @@ def empty_past(session: onnxruntime.InferenceSession, rows: int) -> dict[str, np
 
 
 def float_runner(model: FloatModel, device: torch.device) -> TorchRunner:
-    """Stock transformers with nothing of ours in it."""
+    """Runner of the unmodified float model of the library."""
     family = read_json(model.path / "float.json")["family"]
     return TorchRunner(FAMILIES[family].load_float(model.source, model.path), family, device)
 
 
 def trained_runner(model: FloatModel, trained: TrainedModel, device: torch.device) -> TorchRunner:
-    """The trained model, rounding as it did in training."""
+    """Runner of the trained model, with the rounding of training."""
     prepared = rebuild(model, trained)
     return TorchRunner(prepared.model, prepared.family, device)
 
 
 def made_static(trained: TrainedModel) -> tuple[str, ...]:
-    """Layers and points whose activations had dynamic ranges until training had ended."""
+    """Layers and points whose dynamic activation ranges became static at the end of training."""
     return tuple(read_json(trained.path / "trained.json").get("static_ranges", ()))
 
 
 def dynamic_runner(
     model: FloatModel, trained: TrainedModel, options: MinMax | Lsq | Dynamic, device: torch.device
 ) -> TorchRunner:
-    """The trained model with its dynamic activations put back, at layers and points: what training ended with
-    before `observe.make_static`. `options` are those of the recipe's quantizer of activations.
+    """Runner of the trained model with dynamic activation ranges restored, at layers and points, as before
+    `observer.make_static`. `options`: the recipe's activation quantizer. Raises ContractError unless it is
+    dynamic.
 
-    Weights are rounded as in `trained_runner`. A range is that of the whole tensor at hand, padding among it:
-    logits of a sequence depend on what shares its batch.
+    Weights are rounded as in `trained_runner`. A range covers the whole tensor, including padding: logits of
+    a sequence depend on the other sequences in its batch.
     """
     if not isinstance(options, Dynamic):
         raise ContractError(
-            f"{trained.path} was trained with dynamic activations, and the recipe says {options.name}",
-            fix="measure it with the recipe that it was trained with",
+            f"{trained.path} was trained with dynamic activations, and quantizer.activations is "
+            f"{options.name}",
+            fix="measure the model with the recipe of its training",
         )
     prepared = rebuild(model, trained)
     layers = {item.name: item for item in prepared.plan}
@@ -211,13 +217,15 @@ def dynamic_runner(
 
 
 def folded_runner(folded: FoldedModel, device: torch.device, integer: bool = False) -> TorchRunner:
-    """Integers and scales in torch, fp32 arithmetic; `integer`: int8 layers as exact integer sums."""
+    """Runner of the folded model: integers and scales in torch, fp32 arithmetic; `integer`: int8 layers as
+    exact integer sums.
+    """
     family = read_json(folded.path / "folded.json")["family"]
     return TorchRunner(assemble(folded, integer=integer), family, device)
 
 
 def complete(family: str, inputs: dict[str, np.ndarray], past: int = 0) -> dict[str, torch.Tensor]:
-    """The inputs of the family's graph, as tensors; `past` tokens are in the key-value cache."""
+    """All inputs of the family's graph, as tensors; `past`: number of tokens in the key-value cache."""
     more = {"past": past} if past else {}
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     return FAMILIES[family].graph_inputs(**tensors, **more)

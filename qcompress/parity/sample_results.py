@@ -1,11 +1,11 @@
-"""Per-sample results, samples.json.gz: what tables are rebuilt from without a model. No torch.
+"""Per-sample results, samples.json.gz, from which tables are rebuilt without a model. No torch.
 
 {"sets": {name: {"ids": [...], <known>: [...], "slices": {column: [...]}, "rows": {stage: {<field>: [...]}}}}}
 
-<known> are the fields that no model changes (tokens of a window, label), one value a sample; a row's fields
-are what its model made of each sample (nll and correct of a language model, loss and prediction otherwise).
-`slices`, where the recipe names some, are values of the user's own columns: text, or null where a sample has
-none.
+<known> are the fields that do not depend on the model (tokens of a window, label), one value a sample; the
+fields of a row are its model's results for each sample (nll and correct of a language model, loss and
+prediction otherwise). `slices`, if the recipe names some, are values of the user's own columns: text, or null
+for a sample without a value.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from qcompress.system.untrusted_file import read_gzip
 from qcompress.tasks.scores import spans
 
 Columns = Mapping[str, list[Any]]
-"""Per-sample results by name, one value a sample, with what is known of the samples."""
+"""Per-sample results and known fields by name, one value a sample."""
 
 REFERENCE = "reference"
-"""The float model's predictions among the columns of a row."""
+"""Name of the float model's predictions among the columns of a row."""
 
 
 APART = ("ids", "slices", "rows")
-"""Keys of a set that are no known fields."""
+"""Keys of a set that are not known fields."""
 
 
 def write_samples(
@@ -36,59 +36,59 @@ def write_samples(
     known: tuple[str, ...],
     slices: Mapping[str, dict[str, list[str | None]]] = {},
 ) -> None:
-    """Write the results of each stage and set; `known` names the fields that no model changes."""
+    """Write the results of each stage and set; `known` names the fields that do not depend on the model."""
     sets: dict[str, dict[str, Any]] = {}
     for stage, by_set in rows.items():
-        for name, found in by_set.items():
+        for name, results in by_set.items():
             if name not in sets:
-                ids = [f"{name}:{index}" for index in range(len(found))]
-                constant = {key: [sample[key] for sample in found] for key in known if key in found[0]}
+                ids = [f"{name}:{index}" for index in range(len(results))]
+                constant = {key: [sample[key] for sample in results] for key in known if key in results[0]}
                 parts = {"slices": slices[name]} if name in slices else {}
                 sets[name] = {"ids": ids, **constant, **parts, "rows": {}}
-            sets[name]["rows"][stage] = fields_of(found, known)
+            sets[name]["rows"][stage] = fields_of(results, known)
     pack_samples(file, sets)
 
 
-def fields_of(found: list[dict[str, Any]], known: tuple[str, ...]) -> dict[str, list[Any]]:
-    """What a row has of its own of each sample."""
-    return {key: [sample[key] for sample in found] for key in found[0] if key not in known}
+def fields_of(results: list[dict[str, Any]], known: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Per-sample results that belong to this row, as columns."""
+    return {key: [sample[key] for sample in results] for key in results[0] if key not in known}
 
 
-def known_in(found: list[dict[str, Any]], known: tuple[str, ...]) -> list[dict[str, Any]]:
-    """What is known of each sample whatever the row, of the results of one; `known` as in `write_samples`."""
-    return [{name: sample[name] for name in known if name in sample} for sample in found]
+def known_in(results: list[dict[str, Any]], known: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Row-independent fields of each sample, from one row's results; `known` as in `write_samples`."""
+    return [{name: sample[name] for name in known if name in sample} for sample in results]
 
 
 def known_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is known of each sample of a set of samples.json.gz, whatever the row."""
+    """Row-independent fields of each sample in a set of samples.json.gz."""
     names = [name for name in entry if name not in APART]
-    return [{name: entry[name][place] for name in names} for place in range(len(entry["ids"]))]
+    return [{name: entry[name][index] for name in names} for index in range(len(entry["ids"]))]
 
 
 def results_of(entry: dict[str, Any], stage: str) -> list[dict[str, Any]] | None:
-    """A row's results of a set, as the task's `metrics` takes them; None where there is no such row."""
+    """A row's results in a set, in the form of the task's `metrics`; None without such a row."""
     fields = entry["rows"].get(stage)
     if fields is None:
         return None
     return [
-        {**known, **{name: values[place] for name, values in fields.items()}}
-        for place, known in enumerate(known_of(entry))
+        {**known, **{name: values[index] for name, values in fields.items()}}
+        for index, known in enumerate(known_of(entry))
     ]
 
 
 def pack_samples(file: Path, sets: dict[str, dict[str, Any]]) -> None:
-    """Write the sets as they are in the file; equal sets give equal bytes."""
+    """Write sets in the file's format; equal sets give equal bytes."""
     file.write_bytes(gzip.compress(strict_json.dumps({"sets": sets}, sort_keys=True).encode(), mtime=0))
 
 
 def read_samples(file: Path) -> dict[str, dict[str, Any]]:
-    """The sets of a file."""
+    """Read the sets of a file."""
     return strict_json.loads(read_gzip(file))["sets"]
 
 
 def with_entities(columns: Columns, labels: Sequence[str] | None) -> Columns:
-    """The columns with what `span_f1` is made of, where they are of sequences of labelled words: the entities
-    that are right, and those of label and prediction together. `labels`: names of the model's outputs.
+    """Add the columns of `span_f1`, for labelled sequences: the number of correct entities, and the total
+    number in label and prediction. `labels`: names of the model's outputs.
     """
     if "positions" not in columns or not labels or "label" not in columns or None in columns["prediction"]:
         return columns

@@ -1,22 +1,21 @@
-"""How steeply the loss rises around a model's quantized weights.
+"""Sharpness of a model: the rise of the loss around its quantized weights.
 
 Two numbers, both with respect to Q(w), the weights as they enter the matmuls, of all linear layers together
-(embedding tables are left out, as they are from the steppers' ball by default):
+(without embedding tables, which the steppers' ball excludes by default as well):
 
     loss_rise     mean over random directions d with ||d||_2 = rho of L(Q(w) + d) - L(Q(w)). The directions
                   are normal draws scaled to the norm as one vector, with no per-filter normalisation. Each
-                  is gone both ways, d and -d: what is linear in d has mean 0 and would be most of the noise.
+                  is used as d and -d: the linear term in d has mean 0 and would dominate the noise.
     eigenvalue    the largest (most positive) eigenvalue of the Hessian of L with respect to Q(w)
 
-Activations pass through their quantizers. Differentiated twice, straight through, a rounding is x -> x + c
-with c held constant inside its range, and a constant outside; of the loss of *that* network, which has the
-same value and gradient at Q(w), the Hessian is taken. With float activations it is the Hessian of the loss
-itself.
+Activations pass through their quantizers. For the second derivative a rounding counts as x -> x + c with
+constant c inside its range, and as a constant outside; the Hessian is that of the loss of *that* network,
+which has an equal value and gradient at Q(w). With float activations it is the Hessian of the loss itself.
 
-The eigenvalue is found by power iteration on v -> Hv (double backward). It converges to the eigenvalue a of
-largest magnitude; where that is negative, a second search on H - aI gives the largest one. A search ends when
-||Hv - av|| <= tolerance * |a|: this residual bounds the distance of a to an eigenvalue, and it is returned
-with the iterations, so that a search that ran out of them can be told from one that converged.
+The eigenvalue comes from power iteration on v -> Hv (double backward), which converges to the eigenvalue a of
+largest magnitude; if that is negative, a second search on H - aI gives the largest one. A search ends when
+||Hv - av|| <= tolerance * |a|. This residual bounds the distance of a to an eigenvalue, and it is returned
+with the number of iterations, which distinguishes a converged search from one that reached its limit.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ Vector = list[Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """The mean loss of some samples, and their share of all samples."""
+    """Mean loss of some samples, and their fraction of all samples."""
 
     loss: Callable[[], Tensor]
     share: float = 1.0
@@ -55,12 +54,12 @@ class Part:
 def measure_sharpness(
     parts: Sequence[Part], layers: Sequence[QuantizedWeight], options: Sharpness, seed: int
 ) -> dict[str, float]:
-    """loss, loss_rise, eigenvalue, iterations and residual (relative) at the layers' rounded weights.
+    """Compute loss, loss_rise, eigenvalue, iterations and residual (relative) at the layers' rounded weights.
 
-    The model must be in evaluation mode: a loss with dropout in it has no Hessian.
+    The model must be in evaluation mode: a loss with dropout has no Hessian.
     """
     landscape = _Landscape(parts, layers, torch.Generator().manual_seed(seed))
-    # of the attention kernels only the plain one can be differentiated twice
+    # only the math attention kernel has a second derivative
     with sdpa_kernel(SDPBackend.MATH):
         loss = landscape.loss()
         rises = [landscape.loss_around(options.rho) - loss for _ in range(options.directions)]
@@ -87,7 +86,7 @@ class _Landscape:
         self.parts, self.layers, self.random = parts, layers, random
 
     def direction(self, norm: float) -> Vector:
-        """A random vector of this norm; the same on every device."""
+        """Random vector of this norm, independent of the device."""
         draws = [torch.randn(layer.weight.shape, generator=self.random) for layer in self.layers]
         factor = norm / torch.nn.utils.get_total_norm(draws)
         return [
@@ -95,7 +94,7 @@ class _Landscape:
         ]
 
     def loss_around(self, norm: float) -> float:
-        """Mean of the losses at a random offset and at its opposite."""
+        """Mean of the losses at a random offset and at its negative."""
         offsets = self.direction(norm)
         return (self.loss(offsets) + self.loss([-offset for offset in offsets])) / 2
 
@@ -139,7 +138,7 @@ def _dot(a: Vector, b: Vector) -> float:
 
 
 def _power_iteration(landscape: _Landscape, shift: float, options: Sharpness) -> _Eigenvalue:
-    """The eigenvalue of H whose distance to `shift` is largest."""
+    """Eigenvalue of H with the largest distance from `shift`."""
     vector = landscape.direction(1.0)
     value, residual, iteration = 0.0, 0.0, 0
     while iteration < options.iterations:
@@ -160,9 +159,10 @@ def trained_sharpness(
     recipe: Recipe, base: Path, float_model: FloatModel, trained: TrainedModel, device: torch.device,
     reporter: Reporter,
 ) -> dict[str, float]:  # fmt: skip
-    """`sharpness.*` of a trained model, with its task's loss on samples spread over the first evaluation set.
+    """Compute `sharpness.*` of a trained model, with its task's loss on samples spread over the first
+    evaluation set.
 
-    In a model without a quantized linear layer, it is the sharpness at the float weights of all of them.
+    A model without a quantized linear layer is measured at the float weights of all linear layers.
     """
     options, task = recipe.verify.sharpness, TASKS[recipe.task.name]
     prepared = rebuild(float_model, trained)
@@ -171,40 +171,40 @@ def trained_sharpness(
     section = next(iter(recipe.data.evaluate.values()))
     examples = task.examples(section, base, task.reader(float_model.path), recipe.task)
     count = min(options.samples, len(examples))
-    rows = [place * len(examples) // count for place in range(count)]
+    rows = [index * len(examples) // count for index in range(count)]
     size = recipe.verify.batch_size
 
-    def part(chosen: list[int]) -> Part:
-        batch = {name: tensor.to(device) for name, tensor in examples.batch(chosen).items()}
-        return Part(lambda: task.loss(model(**inputs_of(batch)).logits, batch), len(chosen) / count)
+    def part(indices: list[int]) -> Part:
+        batch = {name: tensor.to(device) for name, tensor in examples.batch(indices).items()}
+        return Part(lambda: task.loss(model(**inputs_of(batch)).logits, batch), len(indices) / count)
 
     parts = [part(rows[start : start + size]) for start in range(0, count, size)]
-    found = measure_sharpness(parts, layers, options, recipe.seed)
+    sharpness = measure_sharpness(parts, layers, options, recipe.seed)
     reporter.say(
-        f"verify: loss rises by {found['loss_rise']:.3g} at distance {options.rho:g}, "
-        f"largest eigenvalue {found['eigenvalue']:.4g} "
-        f"(residual {found['residual']:.1e} after {found['iterations']:.0f} iterations)"
+        f"verify: loss rises by {sharpness['loss_rise']:.3g} at distance {options.rho:g}, "
+        f"largest eigenvalue {sharpness['eigenvalue']:.4g} "
+        f"(residual {sharpness['residual']:.1e} after {sharpness['iterations']:.0f} iterations)"
     )
-    return {f"sharpness.{name}": value for name, value in found.items() if name != "loss"}
+    return {f"sharpness.{name}": value for name, value in sharpness.items() if name != "loss"}
 
 
 def _linear_layers(prepared: Prepared) -> list[QuantizedWeight]:
-    """Linear layers with a quantized weight; where there is none, all of them, as layers that do not
-    round.
+    """Linear layers with a quantized weight or, without any, all linear layers, wrapped so that they can be
+    perturbed. Raises ModelError for a model without linear layers.
     """
-    found = [prepared.layers[name] for name, _ in prepared.weight_quantizers()]
-    found = [layer for layer in found if not isinstance(layer, QuantizedEmbedding)]
-    if found:
-        return found
+    layers = [prepared.layers[name] for name, _ in prepared.weight_quantizers()]
+    layers = [layer for layer in layers if not isinstance(layer, QuantizedEmbedding)]
+    if layers:
+        return layers
     axis = FAMILIES[prepared.family].LINEAR_AXIS
     for item in prepared.plan:
         if item.layer.kind == "linear":
             module = prepared.model.get_submodule(item.name)
             layer = QuantizedLinear(module.weight, getattr(module, "bias", None), axis, None, None)
             replace_module(prepared.model, item.name, layer)
-            found.append(layer)
-    if not found:
+            layers.append(layer)
+    if not layers:
         raise ModelError(
             f"{prepared.family}: the model has no linear layer whose sharpness could be measured"
         )
-    return found
+    return layers

@@ -318,7 +318,7 @@ def test_what_make_static_replaced_is_put_back(line: Callable[..., Line]) -> Non
 
 def test_a_recipe_that_did_not_train_the_model_is_refused(made: Made) -> None:
     with pytest.raises(
-        ContractError, match="was trained with dynamic activations, and the recipe says minmax"
+        ContractError, match="was trained with dynamic activations, and quantizer.activations is minmax"
     ):
         dynamic_runner(made.float_model, made.trained, MinMax(), torch.device("cpu"))
 
