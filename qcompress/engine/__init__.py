@@ -1,16 +1,11 @@
-"""What each GPU and TensorRT version accepts, and how an engine is built for it. No torch.
+"""TensorRT engines: building, optimization profiles, the probe kit, and running an engine on this machine.
 
-    table       the devices, and what a recipe may not ask of them
-    graph       a read-only view of an ONNX file
-    quantizers  the Q/DQ nodes of a view, in the words of the linter
-    checks      what the linter looks for (more: weight_checks, convolutions, soundness)
-    rules       the linter's rules, as a table
-    lint        the rules applied to a file
-    sizes       bytes that an engine of quantized weights may have
-    profiles    shapes of the optimization profiles
-    device      the GPU of this machine
-    process     runs the builder, and outlives its crashes
-    builder     the child process that calls TensorRT
+    build_process  runs the builder as a child process, and survives its crashes
+    builder        the child process that calls TensorRT
+    profiles       shapes of the optimization profiles
+    probe          writes the probe kit, and imports a device's measurement
+    probe_kit      the scripts that measure an engine on a device
+    local_run      runs the probe kit's script on this machine's GPU
 
-Nothing imports `builder`: TensorRT's native libraries stay out of our own process.
+No module imports `builder`: TensorRT's native libraries stay out of this process.
 """

@@ -1,4 +1,4 @@
-"""Runs the builder as a child process; whatever happens to it is a result or an error here. No torch."""
+"""Runs the TensorRT builder as a child process, and turns its end into a result or an error. No torch."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from qcompress.errors import ExportError
 from qcompress.system.child_process import command, environment
 
 Progress = Callable[[str, float], None]
-"""Called with the name of TensorRT's phase and how far the whole build is, 0 to 1."""
+"""Called with the name of TensorRT's phase and the completed fraction of the build, 0 to 1."""
 
 FINAL = ("unavailable", "refused", "unwritten", "done")
-"""Events that end a build; one of them is the last line of a builder that did not crash."""
+"""Events that end a build; the last line of a builder that did not crash is one of them."""
 
 MESSAGES = 200
-"""Messages of TensorRT that are kept; a foreign graph may cause millions."""
+"""Number of TensorRT messages that are kept; an external graph may cause millions."""
 
 SHOWN = 10
-"""Errors that are shown."""
+"""Number of errors that are shown."""
 
 OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|cannot allocate|failed to map", re.IGNORECASE)
 
 
 @dataclass
 class Outcome:
-    """What a builder said until its end."""
+    """Output of a builder process."""
 
     version: str = ""
     """Version of TensorRT."""
     final: dict[str, Any] = field(default_factory=dict)
-    """The last event; empty if the builder died before."""
+    """The last event; empty if the builder crashed before."""
     messages: list[dict[str, str]] = field(default_factory=list)
     """Warnings and errors of TensorRT: {"severity", "text"}."""
     code: int = 0
-    """Exit code, negative for a signal."""
+    """Exit code; negative for a signal."""
     timed_out: bool = False
     stderr: str = ""
-    """The end of it."""
+    """The end of stderr."""
 
 
 def run_builder(spec: dict[str, Any], timeout_s: int, progress: Progress | None = None) -> Outcome:
-    """Run the builder; `final` of the outcome is `done` or `unavailable`, anything else is an ExportError.
-    OSError where the engine cannot be written.
+    """Run the builder; the outcome's final event is `done` or `unavailable`. Raises ExportError for a crash,
+    a timeout or a graph that TensorRT refuses, and OSError if the engine cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="qcompress-build-") as folder:
         file = Path(folder) / "spec.json"
@@ -95,7 +95,7 @@ def _run(file: Path, stderr: BinaryIO, timeout_s: int, progress: Progress | None
     timer.start()
     try:
         for line in process.stdout:
-            if line.endswith("\n"):  # a process that is killed may leave half a line
+            if line.endswith("\n"):  # a killed process may leave an unfinished line
                 _take(json.loads(line), outcome, progress)
         outcome.code = process.wait()
     finally:
@@ -146,7 +146,7 @@ def _crash(outcome: Outcome, spec: dict[str, Any]) -> ExportError:
     words = _last_words(outcome)
     fix = "run `qcompress lint` on the model, and report the graph to TensorRT if it finds nothing"
     if outcome.code == -9:  # Windows has no signal.SIGKILL
-        fix = "give this machine or container more memory: the system kills what takes too much"
+        fix = "give this machine or container more memory: the system kills processes that exceed it"
     return ExportError(f"the builder {how}{words}", fix=_memory_fix(words, spec, fix))
 
 

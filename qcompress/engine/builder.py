@@ -1,22 +1,21 @@
 """A child process that builds one engine: `python -m qcompress.engine.builder SPEC.json`.
 
-TensorRT's parser and builder are native code that can crash on a file of unknown origin; whatever happens to
-this process, its parent reads the messages that came before. One process, one engine, one logger (TensorRT
-ignores a second one).
+TensorRT's parser and builder are native code that can crash on a file of unknown origin; the parent reads the
+messages that this process wrote before. One process, one engine, one logger (TensorRT ignores a second one).
 
 SPEC.json   {"onnx", "plan": paths, "backend", "sm", "versions": [[from, to]...], "memory_mib",
             "profiles": [{input: [min, opt, max shape]}...], "version_compatible", "hardware_compatibility",
             "timing_cache": path or null}
 stdout      one JSON object on each line:
-            {"event": "start", "version"}               TensorRT is there
+            {"event": "start", "version"}               TensorRT is loaded
             {"event": "progress", "phase", "fraction"}  0 to 1, never falling
             {"event": "message", "severity", "text"}    warnings and errors of TensorRT
             {"event": "unavailable", "reason"}          this machine cannot build for the target
             {"event": "refused", "stage", "errors": [{"node", "op", "text"}]}
-            {"event": "unwritten", "errno", "file"}     the engine is built, and its disk does not take it
+            {"event": "unwritten", "errno", "file"}     the engine is built, but cannot be written to disk
             {"event": "done", "inputs", "outputs": {name: {"shape", "type"}},
              "timing_cache": {"read", "written": bytes} or null}
-            The last line is one of the last four, unless the process died.
+            The last line is one of the last four, unless the process crashed.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ from qcompress.system.memory import limit_memory
 
 @dataclass(frozen=True)
 class Backend:
-    """How the two TensorRTs differ, as far as a build is concerned."""
+    """Differences between TensorRT and TensorRT-RTX that concern a build."""
 
     module: str
     cross: bool
-    """Builds for a compute capability that it is told; otherwise for the GPU that it finds."""
+    """True if it builds for a given compute capability; otherwise it builds for the GPU of this machine."""
 
 
 BACKENDS = {
@@ -51,14 +50,16 @@ BACKENDS = {
 
 
 class Channel:
-    """Lines to the parent, on a stream of their own: what native code prints to stdout goes to stderr."""
+    """Writes event lines to the parent on a duplicate of stdout; native code's output to stdout goes to
+    stderr.
+    """
 
     def __init__(self) -> None:
         self._stream: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
     def say(self, event: str, **values: object) -> None:
-        """One event, at once: the next call of native code may be the last."""
+        """Write one event and flush: the next call of native code may crash."""
         self._stream.write(json.dumps({"event": event, **values}) + "\n")
         self._stream.flush()
 
@@ -69,7 +70,7 @@ class _Phase:
     steps: int
     finished: int = 0
     inside: float = 0.0
-    """Part of the current step that a phase inside this one has finished."""
+    """Fraction of the current step that a nested phase has finished."""
 
     @property
     def share(self) -> float:
@@ -77,18 +78,20 @@ class _Phase:
 
 
 class Phases:
-    """How far a build is, from TensorRT's phases: each has steps, and lasts a step of the one around it."""
+    """Progress of a build, from TensorRT's phases: each has steps, and a nested phase is one step of its
+    parent.
+    """
 
     def __init__(self) -> None:
         self._phases: dict[str, _Phase] = {}
         self.fraction = 0.0
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
-        """A phase begins, inside another one or on its own."""
+        """Start a phase, nested in `parent` if given."""
         self._phases[name] = _Phase(parent if parent != name else None, steps)
 
     def step(self, name: str, index: int) -> None:
-        """A step is finished, and with it a part of every phase around it. `fraction` never falls."""
+        """Finish a step, and update every enclosing phase. `fraction` never falls."""
         phase = self._phases.setdefault(name, _Phase(None, index + 1))
         phase.finished, phase.inside = index + 1, 0.0
         for _ in self._phases:
@@ -100,7 +103,7 @@ class Phases:
 
 
 def main(arguments: list[str]) -> int:
-    """Build what the specification asks for. 0: the last line says how it ended."""
+    """Build the engine of the specification. Returns 0; the last line gives the result."""
     channel = Channel()
     spec = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     try:
@@ -116,7 +119,7 @@ def _error(text: str, node: str = "", op: str = "") -> dict[str, str]:
 
 
 def _run(spec: dict[str, Any], channel: Channel) -> tuple[str, dict[str, Any]]:
-    """The last event."""
+    """Run the build; returns the last event."""
     backend = BACKENDS[spec["backend"]]
     try:
         trt = importlib.import_module(backend.module)
@@ -136,7 +139,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def _logger(trt: ModuleType, channel: Channel, errors: list[str]) -> Any:
-    """TensorRT's messages as events; the texts of errors are collected as well."""
+    """Logger that forwards TensorRT's messages as events and collects the texts of errors."""
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
@@ -152,13 +155,13 @@ def _logger(trt: ModuleType, channel: Channel, errors: list[str]) -> Any:
 
 
 def _monitor(trt: ModuleType, channel: Channel) -> Any:
-    """TensorRT's progress as events, one for each percent."""
+    """Monitor that forwards TensorRT's progress as events, one for each percent."""
     phases = Phases()
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.said = 0.0
+            self.reported = 0.0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             phases.start(phase_name, parent_phase, num_steps)
@@ -168,8 +171,8 @@ def _monitor(trt: ModuleType, channel: Channel) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             phases.step(phase_name, step)
-            if phases.fraction >= self.said + 0.01:
-                self.said = phases.fraction
+            if phases.fraction >= self.reported + 0.01:
+                self.reported = phases.fraction
                 channel.say("progress", phase=phase_name, fraction=round(phases.fraction, 3))
             return True
 
@@ -179,12 +182,14 @@ def _monitor(trt: ModuleType, channel: Channel) -> Any:
 def _build(
     trt: ModuleType, backend: Backend, spec: dict[str, Any], channel: Channel
 ) -> tuple[str, dict[str, Any]]:
-    """Parse, configure, build, write. The parser lives as long as the network: it holds the weights."""
+    """Parse, configure, build, write. The parser must live as long as the network, because it holds the
+    weights.
+    """
     errors: list[str] = []
     logger = _logger(trt, channel, errors)
     try:
         builder = trt.Builder(logger)
-    except TypeError as error:  # what pybind makes of a null pointer
+    except TypeError as error:  # pybind's error for a null pointer
         return "unavailable", {"reason": f"{backend.module} does not start ({'; '.join(errors) or error})"}
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
@@ -217,14 +222,16 @@ def _build(
     if file is not None:
         try:
             timed = _keep_timing_cache(config, file)
-        except OSError as error:  # the engine is built all the same
+        except OSError as error:  # the engine itself is written
             channel.say("message", severity="warning", text=f"the timing cache was not written: {error}")
     channel.say("progress", phase="Engine written", fraction=1.0)
     return "done", {**described, "timing_cache": timed}
 
 
 def _network_flags(trt: ModuleType) -> int:
-    """Types come from the graph alone. TensorRT 10 must be told; from 11 on there is nothing else."""
+    """Flags for types that come from the graph alone: STRONGLY_TYPED in TensorRT 10; later versions have
+    no other mode.
+    """
     flags = trt.NetworkDefinitionCreationFlag
     return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
 
@@ -242,7 +249,7 @@ def _describe(tensors: list[Any]) -> dict[str, Any]:
 
 
 def _set_capability(trt: ModuleType, config: Any, sm: int) -> str:
-    """Build for a compute capability rather than for the GPU of this machine; an error text, or nothing."""
+    """Build for a compute capability instead of this machine's GPU; returns an error text, or nothing."""
     capability = getattr(trt.ComputeCapability, f"SM{sm}", None)
     if capability is None:
         return f"this version does not build for SM{sm}"
@@ -251,7 +258,7 @@ def _set_capability(trt: ModuleType, config: Any, sm: int) -> str:
 
 
 def _set_compatibility(trt: ModuleType, config: Any, spec: dict[str, Any]) -> str:
-    """Which other versions and GPUs the plan shall run on; an error text, or nothing."""
+    """Set the versions and GPUs on which the plan can run; returns an error text, or nothing."""
     if spec["version_compatible"]:
         flag = trt.BuilderFlag
         config.set_flag(flag.VERSION_COMPATIBLE)
@@ -267,18 +274,18 @@ def _set_compatibility(trt: ModuleType, config: Any, spec: dict[str, Any]) -> st
 
 
 def _use_timing_cache(config: Any, file: Path, errors: list[str]) -> str:
-    """Go on from what an earlier build timed; an error text, or nothing. A file that does not belong to this
-    TensorRT and this device is left as it is: it may belong to another one.
+    """Load the timings of an earlier build; returns an error text, or nothing. A file of another TensorRT or
+    another device is left unchanged.
     """
-    known, said = file.read_bytes() if file.is_file() else b"", len(errors)
-    cache = config.create_timing_cache(known)
-    if cache is None or len(errors) > said or not config.set_timing_cache(cache, False):
-        return f"{file} is no timing cache of this version and this device: name another file"
+    content, errors_before = file.read_bytes() if file.is_file() else b"", len(errors)
+    cache = config.create_timing_cache(content)
+    if cache is None or len(errors) > errors_before or not config.set_timing_cache(cache, False):
+        return f"{file} is not a timing cache of this version and this device: name another file"
     return ""
 
 
 def _keep_timing_cache(config: Any, file: Path) -> dict[str, int]:
-    """Write what is known now; sizes of the file before and after."""
+    """Write the timing cache; returns the file's size in bytes before and after."""
     read = file.stat().st_size if file.is_file() else 0
     cache = config.get_timing_cache()
     _write(file, cache.serialize())
@@ -286,7 +293,7 @@ def _keep_timing_cache(config: Any, file: Path) -> dict[str, int]:
 
 
 def _add_profiles(builder: Any, config: Any, profiles: list[dict[str, list[list[int]]]]) -> str:
-    """One optimization profile for each entry; an error text, or nothing."""
+    """Add one optimization profile for each entry; returns an error text, or nothing."""
     for number, shapes in enumerate(profiles):
         profile = builder.create_optimization_profile()
         for name, (low, opt, high) in shapes.items():
@@ -300,7 +307,7 @@ def _add_profiles(builder: Any, config: Any, profiles: list[dict[str, list[list[
 
 
 def _write(path: Path, plan: Any) -> None:
-    """A reader never sees half an engine."""
+    """Write the engine atomically, so that a reader never sees an unfinished file."""
     partial = path.with_name(path.name + ".tmp")
     with partial.open("wb") as file:
         file.write(plan)

@@ -1,8 +1,8 @@
-"""The engine row on the GPU of this machine: the probe kit's own script, in a process of its own.
+"""Engine measurement on this machine's GPU, by the probe kit's script in a separate process.
 
-A device without torch runs the same script from the kit. Here torch's CUDA tensors are the engine's memory
-(`TorchMemory`), so that no CUDA toolkit is needed beside torch, and CUDA graphs are torch's. What happens to
-the process is a reason and never an error: the row is not measured then.
+A device without torch runs that script from the kit. Here torch's CUDA tensors are the engine's memory
+(`TorchMemory`), so that torch is the only CUDA library needed, and CUDA graphs are torch's. A failure of the
+process becomes the reason of a row that is not measured, never an error.
 
 `python -m qcompress.engine.local_run KIT ARGUMENT...`: the arguments are those of measure_engine.py.
 """
@@ -26,15 +26,17 @@ from qcompress.system.child_process import command, environment
 from qcompress.system.gpu import compute_capability
 
 HINT = "measure it with probe/measure_engine.py"
-"""What to do about an engine that was not measured here."""
+"""Advice for an engine that was not measured here."""
 
 TIMEOUT_S = 1800
-"""For loading, all samples and the clock; TensorRT-RTX compiles the plan for the GPU first."""
+"""Time limit for loading, all samples and the latency measurement; TensorRT-RTX first compiles the plan
+for the GPU.
+"""
 
 
 class TorchMemory:
-    """Device memory as torch tensors, with the methods of the script's `Cuda`. An address is a ctypes
-    pointer, as there.
+    """Device memory as torch tensors, with the methods of the script's `Cuda`. Addresses are ctypes
+    pointers, as in `Cuda`.
     """
 
     def __init__(self, device: str = "cuda") -> None:
@@ -43,22 +45,22 @@ class TorchMemory:
         self._streams: dict[int, torch.cuda.Stream] = {}
 
     def allocate(self, size: int) -> ctypes.c_void_p:
-        """Device memory of `size` bytes, as an address."""
+        """Allocate `size` bytes of device memory; returns the address."""
         tensor = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
         self._held[tensor.data_ptr()] = tensor
         return ctypes.c_void_p(tensor.data_ptr())
 
     def free(self, pointer: ctypes.c_void_p) -> None:
-        """Give device memory back."""
+        """Free device memory."""
         del self._held[pointer.value]
 
     def upload(self, pointer: ctypes.c_void_p, array: np.ndarray) -> None:
-        """Host to device."""
+        """Copy from host to device."""
         source = torch.from_numpy(_bytes_of(array))
         self._held[pointer.value][: source.numel()].copy_(source)
 
     def download(self, array: np.ndarray, pointer: ctypes.c_void_p) -> None:
-        """Device to host."""
+        """Copy from device to host."""
         target = torch.from_numpy(_bytes_of(array))
         target.copy_(self._held[pointer.value][: target.numel()])
 
@@ -67,35 +69,35 @@ class TorchMemory:
         torch.cuda.synchronize(self.device)
 
     def stream(self) -> ctypes.c_void_p:
-        """A stream of its own: nothing can be captured on the default one."""
+        """Create a stream; CUDA graphs cannot be captured on the default one."""
         stream = torch.cuda.Stream(self.device)
         self._streams[stream.cuda_stream] = stream
         return ctypes.c_void_p(stream.cuda_stream)
 
     def wait(self, stream: ctypes.c_void_p) -> None:
-        """Until all work of a stream is done."""
+        """Wait until all work of a stream is done."""
         self._streams[stream.value].synchronize()
 
     def captured(self, stream: ctypes.c_void_p, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """What `launch` puts onto the stream, as a graph that `replay` starts."""
+        """Capture the work that `launch` puts on the stream as a CUDA graph for `replay`."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._streams[stream.value], capture_error_mode="relaxed"):
             launch()
         return graph
 
     def replay(self, graph: torch.cuda.CUDAGraph, stream: ctypes.c_void_p) -> None:
-        """Start a captured graph."""
+        """Launch a captured graph."""
         with torch.cuda.stream(self._streams[stream.value]):
             graph.replay()
 
 
 def _bytes_of(array: np.ndarray) -> np.ndarray:
-    """The array's own memory, as bytes [size]."""
+    """View of the array's memory as bytes [size]."""
     return array.reshape(-1).view(np.uint8)
 
 
 def why_not(engine: Engine) -> str | None:
-    """What keeps this machine from running an engine, before anything is started; None if nothing does."""
+    """Reason why this machine cannot run an engine, known before anything is started; None if it can."""
     facts = read_json(engine.path / "build.json")
     if compute_capability() is None:
         return f"a {facts['backend']} plan runs on its GPU: {HINT}"
@@ -103,21 +105,21 @@ def why_not(engine: Engine) -> str | None:
 
 
 def measure(kit: Path, engine: Engine, onnx: Path, out: Path) -> EngineMeasurement | str:
-    """Measure an engine with the kit that belongs to it; its answer, or why there is none.
+    """Measure an engine with its kit; returns the measurement, or the reason why there is none.
 
-    `onnx`: the graph that the engine was built from; `out`: a folder for engine.json, which does not stay.
+    `onnx`: the graph of the engine; `out`: a folder for a temporary engine.json.
     """
     facts = read_json(engine.path / "build.json")
     file = out / "engine.json"
     arguments = [str(kit.resolve()), "--plan", str(engine.plan.resolve()), "--out", str(file.resolve())]
     if facts["version_compatible"]:
-        arguments.append("--trust-plan")  # it was built here
+        arguments.append("--trust-plan")  # built by this run
     try:
         done = subprocess.run(
             command("qcompress.engine.local_run", *arguments),
             stdin=subprocess.DEVNULL,
             cwd=out,
-            env=environment() | {"PYTHONDONTWRITEBYTECODE": "1"},  # nothing of ours stays in the kit
+            env=environment() | {"PYTHONDONTWRITEBYTECODE": "1"},  # keep bytecode out of the kit
             capture_output=True,
             text=True,
             errors="replace",
@@ -136,13 +138,15 @@ def measure(kit: Path, engine: Engine, onnx: Path, out: Path) -> EngineMeasureme
 
 
 def main(arguments: list[str]) -> None:
-    """Run the kit's script on torch's memory, or, where torch has no CUDA, on what it finds itself."""
-    kit, *others = arguments
-    sys.path.insert(0, kit)  # the script's neighbours
+    """Run the kit's script on torch's memory or, if torch has no CUDA, on the CUDA runtime that the script
+    finds.
+    """
+    kit, *script_arguments = arguments
+    sys.path.insert(0, kit)  # for the modules beside the script
     spec = importlib.util.spec_from_file_location("measure_engine", Path(kit) / SCRIPT.name)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    script.main(others, TorchMemory() if torch.cuda.is_available() else None)
+    script.main(script_arguments, TorchMemory() if torch.cuda.is_available() else None)
 
 
 if __name__ == "__main__":

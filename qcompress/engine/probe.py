@@ -1,11 +1,12 @@
-"""The probe kit: what a device needs to measure its engine, and how its answer is taken in again. No torch.
+"""Probe kit: the files with which a device measures its engine, and the import of its measurement. No torch.
 
-probe/inputs.npz     length [samples], set (index into `sets`), and the task's own kit: ids and first of a
-                     language model, the graph's inputs of any other, int32 [samples, longest] or, of images,
+probe/inputs.npz     length [samples], set (index into `sets`), and the task's arrays: ids and first of a
+                     language model, the graph's inputs of any other, int32 [samples, longest] or, for images,
                      fp32 [samples, channels, height, width]
-probe/reference.npz  logits [compared, positions, outputs] of the onnx row, and which positions these are:
+probe/reference.npz  logits [compared, positions, outputs] of the onnx row, and the indices of these
+positions:
                      all of them, or as many as fit into 20 MB, spread over the sequence
-probe/probe.json     names of the sets, hashes of the graph and the plan, what is written of each sample
+probe/probe.json     names of the sets, hashes of the graph and the plan, the kind of per-sample results
 probe/measure_engine.py, with engine_runners.py, engine_speed.py and strict_json.py beside it
 """
 
@@ -33,13 +34,13 @@ from qcompress.system.artifacts import (
 from qcompress.system.untrusted_file import JSON_LIMIT, demand_file
 
 KIT_BYTES = 20_000_000
-"""Largest size of the kit."""
+"""Upper limit of the kit's size."""
 
 SPARE_BYTES = 2**17
-"""Room for the script, probe.json and the headers of the archives."""
+"""Bytes reserved for the script, probe.json and the headers of the archives."""
 
 FEWEST_POSITIONS = 16
-"""Rather fewer samples than fewer positions of each."""
+"""Minimum number of positions of a sample; the number of samples is reduced first."""
 
 FORMAT = 1
 """Version of engine.json."""
@@ -52,8 +53,9 @@ SCRIPT = Path(__file__).parent / "probe_kit" / "measure_engine.py"
 
 @dataclass(frozen=True)
 class EngineMeasurement:
-    """What a device measured: the distance to onnx, where, and by evaluation set either `samples`, results of
-    a language model, or `logits` [samples, ...] of any other model, which its task makes results of.
+    """A device's measurement: the distance to onnx, facts about the device, and by evaluation set either
+    `samples`, results of a language model, or `logits` [samples, ...] of any other model, from which its task
+    computes results.
     """
 
     samples: dict[str, list[dict[str, float]]] | None
@@ -70,14 +72,14 @@ def write_probe(
     onnx: OnnxModel,
     engine: Engine | None,
 ) -> None:
-    """Fill `folder` with the kit.
+    """Write the kit into `folder`.
 
-    `sets`: how many samples each has; `arrays`: the task's kit of all samples, in that order; `logits`: the
-    .npy file of the onnx row.
+    `sets`: number of samples in each set; `arrays`: the task's arrays for all samples, in that order;
+    `logits`: the .npy file of the onnx row.
     """
     folder.mkdir(exist_ok=True)
-    place = np.repeat(np.arange(len(sets), dtype=np.int32), list(sets.values()))
-    np.savez_compressed(folder / "inputs.npz", **arrays, set=place)  # equal arrays give equal files
+    set_index = np.repeat(np.arange(len(sets), dtype=np.int32), list(sets.values()))
+    np.savez_compressed(folder / "inputs.npz", **arrays, set=set_index)  # equal arrays give equal files
     reference = np.load(logits, mmap_mode="r")
     room = KIT_BYTES - (folder / "inputs.npz").stat().st_size - SPARE_BYTES
     count, positions = _affordable(*reference.shape[:2], room // int(reference[0, 0].nbytes))
@@ -100,7 +102,7 @@ def write_probe(
 
 
 def _affordable(samples: int, context: int, room: int) -> tuple[int, np.ndarray]:
-    """How many samples and which of their positions fit, where there is room for that many positions in all.
+    """Number of samples, and indices of their positions, that fit into `room` positions in all.
 
     >>> _affordable(4, 32, 1000)[1].size, _affordable(4, 32, 80)[0], _affordable(4, 32, 80)[1][:3].tolist()
     (32, 4, [0, 1, 3])
@@ -111,18 +113,18 @@ def _affordable(samples: int, context: int, room: int) -> tuple[int, np.ndarray]
 
 
 def read_measurement(file: Path, probe: Path, onnx: Path) -> EngineMeasurement:
-    """engine.json, held against the kit and the graph it claims to belong to."""
+    """Read engine.json. Raises UsageError if it was measured on another graph, plan or kit."""
     facts = read_json(probe / "probe.json")
-    found = _parse(file, facts["per_sample"])
-    plan = facts["plan_sha256"] if found["measured"] == "plan" else None
-    for what, claimed, own in (
-        ("graph", found["onnx_sha256"], sha256_file(onnx)),
-        ("inputs", found["inputs_sha256"], sha256_file(probe / "inputs.npz")),
-        ("plan", found["file_sha256"], plan),
+    measurement = _parse(file, facts["per_sample"])
+    plan = facts["plan_sha256"] if measurement["measured"] == "plan" else None
+    for item, claimed, expected in (
+        ("graph", measurement["onnx_sha256"], sha256_file(onnx)),
+        ("inputs", measurement["inputs_sha256"], sha256_file(probe / "inputs.npz")),
+        ("plan", measurement["file_sha256"], plan),
     ):
-        if own is not None and claimed != own:
+        if expected is not None and claimed != expected:
             raise UsageError(
-                f"{file} was measured on another {what} (sha256 {str(claimed)[:12]}, here {own[:12]})",
+                f"{file} was measured on another {item} (sha256 {str(claimed)[:12]}, here {expected[:12]})",
                 fix="copy probe/ and engine/ of this run to the device and measure again",
             )
     with np.load(probe / "inputs.npz") as archive:
@@ -130,58 +132,61 @@ def read_measurement(file: Path, probe: Path, onnx: Path) -> EngineMeasurement:
     count = len(inputs["length"])
     fields = ("nll", "correct") if facts["per_sample"] == "nll" else ("logits",)
     for name in fields:
-        if len(found[name]) != count:
+        if len(measurement[name]) != count:
             raise UsageError(
-                f"{file} has {len(found[name])} samples under {name!r}, the probe has {count}",
+                f"{file} has {len(measurement[name])} samples under {name!r}, the probe has {count}",
                 fix="copy probe/ of this run to the device and measure again",
             )
     names = ("versions", "machine", "seconds", "measured", "file_sha256", "speed", "consistency", "device")
-    kept = {key: found.get(key) for key in names}
+    kept = {key: measurement.get(key) for key in names}
     samples = logits = None
     if facts["per_sample"] == "nll":
-        samples = _results(found, inputs, facts["sets"])
+        samples = _results(measurement, inputs, facts["sets"])
     else:
-        logits = {name: found["logits"][inputs["set"] == place] for place, name in enumerate(facts["sets"])}
-    return EngineMeasurement(samples, logits, found["distance"], kept)
+        logits = {
+            name: measurement["logits"][inputs["set"] == set_index]
+            for set_index, name in enumerate(facts["sets"])
+        }
+    return EngineMeasurement(samples, logits, measurement["distance"], kept)
 
 
 def _results(
-    found: dict[str, Any], inputs: dict[str, np.ndarray], sets: list[str]
+    measurement: dict[str, Any], inputs: dict[str, np.ndarray], sets: list[str]
 ) -> dict[str, list[dict[str, float]]]:
     """Results of a language model, by set."""
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in sets}
-    for row, place in enumerate(inputs["set"]):
+    for row, set_index in enumerate(inputs["set"]):
         tokens = int(inputs["length"][row] - inputs["first"][row])
-        samples[sets[int(place)]].append(
-            {"nll": found["nll"][row], "correct": found["correct"][row], "tokens": tokens}
+        samples[sets[int(set_index)]].append(
+            {"nll": measurement["nll"][row], "correct": measurement["correct"][row], "tokens": tokens}
         )
     return samples
 
 
 def _parse(file: Path, per_sample: str) -> dict[str, Any]:
-    """Content of engine.json, as far as it is used here."""
+    """Parse the fields of engine.json that are used here. Raises UsageError for any other file."""
     demand_file(file, limit=JSON_LIMIT, fix="name the file that measure_engine.py wrote")
     try:
-        found = strict_json.loads(file.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise ValueError(f"format {found['format']!r}, and this version reads {FORMAT}")
-        if missing := FAR - found["distance"].keys():
+        measurement = strict_json.loads(file.read_text(encoding="utf-8"))
+        if measurement["format"] != FORMAT:
+            raise ValueError(f"format {measurement['format']!r}, and this version reads {FORMAT}")
+        if missing := FAR - measurement["distance"].keys():
             raise KeyError(*missing)
         if per_sample == "nll":
-            found["nll"] = [float(value) for value in found["nll"]]
-            found["correct"] = [int(value) for value in found["correct"]]
+            measurement["nll"] = [float(value) for value in measurement["nll"]]
+            measurement["correct"] = [int(value) for value in measurement["correct"]]
         else:
-            found["logits"] = _unpacked(found["logits"])
+            measurement["logits"] = _unpacked(measurement["logits"])
         for key in ("measured", "file_sha256", "onnx_sha256", "inputs_sha256"):
-            str(found[key])
+            str(measurement[key])
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         raise UsageError(
             f"{file} is not a measurement ({error!r})", fix="name the file that measure_engine.py wrote"
         ) from None
-    return found
+    return measurement
 
 
 def _unpacked(value: dict[str, Any]) -> np.ndarray:
-    """Logits as the script packs them, fp32."""
+    """Decode logits as packed by the script, fp32."""
     content = base64.b64decode(value["float32"], validate=True)
     return np.frombuffer(content, "<f4").reshape(value["shape"])

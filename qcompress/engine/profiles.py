@@ -1,7 +1,7 @@
-"""Shapes of the optimization profiles: a recipe's ranges laid over the inputs of a graph. No torch.
+"""Shapes of optimization profiles: a recipe's ranges applied to the inputs of a graph. No torch.
 
-A recipe names axes (`batch`, `sequence`), and so do the inputs of an exported graph; a fixed dimension stays
-as it is.
+A recipe names axes (`batch`, `sequence`), and so do the inputs of an exported graph; fixed dimensions are
+unchanged.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ Shapes = dict[str, list[list[int]]]
 """Input name -> [min, opt, max] shape."""
 
 TOTAL = "total"
-"""Axis of the attention mask of a graph with a key-value cache: `past` and `sequence` together."""
+"""Axis of the attention mask of a graph with a key-value cache: `past` plus `sequence`."""
 
 POSITIONS = "position_ids"
-"""The input that looks up the table of positions."""
+"""The input that indexes the table of positions."""
 
 PASSING = ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Expand")
-"""What an exporter puts between the positions and their table."""
+"""Operators that exporters put between the positions and their table."""
 
 
 def profile_shapes(view: View, profiles: Sequence[Profile]) -> list[Shapes]:
-    """Shapes of all inputs for each profile; no profile at all where every dimension is fixed."""
+    """Shapes of all inputs for each profile; empty if every dimension is fixed. Raises UsageError for an axis
+    without a name, without a range, or beyond the model's context.
+    """
     _check_context(view, profiles)
     _check_axes(view, profiles)
     shapes = {value.name: dimensions(value) for value in view.inputs}
@@ -58,7 +60,7 @@ def _triple(view: View, name: str, shape: tuple[int | str, ...], profile: Profil
 
 
 def _check_axes(view: View, profiles: Sequence[Profile]) -> None:
-    """Refuse a range of an axis of `axes` that no input has; the other three have defaults."""
+    """Refuse a range in `axes` for an axis that no input has; the other three have defaults."""
     known = {size for value in view.inputs for size in dimensions(value) or () if isinstance(size, str)}
     for number, profile in enumerate(profiles):
         for axis in profile.axes.keys() - known:
@@ -88,7 +90,7 @@ def _check_context(view: View, profiles: Sequence[Profile]) -> None:
 
 
 def model_context(view: View) -> int | None:
-    """Rows of the table that the positions look up, None if there is none to be found."""
+    """Number of rows of the position table; None if the graph has none."""
     queue, seen = [POSITIONS], {POSITIONS}
     while queue:
         name = queue.pop()

@@ -141,7 +141,7 @@ def test_a_file_that_is_no_timing_cache_of_this_device_stays_as_it_is(
 ) -> None:
     file = tmp_path / "notes.txt"
     file.write_bytes(b"something of mine" * 100)
-    with pytest.raises(ExportError, match="notes.txt is no timing cache of this version and this device"):
+    with pytest.raises(ExportError, match="notes.txt is not a timing cache of this version and this device"):
         build_file(model, Build(target="h100", timing_cache=str(file)), out)
     assert file.read_bytes() == b"something of mine" * 100
     assert list(out.iterdir()) == []

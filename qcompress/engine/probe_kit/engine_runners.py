@@ -1,5 +1,5 @@
-"""What runs a plan or an ONNX file on a device, for measure_engine.py: dict of arrays -> logits. Needs numpy,
-and tensorrt, tensorrt_rtx or onnxruntime.
+"""Runners of a plan or an ONNX file on a device, for measure_engine.py: dict of arrays -> logits. Needs
+numpy, and tensorrt, tensorrt_rtx or onnxruntime.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class CudaError(RuntimeError):
 
 
 class Cuda:
-    """The five functions of the CUDA runtime that an engine needs, through ctypes."""
+    """CUDA runtime functions that an engine needs, through ctypes."""
 
     def __init__(self):
         for name in (
@@ -35,13 +35,13 @@ class Cuda:
         else:
             raise CudaError("no CUDA runtime (libcudart) found: install it or set LD_LIBRARY_PATH")
 
-    def _check(self, code, what):
+    def _check(self, code, call):
         if code != 0:
             self.library.cudaGetErrorString.restype = ctypes.c_char_p
-            raise CudaError(f"{what}: {self.library.cudaGetErrorString(code).decode()}")
+            raise CudaError(f"{call}: {self.library.cudaGetErrorString(code).decode()}")
 
     def allocate(self, size):
-        """Device memory of `size` bytes, as an address."""
+        """Allocate `size` bytes of device memory; returns the address."""
         pointer = ctypes.c_void_p()
         self._check(
             self.library.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(max(size, 1))), "cudaMalloc"
@@ -49,16 +49,16 @@ class Cuda:
         return pointer
 
     def free(self, pointer):
-        """Give device memory back."""
+        """Free device memory."""
         self._check(self.library.cudaFree(pointer), "cudaFree")
 
     def upload(self, pointer, array):
-        """Host to device."""
+        """Copy from host to device."""
         source = ctypes.c_void_p(array.ctypes.data)
         self._check(self.library.cudaMemcpy(pointer, source, ctypes.c_size_t(array.nbytes), 1), "cudaMemcpy")
 
     def download(self, array, pointer):
-        """Device to host."""
+        """Copy from device to host."""
         target = ctypes.c_void_p(array.ctypes.data)
         self._check(self.library.cudaMemcpy(target, pointer, ctypes.c_size_t(array.nbytes), 2), "cudaMemcpy")
 
@@ -67,38 +67,38 @@ class Cuda:
         self._check(self.library.cudaDeviceSynchronize(), "cudaDeviceSynchronize")
 
     def stream(self):
-        """A stream of its own: nothing can be captured on the default one."""
+        """Create a stream; CUDA graphs cannot be captured on the default one."""
         stream = ctypes.c_void_p()
         self._check(self.library.cudaStreamCreate(ctypes.byref(stream)), "cudaStreamCreate")
         return stream
 
     def wait(self, stream):
-        """Until all work of a stream is done."""
+        """Wait until all work of a stream is done."""
         self._check(self.library.cudaStreamSynchronize(stream), "cudaStreamSynchronize")
 
     def captured(self, stream, launch):
-        """What `launch` puts onto the stream, as a graph that `replay` starts."""
-        graph, made = ctypes.c_void_p(), ctypes.c_void_p()
+        """Capture the work that `launch` puts on the stream as a CUDA graph for `replay`."""
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         self._check(self.library.cudaStreamBeginCapture(stream, 2), "cudaStreamBeginCapture")
         launch()
         self._check(self.library.cudaStreamEndCapture(stream, ctypes.byref(graph)), "cudaStreamEndCapture")
         flags = ctypes.c_ulonglong(0)
         instantiate = self.library.cudaGraphInstantiateWithFlags
-        self._check(instantiate(ctypes.byref(made), graph, flags), "cudaGraphInstantiateWithFlags")
-        return made
+        self._check(instantiate(ctypes.byref(executable), graph, flags), "cudaGraphInstantiateWithFlags")
+        return executable
 
     def replay(self, graph, stream):
-        """Start a captured graph."""
+        """Launch a captured graph."""
         self._check(self.library.cudaGraphLaunch(graph, stream), "cudaGraphLaunch")
 
 
 def no_past(rows, shape):
-    """Keys or values of no tokens, for a graph with a key-value cache; shape [batch, heads, past, width]."""
+    """Empty keys or values for a graph with a key-value cache; shape [batch, heads, past, width]."""
     return np.zeros((rows, shape[1], 0, shape[3]), np.float32)
 
 
 class Launcher:
-    """An engine with its inputs on the device, to be run again and again."""
+    """An engine with its inputs on the device, for repeated runs."""
 
     def __init__(self, runner):
         self.runner, self.cuda = runner, runner.cuda
@@ -114,24 +114,24 @@ class Launcher:
         self.cuda.wait(self.stream)
 
     def capture(self):
-        """Make a CUDA graph of a run."""
+        """Capture one run as a CUDA graph."""
         self.graph = self.cuda.captured(self.stream, self._enqueue)
 
     def replay(self):
-        """Run the graph, and wait."""
+        """Launch the CUDA graph, and wait."""
         self.cuda.replay(self.graph, self.stream)
         self.cuda.wait(self.stream)
 
 
 class TensorRTRunner:
-    """A plan: dict of arrays -> logits."""
+    """Runner of a plan: dict of arrays -> logits."""
 
     def __init__(self, plan, module, trusted, cuda=None):
         self.trt = __import__(module)
         self.module = module
         logger = self.trt.Logger(self.trt.Logger.WARNING)
         runtime = self.trt.Runtime(logger)
-        runtime.engine_host_code_allowed = trusted  # a version-compatible plan holds a runtime of its own
+        runtime.engine_host_code_allowed = trusted  # a version-compatible plan contains its own runtime
         serialized = plan.read_bytes()
         self.plan_bytes = len(serialized)
         self.engine = runtime.deserialize_cuda_engine(serialized)
@@ -154,19 +154,21 @@ class TensorRTRunner:
             low, best, high = self.engine.get_tensor_profile_shape(self.tokens(), index)
             self.shapes.append((tuple(low), tuple(best), tuple(high)))
             if self.past and self.engine.get_tensor_profile_shape(self.past[0], index)[0][2]:
-                high = [0] * len(high)  # only for what follows a prompt
+                high = [0] * len(high)  # this profile needs a non-empty cache
             self.profiles.append((tuple(low), tuple(high)))
 
     def tokens(self):
-        """The input whose shape chooses a profile."""
+        """Name of the input whose shape selects a profile."""
         return "input_ids" if "input_ids" in self.inputs else self.inputs[0]
 
     def version(self):
-        """Backend and version."""
+        """Backend and its version."""
         return {self.module: self.trt.__version__}
 
     def largest_batch(self, length):
-        """Most sequences of this length, or images, that some profile accepts; 0 if none does."""
+        """Largest number of sequences of this length, or of images, that a profile accepts; 0 if none
+        does.
+        """
         fits = [high[0] for low, high in self.profiles if len(low) > 2 or low[1] <= length <= high[1]]
         return max(fits or [0])
 
@@ -181,19 +183,19 @@ class TensorRTRunner:
         raise RuntimeError(f"no profile of this engine accepts the shape {tuple(shape)}")
 
     def element(self, name):
-        """numpy's type of an input or output."""
+        """numpy type of an input or output."""
         return np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
 
     @contextlib.contextmanager
     def _bound(self, feed):
-        """The engine with its inputs uploaded; yields the array for the logits and where they will be."""
+        """Upload the inputs; yields a host array for the logits and their device address."""
         rows = len(feed[self.tokens()])
         feed = {**feed, **{name: no_past(rows, self.engine.get_tensor_shape(name)) for name in self.past}}
         self.select(feed[self.tokens()].shape)
         pointers = []
 
         def place(name, array):
-            pointer = self.cuda.allocate(max(array.nbytes, 1))  # an address also for nothing
+            pointer = self.cuda.allocate(max(array.nbytes, 1))  # an empty array needs an address too
             pointers.append(pointer)
             self.context.set_tensor_address(name, pointer.value)
             return pointer
@@ -222,7 +224,7 @@ class TensorRTRunner:
 
     @contextlib.contextmanager
     def held(self, feed):
-        """A Launcher of these inputs."""
+        """Context manager with a Launcher of these inputs."""
         with self._bound(feed):
             yield Launcher(self)
 
@@ -235,11 +237,11 @@ ELEMENTS = {
     "tensor(int8)": np.int8,
     "tensor(bool)": np.bool_,
 }
-"""numpy's types of the inputs of a session."""
+"""numpy types of a session's inputs."""
 
 
 class OnnxRunner:
-    """An ONNX file through onnxruntime: dict of arrays -> logits."""
+    """Runner of an ONNX file through onnxruntime: dict of arrays -> logits."""
 
     def __init__(self, file, disabled_optimizers=()):
         import onnxruntime
@@ -252,11 +254,11 @@ class OnnxRunner:
         )
 
     def version(self):
-        """Backend and version."""
+        """Backend and its version."""
         return {"onnxruntime": self.runtime.__version__}
 
     def largest_batch(self, length):
-        """No profile limits an ONNX session."""
+        """Constant 8: no profile limits an ONNX session."""
         return 8
 
     def __call__(self, feed):

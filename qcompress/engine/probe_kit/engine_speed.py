@@ -1,6 +1,5 @@
-"""What measure_engine.py says of an engine besides its results: latency and throughput of each profile,
-whether it agrees with itself, and what it runs on. Needs numpy; any runner with the methods of TensorRTRunner
-will do.
+"""Speed, self-consistency and device of an engine, for measure_engine.py: latency and throughput of each
+profile. Needs numpy; accepts any runner with the methods of TensorRTRunner.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import time
 import numpy as np
 
 WARM_UP, RUNS, SECONDS = 10, 200, 2.0
-"""Runs before the clock, and the most runs and seconds on it, for each way of running a profile."""
+"""Warm-up runs, and the limits of measured runs and seconds, for each launch mode of a profile."""
 
 
 def feed_of(inputs, rows, length, *image):
-    """Inputs of `rows` sequences of `length` tokens, or images of the shape (`length`, *image), made of the
-    probe's samples, again from the start where they end. `inputs` as in inputs.npz.
+    """Build inputs of `rows` sequences of `length` tokens, or images of the shape (`length`, *image), by
+    repeating the probe's samples. `inputs` as in inputs.npz.
     """
     if "ids" in inputs:
         ids = inputs["ids"]
@@ -37,7 +36,7 @@ def _grown(array, *shape):
 
 
 def spread(milliseconds):
-    """Median, 99th percentile and the least."""
+    """Median, 99th percentile and minimum."""
     return {
         "median": float(np.median(milliseconds)),
         "p99": float(np.percentile(milliseconds, 99)),
@@ -50,19 +49,19 @@ def clocked(launch, clock=time.perf_counter):
     """Milliseconds of each run of `launch`, which returns when the device is done."""
     for _ in range(WARM_UP):
         launch()
-    found, end = [], clock() + SECONDS
-    while len(found) < RUNS and (not found or clock() < end):
+    milliseconds, end = [], clock() + SECONDS
+    while len(milliseconds) < RUNS and (not milliseconds or clock() < end):
         began = clock()
         launch()
-        found.append(1e3 * (clock() - began))
-    return found
+        milliseconds.append(1e3 * (clock() - began))
+    return milliseconds
 
 
 def speed(runner, inputs):
-    """One entry for each profile, at its optimal shape: latency without copies to or from the host, launched
-    as it is and, where the device takes it, as a CUDA graph.
+    """Measure each profile at its optimal shape: latency without host copies, with a plain launch and, if the
+    device supports it, as a CUDA graph.
     """
-    found = []
+    entries = []
     for index, (_, best, _) in enumerate(runner.shapes):
         entry = {"profile": index, "shape": [int(size) for size in best]}
         with runner.held(feed_of(inputs, *best)) as launcher:
@@ -74,21 +73,21 @@ def speed(runner, inputs):
                 entry["cuda_graph"] = {"latency_ms": graph, "rows_per_s": 1e3 * best[0] / graph["median"]}
             except RuntimeError as error:
                 entry["cuda_graph"] = {"reason": str(error)}
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def consistency(runner, inputs):
-    """Largest difference of a row's logits, over all profiles: between the rows of a batch that repeats it,
-    and between the smallest, the optimal and the largest batch. 0 is what an engine should give, and a few
-    units of the last place what another kernel may.
+    """Largest difference of a row's logits, over all profiles: among the rows of a batch of copies, and
+    between the smallest, the optimal and the largest batch. A single kernel gives 0, another kernel a few
+    units in the last place.
     """
     repeated, shapes = 0.0, 0.0
     for low, best, high in runner.shapes:
-        one = feed_of(inputs, 1, *(int(size) for size in best[1:]))
+        sample = feed_of(inputs, 1, *(int(size) for size in best[1:]))
         first = None
         for rows in sorted({int(low[0]), int(best[0]), int(high[0])}):
-            logits = runner({name: np.repeat(array, rows, axis=0) for name, array in one.items()})
+            logits = runner({name: np.repeat(array, rows, axis=0) for name, array in sample.items()})
             repeated = max(repeated, float(np.abs(logits - logits[:1]).max()))
             first = logits[0] if first is None else first
             shapes = max(shapes, float(np.abs(logits[0] - first).max()))
@@ -96,8 +95,8 @@ def consistency(runner, inputs):
 
 
 def device(runner, inputs):
-    """The GPU as it calls itself (None where nothing says it), and the bytes that the engine takes there: its
-    file, which is mostly weights, and the activations of one context.
+    """Name of the GPU (None if unknown), and bytes that the engine needs there: its file, which is mostly
+    weights, and the activations of one context.
     """
     engine = runner.engine
     context = getattr(engine, "device_memory_size_v2", None)  # of 64 bits, from TensorRT 10.1 on
@@ -107,20 +106,20 @@ def device(runner, inputs):
 
 
 BOARD = pathlib.Path("/proc/device-tree/model")
-"""What a Jetson is called, which has no nvidia-smi that would."""
+"""Name of a Jetson board, which has no nvidia-smi."""
 
 
 def gpu():
-    """Name of the first GPU, or of the board; None where it is not known."""
+    """Name of the first GPU, or of the board; None if unknown."""
     try:
-        told = subprocess.run(
+        listing = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=30,
             check=True,
         )
-        names = told.stdout.decode("utf-8", "replace").split("\n")
+        names = listing.stdout.decode("utf-8", "replace").split("\n")
         if names[0].strip():
             return names[0].strip()
     except (OSError, subprocess.SubprocessError):

@@ -4,11 +4,10 @@
     python3 measure_engine.py --plan ../engine/model.plan --out engine.json
     qcompress verify RUN --engine engine.json                       (back on the machine that holds the run)
 
-Runs every sample of inputs.npz, compares the first ones with the logits that ONNX Runtime gave for the same
-graph (reference.npz), and writes engine.json: per-sample results of a language model, or the logits of any
-other model, whose metrics are computed where the run is; distances; and the hashes that tie the measurement
-to this run. With --onnx it measures the ONNX file through onnxruntime instead, on a device
-without TensorRT.
+Runs every sample of inputs.npz, compares the first ones with ONNX Runtime's logits for the graph
+(reference.npz), and writes engine.json: per-sample results of a language model, or the logits of any other
+model, whose metrics are computed from the run; distances; and the hashes that tie the measurement to this
+run. With --onnx it measures the ONNX file through onnxruntime instead, on a device without TensorRT.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # which an isolated or safe-path interpreter leaves out
+sys.path.insert(0, str(HERE))  # an isolated or safe-path interpreter leaves it out
 
 import engine_speed  # noqa: E402
 import strict_json  # noqa: E402
@@ -36,7 +35,9 @@ FORMAT = 1
 
 
 def measure(logits, ids, first):
-    """Summed negative log-likelihood and count of best tokens of one sample; logits [length, vocabulary]."""
+    """Summed negative log-likelihood and number of correct top-1 tokens of one sample; logits [length,
+    vocabulary].
+    """
     scores = logits[first - 1 : len(ids) - 1].astype(np.float64)
     targets = ids[first:]
     top = scores.max(axis=-1, keepdims=True)
@@ -46,7 +47,7 @@ def measure(logits, ids, first):
 
 
 def compare(reference, row):
-    """Sums that make a distance; both [positions, vocabulary]."""
+    """Partial sums of a distance; both [positions, vocabulary]."""
     reference, row = reference.astype(np.float64), row.astype(np.float64)
     error = np.abs(row - reference)
     return {
@@ -65,7 +66,7 @@ def compare(reference, row):
 
 
 def distance(parts):
-    """The fields of parity.json from the sums of all compared samples."""
+    """Distance fields of parity.json, from the sums of all compared samples."""
     total = {key: sum(part[key] for part in parts) for key in parts[0]}
     norm, error = math.sqrt(total["rr"] * total["ss"]), total["ee"]
     return {
@@ -75,7 +76,7 @@ def distance(parts):
         "range": max(part["high"] for part in parts) - min(part["low"] for part in parts),
         "cosine": total["dot"] / norm if norm else math.nan,
         "snr_db": decibels(total["rr"], error),
-        # one logit is always the best: a regression has no agreement
+        # a regression's single logit always ranks first: it has no agreement
         "top1_agreement": total["agree"] / total["positions"]
         if total["count"] > total["positions"]
         else None,
@@ -84,14 +85,14 @@ def distance(parts):
 
 
 def decibels(signal, error):
-    """10 log10 of a ratio of squares; None where nothing differs, NaN where there is no signal."""
+    """10 log10 of a ratio of squares; None for zero error, NaN for zero signal."""
     if error == 0:
         return None
     return 10 * math.log10(signal / error) if signal else math.nan
 
 
 def sha256(file):
-    """Digest of a file's content."""
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         for chunk in iter(lambda: stream.read(1 << 22), b""):
@@ -100,7 +101,7 @@ def sha256(file):
 
 
 def batches(lengths, runner, limit):
-    """Row indices in groups of one length that the engine accepts."""
+    """Row indices in groups of equal length that the engine accepts."""
     order, start = list(range(len(lengths))), 0
     while start < len(order):
         length = lengths[order[start]]
@@ -115,7 +116,9 @@ def batches(lengths, runner, limit):
 
 
 def run(runner, inputs, reference, positions, limit):
-    """All samples: results in the order of inputs.npz, the distance, and seconds spent in the engine."""
+    """Run all samples of a language model: results in the order of inputs.npz, the distance, and seconds
+    spent in the engine.
+    """
     ids, lengths, first = inputs["ids"], inputs["length"], inputs["first"]
     nll, correct, parts, seconds = [], [], [], 0.0
     for rows in batches(lengths, runner, limit):
@@ -126,68 +129,70 @@ def run(runner, inputs, reference, positions, limit):
         began = time.perf_counter()
         logits = runner(feed)
         seconds += time.perf_counter() - began
-        for place, row in enumerate(rows):
-            one, two = measure(logits[place], block[place].astype(np.int64), int(first[row]))
-            nll.append(one)
-            correct.append(two)
+        for index, row in enumerate(rows):
+            sample_nll, sample_correct = measure(
+                logits[index], block[index].astype(np.int64), int(first[row])
+            )
+            nll.append(sample_nll)
+            correct.append(sample_correct)
             if row < len(reference):
                 known = positions[positions < length]
-                parts.append(compare(reference[row, : len(known)], logits[place][known]))
+                parts.append(compare(reference[row, : len(known)], logits[index][known]))
     return nll, correct, distance(parts), seconds
 
 
 def cut(array, length):
-    """Sequences [rows, longest] as long as they are; images [rows, ...] are whole."""
+    """Sequences [rows, longest] cut to `length`; images [rows, ...] unchanged."""
     return array[:, :length] if array.ndim == 2 else array
 
 
 def run_logits(runner, inputs, reference, positions, limit):
-    """All samples of a model that is no language model: its logits, the distance, and seconds in the engine.
+    """Run all samples of any other model: its logits, the distance, and seconds spent in the engine.
 
     Logits of a sample: [labels], or [longest, labels] with zeros behind the sample's length.
     """
     lengths = inputs["length"]
     names = [name for name in inputs if name.startswith("input.")]
-    found, parts, seconds = None, [], 0.0
+    all_logits, parts, seconds = None, [], 0.0
     for rows in batches(lengths, runner, limit):
         length = int(lengths[rows[0]])
         feed = {name[len("input.") :]: cut(inputs[name][rows], length) for name in names}
         began = time.perf_counter()
         logits = runner(feed)
         seconds += time.perf_counter() - began
-        if found is None:
+        if all_logits is None:
             longest = (inputs[names[0]].shape[1],) if logits.ndim == 3 else ()
-            found = np.zeros((len(lengths), *longest, logits.shape[-1]), np.float32)
-        for place, row in enumerate(rows):
-            whole = logits[place] if logits.ndim == 3 else logits[place][None]
-            found[(row, slice(0, length)) if logits.ndim == 3 else row] = logits[place]
+            all_logits = np.zeros((len(lengths), *longest, logits.shape[-1]), np.float32)
+        for index, row in enumerate(rows):
+            whole = logits[index] if logits.ndim == 3 else logits[index][None]
+            all_logits[(row, slice(0, length)) if logits.ndim == 3 else row] = logits[index]
             if row < len(reference):
                 known = positions[positions < len(whole)]
                 parts.append(compare(reference[row, : len(known)], whole[known]))
-    return found, distance(parts), seconds
+    return all_logits, distance(parts), seconds
 
 
 def beside(runner, inputs):
-    """Speed and self-consistency of an engine, and its device. The results do not depend on them: what fails
-    is a reason.
+    """Speed, self-consistency and device of an engine. They are optional: a failure is recorded as a
+    reason.
     """
-    found = {}
+    measurements = {}
     for name in ("consistency", "speed", "device"):
         try:
-            found[name] = getattr(engine_speed, name)(runner, inputs)
+            measurements[name] = getattr(engine_speed, name)(runner, inputs)
         except (RuntimeError, ValueError, OSError, AttributeError, MemoryError) as error:
-            found[name] = {"reason": f"{type(error).__name__}: {error}"}
-    return found
+            measurements[name] = {"reason": f"{type(error).__name__}: {error}"}
+    return measurements
 
 
 def packed(logits):
-    """An array as JSON that keeps every bit."""
+    """Encode an array as JSON without loss."""
     data = np.ascontiguousarray(logits, dtype="<f4").tobytes()
     return {"shape": list(logits.shape), "float32": base64.b64encode(data).decode("ascii")}
 
 
 def read_options(arguments):
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--plan", type=Path, help="the serialized engine")
@@ -205,7 +210,7 @@ def read_options(arguments):
 
 
 def own_file(options, facts):
-    """The file to measure and its sha256; ends the program if it is not the one that the kit belongs to."""
+    """The file to measure and its SHA-256; exits with a message if the kit belongs to another file."""
     file = options.plan or options.onnx
     digest = sha256(file)
     expected = facts["plan_sha256"] if options.plan else facts["onnx_sha256"]
@@ -218,7 +223,7 @@ def own_file(options, facts):
 
 
 def main(arguments=None, cuda=None):
-    """Measure. `cuda`: device memory that stands in for the CUDA runtime, with the methods of `Cuda`."""
+    """Measure. `cuda`: replacement of the CUDA runtime, with the methods of `Cuda`."""
     options = read_options(arguments)
     facts = json.loads((HERE / "probe.json").read_text())
     file, digest = own_file(options, facts)
@@ -232,17 +237,17 @@ def main(arguments=None, cuda=None):
     compared = (reference["logits"], reference["positions"], options.batch)
     if facts["per_sample"] == "logits":
         logits, far, seconds = run_logits(runner, inputs, *compared)
-        found = {"logits": packed(logits)}
+        per_sample = {"logits": packed(logits)}
     else:
         nll, correct, far, seconds = run(runner, inputs, *compared)
-        found = {"nll": nll, "correct": correct}
+        per_sample = {"nll": nll, "correct": correct}
     result = {
         "format": FORMAT,
         "measured": "plan" if options.plan else "onnx",
         "file_sha256": digest,
         "onnx_sha256": facts["onnx_sha256"],
         "inputs_sha256": sha256(HERE / "inputs.npz"),
-        **found,
+        **per_sample,
         "distance": far,
         "seconds": seconds,
         "versions": {**runner.version(), "numpy": np.__version__, "python": platform.python_version()},
@@ -254,7 +259,7 @@ def main(arguments=None, cuda=None):
 
 
 def words(result, inputs):
-    """What is said of a measurement."""
+    """Summary of a measurement, in parts."""
     yield f"{len(inputs['length'])} samples"
     if "nll" in result:
         tokens = int((inputs["length"] - inputs["first"]).sum())
