@@ -1,1 +1,3 @@
-"""A recipe from the float model to the verdict: stages, cache keys, trackers, sensitivity studies."""
+"""Pipeline of a recipe from the float model to the verdict: stages, cache keys, trackers, sensitivity
+studies.
+"""

@@ -10,11 +10,12 @@
             task.stride, slices,
             train.device,
             train.checkpoint_every_s;
-            of train what its phases
-            read (`effective_train`)
+            train without options that
+            no phase reads
+            (`effective_train`)
     fold                                                       load, train          kind, threads
-    export  export, build.target, provenance     export.graph  fold (load: for a    kind, threads
-                                                               graph made elsewhere)
+    export  export, build.target, provenance     export.graph  fold (load: for an   kind, threads
+                                                               external graph)
     build   build                                              export               machine, GPU
     verify  task, data.evaluate, verify,         evaluate      load, train, fold,   kind, threads,
             format.compute,                                    export, build        GPU
@@ -25,14 +26,14 @@
 
 Code of a stage: every module of this package that it imports, inside functions too, except
 
-  * the modules in `NO_RESULT`, which print, log, or keep files and shape no result;
-  * the imports in `ONLY_CHECKED`, which the schema needs to check sections that the stage does not read;
+  * the modules in `NO_RESULT`, which print, log or store files, and do not affect a result;
+  * the imports in `ONLY_CHECKED`, with which the schema checks sections that the stage does not read;
   * the imports in `ONLY_MEASURED`, which the tasks need for the metrics of verify;
   * in the three tables `methods`, `models` and `tasks`, the entries that the recipe does not select
-    (`unselected`). A module counts again where anything but the table imports it.
+    (`unselected`). A module counts nevertheless if anything but the table imports it.
 
-Versions of a stage: the packages in `TOOLS` that are installed. `name`, `tracking` and the folders of files
-are in no key. `tests/test_key_scope.py` tries both directions.
+Versions of a stage: the installed packages of `TOOLS`. `name`, `tracking` and the folders of files are in no
+key. `tests/pipeline/test_key_scope.py` tests both directions.
 """
 
 from __future__ import annotations
@@ -58,20 +59,20 @@ VALUES: dict[str, tuple[str, ...]] = {
     "verify": ("task", "data.evaluate", "verify", "format.compute", "quantizer.activations"),
     "gate": ("gate", "verify.require", "format.compute", "build.target"),
 }  # fmt: skip
-"""Sections and keys of the recipe that shape a stage's result. `keys.py` adds what it derives from a recipe
+"""Sections and keys of the recipe that affect a stage's result. `keys.py` adds values derived from a recipe
 and a checkpoint: the head, the image processor, provenance, and whether the recipe trains in float.
 """
 
 NOT_VALUES: dict[str, tuple[str, ...]] = {
     "train": (
-        "format.preset",  # what it stands for is written out beside it
-        "train.device",  # the kind of device that is used is in the key
-        "train.checkpoint_every_s",  # a resumed run ends bit for bit as one that was not stopped
+        "format.preset",  # its formats are in the key
+        "train.device",  # the kind of device is in the key
+        "train.checkpoint_every_s",  # a resumed run equals an uninterrupted one bit for bit
         "task.stride",  # of evaluation windows; training sequences do not overlap
-        "data.train.slices",  # parts of an evaluation set
+        "data.train.slices",  # slices divide evaluation sets only
         "data.calibration.slices",
     ),
-    "verify": ("verify.require",),  # gate judges it
+    "verify": ("verify.require",),  # read by gate
 }
 """Exceptions from VALUES."""
 
@@ -94,22 +95,22 @@ HIDDEN_CODE: dict[str, tuple[str, ...]] = {
         "qcompress.engine.probe_kit.engine_speed",
     ),
 }
-"""Code that a stage starts as a process or copies, and does not import."""
+"""Code that a stage starts as a process or copies, without importing it."""
 
 NO_RESULT: dict[str, str] = {
     "qcompress": "the version number, and the API, which is imported on demand",
-    "qcompress.system.reporter": "bars and lines for the terminal and log.jsonl: a stage is given nothing",
-    "qcompress.training.history": "records of updates that were made, and which of them are recorded",
+    "qcompress.system.reporter": "bars and lines for the terminal and log.jsonl, which no stage reads",
+    "qcompress.training.history": "records of updates, and the choice of recorded updates",
     "qcompress.system.filesystem": "locks, folders, disk errors, memory statistics, the allocator's settings",
     "qcompress.system.fingerprint": "names of cache entries: another name is another entry",
-    "qcompress.schema.custom_code": "the same for classes of a user's own",
+    "qcompress.schema.custom_code": "names of cache entries, for custom classes",
     "qcompress.training.movement": "a line for the terminal about learned scales, after the last update",
 }
-"""Modules in no key, and why they shape no result."""
+"""Modules in no key, and the reason why they do not affect a result."""
 
 NOT_CAUGHT = ("load", "train", "fold", "export")
-"""Stages that catch none of this package's errors: one that is raised leaves no result, so that `errors.py`
-(classes, exit codes) shapes none. build, verify and gate write down what others could not do, and why.
+"""Stages that catch none of this package's errors: an error leaves no result, so that `errors.py` (classes,
+exit codes) does not affect one. build, verify and gate record the errors of other steps.
 """
 
 ONLY_CHECKED: dict[str, tuple[tuple[str, str], ...]] = {
@@ -121,9 +122,9 @@ ONLY_CHECKED: dict[str, tuple[tuple[str, str], ...]] = {
 } | {
     stage: (("qcompress.schema.recipe", "qcompress.schema.goals"),) for stage in ("export", "build", "verify")
 }  # fmt: skip
-"""Imports, as (importer, imported), of a section's class that the stage never reads a value of: `gate` of all
-stages but gate, `export` and `build` of those before export. verify imports `goals` itself for the default
-limits, so there it counts.
+"""Imports, as (importer, imported), of section classes with values that the stage never reads: `gate` for all
+stages but gate, `export` and `build` for the stages before export. verify imports `goals` itself for the
+default limits, so it counts there.
 """
 
 ONLY_MEASURED: tuple[tuple[str, str], ...] = (
@@ -132,9 +133,7 @@ ONLY_MEASURED: tuple[tuple[str, str], ...] = (
     ("qcompress.tasks.image_classification", "qcompress.tasks.scores"),
     ("qcompress.tasks.image_classification", "qcompress.tasks.image_slices"),
 )
-"""Imports of what the results of an evaluation set are computed with, which the stages before verify never
-have.
-"""
+"""Imports that compute the results of an evaluation set, which the stages before verify do not have."""
 
 METHOD_MODULES: dict[str, dict[str, str]] = {
     "adapter": {"quadapter": "quadapter", "smoothquant": "smoothquant", "awq": "awq"},
@@ -146,7 +145,7 @@ METHOD_MODULES: dict[str, dict[str, str]] = {
         "staged": "ipq",
     },
 }
-"""Modules of `training.methods` that serve some values of an axis only; `plain` serves the others."""
+"""Modules of `training.methods` that implement only some values of an axis; `plain` implements the others."""
 
 TOOLS: dict[str, tuple[str, ...]] = {
     "load": (),
@@ -163,7 +162,7 @@ TOOLS: dict[str, tuple[str, ...]] = {
 """Packages whose version can change a stage's result."""
 
 READERS = {"image-classification": "pillow"}
-"""Packages that read a task's data, in train and verify; of all other tasks it is `tokenizers`."""
+"""Package that reads a task's data, in train and verify; `tokenizers` for all other tasks."""
 
 BY_MODELOPT = ("smoothquant", "awq")
 """Adapters whose scales nvidia-modelopt computes."""
@@ -190,7 +189,7 @@ def unselected(recipe: Recipe, stage: str) -> set[tuple[str, str]]:
 
 
 def scope_of(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The recipe's values, dumped, with what the stage reads in place of what it ignores."""
+    """Dump the recipe's values without those that the stage ignores."""
     values = recipe.model_dump(mode="json", by_alias=True)
     if stage == "train":
         values["train"] = effective_train(recipe)
@@ -204,14 +203,14 @@ def scope_of(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def effective_train(recipe: Recipe) -> dict[str, Any]:
-    """`train` as its phases read it.
+    """Dump `train` without options that no phase reads.
 
-    * steps and learning rates are resolved: a default that is written out is the default. A phase has rates
-    of the roles that it trains, and none where it makes no update;
-    * `decay` and `warmup` count where a phase makes an update, `weight_decay` and `layer_drop` where it
-    trains weights, `momentum` under SGD alone;
-    * `optimizer` counts where a phase makes an update. Without one it chooses how a learned scale is
-    stored, as a product with exactly 1 either way; a class of the user's own may store another.
+    * Steps and learning rates are resolved: a default that is written out equals the default. A phase has
+      rates of the roles that it trains, and none if it makes no update.
+    * `decay` and `warmup` count if a phase makes an update, `weight_decay` and `layer_drop` if it trains
+      weights, `momentum` under SGD alone.
+    * `optimizer` counts if a phase makes an update. Otherwise it only selects how a learned scale is stored,
+      as a product with exactly 1 either way; a custom class may store it differently.
     """
     train, phases = recipe.train, {}
     for name, defaults in PHASES[recipe.schedule.name].items():
@@ -232,7 +231,7 @@ def effective_train(recipe: Recipe) -> dict[str, Any]:
 
 
 def no_result(stage: str) -> set[str]:
-    """Modules that shape nothing of the stage's result."""
+    """Modules that do not affect the stage's result."""
     return {*NO_RESULT, *(("qcompress.errors",) if stage in NOT_CAUGHT else ())}
 
 
@@ -245,7 +244,7 @@ def versions_of(stage: str, recipe: Recipe) -> dict[str, str]:
     weights = [form.weights, form.embeddings, *(exception.weights for exception in form.layers.values())]
     if stage == "train" and recipe.adapter.name in BY_MODELOPT:
         packages.append("nvidia-modelopt")
-    if stage == "train" and any(isinstance(one, CodebookFormat) for one in weights):
+    if stage == "train" and any(isinstance(weight, CodebookFormat) for weight in weights):
         packages.append("faiss-cpu")
     versions = {}
     for package in packages:

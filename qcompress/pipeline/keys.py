@@ -1,6 +1,6 @@
-"""What a run and its stages depend on: the parts of their keys, in one place. No torch.
+"""Cache keys of a run and its stages: collects everything that they depend on. No torch.
 
-`key_scope.py` has the table of what each stage's key covers; here the parts are collected.
+`key_scope.py` has the table of the scope of each stage's key.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from qcompress.tasks.text import fingerprint as text_fingerprint
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe depends on, before anything runs."""
+    """Inputs of a recipe, resolved and checked before anything runs."""
 
     resolved: Resolved
     directory: Path
@@ -56,9 +56,9 @@ class Plan:
 
 
 def prepare(resolved: Resolved, *, whole: bool = True) -> Plan:
-    """Find the checkpoint and check the recipe against it and its data. No torch.
+    """Locate the checkpoint, and check the recipe against it and its data. No torch.
 
-    `whole`: of the data all rows are looked at, as a run needs it, and not the first of each file alone.
+    `whole`: check all rows of the data, as a run requires, and not only the first of each file.
     """
     demand_trackers(resolved.recipe.tracking)
     directory = locate(resolved.recipe.model, resolved.base)
@@ -71,7 +71,7 @@ def prepare(resolved: Resolved, *, whole: bool = True) -> Plan:
 
 
 def _check_source(run: Path, digests: Mapping[str, str]) -> None:
-    """Raise ModelError for a run whose checkpoint is not the one that it made."""
+    """Raise ModelError for a finished run whose checkpoint was changed afterwards."""
     placed = read_placed(run)
     for name, digest in digests.items():
         if name in placed and placed[name]["sha256"] != digest:
@@ -82,13 +82,13 @@ def _check_source(run: Path, digests: Mapping[str, str]) -> None:
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
-    """The stages that a recipe runs: a graph made elsewhere was trained and folded elsewhere."""
+    """Stages that a recipe runs; an external graph is neither trained nor folded."""
     without = ("train", "fold") if recipe.export.graph else ()
     return tuple(stage for stage in STAGES if stage not in without)
 
 
 def run_key(plan: Plan, one_of_seeds: bool = False) -> str:
-    """Name of the run's folder: a digest of the recipe and of the content it names."""
+    """Name of the run's folder: a digest of the recipe and of the files it names."""
     values = plan.recipe.model_dump(mode="json", exclude={"tracking"})
     if one_of_seeds:
         del values["seed"]
@@ -98,7 +98,7 @@ def run_key(plan: Plan, one_of_seeds: bool = False) -> str:
 
 
 def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object]:
-    """Everything that the result of a stage depends on (`key_scope.py`)."""
+    """Everything that a stage's result depends on (`key_scope.py`)."""
     recipe = plan.recipe
     values, inputs = _values(recipe, stage), {}
     if stage == "gate" and plan.resolved.smoke:
@@ -109,7 +109,7 @@ def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object
         values["new_head"] = {"seed": recipe.seed, "tensors": list(new)} if new else None
     inputs = inputs or {name: steps[name].digest for name in inputs_of(recipe, stage) if name in steps}
     code, versions = _code(plan, stage)
-    found = {
+    key_parts = {
         "recipe": recipe.name,
         "values": values,
         "code": code,
@@ -118,7 +118,7 @@ def parts(plan: Plan, stage: str, steps: Mapping[str, Step]) -> dict[str, object
         "data": plan.graph if stage == "export" else _data(plan, stage),
     }
     device = _device(recipe, stage)
-    return found | ({"device": device} if device else {})
+    return key_parts | ({"device": device} if device else {})
 
 
 def _code(plan: Plan, stage: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -134,7 +134,7 @@ def _code(plan: Plan, stage: str) -> tuple[dict[str, str], dict[str, str]]:
     if stage == "train":
         custom = active().code(recipe)
         roots += sorted(custom.modules)
-        # a class that looks into one of the tables may use any of its entries
+        # a custom class that imports one of the tables may use any of its entries
         unused = {(importer, imported) for importer, imported in unused if importer not in custom.modules}
         files, versions = custom.files, versions | custom.versions
     return code_digest(roots, no_result(stage), unused) | files, versions
@@ -157,17 +157,17 @@ def _data(plan: Plan, stage: str) -> dict[str, dict[str, str]]:
 
 
 def _unnamed(file: str) -> str:
-    """`0:train.tsv` without the name: the suffix says how a file is read."""
+    """Drop the name from `0:train.tsv` but keep the suffix, which selects the reader."""
     index, _, name = file.partition(":")
     return f"{index}:{Path(name).suffix}"
 
 
 def _device(recipe: Recipe, stage: str) -> dict[str, object]:
-    """What of the machine changes the bits of a stage's result."""
+    """Properties of the machine that change the bits of a stage's result."""
     device: dict[str, object] = {}
     if stage in ("train", "fold", "export", "verify"):
         device = {"kind": device_kind(recipe.train.device), "threads": threads()}
-    if stage == "train" and announced() > 1:  # sums in another order give other bits
+    if stage == "train" and announced() > 1:  # another summation order gives other bits
         device["processes"] = announced()
     if stage == "verify":  # where there is a GPU, the engine runs on it
         device["gpu"] = describe_host()["gpu"]
@@ -184,9 +184,7 @@ def inputs_of(recipe: Recipe, stage: str) -> tuple[str, ...]:
 
 
 def _values(recipe: Recipe, stage: str) -> dict[str, object]:
-    """The part of the recipe that shapes a stage's result: `VALUES` within `scope_of`, and what is derived
-    from the recipe.
-    """
+    """Values that affect a stage's result: `VALUES` within `scope_of`, and values derived from the recipe."""
     whole = _picked(recipe, stage)
     if stage == "load":
         processor = TASKS[recipe.task.name].processor(recipe.task)
@@ -199,7 +197,7 @@ def _values(recipe: Recipe, stage: str) -> dict[str, object]:
 
 
 def _picked(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The keys of a recipe that `VALUES` names for a stage."""
+    """Keys of a recipe that `VALUES` lists for a stage."""
     whole = scope_of(recipe, stage)
     data = whole["data"]
     placed = {key: _unplaced(data[key], named=False) for key in ("train", "calibration")}
@@ -216,8 +214,8 @@ def _picked(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def _unplaced(data: dict[str, Any] | None, named: bool) -> dict[str, Any] | None:
-    """A section of `data` without the folders of its files: their content is a part of the key by itself.
-    `named`: with the files' names, which the results of samples show; otherwise with their suffixes.
+    """A section of `data` without the folders of its files, whose content is in the key already. `named`:
+    keep the files' names, which appear in the results of samples; otherwise only their suffixes.
     """
     if data is None:
         return None
@@ -232,7 +230,7 @@ def _unplaced(data: dict[str, Any] | None, named: bool) -> dict[str, Any] | None
 
 
 def provenance(recipe: Recipe) -> dict[str, str]:
-    """Metadata of the ONNX file. The hash covers the recipe's values that shape the file: those of the stages
+    """Metadata of the ONNX file. Hashes only the recipe's values that affect the file: those of the stages
     load, train and export.
     """
     whole = {stage: _picked(recipe, stage) for stage in ("load", "train", "export")}

@@ -1,10 +1,10 @@
-"""READ FIRST. The seven stages in their order.
+"""READ FIRST. Runs the seven stages of a recipe in order.
 
     load -> train -> fold -> export -> build -> verify -> gate
 
-Each stage is a function that fills a folder; `Workspace.step` decides whether it has to run at all, by the
-key that `keys.py` makes of all it depends on. Torch is imported when a stage that needs it really runs, so a
-run that reuses everything never imports it.
+Each stage is a function that fills a folder. `Workspace.step` runs it only if the cache has no folder for its
+key, which `keys.py` computes from everything that the stage depends on. Torch is imported when a stage that
+needs it actually runs, so a run that reuses all stages never imports it.
 """
 
 from __future__ import annotations
@@ -65,18 +65,18 @@ PLACE: dict[str, dict[str, str]] = {
     "verify": {"parity.json": "parity.json", "samples.json.gz": "samples.json.gz", "probe": "probe"},
     "gate": {"verdict.json": "verdict.json", "junit.xml": "junit.xml"},
 }
-"""What of a stage's folder a user finds in the run directory."""
+"""Files of a stage's folder that appear in the run directory."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its verdict, and the steps that made it."""
+    """A finished run: its folder, its verdict, and its steps."""
 
     path: Path
     verdict: str
     steps: tuple[Step, ...]
     first: bool = True
-    """False in a process that only trained along, and has nothing to say."""
+    """False in a process other than the first, which prints nothing."""
 
 
 def run(
@@ -91,18 +91,18 @@ def run(
     one_of_seeds: bool = False,
     check_cache: bool = False,
 ) -> Run:
-    """Run the recipe's stages up to `until`, reusing what is finished. Where a launcher started several
-    processes, the first one does this and the others train along.
+    """Run the recipe's stages up to `until`, reusing finished ones. With several processes, the first one
+    does this and the others take part in training.
 
     `one_of_seeds`: the run's folder is `seed-N` inside a folder that all seeds of the recipe share. `latest`
-    names a run that has its verdict; the caller moves it when all seeds have theirs. `check_cache`: see
-    `Workspace`.
+    points to a run with a verdict; with seeds, the caller moves it when all of them have one. `check_cache`:
+    see `Workspace`. Raises UsageError for a stage that the recipe does not have.
     """
     stages = stages_of(resolved.recipe)
     for stage in (until, *(name for name in keep if name in STAGES)):
         if stage not in stages:
             raise UsageError(
-                f"there is no stage {stage}: `export.graph` was made elsewhere",
+                f"stage {stage} does not run for `export.graph`, an external graph",
                 fix=f"name one of {', '.join(stages)}",
             )
     plan = prepare(resolved)
@@ -115,7 +115,7 @@ def run(
     with Workspace(out, cache, plan.recipe.name, run_key(plan, one_of_seeds), **options) as workspace:
         folder = workspace.run_dir
         write_text(folder / RESOLVED, dump_recipe(plan.recipe))
-        forget(folder, "manifest.json", "log.jsonl")  # of an earlier run in this folder
+        forget(folder, "manifest.json", "log.jsonl")  # written by an earlier run in this folder
         record(folder, RESOLVED)
         reporter.log_to(folder / "log.jsonl")
         with tracking(plan.recipe, folder, reporter):
@@ -139,7 +139,7 @@ def run(
 
 
 def _record(step: Step, reporter: Reporter) -> None:
-    """What a finished stage says in log.jsonl, the same whether it was made now or before."""
+    """Write a finished stage's records to log.jsonl, equal for new and reused stages."""
     if step.stage == "train" and step.reused:
         reporter.settle(history.read(step.path))
     if step.stage == "verify":
@@ -148,26 +148,26 @@ def _record(step: Step, reporter: Reporter) -> None:
                 reporter.record(event="metrics", row=row["stage"], metrics=row["metrics"])
     reporter.record(event="finished", stage=step.stage, seconds=round(step.seconds, 3), reused=step.reused)
     if step.stage == "gate":
-        found = read_json(step.path / "verdict.json")
-        reporter.record(event="verdict", verdict=found["verdict"], reasons=found["reasons"])
+        verdict = read_json(step.path / "verdict.json")
+        reporter.record(event="verdict", verdict=verdict["verdict"], reasons=verdict["reasons"])
 
 
 def _follow(plan: Plan, processes: Processes) -> Run:
-    """What the other processes do: train along when the first one trains, and leave when it is done."""
+    """Loop of the other processes: take part in training, and return when the first process has finished."""
     while True:
-        asked = processes.agree(None)
-        if "run" in asked:
-            return Run(*asked["run"], (), first=False)
+        request = processes.agree(None)
+        if "run" in request:
+            return Run(*request["run"], (), first=False)
         from qcompress.pipeline.stages.train import train
 
         report, silent = plan.report, Reporter(silent=True)
-        train(asked["model"], plan.recipe, plan.resolved.base, report.architecture, report.plan, asked["out"],
-              silent, processes)  # fmt: skip
+        train(request["model"], plan.recipe, plan.resolved.base, report.architecture, report.plan,
+              request["out"], silent, processes)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Maker:
-    """Fills the folders of the stages: a method for each. `steps`: those that are done."""
+    """Fills the folders of the stages, one method for each. `steps`: the finished ones."""
 
     plan: Plan
     steps: Mapping[str, Step]
@@ -178,7 +178,7 @@ class _Maker:
         """Fill the folder of a stage."""
         try:
             with Allocations(f"the stage {stage}", lambda: stage_bytes(stage, self.plan.directory)):
-                if not self.plan.graph:  # a graph made elsewhere needs no torch
+                if not self.plan.graph:  # an external graph needs no torch
                     demand_libraries(stage)
                 getattr(self, f"_{stage}")(folder)
         except ImportError as error:
@@ -251,7 +251,7 @@ class _Maker:
 
 
 def _adopt(plan: Plan, checkpoint: Path, out: Path, reporter: Reporter) -> None:
-    """Take in `export.graph`, whose logits are those of the task."""
+    """Import `export.graph`, checking that its logits have the task's shape."""
     recipe = plan.recipe
     task, config = TASKS[recipe.task.name], read_json(checkpoint / "config.json")
     positions, width = task.logits_of(task.settled(recipe.task, config), config)
@@ -262,17 +262,17 @@ def _adopt(plan: Plan, checkpoint: Path, out: Path, reporter: Reporter) -> None:
 
 
 def _placed(options: Build, base: Path) -> Build:
-    """The same with the file beside the recipe that it names."""
+    """Build options with timing_cache resolved relative to the recipe."""
     if options.timing_cache is None:
         return options
     return options.model_copy(update={"timing_cache": str(base / options.timing_cache)})
 
 
 def _manifest(plan: Plan, steps: Mapping[str, Step]) -> dict[str, object]:
-    """What made this run: versions, hashes, seeds, host, and the cost of each stage."""
-    own = active().used(plan.recipe)
+    """Provenance of this run: versions, hashes, seeds, host, and the cost of each stage."""
+    custom = active().used(plan.recipe)
     return (
-        ({"own": own} if own else {})
+        ({"own": custom} if custom else {})
         | ({"smoke": True} if plan.resolved.smoke else {})
         | {
             "recipe": plan.recipe.name,
@@ -301,7 +301,7 @@ def _manifest(plan: Plan, steps: Mapping[str, Step]) -> dict[str, object]:
 
 
 def finished(cache: Path, stage: str, parts: Mapping[str, object]) -> Step:
-    """A stage that `would_reuse` found, without a workspace."""
+    """Step of a stage that `would_reuse` accepted, without a workspace."""
     key = stage_key(stage, parts)
     path = cache / stage / key
     manifest = read_json(path / "manifest.json")
@@ -310,17 +310,19 @@ def finished(cache: Path, stage: str, parts: Mapping[str, object]) -> Step:
 
 
 def reuse(plan: Plan, cache: Path) -> list[tuple[str, bool, str]]:
-    """For each stage whether it would be reused, and why not; after the first that runs, all run."""
-    found: list[tuple[str, bool, str]] = []
+    """For each stage: its name, whether it would be reused, and if not the reason. All stages after the first
+    that runs would run.
+    """
+    stages: list[tuple[str, bool, str]] = []
     steps: dict[str, Step] = {}
     for stage in stages_of(plan.recipe):
         missing = [name for name in inputs_of(plan.recipe, stage) if name not in steps]
         if missing:
-            found.append((stage, False, f"{missing[0]} runs again"))
+            stages.append((stage, False, f"{missing[0]} runs again"))
             continue
-        own = parts(plan, stage, steps)
-        reused, why = would_reuse(cache, stage, own)
-        found.append((stage, reused, why))
+        key_parts = parts(plan, stage, steps)
+        reused, reason = would_reuse(cache, stage, key_parts)
+        stages.append((stage, reused, reason))
         if reused:
-            steps[stage] = finished(cache, stage, own)
-    return found
+            steps[stage] = finished(cache, stage, key_parts)
+    return stages

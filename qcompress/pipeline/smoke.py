@@ -1,11 +1,11 @@
-"""`run --smoke`: the whole line on two blocks of the model and a handful of data, in a minute. No torch.
+"""`run --smoke`: all stages on two blocks of the model and a few samples, in about a minute. No torch.
 
-It answers whether a recipe runs from end to end on this machine (data, tokenizer, target, builder) before
-hours of training. The two blocks are the checkpoint's first, copied into the cache as a checkpoint of their
-own, so everything after that is an ordinary run, under the name `<recipe>-smoke`.
+It tests whether a recipe runs from end to end on this machine (data, tokenizer, target, builder) before hours
+of training. The checkpoint's first two blocks are copied into the cache as a separate checkpoint, and all
+later stages are an ordinary run, under the name `<recipe>-smoke`.
 
-Two blocks on a few hundred tokens say nothing about the model: neither goals nor parity are judged. The
-verdict is `unjudged` (exit code 0) where the line ran to its end, and `latest` does not move.
+Results of two blocks on a few hundred tokens are meaningless: neither goals nor parity are judged. The
+verdict is `unjudged` (exit code 0) if all stages finish, and `latest` does not move.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ from qcompress.system.fingerprint import stage_key
 BLOCKS = 2
 CONTEXT = 128
 SEQUENCES = 8
-"""Of each part of the data, and of each evaluation set."""
+"""Samples of each section of the data, and of each evaluation set."""
 BATCH = 4
 STEPS = 2
 """Updates of each phase (of each block)."""
 
 
 def smoke(resolved: Resolved, cache: Path) -> Resolved:
-    """The same recipe for two blocks and little data. The whole recipe is checked first (RecipeError)."""
+    """Shrink the recipe to two blocks and a few samples. The whole recipe is checked first (RecipeError).
+    Raises UsageError for an external graph.
+    """
     recipe = resolved.recipe
     if recipe.export.graph is not None:
         raise UsageError("--smoke takes two blocks of the model, and `export.graph` has all of them",
@@ -53,8 +55,8 @@ def smoke(resolved: Resolved, cache: Path) -> Resolved:
 
 
 def shorten(family: str, source: Path, folder: Path, picked: Blocks | None = None) -> Path:
-    """A checkpoint with the first `BLOCKS` blocks of another one, or of those `picked` from it; made once for
-    each content.
+    """Write a checkpoint with the first `BLOCKS` blocks of another one, or of the blocks `picked` from it;
+    cached by content.
     """
     values = {"blocks": BLOCKS} | ({} if picked is None else {"picked": picked})
     whole = folder / stage_key("smoke", {"inputs": fingerprint(source), "values": values})[:16]
@@ -71,7 +73,7 @@ def shorten(family: str, source: Path, folder: Path, picked: Blocks | None = Non
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         try:
             os.rename(partial, whole)
-        except OSError:  # another process was faster; what it made is the same
+        except OSError:  # another process wrote an equal folder first
             shutil.rmtree(partial)
             if not (whole / "config.json").is_file():
                 raise
@@ -79,7 +81,7 @@ def shorten(family: str, source: Path, folder: Path, picked: Blocks | None = Non
 
 
 def _small(recipe: Recipe, source: Path) -> Recipe:
-    """The recipe on that checkpoint, with little of everything."""
+    """The recipe on the shortened checkpoint, with few samples and steps."""
     from qcompress.models import describe
 
     context = min(recipe.task.context or CONTEXT, CONTEXT)
@@ -109,7 +111,7 @@ def _small(recipe: Recipe, source: Path) -> Recipe:
 
 def _little(data: Data) -> Data:
     def few(part):
-        # a handful of samples need not have a value of every slice
+        # few samples need not have a value of every slice
         least = {"limit": min(part.limit or SEQUENCES, SEQUENCES), "slices": None} if part else {}
         return part and part.model_copy(update=least)
 
@@ -118,11 +120,11 @@ def _little(data: Data) -> Data:
 
 
 def _phases(recipe: Recipe) -> dict[str, PhaseOptions]:
-    found = {}
+    phases = {}
     for name in PHASES[recipe.schedule.name]:
         phase = recipe.train.phases.get(name, PhaseOptions(steps=STEPS))
-        found[name] = phase.model_copy(update={"steps": min(phase.steps, STEPS)})
-    return found
+        phases[name] = phase.model_copy(update={"steps": min(phase.steps, STEPS)})
+    return phases
 
 
 def _within(profile, context: int):

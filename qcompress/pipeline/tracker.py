@@ -1,11 +1,11 @@
-"""One tracker of accelerate, in a process of its own that `tracking.py` starts.
+"""Experiment tracker process: one of accelerate's trackers, started by `tracking.py`.
 
     python -m qcompress.pipeline.tracker NAME FOLDER
 
-Reads JSON lines: first {"project", "run", "recipe"}, then the records of log.jsonl, until there are no more.
-The last one is {"event": "ended", "status": finished | failed | interrupted}; a run that was killed has none.
-Whatever goes wrong ends this process alone. Signals that stop a run stop it when the run's last record has
-come: a job scheduler sends them to all processes of a job.
+Reads JSON lines: first {"project", "run", "recipe"}, then the records of log.jsonl, until end of file. The
+last record is {"event": "ended", "status": finished | failed | interrupted}; a killed run sends none. An
+error ends this process alone. Signals that stop a run are ignored here, because a job scheduler sends them to
+all processes of a job; this process ends after the run's last record.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ WHICH = ("least", "median", "largest")
 
 
 def follow(name: str, folder: Path, lines: Iterable[str]) -> None:
-    """Log every record of `lines` with a tracker that keeps its files in `folder`."""
-    told = (json.loads(line) for line in lines)
-    first = next(told)
+    """Log every record of `lines` with a tracker whose files lie in `folder`."""
+    records = (json.loads(line) for line in lines)
+    first = next(records)
     accelerator = Accelerator(cpu=True, log_with=name, project_dir=str(folder))
-    own = {
+    options = {
         "tensorboard": {},
         "mlflow": {"run_name": first["run"], "logging_dir": (folder / "artifacts").as_uri()},
         "wandb": {"name": first["run"]},
@@ -38,9 +38,9 @@ def follow(name: str, folder: Path, lines: Iterable[str]) -> None:
     # for tensorboard the project is the folder of its run
     project = first["run"] if name == "tensorboard" else first["project"]
     clean = _for_mlflow if name == "mlflow" else dict
-    accelerator.init_trackers(project, config=clean(flat(first["recipe"])), init_kwargs={name: own[name]})
+    accelerator.init_trackers(project, config=clean(flat(first["recipe"])), init_kwargs={name: options[name]})
     update, status = 0, "interrupted"
-    for record in told:
+    for record in records:
         update = record.get("update", update)
         status = record["status"] if record.get("event") == "ended" else status
         if values := clean(values_of(record)):
@@ -50,7 +50,7 @@ def follow(name: str, folder: Path, lines: Iterable[str]) -> None:
 
 
 def _end(name: str, accelerator: Accelerator, status: str) -> None:
-    """Close the run as what it was, which accelerate calls a success every time."""
+    """Close the tracker's run with its status; accelerate would report success in any case."""
     if name == "mlflow":
         import mlflow
 
@@ -61,28 +61,28 @@ def _end(name: str, accelerator: Accelerator, status: str) -> None:
 
 
 def _for_mlflow(values: dict[str, Any]) -> dict[str, Any]:
-    """It takes few signs in a name: no glob of `format.layers`, no slice of a metric."""
+    """Replace characters that mlflow refuses in names, such as those of globs and slices."""
     return {re.sub(r"[^\w\-. /]", "_", key): value for key, value in values.items()}
 
 
 def flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """A recipe as hyperparameters: dotted keys, and values that every tracker takes.
+    """Flatten a recipe into hyperparameters: dotted keys, and value types that every tracker accepts.
 
     >>> flat({"seed": 0, "data": {"train": {"text": ["a.txt"]}, "calibration": None}})
     {'seed': 0, 'data.train.text': '["a.txt"]', 'data.calibration': 'null'}
     """
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            found |= flat(value, f"{above}{key}.")
+            flattened |= flat(value, f"{above}{key}.")
         else:
             plain = isinstance(value, str | int | float)
-            found[above + key] = value if plain else json.dumps(value)
-    return found
+            flattened[above + key] = value if plain else json.dumps(value)
+    return flattened
 
 
 def values_of(record: dict[str, Any]) -> dict[str, float]:
-    """What a tracker is told of a record, by name; nothing of most kinds of records."""
+    """Values of a record to log, by name; empty for most kinds of records."""
     event = record.get("event")
     if event == "update":
         phase = record["phase"]
@@ -90,14 +90,14 @@ def values_of(record: dict[str, Any]) -> dict[str, float]:
         rates = {f"lr/{role}": value for role, value in record["lr"].items()}
         return {f"{phase}/loss": record["loss"], **terms, **rates}
     if event == "scales":
-        found: dict[str, float] = {}
+        summaries: dict[str, float] = {}
         for name, scale in record["scales"].items():
             many = isinstance(scale, list)
             parts = (
                 {f"/{which}": part for which, part in zip(WHICH, scale, strict=True)} if many else {"": scale}
             )
-            found |= {f"scales/{name}{which}": part for which, part in parts.items()}
-        return found
+            summaries |= {f"scales/{name}{which}": part for which, part in parts.items()}
+        return summaries
     if event == "metrics":
         return {f"{record['row']}/{name}": value for name, value in record["metrics"].items()}
     if event == "finished":

@@ -1,9 +1,10 @@
-"""Where a recipe's `tracking` goes: the records of log.jsonl to accelerate's trackers. No torch.
+"""Experiment tracking (`tracking` of a recipe): sends the records of log.jsonl to accelerate's trackers. No
+torch.
 
-Each tracker works in a process of its own (`tracker.py`), which is given the resolved recipe and then every
-record, and nothing comes back. So it changes no number of a run, and whatever becomes of it, a crash or a
-server that does not answer, is one line in the run. A run that goes on, or reuses its training, is a new run
-of the tracker with all of its records.
+Each tracker runs in its own process (`tracker.py`), which receives the resolved recipe and then every record,
+and returns nothing. So it cannot change a result, and a failure, such as a crash or a server that does not
+answer, is one line in the run's output. A run that resumes, or reuses its training, is a new run of the
+tracker with all records.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from qcompress.system.reporter import Record, Reporter
 from qcompress.system.stopping import GRACE_S
 
 LAST_WORDS_S = 60.0
-"""How long the end of a run waits for a tracker to take in what it was told."""
+"""Seconds that a finished run waits for a tracker to process its records."""
 
 LAUNCHED = (
     "RANK",
@@ -39,11 +40,11 @@ LAUNCHED = (
     "ACCELERATE_",
     "FSDP_",
 )
-"""Variables, or their beginnings, by which a launcher makes several processes of one training."""
+"""Environment variables, or their prefixes, by which a launcher starts several processes of one training."""
 
 
 def demand_trackers(names: Sequence[str]) -> None:
-    """Raise MachineError, before anything expensive, where a tracker's package is not installed."""
+    """Raise MachineError, before any expensive step, if a tracker's package is not installed."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         are = "is" if len(missing) == 1 else "are"
@@ -55,7 +56,7 @@ def demand_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracking(recipe: Recipe, folder: Path, reporter: Reporter) -> Iterator[None]:
-    """Inside, the reporter's records go to the recipe's trackers. `folder` is the run's."""
+    """Context manager in which the recipe's trackers receive the reporter's records. `folder`: the run's."""
     started = datetime.now().strftime("%Y%m%dT%H%M%S")
     values = {
         "project": recipe.name,
@@ -74,7 +75,7 @@ def tracking(recipe: Recipe, folder: Path, reporter: Reporter) -> Iterator[None]
         status, patience_s = "interrupted", GRACE_S
         raise
     finally:
-        for tracker in trackers:  # what one of them says at its end is for the run alone
+        for tracker in trackers:  # messages about a tracker's end are not sent to the other trackers
             reporter.unlisten(tracker.send)
         for tracker in trackers:
             tracker.send({"event": "ended", "status": status})
@@ -102,7 +103,7 @@ class _Tracker:
                     stderr=log,
                     cwd=folder,
                     env=_environment(name, folder.resolve()),
-                    bufsize=0,  # nothing is left over that a broken pipe could refuse once more
+                    bufsize=0,  # without a buffer, closing a broken pipe raises no second error
                     start_new_session=True,  # Ctrl-C ends the run, and the end of the run ends the tracker
                 )
         except OSError as error:
@@ -113,7 +114,7 @@ class _Tracker:
         self._thread.start()
 
     def send(self, record: Record) -> None:
-        """Tell it a record; at once, whatever it is doing."""
+        """Queue a record without waiting."""
         if self._process is None:
             return
         if self._process.poll() is not None:
@@ -122,7 +123,7 @@ class _Tracker:
         self._lines.put(json.dumps(record))
 
     def close(self, patience_s: float) -> None:
-        """Let it finish, and say so where it does not."""
+        """Wait for the tracker to end, and report a failure."""
         self._lines.put(None)
         process, thread = self._process, self._thread
         if process is None or thread is None:
@@ -139,24 +140,24 @@ class _Tracker:
         thread.join()
 
     def _write(self) -> None:
-        with suppress(OSError), self._stdin:  # it has ended, which `send` and `close` see
+        with suppress(OSError), self._stdin:  # the process has ended; `send` and `close` report it
             for line in iter(self._lines.get, None):
                 left = memoryview(f"{line}\n".encode())
                 while left:
                     left = left[self._stdin.write(left) :]
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, reason: str) -> None:
         self._process = None
-        self._reporter.say(f"tracking: {self._name} has stopped, and the run goes on: {why} ({self._log})")
+        self._reporter.say(f"tracking: {self._name} has stopped, and the run goes on: {reason} ({self._log})")
 
     def _last_line(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def _environment(name: str, folder: Path) -> dict[str, str]:
-    """The run's, without its launcher and its GPUs. What a tracker keeps lies in the run, and wandb is
-    offline, unless the user's own variables say otherwise.
+    """Environment of a tracker: the run's, without its launcher's variables and its GPUs. Tracker data is
+    stored in the run, and wandb is offline, unless the user's variables specify otherwise.
     """
     kept = {key: value for key, value in environment().items() if not key.startswith(LAUNCHED)}
     places = {

@@ -278,7 +278,7 @@ def test_a_tracker_is_told_at_last_how_the_run_ended(
     ("source", "why"),
     [
         ("import sys; sys.stdin.readline(); sys.exit('no route to the server')", "no route to the server"),
-        ("import os; os.abort()", "it said nothing"),
+        ("import os; os.abort()", "it printed nothing"),
         ("import sys; sys.stdin.close(); import time; time.sleep(60)", "took more than 1 s to end"),
     ],
     ids=["raises", "crashes", "hangs"],

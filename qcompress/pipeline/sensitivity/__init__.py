@@ -1,10 +1,10 @@
-"""What each layer costs when it is rounded, and which format of each layer fits a budget.
+"""Sensitivity studies: the cost of quantizing each layer, and a mixture of formats within a budget.
 
-candidates.py   formats to try, the bytes that they take, the recipe that has them      no torch
-sampling.py     the samples that choose, and those that judge                           no torch
-calibrated.py   a recipe calibrated and measured; costs of layers are kept in the cache
+candidates.py   candidate formats, their bytes, and recipes with them                   no torch
+sampling.py     samples for choosing a mixture, and samples for judging it              no torch
+calibrated.py   calibration and measurement of a recipe; costs of layers are cached
 measure.py      divergence from the float model, layer by layer
-controls.py     mixtures of the same size by other costs, to hold the measured one against   no torch
-mixture.py      the cheapest choice within a budget, by integer programming             no torch
+controls.py     mixtures of equal size chosen by other costs, for comparison            no torch
+mixture.py      cheapest choice within a budget, by integer programming                 no torch
 study.py        `qcompress sensitivity`
 """

@@ -1,4 +1,4 @@
-"""A recipe calibrated through the stages of a run, and what its rounding costs on calibration data."""
+"""Calibration of a recipe through the stages of a run, and the cost of its rounding on calibration data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs and the cache are, and who is told."""
+    """Folders of runs and of the cache, and the reporter."""
 
     out: Path
     cache: Path
@@ -39,12 +39,12 @@ class Place:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Of one format, each cost as [mean, standard error] over `samples`, in `unit`."""
+    """Costs of one format, each as [mean, standard error] over `samples`, in `unit`."""
 
     all: list[float]
     alone: dict[str, list[float]]
     wins: dict[str, list[float]] | None
-    """What a layer wins by staying float; None: not measured."""
+    """Reduction of the total cost if a layer stays float; None: not measured."""
     weight_errors: dict[str, float]
     samples: int
     unit: str
@@ -52,29 +52,29 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class WholeCost:
-    """Of a recipe as it is, sample by sample."""
+    """Cost of a whole recipe, sample by sample."""
 
     cost: Cost
     fresh: bool
-    """Whether these samples chose nothing."""
+    """True if the samples did not take part in choosing the mixture."""
 
 
 def measure_layers(
     resolved: Resolved, place: Place, sampling: Sampling, title: str, wins: bool
 ) -> LayerCosts:
-    """Costs of each layer on the samples that choose. What was measured once is found again in the cache."""
+    """Measure the costs of each layer on the choosing samples; cached by model, samples and settings."""
     steps = _calibrate(resolved, place)
     file = place.cache / "sensitivity" / f"{_key(resolved, steps, sampling, wins)}.json"
-    if (known := read_sealed(file)) is not None:
-        place.reporter.say(f"{title}: its costs are there")
-        return LayerCosts(**{name: value for name, value in known.items() if name != SEAL})
+    if (cached := read_sealed(file)) is not None:
+        place.reporter.say(f"{title}: costs reused from the cache")
+        return LayerCosts(**{name: value for name, value in cached.items() if name != SEAL})
     if file.is_file():
         place.reporter.say(f"{title}: damaged: {file}; its costs are measured again")
     from qcompress.pipeline.sensitivity.measure import weight_errors
 
     ready = _prepare(resolved, steps, sampling)
     costs = ready.costs(ready.choosing, place.reporter, title, each=True, wins=wins)
-    found = LayerCosts(
+    layer_costs = LayerCosts(
         all=costs.all.to_json(),
         alone={name: cost.to_json() for name, cost in costs.alone.items()},
         wins={name: cost.to_json() for name, cost in costs.wins.items()} if wins else None,
@@ -83,12 +83,14 @@ def measure_layers(
         unit="squared difference" if ready.kind == "regression" else "nats",
     )
     make_folder(file.parent)
-    write_sealed(file, asdict(found))
-    return found
+    write_sealed(file, asdict(layer_costs))
+    return layer_costs
 
 
 def measure_whole(resolved: Resolved, place: Place, sampling: Sampling, title: str) -> WholeCost:
-    """Cost of the whole recipe on the samples that judge; where there are not two of these, on the others."""
+    """Measure the cost of the whole recipe on the judging samples or, with fewer than two of them, on the
+    choosing ones.
+    """
     ready = _prepare(resolved, _calibrate(resolved, place), sampling)
     fresh = len(ready.judging) > 1
     windows = ready.judging if fresh else ready.choosing
@@ -101,7 +103,7 @@ def _calibrate(resolved: Resolved, place: Place) -> dict[str, Step]:
 
 
 def _key(resolved: Resolved, steps: Mapping[str, Step], sampling: Sampling, wins: bool) -> str:
-    """Name of what was measured: the calibrated model, the samples, and how."""
+    """Cache key of a measurement: the calibrated model, the samples, and the settings."""
     recipe = resolved.recipe
     data = recipe.data.calibration or recipe.data.train
     parts = {
@@ -126,7 +128,7 @@ def _key(resolved: Resolved, steps: Mapping[str, Step], sampling: Sampling, wins
 
 @dataclass(frozen=True)
 class _Ready:
-    """A calibrated model and the samples that it is measured on."""
+    """A calibrated model with its samples."""
 
     prepared: Prepared
     groups: Mapping[str, Collection[str]]
@@ -162,10 +164,10 @@ def _prepare(resolved: Resolved, steps: Mapping[str, Step], sampling: Sampling) 
         "verify": recipe.verify.model_copy(update={"samples": sampling.limit}),
     }
     artifacts = Artifacts(model, trained, None, None, None, {})
-    found = evaluation_samples(recipe.model_copy(update=changes), resolved.base, artifacts)
-    choosing, judging = sampling.parts(found.sets["calibration"])
+    samples = evaluation_samples(recipe.model_copy(update=changes), resolved.base, artifacts)
+    choosing, judging = sampling.parts(samples.sets["calibration"])
     prepared = rebuild(model, trained)
     return _Ready(
-        prepared, groups_of(prepared.plan), TASKS[recipe.task.name], getattr(found.task, "kind", "single"),
+        prepared, groups_of(prepared.plan), TASKS[recipe.task.name], getattr(samples.task, "kind", "single"),
         choosing, judging, recipe.verify.batch_size, device_kind(recipe.train.device),
     )  # fmt: skip

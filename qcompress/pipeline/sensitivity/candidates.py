@@ -1,4 +1,4 @@
-"""Formats that a layer may get, the bytes that they take, and the recipe that puts them there. No torch."""
+"""Candidate weight formats of a layer, their bytes, and recipes with them. No torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ PATTERN = re.compile(r"int(8|4|3|2)(?:-(?:g(32|64|128)|(channel)))?")
 
 
 def parse_format(word: str) -> WeightFormat:
-    """The weight format of a word: those of a recipe, and with a block or without one.
+    """Parse the name of a weight format: a recipe's name, or one with a group size or `channel`. Raises
+    UsageError.
 
     >>> [str(parse_format(word)) for word in ("int4", "int4-g32", "int4-channel")]
     ['int4-g128', 'int4-g32', 'int4']
@@ -45,8 +46,8 @@ def parse_format(word: str) -> WeightFormat:
 
 
 def stored_bytes(layer: Layer, form: Form, compute: str) -> int:
-    """Bytes of a weight in the ONNX file: its codes and the scales, or its floats. Zero points are left out:
-    int8 matmuls have them, a byte for each channel, and layers of a shape share them.
+    """Bytes of a weight in the ONNX file: its codes and scales, or its floats. Zero points are not counted:
+    int8 matmuls have them, one byte for each channel, and layers of equal shape share them.
 
     >>> layer = Layer("q", "linear", in_features=256, out_features=10)
     >>> [stored_bytes(layer, parse_format(word), "fp16") for word in ("int8", "int4", "int4-g32")]
@@ -61,7 +62,7 @@ def stored_bytes(layer: Layer, form: Form, compute: str) -> int:
 
 
 def groups_of(plan: Sequence[LayerPlan]) -> dict[str, list[str]]:
-    """The rounded weights, by the name of the layer that owns each, with all layers that use it."""
+    """Quantized weights by the name of the owning layer, each with all layers that share it."""
     shared = sharers(tuple(plan))
     return {
         item.name: sorted({item.name, *shared.get(item.name, ())})
@@ -73,7 +74,7 @@ def groups_of(plan: Sequence[LayerPlan]) -> dict[str, list[str]]:
 def with_formats(
     resolved: Resolved, weights: Form | None = None, layers: Mapping[str, Form] | None = None
 ) -> Resolved:
-    """The recipe, calibrated and not trained, with another format of its weights, or of single layers."""
+    """The recipe with method ptq, and with another format of all its weights or of single layers."""
     recipe = resolved.recipe
     form = recipe.format.model_copy(update={} if weights is None else {"weights": weights})
     if layers:
@@ -96,7 +97,7 @@ def with_formats(
 
 
 def spelled(form: Form) -> Any:
-    """A weight format as a recipe says it in few words."""
+    """Shortest recipe value of a weight format."""
     if form is None:
         return "float"
     for word, known in WEIGHT_WORDS.items():

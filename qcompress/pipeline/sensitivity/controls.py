@@ -1,8 +1,8 @@
-"""Other ways of choosing a mixture of the same size, to hold the measured one against. No torch.
+"""Control mixtures: choices of equal size by other costs, for comparison with the measured costs. No torch.
 
-weight-error   the error of each weight relative to the weight, added up: no data, no model
-shuffled       the measured costs, each layer with those of another one of its sizes: as many layers of each
-               size get each format, and only which ones is left to chance
+weight-error   relative error of each weight, summed: no data, no model shuffled       the measured costs,
+permuted among layers of equal sizes: each format gets as many layers of each
+               size, and chance alone decides which
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from qcompress.pipeline.sensitivity.mixture import Choice
 CONTROLS = ("weight-error", "shuffled")
 
 Choices = Mapping[str, Mapping[str, Choice]]
-"""For each layer, by the name of a format, what it would cost."""
+"""For each layer, its choices by the name of the format."""
 
 
 def check_controls(names: Sequence[str]) -> None:
-    """Raises UsageError for a name that is none."""
+    """Raise UsageError for an unknown control."""
     for name in names:
         if name not in CONTROLS:
             raise UsageError(f"unknown control {name!r}", fix=f"name one of {', '.join(CONTROLS)}")
@@ -31,7 +31,7 @@ def check_controls(names: Sequence[str]) -> None:
 def other_costs(
     control: str, layers: Choices, errors: Mapping[str, Mapping[str, float]], seed: int
 ) -> dict[str, dict[str, Choice]]:
-    """The same choices with the costs of a control. `errors`: for each layer, that of a format."""
+    """Copy the choices with the costs of a control. `errors`: relative weight error by layer and format."""
     if control == "weight-error":
         return {
             name: {
@@ -44,9 +44,9 @@ def other_costs(
         alike.setdefault(tuple((word, choice.bytes) for word, choice in choices.items()), []).append(name)
     random = np.random.default_rng(seed)
     lender = {
-        name: names[other]
+        name: names[index]
         for names in alike.values()
-        for name, other in zip(names, random.permutation(len(names)), strict=True)
+        for name, index in zip(names, random.permutation(len(names)), strict=True)
     }
     return {
         name: {

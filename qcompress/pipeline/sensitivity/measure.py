@@ -1,9 +1,9 @@
-"""How far a model is from its float self when single layers are rounded, and when single layers are not.
+"""Divergence of a model from its float form with single layers quantized, and with single layers left float.
 
-The distance is the mean over a sample's positions of the Kullback-Leibler divergence KL(float || rounded) of
-what the model predicts, in nats; of several labels at once the sum over labels of that of each; of a number
-the squared difference. It needs no labels, and its zero is the float model. Samples are independent: a mean
-comes with its standard error over samples, and what leaving a layer float wins is paired, sample by sample.
+The divergence is the mean over a sample's positions of the Kullback-Leibler divergence KL(float || quantized)
+of the predictions, in nats; for several labels the sum over labels; for a regression the squared difference.
+It needs no labels, and is 0 for the float model. Samples are independent: a mean has a standard error over
+samples, and the gain of leaving a layer float is paired, sample by sample.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Kind = Literal["single", "multi", "regression"]
 
 @dataclass(frozen=True)
 class Cost:
-    """Mean over samples, its standard error, and what each sample said [samples]."""
+    """Mean over samples, its standard error, and the cost of each sample [samples]."""
 
     mean: float
     error: float
@@ -35,7 +35,7 @@ class Cost:
 
     @classmethod
     def of(cls, samples: np.ndarray) -> Cost:
-        """Of what each sample said; one sample alone has no error."""
+        """Mean and standard error of the samples' costs; the error of a single sample is NaN."""
         error = float(samples.std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
         return cls(float(samples.mean()), error, samples)
 
@@ -46,21 +46,23 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one format: all layers rounded, each one alone, and what each one wins by staying float."""
+    """Costs of one format: all layers quantized, each one alone, and the gain of leaving each one float."""
 
     all: Cost
     alone: dict[str, Cost]
     wins: dict[str, Cost]
-    """Empty where that was not asked for."""
+    """Empty if not requested."""
 
 
-def divergence(reference: np.ndarray, found: np.ndarray, kind: Kind = "single") -> float:
-    """Distance of logits [positions, outputs] from those of the float model, mean over positions."""
-    return _apart(_predicted(reference, kind), _predicted(found, kind), kind)
+def divergence(reference: np.ndarray, logits: np.ndarray, kind: Kind = "single") -> float:
+    """Divergence of logits [positions, outputs] from the float model's, mean over positions."""
+    return _apart(_predicted(reference, kind), _predicted(logits, kind), kind)
 
 
 def _predicted(logits: np.ndarray, kind: Kind) -> Tensor:
-    """Log-probabilities [positions, outputs], of several labels [2, positions, outputs]; or the numbers."""
+    """Log-probabilities [positions, outputs], for several labels [2, positions, outputs]; for a regression
+    the values.
+    """
     values = torch.from_numpy(np.ascontiguousarray(logits)).double()
     if kind == "regression":
         return values
@@ -76,21 +78,21 @@ def _apart(p: Tensor, q: Tensor, kind: Kind) -> float:
 
 
 class Switches:
-    """Turns the rounding of a model's weights, of their layers' inputs, and of its points off and on."""
+    """Switches the quantization of weights, of their layers' inputs, and of points off and on."""
 
     def __init__(self, prepared: Prepared, groups: Mapping[str, Collection[str]]) -> None:
         self.model, self.groups, self.points = prepared.model, groups, dict(prepared.rounding)
-        self._own = {
+        self._quantizers = {
             name: {part: getattr(layer, part, None) for part in ("weight_quantizer", "input_quantizer")}
             for name, layer in prepared.layers.items()
         }
         self._layers = prepared.layers
 
     def only(self, names: Collection[str], points: bool) -> None:
-        """Round these weights, with the inputs of the layers that use them, and no others."""
+        """Quantize these weights and the inputs of the layers that use them, and no others."""
         for owner, members in self.groups.items():
             for name in members:
-                for part, quantizer in self._own[name].items():
+                for part, quantizer in self._quantizers[name].items():
                     if quantizer is not None:
                         setattr(self._layers[name], part, quantizer if owner in names else None)
         for name, rounding in self.points.items():
@@ -110,9 +112,9 @@ def measure_costs(
     each: bool = True,
     wins: bool = True,
 ) -> Costs:
-    """Costs of one format, on `windows` in batches of `size`; without `each`, of all layers together alone;
-    without `wins`, not of what a layer wins by staying float, which takes the larger half of the time. Every
-    batch goes through all settings, so that the float model's logits of one batch are all that is kept.
+    """Measure the costs of one format on `windows`, in batches of `size`. `each` False: only of all layers
+    together; `wins` False: without the gain of leaving a layer float, which takes more than half of the time.
+    Every batch goes through all settings, so that only one batch of the float model's logits is kept.
     """
     switches = Switches(prepared, groups)
     runner = TorchRunner(prepared.model, prepared.family, device)
@@ -120,8 +122,8 @@ def measure_costs(
     single = list(groups) if each else []
     settings |= {("alone", name): ((name,), False) for name in single}
     floats = single if wins else []
-    settings |= {("without", name): ([other for other in groups if other != name], True) for name in floats}
-    found = {key: np.zeros(len(windows)) for key in settings}
+    settings |= {("without", name): ([layer for layer in groups if layer != name], True) for name in floats}
+    costs = {key: np.zeros(len(windows)) for key in settings}
     order = list(batches(task, windows, size))
     with reporter.bar(title, len(order) * len(settings)) as bar:
         for rows in order:
@@ -135,24 +137,24 @@ def measure_costs(
             for key, (names, points) in settings.items():
                 switches.only(names, points)
                 for row, window, before, now in zip(rows, batch, reference, runner(inputs), strict=True):
-                    found[key][row] = _apart(before, _predicted(task.compared(window, now), kind), kind)
+                    costs[key][row] = _apart(before, _predicted(task.compared(window, now), kind), kind)
                 bar.advance(key[1] or "all")
     switches.only(groups, True)
-    every = found["all", ""]
+    every = costs["all", ""]
     return Costs(
         all=Cost.of(every),
-        alone={name: Cost.of(found["alone", name]) for name in single},
-        wins={name: Cost.of(every - found["without", name]) for name in floats},
+        alone={name: Cost.of(costs["alone", name]) for name in single},
+        wins={name: Cost.of(every - costs["without", name]) for name in floats},
     )
 
 
 @torch.no_grad()
 def weight_errors(prepared: Prepared, groups: Collection[str]) -> dict[str, float]:
-    """What rounding does to each weight by itself: the energy of its error over that of the weight."""
-    found = {}
+    """Energy of each weight's rounding error relative to the weight's energy."""
+    errors = {}
     for name in groups:
         layer = prepared.layers[name]
         weight, rounded = layer.rescaled_weight().double(), layer.quantized_weight().double()
         energy = float(weight.square().sum())
-        found[name] = float((rounded - weight).square().sum()) / energy if energy else 0.0
-    return found
+        errors[name] = float((rounded - weight).square().sum()) / energy if energy else 0.0
+    return errors

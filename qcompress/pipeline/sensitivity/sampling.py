@@ -1,4 +1,4 @@
-"""Which calibration samples choose a mixture and which judge it: none does both. No torch."""
+"""Split of calibration samples into those that choose a mixture and those that judge it. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Sample = TypeVar("Sample")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many samples choose and how many judge, and the seed that draws them; None takes the first ones."""
+    """Numbers of choosing and judging samples, and the seed that draws them; None takes the first samples."""
 
     choosing: int
     judging: int
@@ -20,15 +20,15 @@ class Sampling:
 
     @property
     def limit(self) -> int | None:
-        """Samples that have to be read; None is all of them."""
+        """Number of samples to read; None is all of them."""
         return self.choosing + self.judging if self.seed is None else None
 
-    def parts(self, found: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-        """Those that choose and those that judge.
+    def parts(self, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+        """Choosing samples and judging samples, without overlap.
 
         >>> Sampling(2, 3).parts(list("abcdefgh"))
         (['a', 'b'], ['c', 'd', 'e'])
         """
         if self.seed is not None:
-            found = [found[row] for row in np.random.default_rng(self.seed).permutation(len(found))]
-        return found[: self.choosing], found[self.choosing : self.choosing + self.judging]
+            samples = [samples[row] for row in np.random.default_rng(self.seed).permutation(len(samples))]
+        return samples[: self.choosing], samples[self.choosing : self.choosing + self.judging]

@@ -1,18 +1,18 @@
-"""`qcompress sensitivity`: the cost of rounding each layer, and a mixture of formats for a budget.
+"""`qcompress sensitivity`: the cost of quantizing each layer, and a mixture of formats for a budget.
 
-For each format the recipe is calibrated (method ptq) with that format of all its weights, through the same
-stages and the same cache as a run, and measured on the calibration data (`measure.py`): data that judge a run
-choose nothing. Layers that the recipe leaves float stay out. A mixture is then calibrated and measured as a
-whole, since costs that were measured one by one need not add up, on samples that did not choose it (the next
-ones of the calibration data, or with a seed others that are drawn from all of it; `fresh` says whether there
-were any). What was measured of single layers stays in the cache: another budget costs its mixture alone.
+For each format, the recipe is calibrated (method ptq) with that format of all its weights, through the stages
+and the cache of a run, and measured on the calibration data (`measure.py`), because evaluation data must not
+choose anything. Layers that the recipe leaves float are excluded. A mixture is then calibrated and measured
+as a whole, since costs that were measured one by one need not add up, on samples that did not choose it (the
+next ones of the calibration data, or with a seed others drawn from all of it; `fresh` is false if there were
+none). Measurements of single layers stay in the cache: another budget only measures its mixture.
 
 The document: {"recipe", "samples", "seed", "unit", "float_bytes", "formats": {format: {"bytes", "all",
 "layers": {name: {"alone", "wins", "weight_error", "bytes"}}}}, "mixture": null | {"formats", "predicted",
 "measured", "uniform", "difference", "samples", "fresh", "bytes", "fragment", "controls": {control:
-{"formats", "measured", "difference", "bytes", "fragment"}}}}; a cost is [mean, standard error], and so is the
-difference of the mixture to the uniform format of the budget, sample by sample, both null without one, and
-that of the mixture to a control (`controls.py`). `wins` is null where it was not asked for.
+{"formats", "measured", "difference", "bytes", "fragment"}}}}; a cost is [mean, standard error]. `difference`
+is that of the mixture from the uniform format of the budget, sample by sample, null without one, or from a
+control (`controls.py`). `wins` is null if not requested.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Budget:
-    """At most so many bytes, or a distance of at most so many nats, or as small as one format of all."""
+    """Limit of a mixture: bytes, nats of divergence, or the bytes of one uniform format."""
 
     bytes: int | None = None
     cost: float | None = None
@@ -61,7 +61,7 @@ class Budget:
 
 
 def budget_of(most_bytes: int | None, most_cost: float | None, like: str | None) -> Budget | None:
-    """The budget that was given, if one was. Raises UsageError for more than one."""
+    """The given budget, or None. Raises UsageError for more than one."""
     given = [value for value in (most_bytes, most_cost, like) if value is not None]
     if len(given) > 1:
         raise UsageError("a mixture has one budget", fix="give one of max-bytes, max-cost and as-small-as")
@@ -77,29 +77,29 @@ def sensitivity(
     controls: Sequence[str] = (),
     wins: bool = True,
 ) -> dict[str, Any]:
-    """Measure every format of every layer, choose a mixture where there is a `budget`, and hold it against
-    `controls`; writes and returns sensitivity.json (the document above) in the folder of the recipe's runs.
-    Without `wins` nothing is measured that a choice does not need.
+    """Measure every format of every layer, choose a mixture within `budget`, and compare it with `controls`.
+    Writes and returns sensitivity.json (the document above) in the folder of the recipe's runs. `wins` False:
+    measure only costs that a choice needs.
 
-    Raises UsageError for a recipe without calibration data, a format that is not one, and a budget that no
-    mixture of these formats keeps; RecipeError where a format is not for the target or the recipe's layers.
+    Raises UsageError for a recipe without calibration data, an unknown format, and a budget that no mixture
+    meets; RecipeError for a format that the target or the recipe's layers refuse.
     """
     recipe = resolved.recipe
     _check(resolved, budget, controls)
     demand_place(place.out, folder=True)
     words = list(dict.fromkeys([*formats, *([budget.like] if budget and budget.like else [])]))
-    # every format is held against the model, the target and the budget before the first one is measured
+    # check every format against the model, the target and the budget before measuring the first one
     candidates = {word: _candidate(resolved, word) for word in words}
     if budget is not None and budget.bytes is not None:
         sizes = [candidate.sizes for candidate in candidates.values()]
-        affordable(sum(min(one[name] for one in sizes) for name in sizes[0]), budget.bytes, *BYTES)
+        affordable(sum(min(size[name] for size in sizes) for name in sizes[0]), budget.bytes, *BYTES)
     document: dict[str, Any] = {"recipe": recipe.name, "samples": None, "seed": sampling.seed, "unit": None,
                                 "formats": {}, "mixture": None}  # fmt: skip
     offer = _Offer({}, {})
     for word, candidate in candidates.items():
         costs = measure_layers(candidate.resolved, place, sampling, word, wins)
         document |= {"samples": costs.samples, "unit": costs.unit}
-        document["formats"][word] = _told(candidate, costs)
+        document["formats"][word] = _entry(candidate, costs)
         offer.add(word, candidate, costs, recipe.format.compute)
     document["float_bytes"] = sum(choices[FLOAT].bytes for choices in offer.layers.values())
     if budget is not None:
@@ -124,7 +124,7 @@ def _check(resolved: Resolved, budget: Budget | None, controls: Sequence[str]) -
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One format of all weights: the recipe that has it, and the weights that it rounds with their bytes."""
+    """One format of all weights: its recipe, the quantized weights, and their bytes."""
 
     form: Form
     resolved: Resolved
@@ -147,7 +147,7 @@ def _owned(resolved: Resolved) -> dict[str, LayerPlan]:
     return {item.name: item for item in plan if item.name in groups}
 
 
-def _told(candidate: _Candidate, costs: LayerCosts) -> dict[str, Any]:
+def _entry(candidate: _Candidate, costs: LayerCosts) -> dict[str, Any]:
     layers = {
         name: {
             "alone": costs.alone[name],
@@ -162,14 +162,14 @@ def _told(candidate: _Candidate, costs: LayerCosts) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Offer:
-    """What each layer may get, by the name of the format, and the errors of its weight."""
+    """Choices of each layer by the name of the format, and the errors of its weight."""
 
     layers: dict[str, dict[str, Choice]]
     errors: dict[str, dict[str, float]]
 
     def add(self, word: str, candidate: _Candidate, costs: LayerCosts, compute: str) -> None:
         for name, item in candidate.owned.items():
-            # a table, and a layer to which the recipe gives a format of its own, keep theirs
+            # embedding tables, and layers under format.layers, keep their formats
             kept = word if item.weights == candidate.form else str(item.weights)
             cost = max(costs.alone[name][0], 0.0)
             choices = self.layers.setdefault(
@@ -183,33 +183,33 @@ def _mix(
     resolved: Resolved, place: Place, sampling: Sampling, offer: _Offer, budget: Budget,
     like: _Candidate | None, controls: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """What the chosen mixture should cost and what it does, beside the uniform format it is to be like, and
-    beside mixtures of its bytes that were chosen by other costs.
+    """Choose and measure the mixture, with the uniform format of equal bytes and the control mixtures for
+    comparison.
     """
     most = sum(like.sizes.values()) if like else budget.bytes
     picked = _picked(offer.layers, max_bytes=most, max_cost=budget.cost)
-    told, found = _measured(resolved, place, sampling, picked, "mixture")
+    entry, mixture = _measured(resolved, place, sampling, picked, "mixture")
     uniform = None if like is None else measure_whole(like.resolved, place, sampling, "uniform")
-    others = {}
+    compared = {}
     for control in controls:
         costs = other_costs(control, offer.layers, offer.errors, sampling.seed or 0)
-        instead = _picked(costs, max_bytes=told["bytes"])
-        others[control], measured = _measured(resolved, place, sampling, instead, control)
-        others[control]["difference"] = _difference(found, measured)
-    return told | {
+        instead = _picked(costs, max_bytes=entry["bytes"])
+        compared[control], measured = _measured(resolved, place, sampling, instead, control)
+        compared[control]["difference"] = _difference(mixture, measured)
+    return entry | {
         "predicted": sum(choice.cost for _, choice in picked.values()),
         "uniform": uniform and uniform.cost.to_json(),
-        "difference": uniform and _difference(found, uniform),
-        "samples": len(found.cost.samples),
-        "fresh": found.fresh,
-        "controls": others,
+        "difference": uniform and _difference(mixture, uniform),
+        "samples": len(mixture.cost.samples),
+        "fresh": mixture.fresh,
+        "controls": compared,
     }
 
 
 def _picked(
     layers: Mapping[str, Mapping[str, Choice]], max_bytes: int | None = None, max_cost: float | None = None
 ) -> dict[str, tuple[str, Choice]]:
-    """The best choice of each layer, with its name."""
+    """Best choice of each layer, with the name of its format."""
     chosen = choose(layers, max_bytes=max_bytes, max_cost=max_cost)
     return {name: (word, layers[name][word]) for name, word in chosen.items()}
 
@@ -217,31 +217,33 @@ def _picked(
 def _measured(
     resolved: Resolved, place: Place, sampling: Sampling, picked: Mapping[str, tuple[str, Choice]], title: str
 ) -> tuple[dict[str, Any], WholeCost]:
-    """A mixture as the document tells it, and its cost sample by sample."""
+    """Entry of a mixture in the document, and its cost sample by sample."""
     forms = {name: choice.form for name, (_, choice) in picked.items()}
     mixed = with_formats(resolved, layers=forms)
     tables = {item.name for item in prepare(mixed).report.plan if item.layer.section == "embeddings"}
-    found = measure_whole(mixed, place, sampling, title)
-    told = {
+    measured = measure_whole(mixed, place, sampling, title)
+    entry = {
         "formats": {name: word for name, (word, _) in picked.items()},
-        "measured": found.cost.to_json(),
+        "measured": measured.cost.to_json(),
         "bytes": sum(choice.bytes for _, choice in picked.values()),
         "fragment": fragment(forms, tables),
     }
-    return told, found
+    return entry, measured
 
 
-def _difference(found: WholeCost, other: WholeCost) -> list[float]:
-    """[mean, standard error] of how much more it costs than the other, sample by sample."""
-    return type(found.cost).of(found.cost.samples - other.cost.samples).to_json()
+def _difference(measured: WholeCost, reference: WholeCost) -> list[float]:
+    """[mean, standard error] of a cost minus a reference cost, sample by sample."""
+    return type(measured.cost).of(measured.cost.samples - reference.cost.samples).to_json()
 
 
 def fragment(forms: Mapping[str, Form], tables: Collection[str]) -> dict[str, Any]:
-    """The section `format` that gives each layer its format, laid over what the recipe says: the most common
-    one of all weights that are no `tables`, and the layers that differ.
+    """Section `format` that gives each layer its format, to merge over the recipe's: the most common format
+    of all weights except `tables`, and the layers that differ.
     """
-    spoken = {name: spelled(form) for name, form in forms.items()}
-    common = Counter(repr(said) for name, said in spoken.items() if name not in tables).most_common(1)
-    usual = next((said for said in spoken.values() if common and repr(said) == common[0][0]), None)
-    others = {name: {"weights": said} for name, said in spoken.items() if name in tables or said != usual}
-    return ({} if usual is None else {"weights": usual}) | ({"layers": others} if others else {})
+    values = {name: spelled(form) for name, form in forms.items()}
+    common = Counter(repr(value) for name, value in values.items() if name not in tables).most_common(1)
+    usual = next((value for value in values.values() if common and repr(value) == common[0][0]), None)
+    exceptions = {
+        name: {"weights": value} for name, value in values.items() if name in tables or value != usual
+    }
+    return ({} if usual is None else {"weights": usual}) | ({"layers": exceptions} if exceptions else {})

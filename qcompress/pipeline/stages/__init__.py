@@ -1,5 +1,5 @@
 """The seven stages, one file each, in the order of the pipeline: load train fold export build verify gate.
 
-No stage imports another; they meet only at artifacts. They have a folder of their own because the Python API
-has functions with the names of three of them (`qcompress.load`, `verify`, `gate`).
+No stage imports another; they exchange artifacts only. They have their own folder because the Python API has
+functions with the names of three of them (`qcompress.load`, `verify`, `gate`).
 """

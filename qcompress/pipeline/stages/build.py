@@ -1,7 +1,8 @@
-"""Build: an OnnxModel becomes an Engine for one target, or a reason why not and the command for the device.
+"""Stage `build`: OnnxModel -> Engine for one target, or the reason why it is deferred and the command for the
+device.
 
 Reads model.onnx (+ model.onnx.data); writes build.json, and model.plan if this machine can build it. TensorRT
-runs in a child process: a crash there, a refusal or a limit becomes an ExportError here. No torch.
+runs in a child process, whose crash, refusal or limit becomes an ExportError here. No torch.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ def build(onnx: OnnxModel, options: Build, out: Path, progress: Progress | None 
 
 
 def build_file(file: Path, options: Build, out: Path, progress: Progress | None = None) -> Engine:
-    """Build the engine of any ONNX file with explicit Q/DQ; `out` is an empty folder."""
+    """Build the engine of any ONNX file with explicit Q/DQ; `out` is an empty folder. Raises MachineError if
+    `build.here` is `required` and this machine cannot build it.
+    """
     target = find_target(options.target)
     for refusal in option_refusals(target, options):
         raise UsageError(f"{refusal.key}: {refusal.message}", fix=refusal.fix)
     cache = Path(options.timing_cache) if options.timing_cache is not None else None
     if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
         raise UsageError(
-            f"build.timing_cache: {cache} cannot be written", fix="name a file in a folder that is there"
+            f"build.timing_cache: {cache} cannot be written", fix="name a file in an existing folder"
         )
     view = read(file)
     demand_sound(view)
@@ -62,7 +65,7 @@ def build_file(file: Path, options: Build, out: Path, progress: Progress | None 
 
 
 def device_command(file: Path, options: Build) -> str:
-    """What to run on the device, where the ONNX file and its data lie in the current folder."""
+    """Command that builds the engine on the device, with the ONNX file and its data in the current folder."""
     words = ["qcompress", "build", file.name, "--target", options.target, "--out", "engine"]
     if options.profiles != [Profile()]:
         values = [profile.model_dump(exclude_defaults=True) for profile in options.profiles]
@@ -77,7 +80,7 @@ def device_command(file: Path, options: Build) -> str:
 
 
 def _record(view: View, target: Target, options: Build) -> dict[str, Any]:
-    """build.json, as far as it is known beforehand."""
+    """Fields of build.json that are known before the build."""
     predicted = predicted_bytes(view)
     limit = limit_bytes(predicted, lean_runtime=options.version_compatible)
     files = [view.file, *view.data_files]
@@ -118,7 +121,7 @@ def _write(out: Path, record: dict[str, Any], **values: str) -> Engine:
 
 def _build_here(view: View, target: Target, options: Build, out: Path, shapes: list[dict[str, Any]],
                 record: dict[str, Any], progress: Progress | None) -> str:  # fmt: skip
-    """Build, check and complete the record; an empty text, or what this machine lacks."""
+    """Build, check and complete the record; returns an empty text, or what this machine lacks."""
     plan = out.resolve() / PLAN
     spec = {
         "onnx": str(view.file.resolve()),
@@ -141,7 +144,7 @@ def _build_here(view: View, target: Target, options: Build, out: Path, shapes: l
             plan, record["predicted_bytes"], view, lean_runtime=options.version_compatible
         )
     except ExportError:
-        plan.unlink()  # so that nobody deploys it
+        plan.unlink()  # a refused plan must not be deployed
         raise
     record |= {
         "versions": {target.backend: outcome.version},

@@ -1,10 +1,9 @@
-"""Stage `load`: Recipe -> FloatModel. Finds the checkpoint, refuses what cannot be trusted, records what it
-is.
+"""Stage `load`: Recipe -> FloatModel. Locates the checkpoint, refuses untrusted content, records its digests.
 
-Reads: a directory in transformers' layout, a hub id, or the folder of an earlier `method: float` run.
-Writes: float.json, config.json of the task's model, the files that prepare its inputs: a tokenizer's, or an
-image processor's. The weights stay where they are, unless the recipe picks blocks of the checkpoint: then
-the new model's are copied. No torch.
+Reads: a directory in transformers' layout, a hub id, or the folder of an earlier `method: float` run. Writes:
+float.json, config.json of the task's model, and the files of the tokenizer or image processor. The weights
+stay in their directory, unless the recipe selects blocks of the checkpoint: then the new model's weights are
+copied. No torch.
 """
 
 from __future__ import annotations
@@ -28,12 +27,14 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DOWNLOADED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", *READER_FILES, ADAPTER, WHOLE_PROCESSOR
 )  # fmt: skip
-"""Files of a checkpoint on the hub that are read; an adapter only to be refused, as in a local folder."""
+"""Files of a hub checkpoint that are downloaded; an adapter is downloaded only to be refused, as in a
+local directory.
+"""
 
 
 def locate(model: Model, base: Path) -> Path:
-    """The directory of the checkpoint on this machine; a hub id is downloaded (or found in the hub's
-    cache).
+    """Directory of the checkpoint on this machine; a hub id is downloaded (or read from the hub's cache).
+    Raises ModelError for a source that does not exist.
     """
     if model.run is not None:
         directory = base / model.run
@@ -82,7 +83,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def checkpoint_files(directory: Path) -> dict[str, Path]:
-    """Every file that makes the model what it is, by name."""
+    """All files that define the model, by name."""
     files = {file.name: file for file in weight_files(directory)}
     for name in ("config.json", "model.safetensors.index.json", *READER_FILES):
         if (directory / name).is_file():
@@ -100,24 +101,24 @@ def load(
     processor: dict[str, Any] | None = None,
 ) -> list[str]:  # fmt: skip
     """Record the checkpoint in `directory`, whose files have these digests, with the head that a task needs.
-    Returns notes for the reader.
+    Returns notes for the user.
 
-    `processor`: a preprocessor_config.json of the recipe's own, in the place of the checkpoint's.
+    `processor`: the recipe's preprocessor_config.json, which replaces the checkpoint's.
 
-    float.json says which tensors of the head are new and the seed they are drawn with, so that every stage
-    and every process draws the same ones; config.json names the task's class and labels.
+    float.json lists the tensors of the head that are new, and the seed that draws them, so that every stage
+    and every process draws equal ones; config.json names the task's class and labels.
     """
     architecture = describe(model.family, directory, head, model.blocks)
     config, tensors, names = chosen(model.family, directory, model.blocks)
-    own = FAMILIES[model.family].task_config(config, tensors, head)
+    task_config = FAMILIES[model.family].task_config(config, tensors, head)
     for name, file in checkpoint_files(directory).items():
         if name in READER_FILES or name == "config.json":
             shutil.copyfile(file, out / name)
     renamed = renamed_tensors(model.family, read_config(directory), read_tensors(directory))
     if model.blocks is not None or renamed:
         copy_tensors(directory, out / "model.safetensors", names)
-    if own != read_config(directory):
-        write_json(out / "config.json", own)
+    if task_config != read_config(directory):
+        write_json(out / "config.json", task_config)
     if processor is not None:
         write_json(out / PROCESSOR, processor)
     check_reader(model.family, directory, processor)

@@ -1,8 +1,9 @@
 """Stage `train`: FloatModel, Recipe -> TrainedModel. The only stage with gradients.
 
-Reads the checkpoint, the training and the calibration text. Writes trained.safetensors (the final scale of
+Reads the checkpoint, the training and the calibration data. Writes trained.safetensors (the final scale of
 every quantizer, every rescaling, and the tensors that training changed) and trained.json. After this stage
-nobody can tell which paper trained the model. history.jsonl and distributions.json are for the reader alone.
+the model does not depend on the method that trained it. history.jsonl and distributions.json are for reports
+only.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ def train(
     reporter: Reporter,
     processes: Processes = ALONE,
 ) -> None:
-    """Train as the recipe says, going on from the checkpoint in `out` if there is one.
+    """Train a model with the recipe's method, resuming from the checkpoint in `out` if there is one.
 
-    Where there are several `processes`, each calls this with the same arguments; the first one writes.
+    With several `processes`, each calls this with equal arguments; the first one writes.
     """
     accelerator = _accelerator(recipe, processes)
     phases = SCHEDULES[recipe.schedule.name](recipe.schedule, recipe.train).phases(architecture, plan)
@@ -97,7 +98,7 @@ def train(
     if processes.first:
         tensors = save_trained(training, adapter, float_names, frozen, before, ranges, out)
         save_distributions(prepared, tensors, out)
-    processes.agree(None)  # the others leave when everything is written
+    processes.agree(None)  # the other processes return after everything is written
 
 
 def _set_up(
@@ -105,8 +106,8 @@ def _set_up(
     points: tuple[PointPlan, ...], phases: tuple[Phase, ...], data: _Data, calibration: Calibration,
     adapter: Adapter, out: Path, reporter: Reporter, accelerator: Accelerator, processes: Processes,
 ) -> tuple[Training, set[str], bool]:  # fmt: skip
-    """The model with its quantizers and adapter where training begins, what the float model's tensors are
-    called, and whether every weight stays frozen.
+    """Prepare training: the model with its quantizers and adapter, the names of the float model's tensors,
+    and whether every weight stays frozen.
     """
     family, sites = FAMILIES[architecture.family], plan_sites(recipe, architecture, plan)
     checkpoints = Checkpoints(out, recipe.train.checkpoint_every_s)
@@ -117,7 +118,7 @@ def _set_up(
     if isinstance(adapter, FittedAdapter) and not resuming:
         reporter.say(f"train: {recipe.adapter.name}: {len(sites)} rescalings")
         adapter.fit(reference(), plan, sites, calibration.unpadded)
-        gc.collect()  # the model that it has spent refers to itself
+        gc.collect()  # the consumed model has reference cycles
     model = family.load_float(float_model.source, float_model.path).to(accelerator.device)
     float_names = set(model.state_dict())
     if any(phase.steps for phase in phases):
@@ -130,12 +131,12 @@ def _set_up(
     prepared = quantize(model, architecture.family, plan, points)
     adapter.attach(prepared, sites, statistics)
     roles = parameter_roles(prepared, architecture.layers, float_names)
-    _say_untrained(roles, phases, reporter)
+    _report_untrained(roles, phases, reporter)
     if sites and not resuming and processes.first:
         keep_channels(sites, statistics, out)
     prepared.model.to(accelerator.device)
     if not resuming:
-        torch.manual_seed(recipe.seed)  # k-means draws where it starts
+        torch.manual_seed(recipe.seed)  # k-means draws its initial centroids
         initialise(prepared, statistics, _later(plan, phases), recipe.train.optimizer)
 
     trained = {role for phase in phases for role in phase.roles}
@@ -164,8 +165,10 @@ def _set_up(
     return training, float_names, frozen
 
 
-def _say_untrained(roles: Mapping[str, ParameterRole], phases: tuple[Phase, ...], reporter: Reporter) -> None:
-    """Tell which declared parameters keep their starting values, because no phase trains their role."""
+def _report_untrained(
+    roles: Mapping[str, ParameterRole], phases: tuple[Phase, ...], reporter: Reporter
+) -> None:
+    """Report declared parameters that keep their initial values, because no phase trains their role."""
     trained = {role for phase in phases if phase.steps for role in phase.roles}
     declared = {item.role for item in roles.values() if item.declared}
     for role in sorted(declared - trained) if trained else ():
@@ -180,7 +183,7 @@ def _history(
     out: Path, phases: tuple[Phase, ...], prepared: Prepared, architecture: Architecture, reporter: Reporter,
     processes: Processes,
 ) -> History:  # fmt: skip
-    """The records of this training, which the first process keeps."""
+    """Training log, which the first process writes."""
     blocks = len(architecture.blocks)
     updates = [(phase.name, phase.steps * (blocks if phase.scope == "blocks" else 1)) for phase in phases]
     scales = sum(1 for _ in learned(prepared))
@@ -188,8 +191,8 @@ def _history(
 
 
 def _judge_norms(model: nn.Module, processes: Processes, reporter: Reporter) -> None:
-    """Refuse batch norms in several processes, where each would have statistics of its own share; say where
-    they forget so fast that what is folded is the last batch's.
+    """Refuse batch norms in several processes, where each would have statistics of its own share; warn if
+    their momentum is so high that folding uses the last batch's statistics.
     """
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     if norms and processes.size > 1:
@@ -206,7 +209,7 @@ def _judge_norms(model: nn.Module, processes: Processes, reporter: Reporter) -> 
 
 
 def _later(plan: tuple[LayerPlan, ...], phases: tuple[Phase, ...]) -> set[str]:
-    """The layers that become codebooks while training, or at its end: those of a phase of their own, and all
+    """Layers that k-means quantizes during training or at its end: those with a phase of their own, and all
     that Quant-Noise trains as floats.
     """
     named = {name for phase in phases for name in phase.quantizes}
@@ -229,7 +232,7 @@ def _accelerator(recipe: Recipe, processes: Processes) -> Accelerator:
             "train.mixed_precision is fp16, and it needs a CUDA device",
             fix="set train.mixed_precision: bf16, or no",
         )
-    # accelerate keeps one state a process, and would refuse a second run with another precision or device
+    # accelerate keeps one state a process, and refuses a second run with another precision or device
     AcceleratorState._reset_state(reset_partial_state=processes.size == 1)
     return Accelerator(cpu=cpu, mixed_precision=recipe.train.mixed_precision)
 
@@ -243,7 +246,7 @@ def _read(
     points: tuple[PointPlan, ...],
     fitted: bool,
 ) -> _Data:
-    """The examples that the phases and a `fitted` adapter need; calibration falls back to training data."""
+    """Read the data that the phases and a `fitted` adapter need; calibration falls back to training data."""
     task = TASKS[recipe.task.name]
     reader = task.reader(float_model.path)
     options = task.settled(recipe.task, read_config(float_model.path))
@@ -267,7 +270,7 @@ def _read(
 def _reference(
     float_model: FloatModel, architecture: Architecture, accelerator: Accelerator
 ) -> Callable[[], nn.Module]:
-    """The stock float model, loaded only by the schedules that look at it."""
+    """Loader of the stock float model, for schedules that need it."""
 
     def load() -> nn.Module:
         model = FAMILIES[architecture.family].load_float(float_model.source, float_model.path)
@@ -277,7 +280,7 @@ def _reference(
 
 
 def frozen_digest(model: nn.Module, roles: Mapping[str, ParameterRole]) -> str:
-    """Digest of every parameter of the float model: proof that a phase left them alone."""
+    """Digest of every parameter of the float model, to prove that frozen phases did not change them."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if not roles[name].declared:
@@ -302,12 +305,12 @@ def _run(training: Training, phases: tuple[Phase, ...]) -> None:
     block_steps = phases[position.phase].steps if position.phase < len(phases) else 0
     training.history.go_on(position.phase, position.block * block_steps + position.step)
     if resumed is None and phases:
-        training.save(position, None)  # a run that is killed now is not calibrated a second time
-    training.processes.agree(None)  # nobody trains, and so writes a checkpoint, before all have read it
+        training.save(position, None)  # a run that is killed now need not calibrate again
+    training.processes.agree(None)  # no process trains and writes a checkpoint before all have read it
     training.processes.equalise(moving(training.prepared.model, training.moving).values())
     scene = Scene(training.prepared.model, training.architecture, training.reference)
-    # in evaluation mode accelerate adds autocast and no wrapper that averages gradients: steppers do that
-    # themselves, because a pass that only looks for a perturbation must not
+    # in evaluation mode accelerate adds autocast but no wrapper that averages gradients: steppers average
+    # themselves, because the pass that computes a perturbation must not
     wrapped = training.accelerator.prepare_model(training.prepared.model, evaluation_mode=True)
     training.objective.attach(wrapped, scene)
     training.stepper.attach(wrapped)

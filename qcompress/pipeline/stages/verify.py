@@ -1,18 +1,18 @@
-"""Stage `verify`: every artifact -> ParityReport. Measures all rows on the same data; judges nothing.
+"""Stage `verify`: every artifact -> ParityReport. Measures all rows on one data set; judges nothing.
 
 Reads the five artifacts and the evaluation data. Writes parity.json (a row for each stage: metrics, and the
-distance of its logits to the row before; which metrics are a set's main ones), samples.json.gz (per-sample
-results with ids) and probe/ (the same measurement for a device). Rows run one after another, so that one
-model is in memory at a time; the logits that a distance needs wait on disk.
+distance of its logits from the previous row; the main metrics of each set), samples.json.gz (per-sample
+results with ids) and probe/ (the measurement kit for a device). Rows run one after another, so that one model
+is in memory at a time; the logits that a distance needs lie on disk.
 
-Two rows have another measurement in them, {"metrics", "distance"}, with which no later row is compared:
+Two rows contain another measurement, {"metrics", "distance"}, with which no later row is compared:
 
     trained["dynamic"]   the model with dynamic ranges, if it was trained with them; its distance is to the
-                         row itself, and the difference is what making the ranges static cost
-    onnx["deployed"]     the graph as ONNX Runtime runs it by default
+                         row itself, and the difference is the cost of static ranges
+    onnx["deployed"]     the graph in ONNX Runtime's default session
 
-A third one, onnx["held"], compares the graph with the folded model from the graph's own codes, so that ties
-of rounding are told from defects (`layerwise.held_codes` says what is in it).
+A third one, onnx["held"], compares the graph with the folded model under forced codes, which distinguishes
+rounding ties from defects (`layerwise.held_codes` lists its fields).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from qcompress.tasks import TASKS
 
 @dataclass(frozen=True)
 class _Job:
-    """What every row is measured with."""
+    """Inputs that all rows share."""
 
     recipe: Recipe
     base: Path
@@ -73,18 +73,18 @@ class _Job:
     def measure(
         self, row: str, runner: Runner, reference: Results | None, previous: str | None, keep: bool = True
     ) -> Measured:
-        """As `measure_row`, on all samples."""
+        """Call `measure_row` on all samples."""
         return measure_row(
             row, runner, self.recipe, self.samples, reference, previous, self.out, self.reporter, keep
         )
 
 
 def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter: Reporter) -> None:
-    """Measure every row that can run."""
+    """Measure every row that can run on this machine."""
     _forget_logits(out)
     samples = evaluation_samples(recipe, base, artifacts)
-    for name, found in samples.sets.items():
-        for note in TASKS[recipe.task.name].notes(found):
+    for name, windows in samples.sets.items():
+        for note in TASKS[recipe.task.name].notes(windows):
             reporter.say(f"verify: {name}: {note}")
     for note in _without_value(samples):
         reporter.say(f"verify: {note}")
@@ -103,7 +103,7 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
         if reason is not None:
             rows.append({"stage": stage, **reason})
             continue
-        gc.collect()  # the row before is not needed any more, and a model refers to itself
+        gc.collect()  # frees the previous row's model, which has reference cycles
         reference = measured["float"].samples if "float" in measured else None
         result = job.measure(stage, _runner(job, stage), reference, previous)
         measured[stage] = result
@@ -136,7 +136,7 @@ def _onnx_runner(job: _Job, optimized: bool) -> Runner:
 def _beside(
     job: _Job, stage: str, result: Measured, reference: Results | None, previous: str | None
 ) -> dict[str, Any]:
-    """What only one stage's row has."""
+    """Additional fields of one stage's row."""
     recipe, artifacts, samples, reporter = job.recipe, job.artifacts, job.samples, job.reporter
     row: dict[str, Any] = {}
     if stage == "trained" and recipe.verify.sharpness is not None:
@@ -162,14 +162,14 @@ def _beside(
 
 
 def _facts(job: _Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What parity.json says of all rows."""
+    """Fields of parity.json that concern all rows."""
     recipe, samples, artifacts = job.recipe, job.samples, job.artifacts
     collate = TASKS[recipe.task.name].collate
     facts = {
         "sets": list(samples.sets),
         "main": _main_metrics(samples.task, rows),
         "inputs": {
-            name: _digest(collate([sample]) for sample in found) for name, found in samples.sets.items()
+            name: _digest(collate([sample]) for sample in windows) for name, windows in samples.sets.items()
         },
         "threads": torch.get_num_threads(),
         "device": str(job.device),
@@ -181,7 +181,7 @@ def _facts(job: _Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _without_value(samples: Samples) -> Iterator[str]:
-    """Samples that no goal on a part of their set is about."""
+    """Warn about samples without a slice value."""
     for name, columns in samples.slices.items():
         for column, values in columns.items():
             if lacking := values.count(None):
@@ -189,7 +189,7 @@ def _without_value(samples: Samples) -> Iterator[str]:
 
 
 def _held(recipe: Recipe, artifacts: Artifacts, samples: Samples, reporter: Reporter) -> dict[str, Any]:
-    """`held` of the onnx row; nothing where a place of the graph was not found, and the row is judged by its
+    """`held` of the onnx row; empty if the graph lacks a quantization point: the row is then judged by its
     own distance.
     """
     try:
@@ -200,7 +200,7 @@ def _held(recipe: Recipe, artifacts: Artifacts, samples: Samples, reporter: Repo
 
 
 def wants_held(recipe: Recipe, artifacts: Artifacts, onnx: Measured) -> bool:
-    """Whether the graph is compared from its own codes too (`verify.held`)."""
+    """True if the graph is also compared under forced codes (`verify.held`)."""
     wanted, far = recipe.verify.held, onnx.distance
     if wanted == "never" or artifacts.folded is None or not _rounds_anything(artifacts.folded):
         return False
@@ -214,61 +214,67 @@ def wants_held(recipe: Recipe, artifacts: Artifacts, onnx: Measured) -> bool:
 
 def _flipped(recipe: Recipe, artifacts: Artifacts, samples: Samples) -> dict[str, int] | None:
     """Codes that changed because batch norms were folded or scales were raised, on the first
-    `distance_samples`; None where neither was, and every bit has to agree, or without the trained model.
+    `distance_samples`; None if neither happened, when every bit must agree, or without the trained model.
     """
     facts = read_json(artifacts.folded.path / "folded.json")
     norms = any(item.weights and item.layer.norm for item in plans_from_json(facts["plan"]))
     if not (norms or _raised(facts)) or None in (artifacts.float_model, artifacts.trained):
         return None
-    found = samples.sets[samples.first][: recipe.verify.distance_samples]
+    windows = samples.sets[samples.first][: recipe.verify.distance_samples]
     size, collate = recipe.verify.batch_size, TASKS[recipe.task.name].collate
     batches = (
-        {name: torch.from_numpy(array) for name, array in collate(found[start : start + size]).items()}
-        for start in range(0, len(found), size)
+        {name: torch.from_numpy(array) for name, array in collate(windows[start : start + size]).items()}
+        for start in range(0, len(windows), size)
     )
     counts = count_flips(
         rebuild(artifacts.float_model, artifacts.trained), assemble(artifacts.folded), batches
     )
-    return {**counts, "samples": len(found)}
+    return {**counts, "samples": len(windows)}
 
 
 def _raised(facts: Mapping[str, Any]) -> int:
-    """Weight scales that fold raised. The folded model then differs from the trained one, codes or not."""
+    """Number of weight scales that fold raised. The folded model then differs from the trained one, even with
+    float activations.
+    """
     return sum(counts["scales"] for counts in facts.get("raised", {}).values())
 
 
 def _forget_logits(out: Path) -> None:
-    """Remove what rows left for each other: at the end, and what a killed measurement left at the start."""
+    """Remove the logits that rows left on disk: at the end, and at the start those of a killed
+    measurement.
+    """
     for file in out.glob("logits-*.npy"):
         file.unlink()
 
 
 def _main_metrics(task: Task, rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """What a ladder shows of each set: the task's main metrics, or agreement where there are no labels."""
+    """Metrics that the parity table shows for each set: the task's main metrics, or agreement without
+    labels.
+    """
     names = {name for row in rows for name in row.get("metrics", ())}
     sets = {name.rpartition(".")[0] for name in names}
     order = (*task.main, *task.metrics, AGREEMENT)
-    found = {name: [metric for metric in order if f"{name}.{metric}" in names] for name in sets}
+    available = {name: [metric for metric in order if f"{name}.{metric}" in names] for name in sets}
     shown = max(1, len(task.main))
-    return {name: metrics[:shown] for name, metrics in found.items()}
+    return {name: metrics[:shown] for name, metrics in available.items()}
 
 
 def _write_kit(job: _Job) -> None:
-    """The same measurement for a device."""
+    """Write the probe kit, with which a device repeats the measurement."""
     recipe, samples, artifacts, out = job.recipe, job.samples, job.artifacts, job.out
     task = TASKS[recipe.task.name]
-    every = [sample for found in samples.sets.values() for sample in found]
+    every = [sample for windows in samples.sets.values() for sample in windows]
     inputs = complete(recipe.model.family, task.collate(every))
-    sizes = {name: len(found) for name, found in samples.sets.items()}
+    sizes = {name: len(windows) for name, windows in samples.sets.items()}
     arrays = task.kit({name: tensor.numpy() for name, tensor in inputs.items()}, every)
     write_probe(out / "probe", sizes, arrays, out / "logits-onnx.npy", artifacts.onnx, artifacts.engine)
     taken = sum(file.stat().st_size for file in (out / "probe").iterdir())
-    if taken > KIT_BYTES:  # images: all samples of a set are in it
+    if taken > KIT_BYTES:  # possible for images: all samples of a set are in the kit
         job.reporter.say(f"verify: the probe kit takes {taken / 1e6:.0f} MB: `verify.samples` limits it")
 
 
 def _digest(samples: Iterable[dict[str, np.ndarray]]) -> str:
-    """Of the model inputs of all samples of a set: what runs that are compared have in common."""
+    """Digest of the model inputs of all samples of a set, by which runs are matched for comparison."""
     digest = hashlib.sha256()
     for inputs in samples:
         for name, array in sorted(inputs.items()):
@@ -278,25 +284,25 @@ def _digest(samples: Iterable[dict[str, np.ndarray]]) -> str:
 
 
 def _dynamic(job: _Job, reference: Results | None) -> dict[str, Any]:
-    """The trained model with dynamic ranges again, compared with the trained row. Weights, samples and
-    batches are the same: all that differs is what static ranges changed.
+    """The trained model with dynamic ranges restored, compared with the trained row. Weights, samples and
+    batches are equal: only the ranges differ.
 
-    A dynamic range is that of a whole batch, padding among it. These numbers, unlike the row's, therefore
-    depend on `verify.batch_size` and on which samples share a batch: those of like length.
+    A dynamic range covers a whole batch, including padding. Unlike the row's numbers, these therefore depend
+    on `verify.batch_size` and on the samples that share a batch, which have similar lengths.
     """
     gc.collect()  # as between rows
     artifacts, options = job.artifacts, job.recipe.quantizer.activations
     runner = dynamic_runner(artifacts.float_model, artifacts.trained, options, job.device)
-    found = job.measure("trained-dynamic", runner, reference, "trained", keep=False)
-    return {"metrics": found.metrics, "distance": found.distance}
+    measured = job.measure("trained-dynamic", runner, reference, "trained", keep=False)
+    return {"metrics": measured.metrics, "distance": measured.distance}
 
 
 def _deployed(job: _Job, reference: Results | None, previous: str | None) -> dict[str, Any]:
-    """The graph as ONNX Runtime runs it by default: int8 layers as integer GEMMs.
+    """The graph in ONNX Runtime's default session: int8 layers as integer GEMMs.
 
-    It is compared with the folded model computed the same way where that is there; comparing integer sums
-    with fp32 products shows flipped roundings and nothing about the file. Without int8 activations there are
-    no integer sums. A graph made elsewhere has no folded model: it is compared with itself, the row `onnx`.
+    It is compared with the folded model computed with integer sums as well; comparing integer sums with fp32
+    products would show flipped rounding ties and nothing about the file. Without int8 activations there are
+    no integer sums. An external graph has no folded model: it is compared with its own row `onnx`.
     """
     folded, samples = job.artifacts.folded, job.samples
     if folded is None:
@@ -304,17 +310,17 @@ def _deployed(job: _Job, reference: Results | None, previous: str | None) -> dic
     elif _rounds_activations(folded):
         runner = folded_runner(folded, job.device, integer=True)
         compared = samples.sets[samples.first][: samples.compared]
-        few = replace(job, samples=replace(samples, sets={samples.first: compared}))
-        few.measure("folded-integer", runner, None, None)
+        first_set = replace(job, samples=replace(samples, sets={samples.first: compared}))
+        first_set.measure("folded-integer", runner, None, None)
         previous = "folded-integer"
     runner = _onnx_runner(job, optimized=True)
-    found = job.measure("onnx-deployed", runner, reference, previous, keep=False)
-    own = {"roundings": roundings} if folded is not None and (roundings := _own_roundings(folded)) else {}
-    return {"metrics": found.metrics, "distance": found.distance, **own}
+    measured = job.measure("onnx-deployed", runner, reference, previous, keep=False)
+    extra = {"roundings": roundings} if folded is not None and (roundings := _own_roundings(folded)) else {}
+    return {"metrics": measured.metrics, "distance": measured.distance, **extra}
 
 
 def _own_roundings(folded: FoldedModel) -> list[str]:
-    """Roundings of ONNX Runtime's default session that no other row has.
+    """Additional rounding in ONNX Runtime's default session.
 
     float-inputs: MatMulNBits rounds the float input of a layer with blocks to int8. conv-biases: the bias of
     a convolution becomes a multiple of input scale times weight scale, which is coarse below 8 bits.
@@ -332,7 +338,7 @@ def _own_roundings(folded: FoldedModel) -> list[str]:
 
 
 def _rounds_anything(folded: FoldedModel) -> bool:
-    """Whether a value is rounded on the way: an activation, or a point."""
+    """True if any activation is quantized, in a layer or at a point."""
     points = points_from_json(read_json(folded.path / "folded.json").get("points", []))
     return _rounds_activations(folded) or bool(rounded(points))
 
@@ -343,7 +349,7 @@ def _rounds_activations(folded: FoldedModel) -> bool:
 
 
 def _not_run(stage: str, artifacts: Artifacts, recipe: Recipe) -> dict[str, Any] | None:
-    """Status and reason of a row that cannot be measured here, None if it can."""
+    """Status and reason of a row that cannot be measured here; None if it can."""
     if stage == "engine":
         if artifacts.engine is None:
             return {"status": "not-run", "reason": artifacts.missing.get("engine", "no engine was built")}
