@@ -1,4 +1,4 @@
-"""One file per family, and the only door to transformers. `FAMILIES` is the table of them."""
+"""Model families, one file each; the only room that imports transformers. `FAMILIES` is their table."""
 
 from __future__ import annotations
 
@@ -44,19 +44,20 @@ FAMILIES = {
     "efficientnet": efficientnet,
 }
 """Family name -> module with `describe`, `task_config`, `load_float`, `empty`, `tie`, `graph_inputs`,
-`signature`, `install_points`, and the constants LINEAR_AXIS, CAUSAL, INPUTS, TASKS. DEPTH says where its
-blocks are; where they have several shapes it is None, and `shorten` makes a small model."""
+`signature`, `install_points`, and the constants LINEAR_AXIS, CAUSAL, INPUTS, TASKS. DEPTH locates its blocks;
+it is None if they have several shapes, and then `shorten` makes a small model.
+"""
 
 
 PROCESSOR = "preprocessor_config.json"
-"""How a checkpoint says what its images are prepared with."""
+"""File with a checkpoint's image preprocessing."""
 
 
 def describe(
     family: str, directory: Path, head: Head = CAUSAL_LM, blocks: Blocks | None = None
 ) -> Architecture:
-    """The architecture of a checkpoint with a task's head, from config.json and the safetensors header
-    alone; with `blocks`, that of a model of these.
+    """Architecture of a checkpoint with a task's head, from config.json and the safetensors header alone;
+    `blocks` selects blocks of the checkpoint.
     """
     config, tensors, _ = chosen(family, directory, blocks)
     module = FAMILIES[family]
@@ -70,8 +71,9 @@ def describe(
 def chosen(
     family: str, directory: Path, blocks: Blocks | None = None
 ) -> tuple[dict[str, Any], Tensors, Names]:
-    """The config and the tensors of a model of these blocks of a checkpoint, and what the checkpoint's
-    tensors are called in it. Raises BlocksError for blocks that it has not.
+    """Config and tensors of a model with the selected blocks of a checkpoint, and a function from the
+    checkpoint's tensor names to the model's. Raises BlocksError for a block that the checkpoint does not
+    have.
     """
     config, tensors = read_config(directory), read_tensors(directory)
     depth, renamed = FAMILIES[family].DEPTH, renamed_tensors(family, config, tensors)
@@ -79,10 +81,10 @@ def chosen(
     if depth is not None:
         _check_depth(config, tensors, depth, blocks)
     if blocks is None or (depth is not None and type(config.get(depth.key)) is not int):
-        return config, tensors, lambda name: renamed.get(name, name)  # `describe` says what is wrong
+        return config, tensors, lambda name: renamed.get(name, name)  # `describe` reports a wrong count
     if depth is None:
         raise BlocksError(
-            f"the blocks of a {family} have several shapes, and none stands for another",
+            f"the blocks of a {family} have several shapes, and cannot replace each other",
             fix="drop `model.blocks`",
         )
     config, names = choose(config, depth, blocks)
@@ -91,15 +93,15 @@ def chosen(
 
 
 def _check_depth(config: dict[str, Any], tensors: Tensors, depth: Depth, blocks: Blocks | None) -> None:
-    """Refuse a checkpoint of more blocks than its config.json counts; a list of blocks that are counted says
-    that the others are not wanted.
+    """Refuse a checkpoint with more blocks than its config.json counts, unless `blocks` lists counted
+    blocks only.
     """
     count = config.get(depth.key)
     if type(count) is not int or count < 1:
-        return  # `describe` says what is wrong
+        return  # `describe` reports a wrong count
     inside = [(parts[1], name) for name in tensors if (parts := depth.split(name))]
     held, name = max(inside, default=(-1, ""))
-    if SHARED not in config and count > max(held + 1, len(tensors)):  # `describe` names what fewer lack
+    if SHARED not in config and count > max(held + 1, len(tensors)):  # `describe` names missing tensors
         raise ModelError(
             f"config.json says {depth.key} {count}, and the checkpoint has {held + 1} blocks (no such tensor "
             f"as those of block {held + 1})",
@@ -116,23 +118,23 @@ def _check_depth(config: dict[str, Any], tensors: Tensors, depth: Depth, blocks:
 
 
 def renamed_tensors(family: str, config: dict[str, Any], tensors: Tensors) -> dict[str, str]:
-    """The names that the family's model has for tensors of a checkpoint that has others: of a wrapper around
-    the model (`module.` of DataParallel), or of a tied head that was saved in the place of its table.
+    """Map of checkpoint tensor names to the model's where they differ: names with a wrapper's prefix
+    (`module.` of DataParallel), and a tied head that was saved in place of its table.
     """
     prefix = wrapper_of(tensors)
     renamed = {name: name.removeprefix(prefix) for name in tensors} if prefix else {}
-    own = {renamed.get(name, name): name for name in tensors}
+    by_name = {renamed.get(name, name): name for name in tensors}
     for head, tables in getattr(FAMILIES[family], "TIED", {}).items():
-        if config.get("tie_word_embeddings", True) and head in own and not own.keys() & set(tables):
-            renamed[own[head]] = tables[0]
+        if config.get("tie_word_embeddings", True) and head in by_name and not by_name.keys() & set(tables):
+            renamed[by_name[head]] = tables[0]
     return renamed
 
 
 def first_blocks(
     family: str, directory: Path, count: int, blocks: Blocks | None = None
 ) -> tuple[dict[str, Any], Names]:
-    """The config of the same model with its first blocks only, as far as that is a model, and the names of
-    its tensors; with `blocks`, of a model of these.
+    """Config and tensor names of a model with the first blocks only (at least one of each shape); `blocks`
+    selects blocks of the checkpoint before.
     """
     config, _, names = chosen(family, directory, blocks)
     module = FAMILIES[family]
@@ -145,8 +147,8 @@ def first_blocks(
 def graph_signature(
     family: ModuleType, directory: Path, steps: dict[str, Any] | None = None
 ) -> tuple[Input, ...]:
-    """Inputs of the exported graph of a model in a directory. Images have the size that config.json names, or
-    else the one that `steps` bring them to (preprocessor_config.json).
+    """Inputs of the exported graph of a model in a directory. The size of images comes from config.json, or
+    else from the preprocessing `steps` (preprocessor_config.json).
     """
     config = read_config(directory)
     if PIXELS in family.INPUTS and "image_size" not in config:
@@ -155,13 +157,13 @@ def graph_signature(
 
 
 def read_steps(directory: Path) -> dict[str, Any]:
-    """The checkpoint's preprocessor_config.json; empty without one."""
+    """Read the checkpoint's preprocessor_config.json; empty without one."""
     file = directory / PROCESSOR
     return read_object(file) if file.exists() else {}
 
 
 def prepared_size(steps: dict[str, Any]) -> dict[str, list[int]]:
-    """The `image_size` that preprocessing ends with; empty where it leaves images as they are."""
+    """`image_size` after preprocessing; empty if preprocessing keeps the size."""
     names = [
         name for name, step in (("crop_size", "do_center_crop"), ("size", "do_resize")) if steps.get(step)
     ]
@@ -171,27 +173,27 @@ def prepared_size(steps: dict[str, Any]) -> dict[str, list[int]]:
     if not isinstance(size, dict):
         return {}
     side = size.get("shortest_edge")
-    found = [size.get("height", side), size.get("width", side)]
-    return {"image_size": found} if all(type(one) is int for one in found) else {}
+    pair = [size.get("height", side), size.get("width", side)]
+    return {"image_size": pair} if all(type(side) is int for side in pair) else {}
 
 
 TOKENIZER_AGAIN = "copy the tokenizer's files again from the checkpoint"
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, from local files, without running code of the checkpoint."""
+    """Load the tokenizer of a checkpoint from local files, without running code of the checkpoint."""
     from transformers import AutoTokenizer
 
-    with reading(directory, "transformers makes no tokenizer of its files", TOKENIZER_AGAIN):
+    with reading(directory, "transformers cannot make a tokenizer from its files", TOKENIZER_AGAIN):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def load_processor(directory: Path) -> BaseImageProcessor:
-    """The image processor of a checkpoint, from local files, without running code of the checkpoint.
+    """Load the image processor of a checkpoint from local files, without running code of the checkpoint.
 
-    Always the one on Pillow: torchvision's, which transformers prefers where it is installed, resizes to
-    other pixels, and a run must not depend on what else is installed. Raises ModelError where there is no
-    preprocessor_config.json, or none that transformers knows; MachineError without Pillow.
+    Always uses the Pillow backend: torchvision's, which transformers prefers if it is installed, resizes to
+    other pixels, and a run must not depend on other installed packages. Raises ModelError without a
+    preprocessor_config.json, or with one that transformers does not know; MachineError without Pillow.
     """
     from transformers import AutoImageProcessor, logging
     from transformers.utils import is_vision_available
@@ -200,20 +202,20 @@ def load_processor(directory: Path) -> BaseImageProcessor:
         raise MachineError("reading images needs Pillow", fix="pip install 'qcompress[train]'")
     if not (directory / PROCESSOR).is_file():
         raise ModelError(
-            f"{directory} holds no {PROCESSOR}, which says how images are prepared",
+            f"{directory} holds no {PROCESSOR}, the file with the preprocessing of images",
             fix="copy it beside the checkpoint, or write `mean`, `std` and `size` under `task`",
         )
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it says that torchvision is not installed
+    logging.set_verbosity_error()  # it warns that torchvision is not installed
     mend = "mend the file, or write `mean`, `std` and `size` under `task`"
     try:
-        with reading(directory / PROCESSOR, "it gives no image processor that transformers knows", mend):
+        with reading(directory / PROCESSOR, "transformers cannot make an image processor from it", mend):
             return AutoImageProcessor.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False, backend="pil"
             )
     except ImportError as error:
         raise ModelError(
-            f"{directory / PROCESSOR} gives no image processor that transformers can import ({error})",
+            f"{directory / PROCESSOR} names an image processor that transformers cannot import ({error})",
             fix=mend,
         ) from None
     finally:

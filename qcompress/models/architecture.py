@@ -1,4 +1,4 @@
-"""What the pipeline needs to know about an architecture, as plain values. No torch.
+"""Architecture of a model as plain values: layers, blocks, rescaling sites and quantization points. No torch.
 
 Built by a family from `config.json` and the header of the safetensors files alone, so that a recipe is
 checked against a model's layers and shapes in milliseconds.
@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 PAST, PRESENT = "past_key_values.", "present."
-"""How the names of a cached graph's inputs and outputs begin."""
+"""Prefixes of a cached graph's inputs and outputs."""
 
 OPERANDS = ("query_point", "key_point", "probability_point", "value_point")
-"""Points of an attention module: the four operands of its two matmuls, in the order of their use."""
+"""Quantization points of an attention module: the four operands of its two matmuls, in the order of their
+use.
+"""
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input of the exported graph, as the family states it (`signature`)."""
+    """One input of the exported graph, as declared by the family (`signature`)."""
 
     name: str
     axes: tuple[str | int, ...]
@@ -28,16 +30,16 @@ class Input:
 
 
 def token_inputs(names: tuple[str, ...]) -> tuple[Input, ...]:
-    """Inputs with a value for each token, int64 [batch, sequence]."""
+    """Inputs with one value for each token, int64 [batch, sequence]."""
     return tuple(Input(name, ("batch", "sequence")) for name in names)
 
 
 PIXELS = "pixel_values"
-"""The one input of a model of images."""
+"""The only input of an image model."""
 
 
 def image_inputs(channels: int, height: int, width: int) -> tuple[Input, ...]:
-    """The input of a model of images, fp32 [batch, channels, height, width]; only the batch is dynamic."""
+    """The input of an image model, fp32 [batch, channels, height, width]; only the batch is dynamic."""
     return (Input(PIXELS, ("batch", channels, height, width), "float32"),)
 
 
@@ -45,7 +47,7 @@ def image_inputs(channels: int, height: int, width: int) -> tuple[Input, ...]:
 class Layer:
     """One quantizable layer.
 
-    `in_features` and `out_features` are what a matmul sees: a tied head has the table's width as
+    `in_features` and `out_features` are those of its matmul: a tied head has the table's width as
     `in_features`; an embedding looks up rows, so `out_features` rows of `in_features`; an output of a
     convolution is a sum over `in_features` products, in / groups * height * width.
     """
@@ -55,27 +57,28 @@ class Layer:
     in_features: int
     out_features: int
     tied_to: str | None = None
-    """The embedding whose table this layer reads, or the linear layer with the same weight and bias in the
-    first block with the same weights."""
+    """The embedding whose table this layer reads or, in a block with shared weights, the linear layer of
+    the first such block.
+    """
     part: Literal["ffn", "attention", "rest"] = "rest"
-    """Which part of a block it belongs to, as far as it is one of these two."""
+    """Sublayer of the block; `rest` for others."""
     kernel: tuple[int, int] | None = None
     """Height and width of a convolution's kernel."""
     groups: int = 1
     """Groups of a convolution."""
     norm: str | None = None
-    """The batch norm that alone reads this convolution: `fold` makes one of the two."""
+    """The batch norm that is the only reader of this convolution: `fold` merges the two."""
     nonnegative: bool = False
-    """The layer's input is never below 0, as behind a ReLU."""
+    """True if the layer's input is never negative, as after a ReLU."""
 
     @property
     def weights(self) -> int:
-        """Count of the weights."""
+        """Number of weights."""
         return self.in_features * self.out_features
 
     @property
     def section(self) -> Literal["weights", "embeddings"]:
-        """The key of `format`, and of `quantizer`, that decides about the weight."""
+        """Key of `format`, and of `quantizer`, that applies to the weight."""
         return "weights" if self.kind in ("linear", "conv") else "embeddings"
 
     @property
@@ -97,7 +100,7 @@ def convolution(
     name: str, inputs: int, outputs: int, kernel: int, *, groups: int = 1, norm: str | None = None,
     nonnegative: bool = False,
 ) -> Layer:  # fmt: skip
-    """A convolution with a square kernel.
+    """Describe a convolution with a square kernel.
 
     >>> layer = convolution("conv", 16, 32, 3)
     >>> layer.shape, layer.in_features, layer.channels
@@ -112,9 +115,9 @@ def convolution(
 
 @dataclass(frozen=True)
 class Site:
-    """A place for a channel-wise rescaling: channels that `writer` makes, that nothing but `readers` reads,
-    and that every step in between takes one by one and linearly. So a positive factor of a channel can be
-    multiplied into the writer and divided out of the readers' weights: the function stays the same.
+    """A site for channel-wise rescaling: channels that `writer` produces, that only `readers` read, and that
+    every step in between maps one by one and linearly. A positive factor of a channel can therefore be
+    multiplied into the writer and divided out of the readers' weights without changing the function.
     """
 
     writer: str
@@ -122,11 +125,12 @@ class Site:
     channels: int
     kind: Literal["norm", "value"] = "norm"
     """norm: the writer is a LayerNorm; value: it is the value projection of an attention, whose outputs the
-    probabilities mix over tokens, each channel by itself, before the output projection reads them."""
+    probabilities mix over tokens, each channel by itself, before the output projection reads them.
+    """
     first: int = 0
-    """Where the channels begin among the outputs of the writer."""
+    """Index of the first channel among the writer's outputs."""
     point: str | None = None
-    """The point that sees the channels on their way to the readers."""
+    """Quantization point between the writer and the readers."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,14 @@ class Attention:
     """One self-attention with separate query, key and value layers, by module names."""
 
     module: str
-    """The module whose attention function runs; probes and points hang on it."""
+    """The module whose attention function runs; probes and points are its children."""
     query: str
     key: str
     value: str
     output: str
-    """The linear layer after the attention: its output is the attention block's, before dropout, residual and
-    norm."""
+    """The linear layer after the attention: its output is the attention block's, before dropout, residual
+    and norm.
+    """
     norm: str
     """The LayerNorm after the residual."""
     block: str
@@ -149,21 +154,24 @@ class Attention:
 
 @dataclass(frozen=True)
 class Point:
-    """An activation that may be rounded without being the input of a weight's layer."""
+    """A quantization point: an activation that can be quantized without being the input of a layer with a
+    weight.
+    """
 
     name: str
     kind: Literal["attention", "residual"]
     """attention: an operand of one of the two matmuls; residual: an input of a residual addition."""
     features: int
-    """Values of one token: the model's width (for probabilities as well, whose number is the sequence's);
-    channels of an image's feature map."""
+    """Values of one token: the model's width (for probabilities as well, which have as many as the sequence);
+    channels of an image's feature map.
+    """
     nonnegative: bool = False
-    """What it rounds is never below 0, as behind a ReLU."""
+    """True if its values are never negative, as after a ReLU."""
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What a key-value cache holds: keys and values of each attention, [batch, heads, tokens, width]."""
+    """Contents of a key-value cache: keys and values of each attention, [batch, heads, tokens, width]."""
 
     attentions: tuple[str, ...]
     """Attention modules, in the order of the forward pass; their points are `key_point`, `value_point`."""
@@ -177,7 +185,7 @@ class CacheLayout:
 
     @property
     def present(self) -> tuple[str, ...]:
-        """Names of its outputs, in the same order."""
+        """Names of the graph's outputs, in the order of `past`."""
         return self._names(PRESENT)
 
     def _names(self, word: str) -> tuple[str, ...]:
@@ -187,7 +195,7 @@ class CacheLayout:
 
 @dataclass(frozen=True)
 class Head:
-    """What a task needs at the end of a model."""
+    """Requirements of a task on the end of a model."""
 
     task: str = "causal-lm"
     labels: tuple[str, ...] | None = None
@@ -195,7 +203,7 @@ class Head:
     problem: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
     """transformers' `problem_type`."""
     any_order: bool = False
-    """The order of `labels` is nobody's choice (GLUE's own): the checkpoint's takes its place."""
+    """True if the order of `labels` is a default (GLUE's own): the checkpoint's order replaces it."""
 
 
 CAUSAL_LM = Head()
@@ -204,7 +212,7 @@ CAUSAL_LM = Head()
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model, as far as compression goes. Blocks are in the order of the forward pass."""
+    """Structure of a model as far as compression needs it. Blocks are in the order of the forward pass."""
 
     family: str
     layers: tuple[Layer, ...]
@@ -214,13 +222,13 @@ class Architecture:
     vocabulary: int
     parameters: int
     attentions: tuple[Attention, ...] = ()
-    """Empty where query, key and value are one fused layer."""
+    """Empty if query, key and value are one fused layer."""
     points: tuple[Point, ...] = ()
     embeddings: str = ""
     """Module whose output is the first hidden state."""
     new_head: tuple[str, ...] = ()
-    """Tensors of the task's head that the checkpoint lacks; training has to make them."""
+    """Tensors of the task's head that the checkpoint lacks and that training creates."""
 
     def layer(self, name: str) -> Layer:
-        """The layer of that name."""
+        """The layer of this name."""
         return next(layer for layer in self.layers if layer.name == name)

@@ -1,7 +1,7 @@
-"""Attention that can be looked into, changed and rounded: a function beside transformers' own ones.
+"""Attention function with probes and quantization points, registered beside transformers' own.
 
-It computes what stock eager attention computes, in the same order (`qcompress` is its name in transformers'
-`AttentionInterface`):
+It computes transformers' eager attention, in the same order of operations (`qcompress` is its name in
+transformers' `AttentionInterface`):
 
     s = q @ k^T * scaling                 (softcap: s = cap * tanh(s / cap))
     s = s + position bias + mask          probe.scores(s)
@@ -9,8 +9,8 @@ It computes what stock eager attention computes, in the same order (`qcompress` 
     a = dropout(a)
     c = a @ v                             c = probe.context(c)
 
-The mask is registered under the same name: without it transformers passes no mask at all, silently, and a
-causal model looks ahead. Stock functions stay in use wherever a model has neither probes nor points.
+The mask function is registered under this name too: otherwise transformers silently passes no mask, and a
+causal model attends to later tokens. A model without probes and points keeps the stock functions.
 
 Shapes: q and c [batch, heads, tokens, width of a head], k and v of as many or fewer heads; s and a [batch,
 heads, queries, keys].
@@ -31,20 +31,20 @@ NAME = "qcompress"
 
 
 class Probe(Protocol):
-    """What hangs on an attention module as `probe`."""
+    """Callbacks of an attention module, its attribute `probe`."""
 
     def scores(self, s: Tensor) -> None:
-        """Sees the scores, with scaling and mask."""
+        """Receives the scores, with scaling and mask."""
 
     def probabilities(self, a: Tensor) -> Tensor:
-        """Sees the probabilities, before dropout; what it returns is used."""
+        """Receives the probabilities, before dropout; its return value replaces them."""
 
     def context(self, c: Tensor) -> Tensor:
-        """Sees the weighted values, [batch, heads, tokens, width]; what it returns is used."""
+        """Receives the weighted values, [batch, heads, tokens, width]; its return value replaces them."""
 
 
 def open_attention(model: nn.Module) -> None:
-    """Let every attention of a transformers model run through `attend`; the function stays the same."""
+    """Make every attention of a transformers model run through `attend`, without changing its results."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
@@ -57,8 +57,9 @@ IGNORED = frozenset({
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
     "output_router_logits", "return_dict", "num_items_in_batch", "deterministic",
 })  # fmt: skip
-"""Keywords that transformers hands to every attention function and no eager one reads: positions are in the
-query and the key by then, and the rest is about what a model returns."""
+"""Keywords that transformers passes to every attention function and no eager one reads: positions are already
+in the query and the key, and the others concern the model's return values.
+"""
 
 
 def attend(
@@ -76,17 +77,17 @@ def attend(
     head_mask: Tensor | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
-    **others: object,
+    **keywords: object,
 ) -> tuple[Tensor, Tensor]:
-    """Context [batch, tokens, heads, width] and probabilities, as transformers wants them.
+    """Compute the context [batch, tokens, heads, width] and the probabilities, in transformers' layout.
 
-    `module.probe`, where there is one, is a `Probe`; children named as in `OPERANDS` round the operands: each
-    right in front of its matmul, the key after its transposition, where TensorRT and ONNX Runtime want it.
-    Key and value heads that several query heads share are rounded once and repeated afterwards.
+    `module.probe`, if present, is a `Probe`; children named as in `OPERANDS` quantize the operands: each
+    directly before its matmul, the key after its transposition, where TensorRT and ONNX Runtime expect it.
+    Key and value heads that several query heads share are quantized once and then repeated.
 
-    Raises ModelError for a keyword that is neither computed here nor known to be without effect.
+    Raises ModelError for a keyword that is neither computed here nor known to have no effect.
     """
-    _refuse_unknown(module, others)
+    _refuse_unknown(module, keywords)
     _refuse_no_mask(module, query, key, attention_mask, sliding_window, is_causal)
     sinks = _sinks(module, s_aux)
     probe: Probe | None = getattr(module, "probe", None)
@@ -114,9 +115,9 @@ def attend(
     return context.transpose(1, 2).contiguous(), probabilities
 
 
-def _refuse_unknown(module: nn.Module, others: dict[str, object]) -> None:
-    """Refuse keywords that would be dropped: the model would be another one without them."""
-    unknown = sorted(name for name, value in others.items() if value is not None and name not in IGNORED)
+def _refuse_unknown(module: nn.Module, keywords: dict[str, object]) -> None:
+    """Refuse keywords that would be ignored, because the result would then differ from the stock model's."""
+    unknown = sorted(name for name, value in keywords.items() if value is not None and name not in IGNORED)
     if unknown:
         raise ModelError(
             f"{type(module).__name__} hands {', '.join(unknown)} to its attention function, which "
@@ -134,13 +135,15 @@ def _refuse_no_mask(
     window: int | None,
     causal: bool | None,
 ) -> None:
-    """Refuse a causal or windowed attention without a mask, with which alone eager attention hides tokens."""
+    """Refuse a causal or windowed attention without a mask, because eager attention hides tokens only by
+    the mask.
+    """
     if mask is not None:
         return
     if (causal and query.size(-2) > 1) or (window is not None and key.size(-2) > window):
-        asked = "is_causal" if causal else f"sliding_window {window}"
+        requested = "is_causal" if causal else f"sliding_window {window}"
         raise ModelError(
-            f"{type(module).__name__} asks for {asked} and hands over no attention_mask",
+            f"{type(module).__name__} asks for {requested} and hands over no attention_mask",
             fix="leave attention float, or name another model",
         )
 
@@ -158,23 +161,24 @@ def _sinks(module: nn.Module, s_aux: Tensor | None) -> Tensor | None:
 
 
 def _groups(module: nn.Module, query: Tensor, key: Tensor) -> int:
-    """How many query heads share a head of keys and values."""
+    """Number of query heads that share a key and value head."""
     heads, shared = query.size(1), key.size(1)
     if heads % shared:
         raise ModelError(
-            f"{type(module).__name__} has {heads} query heads, no multiple of its {shared} key heads",
+            f"{type(module).__name__} has {heads} query heads, which is not a multiple of its {shared} key "
+            "heads",
             fix="leave attention float, or name another model",
         )
     return heads // shared
 
 
 def _repeated(x: Tensor, groups: int) -> Tensor:
-    """Each head [1] as often as query heads share it."""
+    """Repeat each head for the query heads that share it."""
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
 def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Scores with a mask: a float one is added, a boolean one is true at what is seen."""
+    """Apply a mask to scores: a float mask is added, a boolean mask is true at visible tokens."""
     if mask is None:
         return scores
     if mask.dtype == torch.bool:
@@ -183,7 +187,7 @@ def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Probabilities; a sink takes a part of them and is dropped."""
+    """Probabilities; a sink takes a share of them and is dropped."""
     if sinks is None:
         return F.softmax(scores, dim=-1)
     sinks = sinks.to(scores.dtype).expand(scores.size(0), -1, scores.size(2), -1)
@@ -196,10 +200,10 @@ def _rounded(module: nn.Module, point: str, x: Tensor) -> Tensor:
 
 
 def token_vectors(point: str, x: Tensor, mask: Tensor | None) -> Tensor:
-    """What a point sees of tokens that are no padding: [tokens, features], and of probabilities, whose number
-    depends on the sequence, one in each row.
+    """Inputs of a quantization point as vectors, without padding: [tokens, features], or [values, 1] for
+    probabilities, whose number depends on the sequence.
 
-    `mask` [batch, tokens] is true at tokens that count.
+    `mask` [batch, tokens] is true at real tokens.
     """
     operand = point.rpartition(".")[2]
     if operand == "probability_point":

@@ -1,8 +1,8 @@
-"""A decoder as a graph with its key-value cache: the past among its inputs, the present among its outputs.
+"""Decoder wrapper with a key-value cache: past keys and values as inputs, present ones as outputs.
 
-Where keys and values are rounded (points `key_point`, `value_point`), their int8 codes are cached, and
-they are decoded in front of the matmul that reads them: rounding is the same for a token that comes from the
-cache and for a new one, so a cached graph computes what the model computes without a cache.
+Where keys and values are quantized (points `key_point`, `value_point`), the cache holds their int8 codes,
+which are dequantized before the matmul that reads them. A token is quantized in one way whether it is new or
+comes from the cache, so the graph with a cache computes the result of the model without one.
 
 Shapes: past and present [batch, heads, tokens, width], int8 or the compute type.
 """
@@ -20,7 +20,7 @@ from qcompress.quant.folded import Rounding
 
 
 class _Decoding(nn.Module):
-    """In the place of a point whose input comes from the cache, coded already."""
+    """Replacement of a point whose input, from the cache, is already codes."""
 
     def __init__(self, rounding: Rounding) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class _Decoding(nn.Module):
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of one attention, each coded where it is rounded."""
+    """Cache of one attention's keys and values, as codes where they are quantized."""
 
     def __init__(
         self, past: tuple[Tensor, Tensor], roundings: tuple[Rounding | None, Rounding | None]
@@ -51,7 +51,9 @@ class _Layer(DynamicLayer):
 
 
 class Cached(nn.Module):
-    """(inputs, past) -> (logits, *present) of a folded decoder, whose points it takes over."""
+    """(inputs, past) -> (logits, *present) of a folded decoder. Replaces the key and value points of the
+    model.
+    """
 
     def __init__(self, model: nn.Module, layout: CacheLayout) -> None:
         super().__init__()
@@ -63,13 +65,13 @@ class Cached(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], past: list[Tensor]) -> tuple[Tensor, ...]:
         pairs = zip(past[0::2], past[1::2], strict=True)
-        layers = [_Layer(pair, found) for pair, found in zip(pairs, self.roundings, strict=True)]
-        found = self.model(**inputs, past_key_values=Cache(layers=layers), use_cache=True)
+        layers = [_Layer(pair, points) for pair, points in zip(pairs, self.roundings, strict=True)]
+        outputs = self.model(**inputs, past_key_values=Cache(layers=layers), use_cache=True)
         present = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-        return (found.logits, *present)
+        return (outputs.logits, *present)
 
     def empty(self, rows: int, tokens: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """A past of zeros."""
+        """Zero-filled past."""
         shape = (rows, self.layout.heads, tokens, self.layout.width)
         items = [item for pair in self.roundings for item in pair]
         return [torch.zeros(shape, dtype=dtype if item is None else torch.int8) for item in items]

@@ -1,5 +1,5 @@
-"""The files of a checkpoint in transformers' layout: config.json, and safetensors whose headers are read
-without their tensors. No torch.
+"""Files of a checkpoint in transformers' layout: config.json, and safetensors whose headers are read without
+their tensors. No torch.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from qcompress.system.filesystem import writes_to
 CHUNK = 2**24
 
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-"""Files of a distributed checkpoint, which transformers takes before model.safetensors."""
+"""Files of a distributed checkpoint, which transformers prefers to model.safetensors."""
 
 ADAPTER = "adapter_config.json"
-"""A file of PEFT, which transformers applies by itself where PEFT is installed."""
+"""A file of PEFT, which transformers applies by itself if PEFT is installed."""
 
 INDEX = "model.safetensors.index.json"
-"""Which shard holds which tensor."""
+"""File that maps tensors to shards."""
 
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of torch's DataParallel (and DistributedDataParallel), and of torch.compile."""
 
 HEADER_LIMIT = 100 * 2**20
-"""Largest believable safetensors header; the format's own limit."""
+"""Upper limit of a safetensors header in bytes; the format's own limit."""
 
 
 MOST_TENSORS = 200_000
-"""Tensors of one file; a model of a supported family has some thousands."""
+"""Upper limit of tensors in one file; a model of a supported family has some thousands."""
 
 BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -45,16 +45,16 @@ BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
-"""Types of the format, and the bits of a value."""
+"""Bits of a value for each type of the format."""
 
 LARGEST = 2**63 - 1
 
 MOST_BYTES = 256 * 2**20
-"""Of a JSON file of a checkpoint."""
+"""Upper limit of a checkpoint's JSON file in bytes."""
 
 
 def read_object(file: Path, fix: str = "copy it again from the checkpoint") -> dict[str, Any]:
-    """The JSON object of a file of a checkpoint."""
+    """Read a JSON object from a file of a checkpoint. Raises ModelError."""
     try:
         if not file.is_file():
             raise ModelError(f"{file} is not a regular file", fix=fix)
@@ -77,12 +77,12 @@ def read_object(file: Path, fix: str = "copy it again from the checkpoint") -> d
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, types and shapes of the tensors in a safetensors file, without reading the tensors."""
+    """Read names, types and shapes of the tensors in a safetensors file, without reading the tensors."""
     return {name: (value["dtype"], tuple(value["shape"])) for name, value in _header(file)[0].items()}
 
 
 def _header(file: Path) -> tuple[dict[str, dict], int]:
-    """The entries of a safetensors header, and where the tensors begin."""
+    """Entries of a safetensors header, and the offset of the first tensor."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -103,32 +103,32 @@ def _header(file: Path) -> tuple[dict[str, dict], int]:
 
 
 def _entries(header: bytes) -> dict[str, dict]:
-    """The tensors of a header, each looked at by itself. Raises what `_header` catches."""
+    """Parse the tensors of a header and check each. Raises exceptions that `_header` catches."""
     count = header.count(b'"data_offsets"')
     if count > MOST_TENSORS:
         raise ValueError(f"its header names {count} tensors, and at most {MOST_TENSORS} are read")
     if header[:1] != b"{":
         raise ValueError("its header is not a JSON object")
-    found = json.loads(header.decode("utf-8"), object_pairs_hook=_without_twins)
-    notes = found.pop("__metadata__", {})
+    entries = json.loads(header.decode("utf-8"), object_pairs_hook=_without_twins)
+    notes = entries.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
         raise ValueError("its __metadata__ is not a map of texts")
-    for name, value in found.items():
+    for name, value in entries.items():
         _check_entry(name, value["dtype"], value["shape"], value["data_offsets"])
-    return found
+    return entries
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
-        twin = next(name for place, name in enumerate(names) if name in names[:place])
+        twin = next(name for index, name in enumerate(names) if name in names[:index])
         raise ValueError(f"its header has the name {twin} twice")
-    return made
+    return entries
 
 
 def _check_entry(name: str, dtype: object, shape: object, offsets: object) -> None:
-    """The bytes of a tensor are as many as its type and shape take."""
+    """Check that a tensor's bytes fit its type and shape."""
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"the type of {name} is {dtype!r:.40}, which is not one of safetensors")
     if not _are_counts(shape):
@@ -148,18 +148,20 @@ def _are_counts(values: object) -> bool:
 
 
 def _check_places(tensors: dict[str, dict]) -> None:
-    """Tensors lie one behind the other: none overlap, and nothing lies between them."""
+    """Check that tensors are contiguous: no overlaps, no gaps."""
     end, before = 0, "the header"
     for low, high, name in sorted((*value["data_offsets"], name) for name, value in tensors.items()):
         if low != end:
-            how = "overlaps" if low < end else "leaves a gap behind"
-            raise ValueError(f"{name} {how} {before} (it begins at byte {low}, and {before} ends at {end})")
+            problem = "overlaps" if low < end else "leaves a gap behind"
+            raise ValueError(
+                f"{name} {problem} {before} (it begins at byte {low}, and {before} ends at {end})"
+            )
         end, before = high, name
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Safetensors files of a checkpoint in transformers' layout. Refused are a pickle checkpoint, and a
-    directory that leaves open which weights are meant.
+    """Safetensors files of a checkpoint in transformers' layout. Refuses a pickle checkpoint, and a directory
+    with ambiguous weights.
     """
     index = directory / INDEX
     if (directory / ADAPTER).exists():
@@ -177,7 +179,7 @@ def weight_files(directory: Path) -> list[Path]:
         single = directory / "model.safetensors"
         if single.is_file() and files != [single]:
             raise ModelError(
-                f"{directory} holds a model.safetensors and a {INDEX}, and each says what the weights are",
+                f"{directory} holds a model.safetensors and a {INDEX}, and each defines the weights",
                 fix="remove the one that is not the model's: the index with its shards, or the single file",
             )
         for file in files:
@@ -201,7 +203,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The shard of each tensor."""
+    """Map of tensor names to shards."""
     try:
         files = dict(read_object(index)["weight_map"])
         inside = all(Path(name).name == name for name in files.values())
@@ -218,7 +220,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, types and shapes of all tensors of a checkpoint."""
+    """Read names, types and shapes of all tensors of a checkpoint."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     holder: dict[str, str] = {}
     for file in weight_files(directory):
@@ -243,7 +245,7 @@ def read_tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def wrapper_of(names: Iterable[str]) -> str:
-    """The prefix that a wrapper gave to every name of a checkpoint, or nothing.
+    """Prefix that a wrapper gave to every name of a checkpoint; empty without one.
 
     >>> wrapper_of(["module.h.0.w", "module.h.1.w"]), wrapper_of(["module.w", "bias"])
     ('module.', '')
@@ -256,8 +258,8 @@ def wrapper_of(names: Iterable[str]) -> str:
 
 
 def copy_tensors(source: Path, out: Path, names: Callable[[str], str | None]) -> None:
-    """Write one safetensors file with the tensors of a checkpoint, byte for byte, under the names that
-    `names` gives them; those without one are left out.
+    """Write one safetensors file with the tensors of a checkpoint, byte for byte, renamed by `names`; tensors
+    that it maps to None are left out.
     """
     entries: dict[str, dict[str, object]] = {}
     pieces: list[tuple[Path, int, int]] = []
@@ -286,7 +288,7 @@ def copy_tensors(source: Path, out: Path, names: Callable[[str], str | None]) ->
 
 
 def read_config(directory: Path) -> dict[str, object]:
-    """The checkpoint's config.json."""
+    """Read the checkpoint's config.json."""
     file = directory / "config.json"
     if not file.exists():
         raise ModelError(f"{directory} holds no config.json", fix="name a directory in transformers' layout")

@@ -1,6 +1,6 @@
-"""The model of the family `cifar-resnet`, in torch.
+"""Model of the family `cifar-resnet`, in torch.
 
-Shapes: pixel values [batch, channels, height, width], CIFAR's being 3 x 32 x 32; logits [batch, labels].
+Shapes: pixel values [batch, channels, height, width], for CIFAR 3 x 32 x 32; logits [batch, labels].
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 
 class Answer(NamedTuple):
-    """What the model returns, named as transformers names it."""
+    """Output of the model, with transformers' field names."""
 
     logits: Tensor
 
 
 class Block(nn.Module):
-    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), with a point at either input of the addition."""
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), with a quantization point at each input of the
+    addition.
+    """
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -37,7 +39,7 @@ class Block(nn.Module):
         return F.relu(self.branch_point(branch) + self.skip_point(self._shortcut(x)))
 
     def _shortcut(self, x: Tensor) -> Tensor:
-        """Option A of He et al., section 3.3: nothing is learned. Half of the new channels go in front."""
+        """Option A of He et al., section 3.3, without parameters. Half of the new channels come first."""
         if self.stride == 1 and self.added == 0:
             return x
         half = self.added // 2
@@ -46,7 +48,7 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """As in section 4.2 of arXiv:1512.03385; `repeats` blocks in each stage of these widths."""
+    """Network of section 4.2 of arXiv:1512.03385; `repeats` blocks in each stage of these widths."""
 
     def __init__(self, repeats: int, widths: tuple[int, ...], channels: int, labels: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """ResNet-20, -32, -44, -56 and -110 for small images (He et al., arXiv:1512.03385, section 4.2).
 
 A 3x3 convolution, three stages of (depth - 2) / 6 basic blocks with 16, 32 and 64 channels, the mean, a
-linear classifier. Shortcuts have no parameters ("option A"): every second pixel, and channels of zeros
-around. transformers has no such model; `cifar_net.py` holds ours.
+linear classifier. Shortcuts have no parameters ("option A"): every second pixel, padded with zero channels.
+transformers has no such model; `cifar_net.py` holds ours.
 
 A checkpoint is a directory with `config.json` and `model.safetensors`:
 
@@ -44,9 +44,9 @@ DEFAULTS: dict[str, Any] = {"depth": 20, "num_channels": 3}
 
 
 def repeats(config: dict[str, Any]) -> int:
-    """Blocks of a stage."""
+    """Number of blocks in a stage. Raises ModelError for a depth that is not 6 n + 2."""
     if "depth" not in config:
-        raise ModelError("config.json names no depth", fix='write "depth": 20, or what it is')
+        raise ModelError("config.json names no depth", fix='write the depth, such as "depth": 20')
     depth, _ = integers(config, DEFAULTS, DEFAULTS)
     if depth < 8 or (depth - 2) % 6:
         raise ModelError(f"config.json: depth is {depth}, and it must be 6 n + 2", fix="write 20, 32, 44, 56")
@@ -57,19 +57,19 @@ def repeats(config: dict[str, Any]) -> int:
 
 def _outline(config: dict[str, Any]) -> Outline:
     count, channels = repeats(config), config.get("num_channels", DEFAULTS["num_channels"])
-    made = Outline()
-    made.layers.append(convolution("conv1", channels, WIDTHS[0], 3, norm="bn1"))
+    outline = Outline()
+    outline.layers.append(convolution("conv1", channels, WIDTHS[0], 3, norm="bn1"))
     inputs = WIDTHS[0]
     for stage, width in enumerate(WIDTHS):
         for index in range(count):
             block = f"layer{stage + 1}.{index}"
-            made.blocks.append(block)
-            for place, own in enumerate((inputs, width)):
-                names = f"{block}.conv{place + 1}", f"{block}.bn{place + 1}"
-                made.layers.append(convolution(names[0], own, width, 3, norm=names[1], nonnegative=True))
-            made.addition(block, width, True)
+            outline.blocks.append(block)
+            for index_in_block, channels_in in enumerate((inputs, width), 1):
+                name, norm = f"{block}.conv{index_in_block}", f"{block}.bn{index_in_block}"
+                outline.layers.append(convolution(name, channels_in, width, 3, norm=norm, nonnegative=True))
+            outline.addition(block, width, True)
             inputs = width
-    return made
+    return outline
 
 
 NET = ConvNet(
@@ -91,7 +91,7 @@ graph_inputs, install_points = STOCK.graph_inputs, STOCK.install_points
 
 
 def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Names]:
-    """The same model with as few blocks as possible, one of each stage."""
+    """Config and tensor names of the smallest model, with one block in each stage."""
 
     def names(name: str) -> str | None:
         block = re.match(r"layer\d\.(\d+)\.", name)

@@ -1,7 +1,7 @@
-"""What a config.json must say, and heads with labels: the names of outputs, and the config.json of
-the model of a task. No torch.
+"""Checks of a checkpoint's config.json and head: family, sizes, labels, shapes; and the config.json of a
+task's model. No torch.
 
-Every family uses these, so that checkpoints are held against recipes in one way.
+Every family uses these, so that checkpoints are checked against recipes in one way.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ KINDS = {
     "multi_label_classification": "multi",
     "regression": "regression",
 }
-"""`problem_type` of a config.json, and `task.kind` of a recipe."""
+"""`problem_type` of a config.json -> `task.kind` of a recipe."""
 
 
 PLACEHOLDER = re.compile(r"LABEL_\d+")
-"""transformers' name of an output that nobody named."""
+"""transformers' default name of an output."""
 
 
 def is_named(outputs: Sequence[str]) -> bool:
-    """True where somebody named one of these outputs."""
+    """True if an output has a name other than transformers' default."""
     return not all(PLACEHOLDER.fullmatch(name) for name in outputs)
 
 
 class HeadError(ModelError):
-    """A head that the recipe's task does not fit. `key`: the recipe's key that decides about it."""
+    """A head that does not fit the recipe's task. `key`: the recipe's key to change."""
 
     def __init__(self, message: str, *, fix: str, key: tuple[str, ...]) -> None:
         super().__init__(message, fix=fix)
@@ -41,20 +41,20 @@ class HeadError(ModelError):
 
 
 def problem_of(config: dict[str, Any], outputs: int | None) -> str | None:
-    """The problem type of a checkpoint's own head with so many outputs; None where it may be one label or
-    several, and where there is no head. One output is a number, as transformers takes it.
+    """Problem type of a checkpoint's own head with this number of outputs; None if it could be single-label
+    or multi-label, or without a head. A single output is a regression, as in transformers.
     """
-    said = config.get("problem_type")
-    if said is not None and said not in KINDS:
+    problem = config.get("problem_type")
+    if problem is not None and problem not in KINDS:
         raise ModelError(
-            f"config.json: problem_type is {said!r}, and must be one of {', '.join(KINDS)}",
+            f"config.json: problem_type is {problem!r}, and must be one of {', '.join(KINDS)}",
             fix="mend problem_type in config.json, or remove it",
         )
-    return None if outputs is None else said or ("regression" if outputs == 1 else None)
+    return None if outputs is None else problem or ("regression" if outputs == 1 else None)
 
 
 def check_problem(config: dict[str, Any], outputs: int | None, head: Head) -> None:
-    """Raise HeadError where the checkpoint's own head answers another kind of question than the task."""
+    """Raise HeadError if the checkpoint's head solves another kind of problem than the task."""
     own = problem_of(config, outputs)
     if head.problem is None or outputs is None:
         return
@@ -64,8 +64,8 @@ def check_problem(config: dict[str, Any], outputs: int | None, head: Head) -> No
     elif own in (None, head.problem):
         return
     else:
-        said = f"problem_type {own}" if config.get("problem_type") else "1 output, which gives a number"
-        message = f"is {KINDS[head.problem]}, and config.json of the checkpoint says {said}"
+        stated = f"problem_type {own}" if config.get("problem_type") else "1 output, which gives a number"
+        message = f"is {KINDS[head.problem]}, and config.json of the checkpoint says {stated}"
         fix = f"write `kind: {KINDS[own]}` under `task`"
     if head.task == "image-classification":
         message = message.replace("is single", "gives one label to each image", 1)
@@ -77,8 +77,8 @@ def check_problem(config: dict[str, Any], outputs: int | None, head: Head) -> No
 def check_config(
     config: dict[str, Any], family: str, tasks: Sequence[str], head: Head, sizes: Sequence[str] = ()
 ) -> None:
-    """Refuse a config.json of another family, a task that the family cannot carry, a size in `sizes` that is
-    not one, and a value that transformers cannot make a model with.
+    """Refuse a config.json of another family, a task that the family does not support, a key of `sizes` that
+    is not a positive integer, and a value from which transformers cannot make a model.
     """
     if config.get("model_type") != family:
         raise ModelError(
@@ -96,10 +96,10 @@ def check_config(
 
 
 def label_names(config: dict[str, Any]) -> tuple[str, ...] | None:
-    """Names of the outputs in their order, from `id2label`; None where config.json has none.
+    """Names of the outputs in order, from `id2label`; None if config.json has none.
 
-    Raises ModelError for numbers that are not 0, 1, 2 ..., a name that is used twice, and a `label2id` that
-    gives a name another number.
+    Raises ModelError for numbers that are not 0, 1, 2 ..., a duplicate name, and a `label2id` that gives a
+    name another number.
     """
     named = config.get("id2label")
     if named is None or named == {}:
@@ -112,7 +112,7 @@ def label_names(config: dict[str, Any]) -> tuple[str, ...] | None:
         numbers = {int(key): value for key, value in named.items()}
     except ValueError:
         raise ModelError(
-            f"config.json: id2label has keys that are no numbers: {str(named):.200}",
+            f"config.json: id2label has keys that are not numbers: {str(named):.200}",
             fix="write the numbers of the outputs as its keys, from 0",
         ) from None
     names = [numbers[number] for number in sorted(numbers)]
@@ -125,9 +125,9 @@ def label_names(config: dict[str, Any]) -> tuple[str, ...] | None:
         message = f"id2label has a name that is not a text: {wrong[0]!r:.60}"
         raise _labels_error(message, f'write a text, such as "LABEL_{names.index(wrong[0])}"')
     names = [str(name) for name in names]
-    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
     if twice is not None:
-        first, second = [place for place, name in enumerate(names) if name == twice][:2]
+        first, second = [index for index, name in enumerate(names) if name == twice][:2]
         raise _labels_error(
             f"id2label gives the outputs {first} and {second} one name, {twice!r}",
             f'give each a name of its own, such as "{second}": "{twice}_{second}"',
@@ -136,17 +136,19 @@ def label_names(config: dict[str, Any]) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _check_label2id(found: Any, names: Sequence[str]) -> None:
-    """Refuse a label2id that gives a name of id2label another number; names of another head say nothing."""
-    if found is None or found == {}:
+def _check_label2id(label2id: Any, names: Sequence[str]) -> None:
+    """Refuse a label2id that contradicts id2label; names that id2label lacks are ignored."""
+    if label2id is None or label2id == {}:
         return
     right = json.dumps({name: number for number, name in enumerate(names[:12])}, ensure_ascii=False)
     fix = f'write "label2id": {right}' if len(names) <= 12 else "remove label2id"
-    if not isinstance(found, dict):
-        raise _labels_error(f"label2id must be a map from names to numbers, found {found!r:.60}", fix)
+    if not isinstance(label2id, dict):
+        raise _labels_error(f"label2id must be a map from names to numbers, found {label2id!r:.60}", fix)
     for number, name in enumerate(names):
-        if name in found and str(found[name]) != str(number):
-            message = f"{name!r:.60} is the output {number} in id2label and {found[name]!r:.20} in label2id"
+        if name in label2id and str(label2id[name]) != str(number):
+            message = (
+                f"{name!r:.60} is the output {number} in id2label and {label2id[name]!r:.20} in label2id"
+            )
             raise _labels_error(message, fix)
 
 
@@ -162,10 +164,10 @@ def _id2label_line(names: Sequence[object]) -> str:
 
 
 def labels_of(config: dict[str, Any], outputs: int | None, head: Head) -> tuple[str, ...]:
-    """Names of the logits: those of the task, or else those of config.json. `outputs` is how many the
-    checkpoint's head has, None where it has none.
+    """Names of the logits: the task's, or else those of config.json. `outputs`: number of outputs of the
+    checkpoint's head, None without a head.
 
-    Raises ModelError where checkpoint, config.json and task do not agree.
+    Raises ModelError if checkpoint, config.json and task disagree.
     """
     check_problem(config, outputs, head)
     own = label_names(config)
@@ -189,12 +191,12 @@ def labels_of(config: dict[str, Any], outputs: int | None, head: Head) -> tuple[
         same = sorted(map(str.casefold, own)) == sorted(map(str.casefold, wanted))
         if agree or (same and head.any_order):
             return own
-        what = "number" if len(own) != len(wanted) else "order" if same else "name"
+        difference = "number" if len(own) != len(wanted) else "order" if same else "name"
     else:
-        what = "number" if len(own) != len(wanted) else ""
-    if what:
+        difference = "number" if len(own) != len(wanted) else ""
+    if difference:
         raise HeadError(
-            f"the labels of checkpoint and recipe differ in {what}: the checkpoint has {len(own)} "
+            f"the labels of checkpoint and recipe differ in {difference}: the checkpoint has {len(own)} "
             f"({_listed(own)}), the recipe {len(wanted)} ({_listed(wanted)})",
             fix="name the checkpoint's labels in the recipe, or start from a checkpoint without a head",
             key=("task", "labels"),
@@ -203,7 +205,7 @@ def labels_of(config: dict[str, Any], outputs: int | None, head: Head) -> tuple[
 
 
 def config_of(config: dict[str, Any], named: str, labels: tuple[str, ...], head: Head) -> dict[str, Any]:
-    """config.json of the task's model: its class `named`, its labels, and what its loss is."""
+    """config.json of the task's model: the class `named`, its labels, and its problem type."""
     return {
         **{key: value for key, value in config.items() if key != "num_labels"},
         "architectures": [named],
@@ -214,22 +216,24 @@ def config_of(config: dict[str, Any], named: str, labels: tuple[str, ...], head:
 
 
 def check_shapes(
-    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], new: tuple[str, ...] = ()
+    expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]], new: tuple[str, ...] = ()
 ) -> None:
-    """Refuse a checkpoint whose tensors are not those that its config.json asks for, but for those in
+    """Refuse a checkpoint whose tensors differ in shape from those of its config.json, except those in
     `new`.
     """
     for name, shape in expected.items():
-        if found.get(name) != shape and name not in new:
+        if shapes.get(name) != shape and name not in new:
             raise ModelError(
                 f"{name}: config.json asks for shape {list(shape)}, the checkpoint has "
-                f"{list(found[name]) if name in found else 'no such tensor'}",
+                f"{list(shapes[name]) if name in shapes else 'no such tensor'}",
                 fix="take config.json and model.safetensors from the same checkpoint",
             )
 
 
 def check_leftover(names: Iterable[str]) -> None:
-    """Refuse tensors of a checkpoint's blocks without a place in the model, which transformers leaves out."""
+    """Refuse tensors of a checkpoint's blocks that the model does not have, which transformers would
+    ignore.
+    """
     left = sorted(names)
     if left:
         raise ModelError(

@@ -1,7 +1,7 @@
-"""Values of a config.json that every family demands: types and ranges, by key. No torch.
+"""Rules for config.json values that all families share: types and ranges, by key. No torch.
 
-transformers reads most keys when it makes the model, and a wrong value ends there in an exception of its own,
-or is taken as something else. The rules here are asked before anything is loaded.
+transformers reads most keys when it makes the model, where a wrong value raises an exception of its own or is
+misinterpreted. These rules run before anything is loaded.
 """
 
 from __future__ import annotations
@@ -84,19 +84,23 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("n_inner", "n_head"), SIZE),
     **dict.fromkeys(("dtype", "torch_dtype"), FLOATS),
 }  # fmt: skip
-"""Rule for the value of each key that config.json has."""
+"""Rule for the value of each key, if config.json has it."""
 
 NULLABLE = ("classifier_dropout", "n_inner", "dtype", "torch_dtype")
 """Keys whose null stands for transformers' default."""
 
 HEADS = (("n_embd", "n_head", 12),)
-"""Width, number of heads and transformers' default for it, where the family's own rules do not ask."""
+"""Keys of the width and of the number of heads, and its default in transformers, for families without a
+rule of their own.
+"""
 
 
 FLOAT_TENSORS = re.compile(
     r"(^|\.)(weight|running_mean|running_var|gamma|beta|cls_token|position_embeddings)$"
 )
-"""Names of tensors that are floats in every family. Biases are apart: old GPT-2s call a mask `attn.bias`."""
+"""Names of tensors that are floats in every family. Biases are left out: old GPT-2s call a mask
+`attn.bias`.
+"""
 
 FLOAT_TYPES = ("F16", "BF16", "F32", "F64")
 
@@ -114,17 +118,19 @@ def check_floats(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
 CHOOSERS = {
     "transformers_weights": "it names another file of weights",
     "configuration_files": "it names other files in the place of config.json",
-    "auto_map": "the model is made by code of the checkpoint, which is never run",
+    "auto_map": "it selects model code of the checkpoint, which is never run",
     "fusion_config": "it changes what the model computes",
     "kernel_config": "it changes what the model computes",
     "distributed_config": "it spreads the model over devices",
     "pretrained_cfg": "the model is one of timm",
     "compression_config": "the weights are compressed",
 }
-"""Keys with which a config.json makes transformers load another model than the stock one."""
+"""Keys with which a config.json makes transformers load another model than the stock one, and their
+effect.
+"""
 
 ANSWERS = {"return_dict": True, "use_return_dict": True, "torchscript": False}
-"""Keys that change what a model's forward pass returns, and the only value that is read."""
+"""Keys that change the return value of a model's forward pass, and the only supported value."""
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -145,14 +151,14 @@ def _check_choosers(config: dict[str, Any]) -> None:
     for key in ("attn_implementation", "_attn_implementation"):
         if config.get(key) is not None and config[key] not in ATTENTIONS:
             raise ModelError(
-                f"config.json: {key} is {config[key]!r:.60}, which is code from elsewhere, and is not one of "
+                f"config.json: {key} is {config[key]!r:.60}, which is external code, and not one of "
                 f"{', '.join(ATTENTIONS)}",
                 fix=f"remove {key} from config.json",
             )
 
 
 def check_values(config: dict[str, Any]) -> None:
-    """Raise ModelError for a value of a config.json that no model can be made with."""
+    """Raise ModelError for a value of a config.json from which a model cannot be made."""
     if config.get("quantization_config") is not None:
         raise ModelError(
             "config.json has a quantization_config: the checkpoint is quantized already",

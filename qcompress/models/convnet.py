@@ -1,14 +1,14 @@
-"""What the families of convolutional nets share: layers from config.json, and a linear classifier. No torch.
+"""Base of the families of convolutional nets: layers from config.json, and a linear classifier. No torch.
 
 Layers, in the order of the forward pass: convolutions (kind "conv"), then the classifier (kind "head", which
-takes `format.embeddings` as the heads of other families do). A batch norm behind a quantized convolution is
-folded into it (`quant/batchnorm.py`); behind one that stays float it stays as it is. No rescaling site: the
-ReLU or SiLU behind a batch norm stands between it and its reader.
+takes `format.embeddings` like the heads of other families). A batch norm after a quantized convolution is
+folded into it (`quant/batchnorm.py`); after a float convolution it is unchanged. No rescaling site: the ReLU
+or SiLU after a batch norm separates it from its reader.
 
-Points: the two inputs of each residual addition, `branch_point` and `skip_point`.
+Quantization points: the two inputs of each residual addition, `branch_point` and `skip_point`.
 
-A checkpoint is one of the bare model (names without the prefix) or of the classifier; what the classifier
-lacks is `new_head`, drawn with the seed that the load stage recorded.
+A checkpoint is one of the bare model (names without the prefix) or of the classifier; missing tensors of the
+classifier are `new_head`, drawn with the seed that the load stage recorded.
 """
 
 from __future__ import annotations
@@ -38,35 +38,37 @@ LINEAR_AXIS = 0
 """Output channels of a linear layer's weight: nn.Linear stores [out, in]."""
 
 CAUSAL = False
-"""There are no tokens."""
+"""Images have no tokens."""
 
 DEPTH = None
-"""Blocks have several shapes, and none stands for another."""
+"""Blocks have several shapes, and cannot replace each other."""
 
 INPUTS = (PIXELS,)
 """Inputs of the exported graph, fp32 [batch, channels, height, width]."""
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
-"""Tensors of a batch norm that a checkpoint must have; it may count its batches as well."""
+"""Tensors of a batch norm that a checkpoint must have; its counter of batches is optional."""
 
 COUNTED = "num_batches_tracked"
-"""Buffer of a batch norm that no checkpoint needs: it counts batches for an option that nobody here uses."""
+"""Buffer of a batch norm that a checkpoint may lack: it counts batches for an option that is not used
+here.
+"""
 
 COUNTS = ("depths", "num_block_repeats")
 """Keys of config.json that count blocks."""
 
 MOST_BLOCKS = 10_000
-"""Residual blocks of a net; the deepest published ones have some hundreds."""
+"""Upper limit of residual blocks; the deepest published nets have some hundreds."""
 
 MOST = 2**31
-"""No size of a layer reaches it."""
+"""Upper limit, exclusive, of a layer's size."""
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass
 class Outline:
-    """The convolutions of a net in the making."""
+    """Convolutions, blocks and points of a net, collected by a family."""
 
     layers: list[Layer] = field(default_factory=list)
     biased: set[str] = field(default_factory=set)
@@ -75,47 +77,47 @@ class Outline:
     points: list[Point] = field(default_factory=list)
 
     def addition(self, place: str, channels: int, skip_nonnegative: bool) -> None:
-        """A residual addition, whose points are children of `place`."""
+        """Add a residual addition, whose points are children of `place`."""
         self.points.append(Point(f"{place}.branch_point", "residual", channels))
         self.points.append(Point(f"{place}.skip_point", "residual", channels, skip_nonnegative))
 
 
 @dataclass(frozen=True)
 class ConvNet:
-    """How one family spells what all of them have."""
+    """Names and structure of one family."""
 
     family: str
     title: str
-    """Class of the model in transformers, or ours."""
+    """Class of the model, in transformers or `cifar_net.py`."""
     classifier: str
     embeddings: str
     """Module whose output the first block reads."""
     outline: Callable[[dict[str, Any]], Outline]
-    """The convolutions of a config.json; raises ModelError where it makes no sense."""
+    """Function from config.json to the convolutions; raises ModelError for an invalid config."""
     width: Callable[[dict[str, Any]], int]
-    """Inputs of the classifier."""
+    """Function from config.json to the number of inputs of the classifier."""
     blocks: str
-    """Pattern of how the names of a block's tensors begin, without the prefix."""
+    """Pattern of the prefix of a block's tensor names, without the model's prefix."""
     size: int | None
-    """Height and width of an image where config.json and preprocessing name none; none: they have to."""
+    """Height and width of an image if config.json and preprocessing give none; None: they must give it."""
     nonnegative: Callable[[dict[str, Any]], bool] = lambda config: False
-    """Whether the classifier's inputs are never below 0."""
+    """Function from config.json to whether the classifier's inputs are never negative."""
 
     def describe(self, config: dict[str, Any], tensors: Tensors, head: Head = CAUSAL_LM) -> Architecture:
-        """The architecture of a checkpoint with a classifier; its tensors are checked against it."""
+        """Architecture of a checkpoint with a classifier, whose tensors are checked against it."""
         check_config(config, self.family, TASKS, head)
-        outline, found = self.outline(config), _bare(tensors, self.family)
+        outline, shapes = self.outline(config), _bare(tensors, self.family)
         labels = self.labels(config, tensors, head)
         last = Layer(
             self.classifier, "head", self.width(config), len(labels), nonnegative=self.nonnegative(config)
         )
         names = (f"{last.name}.weight", f"{last.name}.bias")
         expected = _tensors(outline) | {names[0]: last.shape, names[1]: (last.out_features,)}
-        new = () if any(name in found for name in names) else names
-        whole = {name: found[self._own(name)] for name in expected if self._own(name) in found}
-        check_shapes(expected, whole, new)
+        new = () if any(name in shapes for name in names) else names
+        present = {name: shapes[self._own(name)] for name in expected if self._own(name) in shapes}
+        check_shapes(expected, present, new)
         own = set(map(self._own, expected))
-        check_leftover(name for name in found if name not in own and self._is_in_block(name))
+        check_leftover(name for name in shapes if name not in own and self._is_in_block(name))
         return Architecture(
             family=self.family,
             layers=(*outline.layers, last),
@@ -130,27 +132,29 @@ class ConvNet:
         )
 
     def labels(self, config: dict[str, Any], tensors: Tensors, head: Head) -> tuple[str, ...]:
-        """Names of the logits: those of the task, or else those of config.json."""
+        """Names of the logits: the task's, or else those of config.json."""
         last = _bare(tensors, self.family).get(f"{self.classifier}.weight")
         return labels_of(config, last and last[0], head)
 
     def task_config(self, config: dict[str, Any], tensors: Tensors, head: Head) -> dict[str, Any]:
-        """config.json of the task's model: its class, its labels, and what its loss is."""
+        """config.json of the task's model: its class, labels and problem type."""
         return config_of(config, self.title, self.labels(config, tensors, head), head)
 
     def signature(self, config: dict[str, Any]) -> tuple[Input, ...]:
-        """The graph's input: images of one size, `image_size` of config.json, one number or two."""
+        """The graph's input: images of one size, `image_size` of config.json, one number or two. Raises
+        ModelError without a size.
+        """
         size = config.get("image_size", self.size)
         if size is None:
             raise ModelError(
-                "nothing says how large images are: neither config.json nor the preprocessing",
+                "neither config.json nor the preprocessing gives the size of images",
                 fix="write `size` with `mean` and `std` under `task`, or `image_size` into config.json",
             )
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return image_inputs(config.get("num_channels", 3), height, width)
 
     def _is_in_block(self, name: str) -> bool:
-        """True for a tensor of a block, of whatever depth; what counts batches apart."""
+        """True for a tensor of a block at any depth, except a counter of batches."""
         return re.match(self.blocks, name) is not None and not name.endswith(COUNTED)
 
     def _own(self, name: str) -> str:
@@ -163,7 +167,7 @@ def _bare(tensors: Tensors, family: str) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(outline: Outline) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what the convolutions and their batch norms are made of."""
+    """Names and shapes of the tensors of the convolutions and their batch norms."""
     expected: dict[str, tuple[int, ...]] = {}
     for layer in outline.layers:
         expected[f"{layer.name}.weight"] = layer.shape
@@ -175,7 +179,9 @@ def _tensors(outline: Outline) -> dict[str, tuple[int, ...]]:
 
 
 def integers(config: dict[str, Any], keys: Iterable[str], defaults: dict[str, Any]) -> list[Any]:
-    """Values of config.json that are positive integers, or lists of them as their defaults are."""
+    """Values of config.json that must be positive integers, or lists of them where the default is a list.
+    Raises ModelError.
+    """
     values = []
     for key in keys:
         value = config.get(key, defaults[key])

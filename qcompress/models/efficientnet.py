@@ -1,15 +1,15 @@
 """EfficientNet: a small convolutional net that classifies images (Tan and Le, arXiv:1905.11946).
 
-As transformers has it: EfficientNetForImageClassification.
+Follows transformers' EfficientNetForImageClassification.
 
-Of each block (MBConv): the expansion (where the ratio is not 1), the depthwise convolution, the two 1x1
+Layers of each block (MBConv): the expansion (if the ratio is not 1), the depthwise convolution, the two 1x1
 convolutions of squeeze-and-excite, which have biases and no batch norm, and the projection. Activations are
-SiLU, so no input is free of negative values. A convolution with stride 2 reads its input behind a ZeroPad2d
-of its own, which is not the same on both sides; it stays a node of its own in front of the Q/DQ pair.
+SiLU, so every input can be negative. A convolution with stride 2 reads its input through an asymmetric
+ZeroPad2d, which remains a separate node in front of the Q/DQ pair.
 
-transformers' `batch_norm_momentum` is 0.99 and torch's meaning of it the opposite of TensorFlow's: in
-training mode running statistics are those of the last batch or two. Train with batches that are large
-enough, or set it to 0.01 in config.json.
+transformers' `batch_norm_momentum` is 0.99, and torch defines momentum as the complement of TensorFlow's: in
+training mode running statistics are those of the last batch or two. Train with sufficiently large batches, or
+set it to 0.01 in config.json.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ LISTS: dict[str, Any] = {
     "expand_ratios": [1, 6, 6, 6, 6, 6, 6],
 }
 NUMBERS: dict[str, Any] = {"num_channels": 3, "depth_divisor": 8, "hidden_dim": 2560}
-"""Of transformers' EfficientNetConfig, for the keys that make the convolutions' shapes."""
+"""Defaults of transformers' EfficientNetConfig, for the keys that determine the convolutions' shapes."""
 
 STEM, TOP = 32, 1280
 """Channels of the first and of the last convolution at width 1."""
 
 
 def rounded(channels: int, width: float, divisor: int) -> int:
-    """Channels at another width, a multiple of the divisor, and not more than 10 % fewer.
+    """Scale a number of channels by the width, to a multiple of the divisor, and by at most 10 % less.
 
     >>> rounded(32, 1.1, 8), rounded(40, 1.0, 8)
     (32, 40)
     """
     scaled = channels * width
-    found = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
-    return found + divisor if found < 0.9 * scaled else found
+    multiple = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
+    return multiple + divisor if multiple < 0.9 * scaled else multiple
 
 
 def _outline(config: dict[str, Any]) -> Outline:
@@ -73,32 +73,34 @@ def _outline(config: dict[str, Any]) -> Outline:
     def wide(count: int) -> int:
         return rounded(count, width, divisor)
 
-    made = Outline()
+    outline = Outline()
     stem = "efficientnet.embeddings"
-    made.layers.append(convolution(f"{stem}.convolution", channels, wide(STEM), 3, norm=f"{stem}.batchnorm"))
+    outline.layers.append(
+        convolution(f"{stem}.convolution", channels, wide(STEM), 3, norm=f"{stem}.batchnorm")
+    )
     outputs = wide(STEM)
     for first, last, kernel, _, repeats, ratio in zip(*lists, strict=True):
         for repeat in range(math.ceil(depth * repeats)):
             inputs, outputs = wide(last if repeat else first), wide(last)
             adds = repeat > 0  # from the second block on the stride is 1
-            _block(made, inputs, outputs, kernel, ratio, config.get("squeeze_expansion_ratio", 0.25), adds)
+            _block(outline, inputs, outputs, kernel, ratio, config.get("squeeze_expansion_ratio", 0.25), adds)
     encoder = "efficientnet.encoder"
-    made.layers.append(convolution(f"{encoder}.top_conv", outputs, wide(TOP), 1, norm=f"{encoder}.top_bn"))
-    return made
+    outline.layers.append(convolution(f"{encoder}.top_conv", outputs, wide(TOP), 1, norm=f"{encoder}.top_bn"))
+    return outline
 
 
 def _block(
-    made: Outline, inputs: int, outputs: int, kernel: int, ratio: int, squeeze: float, adds: bool
+    outline: Outline, inputs: int, outputs: int, kernel: int, ratio: int, squeeze: float, adds: bool
 ) -> None:
-    block = f"efficientnet.encoder.blocks.{len(made.blocks)}"
-    made.blocks.append(block)
+    block = f"efficientnet.encoder.blocks.{len(outline.blocks)}"
+    outline.blocks.append(block)
     inner, narrow = inputs * ratio, max(1, int(inputs * squeeze))
 
     def conv(name: str, norm: str | None, *shape: int, groups: int = 1) -> None:
         full = norm and f"{block}.{norm}"
-        made.layers.append(convolution(f"{block}.{name}", *shape, groups=groups, norm=full))
+        outline.layers.append(convolution(f"{block}.{name}", *shape, groups=groups, norm=full))
         if norm is None:
-            made.biased.add(f"{block}.{name}")
+            outline.biased.add(f"{block}.{name}")
 
     if ratio != 1:
         conv("expansion.expand_conv", "expansion.expand_bn", inputs, inner, 1)
@@ -108,7 +110,7 @@ def _block(
     conv("squeeze_excite.expand", None, narrow, inner, 1)
     conv("projection.project_conv", "projection.project_bn", inner, outputs, 1)
     if adds:
-        made.addition(f"{block}.projection", outputs, False)
+        outline.addition(f"{block}.projection", outputs, False)
 
 
 def _width(config: dict[str, Any]) -> int:

@@ -1,24 +1,25 @@
-"""What BERT, RoBERTa and DistilBERT share: one encoder with bidirectional attention, and a head for a task.
+"""Base of BERT, RoBERTa and DistilBERT: an encoder with bidirectional attention, and a head for a task.
 
 Layers, in the order of the forward pass: the tables, per block query, key, value, attention output and the
-two linear layers after it, then the head. The last layer of the head is of kind "head", like a table it takes
-`format.embeddings`.
+two linear layers after it, then the head. The last layer of the head is of kind "head" and takes
+`format.embeddings` like a table.
 
 Rescaling sites: the value projection -> the attention's output projection, in every block. Not foldable:
-  * the norm of the embeddings and both norms of a block: what they give is read by linear layers and added
-    to the residual as well, which would have to be divided by a node of its own;
-  * except the last norm, which the head alone reads: it folds, but the block's output would change, and block
-    outputs are what block-wise calibration and distillation compare, so it is not stated;
+  * the norm of the embeddings and both norms of a block: their outputs are read by linear layers and added
+    to the residual as well, which would need an additional division node;
+  * except the last norm, which only the head reads: it folds, but would change the block's output, which
+    block-wise calibration and distillation compare, so it is not declared;
   * intermediate -> output of a block (a GELU in between), the pooler or the head's first layer -> the last
     one (a tanh; DistilBERT's ReLU lets positive factors through, but its head takes the formats of a table);
   * query and key: a factor would fold into the two of them, but neither reads the other, and no weight's
     input gains anything.
 
-Points: the operands of both attention matmuls, and of each residual addition the branch and the skip.
+Quantization points: the operands of both attention matmuls, and the branch and the skip of each residual
+addition.
 
 A checkpoint is one of the bare model (names without the prefix), of the task's model, or of another task's:
-what lies in it beside the task's model is left alone, and what the head lacks is `new_head`, drawn with the
-seed that the load stage recorded. No torch outside the functions that make a model.
+additional tensors are ignored, and missing tensors of the head are `new_head`, drawn with the seed that the
+load stage recorded. Torch is imported only inside functions that make a model.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ CLASSES = {
     "sequence-classification": "ForSequenceClassification",
     "token-classification": "ForTokenClassification",
 }
-"""Tasks, and how the names of their models end in transformers."""
+"""Tasks, and the suffixes of their model classes in transformers."""
 
 TASKS = tuple(CLASSES)
 
@@ -59,40 +60,40 @@ LINEAR_AXIS = 0
 """Output channels of a linear layer's weight: nn.Linear stores [out, in]."""
 
 CAUSAL = False
-"""A token sees all tokens."""
+"""A token attends to all tokens."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How one family spells what all of them have. Module names are relative to the model or to a block."""
+    """Names and structure of one family. Module names are relative to the model or to a block."""
 
     family: str
     title: str
-    """How the names of its classes begin."""
+    """Prefix of its class names."""
     width: str
     heads: str
     blocks: str
     inner: str
-    """Keys of config.json, these four."""
+    """The four keys of config.json above."""
     types: bool
-    """Whether the graph is given token types."""
+    """True if the graph has an input of token types."""
     type_table: bool
     stack: str
-    """List of the blocks."""
+    """Module that lists the blocks."""
     attention: str
     operands: tuple[str, str, str]
-    """Query, key and value, in the attention."""
+    """Query, key and value layers, inside the attention."""
     output: str
     norms: tuple[str, str]
     """After the attention and after the block's linear layers."""
     linears: tuple[str, str]
     """The linear layers after the attention."""
     additions: tuple[str, str]
-    """Where the two residual additions are made: what the names of their points begin with."""
+    """Prefixes of the names of the points at the two residual additions."""
     head: Mapping[str, tuple[str, ...]]
-    """Layers after the encoder for each task; the last one gives the logits."""
+    """Layers after the encoder for each task; the last one computes the logits."""
     padding: int | None = None
-    """Positions start after the padding token's id, of which this is the default."""
+    """Default id of the padding token, after which positions start; None: positions start at 0."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -100,13 +101,13 @@ class Encoder:
         return ("input_ids", "attention_mask", *(("token_type_ids",) if self.types else ()))
 
     def signature(self, config: dict[str, Any]) -> tuple[Input, ...]:
-        """The same inputs with their axes and types."""
+        """Inputs of the exported graph with their axes and types."""
         return token_inputs(self.inputs)
 
     def describe(
         self, config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head = CAUSAL_LM
     ) -> Architecture:
-        """The architecture of a checkpoint with the head of a task; its tensors are checked against it."""
+        """Architecture of a checkpoint with the head of a task, whose tensors are checked against it."""
         self._check_config(config, head)
         shapes = self._shapes(tensors)
         labels = self.labels(config, tensors, head)
@@ -131,27 +132,27 @@ class Encoder:
         )
 
     def positions(self, config: dict[str, Any]) -> int:
-        """Most tokens of a sequence."""
+        """Largest number of tokens in a sequence."""
         first = 0 if self.padding is None else config.get("pad_token_id", self.padding) + 1
         return config["max_position_embeddings"] - first
 
     def labels(
         self, config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head
     ) -> tuple[str, ...]:
-        """Names of the logits: those of the task, or else those of config.json."""
+        """Names of the logits: the task's, or else those of config.json."""
         last = self._shapes(tensors).get(f"{self.head[head.task][-1]}.weight")
         return labels_of(config, last[0] if last else None, head)
 
     def task_config(
         self, config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head
     ) -> dict[str, Any]:
-        """config.json of the task's model: its class, its labels, and what its loss is."""
+        """config.json of the task's model: its class, labels and problem type."""
         labels = self.labels(config, tensors, head)
         return config_of(config, self.title + CLASSES[head.task], labels, head)
 
     @property
     def depth(self) -> Depth:
-        """Where the blocks are."""
+        """Location of the blocks."""
         names = rf"(?:{self.family}\.)?{re.escape(self.stack)}\."
         return Depth(self.blocks, f"{self.family}.{self.stack}", names)
 
@@ -173,7 +174,7 @@ class Encoder:
             )
 
     def _check_padding(self, config: dict[str, Any]) -> None:
-        """Refuse a padding id that is not a row of the table. Without one nothing is a padding row; a family
+        """Refuse a padding id that is not a row of the table. Without an id there is no padding row; a family
         whose positions are counted from it needs one.
         """
         number, rows = config.get("pad_token_id", self.padding or 0), config["vocab_size"]
@@ -188,7 +189,7 @@ class Encoder:
             )
 
     def _shapes(self, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Shapes:
-        """Shapes by names without the prefix; norms of the first BERTs are called gamma and beta."""
+        """Shapes by names without the prefix; the first BERTs call a norm's tensors gamma and beta."""
         ends = {"gamma": "weight", "beta": "bias"}
         return {
             re.sub(r"(?<=\.LayerNorm\.)(gamma|beta)$", lambda end: ends[end[0]], self._bare(name)): shape
@@ -243,7 +244,9 @@ class Encoder:
     def _check_shapes(
         self, layers: list[Layer], norms: list[str], shapes: Shapes, task: str
     ) -> tuple[str, ...]:
-        """Refuse a checkpoint that is not this model's; returns the tensors of the head that it lacks."""
+        """Refuse a checkpoint whose tensors do not fit this model; returns the missing tensors of the
+        head.
+        """
         expected: Shapes = {}
         for layer in layers:
             expected[f"{layer.name}.weight"] = (layer.out_features, layer.in_features)
@@ -257,8 +260,8 @@ class Encoder:
             if self._bare(f"{layer}.weight") not in shapes and self._bare(f"{layer}.bias") not in shapes
             for part in ("weight", "bias")
         )
-        found = {name: shapes[self._bare(name)] for name in expected if self._bare(name) in shapes}
-        check_shapes(expected, found, new)
+        present = {name: shapes[self._bare(name)] for name in expected if self._bare(name) in shapes}
+        check_shapes(expected, present, new)
         own = set(map(self._bare, expected))
         check_leftover(name for name in shapes if name.startswith(f"{self.stack}.") and name not in own)
         return new

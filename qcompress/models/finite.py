@@ -1,4 +1,4 @@
-"""A float model whose tensors are numbers: NaN, infinity and negative variances are named where they lie."""
+"""Check of a float model for NaN, infinity and negative variances."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SHOWN = 3
-"""Tensors that a message names."""
+"""Number of tensors in a message."""
 
 
 def demand_finite(model: nn.Module, source: Path) -> None:
-    """Raise ModelError where a parameter or a statistic of a loaded model is not a number. Weights of other
-    heads, which the model does not have, are not looked at.
+    """Raise ModelError if a parameter or a statistic of a loaded model is not finite, or a variance is
+    negative. Checkpoint tensors of other heads, which the model does not have, are not checked.
     """
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -43,7 +43,7 @@ def demand_finite(model: nn.Module, source: Path) -> None:
 
 
 def _place(name: str, tensor: Tensor, wrong: Tensor) -> str:
-    """One tensor: how many values, and where the first one is."""
+    """Description of one tensor: number of wrong values, and index of the first."""
     first = wrong.nonzero()[0].tolist()
     count = int(wrong.sum())
     return f"{name} has {count} of {tensor.numel()}, the first at {first} ({float(tensor[tuple(first)]):g})"

@@ -1,12 +1,12 @@
 """GPT-2 and DistilGPT-2: a decoder that continues text, with learned positions.
 
-Torch and transformers are imported only where a model is made.
+Torch and transformers are imported only inside functions that make a model.
 
 Layers (Conv1D stores [in, out]): per block `attn.c_attn` (fused Q, K, V), `attn.c_proj`, `mlp.c_fc`,
 `mlp.c_proj`; the tables `transformer.wte` and `transformer.wpe`; `lm_head`, usually tied to `wte`.
-Rescaling sites: the norms ln_1 -> c_attn and ln_2 -> c_fc, and the values, which are the last third of
-c_attn's outputs -> attn.c_proj. Not foldable: mlp.c_proj (a GELU in between) and lm_head (the table is shared
-with wte). Points: the operands of both attention matmuls; the residual stream has none.
+Rescaling sites: the norms ln_1 -> c_attn and ln_2 -> c_fc, and the values (the last third of c_attn's
+outputs) -> attn.c_proj. Not foldable: mlp.c_proj (a GELU in between) and lm_head (the table is shared with
+wte). Quantization points: the operands of both attention matmuls; the residual stream has none.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ TASKS = ("causal-lm",)
 def describe(
     config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head = CAUSAL_LM
 ) -> Architecture:
-    """The architecture of a checkpoint; its tensors are checked against its config.
+    """Architecture of a checkpoint, whose tensors are checked against its config.
 
-    Checkpoints of `GPT2Model` (names without `transformer.`, no head: the hub's openai-community/gpt2) and of
-    `GPT2LMHeadModel` are both accepted.
+    Accepts checkpoints of `GPT2Model` (names without `transformer.`, no head: the hub's
+    openai-community/gpt2) and of `GPT2LMHeadModel`.
     """
     check_config(config, "gpt2", TASKS, head, CONFIG_KEYS)
     width, vocabulary, context = config["n_embd"], config["vocab_size"], config["n_positions"]
@@ -121,11 +121,11 @@ def _check_shapes(layers: list[Layer], blocks: int, shapes: dict[str, tuple[int,
         expected = (layer.in_features, layer.out_features)
         if layer.kind != "linear":
             expected = expected[::-1]
-        found = shapes.get(f"{layer.name.removeprefix('transformer.')}.weight")
-        if found != expected:
+        shape = shapes.get(f"{layer.name.removeprefix('transformer.')}.weight")
+        if shape != expected:
             raise ModelError(
                 f"{layer.name}.weight: config.json asks for shape {list(expected)}, the checkpoint has "
-                f"{list(found) if found else 'no such tensor'}",
+                f"{list(shape) if shape else 'no such tensor'}",
                 fix="take config.json and model.safetensors from the same checkpoint",
             )
     parts = [layer.name.removeprefix("transformer.") for layer in layers if layer.kind == "linear"]
@@ -137,7 +137,7 @@ def _check_shapes(layers: list[Layer], blocks: int, shapes: dict[str, tuple[int,
 
 
 BUFFERS = (".attn.bias", ".attn.masked_bias")
-"""How the names of masks end, which old checkpoints hold."""
+"""Suffixes of mask tensors in old checkpoints."""
 
 DEPTH = Depth(
     "n_layer", "transformer.h", r"(?:transformer\.)?h\.", BUFFERS, ("scale_attn_by_inverse_layer_idx",)
@@ -150,38 +150,39 @@ LINEAR_AXIS = 1
 """Output channels of a linear layer's weight: Conv1D stores [in, out]."""
 
 CAUSAL = True
-"""A token sees only those before it."""
+"""A token attends only to earlier tokens and itself."""
 
 
 def cache_layout(config: dict[str, Any]) -> CacheLayout:
-    """What a key-value cache of this checkpoint holds."""
+    """Layout of a key-value cache of this checkpoint."""
     heads = config.get("n_head", 12)  # transformers' default
     attentions = tuple(f"transformer.h.{index}.attn" for index in range(config["n_layer"]))
     return CacheLayout(attentions, heads, config["n_embd"] // heads)
 
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
-"""Inputs of the exported graph, each int64 [batch, sequence]. GPT-2 without a mask would export the detection
-of packed sequences instead."""
+"""Inputs of the exported graph, each int64 [batch, sequence]. Without a mask, GPT-2 would export its
+detection of packed sequences instead.
+"""
 
 
 def signature(config: dict[str, Any]) -> tuple[Input, ...]:
-    """The same inputs with their axes and types."""
+    """Inputs of the exported graph with their axes and types."""
     return token_inputs(INPUTS)
 
 
 def load_float(source: Path, directory: Path | None = None) -> GPT2LMHeadModel:
-    """The stock model in fp32, in evaluation mode, from safetensors in a local directory.
+    """Load the stock model in fp32, in evaluation mode, from safetensors in a local directory.
 
-    transformers fills missing tensors at random and unties a head that differs from its table; both would be
-    another model than the one that `describe` described, so both are refused. `directory`, the load stage's
-    folder, has the same config.json.
+    transformers initializes missing tensors at random and unties a head that differs from its table; both
+    would change the model that `describe` described, so both raise ModelError. `directory`: the load stage's
+    folder, which has a copy of config.json.
     """
     config = stock_config(directory or source)
-    model, found = stock_model(
+    model, loading_info = stock_model(
         "GPT2LMHeadModel", source, directory or source, config, attn_implementation="eager"
     )
-    if missing := lacking(found["missing_keys"], model, DEPTH):
+    if missing := lacking(loading_info["missing_keys"], model, DEPTH):
         raise ModelError(
             f"{source}: the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)",
             fix="take config.json and model.safetensors from the same checkpoint",
@@ -198,21 +199,21 @@ def load_float(source: Path, directory: Path | None = None) -> GPT2LMHeadModel:
 
 
 def empty(directory: Path) -> GPT2LMHeadModel:
-    """The stock model of a config.json with unset weights, to be filled by the caller."""
+    """Stock model of a config.json with unset weights, to be filled by the caller."""
     import torch
     from transformers import GPT2LMHeadModel
 
     config = stock_config(directory)
     config._attn_implementation = "eager"
     config.use_cache = False
-    with torch.device("meta"), reading(directory / "config.json", "transformers makes no model of it"):
+    with torch.device("meta"), reading(directory / "config.json", "transformers cannot make a model from it"):
         model = GPT2LMHeadModel(config)
     share_parameters(model, DEPTH)
     return model.eval()
 
 
 def tie(model: GPT2LMHeadModel) -> None:
-    """Share what is float and was set after construction; quantized layers share by themselves."""
+    """Share float tensors that were set after construction; quantized layers share by themselves."""
     from torch.nn import Embedding
 
     share_parameters(model, DEPTH)
@@ -221,14 +222,14 @@ def tie(model: GPT2LMHeadModel) -> None:
 
 
 def install_points(model: GPT2LMHeadModel, points: Mapping[str, nn.Module]) -> None:
-    """Put modules at points, by name: each is called with what it may round."""
+    """Install quantization points by name; each module receives the activation to quantize."""
     from qcompress.models.attention import open_attention
 
     if points:
         open_attention(model)
     for name, module in points.items():
-        place, _, child = name.rpartition(".")
-        setattr(model.get_submodule(place), child, module)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
 
 
 def graph_inputs(input_ids: Tensor, attention_mask: Tensor | None = None, past: int = 0) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Stock transformers models of the families with labels, of text and of images.
+"""Loader of stock transformers models for the families with labels, of text and of images.
 
 Torch and transformers are imported inside the functions: the table of families is read without them.
 """
@@ -27,26 +27,29 @@ AUTO = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
-"""What makes the models of a task in transformers."""
+"""transformers' auto class for each task."""
 
 
 @dataclass(frozen=True)
 class Maker:
-    """What makes stock models: names of classes, as `architectures` of a config.json has them, and the auto
-    class of transformers that each is made by.
+    """Constructor of stock models: maps class names, as in `architectures` of a config.json, to
+    transformers' auto classes.
     """
 
     autos: Mapping[str, str]
 
     def of(self, directory: Path) -> tuple[Any, Any]:
-        """The config of a directory, and what makes a stock model of its class."""
+        """Config of a directory, and the auto class that makes its stock model. Raises ModelError for
+        another class.
+        """
         import transformers
 
         named = (read_config(directory).get("architectures") or [None])[0]
         if named not in self.autos:
             raise ModelError(
-                f"{directory}: config.json names the class {named}, which is none of {', '.join(self.autos)}",
-                fix="load it through a recipe, whose task names the class",
+                f"{directory}: config.json names the class {named}, which is not one of "
+                f"{', '.join(self.autos)}",
+                fix="load it through a recipe, whose task selects the class",
             )
         return stock_config(directory), getattr(transformers, self.autos[named])
 
@@ -54,18 +57,20 @@ class Maker:
 def load_model(
     maker: Maker, source: Path, directory: Path | None = None, depth: Depth | None = None
 ) -> PreTrainedModel:
-    """The stock model of a task in fp32, in evaluation mode, from safetensors in a local directory.
+    """Load the stock model of a task in fp32, in evaluation mode, from safetensors in a local directory.
 
-    `directory` is the load stage's folder: its config.json names the task, and its float.json the seed of
-    a new head. transformers fills missing tensors at random; anything but the new head, and what blocks share
-    (`depth` says where they are), is refused.
+    `directory` is the load stage's folder: its config.json names the task, and its float.json the seed of a
+    new head. transformers initializes missing tensors at random; missing tensors raise ModelError, except
+    those of the new head and those that blocks share (located by `depth`).
     """
-    place = directory or source
-    config, _ = maker.of(place)
-    file = place / "float.json"
+    folder = directory or source
+    config, _ = maker.of(folder)
+    file = folder / "float.json"
     new = json.loads(file.read_text(encoding="utf-8")).get("new_head") if file.is_file() else None
-    model, found = stock_model(config.architectures[0], source, place, config, attn_implementation="eager")
-    missing = sorted(set(found["missing_keys"]) - set(new["tensors"] if new else ()))
+    model, loading_info = stock_model(
+        config.architectures[0], source, folder, config, attn_implementation="eager"
+    )
+    missing = sorted(set(loading_info["missing_keys"]) - set(new["tensors"] if new else ()))
     if depth is not None:
         missing = lacking(missing, model, depth)
     if missing:
@@ -82,11 +87,11 @@ def load_model(
 
 
 def empty_model(maker: Maker, directory: Path, depth: Depth | None = None) -> PreTrainedModel:
-    """The stock model of a config.json with unset weights; buffers are unset as well."""
+    """Stock model of a config.json with unset weights and buffers."""
     import torch
 
     config, stock = maker.of(directory)
-    with torch.device("meta"), reading(directory / "config.json", "transformers makes no model of it"):
+    with torch.device("meta"), reading(directory / "config.json", "transformers cannot make a model from it"):
         model = stock.from_config(config, attn_implementation="eager").eval()
     if depth is not None:
         share_parameters(model, depth)
@@ -94,30 +99,30 @@ def empty_model(maker: Maker, directory: Path, depth: Depth | None = None) -> Pr
 
 
 def put_points(model: nn.Module, points: Mapping[str, nn.Module]) -> None:
-    """Put modules at points, by name: each is called with what it may round."""
+    """Install quantization points by name; each module receives the activation to quantize."""
     from qcompress.models.attention import open_attention
     from qcompress.models.residual import open_additions
 
     if any(name.endswith(OPERANDS) for name in points):
         open_attention(model)
     for name, module in points.items():
-        place, _, child = name.rpartition(".")
+        parent, _, child = name.rpartition(".")
         if child not in OPERANDS:
-            above, _, own = place.rpartition(".")
-            opened = open_additions(model.get_submodule(place))
-            setattr(model.get_submodule(above), own, opened)
-        setattr(model.get_submodule(place), child, module)
+            above, _, attribute = parent.rpartition(".")
+            opened = open_additions(model.get_submodule(parent))
+            setattr(model.get_submodule(above), attribute, opened)
+        setattr(model.get_submodule(parent), child, module)
 
 
 @dataclass(frozen=True)
 class Stock:
-    """Makes the models of one family of encoders of text."""
+    """Loader of the models of one family of text encoders."""
 
     names: Encoder
 
     @property
     def maker(self) -> Maker:
-        """By the classes of the family's tasks."""
+        """Constructor for the classes of the family's tasks."""
         return Maker({self.names.title + end: AUTO[task] for task, end in CLASSES.items()})
 
     def graph_inputs(
@@ -134,11 +139,11 @@ class Stock:
         return inputs
 
     def load_float(self, source: Path, directory: Path | None = None) -> PreTrainedModel:
-        """The stock model of a task, see `load_model`."""
+        """Load the stock model of a task; see `load_model`."""
         return load_model(self.maker, source, directory, self.names.depth)
 
     def empty(self, directory: Path) -> PreTrainedModel:
-        """The stock model of a config.json with unset weights, to be filled by the caller."""
+        """Stock model of a config.json with unset weights, to be filled by the caller."""
         import torch
 
         model = empty_model(self.maker, directory, self.names.depth)
@@ -150,17 +155,17 @@ class Stock:
         return model
 
     def tie(self, model: nn.Module) -> None:
-        """Share what is float and was set after construction."""
+        """Share float tensors that were set after construction."""
         share_parameters(model, self.names.depth)
 
     def install_points(self, model: nn.Module, points: Mapping[str, nn.Module]) -> None:
-        """Put modules at points, by name: each is called with what it may round."""
+        """Install quantization points by name; each module receives the activation to quantize."""
         put_points(model, points)
 
 
 def _draw(model: nn.Module, names: list[str], seed: int) -> None:
-    """Give tensors their starting values: weights from N(0, initializer_range), biases 0, as stock models
-    do, but as a function of the seed alone.
+    """Initialize tensors as stock models do, weights from N(0, initializer_range) and biases with 0, but
+    from the seed alone.
     """
     import torch
 

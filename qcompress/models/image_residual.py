@@ -1,8 +1,9 @@
-"""Residual additions of transformers' convolutional nets whose two inputs can be rounded.
+"""Replacements of transformers' convolutional residual modules, with quantization points at both inputs of
+the addition.
 
-What comes out of the convolutions is the *branch*, what comes past them the *skip*. The stock modules add
-inside their `forward`, where no hook reaches, so a module with points is replaced by one of these. They keep
-the children of the module that they replace, and so the names of its parameters.
+The output of the convolutions is the *branch*, the input that bypasses them the *skip*. The stock modules add
+inside their `forward`, which hooks cannot reach, so a module with points is replaced by one of these. A
+replacement keeps the children of the stock module, and so the names of its parameters.
 
 Shapes: [batch, channels, height, width] throughout.
 """
@@ -42,7 +43,7 @@ class RoundedProjection(nn.Module):
 
 
 def open_addition(stock: nn.Module) -> nn.Module:
-    """The module that has points and adds as `stock` does; `stock` itself if it already has them."""
+    """Replacement of `stock` with quantization points; `stock` itself if it already has them."""
     if isinstance(stock, RoundedResidual | RoundedProjection):
         return stock
     return (

@@ -1,10 +1,11 @@
-"""Which blocks a model has: some of a checkpoint's, and which of them share their weights. No torch above.
+"""Selection of a checkpoint's blocks, and weight sharing among blocks. Torch is imported only for type
+checking.
 
     [0, 2, 4]       three blocks of a checkpoint: a shallower model
-    [0, 0, 2, 2]    four blocks, of which the first two share their weights, and the last two
+    [0, 0, 2, 2]    four blocks; the first two share their weights, and so do the last two
 
-A model with shared weights has a list of its own in config.json, `shared_blocks`: for each block the first
-one with the same weights. Its checkpoint holds the tensors of those first ones alone.
+A model with shared weights has a list in config.json, `shared_blocks`: for each block the first one with
+equal weights. Its checkpoint holds the tensors of those first blocks alone.
 
 Source: Quant-Noise (arXiv:2004.07320) makes its smallest models by sharing the weights of adjacent layers in
 pairs and by dropping every other layer of a model that was trained with LayerDrop (arXiv:1909.11556, section
@@ -26,69 +27,69 @@ if TYPE_CHECKING:
     from torch import nn
 
 SHARED = "shared_blocks"
-"""Key of config.json: for each block the first one that has the same weights."""
+"""Key of config.json: for each block, the first block that shares its weights."""
 
 Blocks = Literal["every-other", "pairs"] | Sequence[int]
-"""every-other: the first, third ... of the blocks that have weights of their own, each as often as it is
-used; pairs: as many blocks as before, of which two and two share the weights of the first; or numbers of
-blocks, from 0."""
+"""every-other: the first, third ... of the blocks that own their weights, each as often as it is used; pairs:
+as many blocks as before, in pairs that share the weights of the first; or indices of blocks, from 0.
+"""
 
 Names = Callable[[str], str | None]
-"""What a tensor of the old model is called in the new one; None: it has no place there."""
+"""Function from a tensor's old name to its new one; None: the new model lacks it."""
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
 class Depth:
-    """Where a family's blocks are, all of which have one shape."""
+    """Location of a family's blocks, which all have one shape."""
 
     key: str
-    """Key of config.json that counts them."""
+    """Key of config.json that counts the blocks."""
     stack: str
     """Module that lists them."""
     names: str
-    """Pattern of what stands before a block's number in the names of a checkpoint's tensors."""
+    """Pattern of the prefix before a block's number in tensor names of a checkpoint."""
     buffers: tuple[str, ...] = ()
-    """How the names of tensors end that old checkpoints have, and no parameter is."""
+    """Suffixes of tensors in old checkpoints that are not parameters."""
     placed: tuple[str, ...] = ()
-    """Keys of config.json that, where they are true, make what a block computes depend on its place."""
+    """Keys of config.json that, if true, make a block's function depend on its index."""
 
     def split(self, name: str) -> tuple[str, int, str] | None:
-        """What stands before the number of a block in a tensor's name, the number, and what follows."""
-        found = re.match(rf"({self.names})(\d+)(\..*)$", name)
-        return (found[1], int(found[2]), found[3]) if found else None
+        """Prefix, block number and suffix of a tensor's name; None outside the blocks."""
+        match = re.match(rf"({self.names})(\d+)(\..*)$", name)
+        return (match[1], int(match[2]), match[3]) if match else None
 
 
 class BlocksError(ModelError):
-    """Blocks that a model has not."""
+    """A selection of blocks that the model does not have."""
 
 
 def choose(config: dict[str, Any], depth: Depth, blocks: Blocks) -> tuple[dict[str, Any], Names]:
-    """The config of a model of these blocks, and the names of its tensors. Raises BlocksError for a block
-    that the checkpoint has not.
+    """Config of a model with these blocks, and the function to its tensor names. Raises BlocksError for a
+    block that the checkpoint does not have.
     """
     count = config[depth.key]
     shared = owners(config, depth)
     numbers = _numbers(blocks, shared)
     wrong = sorted({number for number in numbers if not 0 <= number < count})
     if wrong or not numbers:
-        what = f"block {wrong[0]}" if wrong else "no block"
+        named = f"block {wrong[0]}" if wrong else "no block"
         raise BlocksError(
-            f"names {what}, and the checkpoint has {count}", fix=f"write numbers from 0 to {count - 1}"
+            f"names {named}, and the checkpoint has {count}", fix=f"write numbers from 0 to {count - 1}"
         )
     placed = next((key for key in depth.placed if config.get(key)), None)
     if placed and numbers != list(range(len(numbers))):
         raise BlocksError(
-            f"moves blocks, and with {placed} in config.json what a block computes depends on its place",
+            f"moves blocks, and with {placed} in config.json a block's function depends on its index",
             fix="keep the first blocks, such as [0, 1]",
         )
     used = [shared[number] for number in numbers]
     first = {number: used.index(number) for number in used}
-    own = [first[number] for number in used]
+    new_owners = [first[number] for number in used]
     new = {key: value for key, value in config.items() if key != SHARED} | {depth.key: len(used)}
-    if own != list(range(len(used))):
-        new[SHARED] = own
+    if new_owners != list(range(len(used))):
+        new[SHARED] = new_owners
 
     def names(name: str) -> str | None:
         parts = depth.split(name)
@@ -110,28 +111,28 @@ def _numbers(blocks: Blocks, shared: Sequence[int]) -> list[int]:
 
 
 def owners(config: dict[str, Any], depth: Depth) -> list[int]:
-    """For each block the first one with the same weights; its own number where it shares none. Raises
-    ModelError where config.json names others.
+    """For each block, the first one that shares its weights, or its own number. Raises ModelError for an
+    invalid list in config.json.
     """
     count = config[depth.key]
     if type(count) is not int:
         raise ModelError(f"config.json: {depth.key} must be an integer, found {count!r}")
-    found = config[SHARED] if SHARED in config else list(range(count))
-    right = isinstance(found, list) and len(found) == count
-    if not right or any(
-        type(owner) is not int or not 0 <= owner <= number or found[owner] != owner
-        for number, owner in enumerate(found)
+    listed = config[SHARED] if SHARED in config else list(range(count))
+    has_length = isinstance(listed, list) and len(listed) == count
+    if not has_length or any(
+        type(owner) is not int or not 0 <= owner <= number or listed[owner] != owner
+        for number, owner in enumerate(listed)
     ):
         raise ModelError(
             f"config.json: {SHARED} must name for each of {count} blocks the first one with the same "
-            f"weights, found {found!r}",
+            f"weights, found {listed!r}",
             fix="mend it, or drop it where every block has weights of its own",
         )
-    return found
+    return listed
 
 
 def lent_prefixes(config: dict[str, Any], depth: Depth) -> dict[str, str]:
-    """How the names in a block begin that has another one's weights, and how those of the other one do."""
+    """Map of name prefixes of blocks with shared weights to the prefix of the owning block."""
     return {
         f"{depth.stack}.{number}.": f"{depth.stack}.{owner}."
         for number, owner in enumerate(owners(config, depth))
@@ -140,25 +141,26 @@ def lent_prefixes(config: dict[str, Any], depth: Depth) -> dict[str, str]:
 
 
 def with_shared(tensors: Tensors, config: dict[str, Any], depth: Depth) -> Tensors:
-    """Tensors of a checkpoint by every name under which the model has them."""
+    """Tensors of a checkpoint under every name that the model has for them."""
     shared = owners(config, depth)
-    found = dict(tensors)
+    expanded = dict(tensors)
     for name, value in tensors.items():
         parts = depth.split(name)
         if parts is not None:
-            before, own, after = parts
-            found |= {
+            before, block, after = parts
+            expanded |= {
                 f"{before}{number}{after}": value
                 for number, owner in enumerate(shared)
-                if owner == own and number != own
+                if owner == block and number != block
             }
-    return found
+    return expanded
 
 
 def share(architecture: Architecture, tensors: Tensors, config: dict[str, Any], depth: Depth) -> Architecture:
-    """The architecture with the layers of a block tied to those of the first one with the same weights.
+    """Tie the layers of each block with shared weights to those of its owning block.
 
-    Nothing can be rescaled there: a factor that fits one block's activations would be another block's too.
+    Shared blocks have no rescaling sites: a factor that fits one block's activations would apply to the other
+    blocks too.
     """
     shared = owners(config, depth)
     ties = lent_prefixes(config, depth)
@@ -182,21 +184,21 @@ def share(architecture: Architecture, tensors: Tensors, config: dict[str, Any], 
 
 
 def lent(model: nn.Module) -> dict[int, int]:
-    """The blocks of a stock model that have another one's weights, and whose."""
+    """Map of shared block index -> owning block index."""
     shared = getattr(model.config, SHARED, None) or ()
     return {number: owner for number, owner in enumerate(shared) if owner != number}
 
 
 def lacking(missing: Iterable[str], model: nn.Module, depth: Depth) -> list[str]:
-    """Of the tensors that a checkpoint lacks those that no other block of the model has."""
+    """Missing tensors of a checkpoint, without those of shared blocks."""
     blocks = tuple(f"{depth.stack}.{number}." for number in lent(model))
     return sorted(name for name in missing if not name.startswith(blocks))
 
 
 def share_parameters(model: nn.Module, depth: Depth) -> None:
-    """Give a block the parameters of the first one with the same weights, as far as both still have them."""
+    """Give shared blocks the parameters of their owning block, as far as both still have them."""
     blocks = model.get_submodule(depth.stack)
     for number, owner in lent(model).items():
         for name, parameter in blocks[owner].named_parameters():
-            place, _, own = name.rpartition(".")
-            setattr(blocks[number].get_submodule(place), own, parameter)
+            parent, _, attribute = name.rpartition(".")
+            setattr(blocks[number].get_submodule(parent), attribute, parameter)

@@ -1,7 +1,8 @@
-"""The only place where transformers gets weights and configs: exactly those that were looked at and hashed.
+"""The only module where transformers reads weights and configs: exactly the files that were checked and
+hashed.
 
-transformers chooses files by itself: a single file before an index, what `transformers_weights` or
-`configuration_files` of config.json name, an adapter, a generation config. Here it is given the tensors of
+transformers selects files by itself: a single file before an index, the files in `transformers_weights` or
+`configuration_files` of config.json, an adapter, a generation config. This module passes it the tensors of
 `weight_files` and the values of `read_config`, and never a directory.
 
 Its exceptions, and those of huggingface_hub, tokenizers and safetensors, become one sentence that names the
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 SHOWN = 300
-"""Characters of a library's message."""
+"""Characters of a library's message that are shown."""
 
 
 @dataclass(frozen=True)
 class reading:  # noqa: N801
-    """Inside, an exception about the content of `what` is a ModelError: "{what}: {task} ({exception})".
+    """Context manager in which an exception about the content of `what` becomes a ModelError: "{what}: {task}
+    ({exception})".
 
-    Libraries raise everything there is, bare Exception and Rust's panics (a BaseException) too. Those about
-    the machine pass: memory, packages, the file system, an interrupt.
+    Libraries raise any exception, including bare Exception and Rust's panics (a BaseException). Exceptions
+    about the machine pass unchanged: memory, packages, the file system, an interrupt.
     """
 
     what: Path
@@ -52,7 +54,7 @@ class reading:  # noqa: N801
 
 def _is_about_content(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno is None  # transformers' own; those of the system have a number
+        return error.errno is None  # raised by transformers; the system's errors have a number
     if isinstance(error, RuntimeError) and "alloc" in str(error):
         return False
     if isinstance(error, QcompressError | MemoryError | ImportError):
@@ -61,17 +63,17 @@ def _is_about_content(error: BaseException) -> bool:
 
 
 def stock_config(directory: Path) -> PreTrainedConfig:
-    """The config of a checkpoint, from the values of its config.json."""
+    """transformers' config of a checkpoint, from the values of its config.json."""
     from transformers import CONFIG_MAPPING
 
     values = read_config(directory)
-    with reading(directory / "config.json", "transformers makes no config of it"):
+    with reading(directory / "config.json", "transformers cannot make a config from it"):
         return CONFIG_MAPPING[values["model_type"]].from_dict(values)
 
 
 def hashed_files(source: Path, directory: Path) -> list[Path]:
-    """Safetensors files of the checkpoint `source`. Raises ModelError for one that is not the file whose
-    digest float.json in the load stage's folder `directory` has.
+    """Safetensors files of the checkpoint `source`. Raises ModelError if a file differs from its digest in
+    float.json of the load stage's folder `directory`.
     """
     recorded, files = directory / "float.json", weight_files(source)
     digests = read_json(recorded).get("files", {}) if source != directory and recorded.is_file() else {}
@@ -87,8 +89,8 @@ def hashed_files(source: Path, directory: Path) -> list[Path]:
 def stock_model(
     named: str, source: Path, directory: Path, config: PreTrainedConfig, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model of a class of transformers in fp32, with the weights of a checkpoint, and what
-    transformers says about the tensors that it found and missed. `directory`: see `hashed_files`.
+    """Load a model of a transformers class in fp32 with the weights of a checkpoint; also returns
+    transformers' report of missing and unexpected tensors. `directory`: see `hashed_files`.
     """
     import transformers
     from safetensors import safe_open
@@ -97,9 +99,9 @@ def stock_model(
     maker = getattr(transformers, named)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it lists tensors of other heads, and those that blocks share
+    logging.set_verbosity_error()  # its warnings list tensors of other heads, and of shared blocks
     try:
-        with ExitStack() as stack, reading(source, "transformers makes no model of it"):
+        with ExitStack() as stack, reading(source, "transformers cannot make a model from it"):
             files = [
                 stack.enter_context(safe_open(file, framework="pt", device="cpu"))
                 for file in hashed_files(source, directory)

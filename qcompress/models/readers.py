@@ -1,6 +1,6 @@
-"""Files of a checkpoint that make text or images the model's inputs: a tokenizer's, or an image processor's.
+"""Checks of a checkpoint's tokenizer or image processor files.
 
-They are looked at without transformers, so that a recipe can be refused before anything is loaded. No torch.
+They run without transformers, so that a recipe can be refused before anything is loaded. No torch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ TOKENIZER_FILES = (
 )
 
 READER_FILES = (*TOKENIZER_FILES, PROCESSOR)
-"""Files of a checkpoint that say how text or images become the model's inputs."""
+"""Files of a checkpoint that define how text or images become the model's inputs."""
 
 WORDPIECE = ("bert", "distilbert")
 """Families whose tokenizer transformers makes from vocab.txt alone."""
 
 TOKENIZER_CHOOSERS = {
-    "auto_map": "the tokenizer is made by code of the checkpoint, which is never run",
+    "auto_map": "it selects tokenizer code of the checkpoint, which is never run",
     "fast_tokenizer_files": "it names other files in the place of tokenizer.json",
     **dict.fromkeys(
         ("vocab_file", "merges_file", "spm_file", "gguf_file"),
@@ -40,18 +40,18 @@ TOKENIZER_CHOOSERS = {
     ),
     "init_inputs": "it gives other arguments than the tokenizer's files",
 }
-"""Keys of a tokenizer_config.json that make transformers load something else."""
+"""Keys of a tokenizer_config.json that make transformers load other files or code, and their effect."""
 
 WHOLE_PROCESSOR = "processor_config.json"
-"""Where transformers looks for an image processor first."""
+"""File where transformers looks for an image processor first."""
 
 SAY_IT = "write `mean`, `std` and `size` under `task`"
 
 
 def check_reader(family: str, directory: Path, processor: dict[str, Any] | None = None) -> None:
-    """Raise ModelError for a checkpoint that does not say how its inputs are made.
+    """Raise ModelError for a checkpoint without a valid tokenizer or image processor.
 
-    `processor`: a preprocessor_config.json of the recipe's own, in the place of the checkpoint's.
+    `processor`: the recipe's preprocessor_config.json, which replaces the checkpoint's.
     """
     if PIXELS in FAMILIES[family].INPUTS:
         _check_processor(family, directory, processor)
@@ -69,30 +69,30 @@ def check_reader(family: str, directory: Path, processor: dict[str, Any] | None 
 
 def _check_tokenizer_config(file: Path) -> None:
     config = read_object(file) if file.exists() else {}
-    for key, why in TOKENIZER_CHOOSERS.items():
+    for key, effect in TOKENIZER_CHOOSERS.items():
         if config.get(key):
             raise ModelError(
-                f"{file} has {key} ({config[key]!r:.60}): {why}",
+                f"{file} has {key} ({config[key]!r:.60}): {effect}",
                 fix=f"remove {key}, where tokenizer.json is the tokenizer",
             )
 
 
 def image_size(family: str, directory: Path, processor: dict[str, Any] | None) -> tuple[int, int]:
-    """Height and width that the model takes. Raises ModelError where nothing says it."""
+    """Height and width of the model's images. Raises ModelError if no file gives the size."""
     steps = read_steps(directory) if processor is None else processor
     height, width = graph_signature(FAMILIES[family], directory, steps)[0].axes[2:]
     return int(height), int(width)
 
 
 def keeps_size(directory: Path, processor: dict[str, Any] | None) -> bool:
-    """True where preparation leaves images as large as they are."""
+    """True if preprocessing does not change the size of images."""
     return not prepared_size(read_steps(directory) if processor is None else processor)
 
 
 def _check_processor(family: str, directory: Path, processor: dict[str, Any] | None) -> None:
     if processor is None and not (directory / PROCESSOR).is_file():
         raise ModelError(
-            f"{directory} holds no {PROCESSOR}, which says how images are prepared",
+            f"{directory} holds no {PROCESSOR}, the file with the preprocessing of images",
             fix=f"copy it beside the checkpoint, or {SAY_IT}",
         )
     steps = read_steps(directory) if processor is None else processor
@@ -122,7 +122,9 @@ def _check_processor(family: str, directory: Path, processor: dict[str, Any] | N
 
 
 def _check_choice(directory: Path, steps: dict[str, Any]) -> None:
-    """The preprocessor_config.json is the one that transformers would take, and has a type that it knows."""
+    """Refuse a preprocessor_config.json that transformers would not choose, or whose type it does not
+    know.
+    """
     whole = directory / WHOLE_PROCESSOR
     other = read_object(whole).get("image_processor") if whole.exists() else None
     if other and other != steps:
@@ -132,7 +134,7 @@ def _check_choice(directory: Path, steps: dict[str, Any]) -> None:
         )
     if steps.get("auto_map"):
         raise ModelError(
-            f"{PROCESSOR} has an auto_map: images are prepared by code of the checkpoint, which is never run",
+            f"{PROCESSOR} has an auto_map: it selects code of the checkpoint, which is never run",
             fix=f"remove it, or {SAY_IT}",
         )
     kinds = ((key, steps[key]) for key in KINDS if steps.get(key) is not None)
@@ -146,12 +148,12 @@ def _check_choice(directory: Path, steps: dict[str, Any]) -> None:
 
 
 def known_processors() -> frozenset[str]:
-    """Names of the image processors of the installed transformers, from the text of its tables: an import of
-    it takes seconds. Empty without transformers.
+    """Names of the image processors of the installed transformers, parsed from the source of its tables,
+    because importing it takes seconds. Empty without transformers.
     """
-    found = importlib.util.find_spec("transformers")
-    places = (found and found.submodule_search_locations) or ()
-    files = [Path(place) / "models" / "auto" / name for place in places for name in TABLES]
+    spec = importlib.util.find_spec("transformers")
+    folders = (spec and spec.submodule_search_locations) or ()
+    files = [Path(folder) / "models" / "auto" / name for folder in folders for name in TABLES]
     text = "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
     return frozenset(map(_of_no_backend, re.findall(r'"(?:pil|torchvision)": "(\w+)"', text)))
 
@@ -163,7 +165,7 @@ TABLES = ("auto_mappings.py", "image_processing_auto.py")
 
 
 def _of_no_backend(kind: str) -> str:
-    """The name of an image processor that stands for those of all backends.
+    """Name of an image processor without its backend.
 
     >>> _of_no_backend("ViTFeatureExtractor"), _of_no_backend("ViTImageProcessorFast")
     ('ViTImageProcessor', 'ViTImageProcessor')

@@ -1,9 +1,9 @@
-"""Residual additions whose two inputs can be rounded, in the place of the stock modules that add.
+"""Replacements of transformers' residual modules, with quantization points at both inputs of the addition.
 
-What comes out of the sublayer is the *branch*, what comes past it the *skip*: y = branch + skip, which BERT
-and its relatives norm at once and ViT in front of the next sublayer. The stock modules add inside their
-`forward`, where no hook reaches, so a module with points is replaced by one of these. They keep the children
-of the module that they replace, and so the names of its parameters.
+The output of the sublayer is the *branch*, the input that bypasses it the *skip*: y = branch + skip, which
+BERT and its relatives normalize at once and ViT before the next sublayer. The stock modules add inside their
+`forward`, which hooks cannot reach, so a module with points is replaced by one of these. A replacement keeps
+the children of the stock module, and so the names of its parameters.
 
 Shapes: [batch, tokens, width] throughout.
 """
@@ -30,7 +30,7 @@ class RoundedOutput(nn.Module):
 
 
 class RoundedBlock(TransformerBlock):
-    """DistilBERT's block, which makes both of its additions itself."""
+    """DistilBERT's block, which computes both of its additions itself."""
 
     def __init__(self, stock: TransformerBlock) -> None:
         nn.Module.__init__(self)
@@ -50,7 +50,7 @@ class RoundedBlock(TransformerBlock):
 
 
 class RoundedViTLayer(ViTLayer):
-    """ViT's block, which makes both of its additions itself, and norms before them."""
+    """ViT's block, which computes both of its additions itself, after its norms."""
 
     def __init__(self, stock: ViTLayer) -> None:
         nn.Module.__init__(self)
@@ -70,11 +70,11 @@ class RoundedViTLayer(ViTLayer):
 
 
 OPENED = {TransformerBlock: RoundedBlock, ViTLayer: RoundedViTLayer}
-"""Blocks that make their additions themselves, and what takes their place."""
+"""Blocks that compute their additions themselves, and their replacements."""
 
 
 def open_additions(parent: nn.Module) -> nn.Module:
-    """The module that has points and adds as `parent` does; `parent` itself if it already has them."""
+    """Replacement of `parent` with quantization points; `parent` itself if it already has them."""
     if isinstance(parent, RoundedOutput | RoundedBlock | RoundedViTLayer):
         return parent
     return OPENED.get(type(parent), RoundedOutput)(parent)

@@ -1,11 +1,11 @@
 """ResNet: a convolutional net that classifies images (He et al., arXiv:1512.03385).
 
-As transformers has it: ResNetForImageClassification.
+Follows transformers' ResNetForImageClassification.
 
-Convolutions in the order of the forward pass: the stem, then of each block its two (basic) or three
-(bottleneck) convolutions and the shortcut's, where it has one. Every one has a batch norm. Behind a ReLU,
-inputs are never negative: those of all convolutions but the stem, of the skip without a convolution, and of
-the classifier.
+Convolutions in the order of the forward pass: the stem, then the two (basic) or three (bottleneck)
+convolutions of each block and that of its shortcut, if it has one. Every convolution has a batch norm. Inputs
+after a ReLU are never negative: those of all convolutions but the stem, of the skip without a convolution,
+and of the classifier.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ DEFAULTS: dict[str, Any] = {
     "hidden_sizes": [256, 512, 1024, 2048],
     "depths": [3, 4, 6, 3],
 }
-"""Of transformers' ResNetConfig, for the keys that make the convolutions' shapes."""
+"""Defaults of transformers' ResNetConfig, for the keys that determine the convolutions' shapes."""
 
 REDUCTION = 4
-"""Channels of a bottleneck's outside to those of its inside."""
+"""Ratio of a bottleneck's outer to its inner channels."""
 
 
 def _outline(config: dict[str, Any]) -> Outline:
@@ -38,31 +38,33 @@ def _outline(config: dict[str, Any]) -> Outline:
     kind = config.get("layer_type", "bottleneck")
     if kind not in ("basic", "bottleneck") or len(sizes) != len(depths):
         raise ModelError(
-            f"config.json: layer_type {kind!r} with {len(sizes)} hidden_sizes and {len(depths)} depths is no "
-            "ResNet",
+            f"config.json: layer_type {kind!r} with {len(sizes)} hidden_sizes and {len(depths)} depths is "
+            "not a ResNet",
             fix="copy config.json again",
         )
-    made, positive = Outline(), _nonnegative(config)
+    outline, positive = Outline(), _nonnegative(config)
     stem = "resnet.embedder.embedder"
-    made.layers.append(_conv(stem, channels, width, 7, False))
+    outline.layers.append(_conv(stem, channels, width, 7, False))
     inputs = width
     for stage, (size, depth) in enumerate(zip(sizes, depths, strict=True)):
         for index in range(depth):
             block = f"resnet.encoder.stages.{stage}.layers.{index}"
-            made.blocks.append(block)
+            outline.blocks.append(block)
             down = index == 0 and (stage > 0 or config.get("downsample_in_first_stage", False))
             inner = size // REDUCTION
             shapes = [(inputs, inner, 1), (inner, inner, 3), (inner, size, 1)]
             if kind == "basic":
                 shapes = [(inputs, size, 3), (size, size, 3)]
-            for place, shape in enumerate(shapes):
-                made.layers.append(_conv(f"{block}.layer.{place}", *shape, positive if place == 0 else True))
+            for number, shape in enumerate(shapes):
+                outline.layers.append(
+                    _conv(f"{block}.layer.{number}", *shape, positive if number == 0 else True)
+                )
             projected = inputs != size or down
             if projected:
-                made.layers.append(_conv(f"{block}.shortcut", inputs, size, 1, positive))
-            made.addition(block, size, positive and not projected)
+                outline.layers.append(_conv(f"{block}.shortcut", inputs, size, 1, positive))
+            outline.addition(block, size, positive and not projected)
             inputs = size
-    return made
+    return outline
 
 
 def _conv(module: str, inputs: int, outputs: int, kernel: int, nonnegative: bool):
@@ -71,7 +73,9 @@ def _conv(module: str, inputs: int, outputs: int, kernel: int, nonnegative: bool
 
 
 def _nonnegative(config: dict[str, Any]) -> bool:
-    """What leaves a block has passed `hidden_act`; inside of a block it is always a ReLU."""
+    """True if outputs of a block, which pass `hidden_act`, are never negative; inside a block the
+    activation is always a ReLU.
+    """
     return config.get("hidden_act", "relu") == "relu"
 
 
@@ -98,7 +102,7 @@ graph_inputs, install_points = STOCK.graph_inputs, STOCK.install_points
 
 
 def shorten(config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Names]:
-    """The same model with its first blocks only, but one of each stage, which nothing else can replace."""
+    """Config and tensor names of a model with the first blocks only, but at least one of each stage."""
     left, depths = blocks, []
     for depth in config.get("depths", DEFAULTS["depths"]):
         depths.append(max(1, min(depth, left)))

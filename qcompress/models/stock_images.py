@@ -1,4 +1,4 @@
-"""Models of the families that `convnet.py` describes: stock transformers ones, and our own.
+"""Loaders of the families based on `convnet.py`: stock transformers models, and our own.
 
 Torch and transformers are imported inside the functions: the table of families is read without them.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SPREAD = 0.02
-"""Standard deviation of the weights of a classifier that is drawn."""
+"""Standard deviation of the weights of a new classifier."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class _Images:
         return {"pixel_values": pixel_values}
 
     def tie(self, model: nn.Module) -> None:
-        """Nothing is shared."""
+        """No-op: no tensors are shared."""
 
     def _new(self, place: Path) -> dict[str, Any] | None:
-        """What the load stage says about tensors of the classifier that the checkpoint lacks."""
+        """The load stage's record of classifier tensors that the checkpoint lacks."""
         file = place / "float.json"
         return json.loads(file.read_text(encoding="utf-8")).get("new_head") if file.is_file() else None
 
@@ -54,57 +54,63 @@ class _Images:
 
 @dataclass(frozen=True)
 class StockImages(_Images):
-    """Makes the models of one family of transformers."""
+    """Loader of the models of one transformers family."""
 
     def load_float(self, source: Path, directory: Path | None = None) -> PreTrainedModel:
-        """The stock model in fp32, in evaluation mode, from safetensors in a local directory.
+        """Load the stock model in fp32, in evaluation mode, from safetensors in a local directory.
 
         `directory` is the load stage's folder: its config.json has the labels, and its float.json the seed of
-        a new classifier. transformers fills missing tensors at random; anything else is refused.
+        a new classifier. transformers initializes missing tensors at random; other missing tensors raise
+        ModelError.
         """
-        place = directory or source
-        new = self._new(place)
-        model, found = stock_model(self.net.title, source, place, stock_config(place))
-        self._refuse_missing(source, set(found["missing_keys"]), new)
+        folder = directory or source
+        new = self._new(folder)
+        model, loading_info = stock_model(self.net.title, source, folder, stock_config(folder))
+        self._refuse_missing(source, set(loading_info["missing_keys"]), new)
         if new:
             _draw(model, new["tensors"], new["seed"])
         demand_finite(model, source)
         return _pooled(model.eval())
 
     def empty(self, directory: Path) -> PreTrainedModel:
-        """The stock model of a config.json with unset weights, to be filled by the caller."""
+        """Stock model of a config.json with unset weights, to be filled by the caller."""
         import torch
         from transformers import AutoModelForImageClassification
 
         config = stock_config(directory)
-        with torch.device("meta"), reading(directory / "config.json", "transformers makes no model of it"):
+        with (
+            torch.device("meta"),
+            reading(directory / "config.json", "transformers cannot make a model from it"),
+        ):
             model = AutoModelForImageClassification.from_config(config).eval()
         return _pooled(model)
 
     def install_points(self, model: nn.Module, points: Mapping[str, nn.Module]) -> None:
-        """Put modules at points, by name: each is called with what it may round."""
+        """Install quantization points by name; each module receives the activation to quantize."""
         from qcompress.models.image_residual import open_addition
 
         for name, module in points.items():
-            place, _, child = name.rpartition(".")
-            above, _, own = place.rpartition(".")
-            opened = open_addition(model.get_submodule(place))
-            setattr(model.get_submodule(above), own, opened)
+            parent, _, child = name.rpartition(".")
+            above, _, attribute = parent.rpartition(".")
+            opened = open_addition(model.get_submodule(parent))
+            setattr(model.get_submodule(above), attribute, opened)
             setattr(opened, child, module)
 
 
 @dataclass(frozen=True)
 class OwnImages(_Images):
-    """Makes the models of `cifar_net.py`."""
+    """Loader of the models of `cifar_net.py`."""
 
     def load_float(self, source: Path, directory: Path | None = None) -> nn.Module:
-        """The model in fp32, in evaluation mode, from safetensors in a local directory; as `StockImages`."""
+        """Load the model in fp32, in evaluation mode, from safetensors in a local directory; arguments as
+        in `StockImages`.
+        """
         from safetensors.torch import load_file
 
-        place = directory or source
-        model, new = self._made(place), self._new(place)
-        with reading(source, "safetensors does not read it"):
-            files = [load_file(file) for file in hashed_files(source, place)]
+        folder = directory or source
+        model, new = self._made(folder), self._new(folder)
+        with reading(source, "safetensors cannot read it"):
+            files = [load_file(file) for file in hashed_files(source, folder)]
         tensors = {name: value for file in files for name, value in file.items()}
         missing, unknown = model.load_state_dict(
             {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()},
@@ -113,7 +119,7 @@ class OwnImages(_Images):
         if unknown:
             raise ModelError(
                 f"{source}: the checkpoint has {', '.join(unknown[:3])} ({len(unknown)} tensors in all), "
-                f"which a {self.net.family} of this depth has not",
+                f"which a {self.net.family} of this depth does not have",
                 fix="write the depth of the checkpoint into config.json",
             )
         self._refuse_missing(source, set(missing), new)
@@ -123,17 +129,17 @@ class OwnImages(_Images):
         return model.eval()
 
     def empty(self, directory: Path) -> nn.Module:
-        """The model of a config.json with unset weights, to be filled by the caller."""
+        """Model of a config.json with unset weights, to be filled by the caller."""
         import torch
 
         with torch.device("meta"):
             return self._made(directory).eval()
 
     def install_points(self, model: nn.Module, points: Mapping[str, nn.Module]) -> None:
-        """Put modules at points, by name: each is called with what it may round."""
+        """Install quantization points by name; each module receives the activation to quantize."""
         for name, module in points.items():
-            place, _, child = name.rpartition(".")
-            setattr(model.get_submodule(place), child, module)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
 
     def _made(self, directory: Path) -> nn.Module:
         from qcompress.models.cifar_net import CifarResNet
@@ -147,16 +153,14 @@ class OwnImages(_Images):
 
 
 def _rows(directory: Path, name: str) -> int:
-    """Rows of a tensor of a checkpoint."""
+    """Number of rows of a checkpoint's tensor."""
     from qcompress.models.checkpoint_files import read_tensors
 
     return read_tensors(directory)[name][1][0]
 
 
 def _draw(model: nn.Module, names: list[str], seed: int) -> None:
-    """Give tensors their starting values, as a function of the seed alone: weights from N(0, 0.02), biases
-    0.
-    """
+    """Initialize tensors from the seed alone: weights from N(0, 0.02), biases with 0."""
     import torch
 
     random = torch.Generator().manual_seed(seed)
@@ -168,11 +172,11 @@ def _draw(model: nn.Module, names: list[str], seed: int) -> None:
 
 
 def _pooled(model: PreTrainedModel) -> PreTrainedModel:
-    """The same with a last pooling of everything, in whatever form the model is.
+    """Replace the model's last pooling by a global one of the same kind (mean or maximum).
 
-    EfficientNet's has a window of `hidden_dim` pixels, far larger than what it is given, and rounds its count
-    up; runtimes divide by the window or by what lies in it. Here it is what torch makes of it, the mean (or
-    maximum) of everything, summed in another order than the stock module does.
+    EfficientNet's pooling has a window of `hidden_dim` pixels, far larger than its input, with rounding up;
+    runtimes divide by the window's size or by the number of its pixels. The replacement computes torch's
+    result, in another order of summation.
     """
     from torch import nn
 

@@ -1,14 +1,15 @@
 """ViT: a transformer that classifies images, as a sequence of patches.
 
 Layers, in the order of the forward pass: per block query, key, value, attention output and the two linear
-layers of the MLP, then the classifier (kind "head": like a table it takes `format.embeddings`). The patch
-embedding is a convolution and stays float, as do the class token and the positions.
+layers of the MLP, then the classifier (kind "head", which takes `format.embeddings` like a table). The patch
+embedding is a convolution and stays float, like the class token and the positions.
 
-Sites: a block's first norm is read by query, key and value alone, its second by the first layer of the MLP.
-Points: the operands of both attention matmuls, and of each residual addition the branch and the skip.
+Rescaling sites: a block's first norm, read by query, key and value alone, and its second, read by the first
+layer of the MLP. Quantization points: the operands of both attention matmuls, and the branch and the skip of
+each residual addition.
 
-Files name the layers as transformers 4 did (`vit.encoder.layer.0.attention.attention.query`) or as the model
-of transformers 5 does (`vit.layers.0.attention.q_proj`); here they have the model's names.
+Checkpoints use layer names of transformers 4 (`vit.encoder.layer.0.attention.attention.query`) or of
+transformers 5 (`vit.layers.0.attention.q_proj`); this module uses those of transformers 5.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ LINEAR_AXIS = 0
 """Output channels of a linear layer's weight: nn.Linear stores [out, in]."""
 
 CAUSAL = False
-"""A patch sees all patches."""
+"""A patch attends to all patches."""
 
 INPUTS = (PIXELS,)
 """The input of the exported graph, fp32 [batch, channels, height, width]."""
@@ -55,7 +56,7 @@ INPUTS = (PIXELS,)
 CLASS = "ViTForImageClassification"
 
 SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
-"""Keys of config.json that must be there."""
+"""Required keys of config.json."""
 
 RENAMED = (
     (r"^(vit\.)?encoder\.layer\.", r"\1layers."),
@@ -64,7 +65,7 @@ RENAMED = (
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
 )
-"""Names of transformers 4 and what the model calls them; in this order."""
+"""Patterns of transformers 4 names, and their replacements by the model's names; applied in this order."""
 
 SIDES = ("branch_point", "skip_point")
 
@@ -74,7 +75,7 @@ Shapes = dict[str, tuple[int, ...]]
 def describe(
     config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head = CAUSAL_LM
 ) -> Architecture:
-    """The architecture of a checkpoint with the classifier of a task; its tensors are checked against it."""
+    """Architecture of a checkpoint with the classifier of a task, whose tensors are checked against it."""
     _check_config(config, head)
     shapes = _shapes(tensors)
     labels = _labels(config, tensors, head)
@@ -113,7 +114,7 @@ def task_config(
 
 
 def signature(config: dict[str, Any]) -> tuple[Input, ...]:
-    """The input of the exported graph; all images have the size that the positions are for."""
+    """The input of the exported graph; all images have the size of the position embeddings."""
     return image_inputs(config.get("num_channels", 3), *_pair(config, "image_size", 224))
 
 
@@ -126,31 +127,31 @@ DEPTH = Depth("num_hidden_layers", "vit.layers", r"(?:vit\.)?(?:encoder\.layer|l
 
 
 def load_float(source: Path, directory: Path | None = None) -> PreTrainedModel:
-    """The stock model in fp32, in evaluation mode, from safetensors in a local directory. `directory` is the
-    load stage's folder: its config.json names the labels, and its float.json the seed of a new classifier.
+    """Load the stock model in fp32, in evaluation mode, from safetensors in a local directory. `directory` is
+    the load stage's folder: its config.json has the labels, and its float.json the seed of a new classifier.
     """
     return load_model(MAKER, source, directory, DEPTH)
 
 
 def empty(directory: Path) -> PreTrainedModel:
-    """The stock model of a config.json with unset weights, to be filled by the caller."""
+    """Stock model of a config.json with unset weights, to be filled by the caller."""
     return empty_model(MAKER, directory, DEPTH)
 
 
 def tie(model: nn.Module) -> None:
-    """Share what is float and was set after construction."""
+    """Share float tensors that were set after construction."""
     share_parameters(model, DEPTH)
 
 
 def install_points(model: nn.Module, points: Mapping[str, nn.Module]) -> None:
-    """Put modules at points, by name: each is called with what it may round."""
+    """Install quantization points by name; each module receives the activation to quantize."""
     put_points(model, points)
 
 
 MAKER = Maker({CLASS: "AutoModelForImageClassification"})
 
 
-# What a config.json says --------------------------------------------------------------------------
+# Checks of config.json ----------------------------------------------------------------------------
 
 
 def _check_config(config: dict[str, Any], head: Head) -> None:
@@ -197,14 +198,14 @@ def _renamed(name: str) -> str:
 
 def _shapes(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Shapes:
     """Shapes by the model's names; a checkpoint of the bare model lacks the prefix."""
-    found: Shapes = {}
+    shapes: Shapes = {}
     for name, (_, shape) in tensors.items():
         name = _renamed(name)
-        found[name if name.startswith(("vit.", "classifier.")) else f"vit.{name}"] = shape
-    return found
+        shapes[name if name.startswith(("vit.", "classifier.")) else f"vit.{name}"] = shape
+    return shapes
 
 
-# What the model is made of ------------------------------------------------------------------------
+# Structure of the model ---------------------------------------------------------------------------
 
 
 def _layers(config: dict[str, Any], labels: int) -> list[Layer]:
@@ -224,17 +225,17 @@ def _has_bias(config: dict[str, Any], layer: Layer) -> bool:
 
 
 def _rest(config: dict[str, Any]) -> Shapes:
-    """Tensors that belong to no quantizable layer."""
-    width, place = config["hidden_size"], "vit.embeddings"
+    """Shapes of tensors that belong to no quantizable layer."""
+    width, embeddings = config["hidden_size"], "vit.embeddings"
     norms = ["vit.layernorm"]
     for index in range(config["num_hidden_layers"]):
         norms += [f"vit.layers.{index}.layernorm_{when}" for when in ("before", "after")]
-    found: Shapes = {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+    shapes: Shapes = {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
     kernel = (width, config.get("num_channels", 3), *_pair(config, "patch_size", 16))
-    found |= {f"{place}.cls_token": (1, 1, width)}
-    found |= {f"{place}.position_embeddings": (1, _patches(config) + 1, width)}
-    found |= {f"{place}.patch_embeddings.projection.weight": kernel}
-    return found | {f"{place}.patch_embeddings.projection.bias": (width,)}
+    shapes |= {f"{embeddings}.cls_token": (1, 1, width)}
+    shapes |= {f"{embeddings}.position_embeddings": (1, _patches(config) + 1, width)}
+    shapes |= {f"{embeddings}.patch_embeddings.projection.weight": kernel}
+    return shapes | {f"{embeddings}.patch_embeddings.projection.bias": (width,)}
 
 
 def _sites(block: str, width: int) -> tuple[Site, Site]:

@@ -129,7 +129,7 @@ def test_sinks_that_are_not_handed_over_and_odd_heads_are_refused() -> None:
     with pytest.raises(ModelError, match="has attention sinks"):
         attend(module(sinks=SINKS), *operands(), None)
     q, k, v = operands()
-    with pytest.raises(ModelError, match="4 query heads, no multiple of its 3 key heads"):
+    with pytest.raises(ModelError, match="4 query heads, which is not a multiple of its 3 key heads"):
         attend(module(), q, k[:, :3], v[:, :3], None)
 
 

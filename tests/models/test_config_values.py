@@ -234,7 +234,7 @@ LABELS: list[tuple[dict[str, Any], str, str]] = [
     ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "outputs 0 and 2 one name", '"2": "a_2"'),
     ({"id2label": ["no", "yes"]}, "must be a map", '"id2label": {"0": "no", "1": "yes"}'),
     ({"id2label": "no,yes"}, "must be a map", '"id2label"'),
-    ({"id2label": {"no": 0, "yes": 1}}, "keys that are no numbers", "numbers of the outputs"),
+    ({"id2label": {"no": 0, "yes": 1}}, "keys that are not numbers", "numbers of the outputs"),
     ({"id2label": {"0": None, "1": "yes"}}, "not a text: None", '"LABEL_0"'),
     (
         {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 1, "yes": 0}},

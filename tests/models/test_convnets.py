@@ -197,8 +197,8 @@ def test_a_checkpoint_without_a_classifier_gets_one_from_the_seed(
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [("basic", {"depths": [2, 2]}, "no such tensor"), ("basic", {"hidden_sizes": [16, 64]}, "asks for shape"),
-     ("basic", {"depths": [2]}, "is no ResNet"), ("basic", {"depths": "2"}, "list of positive integers"),
-     ("bottleneck", {"layer_type": "wide"}, "is no ResNet"), ("cifar", {"depth": 21}, "must be 6 n + 2"),
+     ("basic", {"depths": [2]}, "is not a ResNet"), ("basic", {"depths": "2"}, "list of positive integers"),
+     ("bottleneck", {"layer_type": "wide"}, "is not a ResNet"), ("cifar", {"depth": 21}, "must be 6 n + 2"),
      ("cifar", {"depth": 14}, "no such tensor"), ("cifar", {"depth": None}, "positive integer"),
      ("efficientnet", {"strides": [1]}, "differ in length"),
      ("cifar", {"model_type": "vgg"}, "says model_type"),
@@ -253,7 +253,7 @@ def test_images_have_the_size_that_preprocessing_ends_with(
     if steps is not None:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(steps))
     if size is None:
-        with pytest.raises(ModelError, match="nothing says how large"):
+        with pytest.raises(ModelError, match="neither config.json nor the preprocessing"):
             graph_signature(FAMILIES["resnet"], tmp_path)
         return
     height, width = size if isinstance(size, tuple) else (size, size)

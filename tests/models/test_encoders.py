@@ -218,7 +218,7 @@ def test_the_load_folder_has_the_config_of_the_tasks_model(
 
 
 def test_without_the_load_stage_a_missing_head_is_refused(kind: tuple[str, str], bare: Path) -> None:
-    with pytest.raises(ModelError, match="names the class .*Model, which is none of"):
+    with pytest.raises(ModelError, match="names the class .*Model, which is not one of"):
         FAMILIES[kind[0]].load_float(bare)
 
 

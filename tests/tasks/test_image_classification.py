@@ -117,7 +117,7 @@ def test_a_checkpoint_without_a_processor_is_named_and_the_recipe_can_help(tmp_p
         load_processor(tmp_path)
     assert str(tmp_path) in str(raised.value) and "`mean`, `std` and `size`" in raised.value.fix
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
-    with pytest.raises(ModelError, match="gives no image processor that transformers knows"):
+    with pytest.raises(ModelError, match="transformers cannot make an image processor from it"):
         load_processor(tmp_path)
     assert image_classification.processor(ImageClassification()) is None
     assert image_classification.processor(task(size=None))["do_resize"] is False
