@@ -1,4 +1,4 @@
-"""Uniform symmetric quantization: rounding, its gradient, and how scales lie over a weight.
+"""Uniform symmetric quantization: rounding, its gradient, and the layout of a weight's scales.
 
 Source of the gradient: LSQ (arXiv:1902.08153), equations 1 to 3. With v = x / s and vbar = round(clip(v)):
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """How the scales of a weight lie over it: per block, per channel, or one for the whole tensor.
+    """Layout of a weight's scales: per block, per channel, or one for the whole tensor.
 
     >>> grid = Grid(channel_axis=1, block=64)
     >>> grid.scale_shape(torch.Size([192, 576]))
@@ -35,12 +35,12 @@ class Grid:
 
     @property
     def axis(self) -> int:
-        """Axis of the DequantizeLinear node: the channels', or the blocked one."""
+        """Axis of the DequantizeLinear node: the channel axis or, with blocks, the blocked axis."""
         return self.channel_axis if self.block is None else 1 - self.channel_axis
 
     @property
     def by_row(self) -> bool:
-        """Whether each row [0] of the weight has one scale of its own."""
+        """True if each row [0] of the weight has its own scale."""
         return self.channel_axis == 0 and self.block is None and self.granularity == "channel"
 
     def scale_shape(self, shape: torch.Size) -> tuple[int, ...]:
@@ -52,7 +52,7 @@ class Grid:
         return tuple(size // self.block if axis == self.axis else size for axis, size in enumerate(shape))
 
     def divide(self, weight: Tensor) -> Tensor:
-        """The weight with its blocked axis split in two, [in // block, block, out] for [in, out]."""
+        """Split the blocked axis of a weight in two, [in // block, block, out] for [in, out]."""
         if self.block is None:
             return weight
         return weight.unflatten(self.axis, (-1, self.block))
@@ -62,7 +62,7 @@ class Grid:
         return weight if self.block is None else weight.flatten(self.axis, self.axis + 1)
 
     def align(self, scale: Tensor) -> Tensor:
-        """The scale in a shape that broadcasts against `divide(weight)`."""
+        """Reshape the scale to broadcast against `divide(weight)`."""
         if self.granularity == "tensor":
             return scale
         if self.block is not None:
@@ -70,7 +70,7 @@ class Grid:
         return scale.unsqueeze(1 - self.channel_axis)
 
     def spread(self, scale: Tensor, channels: int) -> Tensor:
-        """The scale as it is deployed: one of the whole tensor becomes equal ones of its channels."""
+        """The deployed scale: a per-tensor scale is repeated for every channel."""
         return scale.expand(channels) if self.granularity == "tensor" else scale
 
     def largest(self, weight: Tensor) -> Tensor:
@@ -87,19 +87,19 @@ class Grid:
 
     @property
     def _shared(self) -> tuple[int, ...]:
-        """Axes of `divide(weight)` along which the scale is the same."""
+        """Axes of `divide(weight)` along which weights share a scale."""
         if self.granularity == "tensor":
             return (0, 1)
         return (self.axis + 1 if self.block is not None else 1 - self.channel_axis,)
 
 
 def to_codes(x: Tensor, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
-    """Integers of x as int8; `scale` broadcasts against x."""
+    """Quantize x to int8 codes; `scale` broadcasts against x."""
     return (x.float() / scale.float()).round_().clamp_(*bounds).to(torch.int8)
 
 
 def to_ternary(x: Tensor, threshold: Tensor) -> Tensor:
-    """Codes -1, 0 and 1 as int8: the sign of what is larger than the threshold, which broadcasts against x.
+    """Codes -1, 0 and 1 as int8: the sign of x where |x| exceeds the threshold, which broadcasts against x.
 
     >>> to_ternary(torch.tensor([-2.0, -0.5, 0.5, 0.6]), torch.tensor(0.5)).tolist()
     [-1, 0, 0, 1]
@@ -108,14 +108,14 @@ def to_ternary(x: Tensor, threshold: Tensor) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bounds: tuple[int, int], slope: float = 1.0) -> Tensor:
-    """Round x to the integers of `scale` and scale back; differentiable in x and in scale.
+    """Quantize x with `scale` and dequantize it; differentiable in x and in scale.
 
     `slope` multiplies the gradient of the scale (LSQ section 2.2: 1 / sqrt(features * qmax)).
 
     >>> fake_quantize(torch.tensor([0.5, 1.5, 9.0]), torch.tensor(1.0), (-8, 7))
     tensor([0., 2., 7.])
     """
-    # autocast hands over half precision, too coarse for the quotients and for the gradient of the scale
+    # x is in half precision under autocast, too coarse for the quotients and for the gradient of the scale
     return _FakeQuantize.apply(x.to(scale.dtype), scale, *bounds, slope).to(x.dtype)
 
 

@@ -1,9 +1,9 @@
-"""A convolution whose weight and input pass through quantizers while training.
+"""Convolution with fake-quantized weight and input, for training.
 
-The weight keeps its shape, [out, in / groups, height, width]; its quantizer sees it as [out, in / groups *
-height * width] with the output channels first, so that grids and quantizers are those of a linear layer. In
-front of a batch norm the quantizer sees sign(gamma) * weight (`quant/batchnorm.py` says why). Padding is 0,
-which every symmetric quantizer keeps.
+The weight keeps its shape, [out, in / groups, height, width]; its quantizer receives it as [out, in / groups
+* height * width] with the output channels first, so that it shares grids and quantizers with linear layers.
+Before a batch norm the quantizer receives sign(gamma) * weight (`quant/batchnorm.py` gives the reason).
+Padding is 0, which every symmetric quantizer preserves.
 
 Shapes: input [batch, in, height, width], one scale for all of it.
 """
@@ -22,7 +22,7 @@ from qcompress.quant.layers import QuantizedWeight
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution moves over its input; all but `groups` as (height, width)."""
+    """Stride, padding and dilation of a convolution as (height, width), and its groups."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -31,14 +31,14 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Conv2d) -> Geometry:
-        """Of a stock convolution; `padding="same"` as the numbers that it stands for.
+        """Read the geometry of a stock convolution, with `padding="same"` as numbers.
 
-        Raises ModelError for padding that is not of zeros, or not equal on both sides.
+        Raises ModelError for padding that is not zeros, or not equal on both sides.
         """
         padding = module.padding
         if module.padding_mode != "zeros":
             raise ModelError(
-                f"a convolution pads with {module.padding_mode}, and only zeros survive rounding as they are",
+                f"a convolution pads with {module.padding_mode}, and only padding with zeros is supported",
                 fix="name another checkpoint, or keep the layer float",
             )
         if padding == "valid":
@@ -83,11 +83,11 @@ class QuantizedConv(QuantizedWeight):
         return convolve(x, self.quantized_weight(), self.bias, self.geometry)
 
     def coded_weight(self) -> Tensor:
-        """The weight as it will be deployed, [out, in / groups * height * width]."""
+        """The weight in its deployed form, [out, in / groups * height * width]."""
         return self._turned(self.weight).flatten(1)
 
     def codes(self) -> tuple[Tensor, Tensor]:
-        """Integers of sign(gamma) * weight (int8, the weight's shape), and their scale."""
+        """Codes of sign(gamma) * weight (int8, the weight's shape), and their scale."""
         codes, scale = super().codes()
         return codes.view(self.weight.shape), scale
 
@@ -105,5 +105,5 @@ class QuantizedConv(QuantizedWeight):
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """conv(x, weight) + bias. Every form of a convolution calls this one."""
+    """conv(x, weight) + bias. Every form of a convolution calls this function."""
     return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)

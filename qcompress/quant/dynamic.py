@@ -1,12 +1,12 @@
-"""The quantizer `dynamic` for activations: the range of the tensor at hand, until training has ended.
+"""Dynamic activation quantizer: the range of each tensor as it comes, until training has ended.
 
     s  = max|x| / 127 of x clamped to [-2.5, 2.5]
     x^ = s * round(x / s)
 
 Source: TernaryBERT (arXiv:2009.12812) and the published code of Teacher Intervention (arXiv:2302.11812),
-which deploy it that way. TensorRT takes static scales only, so a static one takes its place when training has
-ended (`observe.make_static`); that step is ours. So is the code -128 for what lies below -2.5: QuantizeLinear
-saturates there, the published code at -127.
+which deploy dynamic ranges. TensorRT takes static scales only, so a static quantizer replaces this one when
+training has ended (`observer.make_static`); that step is ours. So is the code -128 for values below -2.5:
+QuantizeLinear saturates there, the published code at -127.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from qcompress.schema.quantizers import Dynamic
 
 
 class DynamicActivation(nn.Module):
-    """Scale [] of each activation by itself; nothing is learned and nothing is stored.
+    """Activation quantizer with a scale [] computed from each tensor; it has no parameters and no buffers.
 
-    The range is that of the whole tensor, padding among it, as in the published code. The gradient passes
+    The range covers the whole tensor, including padding, as in the published code. The gradient passes
     straight through inside the clip, is 0 outside, and the range is not differentiated.
     """
 
@@ -32,20 +32,20 @@ class DynamicActivation(nn.Module):
         super().__init__()
         self.options, self.bounds = options, bounds
         self.rescale: Callable[[], Tensor] | None = None
-        """Not needed: the tensor at hand is rescaled already."""
+        """Unused: the input is rescaled already."""
 
     def init(self, seen: Statistics) -> None:
-        """Nothing to choose."""
+        """No-op."""
 
     def scale_of(self) -> Tensor:
-        """There is none as long as the range is dynamic."""
+        """Raise ContractError: a dynamic range has no scale to deploy."""
         raise ContractError(
             "a dynamic activation has no scale to deploy",
-            fix="call observe.make_static when training has ended, before the scales are written",
+            fix="call observer.make_static when training has ended, before the scales are written",
         )
 
     def scale_for(self, largest: Tensor) -> Tensor:
-        """The scale [] of activations whose magnitude goes up to `largest` []: at most clip / 127."""
+        """Scale [] for activations with the largest magnitude `largest` []: at most clip / 127."""
         limit = largest if self.options.clip is None else largest.clamp(max=self.options.clip)
         return start_scale(limit, torch.ones_like(limit), self.bounds)
 
@@ -55,13 +55,13 @@ class DynamicActivation(nn.Module):
             low, high = x.aminmax()
             largest = torch.maximum(-low, high)
             scale = self.scale_for(largest.float())
-            # a GPU would have to be waited for
+            # not on a GPU, where the comparison would wait for the device
             if clip is not None and not x.is_cuda and bool(largest < clip):
                 clip = None
         return _RoundToRange.apply(x, scale, *self.bounds, clip)
 
     def advance(self) -> None:
-        """Nothing is learned."""
+        """No-op."""
 
 
 class _RoundToRange(torch.autograd.Function):

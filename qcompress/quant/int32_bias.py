@@ -5,8 +5,8 @@ weight scale. ONNX Runtime's default session rounds it there:
 
     b_q = round(b / (s_x * s_w))        saturates where |b| > s_x * s_w * 2^31
 
-A channel of tiny weights behind a bias of ordinary size does that: a batch norm with gamma 1e-12 folds to a
-weight scale of 5e-23. Its scale is raised, and its codes are rounded again:
+This happens in a channel of tiny weights with a bias of ordinary size: a batch norm with gamma 1e-12 folds to
+a weight scale of 5e-23. Such a scale is raised, and the channel's codes are rounded again:
 
     s_w >= |b| / (s_x * 2^30)
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 2.0**30
-"""Largest magnitude of a bias in units of the accumulator."""
+"""Upper limit of a bias in units of the accumulator."""
 
 
 @torch.no_grad()
@@ -33,14 +33,15 @@ def least_scales(bias: Tensor, input_scale: Tensor) -> Tensor:
 def raise_scales(
     codes: Tensor, scale: Tensor, least: Tensor, compute: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, int, int]:
-    """Codes and scale with every scale at least `least`; how many scales were raised, how many codes changed.
+    """Raise every scale to at least `least` and round the codes again; returns codes, scale, the number of
+    raised scales and the number of changed codes.
 
     codes: int8 [out, ...]; scale: fp32 [out], or [] for all of it; least: fp64 of the scale's shape. A raised
     scale is a value of the type `compute`, in which it is deployed.
     """
     short = scale.double() < least
     raised = torch.where(short, _rounded_up(least, compute).float(), scale)
-    # the ratio must not lift a code out of its range
+    # a ratio above 1 could push a code out of its range
     ratio = torch.where(short, (scale.double() / raised.double()).clamp_max(1.0), 1.0)
     ratio = ratio.view(*ratio.shape, *[1] * (codes.dim() - ratio.dim()))
     changed = (codes.double() * ratio).round().to(torch.int8)
@@ -48,8 +49,8 @@ def raise_scales(
 
 
 def _rounded_up(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The least values of a type that are not below these positive ones."""
+    """Round positive values up to the next value of a type."""
     cast = values.to(dtype)
     bits = {2: torch.int16, 4: torch.int32}[cast.element_size()]
-    following = (cast.view(bits) + 1).view(dtype)  # of a positive value, the next one
+    following = (cast.view(bits) + 1).view(dtype)  # for positive values, the next larger one
     return torch.where(cast.double() < values, following, cast)

@@ -18,35 +18,35 @@ from torch import Tensor
 from qcompress.errors import ModelError
 
 CHUNK = 2**26
-"""Distances that a GPU holds at once."""
+"""Number of distances in one chunk on a GPU."""
 
 ROWS = {"cpu": 2**13, "cuda": 2**22}
-"""Vectors that are summed at once: what that writes on the way stays in a core's cache, or fits a GPU."""
+"""Number of vectors summed in one chunk: intermediate results fit a core's cache, or a GPU's memory."""
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """What k-means found."""
+    """Result of k-means."""
 
     centroids: Tensor
-    """[k, d]; those of clusters that stayed empty are 0."""
+    """[k, d]; 0 for clusters without vectors."""
     assignments: Tensor
     """Index of each vector's centroid, [n], uint8."""
     objective: float
-    """Mean squared distance of a vector to its centroid; more iterations raise it by rounding alone."""
+    """Mean squared distance of a vector to its centroid; further iterations increase it by rounding alone."""
     empty: int
-    """Clusters that have no vector, because fewer different vectors are there than centroids."""
+    """Number of clusters without vectors, because there are fewer distinct vectors than centroids."""
     splits: int
-    """Clusters that were split to fill an empty one."""
+    """Number of clusters that were split to fill an empty one."""
 
 
 @torch.no_grad()
 def kmeans(vectors: Tensor, k: int, iterations: int, splits: int, generator: torch.Generator) -> Clusters:
-    """So many rounds over `vectors` [n, d], and at most `splits` refills in each; `generator` (of a CPU)
-    chooses the vectors to start from.
+    """Run k-means on `vectors` [n, d] for `iterations` rounds, with at most `splits` refills in each;
+    `generator` (on the CPU) draws the initial vectors.
 
     Raises ModelError for vectors whose squared distances are not finite: training has diverged, and faiss
-    would end the process.
+    would terminate the process.
     """
     vectors = vectors.float().contiguous()
     if not bool((4 * vectors.square().sum(1)).isfinite().all()):
@@ -83,30 +83,32 @@ def kmeans(vectors: Tensor, k: int, iterations: int, splits: int, generator: tor
 
 
 def nearest(vectors: Tensor, centroids: Tensor, alive: Tensor) -> Tensor:
-    """Index of the nearest centroid that is alive, [n]."""
+    """Index of the nearest live centroid, [n]."""
     return (_by_faiss if vectors.device.type == "cpu" else _by_torch)(vectors, centroids, alive)
 
 
 def _by_faiss(vectors: Tensor, centroids: Tensor, alive: Tensor) -> Tensor:
-    """On all cores, and two to three times as fast as torch."""
-    places = alive.nonzero().flatten()
+    """Search on all cores, two to three times as fast as torch."""
+    live = alive.nonzero().flatten()
     index = faiss.IndexFlatL2(vectors.shape[1])
-    index.add(centroids[places].numpy())
-    _, found = index.search(vectors.numpy(), 1)
-    return places.index_select(0, torch.from_numpy(found[:, 0]))
+    index.add(centroids[live].numpy())
+    _, neighbours = index.search(vectors.numpy(), 1)
+    return live.index_select(0, torch.from_numpy(neighbours[:, 0]))
 
 
 def _by_torch(vectors: Tensor, centroids: Tensor, alive: Tensor) -> Tensor:
-    # |x - c|^2 = |x|^2 + (|c|^2 - 2 x.c); the first term does not decide
+    # |x - c|^2 = |x|^2 + (|c|^2 - 2 x.c); the first term does not depend on c
     offsets = centroids.square().sum(1).masked_fill(~alive, torch.inf)
     rows = max(1, CHUNK // len(centroids))
-    found = [torch.addmm(offsets, part, centroids.t(), alpha=-2).argmin(1) for part in vectors.split(rows)]
-    return torch.cat(found)
+    nearest_of_part = [
+        torch.addmm(offsets, part, centroids.t(), alpha=-2).argmin(1) for part in vectors.split(rows)
+    ]
+    return torch.cat(nearest_of_part)
 
 
 def _distances(vectors: Tensor, centroids: Tensor, assigned: Tensor) -> Tensor:
-    """Squared distance of each vector to its centroid, [n]. faiss's are differences of large numbers: those
-    of equal vectors are not 0.
+    """Squared distance of each vector to its centroid, [n]. faiss computes differences of large numbers,
+    which are not 0 for equal vectors.
     """
     return centroids.index_select(0, assigned).sub_(vectors).square_().sum(1)
 
@@ -117,8 +119,8 @@ def _parts(vectors: Tensor, assigned: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def _refill(vectors: Tensor, centroids: Tensor, alive: Tensor, assigned: Tensor) -> int:
-    """Give each empty cluster the farthest member of one of the fullest clusters, in place; how many got one.
-    A cluster of equal vectors cannot be split.
+    """Move the centroid of each empty cluster to the farthest member of one of the fullest clusters, in
+    place; returns the number of refilled clusters. A cluster of equal vectors cannot be split.
     """
     k = len(centroids)
     counts = torch.bincount(assigned, minlength=k)

@@ -1,9 +1,9 @@
-"""Layers whose weights and inputs pass through quantizers while training.
+"""Layers with fake-quantized weights and inputs, for training.
 
 A weight keeps the orientation of its checkpoint: [in, out] (`channel_axis` 1, GPT-2's Conv1D) or [out, in]
 (`channel_axis` 0, nn.Linear, tables). A rescaling `a` [in] divides the rows of the reader's weight *before*
-the weight quantizer, and multiplies what it reads, in the norm or in the weight and bias of the linear layer
-that makes it: what is trained is the fused form that is deployed.
+the weight quantizer, and multiplies the reader's input, in the norm or in the weight and bias of the linear
+layer that computes it: training uses the fused form that is deployed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, channel_axis: int) ->
 
 
 class ChannelScale(nn.Module):
-    """A positive scale for each channel, exp(theta) with theta within log(bound). Shape [channels].
+    """A positive scale for each channel, exp(theta) with |theta| <= log(bound). Shape [channels].
 
     Source: Quadapter (arXiv:2211.16912) learns channel-wise scales; the exponential keeps them positive,
     without which they could not be folded.
@@ -48,12 +48,12 @@ class ChannelScale(nn.Module):
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Bring theta back to its bound, beyond which it has no gradient and would never return."""
+        """Clamp theta to its bound, beyond which it has no gradient and would never return."""
         self.theta.clamp_(-self.limit, self.limit)
 
 
 class FixedScale(nn.Module):
-    """A channel scale that no training moves. Shape [channels]."""
+    """A channel scale that training does not change. Shape [channels]."""
 
     def __init__(self, scale: Tensor) -> None:
         super().__init__()
@@ -63,11 +63,13 @@ class FixedScale(nn.Module):
         return self.scale
 
     def advance(self) -> None:
-        """Nothing is learned."""
+        """No-op."""
 
 
 class RescaledNorm(nn.Module):
-    """LayerNorm with its output channels multiplied by a scale, as one LayerNorm with other parameters."""
+    """LayerNorm whose output channels are multiplied by a scale, computed as one LayerNorm with folded
+    parameters.
+    """
 
     def __init__(self, norm: nn.LayerNorm, rescale: nn.Module) -> None:
         super().__init__()
@@ -79,32 +81,34 @@ class RescaledNorm(nn.Module):
         return F.layer_norm(x, self.shape, *self.folded(), self.eps)
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the LayerNorm that this is, [channels] each."""
+        """Weight and bias of the equivalent LayerNorm, [channels] each."""
         scale = self.rescale()
         return self.weight * scale, self.bias * scale
 
 
 Place = Literal["latent", "rounded"]
-"""Where a weight can be tapped: latent, as it enters its quantizer; rounded, as it leaves it."""
+"""Position of a tap: latent, before the weight quantizer; rounded, after it."""
 
 
 @dataclass
 class Tap:
-    """What happens to a weight at one place while it is tapped; all tensors have the weight's shape."""
+    """Offset and gradient of a weight at one position of its layer; all tensors have the weight's shape."""
 
     place: Place
     offset: Tensor | None = None
     """Added to the weight."""
     listens: bool = False
     gradient: Tensor | None = None
-    """Of the loss with respect to the weight at this place, summed over all uses in a forward pass."""
+    """Gradient of the loss with respect to the weight at this position, summed over all uses in a forward
+    pass.
+    """
 
     def through(self, weight: Tensor) -> Tensor:
         if self.offset is not None:
             weight = weight + self.offset
         if self.listens and torch.is_grad_enabled():
-            # a view, since a hook on the parameter itself would outlive the pass; and where nothing before
-            # this place wants a gradient, the backward pass ends here
+            # a view, because a hook on the parameter itself would outlive the pass; without earlier
+            # gradients, the backward pass ends here
             weight = weight.view_as(weight) if weight.requires_grad else weight.detach().requires_grad_()
             weight.register_hook(self._collect)
         return weight
@@ -115,7 +119,9 @@ class Tap:
 
 @contextmanager
 def tapped(layers: Sequence[QuantizedWeight], taps: Sequence[Tap]) -> Iterator[None]:
-    """Each layer with its tap, and none of them with any afterwards, whatever is raised."""
+    """Context manager in which each layer has its tap; afterwards no layer has one, even after an
+    exception.
+    """
     try:
         for layer, tap in zip(layers, taps, strict=True):
             layer.tap = tap
@@ -126,7 +132,9 @@ def tapped(layers: Sequence[QuantizedWeight], taps: Sequence[Tap]) -> Iterator[N
 
 
 class QuantizedWeight(nn.Module):
-    """Base of the layers below: a weight, its quantizer, and the rounded weight, kept while nothing moves."""
+    """Base class of layers: a weight, its quantizer, and the quantized weight, cached while neither
+    changes.
+    """
 
     def __init__(self, weight: nn.Parameter, quantizer: nn.Module | None, channel_axis: int) -> None:
         super().__init__()
@@ -136,7 +144,7 @@ class QuantizedWeight(nn.Module):
         self.rescale: nn.Module | None = None
         """Scale of the input's channels."""
         self.gain: nn.Module | None = None
-        """Scale of output channels, beginning with `gain_first`; the others keep theirs."""
+        """Scale of output channels, beginning with `gain_first`; the other channels are not scaled."""
         self.gain_first = 0
         self.tap: Tap | None = None
         self.noise: QuantNoise | None = None
@@ -144,8 +152,8 @@ class QuantizedWeight(nn.Module):
         self._kept: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
 
     def rescaled_weight(self) -> Tensor:
-        """The weight that will be deployed, before rounding: rows divided by the rescaling of the input,
-        columns multiplied by that of the output.
+        """The deployed weight before rounding: rows divided by the rescaling of the input, columns multiplied
+        by that of the output.
         """
         weight = self.weight
         if self.rescale is not None:
@@ -161,7 +169,7 @@ class QuantizedWeight(nn.Module):
         return F.pad(scale, (self.gain_first, after), value=1.0)
 
     def quantized_weight(self) -> Tensor:
-        """The rounded weight, and what a tap makes of it."""
+        """The quantized weight, with a tap's offset."""
         if self.tap is None:
             return self._rounded_weight()
         if self.tap.place == "latent" and self.weight_quantizer is not None:
@@ -169,11 +177,11 @@ class QuantizedWeight(nn.Module):
         return self.tap.through(self._rounded_weight())
 
     def coded_weight(self) -> Tensor:
-        """The weight that will be deployed, as the quantizer sees it: with two axes."""
+        """The deployed weight in the quantizer's shape, with two axes."""
         return self.rescaled_weight()
 
     def _rounded_weight(self) -> Tensor:
-        """Untapped. It is computed once while neither the weight nor a scale can change."""
+        """The quantized weight without a tap. Cached while neither the weight nor a scale can change."""
         if self.weight_quantizer is None:
             return self.rescaled_weight()
         if self._moves() or self.tap is not None or self._is_noisy():
@@ -185,7 +193,7 @@ class QuantizedWeight(nn.Module):
         return self._kept[1]
 
     def _round(self, weight: Tensor) -> Tensor:
-        """The quantizer's value of a weight; while training, with noise where there is any."""
+        """Quantize a weight; in training mode with Quant-Noise, if enabled."""
         if not self._is_noisy():
             return self.weight_quantizer(weight)
         return self.noise(weight, lambda: self.weight_quantizer(weight))
@@ -194,26 +202,26 @@ class QuantizedWeight(nn.Module):
         return self.noise is not None and self.training and self.noisy and self.weight_quantizer.takes_noise
 
     def _depends_on(self) -> tuple[Tensor, ...]:
-        """Every tensor that the rounded weight is made of."""
+        """All tensors from which the quantized weight is computed."""
         return (*self.parameters(), *self.buffers())
 
     def forget(self) -> None:
-        """Let go of the rounded weight that is kept: an update changes weights, and fused optimizers do so
-        without counting up their versions.
+        """Clear the cached quantized weight: an update changes weights, and fused optimizers do so without
+        incrementing their versions.
         """
         self._kept = None
 
     def _moves(self) -> bool:
-        """Whether a gradient reaches the weight or a scale."""
+        """True if a gradient reaches the weight or a scale."""
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     def _laid_out(self, weight: Tensor) -> Tensor:
-        """The rounded weight in the memory layout of its folded form."""
+        """The quantized weight in the memory layout of its folded form."""
         return weight
 
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor]:
-        """Integers of the weight (int8, the weight's shape) and their scale, in the grid's shape."""
+        """Codes of the weight (int8, the weight's shape) and their scale, in the grid's shape."""
         return self.weight_quantizer.codes_of(self.coded_weight())
 
 
@@ -237,18 +245,18 @@ class QuantizedLinear(QuantizedWeight):
         return matmul(x, self.quantized_weight(), self.rescaled_bias(), self.channel_axis)
 
     def rescaled_bias(self) -> Tensor | None:
-        """The bias that will be deployed, [out]."""
+        """The deployed bias, [out]."""
         if self.bias is None or self.gain is None:
             return self.bias
         return self.bias * self._gains()
 
     def _laid_out(self, weight: Tensor) -> Tensor:
-        # folded weights are [in, out] in memory; from another layout, a matmul sums in another order
+        # folded weights are [in, out] in memory; with another layout, a matmul sums in another order
         return weight if self.channel_axis == 1 else weight.t().contiguous().t()
 
 
 class QuantizedEmbedding(QuantizedWeight):
-    """Rows of a rounded table, [rows, width]."""
+    """Embedding lookup in a quantized table, [rows, width]."""
 
     def __init__(self, table: nn.Parameter, quantizer: nn.Module) -> None:
         super().__init__(table, quantizer, channel_axis=0)
@@ -256,13 +264,13 @@ class QuantizedEmbedding(QuantizedWeight):
     def forward(self, ids: Tensor) -> Tensor:
         quantizer, training = self.weight_quantizer, torch.is_grad_enabled()
         if self.tap is None and quantizer is not None and quantizer.grid.by_row and training:
-            # of a vocabulary a batch reads little, and rounding all of it costs as much as a small encoder
+            # a batch reads few rows of a vocabulary, and quantizing all of them costs as much as an encoder
             rows, places = ids.unique(return_inverse=True)
             return F.embedding(places, self._rounded_rows(rows))
         return F.embedding(ids, self.quantized_weight())
 
     def _rounded_rows(self, rows: Tensor) -> Tensor:
-        """Some rows [n] of the table, [n, width]; while training, with noise where there is any."""
+        """Quantized rows [n] of the table, [n, width]; in training mode with Quant-Noise, if enabled."""
         weight, quantizer = self.rescaled_weight(), self.weight_quantizer
         if not self._is_noisy():
             return quantizer.of_rows(weight, rows)
@@ -270,8 +278,8 @@ class QuantizedEmbedding(QuantizedWeight):
 
 
 class QuantizedTied(nn.Module):
-    """A layer that has another one's rounded weight, and its bias: logits from the table of an embedding, or
-    a linear layer of a block that shares weights with an earlier one. It rounds what it reads for itself.
+    """A layer that shares the quantized weight and the bias of another: logits from an embedding's table, or
+    a linear layer of a block that shares weights with an earlier one. It has its own input quantizer.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The learned scale of LSQ (arXiv:1902.08153): how it is stored, and what keeps it positive."""
+"""Learned scale of LSQ (arXiv:1902.08153): its parametrization, and the projection that keeps it positive."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 Parametrization = Literal["relative", "absolute"]
 
 PARAMETRIZATIONS: dict[str, Parametrization] = {"adamw": "relative", "sgd": "absolute"}
-"""By the optimizer that moves the scale."""
+"""Parametrization for each optimizer."""
 
 
 class LearnedScale(nn.Module):
     """Base of quantizers with a learned scale s = unit * ratio, where `ratio` is the parameter.
 
-    relative   unit is the starting scale, ratio starts at 1. Adam moves a parameter by about its learning
-               rate, whatever the gradient's size, so the rate is a share of the starting scale here.
-    absolute   unit is 1, ratio is the scale itself. SGD moves a parameter by its gradient times the learning
-               rate, so any other unit would move s by unit^2 times LSQ's update.
+        relative   unit is the initial scale, ratio starts at 1. Adam moves a parameter by about its learning
+                   rate, whatever the gradient's size, so the rate is a fraction of the initial scale here.
+        absolute   unit is 1, ratio is the scale itself. SGD moves a parameter by its gradient times the
+                   learning rate, so any other unit would move s by unit^2 times LSQ's update.
 
     Attributes:
-        start: the starting scale.
+        start: the initial scale.
         unit: constant factor, in the scale's shape.
         ratio: the parameter, in the scale's shape.
-        floor: smallest share of the starting scale that an update may leave.
+        floor: smallest fraction of the initial scale that an update may leave.
     """
 
     parameter_roles: ClassVar[dict[str, str]] = {"ratio": "scale"}
@@ -40,7 +40,7 @@ class LearnedScale(nn.Module):
 
     @torch.no_grad()
     def start_at(self, scale: Tensor) -> None:
-        """Set the starting scale, in the parametrization chosen before."""
+        """Set the initial scale, in the parametrization chosen before."""
         self.start.copy_(scale)
         if self.parametrization == "relative":
             self.unit.copy_(scale)
@@ -55,17 +55,17 @@ class LearnedScale(nn.Module):
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Project the scale to its floor, after each update."""
+        """Project the scale to its floor after each update."""
         torch.maximum(self.ratio, self.floor * (self.start / self.unit), out=self.ratio)
 
     @torch.no_grad()
     def movement(self) -> Tensor:
-        """|s / start - 1| of every scale, in the scale's shape."""
+        """Relative change |s / start - 1| of every scale, in the scale's shape."""
         return (self.learned_scale() / self.start - 1).abs()
 
 
 def unit_of(model: nn.Module, name: str) -> Tensor | None:
-    """The unit in which a parameter of the model stores a learned scale; None for other parameters."""
+    """Unit in which a parameter of the model stores a learned scale; None for other parameters."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     return module.unit if attribute == "ratio" and isinstance(module, LearnedScale) else None

@@ -1,13 +1,14 @@
-"""Quant-Noise (arXiv:2004.07320, section 4): each forward pass of training rounds a random part of a weight.
+"""Quant-Noise (arXiv:2004.07320, section 4): each forward pass of training quantizes a random part of a
+weight.
 
     J       blocks drawn with probability p, anew in each pass           (equation 4)
     psi(b)  = phi(b) for b in J, b otherwise                             (equations 5 and 6)
     y       = psi(W) x
 
-phi is the quantizer around which the noise lies, with the quantizer's own gradient where it rounds and an
-exact one elsewhere: with p = 1 this is quantization-aware training, with p = 0 training in float. Or phi is 0
-(the paper's phi_proxy), and what is kept is scaled by 1 / (1 - p), so that the expected weight is the weight.
-A parameter is never written to, evaluation rounds everything, and activations are never noised.
+phi is the wrapped quantizer, with its own gradient where it rounds and an exact gradient elsewhere: p = 1 is
+quantization-aware training, p = 0 training in float. Alternatively phi is 0 (the paper's phi_proxy), and the
+remaining weights are scaled by 1 / (1 - p), so that the expected weight is the weight. Parameters are never
+written, evaluation quantizes everything, and activations have no noise.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from qcompress.schema.quantizers import Noise
 
 
 class QuantNoise:
-    """Noise around the quantizer of one weight; it holds no state."""
+    """Noise around the quantizer of one weight; it has no state."""
 
     def __init__(self, options: Noise, block: int, channel_axis: int) -> None:
-        """`block` consecutive input channels of an output channel are drawn together; `channel_axis` is the
-        output channels'.
+        """`block`: number of consecutive input channels of an output channel that are drawn together;
+        `channel_axis`: axis of the output channels.
         """
         self.p, self.zero = options.p, options.form == "zero"
         self.block, self.axis = block, 1 - channel_axis
 
     def __call__(self, weight: Tensor, rounded: Callable[[], Tensor]) -> Tensor:
-        """psi(weight), [in, out] or [out, in]; `rounded` gives phi(weight), and is called if it is needed."""
+        """psi(weight), [in, out] or [out, in]; `rounded` computes phi(weight) and is called only if
+        needed.
+        """
         if self.p == 0:
             return weight
         if self.p == 1:
@@ -42,7 +45,9 @@ class QuantNoise:
         return torch.where(drawn, rounded(), weight)
 
     def draw(self, weight: Tensor) -> Tensor:
-        """Which weights are rounded in this pass, bool, in the weight's shape; from torch's generator."""
+        """Draw the mask of weights that are quantized in this pass, bool, in the weight's shape; from
+        torch's generator.
+        """
         shape = list(weight.shape)
         shape[self.axis] //= self.block
         drawn = random_mask(tuple(shape), self.p, weight.device)

@@ -1,8 +1,8 @@
-"""The quantizers `minmax` and `lsq`, for weights and for activations, and the table of all quantizers.
+"""Quantizers `minmax` and `lsq`, for weights and for activations, and the tables of all quantizers.
 
-A quantizer lives through `init` (a starting scale from a weight or from statistics), calls during training
-and `advance` after each update. Of a weight's only its scale and, for ternary codes, its threshold go into
-the trained artifact, of an activation's only its scale: the frozen forms below are all that is left.
+Life of a quantizer: `init` (an initial scale from a weight or from statistics), calls during training, and
+`advance` after each update. The trained artifact keeps a weight quantizer's scale and, for ternary codes, its
+threshold, and an activation quantizer's scale; the frozen forms below hold nothing else.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from qcompress.quant.weight_quantizer import CodedWeight
 from qcompress.schema.quantizers import Lsq, MinMax
 
 ChannelScale = Callable[[], Tensor]
-"""Returns the current rescaling of the channels of an activation, [channels]."""
+"""Returns the current rescaling of an activation's channels, [channels]."""
 
 
 class MinMaxWeight(CodedWeight):
-    """Scale of the current weight: it follows a weight or an adapter that moves.
+    """Weight quantizer whose scale follows the current weight, also when training or an adapter changes it.
 
     `percentile` and `mse` choose a ratio to max|w| once, in `init`; the ratio is kept while max|w| moves.
     """
@@ -55,11 +55,11 @@ class MinMaxWeight(CodedWeight):
         return self.grid.join(fake_quantize(self.grid.divide(weight), scale, self.bounds))
 
     def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
-        """As the base says."""
+        """Quantized rows; see `CodedWeight.of_rows`."""
         self._renew(weight)
-        picked = F.embedding(rows, weight)
-        scale = start_scale(self.grid.largest(picked), self.ratio[rows], self.bounds)
-        return fake_quantize(picked, self.grid.align(scale), self.bounds)
+        selected = F.embedding(rows, weight)
+        scale = start_scale(self.grid.largest(selected), self.ratio[rows], self.bounds)
+        return fake_quantize(selected, self.grid.align(scale), self.bounds)
 
     def _renew(self, weight: Tensor) -> None:
         """Choose the ratio again when it is due: in the first pass of an update, once."""
@@ -69,7 +69,7 @@ class MinMaxWeight(CodedWeight):
             self.renewed.fill_(int(self.age) // every)
 
     def advance(self) -> None:
-        """Nothing is learned; updates are counted where ranges are chosen again."""
+        """Count updates, if ranges are chosen again during training."""
         if self.options.renew is not None:
             self.age += 1
 
@@ -86,13 +86,13 @@ class LsqWeight(LearnedScale, CodedWeight):
 
     @torch.no_grad()
     def init(self, weight: Tensor) -> None:
-        """Start from this weight."""
+        """Initialize the scale from this weight."""
         options = self.options
         ratio = weight_ratio(weight, self.grid, self.bounds, options.init, options.percentile)
         self.start_at(start_scale(self.grid.largest(weight), ratio, self.bounds))
 
     def scale_of(self, weight: Tensor) -> Tensor:
-        """The learned scale, in the grid's shape, whatever the weight."""
+        """The learned scale, in the grid's shape, independent of the weight."""
         return self.learned_scale()
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -100,13 +100,15 @@ class LsqWeight(LearnedScale, CodedWeight):
         return self.grid.join(fake_quantize(self.grid.divide(weight), scale, self.bounds, self.slope))
 
     def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
-        """As the base says."""
+        """Quantized rows; see `CodedWeight.of_rows`."""
         scale = self.grid.align(self.unit[rows] * self.ratio[rows])
         return fake_quantize(F.embedding(rows, weight), scale, self.bounds, self.slope)
 
 
 class MinMaxActivation(nn.Module):
-    """Static scale from calibration; it follows the rescaling of its channels."""
+    """Activation quantizer with a static scale from calibration, which follows the rescaling of its
+    channels.
+    """
 
     def __init__(self, options: MinMax, bounds: tuple[int, int], channels: int) -> None:
         super().__init__()
@@ -117,7 +119,7 @@ class MinMaxActivation(nn.Module):
 
     @torch.no_grad()
     def init(self, seen: Statistics) -> None:
-        """Start from statistics of the activation without any rescaling."""
+        """Initialize the scale from statistics of the activation without rescaling."""
         scaled = seen.rescaled(self.rescale()) if self.rescale else seen
         options = self.options
         self.ratio.copy_(activation_ratio(scaled, self.bounds, options.range, options.percentile))
@@ -132,11 +134,13 @@ class MinMaxActivation(nn.Module):
         return fake_quantize(x, self.scale_of(), self.bounds)
 
     def advance(self) -> None:
-        """Nothing is learned."""
+        """No-op."""
 
 
 class LsqActivation(LearnedScale):
-    """Learned scale of an activation; the gradient's slope counts features as LSQ section 2.2 does."""
+    """Activation quantizer with a learned scale; the gradient's slope counts features as in LSQ section
+    2.2.
+    """
 
     def __init__(self, options: Lsq, bounds: tuple[int, int], channels: int) -> None:
         super().__init__()
@@ -147,7 +151,7 @@ class LsqActivation(LearnedScale):
 
     @torch.no_grad()
     def init(self, seen: Statistics) -> None:
-        """Start from statistics of the activation without any rescaling."""
+        """Initialize the scale from statistics of the activation without rescaling."""
         scaled = seen.rescaled(self.rescale()) if self.rescale else seen
         options = self.options
         ratio = activation_ratio(scaled, self.bounds, options.init, options.percentile)
@@ -162,7 +166,7 @@ class LsqActivation(LearnedScale):
 
 
 class FrozenWeight(CodedWeight):
-    """A weight quantizer after training: nothing but its scale and, for ternary codes, its threshold."""
+    """Weight quantizer after training: its scale and, for ternary codes, its threshold."""
 
     def __init__(
         self, scale: Tensor, grid: Grid, bounds: tuple[int, int], threshold: Tensor | None = None
@@ -189,7 +193,7 @@ class FrozenWeight(CodedWeight):
 
 
 class FrozenActivation(nn.Module):
-    """An activation quantizer after training: nothing but its scale, []."""
+    """Activation quantizer after training: its scale, []."""
 
     def __init__(self, scale: Tensor, bounds: tuple[int, int]) -> None:
         super().__init__()

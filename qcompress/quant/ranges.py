@@ -1,7 +1,7 @@
-"""Where a scale starts: absolute maximum, percentile, least squares, or LSQ's formula.
+"""Initial scales: absolute maximum, percentile, least squares, or LSQ's formula.
 
-A starting scale is returned as a *ratio* to max|x| / qmax, so that it can follow a tensor that moves: the
-scale of a rescaled weight is ratio * max|w| / qmax again.
+An initial scale is returned as a *ratio* to max|x| / qmax, so that it can follow a tensor that changes: the
+scale of a rescaled weight is again ratio * max|w| / qmax.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from qcompress.quant.affine import Grid
 
 TINY = 1e-8
-"""Smallest starting scale: an all-zero channel must not get scale 0, which TensorRT refuses."""
+"""Smallest initial scale: an all-zero channel must not get scale 0, which TensorRT refuses."""
 
 QUANTILE_LIMIT = 2**24
-"""Most values that torch.quantile takes."""
+"""Largest number of values that torch.quantile accepts."""
 
 SHRINKS = (*(1 - step / 100 for step in range(80)), *(0.2 * 0.85**step for step in range(26)))
 """Candidates of the least-squares search, as ratios to max|x| / qmax: 1 to 0.21 in steps of 0.01, then down
@@ -27,10 +27,10 @@ to 0.0034 by factors, for few codes and heavy tails.
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration saw at the input of a layer.
+    """Calibration statistics of a layer's input.
 
-    largest, mean: max|x| and mean|x| of each channel, [channels]. rows: some whole token vectors, [rows,
-    channels], evenly spread over the calibration data; they serve percentiles and least squares.
+    largest, mean: max|x| and mean|x| of each channel, [channels]. rows: a sample of whole token vectors,
+    [rows, channels], evenly spread over the calibration data, for percentiles and least squares.
     """
 
     largest: Tensor
@@ -38,33 +38,33 @@ class Statistics:
     rows: Tensor
 
     def rescaled(self, scale: Tensor) -> Statistics:
-        """What would have been seen with every channel multiplied by `scale` [channels]."""
+        """Statistics after multiplication of every channel by `scale` [channels]."""
         return replace(self, largest=self.largest * scale, mean=self.mean * scale, rows=self.rows * scale)
 
 
-def weight_ratio(weight: Tensor, grid: Grid, bounds: tuple[int, int], how: str, percentile: float) -> Tensor:
-    """Ratio of the starting scale to max|w| / qmax, in the scale's shape."""
+def weight_ratio(weight: Tensor, grid: Grid, bounds: tuple[int, int], rule: str, percentile: float) -> Tensor:
+    """Ratio of the initial scale to max|w| / qmax, in the scale's shape."""
     largest = grid.largest(weight).clamp_min(TINY)
-    if how == "absmax":
+    if rule == "absmax":
         return torch.ones_like(largest)
-    if how == "lsq":
+    if rule == "lsq":
         return (2 * grid.mean(weight.abs()) * bounds[1] ** 0.5 / largest).clamp_min(TINY)
     rows = _rows_of(weight, grid)
-    if how == "percentile":
+    if rule == "percentile":
         ratio = _percentile(rows.abs(), percentile) / rows.abs().amax(1).clamp_min(TINY)
         return ratio.clamp_min(1e-3).reshape(largest.shape)
     return _least_squares(rows, bounds).reshape(largest.shape)
 
 
-def activation_ratio(seen: Statistics, bounds: tuple[int, int], how: str, percentile: float) -> Tensor:
-    """Ratio of the starting scale to max|x| / qmax, []."""
+def activation_ratio(seen: Statistics, bounds: tuple[int, int], rule: str, percentile: float) -> Tensor:
+    """Ratio of the initial scale to max|x| / qmax, []."""
     largest = seen.largest.max().clamp_min(TINY)
-    if how == "absmax":
+    if rule == "absmax":
         return torch.ones_like(largest)
-    if how == "lsq":
+    if rule == "lsq":
         return (2 * seen.mean.mean() * bounds[1] ** 0.5 / largest).clamp_min(TINY)
     rows = seen.rows.reshape(1, -1)
-    if how == "percentile":
+    if rule == "percentile":
         kept = _kth(rows.abs(), percentile)[0]
         return (kept / largest).clamp(1e-3, 1.0)
     sample = rows.abs().amax(1).clamp_min(TINY)[0]
@@ -72,12 +72,12 @@ def activation_ratio(seen: Statistics, bounds: tuple[int, int], how: str, percen
 
 
 def start_scale(largest: Tensor, ratio: Tensor, bounds: tuple[int, int]) -> Tensor:
-    """ratio * largest / qmax, never zero."""
+    """Initial scale ratio * largest / qmax, never zero."""
     return (ratio * largest / bounds[1]).clamp_min(TINY)
 
 
 def _rows_of(weight: Tensor, grid: Grid) -> Tensor:
-    """The weight as [scales, weights per scale], scales in the order of the flattened scale tensor."""
+    """Reshape a weight to [scales, weights per scale], scales in the order of the flattened scale tensor."""
     if grid.granularity == "tensor":
         return weight.reshape(1, -1)
     divided = grid.divide(weight)
@@ -86,20 +86,20 @@ def _rows_of(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def _percentile(rows: Tensor, percentile: float) -> Tensor:
-    """Percentile of each row, [rows]: between two values where torch can, else one of the values."""
+    """Percentile of each row, [rows]: interpolated where torch supports the size, else one of the values."""
     if rows.shape[1] > QUANTILE_LIMIT:
         return _kth(rows, percentile)
     return torch.quantile(rows, percentile / 100, dim=1)
 
 
 def _kth(rows: Tensor, percentile: float) -> Tensor:
-    """The value of each row that so many percent do not exceed, [rows]."""
+    """Smallest value of each row that at least `percentile` percent of the values do not exceed, [rows]."""
     k = max(1, round(rows.shape[1] * percentile / 100))
     return rows.kthvalue(min(k, rows.shape[1]), dim=1).values
 
 
 def _least_squares(rows: Tensor, bounds: tuple[int, int]) -> Tensor:
-    """For each row the ratio of max|x| / qmax whose rounding has the least squared error, [rows]."""
+    """Ratio to max|x| / qmax with the least squared rounding error, for each row, [rows]."""
     base = rows.abs().amax(1).clamp_min(TINY) / bounds[1]
     best = torch.full_like(base, torch.inf)
     ratio = torch.ones_like(base)

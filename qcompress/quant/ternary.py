@@ -1,13 +1,13 @@
-"""The quantizer `ternary` for weights: Ternary Weight Networks (TWN, arXiv:1605.04711, section 2.2).
+"""Ternary weight quantizer: Ternary Weight Networks (TWN, arXiv:1605.04711, section 2.2).
 
     D  = 0.7 * mean|w|           over the weights that share a scale
     a  = mean of |w| over |w| > D
     w^ = a * sign(w) where |w| > D, and 0 elsewhere
 
-As TernaryBERT (arXiv:2009.12812) and Teacher Intervention (arXiv:2302.11812) use it: w is clamped to [-2.5,
-2.5] first, the gradient passes straight through inside and is 0 outside, and neither D nor a is
-differentiated. The granularity is the format's: they take the whole tensor for a linear layer, and a row for
-the word embeddings.
+As in TernaryBERT (arXiv:2009.12812) and Teacher Intervention (arXiv:2302.11812), w is first clamped to [-2.5,
+2.5], the gradient passes straight through inside and is 0 outside, and neither D nor a is differentiated. The
+granularity is the format's: those methods use the whole tensor for a linear layer, and a row for the word
+embeddings.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ from qcompress.schema.quantizers import Ternary
 
 
 class TernaryWeight(CodedWeight):
-    """Threshold and scale of the current weight; nothing is learned and nothing is stored."""
+    """Weight quantizer with threshold and scale of the current weight; it has no parameters and no
+    buffers.
+    """
 
     def __init__(self, options: Ternary, grid: Grid, bounds: tuple[int, int], shape: torch.Size) -> None:
         super().__init__()
         self.options, self.grid, self.bounds = options, grid, bounds
 
     def init(self, weight: Tensor) -> None:
-        """Nothing to choose."""
+        """No-op."""
 
     def threshold_of(self, weight: Tensor) -> Tensor:
         """Threshold for this weight, in the grid's shape."""
         return self._measure(weight)[0]
 
     def scale_of(self, weight: Tensor) -> Tensor:
-        """Scale for this weight, in the grid's shape; weights that are all 0 get a tiny one."""
+        """Scale for this weight, in the grid's shape; `TINY` for weights that are all 0."""
         return self._measure(weight)[1]
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -47,11 +49,11 @@ class TernaryWeight(CodedWeight):
         return self.grid.join(_Ternary.apply(self.grid.divide(weight), scale, threshold, self.options.clip))
 
     def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
-        """As the base says."""
-        return self(F.embedding(rows, weight))  # nothing is stored, so a row is rounded as in its table
+        """Quantized rows; see `CodedWeight.of_rows`."""
+        return self(F.embedding(rows, weight))  # without state, a row is quantized as in its table
 
     def advance(self) -> None:
-        """Nothing is learned."""
+        """No-op."""
 
     @torch.no_grad()
     def _measure(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +61,7 @@ class TernaryWeight(CodedWeight):
         threshold = self.options.threshold * grid.mean(magnitude)
         kept = grid.join(_where(torch.gt, grid.divide(magnitude), grid.align(threshold)))
         count = grid.sum(kept)
-        # a row of zeros keeps nothing, and 0 / 0 would make NaN of it
+        # a row of zeros has count 0, and 0 / 0 would be NaN
         scale = grid.sum(kept.mul_(magnitude)) / count.clamp_min(1)
         return threshold, scale.clamp_min(TINY)
 

@@ -1,6 +1,6 @@
-"""How a weight becomes codes: the nearest integers of a scale, or -1, 0 and 1 by a threshold.
+"""Base class of weight quantizers: codes are the nearest integers of a scale, or -1, 0 and 1 by a threshold.
 
-Training, its artifact and folding share this one way, so that their integers are the same.
+Training, its artifact and folding share this implementation, so that their integers are equal.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from qcompress.quant.affine import Grid, to_codes, to_ternary
 
 
 class CodedWeight(nn.Module):
-    """Base of every weight quantizer. Its `forward` gives codes * scale for the codes given here."""
+    """Base class of every weight quantizer. Its `forward` returns codes * scale with the codes of
+    `codes_of`.
+    """
 
     grid: Grid
     bounds: tuple[int, int]
@@ -22,20 +24,20 @@ class CodedWeight(nn.Module):
         raise NotImplementedError
 
     def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
-        """Some rows [n] of the rounded weight, [n, width], for a grid `by_row`: the same values and
-        gradients, without rounding the rows that are not asked for.
+        """Rows [n] of the quantized weight, [n, width], for a grid `by_row`: values and gradients equal those
+        of the whole weight, without quantizing other rows.
         """
         return F.embedding(rows, self(weight))
 
     @property
     def takes_noise(self) -> bool:
-        """Whether Quant-Noise may leave parts of the weight as they are."""
+        """True if Quant-Noise may leave parts of the weight float."""
         return True
 
     def parts(self, weight: Tensor) -> dict[str, Tensor]:
-        """What is left of the quantizer of this weight when training has ended, by name."""
-        found, threshold = {"scale": self.scale_of(weight)}, self.threshold_of(weight)
-        return found if threshold is None else found | {"threshold": threshold}
+        """Tensors of this weight's quantizer that the trained artifact keeps, by name."""
+        tensors, threshold = {"scale": self.scale_of(weight)}, self.threshold_of(weight)
+        return tensors if threshold is None else tensors | {"threshold": threshold}
 
     def threshold_of(self, weight: Tensor) -> Tensor | None:
         """Magnitude up to which a code is 0, in the grid's shape; beyond it the code is the sign. None: codes
