@@ -352,36 +352,35 @@ def test_what_measures_is_in_the_key_of_verify_alone(text_file: Path) -> None:
 
 
 SHAPES_TRAIN = {
-    "stages/train.py",
-    "loop.py",
-    "blockwise.py",
-    "calibration.py",
-    "checkpoint.py",
-    "observe.py",
-    "prepare.py",
-    "parameter_roles.py",
-    "processes.py",
-    "trainedfile.py",
+    "pipeline/stages/train.py",
+    "training/loop.py",
+    "training/blockwise.py",
+    "training/calibration.py",
+    "training/checkpoint.py",
+    "training/observer.py",
+    "models/prepare.py",
+    "training/parameter_roles.py",
+    "system/distributed.py",
+    "training/artifact.py",
     "quant/quantizers.py",
     "quant/affine.py",
     "quant/ranges.py",
     "quant/layers.py",
-    "methods/plain.py",
-    "methods/protocols.py",
+    "training/methods/plain.py",
+    "training/methods/protocols.py",
     "tasks/examples.py",
     "tasks/text.py",
-    "axes.py",
-    "schema.py",
-    "options.py",
-    "formats.py",
-    "plan.py",
+    "schema/axes.py",
+    "schema/recipe.py",
+    "schema/method_options.py",
+    "schema/formats.py",
+    "models/plan.py",
 }
 
 NEVER = re.compile(
-    r"progress|history|goals|tracking|tracker|terminal|cli.*|completion|wording|check|.*rules|structure|rows"
-    r"|(report|first|regression|bundle|sensitivity|probe_kit)/.*|api|listing|doctor|smoke|workspace|keys"
-    r"|key_scope|codekey|custom_.*|movement|scale_reach|system|errors|pipeline"
-    r"|tasks/(scores|image_slices)|yamlfile|export_options|adopted|samples"
+    r"(cli|engine|graph|parity|recipe|report|verdict)/.*|api|errors|pipeline/(?!__init__|stages/).*"
+    r"|training/(history|movement)|system/(filesystem|fingerprint|reporter|workspace)"
+    r"|schema/(custom_.*|export|goals)|tasks/(image_slices|scores)"
 )
 
 
@@ -391,17 +390,37 @@ NEVER = re.compile(
         (
             {"method": "lsq"},
             {"models/gpt2.py", "tasks/causal_lm.py"},
-            {"methods/perturbation.py", "models/bert.py"},
+            {"training/methods/perturbation.py", "models/bert.py"},
         ),
-        ({"method": "saq"}, {"methods/saq.py", "methods/perturbation.py"}, {"methods/squat.py"}),
-        ({"method": "squat"}, {"methods/squat.py", "methods/perturbation.py"}, {"methods/saq.py"}),
-        ({"method": "quadapter"}, {"methods/quadapter.py"}, {"methods/modelopt.py", "methods/ipq.py"}),
-        ({"method": "smoothquant"}, {"methods/smoothquant.py", "methods/modelopt.py"}, {"methods/awq.py"}),
-        ({"method": "awq"}, {"methods/awq.py", "methods/modelopt.py"}, {"methods/smoothquant.py"}),
+        (
+            {"method": "saq"},
+            {"training/methods/saq.py", "training/methods/perturbation.py"},
+            {"training/methods/squat.py"},
+        ),
+        (
+            {"method": "squat"},
+            {"training/methods/squat.py", "training/methods/perturbation.py"},
+            {"training/methods/saq.py"},
+        ),
+        (
+            {"method": "quadapter"},
+            {"training/methods/quadapter.py"},
+            {"training/methods/modelopt.py", "training/methods/ipq.py"},
+        ),
+        (
+            {"method": "smoothquant"},
+            {"training/methods/smoothquant.py", "training/methods/modelopt.py"},
+            {"training/methods/awq.py"},
+        ),
+        (
+            {"method": "awq"},
+            {"training/methods/awq.py", "training/methods/modelopt.py"},
+            {"training/methods/smoothquant.py"},
+        ),
         (
             {"method": "ipq", "format": "ipq", "train": {"phases": {}}},
-            {"methods/ipq.py", "quant/kmeans.py", "quant/noise.py"},
-            {"methods/quadapter.py"},
+            {"training/methods/ipq.py", "quant/kmeans.py", "quant/noise.py"},
+            {"training/methods/quadapter.py"},
         ),
         (
             {
@@ -412,9 +431,9 @@ NEVER = re.compile(
                 "task": {"name": "sequence-classification"},
             },
             {
-                "methods/teacher_intervention.py",
-                "methods/distillation.py",
-                "methods/activation_taps.py",
+                "training/methods/teacher_intervention.py",
+                "training/methods/distillation.py",
+                "training/methods/activation_taps.py",
                 "models/bert.py",
                 "models/hf_loader.py",
                 "tasks/sequence_classification.py",
@@ -428,7 +447,7 @@ NEVER = re.compile(
                 "model": {"family": "resnet", "source": "unused"},
                 "task": {"name": "image-classification"},
             },
-            {"methods/distillation.py", "models/resnet.py", "models/convnet.py", "tasks/images.py"},
+            {"training/methods/distillation.py", "models/resnet.py", "models/convnet.py", "tasks/images.py"},
             {"models/encoder.py", "tasks/token_classification.py"},
         ),
     ],
@@ -447,20 +466,31 @@ def test_every_stage_has_its_own_code_and_no_report(text_file: Path) -> None:
     recipe = make_recipe(text_file)
     wanted = {
         "load": {"models/checkpoint_files.py", "models/gpt2.py"},
-        "fold": {"quant/folded.py", "prepare.py", "models/gpt2.py"},
-        "export": {"certificate.py", "targets/rules.py", "sizes.py", "prepare.py"},
-        "build": {"targets/process.py", "errors.py"},
-        "verify": {"rows.py", "goals.py", "held.py", "tasks/scores.py", "errors.py"},
-        "gate": {"goals.py", "errors.py"},
+        "fold": {"quant/folded.py", "models/prepare.py", "models/gpt2.py"},
+        "export": {
+            "graph/certificate/layers.py",
+            "graph/lint/rules.py",
+            "graph/file_sizes.py",
+            "models/prepare.py",
+        },
+        "build": {"engine/build_process.py", "errors.py"},
+        "verify": {
+            "parity/measure.py",
+            "schema/goals.py",
+            "parity/forced_codes.py",
+            "tasks/scores.py",
+            "errors.py",
+        },
+        "gate": {"schema/goals.py", "errors.py"},
     }
     outside = re.compile(
-        r"(report/(?!junit|__init__).*|first/.*|regression/.*|cli.*|progress|history|tracking)"
+        r"(cli|report)/(?!__init__).*|verdict/baseline/.*|system/reporter|training/history|pipeline/tracking"
     )
     for stage, files in wanted.items():
         code = code_of(recipe, stage)
-        assert files | {f"stages/{stage}.py"} <= code, stage
+        assert files | {f"pipeline/stages/{stage}.py"} <= code, stage
         assert not [file for file in code if outside.fullmatch(file.removesuffix(".py"))], stage
-    assert not {"goals.py", "errors.py"} & (code_of(recipe, "fold") | code_of(recipe, "load"))
+    assert not {"schema/goals.py", "errors.py"} & (code_of(recipe, "fold") | code_of(recipe, "load"))
 
 
 def test_the_table_of_methods_names_the_module_of_each_class() -> None:
@@ -478,30 +508,31 @@ def test_the_table_of_methods_names_the_module_of_each_class() -> None:
 
 def test_an_import_from_outside_the_tables_counts_whatever_the_recipe_selects(tmp_path: Path) -> None:
     folder = tmp_path / "qcompress"
-    (folder / "methods").mkdir(parents=True)
+    (folder / "training" / "methods").mkdir(parents=True)
     for name, text in {
         "__init__": "",
-        "loop": "from qcompress.training.methods import TABLE\n",
-        "methods/__init__": "from qcompress.training.methods import saq, squat\nTABLE = [saq, squat]\n",
-        "methods/saq": "",
-        "methods/squat": "",
+        "training/__init__": "",
+        "training/loop": "from qcompress.training.methods import TABLE\n",
+        "training/methods/__init__": "from qcompress.training.methods import saq, squat\nTABLE = [saq]\n",
+        "training/methods/saq": "",
+        "training/methods/squat": "",
     }.items():
         (folder / f"{name}.py").write_text(text)
     unused = {("qcompress.training.methods", "qcompress.training.methods.squat")}
     found = code_digest(["qcompress.training.loop"], (), unused, package=folder)
-    assert "methods/saq.py" in found and "methods/squat.py" not in found
-    (folder / "loop.py").write_text("from qcompress.training.methods import TABLE, squat\n")
-    assert "methods/squat.py" in code_digest(["qcompress.training.loop"], (), unused, package=folder)
+    assert "training/methods/saq.py" in found and "training/methods/squat.py" not in found
+    (folder / "training" / "loop.py").write_text("from qcompress.training.methods import TABLE, squat\n")
+    assert "training/methods/squat.py" in code_digest(["qcompress.training.loop"], (), unused, package=folder)
 
 
 def test_stages_before_export_read_no_option_of_export_build_gate_or_verify(text_file: Path) -> None:
     """Why the classes of these sections may be left out of their keys."""
     for stage in ("load", "train", "fold"):
-        for file in code_of(make_recipe(text_file), stage) - {"schema.py"}:
+        for file in code_of(make_recipe(text_file), stage) - {"schema/recipe.py"}:
             text = (PACKAGE / file).read_text(encoding="utf-8")
             assert not re.search(r"\brecipe\.(export|build|gate|verify|tracking)\b", text), file
             imported = set(
-                re.findall(r"from qcompress\.(?:schema|export_options|goals) import ([^\n]*)", text)
+                re.findall(r"from qcompress\.schema\.(?:recipe|export|goals) import ([^\n]*)", text)
             )
             assert not re.search(r"\b(Build|Export|Profile|Gate|Goal|ParityGoal)\b", " ".join(imported)), file
     assert set(ONLY_CHECKED) == set(STAGES) - {"gate"}
