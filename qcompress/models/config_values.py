@@ -136,10 +136,10 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_a
 
 
 def _check_choosers(config: dict[str, Any]) -> None:
-    for key, why in CHOOSERS.items():
+    for key, effect in CHOOSERS.items():
         if config.get(key):
             raise ModelError(
-                f"config.json has {key} ({config[key]!r:.60}): {why}",
+                f"config.json has {key} ({config[key]!r:.60}): {effect}",
                 fix=f"use a checkpoint without {key}; where the stock model is meant, remove it",
             )
     for key, wanted in ANSWERS.items():

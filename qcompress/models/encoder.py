@@ -174,8 +174,8 @@ class Encoder:
             )
 
     def _check_padding(self, config: dict[str, Any]) -> None:
-        """Refuse a padding id that is not a row of the table. Without an id there is no padding row; a family
-        whose positions are counted from it needs one.
+        """Refuse a padding id that is not a row of the table. Without an id no row is padding; a family whose
+        positions are counted from it needs one.
         """
         number, rows = config.get("pad_token_id", self.padding or 0), config["vocab_size"]
         if number is None and self.padding is None:

@@ -126,8 +126,8 @@ def _check_choice(directory: Path, steps: dict[str, Any]) -> None:
     know.
     """
     whole = directory / WHOLE_PROCESSOR
-    other = read_object(whole).get("image_processor") if whole.exists() else None
-    if other and other != steps:
+    preferred = read_object(whole).get("image_processor") if whole.exists() else None
+    if preferred and preferred != steps:
         raise ModelError(
             f"{directory} holds a {PROCESSOR} and a {WHOLE_PROCESSOR} with another image_processor",
             fix=f"remove the one that is not the model's, or {SAY_IT}",

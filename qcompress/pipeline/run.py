@@ -221,7 +221,7 @@ class _Maker:
         with self.reporter.bar("build", 100) as bar:
             options = _placed(self.plan.recipe.build, self.plan.resolved.base)
             graph = OnnxModel(self.steps["export"].path)
-            build(graph, options, folder, lambda what, share: bar.at(what, round(100 * share)))
+            build(graph, options, folder, lambda phase, share: bar.at(phase, round(100 * share)))
         for warning in read_json(folder / "build.json")["warnings"]:
             self.reporter.say(f"build: {warning}")
 

@@ -194,9 +194,9 @@ def packed(logits):
 def read_options(arguments):
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--plan", type=Path, help="the serialized engine")
-    what.add_argument("--onnx", type=Path, help="an ONNX file, measured through onnxruntime")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--plan", type=Path, help="the serialized engine")
+    source.add_argument("--onnx", type=Path, help="an ONNX file, measured through onnxruntime")
     parser.add_argument(
         "--module", default=None, help="tensorrt or tensorrt_rtx; default: as the plan was built"
     )
