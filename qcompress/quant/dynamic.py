@@ -69,7 +69,7 @@ class _RoundToRange(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int, clip: float | None) -> Tensor:
         ctx.clip = clip
         ctx.save_for_backward(*(() if clip is None else (x,)))
-        # what the clip would cut off is beyond the largest code: one clamp serves both
+        # values beyond the clip are beyond the largest code as well: one clamp serves both
         y = torch.div(x.to(scale.dtype), scale).round_().clamp_(qmin, qmax).mul_(scale)
         return y.to(x.dtype)
 
