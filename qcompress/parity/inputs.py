@@ -61,4 +61,4 @@ def _checkpoint(artifacts: Artifacts) -> Path:
     for artifact in (artifacts.float_model, artifacts.folded, artifacts.onnx):
         if artifact is not None:
             return artifact.path
-    raise UsageError("nothing is left to measure: the float, the folded and the ONNX model are gone")
+    raise UsageError("nothing to measure: the float, the folded and the ONNX model are missing")

@@ -47,7 +47,7 @@ def smoke(resolved: Resolved, cache: Path) -> Resolved:
     recipe = resolved.recipe
     if recipe.export.graph is not None:
         raise UsageError("--smoke takes two blocks of the model, and `export.graph` has all of them",
-                         fix="run the recipe whole")  # fmt: skip
+                         fix="run the recipe without --smoke")  # fmt: skip
     source = locate(recipe.model, resolved.base)
     check_model(resolved, source)
     short = shorten(recipe.model.family, source, cache / "smoke", recipe.model.blocks)

@@ -244,7 +244,7 @@ def test_a_reason_that_the_caller_knows_is_the_one_given(measure: Callable[..., 
 
 
 def test_nothing_to_measure_is_said_and_does_not_crash(measure: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(UsageError, match="nothing is left to measure"):
+    with pytest.raises(UsageError, match="nothing to measure: the float"):
         measure(float_model=None, folded=None, onnx=None)
 
 

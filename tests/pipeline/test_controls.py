@@ -155,7 +155,7 @@ def test_the_command_prints_controls_and_dashes(project: Project, document: dict
     ("options", "message"),
     [
         ({"controls": ["luck"], "as_small_as": "int8"}, "unknown control 'luck'"),
-        ({"controls": ["shuffled"]}, "a control is a mixture, and a mixture has a budget"),
+        ({"controls": ["shuffled"]}, "a control is a mixture, and needs a budget"),
     ],
 )
 def test_a_control_that_is_none_is_refused(project: Project, options: dict[str, Any], message: str) -> None:

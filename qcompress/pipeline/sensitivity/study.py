@@ -114,12 +114,14 @@ def sensitivity(
 def _check(resolved: Resolved, budget: Budget | None, controls: Sequence[str]) -> None:
     recipe = resolved.recipe
     if recipe.data.calibration is None and recipe.data.train is None:
-        raise UsageError("sensitivity is measured on calibration data", fix="name some at data.calibration")
+        raise UsageError(
+            "sensitivity is measured on calibration data, and the recipe has none", fix="set data.calibration"
+        )
     if recipe.export.graph is not None:
         raise UsageError("`export.graph` was quantized elsewhere", fix="name the recipe of the float model")
     check_controls(controls)
     if controls and budget is None:
-        raise UsageError("a control is a mixture, and a mixture has a budget", fix="give a budget, or none")
+        raise UsageError("a control is a mixture, and needs a budget", fix="give a budget, or no control")
 
 
 @dataclass(frozen=True)
