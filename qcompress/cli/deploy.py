@@ -11,7 +11,7 @@ from qcompress.cli.arguments import AsJson, RunFolder
 from qcompress.cli.doctor import diagnose
 from qcompress.cli.terminal import console, errors, print_json
 from qcompress.errors import UsageError
-from qcompress.report.deployed import print_bundle, print_examined, print_machine
+from qcompress.report.bundle_table import print_bundle, print_examined, print_machine
 from qcompress.verdict.run_directory import load
 
 

@@ -13,8 +13,8 @@ from qcompress.cli.arguments import AsJson, RunFolder
 from qcompress.cli.completion import words
 from qcompress.cli.terminal import console, errors, print_json, refresh_report, report_run
 from qcompress.errors import UsageError
-from qcompress.report.gated import print_gate
-from qcompress.report.hosts import annotations, code_quality, step_summary
+from qcompress.report.ci_formats import annotations, code_quality, step_summary
+from qcompress.report.gate_table import print_gate
 from qcompress.schema.recipe import ROWS
 from qcompress.system import strict_json
 from qcompress.system.places import append_whole, demand_place, write_named

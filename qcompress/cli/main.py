@@ -41,14 +41,14 @@ from qcompress.pipeline import keys
 from qcompress.pipeline import run as pipeline
 from qcompress.pipeline.stages.load import locate
 from qcompress.recipe.check import all_mistakes
-from qcompress.report.checked import check_json, print_check
-from qcompress.report.compared import print_comparison
-from qcompress.report.html.beside import write_beside
-from qcompress.report.inspected import print_contents
+from qcompress.report.check_table import check_json, print_check
+from qcompress.report.compare_table import print_comparison
+from qcompress.report.html.subprocess_writer import write_beside
+from qcompress.report.inspect_table import print_contents
 from qcompress.report.layers import print_layers
 from qcompress.report.sarif import sarif
 from qcompress.report.seeds import seeds_table
-from qcompress.report.shown import print_run, summary
+from qcompress.report.show_table import print_run, summary
 from qcompress.schema.recipe import ROWS, STAGES
 from qcompress.system.printable import Guard, say, show_block
 from qcompress.system.reporter import Reporter

@@ -10,7 +10,7 @@ import typer
 from qcompress import api
 from qcompress.cli.arguments import AsJson, Cache, Out, RecipeFile, Set
 from qcompress.cli.terminal import console, errors, print_json
-from qcompress.report.sensitive import print_sensitivity
+from qcompress.report.sensitivity_table import print_sensitivity
 from qcompress.system.reporter import Reporter
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import typer
 
 from qcompress.errors import QcompressError, package_missing
-from qcompress.report.html.beside import write_beside
-from qcompress.report.shown import print_run, summary
+from qcompress.report.html.subprocess_writer import write_beside
+from qcompress.report.show_table import print_run, summary
 from qcompress.system import stopping, strict_json
 from qcompress.system.memory import AllocationError, Allocations
 from qcompress.system.places import place_errors

@@ -14,7 +14,7 @@ from results import measured_of, read_results, spell_machine
 from study import Study, TableOptions
 
 from qcompress.errors import UsageError
-from qcompress.report.compared import finding, interval
+from qcompress.report.compare_table import finding, interval
 from qcompress.report.ladder import spell
 from qcompress.verdict.compare import compare
 

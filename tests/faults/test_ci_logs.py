@@ -24,7 +24,7 @@ from markdown_it import MarkdownIt
 
 from qcompress.parity.sample_results import write_samples
 from qcompress.recipe.load import dump_recipe
-from qcompress.report.hosts import annotations, code_quality, step_summary
+from qcompress.report.ci_formats import annotations, code_quality, step_summary
 from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import write_json
 from qcompress.system.printable import HIDDEN, Guard, guarded, say

@@ -37,7 +37,7 @@ from qcompress.pipeline.stages.load import fingerprint, load
 from qcompress.pipeline.stages.train import train
 from qcompress.pipeline.stages.verify import verify
 from qcompress.report.ladder import cost_of_static, ladder
-from qcompress.report.shown import print_run
+from qcompress.report.show_table import print_run
 from qcompress.schema.quantizers import Dynamic, MinMax
 from qcompress.schema.recipe import Model, Recipe
 from qcompress.system.artifacts import FloatModel, FoldedModel, TrainedModel, read_json

@@ -13,7 +13,7 @@ from pages import look_up, read, same
 
 from qcompress import api
 from qcompress.errors import UsageError
-from qcompress.report.html import beside
+from qcompress.report.html import subprocess_writer
 
 PAGE = "report.html"
 
@@ -100,20 +100,20 @@ def test_however_it_fails(program: str, said: str, tmp_path: Path, monkeypatch: 
     script = tmp_path / "python"
     script.write_text(f"#!{sys.executable}\n{program}\n")
     script.chmod(0o755)
-    monkeypatch.setattr(beside.sys, "executable", str(script))
-    monkeypatch.setattr(beside, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(subprocess_writer.sys, "executable", str(script))
+    monkeypatch.setattr(subprocess_writer, "TIMEOUT_S", 1.0)
     told: list[str] = []
-    beside.write_beside(tmp_path, told.append)
+    subprocess_writer.write_beside(tmp_path, told.append)
     assert len(told) == 1 and told[0].startswith(said)
 
 
 def test_without_the_packages_there_is_no_page_and_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(beside, "find_spec", lambda name: None)
-    monkeypatch.setattr(beside.subprocess, "run", None)
+    monkeypatch.setattr(subprocess_writer, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess_writer.subprocess, "run", None)
     told: list[str] = []
-    beside.write_beside(tmp_path, told.append)
+    subprocess_writer.write_beside(tmp_path, told.append)
     assert told == ["no report.html: it needs jinja2 and matplotlib"]
 
 

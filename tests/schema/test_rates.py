@@ -14,7 +14,7 @@ from qcompress.quant.quantizers import LsqActivation, LsqWeight
 from qcompress.recipe.check import Report
 from qcompress.recipe.load import Resolved
 from qcompress.recipe.scale_reach import SMALL_REACH, scale_reach
-from qcompress.report.checked import check_json, print_check
+from qcompress.report.check_table import check_json, print_check
 from qcompress.schema.rates import rate_factor
 from qcompress.schema.recipe import Recipe, Train
 from qcompress.system.reporter import Reporter

@@ -19,7 +19,7 @@ from sklearn import metrics
 from qcompress import api
 from qcompress.errors import IncomparableError, UsageError
 from qcompress.parity.sample_results import REFERENCE
-from qcompress.report.compared import finding, print_comparison
+from qcompress.report.compare_table import finding, print_comparison
 from qcompress.schema.recipe import ImageClassification
 from qcompress.system.artifacts import read_json, write_json
 from qcompress.tasks import TASKS

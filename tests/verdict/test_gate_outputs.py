@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qcompress.report.hosts import annotations, code_quality, step_summary
+from qcompress.report.ci_formats import annotations, code_quality, step_summary
 from qcompress.verdict.junit import junit
 
 PASSED = {

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import qcompress
 from qcompress.errors import MachineError, UsageError
-from qcompress.report.html import distributed, judged, logged, made, rungs, several, weighed
+from qcompress.report.html import (
+    comparison_page,
+    distributions_section,
+    ladder_section,
+    provenance_section,
+    size_section,
+    training_section,
+    verdict_section,
+)
 from qcompress.report.html.evidence import Evidence, evidence
 from qcompress.report.html.parts import Section
 from qcompress.system.places import demand_place, write_named
@@ -46,19 +54,19 @@ def _folders(run: str) -> list[Path]:
 
 def one(run: Evidence) -> str:
     """The page of one run."""
-    against = judged.against(run)
+    against = verdict_section.against(run)
     sections = [
-        judged.verdict(run),
+        verdict_section.verdict(run),
         *([against] if against else []),
-        rungs.ladder(run),
-        rungs.recovery(run),
-        logged.training(run),
-        weighed.layers(run),
-        distributed.distributions(run),
-        weighed.sizes(run),
-        made.cost(run),
-        made.certificate(run),
-        made.manifest(run),
+        ladder_section.ladder(run),
+        ladder_section.recovery(run),
+        training_section.training(run),
+        size_section.layers(run),
+        distributions_section.distributions(run),
+        size_section.sizes(run),
+        provenance_section.cost(run),
+        provenance_section.certificate(run),
+        provenance_section.manifest(run),
     ]
     return _page(run.loaded.recipe.name, run.verdict.content["verdict"], sections)
 
@@ -66,7 +74,7 @@ def one(run: Evidence) -> str:
 def many(folders: Sequence[Path]) -> str:
     """The page of several runs; the first is what the others are compared with."""
     runs = [evidence(folder, place) for place, folder in enumerate(folders)]
-    return _page(f"{len(runs)} runs", "", several.sections(runs))
+    return _page(f"{len(runs)} runs", "", comparison_page.sections(runs))
 
 
 def _page(title: str, verdict: str, sections: Sequence[Section]) -> str:

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.text import Text
 
-from qcompress.report.compared import interval
+from qcompress.report.compare_table import interval
 from qcompress.system.printable import say, show
 from qcompress.system.screen import Cells
 

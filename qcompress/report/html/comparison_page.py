@@ -7,9 +7,17 @@ from collections.abc import Sequence
 from qcompress.errors import QcompressError
 from qcompress.report.html import charts
 from qcompress.report.html.evidence import Evidence
+from qcompress.report.html.ladder_section import (
+    LOSS,
+    SURE,
+    last_measured,
+    loss,
+    loss_cells,
+    loss_chart,
+    main_metrics,
+)
 from qcompress.report.html.parts import Cell, Chart, Section, table
-from qcompress.report.html.rungs import LOSS, SURE, last_measured, loss, loss_cells, loss_chart, main_metrics
-from qcompress.report.html.weighed import FILES
+from qcompress.report.html.size_section import FILES
 from qcompress.report.ladder import not_measured
 from qcompress.schema.recipe import STAGES
 from qcompress.verdict.baseline.statistics import Loss
