@@ -27,7 +27,7 @@ from qcompress.verdict.run_files import read_run_samples, record_files
 if TYPE_CHECKING:
     from qcompress.parity.inputs import Artifacts
     from qcompress.system.artifacts import FloatModel
-    from qcompress.verdict.baseline.snapshot import Standing
+    from qcompress.verdict.baseline.snapshot import Snapshot
 
 
 Classes = Mapping[str, type] | None
@@ -319,11 +319,11 @@ def gate_against(
     """
     from qcompress.verdict.baseline.decide import decide  # scipy takes most of a second
     from qcompress.verdict.baseline.goals import read_goals
-    from qcompress.verdict.baseline.snapshot import read_standing
+    from qcompress.verdict.baseline.snapshot import read_snapshot
 
     given = read_goals(Path(goals)) if goals is not None else None
-    before = read_standing(Path(baseline))
-    after = read_standing(Path(candidate), before.row)
+    before = read_snapshot(Path(baseline))
+    after = read_snapshot(Path(candidate), before.row)
     verdict = decide(before, after, given)
     write_json(Path(candidate) / "gate.json", verdict)
     record_files(Path(candidate), "gate.json")
@@ -332,11 +332,11 @@ def gate_against(
 
 def promote(
     path: str | os.PathLike[str], out: str | os.PathLike[str], *, row: str | None = None, force: bool = False
-) -> Standing:
+) -> Snapshot:
     """Write the baseline that later runs are held against. A run that was not accepted is refused unless
     `force`: a broken baseline would pass whatever is no worse.
     """
-    from qcompress.verdict.baseline.snapshot import read_standing
+    from qcompress.verdict.baseline.snapshot import read_snapshot
     from qcompress.verdict.baseline.write import write_baseline
 
     loaded = load(path)
@@ -348,11 +348,11 @@ def promote(
             fix="mend the run, or say --force",
         )
     demand_place(Path(out))
-    standing = read_standing(Path(path), row)
-    if standing.broken:
-        raise IncomparableError(f"{path}: {'; '.join(standing.broken)}", fix="run the recipe again")
-    write_baseline(standing, Path(out))
-    return standing
+    snapshot = read_snapshot(Path(path), row)
+    if snapshot.broken:
+        raise IncomparableError(f"{path}: {'; '.join(snapshot.broken)}", fix="run the recipe again")
+    write_baseline(snapshot, Path(out))
+    return snapshot
 
 
 def sensitivity(

@@ -1,1 +1,1 @@
-"""What a person or a CI job reads. Reads JSON only; no torch."""
+"""Terminal tables, CI formats and the HTML page. Reads JSON only; no torch."""

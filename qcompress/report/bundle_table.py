@@ -1,4 +1,4 @@
-"""A bundle, a machine and whether they fit, in the terminal. No torch."""
+"""Terminal tables of a bundle, of this machine, and of the checks of a bundle on this machine. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qcompress.system.screen import Cells
 
 
 def print_bundle(console: Console, record: dict[str, Any], folder: str) -> None:
-    """What was bundled, and how Triton calls it."""
+    """Print the inputs and outputs of a new bundle, its batching and its files."""
     table = Cells(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     for column in ("", "name", "type", "axes"):
         table.add_column(column)
@@ -27,24 +27,24 @@ def print_bundle(console: Console, record: dict[str, Any], folder: str) -> None:
     console.print(last, soft_wrap=True)
 
 
-def print_examined(console: Console, found: dict[str, Any]) -> None:
-    """Every reason with its fix, and in the last line whether the bundle loads."""
-    for fault in found["faults"]:
+def print_examined(console: Console, examination: dict[str, Any]) -> None:
+    """Print each fault of a bundle with its fix, then whether the bundle would load."""
+    for fault in examination["faults"]:
         kind = "broken" if fault["broken"] else "lacking"
         console.print(f"{kind}: {fault['what']}\n  fix: {fault['fix']}", soft_wrap=True)
-    for note in found["notes"]:
+    for note in examination["notes"]:
         console.print(f"note: {note}", style="dim", soft_wrap=True)
-    last = "would load" if found["loads"] else "would not load"
-    console.print(f"{last}  {found['bundle']}", soft_wrap=True)
+    last = "would load" if examination["loads"] else "would not load"
+    console.print(f"{last}  {examination['bundle']}", soft_wrap=True)
 
 
-def print_machine(console: Console, found: dict[str, Any]) -> None:
-    """A line for each thing that a job takes, what mends the missing ones, and the machine."""
+def print_machine(console: Console, machine: dict[str, Any]) -> None:
+    """Print what each job needs and whether it is installed, the fixes, GPUs, disk and Python."""
     table = Cells(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     for column in ("job", "takes", "wanted", "found", ""):
         table.add_column(column, overflow="fold")
     fixes: dict[str, list[str]] = {}
-    for job in found["jobs"]:
+    for job in machine["jobs"]:
         for place, need in enumerate(job["needs"]):
             first = (f"{job['job']}", "ready" if job["ready"] else "lacking")[: 1 if place else 2]
             name = f"{first[0]}  ({first[1]})" if not place else ""
@@ -57,10 +57,10 @@ def print_machine(console: Console, found: dict[str, Any]) -> None:
     for fix, jobs in fixes.items():
         console.print(f"{', '.join(jobs)}:\n  {fix}", soft_wrap=True)
     gpus = [f"{gpu['name']}, driver {gpu['driver']}, compute capability {gpu['compute_capability']}"
-            for gpu in found["gpus"]]  # fmt: skip
-    console.print(f"GPU: {'; '.join(gpus) or found['gpu_reason']}", soft_wrap=True)
-    console.print(f"disk: {found['disk']['free_gib']} GiB free in {found['disk']['folder']}",
+            for gpu in machine["gpus"]]  # fmt: skip
+    console.print(f"GPU: {'; '.join(gpus) or machine['gpu_reason']}", soft_wrap=True)
+    console.print(f"disk: {machine['disk']['free_gib']} GiB free in {machine['disk']['folder']}",
                   soft_wrap=True)  # fmt: skip
-    python = found["python"]
-    last = f"qcompress {found['qcompress']}, Python {python['version']} ({python['executable']})"
+    python = machine["python"]
+    last = f"qcompress {machine['qcompress']}, Python {python['version']} ({python['executable']})"
     console.print(last, soft_wrap=True)

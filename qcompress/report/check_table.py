@@ -1,4 +1,4 @@
-"""What `qcompress check` has found, as text and as JSON. No torch."""
+"""Output of `qcompress check`, as text and as JSON. No torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qcompress.system.screen import Cells
 def print_check(
     console: Console, resolved: Resolved, report: Report, reuse: list[tuple[str, bool, str]]
 ) -> None:
+    """Print the layers, patterns, phases and reusable stages of a checked recipe."""
     recipe = resolved.recipe
     architecture = report.architecture
     console.print(
@@ -41,8 +42,8 @@ def print_check(
     reach = scale_reach(recipe)
     if reach is not None and reach.share < SMALL_REACH:
         console.print(reach.note())
-    for part in report.bounded:
-        console.print(f"looked at {part}; a run looks at all of them first")
+    for extent in report.bounded:
+        console.print(f"looked at {extent}; a run looks at all of them first")
     _print_reuse(console, reuse)
 
 
@@ -60,6 +61,7 @@ def _grouped(plan: tuple[LayerPlan, ...]) -> dict[tuple[str, str, str], list[Lay
 
 
 def check_json(resolved: Resolved, report: Report, reuse: list[tuple[str, bool, str]]) -> dict[str, object]:
+    """JSON document of `qcompress check --json`."""
     reach = scale_reach(resolved.recipe)
     return {
         "recipe": resolved.recipe.model_dump(mode="json", by_alias=True),

@@ -1,4 +1,5 @@
-"""A verdict as code hosts show it: GitHub's annotations and step summary, GitLab's code quality. No torch.
+"""Gate verdicts in the formats of code hosts: GitHub annotations and step summary, GitLab code quality. No
+torch.
 
 Sources: GitHub, "Workflow commands for GitHub Actions" (escapes of data and of properties); GitLab, "Code
 Quality", section "Code Quality report format".
@@ -13,11 +14,13 @@ from typing import Any
 from qcompress.system.printable import show, show_block
 
 SEVERITY = {"anomalous": "critical", "regression": "major", "inconclusive": "minor"}
-"""GitLab's word for each verdict that is not `accept`."""
+"""GitLab severity of each verdict other than `accept`."""
 
 
 def annotations(verdict: dict[str, Any], recipe: str) -> list[str]:
-    """One workflow command for each reason, on the file of the recipe; a notice where all is well."""
+    """GitHub workflow commands: one for each reason, attached to the recipe's file; a notice if the verdict
+    is accept.
+    """
     title = _property(f"qcompress gate: {verdict['verdict']}")
     where = f"file={_property(recipe)},title={title}"
     passes = verdict["verdict"] == "inconclusive" and verdict.get("on_inconclusive") == "pass"
@@ -29,8 +32,8 @@ def annotations(verdict: dict[str, Any], recipe: str) -> list[str]:
 
 def _data(text: str) -> str:
     ended = text.replace("\r\n", "\n").replace("\r", "\n")
-    spelled = re.sub(r"##(\w*)\[", r"##\1\\x5b", show_block(ended))  # a command of Azure and of older runners
-    return spelled.replace("%", "%25").replace("\n", "%0A")
+    escaped = re.sub(r"##(\w*)\[", r"##\1\\x5b", show_block(ended))  # a command of Azure and of older runners
+    return escaped.replace("%", "%25").replace("\n", "%0A")
 
 
 def _property(text: str) -> str:
@@ -38,7 +41,7 @@ def _property(text: str) -> str:
 
 
 def step_summary(verdict: dict[str, Any], name: str) -> str:
-    """Markdown: the verdict, its reasons, one line for each goal against the baseline."""
+    """GitHub step summary in Markdown: verdict, reasons, and one row for each goal against the baseline."""
     lines = [f"### qcompress gate: {verdict['verdict']} ({_cell(name)})", ""]
     lines += [f"- {_cell(reason)}" for reason in verdict["reasons"]] + [""] * bool(verdict["reasons"])
     lines += ["| goal | baseline | candidate | loss | interval | could have seen | outcome |",
@@ -61,17 +64,17 @@ def step_summary(verdict: dict[str, Any], name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """No cell and no list item of ours is more than text: pipes, markup, links, mentions and line ends lose
-    their meaning.
+    """Escape text for a Markdown cell or list item: pipes, markup, links, mentions and line ends
+    stay text.
     """
-    found = re.sub(r"[\\`*_|\[\]~$]", r"\\\g<0>", show(text)).replace("&", "&amp;")
-    found = found.replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;").replace("#", "&#35;")
-    return re.sub(r"(?i)\bwww\.", "www&#46;", found.replace("://", "&#58;//"))
+    escaped = re.sub(r"[\\`*_|\[\]~$]", r"\\\g<0>", show(text)).replace("&", "&amp;")
+    escaped = escaped.replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;").replace("#", "&#35;")
+    return re.sub(r"(?i)\bwww\.", "www&#46;", escaped.replace("://", "&#58;//"))
 
 
 def code_quality(verdict: dict[str, Any], recipe: str) -> list[dict[str, Any]]:
-    """GitLab's report: an issue for each reason, on the first line of the recipe. Equal reasons of equal
-    recipes have equal fingerprints, so that a merge request shows what is new.
+    """GitLab code quality report: one issue for each reason, on the first line of the recipe. The fingerprint
+    depends on recipe and reason only, so that a merge request shows which issues are new.
     """
     if verdict["verdict"] == "accept":
         return []

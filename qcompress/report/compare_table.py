@@ -1,4 +1,4 @@
-"""A comparison as tables for the terminal; they fit into 80 columns."""
+"""Terminal tables of `qcompress compare`; they fit into 80 columns."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ from qcompress.system.printable import show
 from qcompress.system.screen import Cells
 
 
-def print_comparison(console: Console, found: dict[str, Any]) -> None:
-    """Scores, cost, differences, then what they say in words."""
-    console.print(*title(found), sep="\n", soft_wrap=True)
-    console.print(scores(found))
-    console.print(costs(found))
-    if found["differences"]:
-        console.print(differences(found))
-    lines = [finding(found, item) for item in found["differences"]]
-    lines += [f"note: {note}" for note in found["notes"]]
+def print_comparison(console: Console, comparison: dict[str, Any]) -> None:
+    """Print scores, costs and differences of the arms, then the findings as sentences."""
+    console.print(*title(comparison), sep="\n", soft_wrap=True)
+    console.print(scores(comparison))
+    console.print(costs(comparison))
+    if comparison["differences"]:
+        console.print(differences(comparison))
+    lines = [finding(comparison, item) for item in comparison["differences"]]
+    lines += [f"note: {note}" for note in comparison["notes"]]
     if lines:
         console.print(*lines, sep="\n", soft_wrap=True)
 
 
-def title(found: dict[str, Any]) -> list[str]:
-    """What was measured on what."""
-    measured = [f"{task['task']}: {task['metric']} of {task['samples']} samples" for task in found["tasks"]]
-    return [f"row {found['row']}, {found['better']} is better", *measured]
+def title(comparison: dict[str, Any]) -> list[str]:
+    """Lines above the tables: row, direction of the metric, and samples of each task."""
+    measured = [
+        f"{task['task']}: {task['metric']} of {task['samples']} samples" for task in comparison["tasks"]
+    ]
+    return [f"row {comparison['row']}, {comparison['better']} is better", *measured]
 
 
-def scores(found: dict[str, Any]) -> Cells:
-    """One line for each arm and task; with several tasks, one over them all."""
+def scores(comparison: dict[str, Any]) -> Cells:
+    """Table of each arm's metric by task; with several tasks a pooled line as well."""
     table = _table("arm")
-    several = len(found["tasks"]) > 1
+    several = len(comparison["tasks"]) > 1
     if several:
         table.add_column("task", no_wrap=True)
     for column in ("seeds", "mean", "sd", "min", "max"):
         table.add_column(column, justify="right", no_wrap=True)
-    for arm in found["arms"]:
+    for arm in comparison["arms"]:
         lines = [(task["task"], task) for task in arm["tasks"]]
         if several and arm["pooled"]:
             lines.append(("all", arm["pooled"]))
@@ -55,10 +57,10 @@ def scores(found: dict[str, Any]) -> Cells:
     return table
 
 
-def costs(found: dict[str, Any]) -> Cells:
-    """What one run of each arm takes, mean over its runs."""
+def costs(comparison: dict[str, Any]) -> Cells:
+    """Table of the mean training cost of one run of each arm."""
     table = _table("arm")
-    blocks = any(task["block_updates"] for arm in found["arms"] for task in arm["tasks"])
+    blocks = any(task["block_updates"] for arm in comparison["arms"] for task in arm["tasks"])
     columns = [
         "updates",
         *(["updates\nof a block"] if blocks else []),
@@ -67,20 +69,20 @@ def costs(found: dict[str, Any]) -> Cells:
     ]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    for arm in found["arms"]:
+    for arm in comparison["arms"]:
         keys = ("updates", *(("block_updates",) if blocks else ()), "passes", "seconds")
         means = [sum(task[key] for task in arm["tasks"]) / len(arm["tasks"]) for key in keys]
         table.add_row(arm["arm"], *(f"{mean:.0f}" if mean >= 100 else f"{mean:.4g}" for mean in means))
     return table
 
 
-def differences(found: dict[str, Any]) -> Cells:
-    """One line for each arm against the baseline."""
-    level = f"{100 * found['level']:.0f} % interval"
-    table = _table(f"against\n{show(found['baseline'])}")
+def differences(comparison: dict[str, Any]) -> Cells:
+    """Table of each arm's difference from the baseline arm."""
+    level = f"{100 * comparison['level']:.0f} % interval"
+    table = _table(f"against\n{show(comparison['baseline'])}")
     for column in ("pairs", "difference", f"{level}\npaired t", f"{level}\nbootstrap", "could have\nseen"):
         table.add_column(column, justify="right", no_wrap=True)
-    for item in found["differences"]:
+    for item in comparison["differences"]:
         table.add_row(
             item["arm"],
             str(len(item["pairs"])),
@@ -93,7 +95,7 @@ def differences(found: dict[str, Any]) -> Cells:
 
 
 def interval(limits: list[float] | tuple[float, float] | None) -> str:
-    """Both limits with their signs, or a dash.
+    """Format both limits with their signs; a dash without an interval.
 
     >>> interval((-0.01234, 0.5))
     '-0.0123 +0.5'
@@ -101,18 +103,18 @@ def interval(limits: list[float] | tuple[float, float] | None) -> str:
     return "-" if limits is None else " ".join(f"{limit:+.3g}" for limit in limits)
 
 
-def finding(found: dict[str, Any], item: dict[str, Any]) -> str:
-    """What a difference says, in one sentence; it must leave 0 outside both intervals to say anything."""
-    arm, baseline = item["arm"], found["baseline"]
+def finding(comparison: dict[str, Any], item: dict[str, Any]) -> str:
+    """Sentence on one difference. An arm is better or worse only if 0 lies outside both intervals."""
+    arm, baseline = item["arm"], comparison["baseline"]
     limits = [limits for limits in (item["t_interval"], item["bootstrap_interval"]) if limits is not None]
     if item["t_interval"] is None:
         return f"{arm}: one pair has no spread, so no interval: run more seeds"
     if all(low > 0 for low, _ in limits) or all(high < 0 for _, high in limits):
-        good = (item["mean"] > 0) == (found["better"] == "higher")
+        good = (item["mean"] > 0) == (comparison["better"] == "higher")
         return f"{arm}: {'better' if good else 'worse'} than {baseline} by {abs(item['mean']):.3g}"
     return (
         f"{arm}: no difference from {baseline} seen; one of {item['detectable']:.2g} would have been, "
-        f"{100 * found['power']:.0f} times in 100"
+        f"{100 * comparison['power']:.0f} times in 100"
     )
 
 

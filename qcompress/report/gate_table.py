@@ -1,4 +1,4 @@
-"""A candidate against its baseline in the terminal. No torch."""
+"""Terminal table of `qcompress gate`: the candidate against its baseline. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qcompress.system.screen import Cells
 
 
 def print_gate(console: Console, verdict: dict[str, Any]) -> None:
-    """One line for each goal against the baseline, notes, reasons, and the verdict in the last line."""
+    """Print one row for each goal against the baseline, then notes, reasons and, last, the verdict."""
     table = Cells(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     table.add_column("goal", overflow="fold")
     for column in ("baseline", "candidate", "loss", "bounds\n(5 % each)", "could have\nseen", "samples"):

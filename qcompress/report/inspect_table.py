@@ -1,4 +1,4 @@
-"""What an ONNX file stores, as a table for the terminal."""
+"""Terminal table of the weights that an ONNX file stores."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from qcompress.graph.inspect import summary
 from qcompress.system.screen import Cells
 
 
-def print_contents(console: Console, found: dict[str, Any]) -> None:
-    """One line for each weight, then the totals."""
+def print_contents(console: Console, contents: dict[str, Any]) -> None:
+    """Print one row for each weight, then the totals."""
     table = Cells(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     table.add_column("weight", overflow="fold")
     table.add_column("shape", no_wrap=True)
@@ -22,7 +22,7 @@ def print_contents(console: Console, found: dict[str, Any]) -> None:
         table.add_column(column, no_wrap=True)
     for column in ("bytes", "share"):
         table.add_column(column, justify="right", no_wrap=True)
-    for weight in found["weights"]:
+    for weight in contents["weights"]:
         table.add_row(
             weight["name"],
             " x ".join(map(str, weight["shape"])),
@@ -35,4 +35,4 @@ def print_contents(console: Console, found: dict[str, Any]) -> None:
             f"{weight['share']:.1%}",
         )
     console.print(table)
-    console.print(summary(found), soft_wrap=True)
+    console.print(summary(contents), soft_wrap=True)

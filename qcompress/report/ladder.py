@@ -1,4 +1,4 @@
-"""The parity ladder as a table for the terminal."""
+"""The parity ladder as a terminal table."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from qcompress.system.printable import show
 from qcompress.system.screen import Cells
 
 BESIDE = ("dynamic", "deployed")
-"""What else a row may have been measured as: its key in the row, and its line in the ladder."""
+"""Extra measurements of a row: key in the row and label in the ladder."""
 
 HELD = "same codes"
-"""The line of `held` of the onnx row."""
+"""Label of the onnx row's `held` measurement."""
 
 
 def ladder(report: dict[str, Any]) -> Cells:
-    """One line for each row of parity.json: the main metrics of each set, the distance to the row before.
-    Below a row what was measured beside it: `dynamic` below trained; `deployed` and, on a machine with a GPU,
-    ONNX Runtime's GPU providers below onnx.
+    """Table with one line for each row of parity.json: main metrics of each set, distance to the compared
+    row. Extra measurements follow their row: `dynamic` after trained; `deployed` and, on a machine with a
+    GPU, ONNX Runtime's GPU providers after onnx.
 
-    It fits into 80 columns; the other metrics are in parity.json.
+    The table fits into 80 columns; the other metrics are in parity.json.
     """
     rows = report["rows"]
     metrics = order_metrics(rows, report.get("sets", []), report.get("main", {}))
@@ -50,22 +50,22 @@ def ladder(report: dict[str, Any]) -> Cells:
             if beside.get("status") == "not-run":
                 table.add_row(f"  {name}", "not-run", style="dim")
                 continue
-            found = beside.get("metrics", {})
-            values = (spell(found[metric]) if metric in found else "" for metric in metrics)
+            metrics_beside = beside.get("metrics", {})
+            values = (spell(metrics_beside[metric]) if metric in metrics_beside else "" for metric in metrics)
             table.add_row(f"  {name}", *values, *_far(beside["distance"]), style="dim")
     return table
 
 
 def _beside(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """What was measured beside a row, by its name in the ladder."""
-    found = [(HELD, row["held"])] if row.get("held") else []
-    found += [(name, row[name]) for name in BESIDE if row.get(name)]
-    return found + [(f"on {name}", beside) for name, beside in row.get("providers", {}).items()]
+    """Extra measurements of a row with their labels."""
+    measurements = [(HELD, row["held"])] if row.get("held") else []
+    measurements += [(name, row[name]) for name in BESIDE if row.get(name)]
+    return measurements + [(f"on {name}", beside) for name, beside in row.get("providers", {}).items()]
 
 
 def cost_of_static(report: dict[str, Any]) -> list[str]:
-    """One line on what static ranges in place of dynamic ones changed in the metrics that the ladder shows,
-    with its sign: trained - dynamic. None where there were no dynamic ones.
+    """One line on the change of the main metrics due to static in place of dynamic ranges: trained - dynamic,
+    signed. Empty list if there is no dynamic row.
     """
     metrics = order_metrics(report["rows"], report.get("sets", []), report.get("main", {}))
     for row in report["rows"]:
@@ -77,7 +77,7 @@ def cost_of_static(report: dict[str, Any]) -> list[str]:
 
 
 def ties(report: dict[str, Any]) -> list[str]:
-    """One line on the codes of the graph that differ from the folded model's, where they were compared."""
+    """One line on the graph's codes that differ from the folded model's, if they were compared."""
     return [
         f"from the graph's own codes: {held['differ']} of {held['codes']:,} differ, "
         f"{held['unexplained']} of them by more than a tie of rounding"
@@ -87,22 +87,23 @@ def ties(report: dict[str, Any]) -> list[str]:
 
 
 def order_metrics(rows: list[dict[str, Any]], sets: list[str], main: dict[str, list[str]]) -> list[str]:
-    """The main metrics of each evaluation set, in the recipe's order: JSON objects are sorted by name.
+    """Main metrics of each evaluation set, in the recipe's order (JSON objects are sorted by name).
 
-    Of several sets the first metric of each; where the main metrics are not known the first that there is.
+    With several sets the first main metric of each; where `main` has no entry for a set, the first metric
+    measured on it.
     """
-    found: dict[str, list[str]] = {}
+    by_set: dict[str, list[str]] = {}
     for row in rows:
         if row["status"] == "measured":
             for metric in row["metrics"]:
                 section = metric.rpartition(".")[0]
                 if not sets or section in sets:  # sharpness is a metric of no set
-                    found.setdefault(section, [metric])
-    for name in found.keys() & main.keys():
-        found[name] = [f"{name}.{metric}" for metric in main[name]]
+                    by_set.setdefault(section, [metric])
+    for name in by_set.keys() & main.keys():
+        by_set[name] = [f"{name}.{metric}" for metric in main[name]]
     order = {name: place for place, name in enumerate(sets)}
-    names = sorted(found, key=lambda name: order.get(name, len(order)))
-    return [metric for name in names for metric in (found[name] if len(names) == 1 else found[name][:1])]
+    names = sorted(by_set, key=lambda name: order.get(name, len(order)))
+    return [metric for name in names for metric in (by_set[name] if len(names) == 1 else by_set[name][:1])]
 
 
 def _far(distance: dict[str, Any] | None) -> tuple[str, ...]:
@@ -118,10 +119,10 @@ def _far(distance: dict[str, Any] | None) -> tuple[str, ...]:
 
 
 def spell(value: float | None) -> str:
-    """Five digits, or a dash for a value that is not there."""
+    """Format a number with five digits; a dash for None."""
     return "-" if value is None else f"{value:.5g}"
 
 
 def not_measured(report: dict[str, Any]) -> list[str]:
-    """`row: why` of every row that was not measured."""
+    """`row: reason` for every row that was not measured."""
     return [f"{row['stage']}: {row['reason']}" for row in report["rows"] if row["status"] != "measured"]

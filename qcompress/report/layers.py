@@ -1,4 +1,4 @@
-"""layers.json as a table for the terminal."""
+"""Terminal table of layers.json."""
 
 from __future__ import annotations
 
@@ -10,29 +10,35 @@ from rich.console import Console
 from qcompress.system.screen import Cells
 
 
-def print_layers(console: Console, found: dict[str, Any]) -> None:
-    """One line for each layer, then the first that differs and the first that has no excuse."""
+def print_layers(console: Console, document: dict[str, Any]) -> None:
+    """Print one row for each layer, then the summary."""
     table = Cells(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
     table.add_column("input of", no_wrap=True)
-    far = ("trained\nmax |d|", "folded to onnx\nmax |d| / range", "SNR\ndB")
-    for column in (*far, "codes\ndiffer", "of\ncodes", "ties\namong them", "farthest\nfrom a tie"):
+    distance_columns = ("trained\nmax |d|", "folded to onnx\nmax |d| / range", "SNR\ndB")
+    for column in (
+        *distance_columns,
+        "codes\ndiffer",
+        "of\ncodes",
+        "ties\namong them",
+        "farthest\nfrom a tie",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
-    for layer in found["layers"]:
+    for layer in document["layers"]:
         table.add_row(layer["name"], *_far(layer), *_codes(layer))
     console.print(table)
-    console.print(*summary(found), sep="\n", soft_wrap=True)
+    console.print(*summary(document), sep="\n", soft_wrap=True)
 
 
-def summary(found: dict[str, Any]) -> list[str]:
-    """The finding in words, one sentence a line."""
-    layers = {layer["name"]: layer for layer in found["layers"]}
+def summary(document: dict[str, Any]) -> list[str]:
+    """Sentences on the first layer that differs and the first difference that is not a rounding tie."""
+    layers = {layer["name"]: layer for layer in document["layers"]}
     lines = []
     torch_apart = [
         name for name, layer in layers.items() if (layer["folded_to_trained"] or {}).get("max_abs")
     ]
     if torch_apart:
         lines.append(f"trained and folded differ first at the input of {torch_apart[0]}")
-    first = found["first_difference"]
+    first = document["first_difference"]
     if first is None:
         return [*lines, "folded and onnx agree in every code of every layer"]
     if layers[first]["codes"] is None:
@@ -44,12 +50,12 @@ def summary(found: dict[str, Any]) -> list[str]:
     lines.append(f"folded and onnx differ first at the input of {first}: {layers[first]['differ']} codes")
     lines.append(
         f"every place starts from the codes of the graph: {differ} of {codes} differ, {ties} of them on "
-        f"a tie between two codes (within {found['tie_limit']:g} of a step)"
+        f"a tie between two codes (within {document['tie_limit']:g} of a step)"
     )
-    if found["first_unexplained"]:
+    if document["first_unexplained"]:
         lines.append(
-            f"no rounding explains {found['unexplained']} of them, first at the input of "
-            f"{found['first_unexplained']}"
+            f"no rounding explains {document['unexplained']} of them, first at the input of "
+            f"{document['first_unexplained']}"
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""Findings of the linter as SARIF 2.1.0, which code hosts and editors show beside a pull request."""
+"""Linter findings as SARIF 2.1.0, for code hosts and editors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sar
 
 
 def sarif(findings: list[Finding], file: Path, target: str) -> dict[str, Any]:
-    """One run of the linter. Paths below the current folder are relative to it, as code hosts want them."""
+    """SARIF document of one linter run. Paths below the current directory are relative, as code hosts
+    require.
+    """
     here = Path.cwd()
     path = file.resolve()
     inside = path.is_relative_to(here)
@@ -67,6 +69,6 @@ def sarif(findings: list[Finding], file: Path, target: str) -> dict[str, Any]:
 
 
 def _message(finding: Finding) -> str:
-    """A message in which nothing is a link: SARIF 2.1.0, section 3.11.6, reads `[text](target)` as one."""
+    """Message text with escaped brackets: SARIF 2.1.0, section 3.11.6, reads `[text](target)` as a link."""
     text = show(f"{finding.layer}: {finding.found}. Fix: {finding.fix}")
     return re.sub(r"[\\\[\]]", r"\\\g<0>", text) if "](" in text else text

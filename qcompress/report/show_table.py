@@ -1,4 +1,4 @@
-"""A run as a person or a program sees it: the ladder and the verdict. No torch."""
+"""The ladder and the verdict of a run, for `qcompress show`. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def summary(loaded: LoadedRun) -> dict[str, object]:
-    """The JSON document of a run."""
+    """JSON document of a run."""
     return {
         "recipe": loaded.recipe.name,
         "path": str(loaded.path),
@@ -25,7 +25,7 @@ def summary(loaded: LoadedRun) -> dict[str, object]:
 
 
 def print_run(console: Console, loaded: LoadedRun) -> None:
-    """The ladder, what static ranges cost, why the verdict is what it is; in the last line the verdict."""
+    """Print the ladder, the cost of static ranges, the verdict's reasons and, last, the verdict."""
     console.print(ladder(loaded.parity))
     for line in [*cost_of_static(loaded.parity), *ties(loaded.parity)]:
         console.print(line, style="dim", soft_wrap=True)

@@ -1,1 +1,1 @@
-"""Judging a run, one run against another or against a baseline; reading a run directory. No torch."""
+"""Judges a run by its goals, compares runs, and reads run directories. No torch."""

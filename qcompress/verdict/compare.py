@@ -1,4 +1,5 @@
-"""Arms against a baseline: mean, spread, paired differences, what could have been seen, and cost. No torch.
+"""Comparison of arms with a baseline: mean, spread, paired differences, detectable difference and cost. No
+torch.
 
 An *arm* is one way of compressing a model; its runs differ in their seed and, where it was tried on several,
 in their task. Arms are aligned by (task, seed), and sample by sample: runs of one task that were measured on
@@ -9,9 +10,9 @@ The document (`compare`):
     row, metric per task, baseline, level, power, draws
     arms         for each arm: its runs, mean / sd / min / max of each task and over the tasks, its cost
     differences  for each other arm: the pairs, their mean, the interval of a paired t test over the pairs and
-                 that of a bootstrap over seeds and samples (`paired.py` states both), and the smallest
+                 that of a bootstrap over seeds and samples (both in `paired.py`), and the smallest
                  difference that as many pairs of this spread would have shown with a chance of 80 %
-    notes        what a reader must know: seeds left out, other machines, other float models
+    notes        remarks: seeds left out, other machines, other float models
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from qcompress.verdict.replicates import REPLICATES, draw_counts
 def compare(
     runs: Sequence[Measured], row: str, metric: str | None = None, baseline: str | None = None
 ) -> dict[str, Any]:
-    """The document described above. Raises IncomparableError, or UsageError for a wrong choice of runs."""
+    """Compare the runs; returns the document described above. Raises IncomparableError, or UsageError for a
+    wrong choice of runs.
+    """
     arms = list(dict.fromkeys(run.arm for run in runs))
     if not arms:
         raise UsageError("there is nothing to compare", fix="name run directories or folders of seeds")
@@ -82,7 +85,7 @@ def _without_bootstrap(cells: dict[Cell, Measured], chosen: dict[str, tuple[str,
         if short not in REPLICATES:
             notes.append(f"{task}: {short} has no bootstrap interval")
         elif not all(_gives(run, name, short) for run in runs):
-            notes.append(f"{task}: the per-sample results do not give {short}, so there is no bootstrap")
+            notes.append(f"{task}: the per-sample results do not give {short}, so no bootstrap")
     return notes
 
 
@@ -122,7 +125,9 @@ def _refuse_missing(cells: dict[Cell, Measured], arms: list[str], tasks: list[st
 
 
 def _same_samples(runs: list[Measured], metric: str | None) -> tuple[str, str]:
-    """Evaluation set and metric of a task, on samples that are the same in all of its runs."""
+    """Evaluation set and metric of a task; raises IncomparableError unless all its runs have the same
+    samples.
+    """
     name, short = runs[0].split(metric)
     first = runs[0].identity(name)
     for run in runs[1:]:
@@ -149,18 +154,20 @@ def _value(run: Measured, name: str, short: str) -> float:
 def _arm(
     arm: str, tasks: list[str], cells: dict[Cell, Measured], values: dict[Cell, float]
 ) -> dict[str, Any]:
-    """Mean and spread by task; over tasks the mean of each seed, so that sd is that of a study's result."""
-    found = []
+    """Mean and spread by task; pooled over tasks: the mean of each seed, so that sd is that of a study's
+    result.
+    """
+    by_task = []
     for task in tasks:
         seeds = [cell[2] for cell in cells if cell[:2] == (arm, task)]
         entry = {"task": task, "seeds": seeds, **spread([values[arm, task, seed] for seed in seeds])}
         costs = [cells[arm, task, seed].cost for seed in seeds]
         for name in ("updates", "block_updates", "passes", "seconds"):
             entry[name] = statistics.fmean(getattr(cost, name) for cost in costs)
-        found.append(entry)
-    common = sorted(set.intersection(*(set(entry["seeds"]) for entry in found)))
+        by_task.append(entry)
+    common = sorted(set.intersection(*(set(entry["seeds"]) for entry in by_task)))
     pooled = [statistics.fmean(values[arm, task, seed] for task in tasks) for seed in common]
-    return {"arm": arm, "tasks": found, "pooled": {"seeds": common, **spread(pooled)} if pooled else None}
+    return {"arm": arm, "tasks": by_task, "pooled": {"seeds": common, **spread(pooled)} if pooled else None}
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -179,13 +186,13 @@ def _differences(
     chosen: dict[str, tuple[str, str]],
 ) -> list[dict[str, Any]]:
     drawn = {} if len(arms) == 1 else _draw(tasks, cells, chosen)
-    found = []
+    entries = []
     for arm in arms:
         pairs = [
             (task, seed)
             for task in tasks
-            for one, on, seed in cells
-            if (one, on) == (arm, task) and (baseline, task, seed) in cells
+            for other_arm, on, seed in cells
+            if (other_arm, on) == (arm, task) and (baseline, task, seed) in cells
         ]
         if arm == baseline:
             continue
@@ -193,28 +200,28 @@ def _differences(
             raise IncomparableError(
                 f"{arm} and {baseline} have no seed in common", fix="run both with the same --seeds"
             )
-        apart = [values[arm, task, seed] - values[baseline, task, seed] for task, seed in pairs]
-        complete = all((one, *pair) in drawn for one in (arm, baseline) for pair in pairs)
+        differences = [values[arm, task, seed] - values[baseline, task, seed] for task, seed in pairs]
+        complete = all((other_arm, *pair) in drawn for other_arm in (arm, baseline) for pair in pairs)
         replicates = [
             np.stack([drawn[arm, on, seed] - drawn[baseline, on, seed] for on, seed in pairs if on == task])
             for task in dict.fromkeys(task for task, _ in pairs)
             if complete
         ]
-        found.append(
+        entries.append(
             {
                 "arm": arm,
                 "pairs": [
                     {"task": task, "seed": seed, "difference": difference}
-                    for (task, seed), difference in zip(pairs, apart, strict=True)
+                    for (task, seed), difference in zip(pairs, differences, strict=True)
                 ],
-                "mean": statistics.fmean(apart),
-                "sd": statistics.stdev(apart) if len(apart) > 1 else None,
-                "t_interval": t_interval(apart),
+                "mean": statistics.fmean(differences),
+                "sd": statistics.stdev(differences) if len(differences) > 1 else None,
+                "t_interval": t_interval(differences),
                 "bootstrap_interval": _finite(bootstrap_interval(replicates)),
-                "detectable": detectable(apart),
+                "detectable": detectable(differences),
             }
         )
-    return found
+    return entries
 
 
 def _finite(interval: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -224,7 +231,7 @@ def _finite(interval: tuple[float, float] | None) -> tuple[float, float] | None:
 def _draw(
     tasks: list[str], cells: dict[Cell, Measured], chosen: dict[str, tuple[str, str]]
 ) -> dict[Cell, np.ndarray]:
-    """The metric of every run on the same drawn samples, [draws] each."""
+    """Bootstrap replicates of the metric of every run on common draws, [draws] each."""
     drawn: dict[Cell, np.ndarray] = {}
     for cell, run in cells.items():
         name, short = chosen[run.task]
@@ -236,8 +243,8 @@ def _draw(
 
 
 def _gives(run: Measured, name: str, short: str) -> bool:
-    """Whether the per-sample results give the metric: those of a study have six digits, and no answers of the
-    float model.
+    """True if the metric can be recomputed from the per-sample results. Those of a study have six digits and
+    no predictions of the float model.
     """
     columns, once = run.columns(name), np.ones((1, len(run.samples[name]["ids"])))
     try:

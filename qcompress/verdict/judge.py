@@ -1,12 +1,12 @@
-"""The verdict on a parity report by the recipe's goals. Judges; measures nothing. No torch.
+"""Verdict on a parity report by the recipe's goals. No torch; measures nothing.
 
     accept       every goal holds
     regression   a parity or a recovery goal is broken; for a target that           exit 3
                  ONNX Runtime serves, of the deployed row too
-    unjudged     a smoke run: the line ran, and nothing is judged                    exit 0
-    anomalous    the measurement itself cannot be trusted: a number that is not     exit 4
-                 finite, logits that are all equal, a required row or metric that
-                 is missing, a float model below its own floor, a gain too large
+    unjudged     a smoke run: all stages ran, and nothing is judged                  exit 0
+    anomalous    the measurement is not valid: a number that is not finite,         exit 4
+                 logits that are all equal, a required row or metric that is
+                 missing, a float model below its own floor, a gain too large
                  to be true
 
 Anomalous outranks regression: a broken measurement proves nothing about the model.
@@ -46,27 +46,32 @@ SMOKE = "a smoke run: the line runs here; two blocks and little data say nothing
 
 
 TIES = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.0}
-"""Largest share of a place's codes that may differ from the same codes before it, all on ties. Of 114 graphs
-(recipes/matrix) the largest was 4e-5 in fp32 and 1e-2 in fp16; a norm that is 0.2 % off makes 5e-2 there."""
+"""Largest share of a quantization point's codes that may differ while the codes before it are equal, all on
+rounding ties. Of 114 graphs (recipes/matrix) the largest was 4e-5 in fp32 and 1e-2 in fp16; a norm that is
+0.2 % off makes 5e-2 there.
+"""
 
 
 FOLDED_NORMS = ParityGoal(mean_abs=2e-3, top1_agreement=0.99)
-"""The limits of the folded row where batch norms were folded or scales raised: its flips are what is judged,
-and this is what follows from them. ResNet-20 on CIFAR-10, W8A8: mean_abs 4e-4."""
+"""Limits of the folded row after batch norms were folded or scales raised: its flipped codes are judged, and
+these limits follow from them. ResNet-20 on CIFAR-10, W8A8: mean_abs 4e-4.
+"""
 
 
 FLIPS_AGAIN = 4
-"""How many times as far as the onnx row the deployed row may lie, where flips on ties move both."""
+"""Largest distance of the deployed row in multiples of the onnx row's, if flips on rounding ties
+move both.
+"""
 
 
 BEFORE = {"folded": "trained", "onnx": "folded", "engine": "onnx"}
-"""Rows that those limits are about. Where the row before was not measured, the distance is to an earlier one
-and says what compression did, which is a matter of recovery.
+"""The row to which each default limit measures the distance. If that row was not measured, the distance is to
+an earlier one and shows the loss by compression, which the recovery goals judge.
 """
 
 
 def verdict_of(report: dict[str, Any], recipe: Recipe, smoke: bool = False) -> dict[str, Any]:
-    """The verdict on a parity report by the recipe's goals; a `smoke` run is not judged."""
+    """Judge a parity report by the recipe's goals; a `smoke` run is not judged."""
     if smoke:
         missing = [row["stage"] for row in report["rows"] if row["status"] != "measured"]
         return {
@@ -83,8 +88,8 @@ def verdict_of(report: dict[str, Any], recipe: Recipe, smoke: bool = False) -> d
 
 
 def judged(run: LoadedRun) -> dict[str, Any]:
-    """The verdict of a run. One of `accept` is made anew from parity.json; raises IncomparableError where
-    that gives another one.
+    """Verdict of a finished run. An `accept` is recomputed from parity.json; raises IncomparableError if the
+    recomputed verdict differs.
     """
     if run.verdict["verdict"] != "accept":
         return run.verdict
@@ -99,12 +104,12 @@ def judged(run: LoadedRun) -> dict[str, Any]:
 
 
 def served_by_onnxruntime(recipe: Recipe) -> bool:
-    """Whether the recipe's target runs the ONNX file itself, in ONNX Runtime's default session."""
+    """True if the recipe's target runs the ONNX file in ONNX Runtime's default session."""
     return find_target(recipe.build.target).backend is None
 
 
 def write_verdict(out: Path, verdict: dict[str, Any], name: str) -> None:
-    """A verdict in the two forms in which it lies in a run directory; `name` is the recipe's."""
+    """Write a verdict as verdict.json and junit.xml; `name` is the recipe's name."""
     write_json(out / "verdict.json", verdict)
     write_text(out / "junit.xml", junit(verdict, name))
 
@@ -118,7 +123,7 @@ def judge(
     float_trains: bool = False,
     served: bool = False,
 ) -> dict[str, Any]:
-    """The verdict on a parity report, as it stands in verdict.json.
+    """Judge a parity report; returns the content of verdict.json.
 
     `float_trains`: nothing is quantized, so the float row is the model before training, and no gain over it
     is too large to be true. `served`: ONNX Runtime's default session serves the target, so the `deployed`
@@ -161,7 +166,7 @@ def judge(
 def _distances(
     rows: dict[str, Any], measured: list[dict[str, Any]], goals: Gate, compute: str, judgement: Judgement
 ) -> None:
-    """The distance of every measured row to the row before it, by its default limits or the recipe's."""
+    """Check the distance of every measured row to the row before it, by default limits or the recipe's."""
     defaults = PARITY[compute] | ({"folded": FOLDED_NORMS} if _may_flip(rows.get("folded", {})) else {})
     held = rows.get("onnx", {}).get("held")
     if held is not None:
@@ -169,7 +174,7 @@ def _distances(
             held, None if "onnx" in goals.parity else defaults["onnx"], TIES[compute], judgement
         )
     for row in measured:
-        # what flips at ties make of the graph they make of its engine
+        # flips on rounding ties move the engine row as they move the onnx row
         if row["stage"] in ("onnx", "engine") and held is not None and row["stage"] not in goals.parity:
             check_finite(row, judgement)
             continue
@@ -181,14 +186,14 @@ def _distances(
 
 
 def _may_flip(folded: dict[str, Any]) -> bool:
-    """Whether fold changed numbers, so that codes on a tie may round another way in the folded row."""
+    """True if fold changed numbers, so that codes on rounding ties may differ in the folded row."""
     return bool(folded.get("flipped") or folded.get("raised"))
 
 
 def _deployed(
     onnx: dict[str, Any], reference: dict[str, float], goals: Gate, compute: str
 ) -> Judgement | None:
-    """Recovery and parity of ONNX Runtime's default session; None where it was not measured."""
+    """Check recovery and parity of ONNX Runtime's default session; None if it was not measured."""
     beside = onnx.get("deployed")
     if onnx.get("status") != "measured" or not beside:
         return None
@@ -202,7 +207,7 @@ def _deployed(
 
 
 def _deployed_limits(onnx: dict[str, Any], compute: str) -> ParityGoal | None:
-    """Default limits of the deployed row; None where its distance is to a model before compression.
+    """Default limits of the deployed row; None if its distance is to a model before compression.
 
     Flips on ties move the deployed row as far as they move the onnx row: a few times the distance of the
     onnx row is allowed where that is more than the default, up to `DEPLOYED_FARTHEST`.
@@ -215,7 +220,7 @@ def _deployed_limits(onnx: dict[str, Any], compute: str) -> ParityGoal | None:
     implied = {"folded": ["float-inputs"], "onnx": ["integer-sums"]}.get(to, [])
     roundings = {*deployed.get("roundings", ()), *implied}
     limits = [default, *(DEPLOYED_ROUNDINGS[name] for name in roundings)]
-    means, agreements = [one.mean_abs for one in limits], [one.top1_agreement for one in limits]
+    means, agreements = [limit.mean_abs for limit in limits], [limit.top1_agreement for limit in limits]
     scale = distance.get("range") or math.nan
     if distance.get("to") == "folded" and scale > 0:
         agreement = distance.get("top1_agreement")
@@ -229,7 +234,7 @@ def _deployed_limits(onnx: dict[str, Any], compute: str) -> ParityGoal | None:
 def _unmeasured(
     rows: dict[str, Any], goals: Gate, require: list[str], deployed_lacks: bool, judgement: Judgement
 ) -> None:
-    """Rows that must be judged and were not measured."""
+    """Report rows that must be judged and were not measured."""
     for stage, limits in goals.parity.items():
         if limits == ParityGoal() or stage == "deployed":
             continue
@@ -250,7 +255,7 @@ def _require(rows: dict[str, Any], require: list[str], judgement: Judgement) -> 
 
 
 def exit_code(verdict: str, on_inconclusive: str = "fail") -> int:
-    """Exit code of a verdict; an inconclusive one (`gate --baseline` alone) passes where the goals say so."""
+    """Exit code of a verdict; `inconclusive` (from `gate --baseline` only) passes if the goals allow it."""
     if verdict == "inconclusive" and on_inconclusive == "pass":
         return 0
     try:

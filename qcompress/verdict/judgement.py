@@ -11,12 +11,13 @@ from typing import Any
 from qcompress.schema.goals import Gate, ParityGoal, gain_too_large, lower_is_better, worst_value
 
 FLIPPED = 1e-4
-"""Largest share of codes that folding batch norms may change: values on a tie, whose sum comes out another
-way."""
+"""Largest share of codes that folding batch norms may change: values on a rounding tie whose sum differs."""
 
 
 @dataclass
 class Judgement:
+    """Goals, anomalies and regressions collected by the checks."""
+
     goals: list[dict[str, Any]] = field(default_factory=list)
     anomalies: list[str] = field(default_factory=list)
     regressions: list[str] = field(default_factory=list)
@@ -33,30 +34,30 @@ class Judgement:
 
     @property
     def reasons(self) -> list[str]:
-        """Everything that is wrong, anomalies first."""
+        """All problems, anomalies first."""
         return self.anomalies + self.regressions
 
-    def take(self, other: Judgement) -> None:
-        """Add another judgement to this one; an anomaly that both have is said once."""
-        self.goals += other.goals
-        self.anomalies += [text for text in other.anomalies if text not in self.anomalies]
-        self.regressions += other.regressions
+    def take(self, addition: Judgement) -> None:
+        """Add another judgement to this one; common anomalies are listed once."""
+        self.goals += addition.goals
+        self.anomalies += [text for text in addition.anomalies if text not in self.anomalies]
+        self.regressions += addition.regressions
 
     def as_deployed(self, judged: bool) -> dict[str, Any]:
-        """The section `deployed` of verdict.json; `judged`: it decides the verdict."""
+        """Section `deployed` of verdict.json; `judged`: the section decides the verdict."""
         reasons = self.reasons
         return {"judged": judged, "passed": not reasons, "goals": self.goals, "reasons": reasons}
 
 
 def _sound(row: str, metrics: dict[str, float], reference: dict[str, float], judgement: Judgement) -> None:
-    """Every metric of float is there, and every metric is a number."""
+    """Report metrics that are not finite, and metrics of float that are missing."""
     broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     judgement.anomalies += [f"{row}: {name} is {value}" for name, value in broken.items()]
     judgement.anomalies += [f"{row}: {name} was not measured" for name in reference if name not in metrics]
 
 
 def check_metrics(measured: list[dict[str, Any]], reference: dict[str, float], judgement: Judgement) -> None:
-    """Metrics of every measured row, and of what was measured beside it."""
+    """Check the metrics of every measured row and of its extra measurements."""
     for row in measured:
         _sound(row["stage"], row["metrics"], reference, judgement)
         if row.get("deployed"):
@@ -67,6 +68,7 @@ def check_metrics(measured: list[dict[str, Any]], reference: dict[str, float], j
 
 
 def check_float_floor(reference: dict[str, float], goals: Gate, judgement: Judgement) -> None:
+    """Check the float model's metrics against their floors; a break is an anomaly."""
     for metric, floor in goals.float_floor.items():
         value = reference.get(metric, math.nan)
         passed = value <= floor if lower_is_better(metric) else value >= floor
@@ -81,6 +83,7 @@ def check_float_floor(reference: dict[str, float], goals: Gate, judgement: Judge
 
 
 def check_gain(row: dict[str, Any], reference: dict[str, float], judgement: Judgement) -> None:
+    """Report metrics that are implausibly better than the float model's."""
     for metric, value in row["metrics"].items():
         if metric in reference and gain_too_large(metric, value, reference[metric]):
             judgement.anomalies.append(
@@ -91,6 +94,7 @@ def check_gain(row: dict[str, Any], reference: dict[str, float], judgement: Judg
 def check_recovery(
     row: dict[str, Any], reference: dict[str, float], goals: Gate, judgement: Judgement
 ) -> None:
+    """Check a row's metrics against the recovery goals."""
     metrics = row["metrics"]
     for metric, goal in goals.recovery.items():
         if metric not in metrics or metric not in reference:
@@ -106,6 +110,7 @@ def check_recovery(
 
 
 def check_flips(row: dict[str, Any], flipped: dict[str, int], judgement: Judgement) -> None:
+    """Check the share of codes that folding batch norms changed."""
     if not flipped["codes"]:
         return  # no activation is rounded, so nothing can flip
     share = flipped["flipped"] / flipped["codes"]
@@ -115,9 +120,9 @@ def check_flips(row: dict[str, Any], flipped: dict[str, int], judgement: Judgeme
 def check_forced_codes(
     held: dict[str, Any], limits: ParityGoal | None, share: float, judgement: Judgement
 ) -> None:
-    """The graph from its own codes: no code without an excuse, no more ties than chance makes, and logits
-    that agree. `limits` are None where the recipe has some of its own for the onnx row: these are about the
-    graph as it runs, and no limit excuses a defect.
+    """Check the onnx row measured from the graph's own codes: no code differs by more than a rounding tie,
+    ties are not more frequent than chance allows, and logits agree. `limits` is None if the recipe states
+    limits for the onnx row: these are about the graph as it runs, and no limit excuses a defect.
     """
     row = {"stage": "onnx.held", "distance": held["distance"]}
     count, where = held["unexplained"], held["first_unexplained"]
@@ -125,23 +130,23 @@ def check_forced_codes(
         f"onnx.held: {count} of {held['codes']} codes differ by more than a tie of rounding, first at {where}"
     )
     judgement.add("parity.onnx.held.unexplained", {"unexplained": 0}, count, None, count == 0, text)
-    found = held["largest_share"]
+    largest = held["largest_share"]
     most = f"more than {100 * share:g} %"
-    text = f"onnx.held: {100 * found:.3g} % of the codes at {held['at']} differ on ties, {most}"
-    judgement.add("parity.onnx.held.ties", {"ties": share}, found, None, found <= share, text)
+    text = f"onnx.held: {100 * largest:.3g} % of the codes at {held['at']} differ on ties, {most}"
+    judgement.add("parity.onnx.held.ties", {"ties": share}, largest, None, largest <= share, text)
     if limits is not None:
         check_parity(row, limits, judgement)
 
 
 def check_finite(row: dict[str, Any], judgement: Judgement) -> None:
-    """A distance that is not judged must be a number all the same."""
+    """Report a distance that is not a number, for a row whose distance is not judged."""
     for name in ("max_abs", "mean_abs"):
         if math.isnan((row.get("distance") or {}).get(name, math.nan)):
             judgement.anomalies.append(f"{row['stage']}: {name} is not a number")
 
 
 def check_parity(row: dict[str, Any], limits: ParityGoal, judgement: Judgement) -> None:
-    """Distances to the row before, max_abs and mean_abs as fractions of the logits' range."""
+    """Check distances to the row before; max_abs and mean_abs as fractions of the logits' range."""
     distance = row.get("distance") or {}
     scale = distance.get("range", math.nan)
     if scale == 0:  # two dead models agree in everything

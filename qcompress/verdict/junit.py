@@ -1,7 +1,7 @@
-"""A verdict as JUnit XML, which every CI server shows: one test case for each goal. No torch.
+"""JUnit XML of a verdict, for CI servers: one test case for each goal. No torch.
 
-A goal that is broken is a failure, an anomaly an error, a row that was not measured is skipped, and so is an
-inconclusive goal where inconclusive passes.
+A broken goal is a failure, an anomaly an error; a row that was not measured is skipped, and so is an
+inconclusive goal if inconclusive passes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from xml.etree import ElementTree
 from qcompress.system.printable import show
 
 FORBIDDEN = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 cannot hold."""
+"""Characters that XML 1.0 does not allow."""
 
 
 def junit(verdict: dict[str, Any], name: str) -> str:
-    """The document of verdict.json or gate.json, for a recipe of this name."""
+    """JUnit XML of a verdict.json or gate.json, for a recipe of this name."""
     suite = ElementTree.Element("testsuite", name=_clean(f"qcompress {name}"))
     failures = errors = skipped = 0
     passes = verdict.get("on_inconclusive") == "pass"
@@ -44,14 +44,14 @@ def junit(verdict: dict[str, Any], name: str) -> str:
         ElementTree.SubElement(case, "skipped", message=_clean("; ".join(verdict["reasons"])))
     if verdict["verdict"] == "anomalous":
         errors += 1
-        found = ElementTree.SubElement(
+        problem = ElementTree.SubElement(
             case, "error", type="anomalous", message="the measurement cannot be trusted"
         )
-        found.text = "\n".join(map(_clean, verdict["reasons"]))
+        problem.text = "\n".join(map(_clean, verdict["reasons"]))
     elif verdict["verdict"] == "regression" or verdict["verdict"] == "inconclusive" and not passes:
         failures += 1
-        found = ElementTree.SubElement(case, "failure", type=verdict["verdict"], message=verdict["verdict"])
-        found.text = "\n".join(map(_clean, verdict["reasons"]))
+        problem = ElementTree.SubElement(case, "failure", type=verdict["verdict"], message=verdict["verdict"])
+        problem.text = "\n".join(map(_clean, verdict["reasons"]))
     counts = {"tests": len(suite), "failures": failures, "errors": errors, "skipped": skipped}
     for element in (suite, root := ElementTree.Element("testsuites")):
         for key, value in counts.items():

@@ -1,4 +1,4 @@
-"""One row of one run, as it is compared: its metrics, its per-sample results and what it cost. No torch."""
+"""One row of a run, prepared for comparison: metrics, per-sample results and training cost. No torch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ if TYPE_CHECKING:
     from qcompress.verdict.run_directory import LoadedRun
 
 TRUTH = ("label", "labels", "tokens")
-"""Per-sample results that are the data's and not the model's: equal in runs that may be compared."""
+"""Per-sample results that come from the data, not from the model: equal in comparable runs."""
 
 OWN = ("results", REFERENCE, "slices")
-"""What of a set does not say what was measured: its row's results, float's answers, and how a user parts
-it.
-"""
+"""Fields ignored when checking that two runs were evaluated on the same samples."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What training took. `block_updates` are updates of one block alone, which run no whole model."""
+    """Training cost. `block_updates` are updates of one block alone, without a pass of the whole model."""
 
     updates: int
     block_updates: int
@@ -38,8 +36,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of one run. `samples`: as in samples.json.gz, with this row's results under `results`, and
-    under `reference` the float model's answers where the row's are held against them.
+    """One row of a run. `samples`: as in samples.json.gz, with this row's results under `results`, and the
+    float model's predictions under `reference` if the row was compared with them.
     """
 
     arm: str
@@ -49,11 +47,11 @@ class Measured:
     metrics: dict[str, float]
     sets: tuple[str, ...]
     main: dict[str, str]
-    """The metric of each evaluation set that is compared unless another one is asked for."""
+    """Default metric for comparison, by evaluation set."""
     samples: dict[str, dict[str, Any]]
     cost: Cost
     settings: dict[str, Any]
-    """What the runs of an arm have in common on one task."""
+    """Settings that all runs of an arm share on one task."""
     start: str
     """Digest of the float model."""
     machine: str
@@ -61,21 +59,21 @@ class Measured:
     """Names of the model's outputs."""
 
     def columns(self, name: str) -> Columns:
-        """Per-sample results of an evaluation set, what is known of its samples, and what is made of both, by
-        name.
+        """Columns of an evaluation set by name: sample data, the row's results, and columns derived from
+        both.
         """
         entry = self.samples[name]
         known = {key: value for key, value in entry.items() if isinstance(value, list)}
         return with_entities(known | entry["results"], self.labels)
 
     def identity(self, name: str) -> dict[str, Any]:
-        """What was measured in an evaluation set: ids, digest of the inputs, labels."""
+        """Identity of the measured samples of an evaluation set: ids, digest of the inputs, labels."""
         entry = self.samples[name]
         truth = {key: value for key, value in entry["results"].items() if key in TRUTH}
         return {key: value for key, value in entry.items() if key not in OWN} | truth
 
     def split(self, metric: str | None) -> tuple[str, str]:
-        """Evaluation set and metric that `set.metric`, `metric` or None (the task's first) mean."""
+        """Evaluation set and metric from `set.metric`, `metric`, or None (the task's first)."""
         name, _, short = (metric or "").rpartition(".")
         name = name or self.sets[0]
         short = short or self.main.get(name, "")
@@ -86,10 +84,10 @@ class Measured:
 
 
 def measured(loaded: LoadedRun, row: str, arm: str | None = None) -> Measured:
-    """A row of a run directory; the arm is the recipe's name unless given."""
-    found = next((item for item in loaded.parity["rows"] if item["stage"] == row), None)
-    if found is None or found["status"] != "measured":
-        why = found["reason"] if found else "there is no such row"
+    """Read a row of a run directory; the arm is the recipe's name unless given."""
+    measured_row = next((item for item in loaded.parity["rows"] if item["stage"] == row), None)
+    if measured_row is None or measured_row["status"] != "measured":
+        why = measured_row["reason"] if measured_row else "the report has no such row"
         raise IncomparableError(f"{loaded.path}: the row {row} was not measured: {why}", fix="choose --row")
     recipe, manifest = loaded.recipe, loaded.manifest
     sets = read_run_samples(loaded.path / "samples.json.gz")
@@ -102,7 +100,7 @@ def measured(loaded: LoadedRun, row: str, arm: str | None = None) -> Measured:
             )
         samples[name] = {key: value for key, value in entry.items() if key != "rows"}
         samples[name] |= {"inputs": loaded.parity["inputs"][name], "results": entry["rows"][row]}
-        agrees = f"{name}.{AGREEMENT}" in found["metrics"]
+        agrees = f"{name}.{AGREEMENT}" in measured_row["metrics"]
         if agrees and "prediction" in entry["rows"].get("float", {}):
             samples[name][REFERENCE] = entry["rows"]["float"]["prediction"]
     values = recipe.model_dump(mode="json", by_alias=True)
@@ -113,9 +111,9 @@ def measured(loaded: LoadedRun, row: str, arm: str | None = None) -> Measured:
         task=values["task"].get("glue") or order[0],
         seed=recipe.seed,
         where=str(loaded.path),
-        metrics=found["metrics"],
+        metrics=measured_row["metrics"],
         sets=order,
-        main={name: _main(name, found["metrics"], loaded.parity.get("main", {})) for name in order},
+        main={name: _main(name, measured_row["metrics"], loaded.parity.get("main", {})) for name in order},
         samples=samples,
         cost=cost_of(values, manifest),
         settings={key: values[key] for key in ("task", "format", "train", *AXES)},
@@ -126,13 +124,15 @@ def measured(loaded: LoadedRun, row: str, arm: str | None = None) -> Measured:
 
 
 def _main(name: str, metrics: dict[str, float], main: dict[str, list[str]]) -> str:
-    """The main metric of a set: as the report says, or the first of its own in the order of METRICS."""
+    """Main metric of a set: from the report, or the set's first metric in the order of METRICS."""
     own = [metric for metric in METRICS if f"{name}.{metric}" in metrics]
     return (main.get(name) or own)[0]
 
 
 def cost_of(recipe: dict[str, Any], manifest: dict[str, Any]) -> Cost:
-    """Updates, passes (one forward and one backward of the whole model) and seconds from a run's manifest."""
+    """Updates, passes (one forward and one backward of the whole model) and seconds, from a run's
+    manifest.
+    """
     if "phases" not in manifest:
         raise IncomparableError(
             f"the manifest of {manifest['recipe']} does not say what training took",
@@ -145,12 +145,14 @@ def cost_of(recipe: dict[str, Any], manifest: dict[str, Any]) -> Cost:
         updates=sum(phase["steps"] for phase in whole),
         block_updates=sum(steps[phase["name"]] for phase in manifest["phases"] if "block" in phase),
         passes=sum(phase["passes"] for phase in whole),
-        seconds=manifest["stages"].get("train", {"seconds": 0.0})["seconds"],  # or a graph made elsewhere
+        seconds=manifest["stages"].get("train", {"seconds": 0.0})[
+            "seconds"
+        ],  # an external graph has no training
     )
 
 
 def arm_and_runs(text: str) -> tuple[str | None, list[Path]]:
-    """The arm of `ARM=RUN`, None of `RUN`, and its runs: a run directory, or those of a folder of seeds."""
+    """Parse `ARM=RUN` or `RUN` (arm None); the runs are a run directory or those of a folder of seeds."""
     arm, equals, folder = text.partition("=")
     named = equals and not Path(text).exists()
     if named and not (arm and folder):

@@ -1,7 +1,7 @@
-"""Statistics of paired comparisons: intervals, and what they could have shown. No torch.
+"""Statistics of paired comparisons: intervals and detectable differences. No torch.
 
 A *pair* is one task and one seed that both arms were run on. Its difference is the arm's metric minus the
-baseline's, so that whatever the seed did to both (order of the data, calibration) cancels.
+baseline's, so that effects of the seed on both (order of the data, calibration) cancel.
 
 Shapes: differences [pairs]; replicates [seeds, draws], one row for each seed of one task.
 """
@@ -28,9 +28,9 @@ DRAWS = 1000
 def t_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     """Paired t interval: mean -+ t(0.975, n - 1) * sd / sqrt(n) over the pairs; None for a single pair.
 
-    It treats the pairs as draws from one population of tasks and seeds, so a method that helps one task and
-    hurts another gets a wide interval. It knows nothing of the noise of a finite evaluation set beyond what
-    the seeds show, because every seed is measured on the same samples.
+    The pairs are treated as draws from one population of tasks and seeds, so a method that helps one task and
+    hurts another gets a wide interval. The interval contains the noise of the finite evaluation set only as
+    far as the seeds show it, because every seed is measured on the same samples.
 
     >>> [round(limit, 4) for limit in t_interval([1.0, 2.0, 3.0])]
     [-0.4841, 4.4841]
@@ -59,7 +59,9 @@ def detectable(differences: Sequence[float]) -> float | None:
 
 @functools.cache
 def _seen(freedom: int) -> float:
-    """The shift of a noncentral t at which the test sees it with probability `POWER`; a table asks often."""
+    """Shift of a noncentral t that the test detects with probability `POWER`; cached, because tables ask
+    often.
+    """
     limit = stats.t.ppf((1 + LEVEL) / 2, freedom)
     highest = 3 + 2 * limit
     return optimize.brentq(lambda at: _power(at, limit, freedom) - POWER, 0, highest, xtol=1e-10)
@@ -76,8 +78,8 @@ def _power(shift: float, limit: float, freedom: int) -> float:
         seen = stats.norm.cdf(shift - width) + stats.norm.cdf(-shift - width)
         return seen * stats.chi.pdf(chi, freedom)
 
-    found, _ = integrate.quad(at, 0, root + 12, limit=200, points=[root])  # sd of chi is below 1
-    return found
+    probability, _ = integrate.quad(at, 0, root + 12, limit=200, points=[root])  # sd of chi is below 1
+    return probability
 
 
 def bootstrap_interval(replicates: Sequence[np.ndarray]) -> tuple[float, float] | None:

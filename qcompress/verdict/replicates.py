@@ -1,8 +1,9 @@
-"""Metrics of bootstrap samples: each from per-sample results and how often each sample was drawn. No torch.
+"""Metrics of bootstrap samples, from per-sample results and the number of times each sample was drawn. No
+torch.
 
-A metric here is a function of `columns` (per-sample results by name, one value a sample) and `counts`
-[draws, samples], and gives [draws]. All draws at once: with counts a metric is a few matrix products, where
-computing it again for every draw takes minutes. A draw in which a metric is undefined gives NaN.
+A metric here is a function of `columns` (per-sample results by name, one value a sample) and `counts` [draws,
+samples], and returns [draws]. All draws are computed at once: with counts a metric is a few matrix products;
+recomputing it for every draw takes minutes. A draw in which a metric is undefined gives NaN.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from qcompress.parity.sample_results import Columns
 
 
 def draw_counts(samples: int, draws: int, task: int) -> np.ndarray:
-    """How often each sample is drawn with replacement, float64 [draws, samples]; rows sum to `samples`.
+    """Number of times each sample is drawn with replacement, float64 [draws, samples]; rows sum to `samples`.
 
-    They depend on nothing but the arguments: all runs of a task see the same draws, which is what makes their
-    differences paired.
+    The counts depend on the arguments alone: all runs of a task get the same draws, so that their differences
+    are paired.
     """
     random = np.random.default_rng([20_150_505, task])
     return random.multinomial(samples, np.full(samples, 1 / samples), size=draws).astype(np.float64)
@@ -33,7 +34,7 @@ def perplexity(columns: Columns, counts: np.ndarray) -> np.ndarray:
 
 
 def token_accuracy(columns: Columns, counts: np.ndarray) -> np.ndarray:
-    """Share of the tokens that the model ranks first, or of the words that it labels as they are labelled."""
+    """Share of tokens that the model ranks first, or of words that it labels correctly."""
     right, total = _words(columns, "label") if "positions" in columns else _tokens(columns)
     return (counts @ right) / (counts @ total)
 
@@ -43,15 +44,15 @@ def _tokens(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _words(columns: Columns, truth: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sequence: words that are labelled as `truth` has it, and all of its words."""
+    """Correct words and all words of each sequence, with `truth` as the column of correct labels."""
     pairs = list(zip(columns[truth], columns["prediction"], strict=True))
     right = [sum(one == other for one, other in zip(*pair, strict=True)) for pair in pairs]
     return np.array(right, np.float64), np.array([len(label) for label, _ in pairs], np.float64)
 
 
 def agreement(columns: Columns, counts: np.ndarray) -> np.ndarray:
-    """Share of answers (of words, in sequences) that are the float model's, `reference`; Pearson's
-    correlation of numbers.
+    """Share of answers (of words, in sequences) that equal the float model's (`reference`); for numbers
+    Pearson's correlation with them.
     """
     if "positions" in columns:
         right, total = _words(columns, "reference")
@@ -62,7 +63,7 @@ def agreement(columns: Columns, counts: np.ndarray) -> np.ndarray:
 
 
 def accuracy(columns: Columns, counts: np.ndarray) -> np.ndarray:
-    """Share of samples whose prediction is the label; of several labels all must be right."""
+    """Share of samples whose prediction equals the label; with several labels all must be right."""
     right = [label == answer for label, answer in zip(columns["label"], columns["prediction"], strict=True)]
     return (counts @ np.array(right, np.float64)) / counts.sum(axis=1)
 
@@ -79,14 +80,14 @@ def cross_entropy(columns: Columns, counts: np.ndarray) -> np.ndarray:
 
 
 def f1(columns: Columns, counts: np.ndarray) -> np.ndarray:
-    """F1 of label 1 against the rest; 0 where it is neither a label nor a prediction."""
+    """F1 of label 1 against the rest; 0 without a label or prediction of 1."""
     label, answer = (np.array(columns[name]) == 1 for name in ("label", "prediction"))
     total = counts @ (label.astype(np.float64) + answer)
     return 2 * (counts @ (label & answer)) / np.maximum(total, 1)
 
 
 def f1_macro(columns: Columns, counts: np.ndarray) -> np.ndarray:
-    """Mean F1 of the labels: of those that occur in a draw, or of all where a sample may have several."""
+    """Mean F1 of the labels: those that occur in a draw, or all if a sample may have several."""
     both, total = _label_counts(columns, counts)
     each = 2 * both / np.maximum(total, 1)
     if isinstance(columns["label"][0], list):
@@ -95,13 +96,15 @@ def f1_macro(columns: Columns, counts: np.ndarray) -> np.ndarray:
 
 
 def f1_micro(columns: Columns, counts: np.ndarray) -> np.ndarray:
-    """F1 of all labels together; 0 where there are none."""
+    """F1 of all labels together; 0 if there are none."""
     both, total = _label_counts(columns, counts)
     return 2 * both.sum(axis=1) / np.maximum(total.sum(axis=1), 1)
 
 
 def _label_counts(columns: Columns, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each label [draws, labels]: samples that have it and are given it; the sum of having and giving."""
+    """Two arrays [draws, labels]: samples with the label and its prediction; sum of labels and
+    predictions.
+    """
     label, answer = (np.array(columns[name]) for name in ("label", "prediction"))
     if label.ndim == 1:
         classes = np.union1d(label, answer)
@@ -111,7 +114,9 @@ def _label_counts(columns: Columns, counts: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def span_f1(columns: Columns, counts: np.ndarray) -> np.ndarray:
-    """F1 of whole entities, from the numbers of each sequence (`spans_right`, `spans_total`); 0 without."""
+    """F1 of whole entities, from the counts of each sequence (`spans_right`, `spans_total`); 0 without
+    entities.
+    """
     right, total = (counts @ _numbers(columns[name]) for name in ("spans_right", "spans_total"))
     return np.where(total > 0, 2 * right / np.maximum(total, 1), 0.0)
 
@@ -127,28 +132,30 @@ def mcc(columns: Columns, counts: np.ndarray) -> np.ndarray:
     labels, answers = (counts @ (side[:, None] == classes).astype(np.float64) for side in (label, answer))
     total, right = counts.sum(axis=1), counts @ (label == answer)
     spread = (total**2 - (answers**2).sum(1)) * (total**2 - (labels**2).sum(1))
-    apart = right * total - (labels * answers).sum(1)
-    return np.where(spread > 0, apart / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
+    covariance = right * total - (labels * answers).sum(1)
+    return np.where(spread > 0, covariance / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
 
 
 BLOCK = 128
-"""Draws whose correlations are made at once: what they take stays in a processor's cache."""
+"""Draws per block of the correlations, so that a block stays in the processor's cache."""
 
 
 def pearson(columns: Columns, counts: np.ndarray) -> np.ndarray:
     """Pearson's correlation of labels and predictions."""
     label, answer = (_numbers(columns[name]) for name in ("label", "prediction"))
     return np.concatenate([
-        _correlation(part, np.tile(label, (len(part), 1)), np.tile(answer, (len(part), 1)))
-        for part in _blocks(counts)
+        _correlation(block, np.tile(label, (len(block), 1)), np.tile(answer, (len(block), 1)))
+        for block in _blocks(counts)
     ])  # fmt: skip
 
 
 def spearman(columns: Columns, counts: np.ndarray) -> np.ndarray:
-    """Spearman's: Pearson's of the ranks within each draw, ties sharing the mean of their ranks."""
+    """Spearman's correlation: Pearson's of the ranks within each draw, ties sharing the mean of
+    their ranks.
+    """
     label, answer = (_numbers(columns[name]) for name in ("label", "prediction"))
     return np.concatenate([
-        _correlation(part, _ranks(label, part), _ranks(answer, part)) for part in _blocks(counts)
+        _correlation(block, _ranks(label, block), _ranks(answer, block)) for block in _blocks(counts)
     ])  # fmt: skip
 
 
@@ -161,7 +168,7 @@ def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     place = stats.rankdata(values, method="dense") - 1
     order = np.argsort(place, kind="stable")
     starts = np.searchsorted(place[order], np.arange(place.max() + 1))
-    # how many drawn samples have each of the different values
+    # number of drawn samples of each distinct value
     each = np.add.reduceat(counts[:, order], starts, axis=1)
     return (np.cumsum(each, axis=1) - each / 2)[:, place]
 
@@ -171,11 +178,11 @@ def _correlation(counts: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray
     a = a - (counts * a).sum(1, keepdims=True) / size
     b = b - (counts * b).sum(1, keepdims=True) / size
 
-    def together(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return np.einsum("ij,ij,ij->i", counts, one, other)
+    def weighted_product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.einsum("ij,ij,ij->i", counts, x, y)
 
     with np.errstate(invalid="ignore", divide="ignore"):
-        return together(a, b) / np.sqrt(together(a, a) * together(b, b))
+        return weighted_product(a, b) / np.sqrt(weighted_product(a, a) * weighted_product(b, b))
 
 
 def _numbers(values: list[Any]) -> np.ndarray:
@@ -197,4 +204,4 @@ REPLICATES: dict[str, Callable[[Columns, np.ndarray], np.ndarray]] = {
     "pearson": pearson,
     "spearman": spearman,
 }
-"""Metrics that can be bootstrapped; a comparison of another one has no bootstrap interval, and says so."""
+"""Metrics with a bootstrap; a comparison of another metric has no bootstrap interval and a note."""

@@ -1,4 +1,4 @@
-"""A finished run as it lies on disk. No torch."""
+"""Reader of finished run directories. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qcompress.verdict.run_files import AGAIN, check_files, read_shaped
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run directory: its recipe, its report and its verdict, and where its artifacts lie."""
+    """A run directory: path, recipe, manifest, report and verdict."""
 
     path: Path
     recipe: Recipe
@@ -31,11 +31,11 @@ class LoadedRun:
 
     @property
     def smoke(self) -> bool:
-        """Whether `run --smoke` made it."""
+        """True if the run was made by `run --smoke`."""
         return bool(self.manifest.get("smoke"))
 
     def demand_whole(self) -> None:
-        """Raise UsageError for a smoke run, which nobody can judge."""
+        """Raise UsageError for a smoke run, which cannot be judged."""
         if self.smoke:
             raise UsageError(
                 f"{self.path} is a smoke run: two blocks and little data say nothing about the model",
@@ -44,7 +44,7 @@ class LoadedRun:
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """Names of the model's outputs, in their order; None where they have none."""
+        """Names of the model's outputs, in order; None if they have no names."""
         task, config = self.recipe.task, self.path / "config.json"
         if config.is_file():
             task = TASKS[task.name].settled(task, read_object(config))
@@ -52,13 +52,13 @@ class LoadedRun:
         return tuple(names) if names else None
 
     def stage(self, name: str) -> Path | None:
-        """Folder of a stage in the cache, None if it is gone."""
+        """Folder of a stage in the cache; None if it was deleted."""
         folder = Path(self.manifest["stages"][name]["path"]) if name in self.manifest["stages"] else None
         return folder if folder is not None and folder.is_dir() else None
 
     def checked_stage(self, name: str) -> Path | None:
-        """Folder of a stage, every file of which was read and held against its digest. Raises
-        IncomparableError for a damaged one, or one that is not of this run.
+        """Folder of a stage after a check of all its digests. Raises IncomparableError if a file is damaged
+        or the folder belongs to another run.
         """
         folder = self.stage(name)
         if folder is None:
@@ -74,7 +74,7 @@ class LoadedRun:
 
 
 def load(path: str | os.PathLike[str]) -> LoadedRun:
-    """Open a run directory."""
+    """Open a run directory. Raises UsageError if it is not a finished run."""
     folder = followed(Path(path))
     if not folder.is_dir():
         what = "is a file, and a run is a directory" if folder.exists() else "does not exist"
@@ -97,7 +97,7 @@ def load(path: str | os.PathLike[str]) -> LoadedRun:
 
 
 def _recipe(file: Path, manifest: Mapping[str, Any]) -> Recipe:
-    """The recipe that a run wrote; its data may be gone, so only its structure is checked."""
+    """Read the resolved recipe; only its structure is checked, because its data may be gone."""
     with custom.recorded(manifest.get("own", {})):
         document = read(file)
         recipe = validate(document)
@@ -108,15 +108,15 @@ def _recipe(file: Path, manifest: Mapping[str, Any]) -> Recipe:
 
 
 def broken(folder: Path, parity: Mapping[str, Any]) -> Iterator[str]:
-    """The graph is the one that was measured, the engine was built from it, and the plan is that engine. A
-    file that is not there (CI keeps what it needs) cannot be asked.
+    """Messages on files that differ from the measured ones: the graph, the graph from which the engine was
+    built, and the engine's plan. Missing files are skipped (CI keeps only some).
     """
     graph, build = folder / "model.onnx", folder / "engine" / "build.json"
     facts = read_object(build) if build.is_file() else {}
-    found = sha256_file(graph) if graph.is_file() else None
-    if found and parity.get("onnx") and found != parity["onnx"]["sha256"]:
+    graph_digest = sha256_file(graph) if graph.is_file() else None
+    if graph_digest and parity.get("onnx") and graph_digest != parity["onnx"]["sha256"]:
         yield f"{graph} is not the file that was measured"
-    if found and facts.get("onnx") and found != facts["onnx"]["sha256"]:
+    if graph_digest and facts.get("onnx") and graph_digest != facts["onnx"]["sha256"]:
         yield f"the engine was built from another file than {graph}"
     for name, digest in _certified(folder).items():
         if (folder / name).is_file() and sha256_file(folder / name) != digest:
@@ -138,13 +138,13 @@ def broken(folder: Path, parity: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _certified(folder: Path) -> dict[str, str]:
-    """Digests in the certificate, by file; empty where there is none."""
+    """Digests in the certificate, by file; empty without a certificate."""
     file = folder / "certificate.json"
     return read_object(file).get("files", {}) if file.is_file() else {}
 
 
 def _data(folder: Path, facts: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """The graph's external data that are there, and their digests in what was written of the graph."""
+    """External data files of the graph that exist, with their recorded digests."""
     for name, digest in (facts.get("onnx") or {}).get("data", {}).items():
         if (folder / name).is_file():
             yield folder / name, digest

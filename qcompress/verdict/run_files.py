@@ -1,9 +1,8 @@
-"""Files of a run directory, held against the digests that the run recorded when it wrote them. No torch.
+"""Checks files of a run directory against the digests that the run recorded. No torch.
 
 `.placed.json` has the records (`placed.read_placed`). A run without it, such as an artifact of a CI server
-that leaves out hidden files, is read all the same: its JSON must have the right form. The graph, its data and
-the plan are not looked at here: `finished.broken` holds them against parity.json, certificate.json and
-build.json.
+that leaves out hidden files, is read too: its JSON must have the right form. The graph, its data and the plan
+are not checked here but in `run_directory.broken`, against parity.json, certificate.json and build.json.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from qcompress.system.placed import read_placed, record
 AGAIN = "run the recipe again: it puts the file back"
 
 LOG = "log.jsonl"
-"""Grows after it was recorded."""
+"""Log of the run; it grows after its digest was recorded."""
 
 UNREAD = ("model.onnx", "engine/model.plan", "probe/", "report.html")
-"""Beginnings of names that `check_files` leaves alone: large files, and what no command reads."""
+"""Name prefixes that `check_files` skips: large files, and files that no command reads."""
 
 READERS = ("config.json", "preprocessor_config.json", "tokenizer*.json", "special_tokens_map.json")
-"""Must be objects where no digest says what they are."""
+"""Files that must be JSON objects if no digest was recorded."""
 
 
 class _Shape(BaseModel):
-    """The part of a file that every reader relies on."""
+    """Keys of a file that every reader relies on."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -73,12 +72,12 @@ SHAPES: dict[str, type[_Shape]] = {
 
 
 def check_files(run: Path) -> None:
-    """Raise IncomparableError for a file that was changed after the run had recorded it. A file that is not
-    there is left to its reader: CI keeps what it needs.
+    """Raise IncomparableError for a file that was changed after the run had recorded it. A missing file is
+    left to its reader: CI keeps only some files.
     """
     placed = read_placed(run)
     if not placed:
-        for file in (found for rule in READERS for found in run.glob(rule)):
+        for file in (match for rule in READERS for match in run.glob(rule)):
             read_object(file)
     for name, known in placed.items():
         file = run / name
@@ -93,8 +92,8 @@ def check_files(run: Path) -> None:
 
 
 def read_shaped(file: Path) -> dict[str, Any]:
-    """Content of manifest.json, parity.json or verdict.json. Raises IncomparableError where a key that every
-    reader relies on is missing or of another type.
+    """Read manifest.json, parity.json or verdict.json. Raises IncomparableError if a key that every reader
+    relies on is missing or has another type.
     """
     content = read_json(file)
     try:
@@ -107,7 +106,9 @@ def read_shaped(file: Path) -> dict[str, Any]:
 
 
 def read_run_samples(file: Path) -> dict[str, dict[str, Any]]:
-    """Sets of samples.json.gz. Raises IncomparableError for a file that is torn or is not one."""
+    """Read the sets of samples.json.gz. Raises IncomparableError if the file is damaged or is not such a
+    file.
+    """
     try:
         return read_samples(file)
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
@@ -115,6 +116,8 @@ def read_run_samples(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def record_files(run: Path, *names: str) -> None:
-    """Record files that a command has written into a finished run, if that run has a list of its files."""
+    """Record the digests of files that a command added to a finished run, if the run has a list
+    of its files.
+    """
     if read_placed(run):
         record(run, *names)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qcompress import api
 from qcompress.system import strict_json
-from qcompress.verdict.baseline.snapshot import read_standing
+from qcompress.verdict.baseline.snapshot import read_snapshot
 
 
 def refuse(word: str) -> None:
@@ -136,5 +136,5 @@ def test_a_baseline_of_an_anomalous_run_is_strict_and_is_read_again(
     file = tmp_path / "baseline.json"
     api.promote(anomalous.latest, file, row="onnx", force=True)
     assert strictly(file.read_text())["not_finite"]
-    row = next(row for row in read_standing(file).parity["rows"] if row["stage"] == "onnx")
+    row = next(row for row in read_snapshot(file).parity["rows"] if row["stage"] == "onnx")
     assert math.isnan(row["metrics"]["test.perplexity"])

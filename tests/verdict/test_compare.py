@@ -298,7 +298,7 @@ def test_a_metric_that_the_samples_do_not_give_has_no_bootstrap_and_says_so() ->
     assert found["differences"][0]["bootstrap_interval"] is None
     assert found["differences"][0]["t_interval"] is not None
     assert found["notes"] == [
-        "cola: the per-sample results do not give token_accuracy, so there is no bootstrap"
+        "cola: the per-sample results do not give token_accuracy, so no bootstrap"
     ]
 
 

@@ -22,7 +22,7 @@ from qcompress.schema.goals import Gate, Goal
 from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import read_json, write_json
 from qcompress.verdict.baseline.decide import decide
-from qcompress.verdict.baseline.snapshot import read_standing
+from qcompress.verdict.baseline.snapshot import read_snapshot
 from qcompress.verdict.baseline.statistics import ALPHA, loss_of, mcnemar_exact, share_interval
 from qcompress.verdict.judge import write_verdict
 from qcompress.verdict.measured import measured
@@ -207,7 +207,7 @@ def test_a_slice_on_which_a_metric_is_not_defined_is_named(tmp_path: Path) -> No
     label = [3.0 if number % 4 == 0 else float(number) for number in range(COUNT)]
     sides = []
     for name, noise in (("one", 3.0), ("two", 5.0)):
-        one = read_standing(write_run(tmp_path / name, {}, {}))
+        one = read_snapshot(write_run(tmp_path / name, {}, {}))
         answer = (np.array(label) + np.random.default_rng(int(noise)).normal(0, noise, COUNT)).tolist()
         found = {"dev.spearman": stats.spearmanr(label, answer).statistic}
         row = {**one.parity["rows"][0], "metrics": found, "deployed": {"metrics": found, "distance": None}}

@@ -1,1 +1,1 @@
-"""report.html: one file that shows a run, or several beside each other. Reads what runs wrote; no torch."""
+"""report.html: one self-contained page about one run or several. Reads the runs' files; no torch."""

@@ -1,7 +1,7 @@
-"""Charts as SVG by matplotlib, made to live inside a page.
+"""Charts drawn by matplotlib as SVG for embedding in the page.
 
-Drawn in stand-in colours, which become the page's CSS variables, so that one drawing serves light and dark;
-text stays text. Each drawing has a title and a description for those who do not see it.
+Charts are drawn in placeholder colours, which are replaced by the page's CSS variables, so that one drawing
+serves light and dark mode; text stays text. Each drawing has a title and a description for screen readers.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ COLOURS = {
     "#000012": "var(--series-2)",
     "#000013": "var(--series-3)",
 }
-"""What is drawn, and what the page makes of it. None of them is a colour that matplotlib uses by itself."""
+"""Placeholder colours and the CSS variables that replace them. Matplotlib uses none of them by default."""
 
 INK, LINE, *SERIES = COLOURS
 
 WIDTH = 5.6
-"""Inches of 72 units: at 400 pixels, the width of a small screen, text is as large as it was drawn."""
+"""Width in inches of 72 units: at 400 pixels, the width of a small screen, text keeps its drawn size."""
 
 STYLE = {
     "svg.fonttype": "none",
@@ -60,10 +60,10 @@ SVG = "{http://www.w3.org/2000/svg}"
 XLINK = "{http://www.w3.org/1999/xlink}href"
 
 NAMED = 48
-"""Most bars that have their names beside them; more would not be legible, and the table has them."""
+"""Largest number of bars with labels. More would not be legible; the table has the names."""
 
 MARKED = 40
-"""Most values of a line that are marked one by one."""
+"""Largest number of points of a line that get markers."""
 
 LABEL = 30
 """Longest label of a bar."""
@@ -71,7 +71,7 @@ LABEL = 30
 
 @dataclass(frozen=True)
 class Series:
-    """Values along x, drawn as one line in a field of its own."""
+    """One line of a chart, drawn in its own subplot."""
 
     title: str
     x: Sequence[float | str]
@@ -80,7 +80,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Bars:
-    """One column of bars; None is a bar that is missing."""
+    """One column of bars; None is a missing bar."""
 
     title: str
     values: Sequence[float | None]
@@ -88,7 +88,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Stairs:
-    """Two histograms over the same bins, by name. `ratios`: bins are of equal ratios."""
+    """Histograms over the same bins, by name. `ratios`: logarithmic bins."""
 
     title: str
     edges: Sequence[float]
@@ -99,7 +99,7 @@ class Stairs:
 
 
 def lines(anchor: str, title: str, series: Sequence[Series], along: str = "") -> str:
-    """Each series in a field of its own, one below the other."""
+    """Draw each series in its own subplot, one below the other; returns SVG."""
 
     def draw(figure: Drawing) -> None:
         fields = figure.subplots(len(series), 1, squeeze=False)[:, 0]
@@ -111,12 +111,12 @@ def lines(anchor: str, title: str, series: Sequence[Series], along: str = "") ->
             field.set_title(item.title)
         fields[-1].set_xlabel(along)
 
-    told = [f"{item.title}: {_told(item.x, item.y)}" for item in series]
-    return _svg(anchor, title, told, (WIDTH, 0.5 + 1.6 * len(series)), draw)
+    descriptions = [f"{item.title}: {_describe_values(item.x, item.y)}" for item in series]
+    return _svg(anchor, title, descriptions, (WIDTH, 0.5 + 1.6 * len(series)), draw)
 
 
 def stairs(anchor: str, title: str, fields: Sequence[Stairs]) -> str:
-    """Each pair of histograms in a field of its own, one below the other; the second one is dashed."""
+    """Draw each pair of histograms in its own subplot; the second histogram is dashed. Returns SVG."""
 
     def draw(figure: Drawing) -> None:
         places = figure.subplots(len(fields), 1, squeeze=False)[:, 0]
@@ -135,16 +135,16 @@ def stairs(anchor: str, title: str, fields: Sequence[Stairs]) -> str:
             place.set_ylabel(item.what)
         places[0].legend(frameon=False, labelcolor=INK, loc="upper right", fontsize=9)
 
-    told = [
-        f"{item.title}, {name}: {sum(counts)} {item.what}, {_told(_middles(item.edges), counts)}"
+    descriptions = [
+        f"{item.title}, {name}: {sum(counts)} {item.what}, {_describe_values(_middles(item.edges), counts)}"
         for item in fields
         for name, counts in item.counts.items()
     ]
-    return _svg(anchor, title, told, (WIDTH, 0.3 + 2.1 * len(fields)), draw)
+    return _svg(anchor, title, descriptions, (WIDTH, 0.3 + 2.1 * len(fields)), draw)
 
 
 def _plain_log(axis: Any, parts: Sequence[int]) -> None:
-    """Numbers as they are and not as formulas; at these multiples of powers of ten."""
+    """Label a logarithmic axis with plain numbers, at these multiples of powers of ten."""
     from matplotlib.ticker import LogLocator
 
     axis.set_major_locator(LogLocator(subs=parts))
@@ -157,7 +157,7 @@ def _middles(edges: Sequence[float]) -> list[float]:
 
 
 def bars(anchor: str, title: str, labels: Sequence[str], columns: Sequence[Bars]) -> str:
-    """Columns of bars that share their labels."""
+    """Draw columns of horizontal bars with shared labels; returns SVG."""
 
     def draw(figure: Drawing) -> None:
         fields = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
@@ -173,23 +173,23 @@ def bars(anchor: str, title: str, labels: Sequence[str], columns: Sequence[Bars]
         fields[0].invert_yaxis()
 
     height = 0.7 + (0.21 * len(labels) if len(labels) <= NAMED else 6)
-    told = [f"{column.title}: {_told(labels, column.values)}" for column in columns]
-    return _svg(anchor, title, told, (WIDTH, height), draw)
+    descriptions = [f"{column.title}: {_describe_values(labels, column.values)}" for column in columns]
+    return _svg(anchor, title, descriptions, (WIDTH, height), draw)
 
 
 def intervals(
     anchor: str,
     title: str,
     labels: Sequence[str],
-    found: Sequence[tuple[float, float, float]],
+    bounds: Sequence[tuple[float, float, float]],
     along: str,
 ) -> str:
-    """For each label a value with its lower and upper bound, and a line at 0."""
+    """Draw a value with its lower and upper bound for each label, and a line at 0; returns SVG."""
 
     def draw(figure: Drawing) -> None:
         field = figure.subplots()
         places = range(len(labels))
-        values, lows, highs = zip(*found, strict=True)
+        values, lows, highs = zip(*bounds, strict=True)
         field.axvline(0, color=INK, linewidth=0.8, linestyle="--")
         field.hlines(places, lows, highs, color=SERIES[0])
         for ends in (lows, highs):
@@ -199,27 +199,27 @@ def intervals(
         field.set_ylim(len(labels) - 0.5, -0.5)
         field.set_xlabel(along)
 
-    told = [
+    descriptions = [
         f"{label}: {value:.3g}, between {low:.3g} and {high:.3g}"
-        for label, (value, low, high) in zip(labels, found, strict=True)
+        for label, (value, low, high) in zip(labels, bounds, strict=True)
     ]
-    return _svg(anchor, title, told, (WIDTH, 0.9 + 0.35 * len(labels)), draw)
+    return _svg(anchor, title, descriptions, (WIDTH, 0.9 + 0.35 * len(labels)), draw)
 
 
-def _told(names: Sequence[float | str], values: Sequence[float | None]) -> str:
-    there = [(name, value) for name, value in zip(names, values, strict=True) if value is not None]
-    if len(there) <= 8:
-        return ", ".join(f"{name} {value:.5g}" for name, value in there) or "nothing"
-    low, high = min(value for _, value in there), max(value for _, value in there)
-    first, last = there[0], there[-1]
+def _describe_values(names: Sequence[float | str], values: Sequence[float | None]) -> str:
+    present = [(name, value) for name, value in zip(names, values, strict=True) if value is not None]
+    if len(present) <= 8:
+        return ", ".join(f"{name} {value:.5g}" for name, value in present) or "nothing"
+    low, high = min(value for _, value in present), max(value for _, value in present)
+    first, last = present[0], present[-1]
     return (
-        f"{len(there)} values between {low:.5g} and {high:.5g}, "
+        f"{len(present)} values between {low:.5g} and {high:.5g}, "
         f"from {first[1]:.5g} at {first[0]} to {last[1]:.5g} at {last[0]}"
     )
 
 
 def _short(label: str) -> str:
-    """The end of each line of a label, which is what tells layers apart."""
+    """Shorten each line of a label from the left: layer names differ at their end."""
     lines = [_clean(line) for line in label.splitlines()]
     return "\n".join(line if len(line) <= LABEL else f"…{line[1 - LABEL :]}" for line in lines)
 
@@ -230,7 +230,7 @@ def _short(label: str) -> str:
 def _svg(
     anchor: str,
     title: str,
-    told: Sequence[str],
+    descriptions: Sequence[str],
     inches: tuple[float, float],
     draw: Callable[[Drawing], None],
 ) -> str:
@@ -244,26 +244,28 @@ def _svg(
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing)
     root = ElementTree.fromstring(buffer.getvalue())
-    _settle(root, anchor)
-    _tell(root, anchor, title, told)
+    _adapt_for_page(root, anchor)
+    _add_description(root, anchor, title, descriptions)
     return ElementTree.tostring(root, encoding="unicode")
 
 
 @contextmanager
 def _any_letter() -> Iterator[None]:
-    """Names in any script: the reader's fonts have letters that the font which measures them has not."""
+    """Suppress matplotlib's warnings on missing glyphs: the reader's fonts have them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
 
-def _settle(root: ElementTree.Element, anchor: str) -> None:
-    """Names of SVG as HTML spells them, ids of this drawing alone, the page's colours and font."""
+def _adapt_for_page(root: ElementTree.Element, anchor: str) -> None:
+    """Convert the SVG for HTML: names without namespaces, ids prefixed with `anchor`, the page's colours and
+    font.
+    """
     for node in root.iter():
         node.tag = node.tag.removeprefix(SVG)
         for name, value in list(node.attrib.items()):
             del node.attrib[name]
-            node.set({XLINK: "href"}.get(name, name), _settled(name, value, anchor))
+            node.set({XLINK: "href"}.get(name, name), _adapt_attribute(name, value, anchor))
     for parent in list(root.iter()):
         for child in [child for child in parent if child.tag == "metadata"]:
             parent.remove(child)
@@ -271,7 +273,7 @@ def _settle(root: ElementTree.Element, anchor: str) -> None:
         root.attrib.pop(name, None)
 
 
-def _settled(name: str, value: str, anchor: str) -> str:
+def _adapt_attribute(name: str, value: str, anchor: str) -> str:
     if name == "id":
         return f"{anchor}-{value}"
     if name == XLINK:
@@ -282,8 +284,8 @@ def _settled(name: str, value: str, anchor: str) -> str:
     return re.sub(r"(font-family: |font: [\d.]+px )[^;]*", r"\1var(--font)", value)  # either, by version
 
 
-def _tell(root: ElementTree.Element, anchor: str, title: str, told: Sequence[str]) -> None:
-    facts: dict[str, Any] = {"title": title, "desc": ". ".join(told) + "."}
+def _add_description(root: ElementTree.Element, anchor: str, title: str, descriptions: Sequence[str]) -> None:
+    facts: dict[str, Any] = {"title": title, "desc": ". ".join(descriptions) + "."}
     for place, (tag, text) in enumerate(facts.items()):
         node = ElementTree.Element(tag, {"id": f"{anchor}-{tag}"})
         node.text = _clean(text)

@@ -1,4 +1,4 @@
-"""Several runs beside each other: the same metrics, what each lost against the first, bytes and cost."""
+"""The page about several runs: metrics, loss against the first run, bytes and cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qcompress.verdict.measured import Measured, measured
 
 
 def sections(runs: Sequence[Evidence]) -> list[Section]:
-    """What the page says; the first run is the reference of the losses."""
+    """Sections of the page; the first run is the reference of the losses."""
     return [_verdicts(runs), _metrics(runs), _losses(runs), _sizes(runs), _cost(runs)]
 
 
@@ -51,7 +51,7 @@ def _verdicts(runs: Sequence[Evidence]) -> Section:
 
 
 def _metrics(runs: Sequence[Evidence]) -> Section:
-    """Every main metric that any of them has, of float and of the last measured row."""
+    """Main metrics of all runs, in the float row and in the last measured row."""
     names = list(dict.fromkeys(name for run in runs for name in main_metrics(run)))
     rows: list[list[Cell]] = []
     for run in runs:
@@ -63,8 +63,8 @@ def _metrics(runs: Sequence[Evidence]) -> Section:
                     for name in names
                 ]
                 rows.append([run.name, row["stage"], *figures])
-    told = table("Main metrics, of float and of the last row", ("run", "row", *names), rows)
-    return Section("metrics", "Metrics", tables=(told,))
+    metrics = table("Main metrics, of float and of the last row", ("run", "row", *names), rows)
+    return Section("metrics", "Metrics", tables=(metrics,))
 
 
 def _losses(runs: Sequence[Evidence]) -> Section:
@@ -73,20 +73,20 @@ def _losses(runs: Sequence[Evidence]) -> Section:
         return Section("losses", title, (f"{runs[0].name}: {first}",))
     rows, drawn, lines = [], [], [f"The last measured row of each run against that of {runs[0].name}. {SURE}"]
     for run in runs[1:]:
-        found = _read(run)
-        if isinstance(found, str):
-            lines.append(f"{run.name}: {found}")
+        other = _read(run)
+        if isinstance(other, str):
+            lines.append(f"{run.name}: {other}")
             continue
         for name in main_metrics(run):
-            if name not in first.metrics or name not in found.metrics:
+            if name not in first.metrics or name not in other.metrics:
                 lines.append(f"{run.name}: {name} was not measured in both")
                 continue
-            apart = loss(name, first, found)
+            difference = loss(name, first, other)
             ends = [
                 side.parity.figure("rows", last_measured(side), "metrics", name) for side in (runs[0], run)
             ]
-            rows.append([run.name, name, *ends, *loss_cells(apart)])
-            drawn.append((f"{run.name}\n{name}", apart))
+            rows.append([run.name, name, *ends, *loss_cells(difference)])
+            drawn.append((f"{run.name}\n{name}", difference))
     tables = (table(title, ("run", "metric", *LOSS), rows),) if rows else ()
     chart = _chart(drawn)
     return Section("losses", title, tuple(lines), tables=tables, charts=(chart,) if chart else ())
@@ -98,7 +98,7 @@ def _chart(drawn: list[tuple[str, Loss | str]]) -> Chart | None:
 
 def _read(run: Evidence) -> Measured | str:
     if not (run.loaded.path / "samples.json.gz").is_file():
-        return "samples.json.gz is missing, so there are no intervals"
+        return "samples.json.gz is missing, so no intervals"
     try:
         return measured(run.loaded, _stage(run))
     except QcompressError as error:
@@ -109,27 +109,27 @@ def _sizes(runs: Sequence[Evidence]) -> Section:
     rows: list[list[Cell]] = []
     lines, names, stored = [], [], []
     for run in runs:
-        found, build = run.optional("sizes.json"), run.optional("engine/build.json")
-        if found is None:
+        run_sizes, build = run.optional("sizes.json"), run.optional("engine/build.json")
+        if run_sizes is None:
             lines.append(f"{run.name}: sizes.json is missing.")
             continue
-        figures = [found.figure(key, unit="bytes") for key in FILES]
+        figures = [run_sizes.figure(key, unit="bytes") for key in FILES]
         plan = build.figure("plan", "bytes", unit="bytes") if build else "-"
         rows.append([run.name, *figures, plan])
         names.append(run.name)
-        stored.append((found.at("file_bytes") or 0) / 2**20)
+        stored.append((run_sizes.at("file_bytes") or 0) / 2**20)
     if not rows:
         return Section("sizes", "Sizes", tuple(lines))
     title = "Sizes"
-    told = table(title, ("run", *FILES.values(), "engine"), rows)
+    size_table = table(title, ("run", *FILES.values(), "engine"), rows)
     drawing = charts.bars("chart-sizes", title, names, (charts.Bars("MiB of model.onnx", stored),))
-    return Section("sizes", title, tuple(lines), charts=(Chart(drawing, told),))
+    return Section("sizes", title, tuple(lines), charts=(Chart(drawing, size_table),))
 
 
 def _cost(runs: Sequence[Evidence]) -> Section:
     rows: list[list[Cell]] = []
     for run in runs:
-        there = [name for name in STAGES if name in run.manifest.content["stages"]]
+        stages = [name for name in STAGES if name in run.manifest.content["stages"]]
         rows += [
             [
                 run.name,
@@ -137,7 +137,7 @@ def _cost(runs: Sequence[Evidence]) -> Section:
                 run.manifest.figure("stages", name, "seconds", unit="s"),
                 run.manifest.figure("stages", name, "peak_mib", unit="MiB"),
             ]
-            for name in there
+            for name in stages
         ]
-    told = table("Time and memory", ("run", "stage", "time", "peak memory"), rows)
-    return Section("cost", "Time and memory", tables=(told,))
+    cost_table = table("Time and memory", ("run", "stage", "time", "peak memory"), rows)
+    return Section("cost", "Time and memory", tables=(cost_table,))

@@ -1,4 +1,4 @@
-"""What a run left on disk, as a page needs it: files that may be missing are None."""
+"""The files of a run, opened for a page; a missing file is None."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qcompress.verdict.run_directory import LoadedRun, load
 
 @dataclass(frozen=True)
 class Evidence:
-    """A run and its files; `place` is its number on a page about several."""
+    """A run and its files; `place` is the run's number on a page about several runs."""
 
     loaded: LoadedRun
     place: int | None = None
 
     @property
     def name(self) -> str:
-        """How a page about several runs calls it."""
+        """Name of the run on a page about several runs."""
         return f"{self.loaded.recipe.name}/{self.loaded.path.resolve().name}"
 
     @property
@@ -37,12 +37,14 @@ class Evidence:
         return self._document("manifest.json", self.loaded.manifest)
 
     def optional(self, name: str) -> Document | None:
-        """A file that a run may lack."""
+        """Open a JSON file that the run may lack."""
         file = self.loaded.path / name
         return self._document(name, read_json(file)) if file.is_file() else None
 
     def log(self) -> Document:
-        """The records of log.jsonl, one a line; a line that a killed run did not finish is an empty one."""
+        """Records of log.jsonl, one per line. An incomplete line, left by a killed run, is an
+        empty record.
+        """
         file = self.loaded.path / "log.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         return self._document("log.jsonl", [_record(line) for line in lines])
@@ -56,12 +58,12 @@ class Evidence:
 
 def _record(line: str) -> dict[str, Any]:
     try:
-        found = strict_json.loads(line)
+        record = strict_json.loads(line)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def evidence(folder: Path, place: int | None = None) -> Evidence:
-    """The run in a folder. Raises UsageError for what is no finished run."""
+    """Open the run in a folder. Raises UsageError if the folder is not a finished run."""
     return Evidence(load(folder), place)

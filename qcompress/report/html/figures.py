@@ -1,9 +1,9 @@
-"""A number as a page shows it, and where it comes from.
+"""Numbers of a page with a pointer to their source.
 
-Every number in a table is a `Figure`, spelled by `spelled` and nowhere else. It carries the number itself
-and a pointer into the file of the run that has it, so that a reader, or a test, can look it up:
-`parity.json#/rows/0/metrics/test.perplexity` (a JSON pointer, RFC 6901). On a page about several runs the
-file has the place of its run before it: `1/parity.json#/...`.
+Every number in a table is a `Figure`, formatted by `spelled` alone. It holds the number and a JSON pointer
+(RFC 6901) into the run's file, so that a reader or a test can look the number up:
+`parity.json#/rows/0/metrics/test.perplexity`. On a page about several runs the file name has the run's number
+before it: `1/parity.json#/...`.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, as it is and as it is shown."""
+    """A number and its formatted text."""
 
     value: float | None
     shown: str
     source: str = ""
-    """Where it stands; empty for what was computed from per-sample results."""
+    """JSON pointer of the number; empty if it was computed from per-sample results."""
     over: str = ""
-    """Where the number stands that it was divided by."""
+    """JSON pointer of the divisor of a ratio."""
 
     @property
     def raw(self) -> str:
-        """The number as JSON has it."""
+        """The number in JSON."""
         return strict_json.dumps(self.value)
 
 
 @dataclass(frozen=True)
 class Document:
-    """A JSON file of a run; `name` is how figures from it call it."""
+    """A JSON file of a run; `name` is the file's name in pointers."""
 
     name: str
     content: Any
 
     def at(self, *path: str | int) -> Any:
-        """What stands at a place; None where there is no such key."""
-        found = self.content
+        """Value at a path of keys; None if a key is missing."""
+        value = self.content
         for key in path:
-            found = found.get(key) if isinstance(found, dict) else found[key]
-            if found is None:
+            value = value.get(key) if isinstance(value, dict) else value[key]
+            if value is None:
                 return None
-        return found
+        return value
 
     def figure(self, *path: str | int, unit: str = "") -> Figure:
-        """The number at a place."""
+        """Figure of the number at a path."""
         value = self.at(*path)
         return Figure(value, spelled(value, unit), self._pointer(path))
 
     def share(self, path: tuple[str | int, ...], over: tuple[str | int, ...]) -> Figure:
-        """The number at a place, as a share of the number at another one."""
+        """Figure of the number at `path` divided by the number at `over`."""
         part, whole = self.at(*path), self.at(*over)
         value = None if part is None or not whole else part / whole
         return Figure(value, spelled(value, "share"), self._pointer(path), self._pointer(over))
@@ -67,12 +67,12 @@ class Document:
 
 
 def computed(value: float | None, unit: str = "") -> Figure:
-    """A number that stands in no file."""
+    """Figure of a computed number, without a source."""
     return Figure(value, spelled(value, unit))
 
 
 def spelled(value: float | None, unit: str = "") -> str:
-    """A number as a reader sees it: five digits, counts in full, a dash for what is not there.
+    """Format a number: five digits, integers in full, a dash for None.
 
     `share` and `signed` are spelled with fewer digits; `bytes` as MiB or KiB.
 

@@ -1,4 +1,4 @@
-"""The ladder: metrics and distances of every row, and what is left of the float model's metrics."""
+"""Sections of the parity ladder (metrics and distances of every row) and of the recovery against float."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from qcompress.verdict.baseline.statistics import Loss, loss_of
 from qcompress.verdict.measured import Measured, measured
 
 NO_LOSS = Goal.model_validate({"percent-max-degradation": 0})
-"""The unit of a loss: percent of the reference."""
+"""Goal used as the unit of a loss: percent of the reference."""
 
 LOSS = ("reference", "value", "loss %", "at least", "at most", "how")
-"""Columns of a loss after its name."""
+"""Columns of a loss after the metric's name."""
 
 SURE = (
     "A loss is in percent of the reference, positive where the metric is worse. Each of its bounds is "
@@ -29,29 +29,29 @@ SURE = (
 
 
 def main_metrics(run: Evidence) -> list[str]:
-    """Every main metric of every evaluation set, in the recipe's order."""
+    """Main metrics of every evaluation set, in the recipe's order."""
     report = run.parity.content
     first = order_metrics(report["rows"], report.get("sets", []), report.get("main", {}))
     main = report.get("main", {})
-    found = []
+    names = []
     for metric in first:
         name = metric.rpartition(".")[0]
-        found += [f"{name}.{short}" for short in main[name]] if name in main else [metric]
-    return list(dict.fromkeys(found))
+        names += [f"{name}.{short}" for short in main[name]] if name in main else [metric]
+    return list(dict.fromkeys(names))
 
 
 def last_measured(run: Evidence) -> int | None:
-    """Place of the row that says what the run made of the model."""
+    """Index of the last measured row; None if no row was measured."""
     places = [place for place, _ in _measured_rows(run)]
     return places[-1] if places else None
 
 
 def ladder(run: Evidence) -> Section:
-    """One line for each row and what was measured beside it, read downwards."""
+    """Section with one line for each row and for its extra measurements."""
     report, metrics = run.parity.content, main_metrics(run)
     rows = [_line(run, label, path, entry, metrics) for label, path, entry in _lines(report)]
-    far = ("compared with", "max |d| / range", "mean |d| / range", "SNR dB", "same top 1")
-    columns = ("row", *metrics, *far, "status")
+    distance_columns = ("compared with", "max |d| / range", "mean |d| / range", "SNR dB", "same top 1")
+    columns = ("row", *metrics, *distance_columns, "status")
     lines = [
         f"{label}: {entry['status']}: {entry.get('reason')}"
         for label, _, entry in _lines(report)
@@ -130,10 +130,10 @@ def _drawn(run: Evidence, metrics: list[str]) -> Chart | None:
     rows = _measured_rows(run)
     series = []
     for name in metrics:
-        there = [(row["stage"], row["metrics"][name]) for _, row in rows if name in row["metrics"]]
-        there = [(stage, value) for stage, value in there if math.isfinite(value)]
-        if there:
-            series.append(charts.Series(name, *zip(*there, strict=True)))
+        points = [(row["stage"], row["metrics"][name]) for _, row in rows if name in row["metrics"]]
+        points = [(stage, value) for stage, value in points if math.isfinite(value)]
+        if points:
+            series.append(charts.Series(name, *zip(*points, strict=True)))
     if not series:
         return None
     title = "Main metrics by row"
@@ -149,7 +149,7 @@ def _drawn(run: Evidence, metrics: list[str]) -> Chart | None:
 
 
 def recovery(run: Evidence) -> Section:
-    """What the last measured row lost against the float model."""
+    """Section on the loss of the last measured row against the float model."""
     place = last_measured(run)
     stages = [row["stage"] for row in run.parity.content["rows"]]
     title = "Recovery against float"
@@ -164,10 +164,10 @@ def recovery(run: Evidence) -> Section:
         return Section("recovery", title, (f"No per-sample results, so no intervals: {why}",))
     rows, drawn = [], []
     for name in main_metrics(run):
-        found = loss(name, *samples)
+        lost = loss(name, *samples)
         ends = [run.parity.figure("rows", at, "metrics", name) for at in (floats, place)]
-        rows.append([name, *ends, *loss_cells(found)])
-        drawn.append((name, found))
+        rows.append([name, *ends, *loss_cells(lost)])
+        drawn.append((name, lost))
     tables = (table("Loss against float", ("metric", *LOSS), rows),)
     chart = loss_chart("chart-recovery", f"Loss of {stage} against float, percent", drawn)
     return Section("recovery", title, tuple(lines), tables=tables, charts=(chart,) if chart else ())
@@ -183,7 +183,7 @@ def _samples(run: Evidence, stage: str) -> Measured | str:
 
 
 def loss(metric: str, reference: Measured, candidate: Measured) -> Loss | str:
-    """The loss in a metric on samples that both were measured on, or why there is none."""
+    """Loss in a metric on samples common to both measurements, or the reason why there is none."""
     name, _, short = metric.rpartition(".")
     if name not in reference.samples or name not in candidate.samples:
         return "no per-sample results"
@@ -192,35 +192,35 @@ def loss(metric: str, reference: Measured, candidate: Measured) -> Loss | str:
     if short not in METRICS:
         return "no bootstrap for this metric"
     try:
-        found = loss_of(short, NO_LOSS, reference.columns(name), candidate.columns(name))
+        lost = loss_of(short, NO_LOSS, reference.columns(name), candidate.columns(name))
     except KeyError:
         return "the per-sample results do not give it"
-    for item, value in ((reference, found.baseline), (candidate, found.value)):
+    for item, value in ((reference, lost.baseline), (candidate, lost.value)):
         if not math.isclose(item.metrics[metric], value, rel_tol=1e-4, abs_tol=1e-6):
             return "the per-sample results do not give it"
-    return found
+    return lost
 
 
-def loss_cells(found: Loss | str) -> list[Cell]:
-    """A loss as cells of a table: itself, its bounds, and by which test."""
-    if isinstance(found, str):
-        return ["-", "-", "-", found]
-    low, high = found.interval or (None, None)
-    figures: list[Figure] = [computed(value, "signed") for value in (found.loss, low, high)]
-    return [*figures, found.test]
+def loss_cells(lost: Loss | str) -> list[Cell]:
+    """Table cells of a loss: value, bounds and name of the test."""
+    if isinstance(lost, str):
+        return ["-", "-", "-", lost]
+    low, high = lost.interval or (None, None)
+    figures: list[Figure] = [computed(value, "signed") for value in (lost.loss, low, high)]
+    return [*figures, lost.test]
 
 
-def loss_chart(anchor: str, title: str, found: list[tuple[str, Loss | str]]) -> Chart | None:
-    """Losses with their intervals, where they have finite ones."""
-    there = [
+def loss_chart(anchor: str, title: str, losses: list[tuple[str, Loss | str]]) -> Chart | None:
+    """Chart of losses with finite intervals; None if there are none."""
+    drawn = [
         (name, (item.loss, *item.interval))
-        for name, item in found
+        for name, item in losses
         if isinstance(item, Loss) and item.interval and all(map(math.isfinite, (item.loss, *item.interval)))
     ]
-    if not there:
+    if not drawn:
         return None
     drawing = charts.intervals(
-        anchor, title, [name for name, _ in there], [numbers for _, numbers in there], "loss, percent"
+        anchor, title, [name for name, _ in drawn], [numbers for _, numbers in drawn], "loss, percent"
     )
-    rows = [[name, *(computed(number, "signed") for number in numbers)] for name, numbers in there]
+    rows = [[name, *(computed(number, "signed") for number in numbers)] for name, numbers in drawn]
     return Chart(drawing, table(title, ("metric", "loss %", "at least", "at most"), rows, folded=True))

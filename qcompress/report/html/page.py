@@ -1,4 +1,4 @@
-"""The page itself: sections through a template that escapes whatever a run says, into one file."""
+"""Renders the page: sections through a template that escapes all text of a run, into one file."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ NAME = "report.html"
 
 
 def write_report(runs: Sequence[str], out: Path | None = None) -> Path:
-    """Write the page of one run, or of several beside each other (run directories or folders of seeds);
-    returns the file: `report.html` in the run's directory, of several runs in the current one, unless `out`
-    names it.
+    """Write the page about one run or several (run directories or folders of seeds) and return its file:
+    `report.html` in the directory of the single run, in the current directory for several runs, or `out`.
 
-    Raises UsageError for what is no finished run, MachineError where a package is missing.
+    Raises UsageError if a folder is not a finished run, MachineError if a package is missing.
     """
     folders = [folder for run in runs for folder in _folders(run)]
     alone = len(folders) == 1
     file = out or (folders[0] / NAME if alone else Path(NAME))
     demand_place(file)
     try:
-        text = one(evidence(folders[0])) if alone else many(folders)
+        text = run_page(evidence(folders[0])) if alone else comparison(folders)
     except ModuleNotFoundError as error:
         raise MachineError(
             f"a report needs the package {error.name}", fix=f"pip install {error.name}"
@@ -52,8 +51,8 @@ def _folders(run: str) -> list[Path]:
     return folders
 
 
-def one(run: Evidence) -> str:
-    """The page of one run."""
+def run_page(run: Evidence) -> str:
+    """Render the page about one run."""
     against = verdict_section.against(run)
     sections = [
         verdict_section.verdict(run),
@@ -71,8 +70,8 @@ def one(run: Evidence) -> str:
     return _page(run.loaded.recipe.name, run.verdict.content["verdict"], sections)
 
 
-def many(folders: Sequence[Path]) -> str:
-    """The page of several runs; the first is what the others are compared with."""
+def comparison(folders: Sequence[Path]) -> str:
+    """Render the page about several runs; the first is the reference."""
     runs = [evidence(folder, place) for place, folder in enumerate(folders)]
     return _page(f"{len(runs)} runs", "", comparison_page.sections(runs))
 

@@ -1,4 +1,4 @@
-"""What a page is made of: sections of lines, tables and charts, each with an anchor."""
+"""Building blocks of a page: sections of lines, tables and charts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Cell = str | Figure
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text and figures. `folded`: the page shows it when asked to."""
+    """Rows of text and figures. `folded`: collapsed until the reader opens it."""
 
     title: str
     columns: tuple[str, ...]
@@ -22,7 +22,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing and the figures that it draws, which the page has as a table, too."""
+    """A drawing, and the table of its figures."""
 
     svg: str
     table: Table
@@ -30,7 +30,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page. `lines` are sentences, `listed` what stands in a list below them."""
+    """One section of a page. `lines` are sentences, `listed` are the items of the list below them."""
 
     anchor: str
     title: str
@@ -39,14 +39,16 @@ class Section:
     tables: tuple[Table, ...] = ()
     charts: tuple[Chart, ...] = ()
     text: str = ""
-    """A file as it is."""
+    """A whole file, shown verbatim."""
 
 
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, folded: bool = False
 ) -> Table:
-    """A table without the columns in which no row says anything."""
-    kept = [place for place in range(len(columns)) if not rows or any(_says(row[place]) for row in rows)]
+    """Make a table; drops columns that are empty in every row."""
+    kept = [
+        place for place in range(len(columns)) if not rows or any(_has_content(row[place]) for row in rows)
+    ]
     return Table(
         title,
         tuple(columns[place] for place in kept),
@@ -55,5 +57,5 @@ def table(
     )
 
 
-def _says(cell: Cell) -> bool:
+def _has_content(cell: Cell) -> bool:
     return cell not in ("", "-") if isinstance(cell, str) else cell.value is not None

@@ -1,4 +1,6 @@
-"""How a run was made: time and memory, the certificate, the linter, versions, hashes, seed, host, recipe."""
+"""Sections on the origin of a run: time and memory, certificate, linter, versions, hashes, seed, host,
+recipe.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ FINDING = ("severity", "rule", "layer", "found", "consequence", "fix")
 
 
 def cost(run: Evidence) -> Section:
-    """Seconds and peak memory of every stage, as they were when it ran."""
+    """Section with the seconds and peak memory of every stage when it was executed."""
     stages = _stages(run)
     rows: list[list[Cell]] = [
         [
@@ -26,13 +28,13 @@ def cost(run: Evidence) -> Section:
         for name in stages
     ]
     title = "Time and memory by stage"
-    told = table(title, ("stage", "time", "peak memory", "in this run"), rows)
-    found = [run.manifest.at("stages", name) for name in stages]
+    cost_table = table(title, ("stage", "time", "peak memory", "in this run"), rows)
+    recorded = [run.manifest.at("stages", name) for name in stages]
     columns = (
-        charts.Bars("seconds", [stage.get("seconds") for stage in found]),
-        charts.Bars("peak memory, MiB", [stage.get("peak_mib") for stage in found]),
+        charts.Bars("seconds", [stage.get("seconds") for stage in recorded]),
+        charts.Bars("peak memory, MiB", [stage.get("peak_mib") for stage in recorded]),
     )
-    drawn = (Chart(charts.bars("chart-cost", title, stages, columns), told),) if stages else ()
+    drawn = (Chart(charts.bars("chart-cost", title, stages, columns), cost_table),) if stages else ()
     return Section("cost", title, charts=drawn)
 
 
@@ -41,11 +43,11 @@ def _stages(run: Evidence) -> list[str]:
 
 
 def certificate(run: Evidence) -> Section:
-    """Whether the graph holds the integers and scales that were folded, layer by layer."""
-    title, found = "Certificate", run.optional("certificate.json")
-    if found is None:
+    """Section on the certificate: codes and scales of each layer in the graph against the folded ones."""
+    title, document = "Certificate", run.optional("certificate.json")
+    if document is None:
         return Section("certificate", title, ("certificate.json is missing.",), tables=_lint(run))
-    content = found.content
+    content = document.content
     layers = content.get("layers", [])
     passed = sum(bool(item.get("passed")) for item in layers)
     complete = "complete" if content.get("complete") else "not complete"
@@ -55,15 +57,15 @@ def certificate(run: Evidence) -> Section:
         for item in (*layers, *content.get("points", []))
         if not item.get("passed")
     ]
-    tables = (_layers(found, layers),) if layers else ()
+    tables = (_layers(document, layers),) if layers else ()
     return Section("certificate", title, tuple(lines), tuple(wrong), (*tables, *_lint(run)))
 
 
-def _layers(found: Document, layers: list[dict[str, Any]]) -> Table:
+def _layers(document: Document, layers: list[dict[str, Any]]) -> Table:
     keys = ("weight_codes_equal", "scales_equal", "qdq_pairs", "expected_pairs", "passed")
     columns = ("layer", "codes equal", "scales equal", "Q/DQ pairs", "pairs expected", "passed")
     rows = [
-        [layer["name"], *(found.figure("layers", place, key) for key in keys)]
+        [layer["name"], *(document.figure("layers", place, key) for key in keys)]
         for place, layer in enumerate(layers)
     ]
     return table("Certificate by layer", columns, rows, folded=True)
@@ -78,9 +80,9 @@ def _lint(run: Evidence) -> tuple[Table, ...]:
 
 
 def manifest(run: Evidence) -> Section:
-    """What the run was made with and of."""
+    """Section with versions, hashes, seed, host and the resolved recipe."""
     content = run.manifest.content
-    made: list[list[Cell]] = [
+    origin: list[list[Cell]] = [
         ["recipe", str(content.get("recipe", ""))],
         ["seed", str(run.manifest.at("seed"))],
         ["model", str(content.get("source", ""))],
@@ -95,7 +97,7 @@ def manifest(run: Evidence) -> Section:
     hashes += [[f"inputs of {name}", digest] for name, digest in run.parity.content.get("inputs", {}).items()]
     versions = [[name, str(version)] for name, version in content.get("versions", {}).items()]
     tables = (
-        table("Made with", ("what", "found"), made),
+        table("Made with", ("what", "found"), origin),
         table("Versions", ("package", "version"), versions, folded=True),
         table("Digests (SHA-256)", ("what", "digest"), hashes, folded=True),
     )

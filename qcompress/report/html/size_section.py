@@ -1,4 +1,4 @@
-"""Layers and bytes: bits of every layer, its distance between folded and graph, what the files weigh."""
+"""Sections on layers (bits, SNR between folded model and graph) and on the bytes of the files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FILES = {
     "initializer_bytes": "all that the graph stores",
     "file_bytes": "model.onnx",
 }
-"""What sizes.json counts, and how the page calls it."""
+"""Keys of sizes.json and their labels on the page."""
 
 
 def layers(run: Evidence) -> Section:
-    """Bits of every layer, and, where `verify --layers` was asked, its SNR and codes."""
-    title, sizes, apart = "Layers", run.optional("sizes.json"), run.optional("layers.json")
-    if sizes is None and apart is None:
+    """Section with the bits of every layer and, after `verify --layers`, its SNR and differing codes."""
+    title, sizes, layerwise = "Layers", run.optional("sizes.json"), run.optional("layers.json")
+    if sizes is None and layerwise is None:
         return Section("layers", title, ("sizes.json and layers.json are missing.",))
     lines, drawn = [], []
     if sizes is None:
@@ -31,58 +31,58 @@ def layers(run: Evidence) -> Section:
         lines.append("No layer is quantized.")
     else:
         drawn.append(_bits(sizes))
-    if apart is None:
+    if layerwise is None:
         lines.append("No distances by layer: `qcompress verify RUN --layers` makes layers.json.")
     else:
-        lines += summary(apart.content)
-        drawn.append(_distances(apart))
+        lines += summary(layerwise.content)
+        drawn.append(_distances(layerwise))
     return Section("layers", title, tuple(lines), charts=tuple(drawn))
 
 
 def _bits(sizes: Document) -> Chart:
-    found = sizes.content["layers"]
-    names = [layer["name"] for layer in found]
+    entries = sizes.content["layers"]
+    names = [layer["name"] for layer in entries]
     rows = [
         [layer["name"], *(sizes.figure("layers", place, key) for key in ("weights", "information_bits",
          "stored_bits")), sizes.figure("layers", place, "bytes", unit="bytes")]
-        for place, layer in enumerate(found)
+        for place, layer in enumerate(entries)
     ]  # fmt: skip
     columns = (
-        charts.Bars("bits of information", [layer["information_bits"] for layer in found]),
-        charts.Bars("KiB stored", [layer["bytes"] / 1024 for layer in found]),
+        charts.Bars("bits of information", [layer["information_bits"] for layer in entries]),
+        charts.Bars("KiB stored", [layer["bytes"] / 1024 for layer in entries]),
     )
     title = "Bits and bytes by layer"
-    told = table(
+    bits_table = table(
         title, ("layer", "weights", "bits of information", "bits stored", "bytes"), rows, folded=True
     )
-    return Chart(charts.bars("chart-bits", title, names, columns), told)
+    return Chart(charts.bars("chart-bits", title, names, columns), bits_table)
 
 
-def _distances(apart: Document) -> Chart:
-    found = apart.content["layers"]
+def _distances(layerwise: Document) -> Chart:
+    entries = layerwise.content["layers"]
     rows: list[list[Cell]] = []
-    for place, layer in enumerate(found):
-        far = ("layers", place, "onnx_to_folded")
+    for place, layer in enumerate(entries):
+        distance = ("layers", place, "onnx_to_folded")
         rows.append(
             [
                 layer["name"],
-                apart.figure("layers", place, "folded_to_trained", "max_abs"),
-                apart.share((*far, "max_abs"), (*far, "range")),
-                apart.figure(*far, "snr_db"),
-                *(apart.figure("layers", place, key) for key in ("codes", "differ", "ties")),
+                layerwise.figure("layers", place, "folded_to_trained", "max_abs"),
+                layerwise.share((*distance, "max_abs"), (*distance, "range")),
+                layerwise.figure(*distance, "snr_db"),
+                *(layerwise.figure("layers", place, key) for key in ("codes", "differ", "ties")),
             ]
         )
     columns = ("input of", "trained max |d|", "folded to onnx max |d| / range", "SNR dB", "codes", "differ",
                "ties among them")  # fmt: skip
-    snr = [_finite(layer["onnx_to_folded"]["snr_db"]) for layer in found]
+    snr = [_finite(layer["onnx_to_folded"]["snr_db"]) for layer in entries]
     title = "Folded to ONNX by layer"
     drawing = charts.bars(
         "chart-snr",
         title,
-        [layer["name"] for layer in found],
+        [layer["name"] for layer in entries],
         (
             charts.Bars("SNR, dB", snr),
-            charts.Bars("codes that differ", [layer.get("differ") for layer in found]),
+            charts.Bars("codes that differ", [layer.get("differ") for layer in entries]),
         ),
     )
     return Chart(drawing, table(title, columns, rows, folded=True))
@@ -93,14 +93,14 @@ def _finite(value: float | None) -> float | None:
 
 
 def sizes(run: Evidence) -> Section:
-    """Bytes of the layers as they were and as they are stored, of the graph and of the engine."""
-    found, build = run.optional("sizes.json"), run.optional("engine/build.json")
+    """Section with the bytes of the float layers, the stored layers, the graph and the engine."""
+    document, build = run.optional("sizes.json"), run.optional("engine/build.json")
     rows: list[tuple[str, Figure]] = []
     lines = []
-    if found is None:
+    if document is None:
         lines.append("sizes.json is missing.")
     else:
-        rows += [(name, found.figure(key, unit="bytes")) for key, name in FILES.items()]
+        rows += [(name, document.figure(key, unit="bytes")) for key, name in FILES.items()]
     if build is None:
         lines.append("engine/build.json is missing.")
     elif build.at("plan", "bytes") is None:
@@ -114,5 +114,5 @@ def sizes(run: Evidence) -> Section:
     title = "Sizes"
     values = [figure.value / 2**20 for _, figure in rows]
     drawing = charts.bars("chart-sizes", title, [name for name, _ in rows], (charts.Bars("MiB", values),))
-    told = table(title, ("what", "bytes"), rows)
-    return Section("sizes", title, tuple(lines), charts=(Chart(drawing, told),))
+    size_table = table(title, ("what", "bytes"), rows)
+    return Section("sizes", title, tuple(lines), charts=(Chart(drawing, size_table),))

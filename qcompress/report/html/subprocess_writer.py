@@ -1,5 +1,5 @@
-"""The page that a run writes at its end. What becomes of it changes nothing about the run: it is made by a
-process of its own, whose failure, whatever it is, is one line.
+"""Writes report.html at the end of a run, in a child process. A failure of the page is logged in one line and
+does not affect the run.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ PACKAGES = ("jinja2", "matplotlib")
 PAGE = "report.html"
 
 NOT_SHOWN = (PAGE, "manifest.json", "log.jsonl")
-"""Files that change with every run and not what the page is about."""
+"""Files that change in every run and do not affect the page."""
 
 TIMEOUT_S = 300.0
-"""A page takes seconds; ten thousand draws of a large evaluation set take longer."""
+"""Time limit. A page takes seconds; ten thousand bootstrap draws of a large evaluation set take longer."""
 
 
 def write_beside(folder: Path, say: Callable[[str], None]) -> None:
-    """Write report.html into a finished run, or say why there is none. A page about the same files stays."""
-    rule, page = _of(folder), folder / PAGE
+    """Write report.html into a finished run, or log why not. An up-to-date page is kept."""
+    rule, page = _page_rule(folder), folder / PAGE
     record = read_placed(folder).get(PAGE, {})
     same = bool(rule) and record.get("rule") == rule and page.is_file()
     if same and differs(page, record["sha256"], Seen.from_json(record)) is None:
@@ -57,9 +57,9 @@ def write_beside(folder: Path, say: Callable[[str], None]) -> None:
         write_placed(folder, read_placed(folder) | {PAGE: record})
 
 
-def _of(folder: Path) -> str:
-    """Digest of the files that a page is about, and of the version that makes it; empty for a run whose
-    digests are not there.
+def _page_rule(folder: Path) -> str:
+    """Digest of the files shown on the page and of qcompress's version; empty if the run has no recorded
+    digests.
     """
     placed = read_placed(folder)
     digests = {name: record["sha256"] for name, record in placed.items() if name not in NOT_SHOWN}

@@ -1,6 +1,4 @@
-"""How training went: losses and learned scales from the records of log.jsonl (`history.py`), and what the
-manifest says of each phase.
-"""
+"""Section on training: losses and learned scales from log.jsonl (`history.py`), phases from manifest.json."""
 
 from __future__ import annotations
 
@@ -15,36 +13,36 @@ from qcompress.report.html.parts import Cell, Chart, Section, Table, table
 
 NAMES = ("name", "block")
 NUMBERS = ("steps", "passes", "before", "after", "last_loss")
-"""What manifest.json may know of a phase."""
+"""Keys of a phase in manifest.json."""
 
 DRAWN = 6
-"""Scales that are drawn: those that moved the most."""
+"""Number of scales in the chart: those that moved the most."""
 
 LISTED = 200
-"""Scales that the table has; a sentence tells how little the others moved."""
+"""Largest number of scales in the table; a sentence bounds the movement of the others."""
 
 WHICH = ("least", "median", "largest")
 
 Lines = list[int]
-"""Places of records in the log."""
+"""Indices of records in the log."""
 
 
 def training(run: Evidence) -> Section:
-    """Curves of losses and learned scales, and what each phase did."""
+    """Section with curves of losses and learned scales, and a table of the phases."""
     log = run.log()
     updates, scales = (_ordered(log, event) for event in ("update", "scales"))
     drawn = [*_losses(log, updates), *_terms(log, updates)]
     lines = (
         ["Each point is one update, and the losses are those of its batch."]
         if drawn
-        else ["log.jsonl has fewer than two updates, so there is no loss curve."]
+        else ["log.jsonl has fewer than two updates, so no loss curve."]
     )
     moved = _moved(log, scales)
     if moved:
         drawn.append(_scales(log, moved))
-        lines += _said(moved)
+        lines += _scale_lines(moved)
     else:
-        lines.append("It has no learned scale that was recorded twice, so there are no curves of them.")
+        lines.append("It has no learned scale that was recorded twice, so no curves of scales.")
     return Section("training", "Training", tuple(lines), tables=_phases(run), charts=tuple(drawn))
 
 
@@ -57,7 +55,7 @@ def _ordered(log: Document, event: str) -> Lines:
 
 
 def _losses(log: Document, updates: Lines) -> list[Chart]:
-    """The loss of every phase that has at least two records."""
+    """Loss curves of the phases with at least two records."""
     phases: dict[int, Lines] = {}
     for place in updates:
         phases.setdefault(log.content[place]["number"], []).append(place)
@@ -84,20 +82,20 @@ def _losses(log: Document, updates: Lines) -> list[Chart]:
         for place in places
     ]
     title = "Loss by update of each phase"
-    told = table(title, ("phase", "update", "loss", *(f"rate of {role}" for role in roles)), rows)
-    return [Chart(charts.lines("chart-loss", title, series, "update"), told)]
+    loss_table = table(title, ("phase", "update", "loss", *(f"rate of {role}" for role in roles)), rows)
+    return [Chart(charts.lines("chart-loss", title, series, "update"), loss_table)]
 
 
 def _terms(log: Document, updates: Lines) -> list[Chart]:
-    """What the loss is the sum of, where an objective says so."""
+    """Curves of the terms of the loss, if the objective logs them."""
     summed = [place for place in updates if log.content[place].get("terms")]
     if len(summed) < 2:
         return []
     series = []
     for name in _keys(log, summed, "terms"):
-        there = [place for place in summed if name in log.content[place]["terms"]]
-        steps = [log.content[place]["update"] for place in there]
-        series.append(charts.Series(name, steps, [log.content[place]["terms"][name] for place in there]))
+        present = [place for place in summed if name in log.content[place]["terms"]]
+        steps = [log.content[place]["update"] for place in present]
+        series.append(charts.Series(name, steps, [log.content[place]["terms"][name] for place in present]))
     names = [item.title for item in series]
     rows = [
         [
@@ -121,8 +119,8 @@ def _keys(log: Document, places: Lines, key: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Moved:
-    """A learned scale and the records that have it; of many scales the least, median or largest stands for
-    them, the one that moved the most.
+    """A learned scale and the records that contain it. A quantizer with many scales is represented by its
+    least, median or largest scale, whichever moved the most.
     """
 
     name: str
@@ -136,37 +134,37 @@ class _Moved:
         return self.name if self.which is None else f"{self.name}, {WHICH[self.which]}"
 
     def path(self, place: int) -> tuple[str | int, ...]:
-        """Where a record has it."""
+        """Path of the scale in a record."""
         return (place, "scales", self.name, *(() if self.which is None else (self.which,)))
 
 
 def _moved(log: Document, scales: Lines) -> list[_Moved]:
-    """Every scale that was recorded at least twice, those first that moved the most."""
+    """Scales that were recorded at least twice, sorted by movement, largest first."""
     places: dict[str, Lines] = {}
     for place in scales:
         for name in log.content[place]["scales"]:
             places.setdefault(name, []).append(place)
-    found = []
-    for name, there in places.items():
-        if len(there) > 1:
-            first, last = (log.content[place]["scales"][name] for place in (there[0], there[-1]))
-            found.append(_farthest(name, there, first, last))
-    return sorted(found, key=lambda item: -item.by)
+    moved = []
+    for name, recorded in places.items():
+        if len(recorded) > 1:
+            first, last = (log.content[place]["scales"][name] for place in (recorded[0], recorded[-1]))
+            moved.append(_farthest(name, recorded, first, last))
+    return sorted(moved, key=lambda item: -item.by)
 
 
 def _farthest(name: str, places: Lines, first: Any, last: Any) -> _Moved:
     if not isinstance(first, list):
-        return _Moved(name, places, None, _far(first, last))
-    far = [_far(*ends) for ends in zip(first, last, strict=True)]
-    which = max(range(len(far)), key=far.__getitem__)
-    return _Moved(name, places, which, far[which])
+        return _Moved(name, places, None, _log_ratio(first, last))
+    ratios = [_log_ratio(*ends) for ends in zip(first, last, strict=True)]
+    which = max(range(len(ratios)), key=ratios.__getitem__)
+    return _Moved(name, places, which, ratios[which])
 
 
-def _far(first: float, last: float) -> float:
+def _log_ratio(first: float, last: float) -> float:
     return abs(math.log(last / first)) if first > 0 and last > 0 else 0.0
 
 
-def _said(moved: list[_Moved]) -> list[str]:
+def _scale_lines(moved: list[_Moved]) -> list[str]:
     count = len(moved)
     lines = [
         f"{count} learned scales are in the log; drawn are the {min(DRAWN, count)} that moved the most. Of a "
@@ -195,8 +193,8 @@ def _scales(log: Document, moved: list[_Moved]) -> Chart:
         which = "" if item.which is None else WHICH[item.which]
         rows.append([item.name, which, first, last, _ratio(first, last)])
     title = "Learned scales that moved the most"
-    told = table(title, ("scale", "which of many", "at first", "at last", "last / first"), rows)
-    return Chart(charts.lines("chart-scales", title, series, "update of the run"), told)
+    scale_table = table(title, ("scale", "which of many", "at first", "at last", "last / first"), rows)
+    return Chart(charts.lines("chart-scales", title, series, "update of the run"), scale_table)
 
 
 def _ratio(first: Figure, last: Figure) -> Figure:

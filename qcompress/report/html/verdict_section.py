@@ -1,4 +1,4 @@
-"""The verdict, its reasons and the goals, of the run itself and against a baseline."""
+"""Sections on the verdict, its reasons and goals, for the run alone and against a baseline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OUTCOMES = {True: "kept", False: "broken"}
 
 
 def verdict(run: Evidence) -> Section:
-    """Why the run has the verdict that it has."""
+    """Section with the verdict's reasons and the recipe's goals."""
     reasons = tuple(run.verdict.content["reasons"])
     goals = run.verdict.content["goals"]
     lines = [] if reasons else [f"Every one of {len(goals)} goals holds." if goals else "There was no goal."]
@@ -23,14 +23,14 @@ def verdict(run: Evidence) -> Section:
 
 
 def against(run: Evidence) -> Section | None:
-    """What `gate --baseline` found, if it was asked."""
-    found = run.optional("gate.json")
-    if found is None or "against" not in found.content:
+    """Section on the result of `gate --baseline`; None if the gate was not run."""
+    gate = run.optional("gate.json")
+    if gate is None or "against" not in gate.content:
         return None
-    line = f"{found.content['verdict']} against {_named(found.content['against'].get('baseline'))}"
-    notes = tuple(found.content.get("notes", ()))
-    reasons = tuple(found.content["reasons"])
-    goals = (_goals("Goals against the baseline", found),)
+    line = f"{gate.content['verdict']} against {_named(gate.content['against'].get('baseline'))}"
+    notes = tuple(gate.content.get("notes", ()))
+    reasons = tuple(gate.content["reasons"])
+    goals = (_goals("Goals against the baseline", gate),)
     return Section("baseline", "Against a baseline", (line, *notes), reasons, goals)
 
 

@@ -1,3 +1,3 @@
-"""One run against another: what `gate --baseline` reads, how it decides, what a promoted baseline holds.
+"""Regression gate: compares a candidate run with a baseline run or with a promoted baseline.json.
 No torch.
 """

@@ -1,14 +1,14 @@
-"""The verdict of `gate --baseline`: a candidate against a baseline, by the baseline's goals. No torch.
+"""Verdict of `gate --baseline`: a candidate against a baseline, by the baseline's goals. No torch.
 
-    anomalous     the two cannot be compared, the candidate's measurement cannot be trusted, or it brings
-                  goals of its own
+    anomalous     the runs are not comparable, the candidate's measurement is not valid, or the candidate's
+                  recipe changes the goals
     regression    a goal is refuted: the lower bound of the loss is beyond its limit; or the candidate breaks
                   a goal of the baseline on its own ladder (parity, recovery)
     inconclusive  a goal is neither confirmed nor refuted by the samples
     accept        every goal is confirmed
 
-In this order: a broken measurement proves nothing, and one refuted goal is enough. The document, gate.json,
-is verdict.json with a few keys more (`decide`).
+The first that applies counts: a broken measurement proves nothing, and one refuted goal is enough. The
+document, gate.json, is verdict.json with additional keys (`decide`).
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from typing import Any
 from qcompress.errors import UsageError
 from qcompress.schema.goals import Gate
 from qcompress.verdict.baseline.goal_tests import judge_each
-from qcompress.verdict.baseline.snapshot import Standing
+from qcompress.verdict.baseline.snapshot import Snapshot
 from qcompress.verdict.baseline.statistics import ALPHA, POWER
 from qcompress.verdict.judge import judge
 
 FEW = 30
-"""Samples below which a bootstrap says little: its verdict carries a note."""
+"""Number of samples below which a bootstrap is unreliable; the verdict then has a note."""
 
 
-def decide(baseline: Standing, candidate: Standing, goals: Gate | None = None) -> dict[str, Any]:
-    """The document: verdict, goals, reasons, not_measured as in verdict.json, and a few keys beside them.
+def decide(baseline: Snapshot, candidate: Snapshot, goals: Gate | None = None) -> dict[str, Any]:
+    """Compare a candidate with a baseline and return gate.json: verdict.json's keys, and the
+    following ones.
 
-        against       where baseline and candidate lie, their recipe, and the row that was compared
+        against       paths of baseline and candidate, their recipes, and the row that was compared
         on_inconclusive, level, power
-        notes         what a reader must know and no goal depends on
+        notes         remarks that affect no goal
 
-    and in each goal against the baseline `outcome` (pass, fail, inconclusive), `loss` and `allowed` in the
-    goal's unit, `interval` of the loss, `detectable` (the smallest loss these samples would have shown 80
-    times in 100), `samples`, `test` and `p_value`. A goal on every value of a column has an entry for each,
-    the worst first, with `every`, the goal's name, and `slices`, their number.
+    Each goal against the baseline also has `outcome` (pass, fail, inconclusive), `loss` and `allowed` in the
+    goal's unit, `interval` of the loss, `detectable` (the smallest loss that these samples would have shown
+    80 times in 100), `samples`, `test` and `p_value`. A goal on every value of a column has one entry for
+    each value, the worst first, with `every`, the goal's name, and `slices`, their number.
 
-    `goals` replace the baseline's; without them a candidate whose recipe states others is anomalous. Raises
-    UsageError where there is no goal to judge by.
+    `goals` replace the baseline's; without them a candidate whose recipe states other goals is anomalous.
+    Raises UsageError if the baseline has no goals for a later run.
     """
     judged = goals or baseline.goals
     if not judged.regression:
@@ -52,21 +53,21 @@ def decide(baseline: Standing, candidate: Standing, goals: Gate | None = None) -
     anomalies += [
         f"{what}: let that run build and measure again" for what in (*candidate.broken, *baseline.broken)
     ]
-    apart = _incomparable(baseline, candidate)
-    anomalies += apart
-    own = judge(candidate.parity, judged, list(baseline.require), baseline.compute,
+    incomparable = _incomparable(baseline, candidate)
+    anomalies += incomparable
+    own_verdict = judge(candidate.parity, judged, list(baseline.require), baseline.compute,
                 float_trains=baseline.float_trains, served=candidate.served)  # fmt: skip
-    found = judge_each(judged, baseline, candidate, anomalies, comparable=not apart)
-    own_anomalous = own["verdict"] == "anomalous"
-    anomalies += own["reasons"] if own_anomalous else []
-    broken = [] if own_anomalous else own["reasons"]
+    entries = judge_each(judged, baseline, candidate, anomalies, comparable=not incomparable)
+    own_anomalous = own_verdict["verdict"] == "anomalous"
+    anomalies += own_verdict["reasons"] if own_anomalous else []
+    broken = [] if own_anomalous else own_verdict["reasons"]
     reasons = [*dict.fromkeys(anomalies), *broken]
-    reasons += [_spell(entry) for entry in found if entry["outcome"] != "pass"]
+    reasons += [_spell(entry) for entry in entries if entry["outcome"] != "pass"]
     return {
-        "verdict": _word(bool(anomalies), bool(broken), {entry["outcome"] for entry in found}),
-        "goals": [*found, *own["goals"]],
+        "verdict": _word(bool(anomalies), bool(broken), {entry["outcome"] for entry in entries}),
+        "goals": [*entries, *own_verdict["goals"]],
         "reasons": reasons,
-        "not_measured": own["not_measured"],
+        "not_measured": own_verdict["not_measured"],
         "against": {
             "baseline": baseline.where,
             "candidate": candidate.where,
@@ -76,12 +77,12 @@ def decide(baseline: Standing, candidate: Standing, goals: Gate | None = None) -
         "on_inconclusive": judged.on_inconclusive,
         "level": 1 - ALPHA,
         "power": POWER,
-        "notes": _notes(baseline, candidate, found),
+        "notes": _notes(baseline, candidate, entries),
     }
 
 
 def _word(anomalous: bool, broken: bool, outcomes: set[str]) -> str:
-    """The verdict: the worst that was found."""
+    """Verdict from the kinds of problems: the most severe one."""
     if anomalous:
         return "anomalous"
     if broken or "fail" in outcomes:
@@ -92,27 +93,27 @@ def _word(anomalous: bool, broken: bool, outcomes: set[str]) -> str:
 BEGIN = "add this to the recipe, run it again (what is finished is reused), and promote that run"
 
 
-def lacking(baseline: Standing) -> str:
-    """Why no later run can be judged by a baseline without goals for it."""
-    said = f"{baseline.where} states no goal for a later run (`gate.regression`)"
-    return said + ("; its goals of `recovery` are a start" if baseline.goals.recovery else "")
+def lacking(baseline: Snapshot) -> str:
+    """Message for a baseline without regression goals."""
+    message = f"{baseline.where} states no goal for a later run (`gate.regression`)"
+    return message + ("; its goals of `recovery` are a start" if baseline.goals.recovery else "")
 
 
-def suggestion(baseline: Standing) -> str:
-    """A fragment of a recipe: the goals of `recovery`, against the baseline; where there are none, on each
-    set's main metric 1 % of what it is, rounded up to one digit.
+def suggestion(baseline: Snapshot) -> str:
+    """Recipe fragment with regression goals: those of `recovery`; without any, 1 % of each set's main metric,
+    rounded up to one digit.
     """
     lines = ["    gate:", "      regression:"]
     for metric, goal in baseline.goals.recovery.items():
         limits = goal.model_dump(by_alias=True, exclude_none=True)
-        spelled = ", ".join(f"{key}: {value:g}" for key, value in limits.items())
-        lines.append(f"        {metric}: {{{spelled}}}")
+        limits_text = ", ".join(f"{key}: {value:g}" for key, value in limits.items())
+        lines.append(f"        {metric}: {{{limits_text}}}")
     if baseline.goals.recovery:
         return "\n".join(lines)
     for name, metrics in baseline.parity.get("main", {}).items():
-        one = abs(baseline.metrics.get(f"{name}.{metrics[0]}", 1.0)) / 100
-        power = 10.0 ** math.floor(math.log10(max(one, 1e-6)))
-        limit = math.ceil(one / power - 1e-9) * power
+        degradation = abs(baseline.metrics.get(f"{name}.{metrics[0]}", 1.0)) / 100
+        power = 10.0 ** math.floor(math.log10(max(degradation, 1e-6)))
+        limit = math.ceil(degradation / power - 1e-9) * power
         lines.append(f"        {name}.{metrics[0]}: {{max-degradation: {limit:g}}}")
     return "\n".join(lines)
 
@@ -120,10 +121,10 @@ def suggestion(baseline: Standing) -> str:
 # What cannot be compared --------------------------------------------------------------------------
 
 
-def _other_goals(baseline: Standing, candidate: Standing, goals: Gate | None) -> Iterator[str]:
+def _other_goals(baseline: Snapshot, candidate: Snapshot, goals: Gate | None) -> Iterator[str]:
     if goals is not None:
         return
-    ours, theirs = (one.goals.model_dump(by_alias=True, exclude_none=True) for one in (baseline, candidate))
+    ours, theirs = (side.goals.model_dump(by_alias=True, exclude_none=True) for side in (baseline, candidate))
     changed = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
     if baseline.require != candidate.require:
         changed.append("verify.require")
@@ -134,43 +135,43 @@ def _other_goals(baseline: Standing, candidate: Standing, goals: Gate | None) ->
         )
 
 
-def _incomparable(baseline: Standing, candidate: Standing) -> list[str]:
-    """Why the two were not measured on the same thing."""
-    found = []
+def _incomparable(baseline: Snapshot, candidate: Snapshot) -> list[str]:
+    """Reasons why the two runs were not measured on the same samples and inputs."""
+    reasons = []
     ours, theirs = baseline.parity.get("inputs", {}), candidate.parity.get("inputs", {})
     for name in baseline.samples:
         if name not in candidate.samples:
-            found.append(
+            reasons.append(
                 f"evaluation set {name} was not measured: measure the candidate on the baseline's sets"
             )
             continue
         before, after = baseline.samples[name], candidate.samples[name]
         counts = [len(next(iter(columns.values()))) for columns in (before, after)]
         if counts[0] != counts[1]:
-            found.append(
+            reasons.append(
                 f"{name}: {counts[1]} samples, and the baseline has {counts[0]}: measure both on the same "
                 "data, with the same `verify.samples`"
             )
         elif any(before.get(known) != after.get(known) for known in baseline.known[name]):
-            found.append(
+            reasons.append(
                 f"{name}: the samples have other labels than the baseline's: measure the baseline again on "
                 "these data, and promote it"
             )
         elif not ours.get(name) or ours.get(name) != theirs.get(name):
-            found.append(
+            reasons.append(
                 f"{name}: the model's inputs are not those of the baseline: measure both on the same data, "
                 "with the same tokenizer and `task.context`"
             )
     for file in sorted(baseline.readers.keys() | candidate.readers.keys()):
         if baseline.readers.get(file) != candidate.readers.get(file):
             which = "is there on one side only" if not all(
-                file in one.readers for one in (baseline, candidate)
+                file in side.readers for side in (baseline, candidate)
             ) else "differs"  # fmt: skip
-            found.append(
+            reasons.append(
                 f"another tokenizer or preprocessor: {file} {which}: take the baseline's, or promote a "
                 "baseline with the new one"
             )
-    return found
+    return reasons
 
 
 # In words -----------------------------------------------------------------------------------------
@@ -178,18 +179,18 @@ def _incomparable(baseline: Standing, candidate: Standing) -> list[str]:
 
 def _spell(entry: dict[str, Any]) -> str:
     goal = ", ".join(f"{name} {value:g}" for name, value in entry["goal"].items())
-    said = f"{entry['metric']} is {entry['value']:.6g} against {entry['baseline']:.6g} ({goal})"
+    text = f"{entry['metric']} is {entry['value']:.6g} against {entry['baseline']:.6g} ({goal})"
     if entry["interval"] is not None:
         low, high = entry["interval"]
-        said += f": a loss of {entry['loss']:.3g}, between {low:.3g} and {high:.3g}"
+        text += f": a loss of {entry['loss']:.3g}, between {low:.3g} and {high:.3g}"
     if entry["outcome"] == "inconclusive":
-        said += "; the samples cannot tell"
+        text += "; the samples cannot tell"
         if entry["detectable"] is not None:
-            said += f", they show a loss of {entry['detectable']:.2g} 80 times in 100"
-    return said
+            text += f", they show a loss of {entry['detectable']:.2g} 80 times in 100"
+    return text
 
 
-def _notes(baseline: Standing, candidate: Standing, found: list[dict[str, Any]]) -> list[str]:
+def _notes(baseline: Snapshot, candidate: Snapshot, entries: list[dict[str, Any]]) -> list[str]:
     notes = []
     names = sorted(baseline.versions.keys() & candidate.versions.keys())
     changed = [f"{name} {baseline.versions[name]} -> {candidate.versions[name]}" for name in names
@@ -197,17 +198,17 @@ def _notes(baseline: Standing, candidate: Standing, found: list[dict[str, Any]])
     if changed:
         notes.append(f"other versions: {', '.join(changed)}")
     few = sorted(
-        {entry["metric"] for entry in found if entry["test"] == "bootstrap" and entry["samples"] < FEW}
+        {entry["metric"] for entry in entries if entry["test"] == "bootstrap" and entry["samples"] < FEW}
     )
     if few:
         notes.append(f"fewer than {FEW} samples, of which a bootstrap knows little: {', '.join(few)}")
-    for name in dict.fromkeys(entry["every"] for entry in found if "every" in entry):
-        slices = [entry for entry in found if entry.get("every") == name]
+    for name in dict.fromkeys(entry["every"] for entry in entries if "every" in entry):
+        slices = [entry for entry in entries if entry.get("every") == name]
         notes.append(
             f"{name}: {len(slices)} slices, the worst {slices[0]['metric'].partition('=')[2]} with a loss of "
             f"{slices[0]['loss']:.3g}; the 5 % of a lower bound are shared by all"
         )
-    if any(entry["metric"] == "latency_ms" for entry in found):
+    if any(entry["metric"] == "latency_ms" for entry in entries):
         notes.append(_about_latency(baseline.latency, candidate.latency))
     if baseline.recipe != candidate.recipe:
         notes.append(f"the recipes have different names: {baseline.recipe}, {candidate.recipe}")
@@ -215,17 +216,17 @@ def _notes(baseline: Standing, candidate: Standing, found: list[dict[str, Any]])
 
 
 def _about_latency(before: dict[str, float] | None, after: dict[str, float] | None) -> str:
-    """How much a median of one run may be believed: what changes from run to run (clocks, other load) is not
-    in it, so that it has no interval.
+    """Note on the spread of latency. The comparison of medians has no interval, because variation between
+    runs (clocks, other load) was not measured.
     """
-    said = "latency_ms is compared as it was measured, a median without an interval"
+    note = "latency_ms is compared as it was measured, a median without an interval"
     if not all(side and side.keys() >= {"median", "p99", "least", "runs"} for side in (before, after)):
-        return said
+        return note
     spreads = [
         f"{side['least']:.4g} to {side['p99']:.4g} ms (least and 99th percentile of {side['runs']:.0f} runs)"
         for side in (before, after)
     ]
-    said += f"; single runs took {spreads[0]} in the baseline and {spreads[1]} in the candidate"
+    note += f"; single runs took {spreads[0]} in the baseline and {spreads[1]} in the candidate"
     if before["least"] <= after["median"] <= before["p99"]:
-        said += ", and the candidate's median lies within the baseline's spread: measure again to be sure"
-    return said
+        note += ", and the candidate's median lies within the baseline's spread: measure again to be sure"
+    return note

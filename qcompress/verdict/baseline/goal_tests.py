@@ -1,4 +1,4 @@
-"""Each goal against a baseline, with the entry that it has in gate.json. No torch."""
+"""Tests each goal against a baseline and makes its entry in gate.json. No torch."""
 
 from __future__ import annotations
 
@@ -8,55 +8,55 @@ from typing import Any
 from qcompress.parity.sample_results import REFERENCE, Columns
 from qcompress.schema.goals import RESOURCES, Gate, Goal, gain_too_large
 from qcompress.tasks.slices import EVERY, MOST
-from qcompress.verdict.baseline.snapshot import Standing
+from qcompress.verdict.baseline.snapshot import Snapshot
 from qcompress.verdict.baseline.statistics import Loss, as_measured, loss_of
 
 
 def judge_each(
-    goals: Gate, baseline: Standing, candidate: Standing, anomalies: list[str], comparable: bool
+    goals: Gate, baseline: Snapshot, candidate: Snapshot, anomalies: list[str], comparable: bool
 ) -> list[dict[str, Any]]:
-    """Each goal against the baseline; what makes one anomalous is added to `anomalies`. Metrics of runs that
-    are not `comparable` are left out, and what they take is not.
+    """Test each goal against the baseline and return the entries; anomalies are appended to `anomalies`. If
+    the runs are not `comparable`, metrics are skipped and resources are still tested.
     """
-    found = []
+    entries = []
     for name, goal in goals.regression.items():
         if name in RESOURCES:
-            found += _resource(name, goal, baseline, candidate, anomalies)
+            entries += _resource(name, goal, baseline, candidate, anomalies)
         elif comparable:
-            found += _metric(name, goal, baseline, candidate, anomalies)
-    return found
+            entries += _metric(name, goal, baseline, candidate, anomalies)
+    return entries
 
 
 # Metrics ------------------------------------------------------------------------------------------
 
 
 def _metric(
-    name: str, goal: Goal, baseline: Standing, candidate: Standing, anomalies: list[str]
+    name: str, goal: Goal, baseline: Snapshot, candidate: Snapshot, anomalies: list[str]
 ) -> list[dict[str, Any]]:
-    """The goal's entries: one, or one for each slice, the worst first; none where it cannot be judged, and
-    the reason is among the anomalies.
+    """Entries of a goal on a metric: one, or one for each slice, the worst first. If the goal cannot be
+    tested, no entry, and the reason is appended to `anomalies`.
     """
-    path, _, part = name.partition("@")
+    path, _, slice_name = name.partition("@")
     section, _, metric = path.rpartition(".")
     if wrong := _unmeasured(name, path, section, baseline, candidate):
         anomalies.append(wrong)
         return []
-    values = [one.metrics[path] for one in (baseline, candidate)]
+    values = [side.metrics[path] for side in (baseline, candidate)]
     if gain_too_large(metric, values[1], values[0]):
         anomalies.append(
             f"{path} is {values[1]:.6g} against {values[0]:.6g} in the baseline: too good; look at both, and "
             "promote a new baseline if it is true"
         )
-    sides = [one.columns(section) for one in (baseline, candidate)]
+    sides = [side.columns(section) for side in (baseline, candidate)]
     if metric == "agreement" and any(REFERENCE not in columns for columns in sides):
         anomalies.append(
             f"{path}: the float model's answers are not there to agree with: measure the row float too"
         )
         return []
     try:
-        if part:
-            return _slices(path, part, goal, baseline, candidate, sides)
-        found = loss_of(metric, goal, *sides)
+        if slice_name:
+            return _slices(path, slice_name, goal, baseline, candidate, sides)
+        loss = loss_of(metric, goal, *sides)
     except UnjudgedError as reason:
         anomalies.append(f"{name}: {reason}")
         return []
@@ -66,37 +66,37 @@ def _metric(
             "again"
         )
         return []
-    if not math.isclose(found.value, values[1], rel_tol=1e-6, abs_tol=1e-9):
+    if not math.isclose(loss.value, values[1], rel_tol=1e-6, abs_tol=1e-9):
         anomalies.append(
-            f"{path} is {values[1]:.6g} in parity.json, and {found.value:.6g} by the candidate's samples: "
+            f"{path} is {values[1]:.6g} in parity.json, and {loss.value:.6g} by the candidate's samples: "
             "measure it again (qcompress verify)"
         )
-    return [_entry(name, goal, found, len(next(iter(sides[0].values()))))]
+    return [_entry(name, goal, loss, len(next(iter(sides[0].values()))))]
 
 
-def _unmeasured(name: str, path: str, section: str, baseline: Standing, candidate: Standing) -> str | None:
-    """Why a metric is no number in both runs."""
-    missing = [one.where for one in (baseline, candidate) if path not in one.metrics]
+def _unmeasured(name: str, path: str, section: str, baseline: Snapshot, candidate: Snapshot) -> str | None:
+    """Reason why a metric is not a finite number in both runs; None if it is."""
+    missing = [run.where for run in (baseline, candidate) if path not in run.metrics]
     if section not in baseline.samples or missing:
         where = ", ".join(missing) or baseline.where
         return f"{name} was not measured in {where}: measure it again, or drop the goal from the baseline's"
-    for side, one in (("baseline", baseline), ("candidate", candidate)):
-        if not math.isfinite(value := one.metrics[path]):
+    for side, run in (("baseline", baseline), ("candidate", candidate)):
+        if not math.isfinite(value := run.metrics[path]):
             return f"{path} of the {side} is {value}: `qcompress verify RUN --layers` shows where it begins"
     return None
 
 
 class UnjudgedError(Exception):
-    """Why a goal on a part of a set cannot be judged."""
+    """A goal on slices cannot be tested; the message is the reason."""
 
 
 def _slices(
-    path: str, part: str, goal: Goal, baseline: Standing, candidate: Standing, sides: list[Columns]
+    path: str, slice_name: str, goal: Goal, baseline: Snapshot, candidate: Snapshot, sides: list[Columns]
 ) -> list[dict[str, Any]]:
     section, _, metric = path.rpartition(".")
-    column, _, wanted = part.partition("=")
+    column, _, wanted = slice_name.partition("=")
     places = _places(column, wanted, section, baseline, candidate)
-    found = []
+    entries = []
     for value, chosen in places.items():
         few = [{key: [cells[place] for place in chosen] for key, cells in side.items()} for side in sides]
         entry = _entry(
@@ -108,15 +108,17 @@ def _slices(
                     f"{metric} of {value} is {number} in the {side}: {len(chosen)} samples do not define it; "
                     "judge another metric by slices"
                 )
-        found.append(entry | ({"every": f"{path}@{part}", "slices": len(places)} if wanted == EVERY else {}))
-    return sorted(found, key=lambda entry: -entry["loss"])
+        entries.append(
+            entry | ({"every": f"{path}@{slice_name}", "slices": len(places)} if wanted == EVERY else {})
+        )
+    return sorted(entries, key=lambda entry: -entry["loss"])
 
 
 def _places(
-    column: str, wanted: str, section: str, baseline: Standing, candidate: Standing
+    column: str, wanted: str, section: str, baseline: Snapshot, candidate: Snapshot
 ) -> dict[str, list[int]]:
-    """Places of the samples of each value that is wanted. A user's columns are the baseline's: the candidate
-    was measured on the same inputs, and need not keep them.
+    """Indices of the samples of each requested slice value. Slice columns are the baseline's: the candidate
+    was measured on the same inputs and need not declare them.
     """
     own = baseline.slices.get(section, {})
     theirs = candidate.slices.get(section, {}).get(column)
@@ -136,25 +138,25 @@ def _places(
     else:
         labels = baseline.task.get("labels") if column == "label" else None
         named = [_names(cell, labels) for cell in baseline.samples[section][column]]
-    found: dict[str, list[int]] = {}
+    by_value: dict[str, list[int]] = {}
     for place, names in enumerate(named):
         value = names[0] if wanted == EVERY else wanted
         if value is not None and value in names:
-            found.setdefault(value, []).append(place)
-    if not found:
-        there = sorted({names[0] for names in named} - {None})[:12]
+            by_value.setdefault(value, []).append(place)
+    if not by_value:
+        present = sorted({names[0] for names in named} - {None})[:12]
         raise UnjudgedError(
-            f"no sample of the baseline has {column}={wanted}: name one of {', '.join(there)}"
+            f"no sample of the baseline has {column}={wanted}: name one of {', '.join(present)}"
         )
-    if len(found) > MOST:
+    if len(by_value) > MOST:
         raise UnjudgedError(
-            f"{column} has {len(found)} values, and `{EVERY}` stands for at most {MOST}: name some"
+            f"{column} has {len(by_value)} values, and `{EVERY}` stands for at most {MOST}: name some"
         )
-    return dict(sorted(found.items()))
+    return dict(sorted(by_value.items()))
 
 
 def _names(cell: Any, labels: list[str] | None) -> tuple[str, ...]:
-    """What a goal may call a cell: a label by its name or its number."""
+    """Names by which a goal may refer to a cell: a label's name and its number."""
     named = labels and isinstance(cell, int) and 0 <= cell < len(labels)
     return (labels[cell], str(cell)) if named else (str(cell),)
 
@@ -163,10 +165,10 @@ def _names(cell: Any, labels: list[str] | None) -> tuple[str, ...]:
 
 
 def _resource(
-    name: str, goal: Goal, baseline: Standing, candidate: Standing, anomalies: list[str]
+    name: str, goal: Goal, baseline: Snapshot, candidate: Snapshot, anomalies: list[str]
 ) -> list[dict[str, Any]]:
     on_device = name in ("latency_ms", "device_memory_bytes")
-    missing = [one.where for one in (baseline, candidate) if name not in one.resources]
+    missing = [run.where for run in (baseline, candidate) if name not in run.resources]
     if missing:
         fix = (
             "take in what the device measured (qcompress verify RUN --engine engine.json)"
@@ -184,19 +186,19 @@ def _resource(
     return [_entry(name, goal, as_measured(goal, baseline.resources[name], candidate.resources[name]), None)]
 
 
-def _entry(name: str, goal: Goal, found: Loss, samples: int | None) -> dict[str, Any]:
+def _entry(name: str, goal: Goal, loss: Loss, samples: int | None) -> dict[str, Any]:
     return {
         "metric": name,
         "goal": goal.model_dump(by_alias=True, exclude_none=True),
-        "value": found.value,
-        "baseline": found.baseline,
-        "loss": found.loss,
-        "allowed": found.allowed,
-        "interval": list(found.interval) if found.interval else None,
-        "detectable": found.detectable,
+        "value": loss.value,
+        "baseline": loss.baseline,
+        "loss": loss.loss,
+        "allowed": loss.allowed,
+        "interval": list(loss.interval) if loss.interval else None,
+        "detectable": loss.detectable,
         "samples": samples,
-        "test": found.test,
-        "p_value": found.p_value,
-        "outcome": found.outcome,
-        "passed": found.outcome == "pass",
+        "test": loss.test,
+        "p_value": loss.p_value,
+        "outcome": loss.outcome,
+        "passed": loss.outcome == "pass",
     }

@@ -1,4 +1,4 @@
-"""The file of `gate --goals`: a section `gate` as a recipe has it. No torch."""
+"""Reader of `gate --goals FILE`: a YAML file with a recipe's `gate` section. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qcompress.schema.goals import Gate
 
 
 def read_goals(file: Path) -> Gate:
-    """The goals of a YAML file with the one key `gate`; raises UsageError with the key that is wrong."""
+    """Read the goals from a YAML file whose only key is `gate`. Raises UsageError with the invalid key."""
     if not file.is_file():
         raise UsageError(f"{file} does not exist", fix="name a YAML file with a section `gate`")
     document = read(file)
@@ -20,9 +20,9 @@ def read_goals(file: Path) -> Gate:
         raise UsageError("\n".join(map(str, document.mistakes)))
     value = document.value
     if not isinstance(value, dict) or set(value) != {"gate"}:
-        found = ", ".join(map(str, value)) if isinstance(value, dict) and value else "nothing"
+        keys = ", ".join(map(str, value)) if isinstance(value, dict) and value else "nothing"
         raise UsageError(
-            f"{file} has {found}, and not the one key `gate`", fix="write the goals under `gate:`"
+            f"{file} has {keys}, and not the one key `gate`", fix="write the goals under `gate:`"
         )
     try:
         return Gate.model_validate(value["gate"])

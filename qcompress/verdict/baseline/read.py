@@ -1,4 +1,4 @@
-"""baseline.json as it must be, however it was edited. No torch."""
+"""Validation of baseline.json, which may have been edited by hand. No torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from qcompress.system import strict_json
 from qcompress.system.untrusted_file import JSON_LIMIT, demand_file
 
 FORMAT = 1
-"""Version of baseline.json; a file of another one is refused."""
+"""Version of baseline.json; other versions are refused."""
 
 FIX = "make it anew: qcompress baseline promote RUN"
 
 
 class _Row(BaseModel):
-    """A row of the ladder; what else it says is kept as it is."""
+    """A row of the ladder; unknown keys are kept."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -37,7 +37,7 @@ class _Parity(BaseModel):
 
 
 class Written(BaseModel):
-    """The keys of the file, whose meaning is that of `Standing`'s fields."""
+    """Keys of baseline.json, as in the fields of `Snapshot`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -61,7 +61,7 @@ class Written(BaseModel):
 
     @model_validator(mode="after")
     def _adds_up(self) -> Written:
-        """The row was measured; a set has as many cells in each of its columns, and all that are known."""
+        """Check that the row was measured and that all columns of a set have equally many cells."""
         if not any(row.stage == self.row and row.status == "measured" for row in self.parity.rows):
             raise ValueError(f"parity.rows has no measured row {self.row}")
         if self.known.keys() != self.samples.keys():
@@ -78,21 +78,21 @@ class Written(BaseModel):
 
 
 def read_written(file: Path) -> Written:
-    """Raises UsageError, with the key that is wrong."""
+    """Read and validate a baseline.json. Raises UsageError with the invalid key."""
     demand_file(file, limit=JSON_LIMIT, fix=FIX)
     try:
         values = strict_json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{file} is no baseline ({error})", fix=FIX) from None
+        raise UsageError(f"{file} is not a baseline ({error})", fix=FIX) from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        version = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise UsageError(
-            f"{file} is no baseline of this version (format {found!r}, expected {FORMAT})", fix=FIX
+            f"{file} is not a baseline of this version (format {version!r}, expected {FORMAT})", fix=FIX
         )
     try:
         return Written.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        said = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{file} is not as it was written: {said}", fix=FIX) from None
+        problem = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{file} is not as it was written: {problem}", fix=FIX) from None

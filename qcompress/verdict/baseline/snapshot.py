@@ -1,4 +1,4 @@
-"""What a gate knows of a run: a run directory, or the baseline.json that `baseline promote` wrote. No torch.
+"""Snapshot of a run for the regression gate, from a run directory or from a baseline.json. No torch.
 
 baseline.json is made to be committed: one line for each field of the per-sample results, so that a diff shows
 what changed. It holds one row of the ladder with its results and the float model's predictions, the goals,
@@ -31,16 +31,18 @@ READERS = (
     "sentencepiece.bpe.model",
     "preprocessor_config.json",
 )
-"""Files that turn data into inputs. Where tokenizer.json is there, the others are what it was made from."""
+"""Files that turn data into inputs. tokenizer.json replaces the other tokenizer files, from which it was
+made.
+"""
 
 AS_WRITTEN = ("recipe", "row", "compute", "float_trains", "task", "samples", "slices", "readers", "resources",
               "latency", "device", "versions")  # fmt: skip
-"""Keys of baseline.json that are a standing's own as they are."""
+"""Keys of baseline.json that a snapshot takes unchanged."""
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A row of a run as it is judged against another: where it stands, and by what."""
+class Snapshot:
+    """One row of a run, with everything that the gate compares: results, goals, resources, digests."""
 
     where: str
     recipe: str
@@ -52,34 +54,34 @@ class Standing:
     task: dict[str, Any]
     parity: dict[str, Any]
     samples: dict[str, dict[str, list[Any]]]
-    """Columns by evaluation set: what is known of the samples, the row's results, `reference`."""
+    """Columns by evaluation set: sample data, the row's results, and `reference`."""
     known: dict[str, tuple[str, ...]]
-    """Names of the columns that no model changes, by evaluation set."""
+    """Names of the columns that do not depend on the model, by evaluation set."""
     slices: dict[str, dict[str, list[str | None]]]
-    """Values of a user's columns, by the evaluation sets that have some."""
+    """Values of the user's slice columns, by evaluation set."""
     readers: dict[str, str]
     resources: dict[str, float]
     latency: dict[str, float] | None
-    """`median`, `p99`, `least` and `runs` of the engine's latency, where it was measured."""
+    """`median`, `p99`, `least` and `runs` of the engine's latency, if measured."""
     device: str | None
-    """GPU that the engine was measured on."""
+    """GPU on which the engine was measured."""
     versions: dict[str, str]
     broken: tuple[str, ...] = ()
-    """Files of a run that are not what was measured; a baseline.json has none."""
+    """Messages on files of a run that differ from the measured ones; empty for a baseline.json."""
     served: bool = False
-    """ONNX Runtime's default session serves the run's target; unknown of a baseline.json."""
+    """ONNX Runtime's default session serves the run's target; False for a baseline.json."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The row's."""
+        """Metrics of the row."""
         return next(row["metrics"] for row in self.parity["rows"] if row["stage"] == self.row)
 
     def columns(self, name: str) -> Columns:
-        """Columns of a set, with those that are made of others: entities of each sequence."""
+        """Columns of a set, including derived ones (entities of each sequence)."""
         return with_entities(self.samples[name], self.task.get("labels"))
 
     def to_json(self) -> dict[str, Any]:
-        """The content of baseline.json: one row, without distances between files that are not committed."""
+        """Content of baseline.json: one row, without distances to files that are not committed."""
         return {
             "format": FORMAT,
             "recipe": self.recipe,
@@ -101,15 +103,15 @@ class Standing:
         }
 
 
-def read_standing(path: Path, row: str | None = None) -> Standing:
-    """A run directory, or a baseline.json; `row` of a run, by default the last that was measured.
+def read_snapshot(path: Path, row: str | None = None) -> Snapshot:
+    """Read a run directory or a baseline.json; `row` of a run, by default the last measured one.
 
-    Raises UsageError for what is neither, IncomparableError for a run without such a row.
+    Raises UsageError if the path is neither, IncomparableError if the run has no such row.
     """
     if path.is_dir():
-        return _of_run(path, row)
+        return _snapshot_of_run(path, row)
     if path.is_file():
-        return _of_file(path)
+        return _snapshot_of_file(path)
     raise UsageError(
         f"{path} does not exist", fix="name a run directory, or a file of `qcompress baseline promote`"
     )
@@ -118,7 +120,7 @@ def read_standing(path: Path, row: str | None = None) -> Standing:
 # A run --------------------------------------------------------------------------------------------
 
 
-def _of_run(folder: Path, row: str | None) -> Standing:
+def _snapshot_of_run(folder: Path, row: str | None) -> Snapshot:
     loaded = load(folder)
     loaded.demand_whole()
     if not (folder / "samples.json.gz").is_file():
@@ -131,7 +133,7 @@ def _of_run(folder: Path, row: str | None) -> Standing:
     known = {name: tuple(key for key in entry if key not in APART) for name, entry in sets.items()}
     samples = {name: _columns(entry, row) for name, entry in sets.items()}
     task = recipe.task.model_dump(mode="json", by_alias=True)
-    return Standing(
+    return Snapshot(
         where=str(folder),
         recipe=recipe.name,
         row=row,
@@ -166,10 +168,10 @@ def _last_measured(folder: Path, parity: Mapping[str, Any]) -> str:
 
 
 def _match(folder: Path, parity: Mapping[str, Any], row: str, sets: Mapping[str, Any]) -> None:
-    """The row was measured, and its per-sample results are there."""
-    found = _row(parity, row)
-    if found is None or found["status"] != "measured":
-        why = found["reason"] if found else "there is no such row"
+    """Check that the row was measured and that samples.json.gz has its results."""
+    measured_row = _row(parity, row)
+    if measured_row is None or measured_row["status"] != "measured":
+        why = measured_row["reason"] if measured_row else "the report has no such row"
         raise IncomparableError(f"{folder}: the row {row} was not measured: {why}")
     for name, entry in sets.items():
         if row not in entry["rows"]:
@@ -186,7 +188,9 @@ def _columns(entry: Mapping[str, Any], row: str) -> dict[str, list[Any]]:
 
 
 def _readers(folder: Path) -> dict[str, str]:
-    """Digests of what they say: JSON is written in another order by another version of a library."""
+    """Digests of the files that turn data into inputs. JSON is parsed first: versions of a library order keys
+    differently.
+    """
     names = [name for name in READERS if (folder / name).is_file()]
     if READERS[0] in names:
         names = [name for name in names if name in (READERS[0], READERS[-1])]
@@ -208,23 +212,23 @@ def _digest(file: Path) -> str:
 
 
 def _resources(folder: Path, parity: Mapping[str, Any]) -> dict[str, float]:
-    """What of `goals.RESOURCES` is known of a run."""
-    found: dict[str, float] = {}
+    """Measured resources of a run, a subset of `goals.RESOURCES`."""
+    resources: dict[str, float] = {}
     if (folder / "sizes.json").is_file():
-        found["onnx_bytes"] = read_object(folder / "sizes.json")["file_bytes"]
+        resources["onnx_bytes"] = read_object(folder / "sizes.json")["file_bytes"]
     build = folder / "engine" / "build.json"
     if build.is_file() and (plan := read_object(build).get("plan")):
-        found["plan_bytes"] = plan["bytes"]
+        resources["plan_bytes"] = plan["bytes"]
     if latency := _latency(parity):
-        found["latency_ms"] = latency["median"]
+        resources["latency_ms"] = latency["median"]
     device = _measured_on(parity).get("device") or {}
     if "memory_bytes" in device:
-        found["device_memory_bytes"] = device["memory_bytes"]
-    return found
+        resources["device_memory_bytes"] = device["memory_bytes"]
+    return resources
 
 
 def _latency(parity: Mapping[str, Any]) -> dict[str, float] | None:
-    """Of the first profile; what could not be measured has a reason instead of a list."""
+    """Latency of the first profile; None if it was not measured (`speed` is then a reason, not a list)."""
     speed = _measured_on(parity).get("speed")
     return speed[0]["latency_ms"] if speed and isinstance(speed, list) else None
 
@@ -236,9 +240,9 @@ def _measured_on(parity: Mapping[str, Any]) -> Mapping[str, Any]:
 # A file -------------------------------------------------------------------------------------------
 
 
-def _of_file(file: Path) -> Standing:
+def _snapshot_of_file(file: Path) -> Snapshot:
     written = read_written(file)
-    return Standing(
+    return Snapshot(
         where=str(file),
         goals=written.gate,
         require=tuple(written.require),

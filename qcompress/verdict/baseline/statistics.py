@@ -1,4 +1,5 @@
-"""How much worse one run is than another on the same samples, and what the samples could have shown.
+"""Loss of one run against another on the same samples, with its interval and its smallest
+detectable value.
 
 Everything here is about a *loss*: how much worse the candidate is, positive when it is worse, in the unit of
 its goal. A loss has an interval of two one-sided bounds, each exceeded with a chance of at most 5 %. So a
@@ -37,34 +38,35 @@ DRAWS = 10_000
 """Bootstrap replicates: the 5 % quantile then has a standard error of 0.2 % of level."""
 
 CHUNK = 2**22
-"""Most counts that are held at once."""
+"""Largest number of counts in memory."""
 
 RIGHT: dict[str, Callable[[Mapping[str, list[Any]]], np.ndarray]] = {
     "accuracy": lambda columns: _equal(columns["label"], columns["prediction"]),
     "top5_accuracy": lambda columns: np.array([rank < 5 for rank in columns["rank"]]),
     "agreement": lambda columns: _equal(columns["reference"], columns["prediction"]),
 }
-"""Metrics that are a share of samples, as whether each sample is right, bool [n]."""
+"""Metrics that are a share of samples: function from columns to bool [n], true for each correct sample."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """How much worse a candidate is than its baseline, in the unit of the goal."""
+    """Loss of a candidate against its baseline, in the unit of the goal."""
 
     value: float
-    """The candidate's metric."""
+    """Metric of the candidate."""
     baseline: float
     loss: float
     allowed: float
     interval: tuple[float, float] | None
-    """Lower and upper bound, each exceeded with a chance of 5 % (the lower one of a slice among several: of
-    5 % for all of them together); None for what is judged as measured."""
+    """Lower and upper bound, each exceeded with a chance of 5 % (the lower one of a slice among several: of 5
+    % for all of them together); None if the value is compared without statistics.
+    """
     detectable: float | None
-    """The smallest true loss that would be called one, beyond a limit of 0, 80 times in 100."""
+    """Smallest true loss that would be detected, beyond a limit of 0, 80 times in 100."""
     test: str
-    """`mcnemar`, `bootstrap`, `identical` (every result is the same) or `none` (judged as measured)."""
+    """`mcnemar`, `bootstrap`, `identical` (all results are equal) or `none` (compared without statistics)."""
     p_value: float | None = None
-    """One-sided, of the hypothesis that the candidate is no worse at all; McNemar's alone."""
+    """One-sided p of the hypothesis that the candidate is not worse; for McNemar's test only."""
 
     @property
     def outcome(self) -> str:
@@ -77,42 +79,42 @@ class Loss:
 
 def loss_of(metric: str, goal: Goal, baseline: Mapping[str, list[Any]], candidate: Mapping[str, list[Any]],
             among: int = 1) -> Loss:  # fmt: skip
-    """The loss in a metric of samples that both runs were measured on.
+    """Loss in a metric on samples that both runs were measured on.
 
-    `among` so many slices of a set, all of which a goal is about, a lower bound is exceeded with a chance of
-    5 % / `among`: of slices that are no worse one is called worse with a chance of at most 5 % (Bonferroni).
-    The upper bound stays: that every slice keeps a limit is shown where each does (Berger 1982).
+    `among` is the number of slices that one goal covers: a lower bound is exceeded with a chance of 5 % /
+    `among`, so that with no slice worse, one is called worse with a chance of at most 5 % (Bonferroni). The
+    upper bound is not corrected: every slice keeps a limit if each one is shown to keep it (Berger 1982).
 
-    `metric` is a name of `goals.METRICS`; the columns are per-sample results by name, with what is known of
-    the samples. Both have the same samples in the same order.
+    `metric` is a name of `goals.METRICS`; the columns are per-sample results and sample data by name. Both
+    have the same samples in the same order.
     """
     lower, once = METRICS[metric] == "lower", np.ones((1, _samples(baseline)))
     base, value = (float(REPLICATES[metric](columns, once)[0]) for columns in (baseline, candidate))
     loss, allowed = _loss(goal, base, value, lower)
-    found = Loss(value, base, float(loss), allowed, None, None, "none")
+    unjudged = Loss(value, base, float(loss), allowed, None, None, "none")
     if goal.threshold is not None:
-        return found
+        return unjudged
     if baseline == candidate:  # the same answers with the same losses: the same model, as far as it was asked
-        return replace(found, interval=(found.loss, found.loss), test="identical")
+        return replace(unjudged, interval=(unjudged.loss, unjudged.loss), test="identical")
     if metric in RIGHT and _single(baseline):
-        return _mcnemar(found, goal, RIGHT[metric](baseline), RIGHT[metric](candidate), ALPHA / among)
-    return _bootstrap(found, metric, goal, baseline, candidate, lower, ALPHA / among)
+        return _mcnemar(unjudged, goal, RIGHT[metric](baseline), RIGHT[metric](candidate), ALPHA / among)
+    return _bootstrap(unjudged, metric, goal, baseline, candidate, lower, ALPHA / among)
 
 
 def as_measured(goal: Goal, baseline: float, value: float) -> Loss:
-    """A number that has no samples, such as a size: less is better."""
+    """Loss in a number without samples, such as a size; less is better."""
     loss, allowed = _loss(goal, baseline, value, lower=True)
     return Loss(value, baseline, float(loss), allowed, None, None, "none")
 
 
 def _loss(goal: Goal, base: Any, value: Any, lower: bool) -> tuple[Any, float]:
-    """The loss in the unit of the goal, of numbers or arrays, and the most that it may be."""
-    apart = value - base if lower else base - value
+    """Loss in the unit of the goal, of numbers or arrays, and the largest allowed loss."""
+    difference = value - base if lower else base - value
     if goal.max_degradation is not None:
-        return apart, goal.max_degradation
+        return difference, goal.max_degradation
     with np.errstate(divide="ignore", invalid="ignore"):
         if goal.percent_max_degradation is not None:
-            return 100 * np.divide(apart, np.abs(base)), goal.percent_max_degradation
+            return 100 * np.divide(difference, np.abs(base)), goal.percent_max_degradation
         if goal.min_recovery is not None:
             kept = np.divide(base, value) if lower else np.divide(value, base)
             return 1 - kept, 1 - goal.min_recovery
@@ -124,8 +126,8 @@ def _loss(goal: Goal, base: Any, value: Any, lower: bool) -> tuple[Any, float]:
 
 
 def _single(columns: Mapping[str, list[Any]]) -> bool:
-    """Whether a sample is right or wrong as a whole: agreement of numbers is a correlation, of sequences a
-    share of their words.
+    """True if a sample is right or wrong as a whole. Agreement of numbers is a correlation, of sequences a
+    share of words.
     """
     return "positions" not in columns and not isinstance(columns["prediction"][0], float)
 
@@ -134,18 +136,20 @@ def _equal(first: list[Any], second: list[Any]) -> np.ndarray:
     return np.array([one == other for one, other in zip(first, second, strict=True)])
 
 
-def _mcnemar(found: Loss, goal: Goal, before: np.ndarray, after: np.ndarray, chance: float) -> Loss:
-    """The share's loss with its bounds; a relative goal takes the baseline's accuracy as given."""
+def _mcnemar(measured_loss: Loss, goal: Goal, before: np.ndarray, after: np.ndarray, chance: float) -> Loss:
+    """Loss of a share with its bounds; a relative goal takes the baseline's accuracy as exact."""
     lost, won = int((before & ~after).sum()), int((after & ~before).sum())
     low, high = share_interval(lost, won, len(before), chance)
     unit = 1.0
     if goal.max_degradation is None:
-        unit = (100.0 if goal.percent_max_degradation is not None else 1.0) / (found.baseline or math.nan)
+        unit = (100.0 if goal.percent_max_degradation is not None else 1.0) / (
+            measured_loss.baseline or math.nan
+        )
     return Loss(
-        found.value,
-        found.baseline,
-        found.loss,
-        found.allowed,
+        measured_loss.value,
+        measured_loss.baseline,
+        measured_loss.loss,
+        measured_loss.allowed,
         (low * unit, high * unit),
         share_detectable(lost, won, len(before), chance) * unit,
         "mcnemar",
@@ -154,7 +158,7 @@ def _mcnemar(found: Loss, goal: Goal, before: np.ndarray, after: np.ndarray, cha
 
 
 def mcnemar_exact(lost: int, won: int) -> float:
-    """One-sided exact p of "no worse": P(Binomial(lost + won, 1/2) >= lost). 1 where nothing changed.
+    """One-sided exact p of "not worse": P(Binomial(lost + won, 1/2) >= lost). 1 if nothing changed.
 
     >>> mcnemar_exact(8, 1)  # (9 + 1) / 512
     0.01953125
@@ -163,9 +167,9 @@ def mcnemar_exact(lost: int, won: int) -> float:
 
 
 def share_interval(lost: int, won: int, samples: int, chance: float = ALPHA) -> tuple[float, float]:
-    """Bounds of (lost - won) / samples, the lower one exceeded with this chance, the upper one with 5 %: the
-    wider of Tango's score interval and what McNemar's exact test says about the sign, so that a bound is
-    beyond 0 only where that test agrees.
+    """Bounds of (lost - won) / samples, the lower one exceeded with chance `chance`, the upper one with 5 %:
+    the wider of Tango's score interval and McNemar's exact test of the sign, so that a bound is beyond 0 only
+    if that test agrees.
     """
     low, high = _tango(lost, won, samples, 1, chance), _tango(lost, won, samples, -1, ALPHA)
     if mcnemar_exact(lost, won) > chance:
@@ -176,7 +180,7 @@ def share_interval(lost: int, won: int, samples: int, chance: float = ALPHA) -> 
 
 
 def _tango(lost: int, won: int, samples: int, side: int, chance: float) -> float:
-    """The loss at which the score statistic is `side` times the normal quantile: the lower bound for 1."""
+    """Loss at which the score statistic equals `side` times the normal quantile; 1 gives the lower bound."""
     limit = side * stats.norm.ppf(1 - chance)
     if lost == won == 0:  # the statistic's variance is that of the loss alone: +-z^2 / (n + z^2)
         return -side * limit**2 / (samples + limit**2)
@@ -191,8 +195,8 @@ def _tango(lost: int, won: int, samples: int, side: int, chance: float) -> float
 
 
 def tango_score(lost: int, won: int, samples: int, loss: float) -> float:
-    """Tango's z at a supposed loss: (lost - won - n d) / sqrt(n (2 q + d (1 - d))), q the share that the
-    candidate wins, of largest likelihood given d (his equations 5 to 8 with our names).
+    """Tango's z at an assumed loss: (lost - won - n d) / sqrt(n (2 q + d (1 - d))), where q is the maximum
+    likelihood estimate, given d, of the share that the candidate wins (his equations 5 to 8 with our names).
     """
     a = 2 * samples
     b = -lost - won + (2 * samples - lost + won) * loss
@@ -200,14 +204,20 @@ def tango_score(lost: int, won: int, samples: int, loss: float) -> float:
     root = max(b * b - 4 * a * c, 0.0)
     wins = (math.sqrt(root) - b) / (2 * a)
     variance = samples * (2 * wins + loss * (1 - loss))
-    apart = lost - won - samples * loss
-    return apart / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, apart) if apart else 0.0
+    difference = lost - won - samples * loss
+    return (
+        difference / math.sqrt(variance)
+        if variance > 0
+        else math.copysign(math.inf, difference)
+        if difference
+        else 0.0
+    )
 
 
 def share_detectable(lost: int, won: int, samples: int, chance: float = ALPHA) -> float:
-    """The loss that McNemar's test sees with a chance of 80 %, at the observed share of changed samples
-    (Connor 1987): d sqrt(n) = z(1 - chance) sqrt(s) + z(0.8) sqrt(s - d^2). At least one changed sample is
-    assumed: no change says that the share is small, not that it is 0.
+    """Loss that McNemar's test detects with a chance of 80 %, at the observed share of changed samples
+    (Connor 1987): d sqrt(n) = z(1 - chance) sqrt(s) + z(0.8) sqrt(s - d^2). Assumes at least one changed
+    sample: without a change the share is small, not 0.
     """
     share = max(lost + won, 1) / samples
     high, power = stats.norm.ppf(1 - chance), stats.norm.ppf(POWER)
@@ -225,7 +235,7 @@ def share_detectable(lost: int, won: int, samples: int, chance: float = ALPHA) -
 
 
 def _bootstrap(
-    found: Loss, metric: str, goal: Goal, baseline: Mapping[str, list[Any]],
+    measured_loss: Loss, metric: str, goal: Goal, baseline: Mapping[str, list[Any]],
     candidate: Mapping[str, list[Any]], lower: bool, chance: float,
 ) -> Loss:  # fmt: skip
     samples = _samples(baseline)
@@ -236,31 +246,38 @@ def _bootstrap(
     before, after = (np.concatenate(parts) for parts in drawn)
     losses, _ = _loss(goal, before, after, lower)
     losses = losses[np.isfinite(losses)]
-    if samples < 2 or len(losses) < 0.99 * DRAWS:  # nothing can be said where a metric is undefined in many
-        return Loss(found.value, found.baseline, found.loss, found.allowed, (-math.inf, math.inf), None,
-                    "bootstrap")  # fmt: skip
+    if samples < 2 or len(losses) < 0.99 * DRAWS:  # the metric is undefined in many draws
+        return replace(measured_loss, interval=(-math.inf, math.inf), test="bootstrap")
     # percentiles of a bootstrap are those of a variance with n in place of n - 1
-    apart = (losses - found.loss) * math.sqrt(samples / (samples - 1))
+    deviations = (losses - measured_loss.loss) * math.sqrt(samples / (samples - 1))
     low, high = (
-        found.loss + _expanded(level, samples) * float(np.quantile(apart, side))
+        measured_loss.loss + _expanded(level, samples) * float(np.quantile(deviations, side))
         for level, side in ((chance, chance), (ALPHA, 1 - ALPHA))
     )
     seen = (_expanded(chance, samples) * stats.norm.ppf(1 - chance) + stats.norm.ppf(POWER)) * float(
-        np.std(apart)
+        np.std(deviations)
     )
-    return Loss(found.value, found.baseline, found.loss, found.allowed, (low, high), seen, "bootstrap")
+    return Loss(
+        measured_loss.value,
+        measured_loss.baseline,
+        measured_loss.loss,
+        measured_loss.allowed,
+        (low, high),
+        seen,
+        "bootstrap",
+    )
 
 
 def _expanded(chance: float, samples: int) -> float:
-    """How much wider a bound must be than a bootstrap's percentile, which is as narrow as if the variance of
-    few samples were known: Student's quantile to the normal one (the expanded percentile interval of
+    """Factor by which a bound must be wider than a bootstrap percentile, which ignores that the variance of
+    few samples is estimated: Student's quantile over the normal one (the expanded percentile interval of
     Hesterberg, The American Statistician 69, 2015, 371-386).
     """
     return float(stats.t.ppf(1 - chance, samples - 1) / stats.norm.ppf(1 - chance))
 
 
 def _counts(samples: int) -> Iterator[np.ndarray]:
-    """The draws, in parts that fit into memory; the same for both runs and for every metric."""
+    """Bootstrap counts in chunks that fit into memory; identical for both runs and for every metric."""
     each = max(1, min(DRAWS, CHUNK // samples))
     if each == DRAWS:
         yield _all_at_once(samples)
