@@ -1,1 +1,1 @@
-"""The commands of `qcompress`, and what only they do: `init`, `bundle`, `doctor`, predictions."""
+"""Commands of `qcompress`, and the code behind `init`, `bundle`, `doctor` and `predict`."""

@@ -1,4 +1,4 @@
-"""Arguments that the commands of `cli.py` take, with their help."""
+"""Arguments and options shared by several commands, with their help texts."""
 
 from __future__ import annotations
 

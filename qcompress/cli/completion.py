@@ -1,4 +1,4 @@
-"""What a shell completes as the value of an option: words from the tables that commands read."""
+"""Shell completion of option values, from the tables that the commands read."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 
 
 def words(known: Iterable[str]) -> Callable[[], list[str]]:
-    """Offers the known words, of which typer takes those that begin as typed.
+    """Completion function for these words; typer selects those that begin with the typed text.
 
     >>> words({"ptq": 1, "lsq": 2})()
     ['ptq', 'lsq']
     """
-    found = list(known)
-    return lambda: found
+    listed = list(known)
+    return lambda: listed

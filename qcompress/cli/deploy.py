@@ -53,16 +53,16 @@ def doctor(
     """Say what this machine has and lacks for each job, or why a bundle would not load on it."""
     with errors():
         if folder is None:
-            found = diagnose()
+            document = diagnose()
         else:
             from qcompress.cli.bundle.examine import examine  # onnx takes its time
 
             if not folder.is_dir():
                 what = "is a file, and a bundle is a folder" if folder.exists() else "does not exist"
                 raise UsageError(f"{folder} {what}", fix="name the folder that `qcompress bundle` wrote")
-            found = examine(folder)
+            document = examine(folder)
         if as_json:
-            print_json(found)
+            print_json(document)
         else:
-            (print_machine if folder is None else print_examined)(console(), found)
-        raise typer.Exit(found.get("exit_code", 0))
+            (print_machine if folder is None else print_examined)(console(), document)
+        raise typer.Exit(document.get("exit_code", 0))

@@ -1,6 +1,6 @@
-"""What this machine has and lacks for each job, asked of package metadata and of the driver. No torch.
+"""Packages and devices that each job needs, checked in package metadata and with nvidia-smi. No torch.
 
-Nothing is imported to be asked: a broken torch must not keep anyone from learning what else is missing.
+No package is imported: a broken torch must not hide what else is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import qcompress
 
 TRAIN = "pip install 'qcompress[train]'"
 ORT = "onnxruntime-gpu|onnxruntime"
-"""Two packages of one library, of which either will do; so `train` names one for each platform."""
+"""Alternative packages of one library; `train` installs the one for the platform."""
 
 TORCH = ("torch", ">=2.11")
 
@@ -37,7 +37,7 @@ JOBS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "GPU measurement": (TRAIN, (TORCH, (ORT, ">=1.27"))),
     "triton bundle": ("pip install qcompress", (("onnx", ">=1.20,<2"), ("packaging", ">=23"))),
 }  # fmt: skip
-"""What installs a job's packages, and the packages with the versions of pyproject.toml."""
+"""Install command and packages of each job, with the versions of pyproject.toml."""
 
 ON_GPU = ("tensorrt engine", "GPU measurement")
 SMI = (
@@ -51,7 +51,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Need:
-    """Something a job takes."""
+    """One requirement of a job, and what is installed."""
 
     what: str
     wanted: str
@@ -61,8 +61,8 @@ class Need:
 
 
 def diagnose(folder: Path = Path()) -> dict[str, Any]:
-    """{"jobs": [{"job", "ready", "needs": [...]}], "gpus", "gpu_reason", "disk", "python", "qcompress"}; the
-    disk is that of `folder`.
+    """Check all jobs: {"jobs": [{"job", "ready", "needs": [...]}], "gpus", "gpu_reason", "disk", "python",
+    "qcompress"}; the disk is that of `folder`.
     """
     gpus, reason = devices()
     jobs = []
@@ -87,13 +87,13 @@ def diagnose(folder: Path = Path()) -> dict[str, Any]:
 
 
 def _package(names: str, wanted: str, install: str) -> Need:
-    found = next(filter(None, map(_version, names.split("|"))), None)
-    ok = found is not None and SpecifierSet(wanted).contains(found, prereleases=True)
+    installed = next(filter(None, map(_version, names.split("|"))), None)
+    ok = installed is not None and SpecifierSet(wanted).contains(installed, prereleases=True)
     name = names.replace("|", " or ")
     if ok:
-        return Need(name, wanted, found, True)
-    upgrade = "pip install -U " if found else "pip install "
-    return Need(name, wanted, found, False, install.replace("pip install ", upgrade, 1))
+        return Need(name, wanted, installed, True)
+    upgrade = "pip install -U " if installed else "pip install "
+    return Need(name, wanted, installed, False, install.replace("pip install ", upgrade, 1))
 
 
 def _version(name: str) -> str | None:
@@ -104,7 +104,7 @@ def _version(name: str) -> str | None:
 
 
 def _with_cuda(torch: Need) -> Need:
-    """A torch that is built for processors alone has no CUDA, whatever the machine has."""
+    """Refuse a CPU build of torch, which cannot use a GPU."""
     if not torch.ok or not torch.found.endswith("+cpu"):
         return torch
     release = torch.found.removesuffix("+cpu")
@@ -122,9 +122,9 @@ def _gpu(gpus: list[dict[str, Any]], reason: str) -> Need:
 
 
 def devices() -> tuple[list[dict[str, Any]], str]:
-    """The GPUs that nvidia-smi tells of, or why there are none."""
+    """GPUs that nvidia-smi lists, or the reason why there are none."""
     if shutil.which(SMI[0]) is None:
-        return [], "nvidia-smi is not there"
+        return [], "nvidia-smi is not installed"
     try:
         done = subprocess.run(SMI, capture_output=True, text=True, errors="replace", timeout=SMI_S)
     except subprocess.TimeoutExpired:
@@ -132,9 +132,9 @@ def devices() -> tuple[list[dict[str, Any]], str]:
     except OSError as error:
         return [], f"nvidia-smi does not start ({error})"
     if done.returncode != 0:
-        said = (done.stdout + done.stderr).strip().splitlines()
-        return [], f"nvidia-smi failed ({said[0] if said else f'exit code {done.returncode}'})"
+        output = (done.stdout + done.stderr).strip().splitlines()
+        return [], f"nvidia-smi failed ({output[0] if output else f'exit code {done.returncode}'})"
     keys = ("name", "driver", "compute_capability", "memory_mib")
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     gpus = [dict(zip(keys, row, strict=True)) for row in rows if len(row) == len(keys)]
-    return gpus, "" if gpus else "nvidia-smi names no GPU"
+    return gpus, "" if gpus else "nvidia-smi lists no GPU"

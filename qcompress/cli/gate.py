@@ -69,7 +69,7 @@ def gate(
             issues = code_quality(verdict, recipe_file)
             write_named(code_quality_file, strict_json.dumps(issues, indent=2, sort_keys=True) + "\n")
         if github:
-            _tell_github(verdict, name, recipe_file, as_json)
+            _write_github(verdict, name, recipe_file, as_json)
         if baseline is None:
             report_run(candidate, verdict["verdict"], as_json)
         refresh_report(candidate)
@@ -80,8 +80,8 @@ def gate(
         raise typer.Exit(exit_code(verdict["verdict"], verdict["on_inconclusive"]))
 
 
-def _tell_github(verdict: dict[str, Any], name: str, recipe_file: str, as_json: bool) -> None:
-    """Annotations go where no JSON is; GitHub reads both streams."""
+def _write_github(verdict: dict[str, Any], name: str, recipe_file: str, as_json: bool) -> None:
+    """Print annotations to the stream without JSON (GitHub reads both), and append the step summary."""
     for line in annotations(verdict, recipe_file):
         command(line, stderr=as_json)
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
@@ -106,9 +106,9 @@ def promote(
 ) -> None:
     """Make the file that later runs are held against: small enough to commit, and it needs no run."""
     with errors():
-        standing = api.promote(folder, out, row=row, force=force)
-        say(f"{standing.recipe}, row {standing.row}: {out}, {out.stat().st_size / 1000:.0f} kB")
-        if not standing.goals.regression:
+        snapshot = api.promote(folder, out, row=row, force=force)
+        say(f"{snapshot.recipe}, row {snapshot.row}: {out}, {out.stat().st_size / 1000:.0f} kB")
+        if not snapshot.goals.regression:
             from qcompress.verdict.baseline.decide import (  # scipy takes most of a second
                 BEGIN,
                 lacking,
@@ -116,5 +116,5 @@ def promote(
             )
 
             refused = f"`gate --baseline {out}` will end with exit code 2"
-            say(f"warning: {lacking(standing)}: {refused}", stderr=True)
-            say(f"  fix: {BEGIN}:\n{suggestion(standing)}", stderr=True)
+            say(f"warning: {lacking(snapshot)}: {refused}", stderr=True)
+            say(f"  fix: {BEGIN}:\n{suggestion(snapshot)}", stderr=True)

@@ -1,4 +1,4 @@
-"""The commands of a first recipe: `init` and `schema`."""
+"""The commands `init` and `schema`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import typer
 
 from qcompress.cli.arguments import AsJson
 from qcompress.cli.completion import words
-from qcompress.cli.init.asked import Asked
-from qcompress.cli.init.start import Begun, begin
+from qcompress.cli.init.options import InitOptions
+from qcompress.cli.init.start import InitResult, begin
 from qcompress.cli.init.write import flow
 from qcompress.cli.terminal import errors, print_json
 from qcompress.recipe.json_schema import recipe_schema
@@ -72,17 +72,17 @@ def init(
                 model = model or Path(typer.prompt("Directory of the model", err=True))
                 data = data or Path(typer.prompt("File of text or examples, or folder of images", err=True))
                 target = target or _ask("Device to deploy on", list(TARGETS))
-            asked = Asked(
+            options = InitOptions(
                 model, data, target, out, text_column, label_column, pair_column, method, form, with_schema,
                 labels_are,
             )  # fmt: skip
-            _report(begin(asked, _ask if asks else None), as_json)
+            _report(begin(options, _ask if asks else None), as_json)
         except (typer.Abort, EOFError):  # Ctrl-C and Ctrl-D at a question
             raise KeyboardInterrupt from None
 
 
 def is_terminal() -> bool:
-    """Whether there is somebody to ask."""
+    """True if stdin is a terminal, so that the user can be asked."""
     return sys.stdin.isatty()
 
 
@@ -94,20 +94,20 @@ def _ask(question: str, words: list[str]) -> str:
     return Prompt.ask(question, choices=words, default=words[0], console=Screen(stderr=True))
 
 
-def _report(begun: Begun, as_json: bool) -> None:
-    files = {what: str(file) for what, file in begun.files.items()}
+def _report(result: InitResult, as_json: bool) -> None:
+    files = {what: str(file) for what, file in result.files.items()}
     if as_json:
-        print_json({"files": files, "found": begun.found, "chosen": begun.chosen, "why": begun.why,
-                    "notes": begun.notes, "next": begun.commands})  # fmt: skip
+        print_json({"files": files, "found": result.found, "chosen": result.chosen, "why": result.why,
+                    "notes": result.notes, "next": result.commands})  # fmt: skip
     else:
-        for what, reason in begun.why.items():
-            value = begun.chosen[what]
+        for what, reason in result.why.items():
+            value = result.chosen[what]
             say(f"{what:13} {value if isinstance(value, str) else flow(value)}  ({reason})")
         for what, file in files.items():
             say(f"wrote {file}" + ("" if what == "recipe" else f"  ({what})"))
-    for note in begun.notes:
+    for note in result.notes:
         say(f"note: {note}", stderr=True)
-    say("next:", *(f"  {command}" for command in begun.commands), stderr=True)
+    say("next:", *(f"  {command}" for command in result.commands), stderr=True)
 
 
 def schema() -> None:

@@ -1,4 +1,4 @@
-"""What there is to choose from, as rows of a name and a line about it. No torch."""
+"""Tables of `qcompress list`: names, each with a line of description. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qcompress.schema.recipe import Task
 from qcompress.schema.targets import TARGETS, Target, lacks
 
 WIDTH = 80
-"""Columns that a list fits."""
+"""Largest width of a list, in columns."""
 
 ABOUT_METHODS: dict[str, str] = {
     "float": "Fine-tunes the float model; nothing is rounded.",
@@ -41,7 +41,7 @@ ABOUT_METHODS: dict[str, str] = {
     "(arXiv:2111.12273).",
     "squat": "Learned step sizes; sharpness of the weights and the task's loss in turn (arXiv:2210.07171).",
 }
-"""A line for each method."""
+"""Description of each method."""
 
 
 def _methods() -> list[tuple[str, str]]:
@@ -49,7 +49,7 @@ def _methods() -> list[tuple[str, str]]:
 
 
 def _formats() -> list[tuple[str, str]]:
-    """The presets of `format`, and the words of a weight's and an activation's format."""
+    """Presets of `format`, and the values of `format.weights` and `format.activations`."""
     presets = [(name, _about_preset(preset)) for name, preset in FORMAT_PRESETS.items()]
     words = [
         ("weights", "Words of `format.weights` and `format.embeddings`: " + ", ".join(WEIGHT_WORDS)),
@@ -63,8 +63,8 @@ def _about_preset(preset: dict[str, Any]) -> str:
     if weights == "float":
         return "Nothing is rounded."
     inputs = "floating-point activations" if activations == "float" else f"{_bits(activations)} activations"
-    said = f"{_weights(weights)}, {inputs}, {_weights(tables, 'embedding tables')}."
-    return said[0].upper() + said[1:]
+    sentence = f"{_weights(weights)}, {inputs}, {_weights(tables, 'embedding tables')}."
+    return sentence[0].upper() + sentence[1:]
 
 
 def _weights(form: Any, what: str = "weights") -> str:
@@ -100,7 +100,9 @@ def _tasks() -> list[tuple[str, str]]:
 
 
 def _targets() -> list[tuple[str, str]]:
-    """What each device is, and whether this machine builds for it or which command does on one that can."""
+    """Description of each device, and whether this machine builds for it or the command that does so on the
+    device.
+    """
     return [(name, f"{target.note} {_builder(target)}") for name, target in TARGETS.items()]
 
 
@@ -127,14 +129,14 @@ def _recipes() -> list[tuple[str, str]]:
 
 
 def _first_comment(file: Path) -> str:
-    """The first sentence of the comment at the top of a recipe."""
+    """First line of the comment at the top of a recipe."""
     lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.startswith("#")]
     return lines[0].lstrip("# ") if lines else ""
 
 
 def lines(rows: list[tuple[str, str]]) -> Iterator[str]:
-    """Rows as text of at most `WIDTH` columns: the names in a column, or above their text where they are
-    long. Nothing is cut off, so that a name can be copied.
+    """Format rows as text of at most `WIDTH` columns: names in a column, or above their text if they are
+    long. Text is wrapped, never cut, so that names can be copied.
     """
     longest = max((len(name) for name, _ in rows), default=0)
     if longest > WIDTH // 3:

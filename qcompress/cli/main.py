@@ -1,4 +1,4 @@
-"""The command line: parses, prints, sets the exit code; decides nothing.
+"""The command line: parses arguments, calls the API, prints, sets the exit code.
 
 Exit codes: 0 accept, or a smoke run that ran to its end; 1 unexpected error; 2 wrong usage or recipe; 3
 regression; 4 anomalous; 5 lint, export or build failed; 6 the machine lacks what the command requires; 7 the
@@ -73,9 +73,12 @@ app.command()(deploy.doctor)
 
 def main() -> None:
     """Entry point of the `qcompress` command."""
-    # threads that spin while they wait make a shared machine many times slower; torch reads this once
+    # waiting threads that spin slow a shared machine down many times; torch reads this variable once
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.stdout, sys.stderr = Guard(sys.stdout), Guard(sys.stderr)  # to the end, tracebacks included
+    sys.stdout, sys.stderr = (
+        Guard(sys.stdout),
+        Guard(sys.stderr),
+    )  # until exit, so that tracebacks are printed safely too
     app()
 
 
@@ -135,19 +138,19 @@ def _run_seeds(recipe: Path, out: Path, seeds: str, options: dict[str, Any], as_
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise UsageError(f"--seeds {seeds!r} is not a list of numbers", fix="--seeds 0,1,2") from None
-    folder, found, first = api.run_seeds(recipe, numbers, out, **options)
+    folder, summary_of_seeds, first = api.run_seeds(recipe, numbers, out, **options)
     if not first:
-        raise typer.Exit(exit_code(found["verdict"]))
-    for seed in found["verdicts"]:
+        raise typer.Exit(exit_code(summary_of_seeds["verdict"]))
+    for seed in summary_of_seeds["verdicts"]:
         write_beside(folder / f"seed-{seed}", options["reporter"].say)
     if as_json:
-        print_json({"path": str(folder), **found})
+        print_json({"path": str(folder), **summary_of_seeds})
     else:
-        console().print(seeds_table(found))
-        for seed, verdict in found["verdicts"].items():
+        console().print(seeds_table(summary_of_seeds))
+        for seed, verdict in summary_of_seeds["verdicts"].items():
             say(f"seed {seed}: {verdict}")
-        say(f"{found['verdict']}  {found['recipe']}  {folder}")
-    raise typer.Exit(exit_code(found["verdict"]))
+        say(f"{summary_of_seeds['verdict']}  {summary_of_seeds['recipe']}  {folder}")
+    raise typer.Exit(exit_code(summary_of_seeds["verdict"]))
 
 
 def _finish_early(result: pipeline.Run, as_json: bool) -> None:
@@ -213,11 +216,11 @@ def compare(
 ) -> None:
     """Compare arms: mean, spread, paired differences with intervals, what could have been seen, and cost."""
     with errors():
-        found = api.compare(runs, row=row, metric=metric, baseline=baseline)
+        comparison = api.compare(runs, row=row, metric=metric, baseline=baseline)
         if as_json:
-            print_json(found)
+            print_json(comparison)
         else:
-            print_comparison(console(), found)
+            print_comparison(console(), comparison)
 
 
 @app.command()
@@ -236,13 +239,13 @@ def verify(
                 raise UsageError(
                     "--layers compares files of this run, not an engine", fix="drop one of the two"
                 )
-            found = api.compare_layers(folder, reporter=Reporter())
+            layerwise = api.compare_layers(folder, reporter=Reporter())
             refresh_report(folder)
             if as_json:
-                print_json(found)
+                print_json(layerwise)
             else:
-                print_layers(console(), found)
-            raise typer.Exit(exit_code("regression" if found["unexplained"] else "accept"))
+                print_layers(console(), layerwise)
+            raise typer.Exit(exit_code("regression" if layerwise["unexplained"] else "accept"))
         verdict = api.verify(folder, engine=engine, reporter=Reporter())
         report_run(folder, verdict["verdict"], as_json)
 
@@ -275,11 +278,11 @@ def lint(
 def inspect(model: OnnxFile, as_json: AsJson = False) -> None:
     """Say what an ONNX file stores: bits, scales and bytes of every weight."""
     with errors():
-        found = onnx_file.inspect(model)
+        contents = onnx_file.inspect(model)
         if as_json:
-            print_json(found)
+            print_json(contents)
         else:
-            print_contents(console(), found)
+            print_contents(console(), contents)
 
 
 @app.command()
@@ -329,7 +332,7 @@ def list_(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """What there is to choose from."""
+    """List the methods, axes, formats, models, tasks, targets or recipes that are available."""
     with errors():
         if what not in LISTS:
             raise UsageError(f"nothing to list under {what!r}", fix=f"choose one of {', '.join(LISTS)}")

@@ -1,4 +1,4 @@
-"""What is done with any ONNX file, whoever made it: lint, inspect, build. No torch."""
+"""Commands on any ONNX file: lint, inspect, build. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _existing(model: Path) -> Path:
-    """A file; raises UsageError for a path without one."""
+    """Return the path; raises UsageError if it is not a file."""
     if not model.is_file():
         what = "is a folder" if model.is_dir() else "does not exist"
         raise UsageError(f"{model} {what}", fix="name an ONNX file")
@@ -27,7 +27,7 @@ def _existing(model: Path) -> Path:
 
 
 def lint(model: Path, target: str) -> list[Finding]:
-    """What a target would refuse or silently change in an ONNX file."""
+    """Findings on what a target would refuse or silently change in an ONNX file."""
     from qcompress.graph.lint.lint import lint as find
     from qcompress.schema.targets import find_target
 
@@ -35,7 +35,7 @@ def lint(model: Path, target: str) -> list[Finding]:
 
 
 def inspect(model: Path) -> dict[str, Any]:
-    """What an ONNX file stores, weight by weight (`targets/contents.py` has the document)."""
+    """Stored bits, scales and bytes of each weight of an ONNX file (document: `graph/inspect.py`)."""
     from qcompress.graph.inspect import contents
 
     return contents(_existing(model))
@@ -44,7 +44,7 @@ def inspect(model: Path) -> dict[str, Any]:
 def build(
     model: Path, target: str, out: Path, profiles: str | None, options: dict[str, Any], reporter: Reporter
 ) -> dict[str, Any]:
-    """Build an engine from an ONNX file; returns build.json. The folder must not hold anything yet.
+    """Build an engine from an ONNX file and return build.json. `out` must be a new or empty folder.
 
     `profiles` is JSON, `options` are other keys of a recipe's section `build`.
     """

@@ -1,5 +1,5 @@
-"""One answer from the newest artifact of a run, on ONNX Runtime: the continuation of a text, or the labels of
-a text or an image.
+"""Prediction from a run's ONNX file, on ONNX Runtime: the continuation of a text, or the labels of a text or
+an image.
 
 A continuation is greedy.
 """
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
-    """What `qcompress predict` prints: as the task has it, a text, or a line for each label or token. `text`
-    is the file of an image where the model classifies images.
+    """Output of `qcompress predict` for the run's task: a text, or a line for each label or token. `text` is
+    the path of an image if the model classifies images.
     """
     if run.recipe.task.name == "causal-lm":
         if pair is not None:
@@ -40,20 +40,20 @@ def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
     if run.recipe.task.name == "image-classification":
         if pair is not None:
             raise UsageError("one image is classified", fix="drop --pair")
-        found = classify_image(run, Path(text))
+        labelled = classify_image(run, Path(text))
     else:
-        found = classify(run, text, pair)
-    return "\n".join(f"{label}\t{value:.4f}" for label, value in found)
+        labelled = classify(run, text, pair)
+    return "\n".join(f"{label}\t{value:.4f}" for label, value in labelled)
 
 
 def classify(run: LoadedRun, text: str, pair: str | None = None) -> list[tuple[str, float]]:
-    """Every label with its probability, the likeliest first; of a regression the value."""
+    """Each label with its probability, the likeliest first; for a regression the value."""
     config = read_config(run.path)
     return _ranked(config, _logits(run, _encoded(run, config, text, pair))[0])
 
 
 def classify_image(run: LoadedRun, file: Path) -> list[tuple[str, float]]:
-    """Every label of an image file with its probability, the likeliest first."""
+    """Each label of an image file with its probability, the likeliest first."""
     reader = TASKS[run.recipe.task.name].reader(run.path)
     pixels = reader.pixels([reader.shaped(open_image(file))])
     return _ranked(read_config(run.path), _runner(run)({PIXELS: pixels})[0])
@@ -72,7 +72,7 @@ def _ranked(config: dict[str, Any], logits: np.ndarray) -> list[tuple[str, float
 
 
 def tag(run: LoadedRun, text: str) -> list[tuple[str, str, float]]:
-    """Every token of a text with its likeliest label and that one's probability; special tokens left out."""
+    """Each token of a text with its likeliest label and that label's probability, without special tokens."""
     config = read_config(run.path)
     encoded = _encoded(run, config, text, None)
     shares = _softmax(_logits(run, encoded)[0].astype(np.float64))
@@ -112,7 +112,9 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def continue_text(run: LoadedRun, text: str, tokens: int) -> str:
-    """The text with `tokens` more tokens, or fewer where the model ends it; the context bounds its length."""
+    """The text with `tokens` more tokens, or fewer if the model ends it. Raises UsageError beyond the
+    context.
+    """
     if not isinstance(run.recipe.task, CausalLm):
         raise UsageError(
             f"only a model of the task causal-lm continues a text, and this one is of {run.recipe.task.name}",

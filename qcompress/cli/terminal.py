@@ -1,4 +1,4 @@
-"""What every command prints with, and how it ends."""
+"""Printing and error handling of all commands."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from qcompress.verdict.judge import exit_code
 from qcompress.verdict.run_directory import load
 
 LOG_COLUMNS = 200
-"""Width of output that goes into a file or a pipe."""
+"""Width of output to a file or a pipe."""
 
 
 @contextmanager
 def errors(resume: str = "") -> Iterator[None]:
-    """Print an error as a user should see it, and leave with its exit code."""
+    """Context of a command: prints an error for users and exits with its exit code."""
     stopping.resume_with(resume)
-    with guarded(), _told(resume):
+    with guarded(), _exit_on_error(resume):
         yield
 
 
 @contextmanager
-def _told(resume: str) -> Iterator[None]:
+def _exit_on_error(resume: str) -> Iterator[None]:
     try:
         with _packages(), Allocations("this command"), place_errors(), flushed():
             yield
@@ -50,7 +50,7 @@ def _told(resume: str) -> Iterator[None]:
 
 @contextmanager
 def _packages() -> Iterator[None]:
-    """Raise MachineError where a command imports a package that is not installed."""
+    """Raise MachineError if a command imports a package that is not installed."""
     try:
         yield
     except ImportError as error:
@@ -58,7 +58,7 @@ def _packages() -> Iterator[None]:
 
 
 def report_run(folder: Path, verdict: str, as_json: bool) -> None:
-    """Print a run as it lies on disk, and leave with its verdict's exit code."""
+    """Print a run from disk and exit with its verdict's exit code."""
     refresh_report(folder)
     loaded = load(folder)
     if as_json:
@@ -69,13 +69,13 @@ def report_run(folder: Path, verdict: str, as_json: bool) -> None:
 
 
 def refresh_report(folder: Path) -> None:
-    """Make the run's report.html anew where there is one, after what it shows has changed."""
+    """Rewrite the run's report.html, if it has one, after the run has changed."""
     if (folder / "report.html").is_file():
         write_beside(folder, lambda line: say(line, stderr=True))
 
 
 def console() -> Screen:
-    """Stdout; as wide as a table wants where it is no terminal, so that a log has every digit."""
+    """Console on stdout; unless it is a terminal, wide enough for all digits of a table."""
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Screen(width=None if known else LOG_COLUMNS)
 

@@ -351,7 +351,7 @@ def test_what_is_there_is_never_overwritten_unless_it_is_this_bundle(gpt2: Path,
         if content is not None:
             (out / "bundle.json").write_text(content)
         done = cli("bundle", gpt2, "--out", out)
-        assert done.code == 2 and "holds something else than this bundle" in done.stderr
+        assert done.code == 2 and "is not empty and is not this bundle" in done.stderr
         assert "fix: name a new folder" in done.stderr
         assert (out / "mine.txt").read_text() == "mine" and not (out / "tiny").exists()
     shutil.rmtree(out)
@@ -411,7 +411,7 @@ def test_what_cannot_be_bundled_says_why(gpt2: Path, tmp_path: Path) -> None:
     for words, message in (
         (("--format", "bento"), "unknown format 'bento'"),
         (("--backend", "openvino"), "unknown backend 'openvino'"),
-        (("--name", "../out"), "is not a name of a model"),
+        (("--name", "../out"), "is not a valid model name"),
         (("--backend", "tensorrt"), "target rtx-ada takes plans of TensorRT-RTX"),
     ):
         done = cli("bundle", gpt2, "--out", out, *words)

@@ -174,7 +174,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "a file is missing": (lost, "tiny/tokenizer.json is missing"),
     "a package left the bill of materials": (other_materials, "sbom.cdx.json has another content"),
     "a bit of the graph fell over": (bent, "tiny/1/model.onnx has another content"),
-    "the record is missing": (lambda folder: (folder / "bundle.json").unlink(), "is no bundle"),
+    "the record is missing": (lambda folder: (folder / "bundle.json").unlink(), "is not a bundle"),
     "the record is no JSON": (junk, "cannot be read"),
     "the record is a list": (lambda folder: (folder / "bundle.json").write_text("[]"), "cannot be read"),
     "the record is of another format": (record(format=9), "is of format 9"),
@@ -183,7 +183,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "the record's backend is unknown": (record(backend="python"), "names the backend 'python'"),
     "the graph is not listed": (without_graph, "does not list tiny/1/model.onnx"),
     "the config does not parse": (edited("input ", "imput "), "is not a model configuration of Triton"),
-    "the config is no text": (binary, "is no text"),
+    "the config is not text": (binary, "is not UTF-8 text"),
     "the config is another model's": (edited('name: "tiny"', 'name: "big"'), "is of model 'big'"),
     "the config is another platform's": (edited("onnxruntime_onnx", "tensorrt_plan"), "is for tensorrt_plan"),
     "an input has another name": (edited('"input_ids"', '"ids"'), "has no input 'input_ids'"),
@@ -222,7 +222,7 @@ def test_a_planted_fault_is_named(fault: str, repository: Path) -> None:
 
 def test_a_folder_without_bundle_json_is_no_bundle(tmp_path: Path) -> None:
     told, faults = asked(tmp_path)
-    assert told.code == 5 and "is no bundle: bundle.json is missing" in faults[0]["what"]
+    assert told.code == 5 and "is not a bundle: bundle.json is missing" in faults[0]["what"]
 
 
 def test_onnx_runtime_that_is_missing_or_dies_is_a_reason(
@@ -335,7 +335,7 @@ def test_a_plan_is_for_one_gpu_and_one_version(
     [
         (edited('profile: "0"', 'profile: "3"'), "asks for profile 3, and the plan has 1"),
         (edited("max_batch_size: 4", "max_batch_size: 8"), "max_batch_size is 8, and the plan takes 4"),
-        (edited('"logits"', '"scores"'), "has no output 'logits', and the graph does"),
+        (edited('"logits"', '"scores"'), "has no output 'logits', and the graph has it"),
     ],
 )
 def test_a_plan_has_its_profiles_and_the_names_of_its_graph(
@@ -429,8 +429,8 @@ def test_a_torch_without_cuda_measures_nothing_on_a_gpu(monkeypatch: pytest.Monk
             "nvidia-smi failed (could not communicate",
         ),
         ("exit 3", 0, "nvidia-smi failed (exit code 3)"),
-        ("true", 0, "nvidia-smi names no GPU"),
-        (None, 0, "nvidia-smi is not there"),
+        ("true", 0, "nvidia-smi lists no GPU"),
+        (None, 0, "nvidia-smi is not installed"),
     ],
 )
 def test_the_driver_is_asked_through_nvidia_smi(

@@ -26,8 +26,8 @@ from word_tokenizer import word_tokenizer
 
 from qcompress.cli import completion, init_command
 from qcompress.cli.init import lengths, write
-from qcompress.cli.init.asked import Asked
-from qcompress.cli.init.start import Begun, begin
+from qcompress.cli.init.options import InitOptions
+from qcompress.cli.init.start import InitResult, begin
 from qcompress.errors import QcompressError
 from qcompress.models import FAMILIES
 from qcompress.recipe.check import all_mistakes
@@ -70,8 +70,8 @@ def write_table(
     return file
 
 
-def started(folder: Path, model: Path, data: Path, **options: Any) -> Begun:
-    return begin(Asked(**{"model": model, "data": data, "target": "rtx-ada", "out": folder / "recipe.yaml",
+def started(folder: Path, model: Path, data: Path, **options: Any) -> InitResult:
+    return begin(InitOptions(**{"model": model, "data": data, "target": "rtx-ada", "out": folder / "recipe.yaml",
                           **options}))  # fmt: skip
 
 
@@ -439,7 +439,7 @@ def test_columns_that_could_be_either_are_asked_for(tmp_path: Path, models: dict
     said = refusal(tmp_path, models["head"], data)
     assert "second, first could all be the label (fix: say which with --label-column second)" in said
     assert "did you mean `first`?" in refusal(tmp_path, models["head"], data, label_column="fist")
-    asked = Asked(models["head"], data, "cpu", tmp_path / "recipe.yaml")
+    asked = InitOptions(models["head"], data, "cpu", tmp_path / "recipe.yaml")
     questions = []
     begin(asked, lambda question, words: questions.append((question, words)) or words[0])
     assert questions == [("Which column holds the label?", ["second", "first"])]
@@ -502,7 +502,7 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
     said = refusal(tmp_path, tmp_path / "no-model", tmp_path / "no-data.csv", target="rtx-adda",
                    method="lsg", format="w8a9", out=tmp_path / "absent" / "recipe.txt")  # fmt: skip
     assert "no recipe was written: 7 mistakes:" in said
-    for word in ("--model: ", "--data: ", "rtx-ada`?", "`lsq`?", "`w8a8`?", "is no directory", ".yaml"):
+    for word in ("--model: ", "--data: ", "rtx-ada`?", "`lsq`?", "`w8a8`?", "is not a directory", ".yaml"):
         assert word in said
 
 

@@ -1,1 +1,3 @@
-"""A run as a Triton model repository, and why one would not load on this host. No torch."""
+"""Triton model repositories: writing one from a run, and checking whether one loads on this host.
+No torch.
+"""

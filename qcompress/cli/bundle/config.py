@@ -1,7 +1,7 @@
-"""config.pbtxt as the protobuf message that Triton reads, and its tensors as the graph has them. No torch.
+"""Triton's model configuration (config.pbtxt) as a protobuf message, with tensors from the graph. No torch.
 
-The message is described by model_config.textproto in this folder; it lives in a pool of its own, so that a
-program may import tritonclient as well.
+The message is described by model_config.textproto in this folder. It has a descriptor pool of its own, so
+that a program may import tritonclient as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ELEMENTS = {
     "UINT8": "TYPE_UINT8", "UINT16": "TYPE_UINT16", "UINT32": "TYPE_UINT32", "UINT64": "TYPE_UINT64",
     "BOOL": "TYPE_BOOL", "STRING": "TYPE_STRING",
 }  # fmt: skip
-"""Element types of ONNX in Triton's words."""
+"""Triton's names of ONNX element types."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Tensor:
     kind: str
     """TYPE_FP32, TYPE_INT64, ..."""
     axes: tuple[int | str | None, ...]
-    """Sizes, and names of what is dynamic."""
+    """Sizes, or names of dynamic axes."""
 
     @property
     def dims(self) -> list[int]:
-        """As Triton has them: -1 is any size."""
+        """Dimensions for Triton: -1 for any size."""
         return [size if isinstance(size, int) else -1 for size in self.axes]
 
 
 @functools.cache
 def message_class() -> type[Message]:
-    """The class of Triton's `inference.ModelConfig`."""
+    """Message class of Triton's `inference.ModelConfig`."""
     file = descriptor_pb2.FileDescriptorProto()
     text_format.Parse(DESCRIPTION.read_text(encoding="utf-8"), file)
     pool = descriptor_pool.DescriptorPool()
@@ -56,14 +56,14 @@ def message_class() -> type[Message]:
 
 
 def to_text(config: Message) -> str:
-    """Content of config.pbtxt, read back once: what is written is what Triton will read."""
+    """Text of config.pbtxt; parsed once to check that Triton will read an equal message."""
     text = text_format.MessageToString(config)
     assert from_text(text, "config.pbtxt") == config
     return text
 
 
 def from_text(text: str, where: str) -> Any:
-    """The message in a config.pbtxt."""
+    """Parse a config.pbtxt. Raises ExportError if it is not a model configuration."""
     try:
         return text_format.Parse(text, message_class()())
     except text_format.ParseError as error:
@@ -83,27 +83,27 @@ def _tensor(view: View, value: Any) -> Tensor:
     axes = dimensions(value)
     if word not in ELEMENTS:
         raise ExportError(
-            f"{view.file}: {value.name!r} is of type {word}, which Triton has not",
+            f"{view.file}: {value.name!r} is of type {word}, which Triton does not have",
             fix="export the graph with inputs and outputs of another type",
         )
     if not axes:
         raise ExportError(
-            f"{view.file}: {value.name!r} has no declared shape, and Triton wants one",
+            f"{view.file}: {value.name!r} has no declared shape, and Triton needs one",
             fix="export the graph with shapes of its inputs and outputs, which have at least one dimension",
         )
     return Tensor(value.name, ELEMENTS[word], axes)
 
 
 def batched(inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-    """Whether all tensors begin with the same dynamic axis, so that Triton may put requests together."""
+    """True if the first axis of all tensors is one dynamic axis, so that Triton may batch requests."""
     first = {tensor.axes[0] for tensor in (*inputs, *outputs)}
     names = {axis for axis in first if isinstance(axis, str)}
     return not any(isinstance(axis, int) for axis in first) and len(names) <= 1
 
 
-def describe(found: list[Tensor], batch: bool) -> list[dict[str, Any]]:
-    """What config.pbtxt says of tensors; Triton adds the batch dimension itself."""
+def describe(graph_tensors: list[Tensor], batch: bool) -> list[dict[str, Any]]:
+    """Entries of config.pbtxt for these tensors; Triton adds the batch dimension itself."""
     return [
         {"name": tensor.name, "data_type": tensor.kind, "dims": tensor.dims[1:] if batch else tensor.dims}
-        for tensor in found
+        for tensor in graph_tensors
     ]

@@ -1,10 +1,10 @@
-"""Why a bundle would not load: what is broken in it, and what this machine lacks for it. No torch.
+"""Checks whether a bundle would load: faults of the bundle, and packages or devices missing here. No torch.
 
-What is broken is broken everywhere: a file that is missing or another one, a configuration that does not
-parse or disagrees with the graph. What the machine lacks is asked only of a bundle that is whole.
+A broken bundle is broken on every machine: a file that is missing or changed, a configuration that does not
+parse or disagrees with the graph. The machine is checked only for bundles that are not broken.
 
-ONNX Runtime opens the graph in a process of its own. It is the one of this Python, and Triton brings another:
-the answer is about Triton as far as both are of one version.
+A child process opens the graph in this Python's ONNX Runtime. Triton brings another build of it: the answer
+holds for Triton if both have one version.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qcompress.system.gpu import compute_capability
 
 OPENING_S = 300
 TOO_OLD = re.compile(r"IR version|opset|not implemented|Could not find an implementation", re.IGNORECASE)
-"""What ONNX Runtime says of a graph that is newer than itself."""
+"""Messages of ONNX Runtime about a graph that is newer than itself."""
 
 RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
 AGAIN = "bundle the run again, and copy the whole folder"
@@ -38,7 +38,9 @@ AGAIN = "bundle the run again, and copy the whole folder"
 
 @dataclass(frozen=True)
 class Fault:
-    """One reason; `broken` in the bundle itself, or else lacking here."""
+    """One reason why the bundle does not load: `broken` in the bundle itself, or else missing on this
+    machine.
+    """
 
     broken: bool
     what: str
@@ -46,11 +48,11 @@ class Fault:
 
 
 class BrokenError(ExportError):
-    """Nothing more can be asked of a bundle."""
+    """The bundle is broken, so that no further check is possible."""
 
 
 def examine(folder: Path) -> dict[str, Any]:
-    """{"bundle", "loads", "exit_code", "faults": [{"broken", "what", "fix"}], "notes"}."""
+    """Check a bundle: {"bundle", "loads", "exit_code", "faults": [{"broken", "what", "fix"}], "notes"}."""
     faults, notes = [], []
     try:
         record = _record(folder)
@@ -94,7 +96,8 @@ def _record(folder: Path) -> dict[str, Any]:
             record[key]
     except FileNotFoundError:
         raise BrokenError(
-            f"{folder} is no bundle: {RECORD} is missing", fix="name the folder that `qcompress bundle` wrote"
+            f"{folder} is not a bundle: {RECORD} is missing",
+            fix="name the folder that `qcompress bundle` wrote",
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BrokenError(f"{file} cannot be read ({error!r})") from None
@@ -107,9 +110,11 @@ def _files(folder: Path, record: dict[str, Any]) -> list[Fault]:
         file = folder / name
         if not file.is_file():
             faults.append(Fault(True, f"{name} is missing", AGAIN))
-        elif (found := sha256_file(file)) != digest:
+        elif (actual := sha256_file(file)) != digest:
             faults.append(
-                Fault(True, f"{name} has another content (sha256 {found[:12]}, bundled {digest[:12]})", AGAIN)
+                Fault(
+                    True, f"{name} has another content (sha256 {actual[:12]}, bundled {digest[:12]})", AGAIN
+                )
             )
     for needed in ("config.pbtxt", f"1/{BACKENDS[record['backend']][1]}"):
         if f"{record['name']}/{needed}" not in record["files"]:
@@ -118,13 +123,13 @@ def _files(folder: Path, record: dict[str, Any]) -> list[Fault]:
 
 
 def _config(folder: Path, record: dict[str, Any]) -> tuple[Any, list[Fault]]:
-    """The configuration, and where it disagrees with the bundle."""
+    """Parse the configuration and list its disagreements with the bundle."""
     model = folder / record["name"]
     platform, file = BACKENDS[record["backend"]]
     try:
         text = (model / "config.pbtxt").read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise BrokenError(f"{model / 'config.pbtxt'} is no text ({error})") from None
+        raise BrokenError(f"{model / 'config.pbtxt'} is not UTF-8 text ({error})") from None
     config = triton.from_text(text, f"{record['name']}/config.pbtxt")
     wrong = []
     if config.name not in ("", record["name"]):
@@ -146,7 +151,7 @@ def _config(folder: Path, record: dict[str, Any]) -> tuple[Any, list[Fault]]:
 
 
 def _tensors(folder: Path, record: dict[str, Any], config: Any) -> list[str]:
-    """Names, types and dims against the graph's; a plan cannot be asked, so its graph's were noted."""
+    """Compare names, types and dims with the graph's; for a plan with those noted when it was bundled."""
     if record["backend"] == "onnxruntime":
         inputs, outputs = triton.tensors(read(folder / record["name"] / "1" / "model.onnx"))
     else:
@@ -158,11 +163,11 @@ def _tensors(folder: Path, record: dict[str, Any], config: Any) -> list[str]:
     if config.max_batch_size and not triton.batched(inputs, outputs):
         return [f"config.pbtxt has max_batch_size {config.max_batch_size}, and the graph no dynamic batch"]
     kinds = config.DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_number
-    for side, has, said in (("input", inputs, config.input), ("output", outputs, config.output)):
+    for side, has, entries in (("input", inputs, config.input), ("output", outputs, config.output)):
         expected = {item["name"]: item for item in triton.describe(has, config.max_batch_size > 0)}
-        stated = {item.name: item for item in said}
+        stated = {item.name: item for item in entries}
         wrong += [
-            f"config.pbtxt has no {side} {name!r}, and the graph does" for name in expected.keys() - stated
+            f"config.pbtxt has no {side} {name!r}, and the graph has it" for name in expected.keys() - stated
         ]
         wrong += [
             f"config.pbtxt has an {side} {name!r}, and the graph has not" for name in stated.keys() - expected
@@ -198,14 +203,14 @@ def _batches(record: dict[str, Any], config: Any) -> list[str]:
 
 
 def _machine(folder: Path, record: dict[str, Any], config: Any) -> tuple[list[Fault], list[str]]:
-    """What is lacking here, and what should be known all the same."""
+    """Faults of this machine for the bundle, and notes."""
     faults, notes = [], []
-    found = compute_capability()
-    if found is None and any(group.kind == group.KIND_GPU for group in config.instance_group):
+    sm = compute_capability()
+    if sm is None and any(group.kind == group.KIND_GPU for group in config.instance_group):
         what = "config.pbtxt asks for a GPU (KIND_GPU), and this machine has no CUDA device"
         faults.append(Fault(False, what, "load it on a machine with one, or bundle a run for target cpu"))
     if record["backend"] == "tensorrt":
-        return faults + _plan(record["engine"], found), notes
+        return faults + _plan(record["engine"], sm), notes
     version, why = _opened(folder / record["name"] / "1" / "model.onnx", config.optimization.graph.level)
     if version is None:
         faults.append(Fault(False, "ONNX Runtime is not installed", "pip install 'qcompress[train]'"))
@@ -219,7 +224,7 @@ def _machine(folder: Path, record: dict[str, Any], config: Any) -> tuple[list[Fa
 
 
 def _opened(file: Path, level: int) -> tuple[str | None, str]:
-    """Version of ONNX Runtime, None without one, and why it does not open the file."""
+    """Version of ONNX Runtime (None without one), and the reason why it does not open the file."""
     if not any(version_of(name) for name in RUNTIMES):
         return None, ""
     with tempfile.TemporaryDirectory(prefix="qcompress-opens-") as folder:
@@ -242,7 +247,7 @@ def _opened(file: Path, level: int) -> tuple[str | None, str]:
 
 
 def version_of(distribution: str) -> str | None:
-    """Installed version of a package, None without it."""
+    """Installed version of a package; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -250,7 +255,9 @@ def version_of(distribution: str) -> str | None:
 
 
 def _plan(engine: dict[str, Any], sm: int | None) -> list[Fault]:
-    """A plan is for one version of TensorRT and one compute capability, unless it was built to be more."""
+    """Check TensorRT's version and the GPU: a plan is for one version and one compute capability, unless it
+    was built to be compatible with more.
+    """
     faults = []
     built, here = (engine.get("versions") or {}).get("tensorrt", ""), version_of("tensorrt")
     if here is None:
@@ -266,7 +273,7 @@ def _plan(engine: dict[str, Any], sm: int | None) -> list[Fault]:
 
 
 def _same_version(built: str, here: str, compatible: bool) -> bool:
-    """Whether a plan loads: in the version it was built with, or in that or a later one.
+    """True if a plan loads: in the version it was built with, or, if `compatible`, in that or a later one.
 
     >>> _same_version("10.13.0.35", "10.13.0.40", False), _same_version("10.13.0.35", "10.14.1", False)
     (True, False)

@@ -1,4 +1,5 @@
-"""The software bill of materials of a bundle, as CycloneDX 1.6: the model and its files, and what made it.
+"""Software bill of materials of a bundle, as CycloneDX 1.6: the model, its files, and the packages that made
+it.
 
 The document is a function of the run: it has no serial number and no time, so that two bundles of one run are
 equal.
@@ -17,7 +18,7 @@ NAME = "sbom.cdx.json"
 
 
 def bill_of_materials(run: LoadedRun, name: str, folder: Path) -> dict[str, Any]:
-    """The document of a bundle in `folder`, whose files lie there already; `name` is the model's."""
+    """Bill of materials of the bundle in `folder`, whose files exist already; `name` is the model's."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     model = {
         "type": "machine-learning-model",
@@ -63,11 +64,13 @@ def _library(name: str, version: str) -> dict[str, Any]:
 
 
 def _inputs(run: LoadedRun) -> list[dict[str, Any]]:
-    """The recipe, and the float checkpoint as far as the cache still knows it."""
+    """The recipe, and the float checkpoint's files if the load stage is still in the cache."""
     recipe = "recipe.resolved.yaml"
-    found = [_file(run.path / recipe, recipe)]
+    components = [_file(run.path / recipe, recipe)]
     load = run.checked_stage("load")
     if load is not None and (load / "float.json").is_file():
         digests = read_object(load / "float.json").get("files", {})
-        found += [_hashed(name, digest, f"checkpoint:{name}") for name, digest in sorted(digests.items())]
-    return found
+        components += [
+            _hashed(name, digest, f"checkpoint:{name}") for name, digest in sorted(digests.items())
+        ]
+    return components

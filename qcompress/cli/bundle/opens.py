@@ -1,4 +1,4 @@
-"""A child process that opens an ONNX file in ONNX Runtime, as Triton's backend would.
+"""Child process that opens an ONNX file in ONNX Runtime, as Triton's backend would.
 
 `python -m qcompress.cli.bundle.opens FILE LEVEL`, LEVEL being `optimization.graph.level` of config.pbtxt.
 Writes one JSON object: the version of ONNX Runtime, and why it does not take the file ("" if it does).
@@ -11,6 +11,7 @@ import sys
 
 
 def main(arguments: list[str]) -> None:
+    """Open the file and print the result as JSON."""
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as native
 

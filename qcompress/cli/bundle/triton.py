@@ -1,6 +1,6 @@
-"""A finished run as a Triton model repository. Reads the run's directory; no torch.
+"""Writer of Triton model repositories from finished runs. Reads the run's directory; no torch.
 
-    DIR/bundle.json             digests of all other files, and what they are: run, verdict, target, versions
+    DIR/bundle.json             digests of all other files; run, verdict, target, versions
     DIR/sbom.cdx.json           software bill of materials (CycloneDX 1.6)
     DIR/NAME/config.pbtxt
     DIR/NAME/1/model.onnx       and its external data; or model.plan
@@ -41,24 +41,24 @@ from qcompress.verdict.run_directory import LoadedRun, broken
 RECORD = "bundle.json"
 FORMAT = 1
 BACKENDS = {"onnxruntime": ("onnxruntime_onnx", "model.onnx"), "tensorrt": ("tensorrt_plan", "model.plan")}
-"""Triton's platform, and the file that it looks for."""
+"""Triton's platform and the file name that it expects, by backend."""
 
 BESIDE = (
     "config.json", "preprocessor_config.json", "tokenizer*", "vocab*", "merges.txt",
     "special_tokens_map.json",
 )  # fmt: skip
-"""What turns texts and images into inputs, and outputs into labels."""
+"""Files that turn texts and images into inputs, and outputs into labels."""
 
 NO_OPTIMIZER = 2
-"""`optimization.graph.level` at which Triton's ONNX Runtime backend switches all optimizers off; it cannot
-switch off single ones.
+"""`optimization.graph.level` at which Triton's ONNX Runtime backend disables all optimizers; single ones
+cannot be disabled.
 """
 
 
 def bundle(run: LoadedRun, out: Path, *, backend: str = "onnxruntime", name: str | None = None,
            max_batch: int | None = None, instances: int = 1,
            force: bool = False) -> dict[str, Any]:  # fmt: skip
-    """Write the model repository; returns bundle.json. A run that was not accepted is refused, unless
+    """Write the model repository and return bundle.json. A run that was not accepted is refused, unless
     `force`.
 
     `max_batch`: largest batch that Triton makes; the largest of the profiles unless given.
@@ -73,7 +73,7 @@ def bundle(run: LoadedRun, out: Path, *, backend: str = "onnxruntime", name: str
         out.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
-            made.chmod(0o755)  # mkdtemp keeps others out, and a server runs as another user
+            made.chmod(0o755)  # mkdtemp denies other users access, and a server runs as another user
             record = _write(run, view, made, name, backend, settings, instances)
             _put(made, out, before)
         finally:
@@ -82,21 +82,21 @@ def bundle(run: LoadedRun, out: Path, *, backend: str = "onnxruntime", name: str
 
 
 def _check(run: LoadedRun, name: str, backend: str, force: bool) -> None:
-    """Refuse before anything is written."""
+    """Refuse invalid options, a run that was not accepted, and changed files, before anything is written."""
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}", fix=f"choose one of {', '.join(BACKENDS)}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UsageError(f"{name!r} is not a name of a model", fix="use letters, digits, '.', '_' and '-'")
-    found = judged(run)
-    verdict = found["verdict"]
+        raise UsageError(f"{name!r} is not a valid model name", fix="use letters, digits, '.', '_' and '-'")
+    judgement = judged(run)
+    verdict = judgement["verdict"]
     if verdict != "accept" and not force:
         raise VerdictError(
-            f"{run.path} ended with {verdict}: {'; '.join(found['reasons']) or 'see its goals'}",
+            f"{run.path} ended with {verdict}: {'; '.join(judgement['reasons']) or 'see its goals'}",
             fix="mend the run, or say --force to serve it all the same",
             exit_code=exit_code(verdict),
         )
     if backend == "onnxruntime" and not force:
-        _check_deployed(run, found["deployed"])
+        _check_deployed(run, judgement["deployed"])
     if not (run.path / "model.onnx").is_file():
         raise UsageError(f"{run.path} has no model.onnx", fix="run the recipe again")
     if not run.parity.get("onnx"):
@@ -110,8 +110,8 @@ def _check(run: LoadedRun, name: str, backend: str, force: bool) -> None:
 
 
 def _check_deployed(run: LoadedRun, deployed: dict[str, Any] | None) -> None:
-    """Refuse a graph for ONNX Runtime whose default session misses the goals: Triton serves that session. The
-    verdict of a run for TensorRT leaves that row out.
+    """Refuse a graph whose default ONNX Runtime session misses the goals: Triton serves that session. The
+    verdict of a run for TensorRT does not include it.
     """
     if deployed is not None and not deployed["passed"]:
         raise VerdictError(
@@ -139,13 +139,13 @@ def _check_plan(run: LoadedRun) -> None:
 
 
 def _build(run: LoadedRun) -> dict[str, Any]:
-    """build.json of a run; a run without the stage has none."""
+    """build.json of a run; empty for a run without the build stage."""
     file = run.path / "engine" / "build.json"
     return read_object(file) if file.is_file() else {}
 
 
 def _settings(run: LoadedRun, view: View, backend: str, max_batch: int | None) -> dict[str, Any]:
-    """Sizes of batches, 0 where the graph has no dynamic one."""
+    """Batch sizes; 0 if the graph has no dynamic batch axis."""
     largest = max(profile.batch[2] for profile in run.recipe.build.profiles)
     if not triton.batched(*triton.tensors(view)):
         if max_batch:
@@ -161,7 +161,7 @@ def _settings(run: LoadedRun, view: View, backend: str, max_batch: int | None) -
         )
     most = max_batch if max_batch is not None else largest
     if most < 1:
-        raise UsageError(f"--max-batch {most} is no batch", fix="say at least 1")
+        raise UsageError(f"--max-batch {most} is less than 1", fix="say at least 1")
     opts = {size for profile in run.recipe.build.profiles for size in profile.batch[1:]}
     return {"max_batch": most, "preferred": sorted(size for size in opts if 1 < size <= most)}
 
@@ -171,16 +171,18 @@ def _identity(run: LoadedRun, name: str, backend: str) -> dict[str, str]:
 
 
 def _earlier(out: Path, identity: dict[str, str]) -> bool:
-    """Whether `out` holds this bundle already; anything else there is never overwritten."""
+    """True if `out` already holds this bundle or is an empty folder. Raises UsageError for other content,
+    which is never overwritten.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return out.exists()
     try:
-        found = json.loads((out / RECORD).read_bytes())
+        record = json.loads((out / RECORD).read_bytes())
     except (OSError, ValueError):
-        found = None
-    if isinstance(found, dict) and all(found.get(key) == value for key, value in identity.items()):
+        record = None
+    if isinstance(record, dict) and all(record.get(key) == value for key, value in identity.items()):
         return True
-    raise UsageError(f"{out} holds something else than this bundle", fix="name a new folder, or remove it")
+    raise UsageError(f"{out} is not empty and is not this bundle", fix="name a new folder, or remove it")
 
 
 def _put(made: Path, out: Path, before: bool) -> None:
@@ -203,7 +205,14 @@ def _write(run: LoadedRun, view: View, out: Path, name: str, backend: str, setti
     (model / "1").mkdir(parents=True)
     for file in _model_files(run, view, backend):
         shutil.copyfile(file, model / "1" / file.name)
-    for file in sorted({found for pattern in BESIDE for found in run.path.glob(pattern) if found.is_file()}):
+    for file in sorted(
+        {
+            file_of_pattern
+            for pattern in BESIDE
+            for file_of_pattern in run.path.glob(pattern)
+            if file_of_pattern.is_file()
+        }
+    ):
         shutil.copyfile(file, model / file.name)
     message = _config(run, view, name, backend, settings, instances, model / WARMUP)
     (model / "config.pbtxt").write_text(triton.to_text(message), encoding="utf-8")
@@ -243,7 +252,7 @@ def _plain(tensor: triton.Tensor) -> dict[str, Any]:
 
 
 def _engine(run: LoadedRun) -> dict[str, Any]:
-    """What of build.json says where the plan runs."""
+    """Keys of build.json that tell on which machines the plan runs."""
     facts = _build(run)
     keys = ("backend", "versions", "version_compatible", "hardware_compatibility")
     kept = {key: facts.get(key) for key in keys}
@@ -252,7 +261,7 @@ def _engine(run: LoadedRun) -> dict[str, Any]:
 
 def _config(run: LoadedRun, view: View, name: str, backend: str, settings: dict[str, Any], instances: int,
             warmup: Path) -> Any:  # fmt: skip
-    """The ModelConfig."""
+    """Triton's ModelConfig of the run."""
     batch = settings["max_batch"]
     inputs, outputs = triton.tensors(view)
     group: dict[str, Any] = {"count": instances, "kind": "KIND_GPU"}
@@ -270,7 +279,7 @@ def _config(run: LoadedRun, view: View, name: str, backend: str, settings: dict[
         "output": triton.describe(outputs, batch > 0),
         "instance_group": [group],
         "model_warmup": samples(inputs, profiles, batch, _positions(run, view), warmup),
-        "parameters": {key: {"string_value": value} for key, value in _told(run).items()},
+        "parameters": {key: {"string_value": value} for key, value in _run_parameters(run).items()},
     }
     if batch:
         values["dynamic_batching"] = {"preferred_batch_size": settings["preferred"]}
@@ -280,8 +289,8 @@ def _config(run: LoadedRun, view: View, name: str, backend: str, settings: dict[
     return make(**values)
 
 
-def _told(run: LoadedRun) -> dict[str, str]:
-    """What a client learns from the server's answer about the model's configuration."""
+def _run_parameters(run: LoadedRun) -> dict[str, str]:
+    """Parameters that the server reports with the model's configuration."""
     facts = {
         "run": run.path.resolve().name,
         "recipe": run.recipe.name,
@@ -294,13 +303,13 @@ def _told(run: LoadedRun) -> dict[str, str]:
 
 
 def _without_optimizers(run: LoadedRun) -> bool:
-    """Whether ONNX Runtime must run a graph made elsewhere without some optimizers."""
+    """True if ONNX Runtime must run an external graph without some optimizers."""
     file = run.path / "certificate.json"
     return bool(read_object(file).get("disabled_optimizers")) if file.is_file() else False
 
 
 def _positions(run: LoadedRun, view: View) -> int | None:
-    """Most tokens that the model takes, as far as it is known."""
+    """Largest number of tokens that the model takes; None if unknown."""
     family, file = FAMILIES[run.recipe.model.family], run.path / "config.json"
     known = [model_context(view), getattr(run.recipe.task, "context", None)]
     if hasattr(family, "positions") and file.is_file():

@@ -1,8 +1,8 @@
-"""What Triton runs before a model counts as ready: one sample for each profile. No torch.
+"""Warm-up samples of a Triton model: one for each profile, run before the model counts as ready. No torch.
 
 Token ids, positions and a key-value cache of zeros are valid in every model. An attention mask of zeros is
-not (it hides all tokens), so masks are ones, from a file: Triton has no other way. Triton repeats a sample
-`batch_size` times, so that the file holds one row.
+not (it hides all tokens), so masks are ones, read from a file, because Triton has no other source of ones.
+Triton repeats a sample `batch_size` times, so that the file holds one row.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ NUMPY = {
     "TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32, "TYPE_INT64": np.int64, "TYPE_FP32": np.float32,
     "TYPE_FP16": np.float16,
 }  # fmt: skip
-"""Types that a mask may have."""
+"""Types of a mask that are supported."""
 
 
 def samples(
     inputs: list[Tensor], profiles: list[Profile], batch: int, positions: int | None, folder: Path
 ) -> list[dict[str, Any]]:
-    """Entries of `model_warmup`, and their files in `folder`. `batch`: the model's largest one, 0 where
-    Triton puts nothing together; `positions`: most tokens that the model takes.
+    """Entries of `model_warmup`; writes their files to `folder`. `batch`: largest batch of the model, 0
+    without batching; `positions`: largest number of tokens that the model takes.
 
-    A graph made elsewhere may have an axis that no profile knows: then there is nothing to warm it up with.
+    An external graph may have an axis that no profile covers: it has no warm-up samples.
     """
-    found = []
+    entries = []
     for number, profile in enumerate(profiles):
         sizes = _sizes(profile, positions)
         axes = {axis for tensor in inputs for axis in tensor.axes if not isinstance(axis, int)}
@@ -49,15 +49,17 @@ def samples(
             given[tensor.name] = {
                 "data_type": tensor.kind, "dims": shape, **_content(tensor, shape, number, folder),
             }  # fmt: skip
-        found.append({"name": f"profile-{number}", "batch_size": rows, "inputs": given})
-    return found
+        entries.append({"name": f"profile-{number}", "batch_size": rows, "inputs": given})
+    return entries
 
 
 def _sizes(profile: Profile, positions: int | None) -> dict[str, int]:
-    """Usual sizes of a profile. Triton's samples have no empty dimension, so the cache holds a token."""
+    """Usual sizes of a profile. The cache holds at least one token, because Triton's samples have no empty
+    dimension.
+    """
     sizes = {name: opt for name, (_, opt, _) in profile.ranges.items()}
     sizes[PAST] = max(1, sizes[PAST])
-    if positions is not None:  # a run for `cpu` never held its profiles against the model
+    if positions is not None:  # a run for `cpu` does not check its profiles against the model
         sizes["sequence"] = max(1, min(sizes["sequence"], positions - 1))
         sizes[PAST] = max(1, min(sizes[PAST], positions - sizes["sequence"]))
     return sizes | {TOTAL: sizes["sequence"] + sizes[PAST]}

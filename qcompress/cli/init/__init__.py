@@ -1,1 +1,1 @@
-"""A first recipe for a model and a file of data: what `qcompress init` looks at, chooses and writes."""
+"""`qcompress init`: a first recipe for a model and a data file."""

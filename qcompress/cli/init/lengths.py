@@ -1,7 +1,7 @@
-"""How many tokens texts have. No torch.
+"""Token counts of texts. No torch.
 
-The checkpoint's own tokenizer counts where the package `tokenizers` is installed (transformers brings it);
-without it words and marks are counted, with half as many again for words that are cut in pieces.
+The checkpoint's tokenizer counts if the package `tokenizers` is installed (transformers depends on it).
+Otherwise words and punctuation marks are counted, times 1.5 for words that are split.
 """
 
 from __future__ import annotations
@@ -11,30 +11,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SPECIAL = 3
-"""Tokens around a pair of texts."""
+"""Special tokens of a pair of texts."""
 
 PIECES = 1.5
-"""Tokens of a word or mark, in an estimate."""
+"""Estimated tokens of a word or punctuation mark."""
 
 MOST = 5000
-"""Texts that are looked at, spread over all of them."""
+"""Number of texts that are counted, spread over all of them."""
 
 
 def token_counts(texts: Sequence[str], model: Path) -> tuple[list[int], str]:
-    """Tokens of some of the texts, in ascending order, and how they were counted."""
+    """Token counts of a sample of the texts, in ascending order, and the way of counting."""
     step = -(-len(texts) // MOST)
-    some = list(texts[::step])
+    sample = list(texts[::step])
     file = model / "tokenizer.json"
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        return _estimate(some), "estimated from words: the package tokenizers is not installed"
+        return _estimate(sample), "estimated from words: the package tokenizers is not installed"
     if not file.is_file():
-        return _estimate(some), "estimated from words: the checkpoint has no tokenizer.json"
+        return _estimate(sample), "estimated from words: the checkpoint has no tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return sorted(len(one.ids) for one in tokenizer.encode_batch(some)), "counted by the tokenizer"
+    return sorted(
+        len(encoding.ids) for encoding in tokenizer.encode_batch(sample)
+    ), "counted by the tokenizer"
 
 
 def _estimate(texts: Sequence[str]) -> list[int]:
@@ -44,11 +46,11 @@ def _estimate(texts: Sequence[str]) -> list[int]:
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 HELD = 0.99
-"""Share of the texts that a context holds whole."""
+"""Share of the texts that fit into the context without being cut."""
 
 
 def context_for(counts: Sequence[int], positions: int) -> int:
-    """The smallest of `SIZES` that holds nearly all texts, or all that the model takes.
+    """Smallest of `SIZES` that fits nearly all texts, at most the model's positions.
 
     >>> context_for([7, 9, 40], positions=512), context_for([7, 9, 40], positions=48)
     (64, 48)
@@ -63,7 +65,7 @@ LEAST_WINDOWS = 32
 
 
 def window_for(tokens: int, positions: int) -> int:
-    """The largest of `SIZES` that the model takes and that leaves a text of so many tokens enough windows.
+    """Largest of `SIZES` that the model takes and that yields enough windows from a text of this length.
 
     >>> window_for(100_000, positions=1024), window_for(5_000, positions=1024), window_for(9, positions=1024)
     (1024, 128, 16)

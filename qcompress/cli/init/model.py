@@ -1,5 +1,5 @@
-"""What a checkpoint is, from config.json and the headers of its weights, and how its labels and those of the
-data fit. No torch.
+"""Reader of `init --model`: config.json and weight headers of a checkpoint, and how its head fits the labels
+of the data. No torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qcompress.cli.init.asked import Mistakes
+from qcompress.cli.init.options import Mistakes
 from qcompress.errors import ModelError, UsageError
 from qcompress.models import FAMILIES, describe, renamed_tensors
 from qcompress.models.architecture import Architecture, Head
@@ -42,7 +42,7 @@ HeadKind = Literal["its own", "none", "of other labels"]
 
 @dataclass(frozen=True)
 class Fit:
-    """How a checkpoint carries a task. `labels`: what `task.labels` must say, None where config.json does."""
+    """Fit of a checkpoint to a task. `labels`: value of `task.labels`, None if config.json has them."""
 
     architecture: Architecture
     head: HeadKind
@@ -52,10 +52,10 @@ class Fit:
 
 
 def look_at_model(directory: Path, mistakes: Mistakes) -> Checkpoint | None:
-    """The checkpoint of `--model`; None, with its mistakes reported, where it is none of a known family."""
+    """Read `--model`; None, with mistakes reported, if it is not a checkpoint of a known family."""
     if not directory.is_dir():
         fix = "name a local directory with config.json, model.safetensors and the tokenizer"
-        mistakes.add("--model", f"{directory} is no directory", fix)
+        mistakes.add("--model", f"{directory} is not a directory", fix)
         return None
     try:
         config = read_config(directory)
@@ -74,8 +74,8 @@ def look_at_model(directory: Path, mistakes: Mistakes) -> Checkpoint | None:
 
 
 def problem_of_head(checkpoint: Checkpoint, task: str) -> str | None:
-    """transformers' problem type of the checkpoint's own head for a task; None where it has no such head, or
-    does not say; a broken checkpoint is left to `fit`.
+    """Problem type (as in transformers) of the checkpoint's own head for a task; None without such a head,
+    without a stated type, or for a broken checkpoint, which `fit` reports.
     """
     try:
         return problem_of(checkpoint.config, outputs_of_head(checkpoint, task))
@@ -84,7 +84,9 @@ def problem_of_head(checkpoint: Checkpoint, task: str) -> str | None:
 
 
 def outputs_of_head(checkpoint: Checkpoint, task: str) -> int | None:
-    """Outputs of the checkpoint's own head for a task; None where it has no such head, or is broken."""
+    """Number of outputs of the checkpoint's own head for a task; None without such a head, or if it is
+    broken.
+    """
     try:
         architecture = describe(checkpoint.family, checkpoint.directory, Head(task, None, None))
     except ModelError:
@@ -93,35 +95,36 @@ def outputs_of_head(checkpoint: Checkpoint, task: str) -> int | None:
 
 
 def fit(
-    checkpoint: Checkpoint, task: str, problem: str | None, found: Sequence[str],
+    checkpoint: Checkpoint, task: str, problem: str | None, data_labels: Sequence[str],
     labels_are: LabelsAre | None = None,
 ) -> Fit:  # fmt: skip
-    """How the checkpoint's head and the labels of the data fit. Raises ModelError for a broken checkpoint,
-    TwoReadingsError where the labels are the checkpoint's by name and by index.
+    """Decide how the checkpoint's head fits the labels of the data. Raises ModelError for a broken
+    checkpoint, TwoReadingsError if the labels are the checkpoint's both by name and by index.
 
-    `problem`: what transformers calls it; `found`: the labels of the data, none for a number.
+    `problem`: the problem type of transformers; `data_labels`: labels of the data, empty for a number.
     """
     family, directory, config = checkpoint.family, checkpoint.directory, checkpoint.config
     if task == "causal-lm":
         return Fit(describe(family, directory), "its own", None, "a language model has its head")
-    wanted = ("score",) if problem == REGRESSION else _in_its_order(found, config, labels_are)
+    wanted = ("score",) if problem == REGRESSION else _in_output_order(data_labels, config, labels_are)
     other = ""
     try:
         architecture = None if wanted is None else describe(family, directory, Head(task, wanted, problem))
     except HeadError as error:
         architecture, other = None, error.message if wanted == named_outputs(config) else ""
     except ModelError:
-        architecture = None  # broken: then the next one raises
+        architecture = None  # broken: the call below raises
     if architecture is None:
         own = named_outputs(config)
-        why = f"the checkpoint's head is for {', '.join(own)}, the data have {', '.join(found) or 'a number'}"
+        wanted_text = ", ".join(data_labels) or "a number"
+        why = f"the checkpoint's head is for {', '.join(own)}, the data have {wanted_text}"
         why += f" (the head {other})" if other else ""
         architecture = describe(family, directory, Head(task, None, None))
-        return Fit(architecture, "of other labels", tuple(found) or None, f"{why}: {ANEW}")
+        return Fit(architecture, "of other labels", tuple(data_labels) or None, f"{why}: {ANEW}")
     if architecture.new_head:
-        return Fit(architecture, "none", wanted if found else None, f"the checkpoint has none: {ANEW}")
+        return Fit(architecture, "none", wanted if data_labels else None, f"the checkpoint has none: {ANEW}")
     named = is_named(named_outputs(config))
-    if not found or named or list(found) == [str(index) for index in range(len(found))]:
+    if not data_labels or named or list(data_labels) == [str(index) for index in range(len(data_labels))]:
         return Fit(architecture, "its own", None, "the labels of the data are the checkpoint's")
     warning = (
         "nobody named the outputs of this checkpoint: the recipe takes the labels in alphabetical order "
@@ -133,49 +136,52 @@ def fit(
 ANEW = "a new one is drawn, and must be trained first"
 
 
-def _in_its_order(
-    found: Sequence[str], config: dict[str, Any], labels_are: LabelsAre | None
+def _in_output_order(
+    data_labels: Sequence[str], config: dict[str, Any], labels_are: LabelsAre | None
 ) -> tuple[str, ...] | None:
-    """The labels in the order of the checkpoint's outputs, those of the data where it names none; None where
-    they are others.
+    """Labels in the order of the checkpoint's outputs, or those of the data if the outputs have no names;
+    None if they do not match.
     """
     own = named_outputs(config)
     if config.get("id2label") or config.get("num_labels"):
         try:
-            Labels(own, None, labels_are).read(found, ["the data"] * len(found))
+            Labels(own, None, labels_are).read(data_labels, ["the data"] * len(data_labels))
             return own
         except TwoReadingsError:
             raise
         except UsageError:
-            pass  # then names of the recipe's may stand for LABEL_0, LABEL_1...
+            pass  # names in the recipe may replace LABEL_0, LABEL_1...
     try:
-        return tuple(settle(list(found), config))
+        return tuple(settle(list(data_labels), config))
     except UsageError:
         return None
 
 
-def reading_of(found: Sequence[str], own: Sequence[str]) -> LabelsAre | None:
-    """The reading of the labels that a recipe should state, because a part of the data could be read in the
-    other way; None where it could not. `own`: names of the outputs.
+def reading_of(data_labels: Sequence[str], own: Sequence[str]) -> LabelsAre | None:
+    """Value of `task.labels_are` that a recipe must state, because a part of the data would fit the other
+    reading; None if it would not. `own`: names of the outputs.
 
     >>> reading_of(["1", "2", "3"], ["1", "2", "3"]), reading_of(["0", "1", "2"], ["1", "2", "3"])
     ('names', 'indices')
     """
-    differ = [label for label in found if label in own and label.isdigit() and own.index(label) != int(label)]
+    differ = [
+        label for label in data_labels if label in own and label.isdigit() and own.index(label) != int(label)
+    ]
     if not differ:
         return None
-    return "names" if all(label in own for label in found) else "indices"
+    return "names" if all(label in own for label in data_labels) else "indices"
 
 
 def write_without_head(checkpoint: Checkpoint, fitting: Fit, out: Path) -> None:
-    """The checkpoint without its head into an empty folder, its weights byte for byte.
+    """Write the checkpoint without its head into an empty folder, keeping the bytes of its weights.
 
-    Raises ModelError where no tensor has the family's name, which tells the body from the head.
+    Raises ModelError if no tensor name begins with the family's prefix, which separates the body from the
+    head.
     """
     tensors = read_tensors(checkpoint.directory)
     renamed = renamed_tensors(checkpoint.family, checkpoint.config, tensors)
     names = {name: renamed.get(name, name) for name in tensors}
-    if not fitting.architecture.new_head:  # else only config.json speaks of labels
+    if not fitting.architecture.new_head:  # else only config.json names labels
         body = f"{checkpoint.family}."
         names = {name: own for name, own in names.items() if own.startswith(body)}
         if not names:

@@ -1,4 +1,4 @@
-"""`qcompress init`: looks at model and data, chooses, writes the recipe and what it names, and checks it.
+"""`qcompress init`: reads model and data, chooses, writes the recipe and its files, and checks it.
 
 Nothing is overwritten, and a recipe that `check` refuses is not left behind. No torch.
 """
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcompress.cli.init.asked import Ask, Asked, Mistakes
 from qcompress.cli.init.choose import Choice, check_words, choose
-from qcompress.cli.init.data import Found, TableFound, TextFound, look_at_data
+from qcompress.cli.init.data import Data, TableData, TextData, look_at_data
 from qcompress.cli.init.model import Checkpoint, look_at_model, write_without_head
+from qcompress.cli.init.options import Ask, InitOptions, Mistakes
 from qcompress.cli.init.splits import split_files, table_text
 from qcompress.cli.init.write import near, recipe_text
 from qcompress.recipe.check import all_mistakes
@@ -27,8 +27,8 @@ from qcompress.system.places import place_errors
 
 
 @dataclass(frozen=True)
-class Begun:
-    """What was written, found and chosen, and the commands that come next."""
+class InitResult:
+    """Files written, facts, choices with reasons, notes, and the next commands."""
 
     files: dict[str, Path]
     found: dict[str, Any]
@@ -38,45 +38,45 @@ class Begun:
     commands: list[str]
 
 
-def begin(asked: Asked, ask: Ask | None = None) -> Begun:
-    """Write a first recipe. Raises UsageError with every mistake; then nothing is written."""
+def begin(options: InitOptions, ask: Ask | None = None) -> InitResult:
+    """Write a first recipe. Raises UsageError with all mistakes; then nothing is written."""
     mistakes = Mistakes()
-    check_words(asked, mistakes)
-    checkpoint = look_at_model(asked.model, mistakes) if asked.model else None
-    found = look_at_data(asked, mistakes, ask) if asked.data else None
-    if not asked.out.parent.is_dir():
-        mistakes.add("--out", f"{asked.out.parent} is no directory", "make it first")
-    if asked.out.suffix not in (".yaml", ".yml"):
-        mistakes.add("--out", f"{asked.out.name} does not end in .yaml", "name it recipe.yaml, or so")
-    words = not mistakes.found or all(one.key == "--out" for one in mistakes.found)
-    choice = choose(asked, checkpoint, found, mistakes) if words and checkpoint and found else None
-    files = _files(asked, choice, found)
-    splits = _splits(found, choice, files) if choice is not None and found is not None else {}
+    check_words(options, mistakes)
+    checkpoint = look_at_model(options.model, mistakes) if options.model else None
+    data = look_at_data(options, mistakes, ask) if options.data else None
+    if not options.out.parent.is_dir():
+        mistakes.add("--out", f"{options.out.parent} is not a directory", "make it first")
+    if options.out.suffix not in (".yaml", ".yml"):
+        mistakes.add("--out", f"{options.out.name} does not end in .yaml", "name it recipe.yaml, or so")
+    words = not mistakes.collected or all(mistake.key == "--out" for mistake in mistakes.collected)
+    choice = choose(options, checkpoint, data, mistakes) if words and checkpoint and data else None
+    files = _files(options, choice, data)
+    splits = _splits(data, choice, files) if choice is not None and data is not None else {}
     certain = {what: file for what, file in files.items() if choice is not None or what not in PARTS}
-    kept = _there_already(certain, splits, mistakes)
+    kept = _kept_parts(certain, splits, mistakes)
     mistakes.settle()
-    with _all_or_nothing() as made, place_errors(asked.out.parent):
-        _write(asked, checkpoint, found, choice, files, splits, kept, made)
-        _check(asked, checkpoint, files, mistakes)
+    with _all_or_nothing() as made, place_errors(options.out.parent):
+        _write(options, checkpoint, data, choice, files, splits, kept, made)
+        _check(options, checkpoint, files, mistakes)
     notes = [*choice.notes, *(f"{files[part]} is there already, and is the same split" for part in kept)]
-    return Begun(files, _found(checkpoint, found), _chosen(asked, choice, found), choice.why, notes,
-                 _commands(asked, choice, files))  # fmt: skip
+    return InitResult(files, _facts(checkpoint, data), _chosen(options, choice, data), choice.why, notes,
+                 _commands(options, choice, files))  # fmt: skip
 
 
 PARTS = ("train", "test")
 """Parts of the data, which are written beside the recipe."""
 
 
-def _splits(found: Found, choice: Choice, files: dict[str, Path]) -> dict[str, str]:
-    """The two parts of the data as the texts of their files; empty for images, which are two already."""
-    if isinstance(found, TableFound):
+def _splits(data: Data, choice: Choice, files: dict[str, Path]) -> dict[str, str]:
+    """Texts of the two data files; empty for images, which are already split."""
+    if isinstance(data, TableData):
         parts = (("train", choice.train), ("test", choice.test))
-        return {part: table_text(found.header, rows, files[part].suffix) for part, rows in parts}
-    return {"train": choice.train, "test": choice.test} if isinstance(found, TextFound) else {}
+        return {name: table_text(data.header, rows, files[name].suffix) for name, rows in parts}
+    return {"train": choice.train, "test": choice.test} if isinstance(data, TextData) else {}
 
 
-def _there_already(files: dict[str, Path], splits: dict[str, str], mistakes: Mistakes) -> list[str]:
-    """Parts of the data that are there already as they would be written. Whatever else is there is a mistake:
+def _kept_parts(files: dict[str, Path], splits: dict[str, str], mistakes: Mistakes) -> list[str]:
+    """Parts of the data that exist with the content to be written. Any other existing file is a mistake:
     nothing is overwritten.
     """
     kept = []
@@ -93,23 +93,23 @@ def _there_already(files: dict[str, Path], splits: dict[str, str], mistakes: Mis
     return kept
 
 
-def _files(asked: Asked, choice: Choice | None, found: Found | None) -> dict[str, Path]:
-    """What will be written, by what it is."""
-    files = {"recipe": asked.out}
-    if asked.with_schema:
-        files["schema"] = asked.out.with_name("recipe.schema.json")
-    if isinstance(found, (TableFound, TextFound)):
-        files["train"], files["test"] = split_files(asked.data, asked.out.parent)
+def _files(options: InitOptions, choice: Choice | None, data: Data | None) -> dict[str, Path]:
+    """Paths of the files to write, by kind."""
+    files = {"recipe": options.out}
+    if options.with_schema:
+        files["schema"] = options.out.with_name("recipe.schema.json")
+    if isinstance(data, (TableData, TextData)):
+        files["train"], files["test"] = split_files(options.data, options.out.parent)
     if choice is not None and choice.head_is_new and choice.method != "float":
-        files["float"] = asked.out.with_name(f"{asked.out.stem}-float{asked.out.suffix}")
+        files["float"] = options.out.with_name(f"{options.out.stem}-float{options.out.suffix}")
     if choice is not None and choice.fit.head == "of other labels":
-        files["model"] = asked.out.with_name(f"{asked.out.stem}-model")
+        files["model"] = options.out.with_name(f"{options.out.stem}-model")
     return files
 
 
 @contextmanager
 def _all_or_nothing() -> Iterator[list[Path]]:
-    """A list to put in what is being made; all of that is removed where the writing ends early."""
+    """Context with a list of written paths, which are removed if the block does not finish."""
     made: list[Path] = []
     done = False
     try:
@@ -125,9 +125,9 @@ def _all_or_nothing() -> Iterator[list[Path]]:
 
 
 def _write(
-    asked: Asked,
+    options: InitOptions,
     checkpoint: Checkpoint,
-    found: Found,
+    data: Data,
     choice: Choice,
     files: dict[str, Path],
     splits: dict[str, str],
@@ -141,15 +141,15 @@ def _write(
         write_without_head(checkpoint, choice.fit, files["model"])
     if "schema" in files:
         texts["schema"] = json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"
-    folder = asked.out.parent
+    folder = options.out.parent
     source = {"source": near(files.get("model", checkpoint.directory), folder)}
     if "float" in files:
         run = near(Path("runs") / f"{choice.name}-float" / "latest", folder)
-        texts["float"] = recipe_text(asked, choice, found, source, files, as_float=True)
-        texts["recipe"] = recipe_text(asked, choice, found, {"run": run}, files, as_float=False)
+        texts["float"] = recipe_text(options, choice, data, source, files, as_float=True)
+        texts["recipe"] = recipe_text(options, choice, data, {"run": run}, files, as_float=False)
     else:
         as_float = choice.method == "float"
-        texts["recipe"] = recipe_text(asked, choice, found, source, files, as_float=as_float)
+        texts["recipe"] = recipe_text(options, choice, data, source, files, as_float=as_float)
     for what, text in texts.items():
         with writes_to(files[what]), files[what].open("x", encoding="utf-8", newline="") as stream:
             made.append(files[what])
@@ -157,46 +157,46 @@ def _write(
 
 
 OPTIONS = {"format": "--format", "method": "--method", "build": "--target"}
-"""Options that sections of a recipe come from."""
+"""The `init` option that determines each section of a recipe."""
 
 
-def _check(asked: Asked, checkpoint: Checkpoint, files: dict[str, Path], mistakes: Mistakes) -> None:
-    """What `check` says of the recipes. One that starts from a run which is not made yet is held against the
-    checkpoint that the run will start from.
+def _check(options: InitOptions, checkpoint: Checkpoint, files: dict[str, Path], mistakes: Mistakes) -> None:
+    """Check the written recipes. A recipe that starts from a run not yet made is checked against the
+    checkpoint from which that run starts.
     """
-    source = near(files.get("model", checkpoint.directory), asked.out.parent)
+    source = near(files.get("model", checkpoint.directory), options.out.parent)
     instead = f"model={json.dumps({'family': checkpoint.family, 'source': source})}"
-    found = all_mistakes(files["recipe"], [instead] if "float" in files else [])[2]
-    if "float" in files:  # its own head is what the checkpoint lacks, and the run will have it
-        found = [one for one in found if one.key != "model.source"]
-    found += all_mistakes(files["float"])[2] if "float" in files else []
-    for one in found:
-        option = OPTIONS.get(one.key.split(".")[0])
-        message = f"{one.key}: {one.message}" if option else one.message
-        mistakes.add(option or one.key, message, one.fix or "choose another")
+    mistakes_of_check = all_mistakes(files["recipe"], [instead] if "float" in files else [])[2]
+    if "float" in files:  # the checkpoint lacks the head that the run will train
+        mistakes_of_check = [mistake for mistake in mistakes_of_check if mistake.key != "model.source"]
+    mistakes_of_check += all_mistakes(files["float"])[2] if "float" in files else []
+    for mistake in mistakes_of_check:
+        option = OPTIONS.get(mistake.key.split(".")[0])
+        message = f"{mistake.key}: {mistake.message}" if option else mistake.message
+        mistakes.add(option or mistake.key, message, mistake.fix or "choose another")
     mistakes.settle()
 
 
-def _found(checkpoint: Checkpoint, found: Found) -> dict[str, Any]:
+def _facts(checkpoint: Checkpoint, data: Data) -> dict[str, Any]:
     model = {
         "family": checkpoint.family,
         "architectures": checkpoint.config.get("architectures"),
         "labels": checkpoint.config.get("id2label"),
     }
-    if isinstance(found, TextFound):
-        return {"model": model, "data": {"kind": "text", "characters": len(found.text)}}
-    if isinstance(found, TableFound):
-        data = {"kind": found.kind, "rows": len(found.rows), "columns": list(found.header),
-                "labels": dict(sorted(found.counts.items())), "header": not found.headless}  # fmt: skip
-        return {"model": model, "data": data}
-    return {"model": model, "data": {"kind": "images", "labels": list(found.labels)}}
+    if isinstance(data, TextData):
+        return {"model": model, "data": {"kind": "text", "characters": len(data.text)}}
+    if isinstance(data, TableData):
+        table_facts = {"kind": data.kind, "rows": len(data.rows), "columns": list(data.header),
+                "labels": dict(sorted(data.counts.items())), "header": not data.headless}  # fmt: skip
+        return {"model": model, "data": table_facts}
+    return {"model": model, "data": {"kind": "images", "labels": list(data.labels)}}
 
 
-def _chosen(asked: Asked, choice: Choice, found: Found) -> dict[str, Any]:
+def _chosen(options: InitOptions, choice: Choice, data: Data) -> dict[str, Any]:
     architecture = choice.fit.architecture
     columns: dict[str, Any] = {}
-    if isinstance(found, TableFound):
-        columns = {"text_column": found.text, "pair_column": found.pair, "label_column": found.label}
+    if isinstance(data, TableData):
+        columns = {"text_column": data.text, "pair_column": data.pair, "label_column": data.label}
     return {
         **columns,
         "name": choice.name,
@@ -211,14 +211,14 @@ def _chosen(asked: Asked, choice: Choice, found: Found) -> dict[str, Any]:
         "format": choice.format,
         "compute": choice.compute,
         "method": choice.method,
-        "target": asked.target,
+        "target": options.target,
         "gate": choice.goals,
     }
 
 
-def _commands(asked: Asked, choice: Choice, files: dict[str, Path]) -> list[str]:
-    first = files.get("float", asked.out)
+def _commands(options: InitOptions, choice: Choice, files: dict[str, Path]) -> list[str]:
+    first = files.get("float", options.out)
     commands = [f"qcompress check {first}", f"qcompress run {first} --smoke"]
     if "float" in files:
-        commands += [f"qcompress run {first}", f"qcompress check {asked.out}"]
-    return [*commands, f"qcompress run {asked.out}"]
+        commands += [f"qcompress run {first}", f"qcompress check {options.out}"]
+    return [*commands, f"qcompress run {options.out}"]

@@ -1,4 +1,4 @@
-"""The text of a first recipe: YAML with a comment where a person will want to change something. No torch."""
+"""Text of a first recipe: YAML with comments on values that users often change. No torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qcompress.cli.init.asked import Asked
 from qcompress.cli.init.choose import CALIBRATION, Choice
-from qcompress.cli.init.data import Found, ImagesFound, TableFound, TextFound
+from qcompress.cli.init.data import Data, ImageData, TableData, TextData
+from qcompress.cli.init.options import InitOptions
 from qcompress.schema.axes import METHODS, PHASES
 from qcompress.schema.formats import FORMAT_PRESETS
 
@@ -18,20 +18,20 @@ PLAIN = re.compile(r"[A-Za-z_./][\w./-]*( [\w./-]+)*")
 WORDS = {"true", "false", "null", "yes", "no", "on", "off", "none", "nan", "inf", "y", "n"}
 
 WINDOWS = 256
-"""Sequences that a language model is measured on."""
+"""Number of sequences for the measurement of a language model."""
 
 WIDE = 768
-"""Width of a model that is fine-tuned more slowly."""
+"""Width from which a model is fine-tuned with a lower learning rate."""
 
 
 def flow(value: Any) -> str:
-    """A value in one line of YAML.
+    """Format a value as one line of YAML.
 
     >>> flow({"table": ["a b.csv"], "columns": {"label": "yes"}, "limit": 8})
     '{table: [a b.csv], columns: {label: "yes"}, limit: 8}'
     """
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{flow(key)}: {flow(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(flow, value)) + "]"
     if isinstance(value, str) and PLAIN.fullmatch(value) and value.casefold() not in WORDS:
@@ -40,17 +40,24 @@ def flow(value: Any) -> str:
 
 
 def recipe_text(
-    asked: Asked, choice: Choice, found: Found, origin: dict[str, str], files: dict[str, Path], as_float: bool
+    options: InitOptions,
+    choice: Choice,
+    data: Data,
+    origin: dict[str, str],
+    files: dict[str, Path],
+    as_float: bool,
 ) -> str:
-    """The recipe; `as_float`: the one that fine-tunes a float model first. `origin`: `source` or `run`."""
-    folder = asked.out.parent
+    """Text of the recipe; `as_float`: of the recipe that first fine-tunes a float model. `origin`: `source`
+    or `run`.
+    """
+    folder = options.out.parent
     name = f"{choice.name}-float" if as_float and "float" in files else choice.name
     method = "float" if as_float else choice.method
-    lines = _head(asked, choice, found, files, as_float)
+    lines = _head(options, choice, data, files, as_float)
     lines += [f"name: {name}", "seed: 0"]
     lines.append(f"model: {flow({'family': choice.fit.architecture.family, **origin})}")
     lines += _task(choice)
-    lines += _data(choice, found, folder, files, method)
+    lines += _data(choice, data, folder, files, method)
     lines += _format(choice, as_float)
     if not as_float:
         lines.append(f"# {choice.why['method']}")
@@ -59,18 +66,20 @@ def recipe_text(
     if as_float:
         lines.append("build: {here: never}    # the quantized model is what is built")
     else:
-        lines += _build(asked, choice)
+        lines += _build(options, choice)
     lines.append(f"verify: {flow({'batch_size': 32 if choice.context and choice.context <= 128 else 8})}")
     return "\n".join([*lines, *_gate(choice, as_float)]) + "\n"
 
 
-def _head(asked: Asked, choice: Choice, found: Found, files: dict[str, Path], as_float: bool) -> list[str]:
+def _head(
+    options: InitOptions, choice: Choice, data: Data, files: dict[str, Path], as_float: bool
+) -> list[str]:
     lines = [f"# yaml-language-server: $schema={files['schema'].name}"] if "schema" in files else []
     what = "fine-tuned in float" if as_float else f"in the format {choice.format}"
-    about = asked.data.name if not asked.data.is_dir() else asked.data.resolve().name
+    about = options.data.name if not options.data.is_dir() else options.data.resolve().name
     lines.append(f"# {choice.fit.architecture.family} on {about}, {what}; made by `qcompress init`.")
     if choice.head_is_new and as_float:
-        then = f", and {asked.out.name} quantizes its run" if "float" in files else ""
+        then = f", and {options.out.name} quantizes its run" if "float" in files else ""
         lines += _wrapped(f"Head: {choice.fit.why}. That is this recipe{then}.")
         lines += _wrapped(
             "Read: `float` is the checkpoint with the untrained head; `trained` is what counts."
@@ -105,11 +114,11 @@ def _task(choice: Choice) -> list[str]:
     return [f"# {choice.why['context']}", f"task: {flow(task)}"]
 
 
-def _data(choice: Choice, found: Found, folder: Path, files: dict[str, Path], method: str) -> list[str]:
-    train, test = _origins(choice, found, folder, files)
+def _data(choice: Choice, data: Data, folder: Path, files: dict[str, Path], method: str) -> list[str]:
+    train, test = _origins(choice, data, folder, files)
     calibration = {**train, "limit": CALIBRATION}
-    lines = [f"# {_about_data(choice, found)}", "data:"]
-    if not (isinstance(found, TextFound) and choice.task != "causal-lm"):
+    lines = [f"# {_about_data(choice, data)}", "data:"]
+    if not (isinstance(data, TextData) and choice.task != "causal-lm"):
         about = "" if PHASES[METHODS[method]["schedule"]] else "    # for methods that train"
         lines.append(f"  train: {flow(train)}{about}")
     if method != "float":
@@ -118,30 +127,30 @@ def _data(choice: Choice, found: Found, folder: Path, files: dict[str, Path], me
 
 
 def _origins(
-    choice: Choice, found: Found, folder: Path, files: dict[str, Path]
+    choice: Choice, data: Data, folder: Path, files: dict[str, Path]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Where the two parts of the data come from."""
-    if isinstance(found, ImagesFound):
-        return {"folder": near(found.train, folder)}, {"folder": near(found.test, folder)}
-    key = "table" if isinstance(found, TableFound) else "text"
+    """Data sources of the two parts."""
+    if isinstance(data, ImageData):
+        return {"folder": near(data.train, folder)}, {"folder": near(data.test, folder)}
+    key = "table" if isinstance(data, TableData) else "text"
     columns: dict[str, Any] = {}
-    if isinstance(found, TableFound) and found.kind == "words":
-        columns = {"columns": {"tokens": found.text, "tags": found.label}}
-    elif isinstance(found, TableFound):
-        pair = {"pair": found.pair} if found.pair else {}
-        columns = {"columns": {"text": found.text, **pair, "label": found.label}}
+    if isinstance(data, TableData) and data.kind == "words":
+        columns = {"columns": {"tokens": data.text, "tags": data.label}}
+    elif isinstance(data, TableData):
+        pair = {"pair": data.pair} if data.pair else {}
+        columns = {"columns": {"text": data.text, **pair, "label": data.label}}
     most = {"limit": WINDOWS} if choice.task == "causal-lm" else {}
     train, test = [files["train"].name], [files["test"].name]
     return {key: train, **columns}, {key: test, **columns, **most}
 
 
-def _about_data(choice: Choice, found: Found) -> str:
-    if isinstance(found, ImagesFound):
+def _about_data(choice: Choice, data: Data) -> str:
+    if isinstance(data, ImageData):
         return "A folder of an image is its label."
-    if isinstance(found, TableFound):
-        return (f"{found.file.name}, split by label: {len(choice.train)} rows to train and calibrate on, "
+    if isinstance(data, TableData):
+        return (f"{data.file.name}, split by label: {len(choice.train)} rows to train and calibrate on, "
                 f"{len(choice.test)} to measure on.")  # fmt: skip
-    return f"{found.file.name}, split in two: its last tenth is measured on."
+    return f"{data.file.name}, split in two: its last tenth is measured on."
 
 
 def _format(choice: Choice, as_float: bool) -> list[str]:
@@ -175,9 +184,9 @@ def _train(choice: Choice, method: str) -> list[str]:
     return [f"train: {flow(train)}"]
 
 
-def _build(asked: Asked, choice: Choice) -> list[str]:
-    build: dict[str, Any] = {"target": asked.target}
-    if asked.target == "cpu":
+def _build(options: InitOptions, choice: Choice) -> list[str]:
+    build: dict[str, Any] = {"target": options.target}
+    if options.target == "cpu":
         return [f"build: {flow(build)}"]
     profile: dict[str, Any] = {"batch": [1, 8, 32] if choice.task != "causal-lm" else [1, 4, 8]}
     if choice.context is not None:
@@ -203,6 +212,6 @@ def _gate(choice: Choice, as_float: bool) -> list[str]:
 
 
 def near(path: Path, folder: Path) -> str:
-    """A path as a recipe in `folder` writes it: relative where it is not far."""
+    """Path relative to `folder`; absolute if that would go up more than two folders."""
     way = os.path.relpath(path, folder)
     return way if way.count("..") <= 2 else str(path.resolve())
