@@ -1,1 +1,1 @@
-"""Reading, merging, validating and checking a recipe. No torch."""
+"""Recipes: reading, merging, validating and checking. No torch."""

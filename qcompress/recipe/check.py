@@ -1,7 +1,8 @@
-"""A recipe against the model it names and the target it is for, from file headers alone. No torch.
+"""Checks of a recipe against its model and its target, from file headers alone. No torch.
 
-Reads `config.json` and the safetensors header; answers in milliseconds what would otherwise fail after hours
-of training: patterns without layers, blocks that do not divide, formats that the target refuses.
+Reads `config.json` and the safetensors header, and reports in milliseconds mistakes that would otherwise
+appear after hours of training: patterns without layers, blocks that do not divide, formats that the target
+refuses.
 """
 
 from __future__ import annotations
@@ -35,34 +36,34 @@ from qcompress.tasks import TASKS
 What = Literal["weights", "activations"]
 
 SHOWN = 3
-"""Layers named in one message."""
+"""Number of layers named in one message."""
 
 BLOCKS = get_args(get_args(WeightFormat.model_fields["block"].annotation)[0])
-"""Sizes that a block may have."""
+"""Allowed block sizes."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a recipe comes to on its model."""
+    """Result of a check: the model's architecture, the plan of its layers and points, pattern matches."""
 
     architecture: Architecture
     plan: tuple[LayerPlan, ...]
     matches: dict[str, int]
-    """Layers that each pattern of `format.layers` matches, or points where it matches no layer."""
+    """Number of layers that each pattern of `format.layers` matches; of points if it matches no layer."""
     points: tuple[PointPlan, ...] = ()
     bounded: tuple[str, ...] = ()
-    """Data of which only a part was looked at."""
+    """Data of which only the first rows were read."""
 
 
 def head_of(recipe: Recipe) -> Head:
-    """What the recipe's task needs at the end of the model."""
+    """Head that the recipe's task needs."""
     return TASKS[recipe.task.name].head(recipe.task)
 
 
 def check_model(recipe: Resolved, directory: Path, *, whole: bool = True) -> Report:
-    """Hold a recipe against a checkpoint and its data. Raises RecipeError with every mistake, or ModelError.
+    """Check a recipe against a checkpoint and its data. Raises RecipeError with every mistake, or ModelError.
 
-    `whole`: all rows of the data are looked at, and not the first of each file alone.
+    `whole`: read all rows of the data, not only the first ones of each file.
     """
     document = recipe.document()
     report = _describe_and_judge(recipe.recipe, document, directory, strict=True)
@@ -77,10 +78,10 @@ def check_model(recipe: Resolved, directory: Path, *, whole: bool = True) -> Rep
 def all_mistakes(
     file: Path, overrides: Sequence[str] = (), directory: Path | None = None
 ) -> tuple[Resolved | None, Report | None, list[Mistake]]:
-    """Everything that is wrong with a recipe, with its model and for its target, in the order of the file.
+    """All mistakes of a recipe, by itself, with its model and for its target, in the order of the file.
 
-    `directory` is where the checkpoint lies when `model.source` is a hub id or `model.run` is given; without
-    it such a model is not looked at. The recipe and the report are there if nothing is wrong with them.
+    `directory` is the checkpoint's if `model.source` is a hub id or `model.run` is given; without it such a
+    model is not checked. Recipe and report are returned if they have no mistakes.
     """
     document, recipe = examine(file, overrides)
     if recipe is None:
@@ -103,7 +104,9 @@ def all_mistakes(
 def _describe_and_judge(
     recipe: Recipe, document: Document, directory: Path, strict: bool = False
 ) -> Report | None:
-    """None where the model cannot be looked at; `strict`: what keeps us from it is raised as it is."""
+    """Describe the model and check the recipe against it; None if the model cannot be read. `strict`: errors
+    of the model are raised, not reported.
+    """
     carried, task = FAMILIES[recipe.model.family].TASKS, recipe.task.name
     if task not in carried:
         key: Key = ("task", "name")
@@ -147,7 +150,7 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
 
 
 def _is_settled(recipe: Recipe, document: Document, layer: Layer) -> bool:
-    """Whether nothing is wrong with the keys that give a layer its formats, so that they are as meant."""
+    """True if the keys that determine a layer's formats have no mistakes."""
     own = layer.section
     patterns = [pattern for pattern in recipe.format.layers if matches(pattern, layer.name)]
     keys: list[Key] = [("format", key) for key in ("preset", "activations", own)]
@@ -155,7 +158,7 @@ def _is_settled(recipe: Recipe, document: Document, layer: Layer) -> bool:
 
 
 def _patterns(recipe: Recipe, document: Document, architecture: Architecture) -> dict[str, int]:
-    """Layers that each pattern matches, or points where it matches no layer."""
+    """Number of layers that each pattern matches; of points if it matches no layer."""
     names = [layer.name for layer in architecture.layers]
     points = [point.name for point in architecture.points]
     counts = {
@@ -174,13 +177,15 @@ def _patterns(recipe: Recipe, document: Document, architecture: Architecture) ->
 def _nearest_pattern(pattern: str, names: list[str]) -> str:
     for meant in (f"*.{pattern}", pattern.removeprefix("*."), f"{pattern}.*", f"*.{pattern}.*"):
         if count := sum(matches(meant, name) for name in names):
-            return f"a pattern is of whole names: did you mean {meant!r} ({count} layer{'s' * (count > 1)})?"
+            return (
+                f"patterns match full layer names: did you mean {meant!r} ({count} layer{'s' * (count > 1)})?"
+            )
     close = difflib.get_close_matches(pattern, names, n=SHOWN, cutoff=0.5) or names[-SHOWN:]
-    return f"write a pattern of whole names; near are {', '.join(close)}"
+    return f"write a pattern of full layer names; similar are {', '.join(close)}"
 
 
 def _origin(recipe: Recipe, document: Document, layer: Layer, what: What) -> Key:
-    """The key that decides about a layer's weights or activations."""
+    """Key that determines the format of a layer's weights or activations."""
     for pattern, exception in reversed(recipe.format.layers.items()):
         if getattr(exception, what) != "inherit" and matches(pattern, layer.name):
             return ("format", "layers", pattern)
@@ -190,13 +195,13 @@ def _origin(recipe: Recipe, document: Document, layer: Layer, what: What) -> Key
 
 
 def _narrowed(origin: Key, what: What, option: str, document: Document) -> Key:
-    """The key of one option of a format, as far down as the recipe spells it out."""
+    """Key of one option of a format, as deep as the recipe writes it."""
     keys: list[Key] = [(*origin, option), (*origin, what, option), (*origin, what)]
     return next((key for key in keys if key in document.places), origin)
 
 
 def _blocks(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
-    """Report the blocks that do not divide their layers, whatever the target."""
+    """Report blocks that do not divide the inputs of their layers, for any target."""
     wrong: dict[Key, list[LayerPlan]] = {}
     for layer in plan:
         if layer.block and layer.layer.kind != "conv" and layer.layer.in_features % layer.block:
@@ -204,7 +209,7 @@ def _blocks(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> 
     for origin, layers in wrong.items():
         first = layers[0]
         key = _narrowed(origin, "weights", "block", document)
-        best = [block for block in BLOCKS if not any(one.layer.in_features % block for one in layers)]
+        best = [block for block in BLOCKS if not any(item.layer.in_features % block for item in layers)]
         if not best:
             fix = "give these layers a format without blocks, such as int8"
         elif key[-1] == "block":
@@ -217,7 +222,7 @@ def _blocks(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> 
 
 
 def _opset(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
-    """Report an opset that has no type for what is stored."""
+    """Report an opset without the type in which weights are stored."""
     integers = [layer for layer in plan if layer.integers]
     stored = [layer for layer in integers if layer.weights.stored_bits == 2]
     key: Key = ("export", "opset")
@@ -228,23 +233,24 @@ def _opset(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> N
 
 
 def _tied(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
-    """A layer that has the weight of another one has its format as well; a key is told the first."""
+    """Tied layers must share a format. Reports the first conflict per recipe key."""
     by_name = {layer.name: layer for layer in plan}
-    told: set[Key] = set()
+    reported: set[Key] = set()
     for layer in plan:
         owner = by_name.get(layer.layer.tied_to or "")
         if owner is None or owner.weights == layer.weights:
             continue
-        origins = [_origin(recipe, document, one.layer, "weights") for one in (layer, owner)]
+        origins = [_origin(recipe, document, item.layer, "weights") for item in (layer, owner)]
         key = next((key for key in origins if key[:2] == ("format", "layers")), origins[0])
-        formats = [f"{one.name} {one.weights or 'float'}" for one in (layer, owner)]
+        formats = [f"{item.name} {item.weights or 'float'}" for item in (layer, owner)]
         message = f"gives one tensor two formats: {' and '.join(formats)} are tied, and stored once"
-        if key not in told:
+        if key not in reported:
             document.report(key, message, f"name both layers, or neither: {layer.name}, {owner.name}")
-        told.add(key)
+        reported.add(key)
 
 
 def _layer_drop(recipe: Recipe, document: Document) -> None:
+    """Report layer drop in families whose blocks change the shape of their inputs."""
     family, key = recipe.model.family, ("train", "layer_drop")
     if recipe.train.layer_drop and FAMILIES[family].DEPTH is None and document.sound(key):
         message = f"leaves out blocks, and those of a {family} change the shape of what they are given"
@@ -252,7 +258,7 @@ def _layer_drop(recipe: Recipe, document: Document) -> None:
 
 
 def _ternary(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
-    """Report the formats that would count more bits than the codes of the quantizer `ternary` have."""
+    """Report formats with more bits than the codes of the quantizer `ternary`."""
     if not document.sound(("quantizer",), ("method",)):
         return
     wrong: dict[Key, list[LayerPlan]] = {}
@@ -269,7 +275,7 @@ def _ternary(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) ->
 
 
 def _target(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> None:
-    """Report what the target refuses, at the key that asks for it; layers of one origin count as one."""
+    """Report formats that the target refuses, at the key that sets them; layers of one key count as one."""
     from qcompress.recipe.rules.targets import refusals
 
     if not document.sound(("build", "target")):
@@ -288,6 +294,7 @@ def _target(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> 
 
 
 def _context(recipe: Recipe, document: Document, architecture: Architecture) -> None:
+    """Report a context or profiles longer than the model's positions."""
     key: Key = ("task", "context")
     limit = architecture.context
     if recipe.task.context is None:
@@ -300,7 +307,7 @@ def _context(recipe: Recipe, document: Document, architecture: Architecture) -> 
 
 
 def _new_head(recipe: Recipe, document: Document, architecture: Architecture) -> None:
-    """A head that is drawn at random has to be trained before anything else is done with it."""
+    """Report a recipe that starts from a randomly initialized head without training it."""
     if not architecture.new_head or not document.sound(("schedule",), ("train", "phases")):
         return
     defaults = PHASES[recipe.schedule.name]

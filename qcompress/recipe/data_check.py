@@ -1,7 +1,7 @@
-"""A recipe's data against its checkpoint: columns, labels, texts, images, ids of tokens. No torch.
+"""Checks of a recipe's data against its checkpoint: columns, labels, texts, images, token ids. No torch.
 
-`check` looks at the first `ROWS` rows of each file and answers in seconds; a run looks at all of them before
-its first stage. Data that need a package which is not installed here are left to the stage that reads them.
+`check` reads the first `ROWS` rows of each file and answers in seconds; a run reads all rows before its first
+stage. Data that need a package which is not installed here are checked by the stage that reads them.
 """
 
 from __future__ import annotations
@@ -32,36 +32,37 @@ from qcompress.tasks.padded import first, spread
 from qcompress.tasks.table import ColumnError
 
 ROWS = 50_000
-"""Rows of each file that `check` looks at."""
+"""Number of rows of each file that `check` reads."""
 
 ENCODED = 5_000
-"""Texts of a section that `check` encodes, where some tokens are beyond the embedding table."""
+"""Number of texts of a section that `check` encodes if token ids may exceed the embedding table."""
 
 
 @dataclass
-class Looked:
-    """A recipe, its checkpoint, and the sections of its data that were looked at."""
+class _DataCheck:
+    """State of a data check: recipe, checkpoint, and the mistakes and sections found so far."""
 
     recipe: Recipe
     document: Document
     base: Path
     directory: Path
     whole: bool
-    """True: all rows are looked at, and data of the hub too."""
+    """True: read all rows, and data of the hub too."""
     wrong: dict[tuple[str, str], list[Key]] = field(default_factory=dict)
     """Keys of each mistake: a file that several sections name is one mistake."""
     bounded: list[str] = field(default_factory=list)
-    """Sections of which only the first rows were looked at."""
+    """Sections of which only the first rows were read."""
 
     @property
     def family(self) -> Any:
         return FAMILIES[self.recipe.model.family]
 
     def said(self, key: Key) -> bool:
-        """True where a mistake at this key was found here."""
+        """True if this check has reported a mistake at the key."""
         return any(key in keys for keys in self.wrong.values())
 
     def add(self, key: Key, message: str, fix: str) -> None:
+        """Collect a mistake, unless the key has one already."""
         if self.document.sound(key):
             self.wrong.setdefault((message, fix), []).append(key)
 
@@ -69,22 +70,22 @@ class Looked:
 def judge_data(
     recipe: Recipe, document: Document, base: Path, directory: Path, *, whole: bool
 ) -> tuple[str, ...]:
-    """Report the mistakes in a recipe's data; returns what was looked at where that is not all."""
-    looked = Looked(recipe, document, base, directory, whole)
-    tokenizer = _judge_reader(looked)
-    task = _settled(looked)
+    """Report the mistakes in a recipe's data; returns a note on sections that were read in part."""
+    check = _DataCheck(recipe, document, base, directory, whole)
+    tokenizer = _judge_reader(check)
+    task = _with_labels(check)
     if task is not None:
         readable = []
         for section, data in sections_of(recipe):
-            examined = _examine(looked, section, data, task)
+            examined = _examine(check, section, data, task)
             if examined is not None:
                 readable.append((section, data))
-                _judge_section(looked, section, data, examined, tokenizer)
-        _judge_readings(looked, readable, task)
-    for (message, fix), keys in looked.wrong.items():
+                _judge_section(check, section, data, examined, tokenizer)
+        _judge_readings(check, readable, task)
+    for (message, fix), keys in check.wrong.items():
         document.report(keys[0], f"{message}{also(keys)}", fix)
     rows = f"the first {ROWS:,} rows of each file of "
-    return (rows + ", ".join(looked.bounded),) if looked.bounded else ()
+    return (rows + ", ".join(check.bounded),) if check.bounded else ()
 
 
 def _model_key(recipe: Recipe) -> Key:
@@ -94,33 +95,33 @@ def _model_key(recipe: Recipe) -> Key:
 # The checkpoint's reader --------------------------------------------------------------------------
 
 
-def _judge_reader(looked: Looked) -> TokenizerFiles | None:
+def _judge_reader(check: _DataCheck) -> TokenizerFiles | None:
     """Report a tokenizer or image processor that cannot prepare the data; returns the tokenizer."""
-    recipe, directory = looked.recipe, looked.directory
+    recipe, directory = check.recipe, check.directory
     try:
         check_reader(recipe.model.family, directory, TASKS[recipe.task.name].processor(recipe.task))
-        if PIXELS in looked.family.INPUTS:
+        if PIXELS in check.family.INPUTS:
             return None
         tokenizer = read_tokenizer(directory, recipe.model.family)
     except (ModelError, OSError) as error:
         fix = error.fix if isinstance(error, ModelError) else "check the permissions of the model's files"
-        looked.add(_model_key(recipe), error.message if isinstance(error, ModelError) else str(error), fix)
+        check.add(_model_key(recipe), error.message if isinstance(error, ModelError) else str(error), fix)
         return None
     if tokenizer is not None:
-        _judge_special_tokens(looked, tokenizer)
+        _judge_special_tokens(check, tokenizer)
     return tokenizer
 
 
-def _judge_special_tokens(looked: Looked, tokenizer: TokenizerFiles) -> None:
-    """The padding token, and the tokens that stand in every sequence, are rows of the embedding table."""
-    key, padded = _model_key(looked.recipe), not isinstance(looked.recipe.task, CausalLm)
+def _judge_special_tokens(check: _DataCheck, tokenizer: TokenizerFiles) -> None:
+    """Report a missing padding token, and special tokens beyond the embedding table."""
+    key, padded = _model_key(check.recipe), not isinstance(check.recipe.task, CausalLm)
     if padded and tokenizer.pads is False:
-        looked.add(
+        check.add(
             key,
             "the tokenizer has no padding token, and a batch of sequences of several lengths needs one",
             "set `pad_token` in tokenizer_config.json",
         )
-    rows = _table_rows(looked)
+    rows = _table_rows(check)
     inserted = {token: "a token of every sequence" for token in tokenizer.inserted}
     if padded and "pad_token" in tokenizer.special:
         inserted[tokenizer.special["pad_token"]] = "the padding token"
@@ -128,11 +129,11 @@ def _judge_special_tokens(looked: Looked, tokenizer: TokenizerFiles) -> None:
         number = tokenizer.ids.get(token, -1)
         if number >= rows:
             message = f"{what}, {token!r}, has the id {number}, and {_table(rows)}"
-            looked.add(key, message, _resize(number + 1))
+            check.add(key, message, _resize(number + 1))
 
 
-def _table_rows(looked: Looked) -> int:
-    return int(chosen(looked.recipe.model.family, looked.directory)[0]["vocab_size"])
+def _table_rows(check: _DataCheck) -> int:
+    return int(chosen(check.recipe.model.family, check.directory)[0]["vocab_size"])
 
 
 def _table(rows: int) -> str:
@@ -149,64 +150,64 @@ def _resize(rows: int) -> str:
 # Sections of the data -----------------------------------------------------------------------------
 
 
-def _settled(looked: Looked) -> Any:
-    """The task with the labels of the checkpoint; None where they do not fit."""
-    recipe = looked.recipe
+def _with_labels(check: _DataCheck) -> Any:
+    """Task with the labels of the checkpoint; None if they do not fit."""
+    recipe = check.recipe
     task = TASKS[recipe.task.name]
-    config, tensors, _ = chosen(recipe.model.family, looked.directory, recipe.model.blocks)
+    config, tensors, _ = chosen(recipe.model.family, check.directory, recipe.model.blocks)
     try:
-        own = looked.family.task_config(config, tensors, task.head(recipe.task))
+        own = check.family.task_config(config, tensors, task.head(recipe.task))
         return task.settled(recipe.task, own)
     except (ModelError, UsageError) as error:
-        looked.add(("task", "labels"), error.message, error.fix)
+        check.add(("task", "labels"), error.message, error.fix)
         return None
 
 
-def _examine(looked: Looked, section: Key, data: TextData, task: Any) -> Examined | None:
-    """The content of a section; None, with its mistake reported, where it cannot be read."""
-    if not looked.document.sound(section, ("task",)):
+def _examine(check: _DataCheck, section: Key, data: TextData, task: Any) -> Examined | None:
+    """Read a section; None, with its mistake reported, if it cannot be read."""
+    if not check.document.sound(section, ("task",)):
         return None
-    if data.dataset is not None and not looked.whole and not os.path.isdir(looked.base / data.dataset):
+    if data.dataset is not None and not check.whole and not os.path.isdir(check.base / data.dataset):
         return None
-    most = None if looked.whole else ROWS
+    most = None if check.whole else ROWS
     try:
-        examined = TASKS[task.name].examine(data, looked.base, task, most)
+        examined = TASKS[task.name].examine(data, check.base, task, most)
     except (MachineError, ModuleNotFoundError):
         return None
     except TwoReadingsError as error:
         key: Key = ("task", "labels_are")
-        if not looked.said(key):  # one line mends every section
-            looked.add(key, error.message, error.fix)
+        if not check.said(key):  # one edit fixes every section
+            check.add(key, error.message, error.fix)
         return None
     except UsageError as error:
-        looked.add(_key_of(looked.document, section, data, error), error.message, error.fix)
+        check.add(_key_of(check.document, section, data, error), error.message, error.fix)
         return None
     if most is not None and examined.rows >= most:
-        looked.bounded.append(dotted(section))
+        check.bounded.append(dotted(section))
     return examined
 
 
-def _judge_readings(looked: Looked, sections: list[tuple[Key, TextData]], task: Any) -> None:
-    """A whole number is the same label in every section, whatever the others hold."""
+def _judge_readings(check: _DataCheck, sections: list[tuple[Key, TextData]], task: Any) -> None:
+    """Report a whole number that is a different label in different sections."""
     if isinstance(task, CausalLm) or task.labels_are is not None or not labels_of(task).are_digits:
         return
     seen: dict[str, tuple[int, Key]] = {}
     for section, data in sections:
-        cells = TASKS[task.name].label_cells(data, looked.base, task, None if looked.whole else ROWS)
+        cells = TASKS[task.name].label_cells(data, check.base, task, None if check.whole else ROWS)
         outputs = labels_of(task).read(cells, [""] * len(cells))
         for word, output in sorted(dict(zip(map(str, map(spelling, cells)), outputs, strict=True)).items()):
             first_output, first_section = seen.setdefault(word, (output, section))
-            if output != first_output and not looked.said(("task", "labels_are")):
+            if output != first_output and not check.said(("task", "labels_are")):
                 message = (
                     f"the label {word} is output {first_output} in {dotted(first_section)} and output "
                     f"{output} in {dotted(section)}: one column can only hold names, the other only indices"
                 )
                 fix = "write the labels of all data alike, or by name"
-                looked.add(("task", "labels_are"), message, fix)
+                check.add(("task", "labels_are"), message, fix)
 
 
 def _key_of(document: Document, section: Key, data: TextData, error: UsageError) -> Key:
-    """The recipe's key that a mistake in the data is about, as far down as it is written."""
+    """Recipe key of a mistake in the data, as deep as it is written."""
     if isinstance(error, ColumnError):
         keys: list[Key] = [(*section, "columns", error.role), (*section, error.role)]
         written = next((key for key in keys if key in document.places), None)
@@ -221,23 +222,23 @@ def _origin(section: Key, data: TextData) -> Key:
 
 
 def _judge_section(
-    looked: Looked, section: Key, data: TextData, examined: Examined, tokenizer: TokenizerFiles | None
+    check: _DataCheck, section: Key, data: TextData, examined: Examined, tokenizer: TokenizerFiles | None
 ) -> None:
     if section == ("data", "train"):
-        _judge_labels_to_train_on(looked, data, examined)
+        _judge_labels_to_train_on(check, data, examined)
     if section[1] == "evaluate":
-        _judge_goals(looked, str(section[2]), examined)
+        _judge_goals(check, str(section[2]), examined)
     if tokenizer is not None:
-        _judge_tokens(looked, section, data, examined, tokenizer)
-    elif examined.size is not None and not looked.said(_model_key(looked.recipe)):
-        _judge_size(looked, section, data, examined.size)
+        _judge_tokens(check, section, data, examined, tokenizer)
+    elif examined.size is not None and not check.said(_model_key(check.recipe)):
+        _judge_size(check, section, data, examined.size)
 
 
-def _judge_labels_to_train_on(looked: Looked, data: TextData, examined: Examined) -> None:
-    recipe = looked.recipe
+def _judge_labels_to_train_on(check: _DataCheck, data: TextData, examined: Examined) -> None:
+    recipe = check.recipe
     if examined.labelled or data.text is not None or isinstance(recipe.task, CausalLm):
-        return  # `text` to train on is refused by itself
-    if not looked.document.sound(("schedule",)):
+        return  # `text` for training has a rule of its own
+    if not check.document.sound(("schedule",)):
         return
     defaults = PHASES[recipe.schedule.name]
     steps = {name: recipe.train.phases.get(name, phase).steps for name, phase in defaults.items()}
@@ -246,69 +247,71 @@ def _judge_labels_to_train_on(looked: Looked, data: TextData, examined: Examined
         role = "tags" if recipe.task.name == "token-classification" else "label"
         fix = f"name the column with `columns: {{{role}: ...}}`"
         message = f"has no labels, and the phase {phase} trains on them"
-        looked.add(_origin(("data", "train"), data), message, fix)
+        check.add(_origin(("data", "train"), data), message, fix)
 
 
-def _judge_goals(looked: Looked, name: str, examined: Examined) -> None:
-    """Goals are about metrics that the set has: without labels that is the agreement with float alone."""
-    if isinstance(looked.recipe.task, CausalLm):
+def _judge_goals(check: _DataCheck, name: str, examined: Examined) -> None:
+    """Report goals on metrics that a set does not have; without labels it only has the agreement
+    with float.
+    """
+    if isinstance(check.recipe.task, CausalLm):
         return
     for goals in ("float_floor", "recovery", "regression"):
-        for goal in getattr(looked.recipe.gate, goals):
+        for goal in getattr(check.recipe.gate, goals):
             section, _, metric = goal.partition("@")[0].rpartition(".")
             if section != name or (metric == AGREEMENT) != examined.labelled:
                 continue
             if examined.labelled:
                 message = f"{name} has labels, and {AGREEMENT} is measured where there are none"
-                fix = f"write a metric of the task: {', '.join(looked.recipe.task.metrics)}"
+                fix = f"write a metric of the task: {', '.join(check.recipe.task.metrics)}"
             else:
                 message = f"{name} has no labels, so {metric} is not measured"
                 fix = f"write {name}.{AGREEMENT}, or name the column of the labels under `columns`"
-            looked.add(("gate", goals, goal), message, fix)
+            check.add(("gate", goals, goal), message, fix)
 
 
-def _judge_size(looked: Looked, section: Key, data: TextData, size: tuple[int, int]) -> None:
-    """Images that nothing resizes have the model's size."""
-    recipe = looked.recipe
+def _judge_size(check: _DataCheck, section: Key, data: TextData, size: tuple[int, int]) -> None:
+    """Report images of another size than the model's if nothing resizes them."""
+    recipe = check.recipe
     processor = TASKS[recipe.task.name].processor(recipe.task)
-    if not keeps_size(looked.directory, processor):
+    if not keeps_size(check.directory, processor):
         return
-    wanted = image_size(recipe.model.family, looked.directory, processor)
+    wanted = image_size(recipe.model.family, check.directory, processor)
     if tuple(size) != wanted:
         message = f"holds images of {size[0]} x {size[1]}, nothing resizes them, and the model takes "
         fix = f"write `size: [{wanted[0]}, {wanted[1]}]`, `mean` and `std` under `task`"
-        looked.add(_origin(section, data), f"{message}{wanted[0]} x {wanted[1]}", fix)
+        check.add(_origin(section, data), f"{message}{wanted[0]} x {wanted[1]}", fix)
 
 
 def _judge_tokens(
-    looked: Looked, section: Key, data: TextData, examined: Examined, tokenizer: TokenizerFiles
+    check: _DataCheck, section: Key, data: TextData, examined: Examined, tokenizer: TokenizerFiles
 ) -> None:
-    """Report a text with a token beyond the embedding table; such tokens may be in no text."""
-    rows = _table_rows(looked)
+    """Report a text with a token id beyond the embedding table."""
+    rows = _table_rows(check)
     beyond = tokenizer.beyond(rows)
     if not beyond:
         return
-    texts = list(islice(_used(looked, section, data, examined), None if looked.whole else ENCODED))
-    context = None if isinstance(looked.recipe.task, CausalLm) else looked.recipe.task.context
+    texts = list(islice(_used(check, section, data, examined), None if check.whole else ENCODED))
+    context = None if isinstance(check.recipe.task, CausalLm) else check.recipe.task.context
     try:
-        found = first_with(tokenizer, texts, beyond, context)
+        located = first_with(tokenizer, texts, beyond, context)
     except ModuleNotFoundError:
         return
-    if found is None or not looked.document.sound(_model_key(looked.recipe)):
+    if located is None or not check.document.sound(_model_key(check.recipe)):
         return
-    row, token = found
+    row, token = located
     number = beyond[token]
-    where = "the text" if isinstance(looked.recipe.task, CausalLm) else f"example {row + 1}"
+    where = "the text" if isinstance(check.recipe.task, CausalLm) else f"example {row + 1}"
     message = f"{where} has the token {token!r} of the id {number}, and {_table(rows)}"
-    looked.add(_origin(section, data), message, _resize(max(beyond.values()) + 1))
+    check.add(_origin(section, data), message, _resize(max(beyond.values()) + 1))
 
 
-def _used(looked: Looked, section: Key, data: TextData, examined: Examined) -> Iterator[Any]:
-    """The texts that a run takes of a section."""
+def _used(check: _DataCheck, section: Key, data: TextData, examined: Examined) -> Iterator[Any]:
+    """Texts of a section that a run uses."""
     texts: list[Any] = list(examined.texts)
-    if isinstance(looked.recipe.task, CausalLm):
+    if isinstance(check.recipe.task, CausalLm):
         yield from texts
     elif section[1] == "evaluate":
-        yield from first(texts, looked.recipe.verify.samples, data.limit)
+        yield from first(texts, check.recipe.verify.samples, data.limit)
     else:
         yield from spread(texts, data.limit)

@@ -1,12 +1,12 @@
-"""The JSON Schema (draft 2020-12) of a recipe, for editors: keys, words, defaults and help. No torch.
+"""JSON Schema (draft 2020-12) of a recipe, for editors: keys, values, defaults and help. No torch.
 
 pydantic writes the schema of the long forms. Short forms (`format: w8a8`, `quantizer: lsq`, `noise: 0.2`) are
-expanded before pydantic looks, and the names of methods, targets and phases are tables of ours: both are
-added here, from the tables that `check` reads.
+expanded before pydantic validates, and names of methods, targets and phases are in tables: both are added
+here, from the tables that `check` reads.
 
-A recipe without `extends` must be whole. Of one that extends another file only the keys and values that it
-writes are judged, because what it lacks may stand in the other; `check` reads both. Rules between values
-(`source` or `run`, axes that do not combine) are `check`'s alone.
+A recipe without `extends` must be complete. For a recipe with `extends` the schema checks only the keys and
+values that it writes, because others may be in the extended file; `check` reads both. Rules between values
+(`source` or `run`, axes that do not combine) are checked by `check` only.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Schema = dict[str, Any]
 
 
 def recipe_schema() -> Schema:
-    """The schema of a recipe file."""
+    """JSON Schema of a recipe file."""
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
     for section in (schema, *definitions.values()):
-        _forget_titles(section)
+        _remove_titles(section)
     _any_branch(schema)
     _short_words(schema)
     _short_names(schema)
     _known_names(schema)
-    _whole_unless_it_extends(schema)
+    _require_unless_extending(schema)
     properties = {"extends": {"type": "string", "minLength": 1, "description": EXTENDS}}
     schema["properties"] = properties | schema["properties"]
     head = {"$schema": DRAFT, "title": "A recipe of qcompress", "description": schema.pop("description")}
@@ -49,16 +49,16 @@ EXTENDS = (
 )
 
 
-def _forget_titles(section: Schema) -> None:
-    """pydantic's titles are the keys again, in capitals."""
+def _remove_titles(section: Schema) -> None:
+    """Remove pydantic's titles, which repeat the keys."""
     section.pop("title", None)
     for field in section.get("properties", {}).values():
         field.pop("title", None)
 
 
 def _any_branch(value: Any) -> None:
-    """Options without a name (`stepper: {clip_norm: 2}`) belong to what the method chose, and several values
-    of an axis may have them: one branch that fits is enough.
+    """Replace `oneOf` by `anyOf`: options without a name (`stepper: {clip_norm: 2}`) belong to the method's
+    choice, and several values of an axis may have them.
     """
     if isinstance(value, dict):
         value.pop("discriminator", None)
@@ -69,13 +69,13 @@ def _any_branch(value: Any) -> None:
 
 
 def _short_words(schema: Schema) -> None:
-    """The words of `WORDS` beside the long forms; `float` is how a recipe writes that there is no format."""
+    """Add the words of `WORDS` to the long forms; a format of None is written `float`."""
     for key, words, kinds in WORDS:
         parent, name = _parent(schema, key)
         field = parent[name]
         long = [branch for branch in _branches(field) if "$ref" in branch and dict in kinds]
         parent[name] = {
-            **{part: field[part] for part in ("description",) if part in field},
+            **{attribute: field[attribute] for attribute in ("description",) if attribute in field},
             "anyOf": [{"enum": list(words)}, *long, *([{"type": "null"}] if type(None) in kinds else [])],
             **({"default": "float" if field["default"] is None else field["default"]}
                if "default" in field and key != ("format", "preset") else {}),
@@ -83,39 +83,39 @@ def _short_words(schema: Schema) -> None:
 
 
 def _short_names(schema: Schema) -> None:
-    """An axis, a task or a tracker by its name alone."""
+    """Allow an axis, a task or a tracker to be written as its name."""
     for key in ("task", *(axis for axis in AXES if axis != "quantizer")):
-        _beside(schema["properties"], key, {"enum": _names(schema, schema["properties"][key])})
-    _beside(schema["properties"], "tracking", {"enum": list(TRACKERS)})
+        _allow_short_form(schema["properties"], key, {"enum": _names(schema, schema["properties"][key])})
+    _allow_short_form(schema["properties"], "tracking", {"enum": list(TRACKERS)})
     roles = schema["$defs"]["Quantizers"]["properties"]
     options: list[Schema] = []
     for role in (*ROLES, "codebook"):
-        found = _names(schema, roles[role])
+        names = _names(schema, roles[role])
         options += [branch for branch in _branches(roles[role]) if branch not in options]
-        _beside(roles, role, {"enum": found})
+        _allow_short_form(roles, role, {"enum": names})
     shares = [{"type": "number", "minimum": 0, "maximum": 1}, {"const": "none"}]
     roles["noise"]["anyOf"] += shares
     every = [value.model_fields["name"].default for value in AXES["quantizer"]]
-    _beside(schema["properties"], "quantizer", {"enum": every})
+    _allow_short_form(schema["properties"], "quantizer", {"enum": every})
     schema["properties"]["quantizer"]["anyOf"] += [
         _with_noise(schema, branch, roles["noise"]) for branch in options
     ]
 
 
 def _with_noise(schema: Schema, branch: Schema, noise: Schema) -> Schema:
-    """A quantizer's options for all roles at once, which `noise` may stand beside."""
+    """A quantizer's options for all roles at once, to which `noise` may be added."""
     section = _target(schema, branch)
     return {**section, "properties": {**section["properties"], "noise": noise}}
 
 
 def _known_names(schema: Schema) -> None:
-    """Names that a table of ours knows."""
+    """Add names from the tables of methods, targets, phases and metrics."""
     properties, definitions = schema["properties"], schema["$defs"]
     properties["method"]["description"] += " " + "; ".join(
-        f"{name}: {', '.join(map(_spelled, axes.values()))}" for name, axes in METHODS.items()
+        f"{name}: {', '.join(map(_short_form, axes.values()))}" for name, axes in METHODS.items()
     )
     definitions["Build"]["properties"]["target"]["enum"] = list(TARGETS)
-    phases = sorted({phase for found in PHASES.values() for phase in found})
+    phases = sorted({phase for phases_of_schedule in PHASES.values() for phase in phases_of_schedule})
     definitions["Train"]["properties"]["phases"]["propertyNames"] = {"enum": phases}
     definitions["Data"]["properties"]["evaluate"]["propertyNames"] = {
         "pattern": f"^(?:{SLUG.pattern})$",
@@ -128,12 +128,12 @@ def _known_names(schema: Schema) -> None:
     gate["regression"]["propertyNames"] = {"pattern": rf"{metric}(?:@[^=]+=.+)?$|^(?:{'|'.join(RESOURCES)})$"}
 
 
-def _spelled(value: object) -> str:
+def _short_form(value: object) -> str:
     return str(value["name"]) if isinstance(value, dict) else str(value)
 
 
-def _whole_unless_it_extends(schema: Schema) -> None:
-    """Move what is required out of the sections, to where it depends on `extends`."""
+def _require_unless_extending(schema: Schema) -> None:
+    """Move `required` from the sections into a condition on `extends`."""
     needed: Schema = {"required": schema.pop("required"), "properties": {}}
     for key in ("model", "data"):
         section = _target(schema, schema["properties"][key])
@@ -149,7 +149,7 @@ def _whole_unless_it_extends(schema: Schema) -> None:
 
 
 def _parent(schema: Schema, key: tuple[Any, ...]) -> tuple[Schema, str]:
-    """Where a key of a recipe stands in the schema; `*` is any key of a mapping."""
+    """Schema section and name of a recipe key; `*` is any key of a mapping."""
     section: Schema = schema
     for part in key[:-1]:
         field = section["additionalProperties"] if part == "*" else section["properties"][part]
@@ -158,7 +158,7 @@ def _parent(schema: Schema, key: tuple[Any, ...]) -> tuple[Schema, str]:
 
 
 def _target(schema: Schema, field: Schema) -> Schema:
-    """What a field refers to: its one section, whatever words may stand in its place."""
+    """Section that a field refers to, ignoring short forms."""
     reference = next(branch["$ref"] for branch in _branches(field) if "$ref" in branch)
     return schema["$defs"][reference.rpartition("/")[2]]
 
@@ -171,14 +171,14 @@ def _branches(field: Schema) -> Iterator[Schema]:
         yield {"$ref": field["$ref"]} if "$ref" in field else field
 
 
-def _beside(parent: Schema, key: str, short: Schema) -> None:
-    """Let a short form stand in the place of a field's value."""
+def _allow_short_form(parent: Schema, key: str, short: Schema) -> None:
+    """Allow a short form in place of a field's value."""
     field = parent[key]
-    kept = {part: field[part] for part in ("description", "default") if part in field}
+    kept = {attribute: field[attribute] for attribute in ("description", "default") if attribute in field}
     parent[key] = {**kept, "anyOf": [short, *_branches(field)]}
 
 
 def _names(schema: Schema, field: Schema) -> list[str]:
-    """The names of the values that a field chooses among."""
+    """Names of the values among which a field chooses."""
     sections = [_target(schema, branch) for branch in _branches(field)]
     return [section["properties"]["name"]["const"] for section in sections]

@@ -1,18 +1,19 @@
-"""A recipe file as frozen values, or every mistake in it at once. No torch.
+"""Loads a recipe file as frozen values, or reports all mistakes in it at once. No torch.
 
-    file, `extends`, `--set`  ->  yamlfile.py   plain values, each with its place
-                              ->  structure.py  the schema's types (in the words of wording.py)
-                              ->  rules.py      what holds between the values
-                              ->  check.py      what the model and the target allow
+    file, `extends`, `--set`  ->  yaml_file.py  plain values, each with its line
+                              ->  validate.py   the schema's types (messages: messages.py)
+                              ->  rules/        rules between values
+                              ->  check.py      rules of the model and the target
 
 Paths in a recipe are relative to the file that writes them; those of `--set` are relative to the recipe.
 
-A file lies over the one that it `extends`, and `--set` over both. Mappings are merged, all else is replaced:
+A file is merged over the one that it `extends`, and `--set` over both. Mappings are merged, other values are
+replaced:
 
-* an axis, a format or an origin chosen anew leaves nothing of the old choice behind: `adapter: none` over
+* a new choice of an axis, a format or an origin removes the options of the old choice: `adapter: none` over
   `adapter: {name: quadapter, bound: 50}` has no `bound`, `source: x` has no `revision` of another model, and
   one kind of goal replaces the other;
-* a short form stands for its mapping: `format: {compute: fp16}` over `format: w8a8` is w8a8 in fp16, and
+* a short form is expanded to its mapping: `format: {compute: fp16}` over `format: w8a8` is w8a8 in fp16, and
   `adapter: {bound: 50}` over `adapter: quadapter` is a quadapter;
 * an empty value over a mapping removes it: `--set train.phases=` returns to the schedule's own steps;
 * a layer pattern written again moves to the end of `format.layers`, where the last match wins.
@@ -48,13 +49,13 @@ from qcompress.schema.recipe import LEARNING_RATES, PhaseOptions, Recipe
 from qcompress.system.artifacts import read_json
 
 SET = "--set"
-"""Stands for a file in the mistakes of an override."""
+"""File name shown in the mistakes of an override."""
 
 RESOLVED = "recipe.resolved.yaml"
-"""The recipe of a run, in its directory."""
+"""Name of the resolved recipe in a run directory."""
 
 CHAIN_LIMIT = 16
-"""Files that may extend one another."""
+"""Largest number of files in a chain of `extends`."""
 
 CHOICES: tuple[tuple[tuple[str, ...], tuple[str, ...] | None], ...] = (
     (("name",), None),
@@ -83,7 +84,9 @@ CHOICES: tuple[tuple[tuple[str, ...], tuple[str, ...] | None], ...] = (
         ("threshold", "max-degradation", "percent-max-degradation", "min-recovery"),
     ),
 )
-"""Keys that choose what a mapping is, and the keys that go when another choice lies over it; None: all."""
+"""Keys that choose the kind of a mapping, and the keys removed when another choice is merged over it; None:
+all keys.
+"""
 
 FREE: tuple[Key, ...] = (
     (),
@@ -94,20 +97,20 @@ FREE: tuple[Key, ...] = (
     ("gate", "regression"),
     ("train", "phases"),
 )
-"""Mappings whose keys are names that a user makes up, and the recipe itself: nothing in them is a choice."""
+"""Mappings whose keys are the user's names, and the recipe itself: no key in them is a choice."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe with the place of each of its keys."""
+    """A recipe with the line of each of its keys."""
 
     recipe: Recipe
     file: Path
     base: Path
-    """Directory that relative paths in the recipe start from."""
+    """Directory of the recipe's relative paths."""
     places: Mapping[Key, Place]
     smoke: bool = False
-    """Made small by `run --smoke`, so that nothing about the model is judged."""
+    """Reduced by `run --smoke`: the model is not judged."""
 
     @property
     def lines(self) -> dict[str, int]:
@@ -115,12 +118,12 @@ class Resolved:
         return {dotted(key): place.line for key, place in self.places.items() if key}
 
     def document(self) -> Document:
-        """The places alone, to report further mistakes to."""
+        """Document with the places only, for reporting further mistakes."""
         return Document({}, dict(self.places))
 
 
 def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Resolved:
-    """The recipe of a file, with `a.b=c` overrides laid over it. Raises RecipeError with every mistake."""
+    """Load a recipe file with `a.b=c` overrides. Raises RecipeError with every mistake."""
     document, recipe = examine(file, overrides)
     if document.mistakes or recipe is None:
         raise RecipeError(document.mistakes)
@@ -128,9 +131,9 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Resolved:
 
 
 def examine(file: Path, overrides: Sequence[str] = ()) -> tuple[Document, Recipe | None]:
-    """Everything that can be said without the model: the document with its mistakes, and the recipe.
+    """Check a recipe without its model; returns the document with its mistakes, and the recipe.
 
-    Where there are mistakes the recipe has stand-ins: trust what `document.sound` trusts.
+    If there are mistakes, the recipe contains stand-ins: use only keys that `document.sound` accepts.
     """
     document = read(file, overrides)
     recipe = validate(document)
@@ -140,13 +143,13 @@ def examine(file: Path, overrides: Sequence[str] = ()) -> tuple[Document, Recipe
 
 
 def resolved(document: Document, recipe: Recipe, file: Path) -> Resolved:
-    """A document without mistakes, as a value."""
+    """Resolved recipe of a document without mistakes."""
     return Resolved(written_out(recipe), file, base_of(file), document.places)
 
 
 def written_out(recipe: Recipe) -> Recipe:
-    """The recipe with the steps of every phase of its schedule, and the learning rate of every role that one
-    of them trains, so that recipe.resolved.yaml depends on no default.
+    """Write out the steps of every phase of the schedule and the learning rate of every trained role, so that
+    recipe.resolved.yaml depends on no default.
     """
     train, phases = recipe.train, PHASES[recipe.schedule.name]
     trained = {role for phase in phases.values() for role in phase.roles}
@@ -156,8 +159,8 @@ def written_out(recipe: Recipe) -> Recipe:
 
 
 def base_of(file: Path) -> Path:
-    """What a file's relative paths start from. Without links, because `..` goes to where a link leads. The
-    recipe of a run directory starts where the run's own did, which its manifest names.
+    """Directory of a file's relative paths, with links resolved, because `..` follows the link's target. For
+    the recipe of a run directory it is the original recipe's, from the run's manifest.
     """
     if file.name == RESOLVED and file.with_name("manifest.json").is_file():
         base = read_json(file.with_name("manifest.json")).get("base")
@@ -167,7 +170,7 @@ def base_of(file: Path) -> Path:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML with every default written out, which loads as an equal recipe."""
+    """YAML with all defaults written out; loads as an equal recipe."""
     return dump_yaml(recipe.model_dump(mode="json", by_alias=True))
 
 
@@ -175,7 +178,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def read(file: Path, overrides: Sequence[str] = ()) -> Document:
-    """The values of a recipe with everything that it extends and the overrides; not yet validated."""
+    """Read the values of a recipe, merged with extended files and overrides; not yet validated."""
     document = _read_chain(file, str(file), base_of(file), ())
     for override in overrides:
         document = _set(document, override)
@@ -183,7 +186,9 @@ def read(file: Path, overrides: Sequence[str] = ()) -> Document:
 
 
 def _read_chain(file: Path, shown: str, base: Path, below: tuple[str, ...]) -> Document:
-    """A file laid over those that it extends; `below` is the real path of each file that led here."""
+    """Read a file merged over the files that it extends; `below` has the real paths of the files that led
+    here.
+    """
     document = read_yaml(file, shown)
     _move_paths(document.value, base_of(file), base)
     wanted = document.value.pop("extends", None)
@@ -193,17 +198,17 @@ def _read_chain(file: Path, shown: str, base: Path, below: tuple[str, ...]) -> D
     problem = _wrong_extends(wanted, file.parent, chain)
     if problem is None:
         under = _read_chain(file.parent / wanted, os.path.join(os.path.dirname(shown), wanted), base, chain)
-        merged = _lay_over(under, document)
+        merged = _merge_documents(under, document)
         merged.places[()] = document.places[()]
         return merged
     if document.present(("extends",)):
         document.report(("extends",), *problem)
-    document.tainted.add(())  # what this file lacks may stand in the other
+    document.tainted.add(())  # keys that this file lacks may be in the extended file
     return document
 
 
 def _wrong_extends(wanted: Any, folder: Path, chain: tuple[str, ...]) -> tuple[str, str] | None:
-    """What is wrong with the value of `extends`, and how to mend it."""
+    """Message and fix for an invalid value of `extends`; None if it is valid."""
     if not isinstance(wanted, str) or not wanted:
         return "must be the name of a file", "write `extends: other.yaml`, or drop the line"
     if os.path.realpath(folder / wanted) in chain:
@@ -217,7 +222,7 @@ def _wrong_extends(wanted: Any, folder: Path, chain: tuple[str, ...]) -> tuple[s
 
 
 def _set(document: Document, override: str) -> Document:
-    """A document with one `a.b=c` laid over it."""
+    """Merge one `a.b=c` over a document."""
     split = split_key(override)
     if split is None or not split[1].startswith("="):
         message, fix = "is not of the form key=value", "write it like `--set train.batch_size=4`"
@@ -227,9 +232,9 @@ def _set(document: Document, override: str) -> Document:
         message, fix = "cannot be overridden", "write `extends` into the recipe"
     else:
         key, text = split[0], split[1][1:]
-        merged = _lay_over(document, parse_value(text, key, SET))
+        merged = _merge_documents(document, parse_value(text, key, SET))
         section: Any = document.value
-        for length in range(len(key)):  # a section that is there already keeps its place
+        for length in range(len(key)):  # an existing section keeps its place
             if isinstance(section, dict):
                 merged.places[key[:length]] = document.place(key[:length])
                 section = section.get(key[length])
@@ -238,7 +243,7 @@ def _set(document: Document, override: str) -> Document:
 
 
 def _move_paths(values: dict[str, Any], folder: Path, base: Path) -> None:
-    """Rewrite a file's relative paths so that they hold from another directory."""
+    """Rewrite a file's relative paths relative to another directory."""
     if folder == base:
         return
     way = os.path.relpath(folder, base)
@@ -277,8 +282,8 @@ def _mapping(value: Any) -> dict[str, Any]:
 # Merging ------------------------------------------------------------------------------------------
 
 
-def _lay_over(below: Document, above: Document) -> Document:
-    """One document with `above` laid over `below`, and the mistakes of both."""
+def _merge_documents(below: Document, above: Document) -> Document:
+    """Merge `above` over `below`, with the mistakes of both."""
     values = _merge(below.value, above.value, ())
     places = {**below.places, **above.places}
     return Document(
@@ -293,7 +298,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any], key: Key) -> dict[str, 
     values = dict(below)
     for name, new in above.items():
         at = (*key, name)
-        old = _written_out(at, values.get(name), new) if isinstance(new, dict) else values.get(name)
+        old = _expand_short_form(at, values.get(name), new) if isinstance(new, dict) else values.get(name)
         if key == ("format", "layers"):
             values.pop(name, None)
         if isinstance(new, dict) and isinstance(old, dict):
@@ -305,8 +310,10 @@ def _merge(below: dict[str, Any], above: dict[str, Any], key: Key) -> dict[str, 
     return values
 
 
-def _written_out(key: Key, old: Any, new: dict[str, Any]) -> Any:
-    """The mapping that a short form stands for, where a mapping lies over it; anything else as it is."""
+def _expand_short_form(key: Key, old: Any, new: dict[str, Any]) -> Any:
+    """Expand a short form to its mapping if a mapping is merged over it; other values are
+    returned unchanged.
+    """
     if key == ("quantizer",) and new.keys() & Quantizers.model_fields.keys():
         return quantizers(old)
     if key == ("format",):
@@ -328,13 +335,13 @@ def _without_old_choice(key: Key, old: dict[str, Any], new: dict[str, Any]) -> d
 
 
 def _is_in(key: Key, values: Any) -> bool:
-    """Whether values have such a key; `extends` counts, though it is gone from them."""
+    """True if the values contain the key; `extends` counts, although it has been removed."""
     if key == ("extends",):
         return True
-    for part in key:
-        if isinstance(part, int) != isinstance(values, list) or not isinstance(values, (dict, list)):
+    for step in key:
+        if isinstance(step, int) != isinstance(values, list) or not isinstance(values, (dict, list)):
             return False
-        if part not in (range(len(values)) if isinstance(values, list) else values):
+        if step not in (range(len(values)) if isinstance(values, list) else values):
             return False
-        values = values[part]
+        values = values[step]
     return True

@@ -1,7 +1,7 @@
-"""What a recipe's mistakes sound like: pydantic's errors in the words of a recipe. No torch.
+"""Error messages of recipes: pydantic's errors in the terms of a recipe. No torch.
 
-`locate` walks along the path of an error, through the schema and the recipe at once: pydantic's path holds
-names of unions and of validators, and keys that only a short form stands for; no user has written those.
+`locate` follows the path of an error through the schema and the recipe at once: pydantic's path has names of
+unions and of validators, and keys that only a short form implies; no user has written those.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXAMPLES = {
     "evaluate": "evaluate: {test: {text: [test.txt]}}",
     "steps": "steps: 200",
 }
-"""How a required key is written."""
+"""Example of each required key."""
 
 NEEDS = {
     "string_type": "text",
@@ -52,28 +52,30 @@ NEEDS = {
     "too_short": "{min_length} or more entries long",
     "too_long": "{max_length} or fewer entries long",
 }
-"""What a value must be, by type of pydantic's error."""
+"""Description of valid values, by type of pydantic's error."""
 
 SWITCHES = {"on": "true", "yes": "true", "y": "true", "off": "false", "no": "false", "n": "false"}
 
 
 @dataclass(frozen=True)
 class Spot:
-    """Where an error is: the key as the recipe writes it, its value, and what the schema wants there."""
+    """Location of an error: the key as the recipe writes it, its value, and the type that the
+    schema expects.
+    """
 
     key: Key
     value: Any
     annotation: Any
-    """Type of the value; the enclosing mapping's own for a key that the schema does not know."""
+    """Type of the value; for an unknown key the type of the enclosing mapping."""
     field: FieldInfo | None
     siblings: tuple[str, ...]
-    """Keys that may stand where the last part of the key stands; empty where any may."""
+    """Keys allowed in place of the key's last part; empty if any is allowed."""
     alternative: bool
-    """The error is about one branch of a union whose other branch has an error of its own."""
+    """The error is about one branch of a union; another branch has an error of its own."""
 
 
 def locate(path: Sequence[str | int], values: dict[str, Any]) -> Spot:
-    """The spot at the end of one of pydantic's paths."""
+    """Location at the end of one of pydantic's paths."""
     annotation: Any = RECIPE.get()
     value: Any = values
     key: Key = ()
@@ -100,7 +102,7 @@ def locate(path: Sequence[str | int], values: dict[str, Any]) -> Spot:
 
 
 def explain(detail: ErrorDetails, spot: Spot) -> tuple[str, str, Key | None]:
-    """What is wrong, how to mend it, and the key that was probably meant instead of an unknown one."""
+    """Message, fix, and the key that was probably meant in place of an unknown one."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden" or detail["loc"][-1] == "[key]":
         return _unknown_key(spot)
@@ -112,25 +114,33 @@ def explain(detail: ErrorDetails, spot: Spot) -> tuple[str, str, Key | None]:
     words = _words(spot.annotation)
     if kind.startswith("union_tag"):
         value = spot.value.get("name") if isinstance(spot.value, dict) else spot.value
-        return f"must be one of {', '.join(words)}, {found(value)}", choose(value, words), None
+        return f"must be one of {', '.join(words)}, {describe_value(value)}", choose(value, words), None
     if spot.value is None:
         return "is empty", "write its value, or drop the line", None
     if words and kind not in NEEDS:
-        return f"must be one of {', '.join(words)}, {found(spot.value)}", choose(spot.value, words), None
+        return (
+            f"must be one of {', '.join(words)}, {describe_value(spot.value)}",
+            choose(spot.value, words),
+            None,
+        )
     need = NEEDS.get(kind, "another value").format(**context)
     if "mapping of keys" in need and words:
-        return f"must be one of {', '.join(words)}, {found(spot.value)}", choose(spot.value, words), None
-    return f"must be {need}, {found(spot.value)}", _fix(need, spot), None
+        return (
+            f"must be one of {', '.join(words)}, {describe_value(spot.value)}",
+            choose(spot.value, words),
+            None,
+        )
+    return f"must be {need}, {describe_value(spot.value)}", _fix(need, spot), None
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The word that was probably meant."""
+    """Closest known word; None if none is close."""
     close = difflib.get_close_matches(word, list(words), n=1)
     return close[0] if close else None
 
 
 def choose(value: object, words: Sequence[str], these: str = "these") -> str:
-    """The fix for a value that is not one of a closed set."""
+    """Fix for a value outside a closed set of words."""
     if isinstance(value, str) and value in words:
         return f"write {value} without quotes"
     close = nearest(value, words) if isinstance(value, str) else None
@@ -144,8 +154,8 @@ def _begins(word: str, value: str) -> bool:
     return len(value) > 1 and word.casefold().startswith(value.casefold())
 
 
-def found(value: object) -> str:
-    """A value as a user would name it."""
+def describe_value(value: object) -> str:
+    """Describe a value, as `found ...`."""
     if value is None:
         return "found nothing"
     if isinstance(value, bool):
@@ -158,13 +168,13 @@ def found(value: object) -> str:
 
 
 def tag_of(section: type[Options]) -> str | None:
-    """The `name` by which a section is chosen among others, such as `lsq`."""
+    """The `name` that selects a section among others, such as `lsq`."""
     field = section.model_fields.get("name")
     return field.default if field and get_origin(field.annotation) is Literal else None
 
 
 def sections_of(annotation: Any) -> list[type[Options]]:
-    """The sections that a value of this type may be."""
+    """Sections that a value of this type may be."""
     if isinstance(annotation, type) and issubclass(annotation, Options):
         return [annotation]
     return [section for branch in _branches(annotation) for section in sections_of(branch)]
@@ -177,7 +187,7 @@ def _branches(annotation: Any) -> tuple[Any, ...]:
 
 
 def _items(annotation: Any) -> tuple[Any, ...]:
-    """Types of the keys and values of a mapping, or of the items of a list; empty for anything else."""
+    """Types of a mapping's keys and values, or of a list's items; empty for other types."""
     if get_origin(annotation) in (dict, list):
         return get_args(annotation)
     return next((items for branch in _branches(annotation) if (items := _items(branch))), ())
@@ -190,15 +200,17 @@ def _literals(annotation: Any) -> tuple[Any, ...]:
 
 
 def _least(annotation: Any) -> int:
-    """The fewest entries that a list of this type may have, at least 1."""
-    fields = [one for one in getattr(annotation, "__metadata__", ()) if isinstance(one, FieldInfo)]
+    """Smallest allowed length of a list of this type, at least 1."""
+    fields = [
+        annotated for annotated in getattr(annotation, "__metadata__", ()) if isinstance(annotated, FieldInfo)
+    ]
     limits = [limit for field in fields for limit in field.metadata]
     lengths = [getattr(limit, "min_length", 1) for limit in limits]
     return max([1, *lengths, *map(_least, get_args(annotation))])
 
 
 def _words(annotation: Any) -> list[str]:
-    """The words that may stand for a value: literals, or the names of the sections it may be."""
+    """Words allowed as a value: literals, or the names of sections."""
     tags = [tag for section in sections_of(annotation) if (tag := tag_of(section))]
     return tags or [str(literal) for literal in _literals(annotation)]
 
@@ -227,7 +239,7 @@ def _unknown_key(spot: Spot) -> tuple[str, str, Key | None]:
 
 
 def _fix(need: str, spot: Spot) -> str:
-    """The imperative for a value of the wrong type or size."""
+    """Imperative fix for a value of the wrong type or size."""
     value, default = spot.value, spot.field.default if spot.field else None
     example = f", such as {default}" if isinstance(default, (int, float, str)) else ""
     if need == "true or false":
@@ -254,5 +266,5 @@ def _fix(need: str, spot: Spot) -> str:
 
 
 def spelling(words: Sequence[str], kinds: Sequence[type]) -> str:
-    """The words of a closed set, and whether a mapping will do as well."""
+    """Words of a closed set, with a remark if a mapping is allowed too."""
     return ", ".join(words) + (" (or a mapping)" if dict in kinds else "")

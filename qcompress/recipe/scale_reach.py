@@ -1,4 +1,4 @@
-"""How far the learning rates of a recipe let a learned scale move, for `check`. No torch."""
+"""Upper estimate of how far a recipe's learning rates can move learned scales, for `check`. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qcompress.schema.rates import peak_rates, rate_factor
 from qcompress.schema.recipe import Recipe
 
 SMALL_REACH = 0.3
-"""Relative movement below which `check` tells how far scales can move."""
+"""Relative movement below which `check` prints the estimate."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ScaleReach:
     rate: float
 
     def note(self) -> str:
-        """A line for a person."""
+        """Sentence for users."""
         return (
             f"learned scales can move by about {100 * self.share:.2g} % at most: {self.updates} AdamW "
             f"updates with learning rates up to {self.rate:g}; raise train.lr.scale or the steps where the "
@@ -37,9 +37,9 @@ class ScaleReach:
 
 
 def scale_reach(recipe: Recipe) -> ScaleReach | None:
-    """How far the learning rates let a scale move under AdamW, whose update is about the rate at most.
+    """Estimate the movement of scales under AdamW, whose update is at most about the learning rate.
 
-    None where no scale is learned, and under SGD, whose update is the rate times an unknown gradient.
+    None if no scale is learned, and under SGD, whose update is the rate times an unknown gradient.
     """
     quantizers = recipe.quantizer
     names = {quantizers.weights.name, quantizers.activations.name, quantizers.embeddings.name}
@@ -59,7 +59,7 @@ def scale_reach(recipe: Recipe) -> ScaleReach | None:
 
 
 def _moving_steps(recipe: Recipe, steps: int) -> range:
-    """The updates of a phase that move scales: with SQuAT's alternation by iteration, each second one."""
+    """Updates of a phase that move scales: with SQuAT's alternation by iteration, every second one."""
     stepper = recipe.stepper
     turns = isinstance(stepper, Squat) and stepper.alternate == "iteration"
     return range(1, steps, 2) if turns else range(steps)

@@ -1,8 +1,8 @@
-"""A recipe's values against the schema: pydantic finds what is wrong, and `wording.py` says it. No torch.
+"""Validation of a recipe against the schema: pydantic finds mistakes, `messages.py` words them. No torch.
 
-pydantic stops short: a section with a wrong value never reaches its own checks, and one cause can fail in
-several places. So a value is taken out once it is reported, and the rest is validated again, until nothing is
-left to report. What fails only because something was taken out is not reported.
+pydantic stops early: a section with a wrong value never reaches its own checks, and one cause can fail in
+several places. So a reported value is removed and the rest is validated again, until no error is left. Errors
+that follow from a removal are not reported.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pydantic_core import ErrorDetails
 
 from qcompress.errors import ContractError
 from qcompress.models import FAMILIES
-from qcompress.recipe.messages import Spot, choose, explain, found, locate, spelling
+from qcompress.recipe.messages import Spot, choose, describe_value, explain, locate, spelling
 from qcompress.recipe.yaml_file import Document, Key
 from qcompress.schema.axes import AXES, METHODS
 from qcompress.schema.formats import ACTIVATION_WORDS, FORMAT_PRESETS, WEIGHT_WORDS
 from qcompress.schema.recipe import RECIPE, Recipe
 
 ROUNDS_LIMIT = 200
-"""Validations of one recipe; each takes out at least one value."""
+"""Largest number of validations of one recipe; each removes at least one value."""
 
 _LAYER_WORDS = [*WEIGHT_WORDS, *(word for word in FORMAT_PRESETS if word not in WEIGHT_WORDS)]
 
@@ -42,7 +42,7 @@ WORDS: tuple[tuple[Key, list[str], tuple[type, ...]], ...] = (
     (("format", "layers", "*", "weights"), [*WEIGHT_WORDS, "inherit"], (str, dict)),
     (("format", "layers", "*", "activations"), [*ACTIVATION_WORDS, "inherit"], (str, dict)),
 )
-"""Keys whose short forms the schema expands before it validates: the words, and what else may stand there."""
+"""Keys whose short forms the schema expands before it validates: the words, and other types allowed there."""
 
 STANDINS: tuple[tuple[Key, Any], ...] = (
     (("name",), "unnamed"),
@@ -60,13 +60,14 @@ STANDINS: tuple[tuple[Key, Any], ...] = (
     (("gate", "regression", "*"), {"threshold": 0.0}),
     (("gate", "float_floor", "*"), 0.0),
 )
-"""What stands in for a wrong value that the schema requires, or whose name other checks still need."""
+"""Stand-ins for a wrong value that the schema requires, or whose name other checks still need."""
 
 
 def validate(document: Document) -> Recipe | None:
-    """The recipe of a document, with stand-ins for what is wrong; the mistakes go into the document.
+    """Validate a document; returns the recipe with stand-ins for wrong values, and adds mistakes to the
+    document.
 
-    None when not even stand-ins make a recipe of it.
+    None if not even stand-ins make it a recipe.
     """
     values = copy.deepcopy(document.value)
     _report_wrong_words(values, document)
@@ -74,7 +75,7 @@ def validate(document: Document) -> Recipe | None:
     for key in sorted(document.tainted, key=len, reverse=True):
         _take_out(values, key)
     for _ in range(ROUNDS_LIMIT):
-        _doubt_what_the_method_gives(document)
+        _taint_axes_of_invalid_method(document)
         try:
             return RECIPE.get().model_validate(values)
         except ValidationError as error:
@@ -85,7 +86,9 @@ def validate(document: Document) -> Recipe | None:
             if not spot.alternative:
                 _take_out(values, _judge(detail, spot, document))
     if not document.mistakes:
-        raise ContractError(f"the schema refuses a recipe for a reason without words: {details[0]['type']}")
+        raise ContractError(
+            f"the schema refuses a recipe for a reason without a message: {details[0]['type']}"
+        )
     return None
 
 
@@ -98,12 +101,14 @@ def _report_wrong_words(values: dict[str, Any], document: Document) -> None:
                 document.report(key, "is empty", f"write one of: {', '.join(words)}; or drop the line")
             elif not isinstance(value, kinds) or (isinstance(value, str) and value not in words):
                 document.report(
-                    key, f"must be one of {spelling(words, kinds)}, {found(value)}", choose(value, words)
+                    key,
+                    f"must be one of {spelling(words, kinds)}, {describe_value(value)}",
+                    choose(value, words),
                 )
 
 
 def _report_empty_text(value: Any, key: Key, document: Document) -> None:
-    """No key means anything by an empty text, and as a path it would be the recipe's own folder."""
+    """Report empty texts: no key accepts one, and as a path it would be the recipe's own folder."""
     if value == "" and document.present(key):
         document.report(key, "is empty", "write its value, or drop the line")
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -111,20 +116,20 @@ def _report_empty_text(value: Any, key: Key, document: Document) -> None:
         _report_empty_text(item, (*key, part), document)
 
 
-def _doubt_what_the_method_gives(document: Document) -> None:
-    """A wrong method leaves it open what the axes are that it would have set."""
+def _taint_axes_of_invalid_method(document: Document) -> None:
+    """If `method` is invalid, do not report errors on the axes it would have set."""
     if not document.present(("method",)):
         document.tainted |= {(axis,) for axis in AXES if axis not in document.value}
 
 
 def _causes_first(detail: ErrorDetails) -> tuple[int, int]:
-    """An unknown key explains a missing one; a wrong value explains a section that does not add up."""
+    """Sort key: an unknown key explains a missing one; a wrong value explains an inconsistent section."""
     order = {"extra_forbidden": 0, "missing": 2, "value_error": 2}
     return order.get(detail["type"], 1), -len(detail["loc"])
 
 
 def _judge(detail: ErrorDetails, spot: Spot, document: Document) -> Key:
-    """Report one of pydantic's errors, unless it only follows from another; returns the key to take out."""
+    """Report one of pydantic's errors, unless it follows from another; returns the key to remove."""
     key, kind = spot.key, detail["type"]
     if kind == "missing":
         key = (*key, str(detail["loc"][-1]))
@@ -142,7 +147,9 @@ def _judge(detail: ErrorDetails, spot: Spot, document: Document) -> Key:
 
 
 def _take_out(values: dict[str, Any], key: Key) -> None:
-    """Remove the value at a key, or put its stand-in there. Of a list without stand-ins nothing remains."""
+    """Remove the value at a key, or replace it by its stand-in. A list without stand-ins is removed as a
+    whole.
+    """
     if not key:
         return
     parent: Any = values
@@ -164,7 +171,7 @@ def _take_out(values: dict[str, Any], key: Key) -> None:
 
 
 def _matching(pattern: Key, values: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """The keys that a pattern matches, with their values; `*` stands for any key of a mapping."""
+    """Keys that a pattern matches, with their values; `*` is any key of a mapping."""
     if not pattern:
         yield key, values
     elif isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""YAML with line numbers: a text as plain values, the place of every key, and the mistakes in it. No torch.
+"""YAML reader with line numbers: plain values, the line of every key, and the mistakes in the text. No torch.
 
 Scalars follow YAML 1.2, not PyYAML's 1.1: `2e-5` is a number; `off`, `yes`, `on`, `2024-01-01`, `1_000` and
 `1:30` are text, so that a schema refuses them by type instead of reading something else. Only the core tags
@@ -20,16 +20,16 @@ import yaml
 from qcompress.errors import Mistake
 
 Key = tuple[str | int, ...]
-"""Where a value is: mapping keys and list indices, from the top."""
+"""Path of a value: mapping keys and list indices, from the top."""
 
 BYTES_LIMIT = 2**18
 DEPTH_LIMIT = 32
 NODES_LIMIT = 20_000
-"""Values of a text, with every alias written out."""
+"""Largest number of values in a text, with every alias expanded."""
 DIGITS_LIMIT = 40
 
 FILE = "file"
-"""Shown as the key of a mistake that concerns a whole file."""
+"""Key shown in mistakes that concern a whole file."""
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {
@@ -39,7 +39,7 @@ _SCALARS = {
     "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
 }
-"""What plain text means in YAML 1.2's core schema, the first match wins."""
+"""Types of plain text in YAML 1.2's core schema; the first match wins."""
 
 _BARE = r'[^\s."\[\]=]+'
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
@@ -48,7 +48,7 @@ _KEY = re.compile(rf"(?:{_BARE}|{_QUOTED})(?:\.(?:{_BARE}|{_QUOTED})|\[[0-9]{{1,
 
 @dataclass(frozen=True)
 class Place:
-    """A line of a file, counted from 1; 0 where there is no line."""
+    """A line of a file, counted from 1; 0 without a line."""
 
     file: str
     line: int
@@ -56,9 +56,9 @@ class Place:
 
 @dataclass
 class Document:
-    """Plain values with the place of each, and the mistakes found in them so far.
+    """Plain values with the line of each, and the mistakes found in them so far.
 
-    A key with a mistake is tainted: who reads it later would only report the same mistake in other words.
+    A key with a mistake is tainted: checks that read it later would report that mistake again in other words.
     """
 
     value: dict[str, Any]
@@ -67,7 +67,7 @@ class Document:
     tainted: set[Key] = field(default_factory=set)
 
     def place(self, key: Key) -> Place:
-        """Where a key is written; for one that is not written, the section it is missing from."""
+        """Line of a key; for a key that is not written, the line of its section."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places[key]
@@ -79,19 +79,19 @@ class Document:
         self.tainted.add(key)
 
     def sound(self, *keys: Key) -> bool:
-        """Whether nothing is wrong with these keys: not at them, nor above them, nor below them."""
+        """True if these keys are untainted, including the keys above and below them."""
         return not any(bad[: len(key)] == key[: len(bad)] for bad in self.tainted for key in keys)
 
     def present(self, *keys: Key) -> bool:
-        """Whether nothing is wrong with these keys and the sections around them; something inside may be.
+        """True if these keys and the keys above them are untainted; keys below may be tainted.
 
-        A mistake about a whole file, such as an `extends` that leads nowhere, says nothing about its keys.
+        A mistake about a whole file, such as an `extends` that leads nowhere, does not taint its keys.
         """
         return not any(bad and bad == key[: len(bad)] for bad in self.tainted for key in keys)
 
 
 def dotted(key: Key) -> str:
-    """A key as it is shown and typed.
+    """Format a key as it is shown and typed.
 
     >>> print(dotted(("format", "layers", "h.0.*", "bits")), dotted(("build", "profiles", 0)))
     format.layers."h.0.*".bits build.profiles[0]
@@ -107,7 +107,7 @@ def dotted(key: Key) -> str:
 
 
 def split_key(text: str) -> tuple[Key, str] | None:
-    """The key that a text begins with, and what follows it; None when it begins with none.
+    """Split a text into the key at its beginning and the rest; None if it does not begin with a key.
 
     >>> split_key('format.layers."h.0.*".bits=4')
     (('format', 'layers', 'h.0.*', 'bits'), '=4')
@@ -130,12 +130,12 @@ def split_key(text: str) -> tuple[Key, str] | None:
 
 
 def read_yaml(file: Path, shown: str) -> Document:
-    """A file's document; `shown` names it in mistakes. A file that cannot be read is one mistake."""
+    """Read a file; `shown` is its name in mistakes. A file that cannot be read is one mistake."""
     try:
         if not os.path.exists(file):
             close = difflib.get_close_matches(file.name, _yaml_names(file.parent), n=1)
             return _refused(
-                shown, "there is no such file", f"did you mean {close[0]}?" if close else "check the path"
+                shown, "does not exist", f"did you mean {close[0]}?" if close else "check the path"
             )
         if not os.path.isfile(file):
             what = "is a directory" if os.path.isdir(file) else "is not a regular file"
@@ -152,13 +152,13 @@ def read_yaml(file: Path, shown: str) -> Document:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        found = f"is not UTF-8: found byte 0x{content[error.start]:02x}"
-        return _refused(shown, found, "save the file as UTF-8", line)
+        message = f"is not UTF-8: found byte 0x{content[error.start]:02x}"
+        return _refused(shown, message, "save the file as UTF-8", line)
     return parse_yaml(text, shown)
 
 
 def parse_yaml(text: str, shown: str) -> Document:
-    """A text's document. A syntax error is one mistake, with its line and column."""
+    """Parse a text. A syntax error is one mistake, with its line and column."""
     document = Document({}, {(): Place(shown, 1)})
     value = _read(text, document, ())
     if document.sound(()) and value is None:
@@ -170,7 +170,7 @@ def parse_yaml(text: str, shown: str) -> Document:
 
 
 def parse_value(text: str, key: Key, shown: str) -> Document:
-    """A document that holds one value at a key, as if it were written there. Without line numbers."""
+    """Document with one value at a key, as if it were written there; without line numbers."""
     document = Document({}, {key[:length]: Place(shown, 0) for length in range(len(key) + 1)})
     value = _read(text, document, key)
     for part in reversed(key):
@@ -182,7 +182,7 @@ def parse_value(text: str, key: Key, shown: str) -> Document:
 
 
 def dump_yaml(value: dict[str, Any]) -> str:
-    """Text that `parse_yaml` reads back as an equal value."""
+    """YAML text that `parse_yaml` reads back as an equal value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -203,7 +203,7 @@ def _yaml_names(folder: Path) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's composer with the scalars of YAML 1.2 and a bound on the depth; nothing is constructed."""
+    """PyYAML's composer with the scalars of YAML 1.2 and bounded depth; nothing is constructed."""
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}
     depth = 0
@@ -218,7 +218,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would read as something other than text."""
+    """Dumper that quotes text which YAML 1.1 or 1.2 would read as another type."""
 
 
 for _name, _words in _SCALARS.items():
@@ -234,7 +234,7 @@ def _too_large(mark: yaml.Mark) -> yaml.MarkedYAMLError:
 
 
 def _read(text: str, document: Document, key: Key) -> Any:
-    """The value of a text; its places and mistakes go into the document, under the key."""
+    """Value of a text; its lines and mistakes are added to the document, below the key."""
     shown = document.places[()].file
     try:
         loader = _Loader(text)
@@ -252,7 +252,7 @@ def _read(text: str, document: Document, key: Key) -> Any:
         document.report(key, f"holds the character {error.character:#04x}", "remove the control character")
     except (ValueError, OverflowError):
         # PyYAML converts \U escapes and %YAML versions with chr() and int(), and lets their errors through.
-        document.report(key, "holds an escape or a version that is no number", "write plain text")
+        document.report(key, "holds an escape or a version that is not a number", "write plain text")
     return None
 
 
@@ -282,7 +282,7 @@ def _syntax_fix(error: yaml.MarkedYAMLError) -> str:
 
 
 def _plain(node: yaml.Node, key: Key, document: Document) -> Any:
-    """A node's value; None, with a mistake, where it has none."""
+    """Value of a node; None, with a mistake, if it has no valid value."""
     place = Place(document.places[()].file, node.start_mark.line + 1)
     document.places.setdefault(key, place)
     if len(document.places) > NODES_LIMIT or len(key) > DEPTH_LIMIT:
@@ -343,5 +343,7 @@ def _shown_tag(node: yaml.Node) -> str:
 
 
 def _unprintable(text: str) -> bool:
-    """NUL ends a name inside the operating system; a lone surrogate cannot be written to any file."""
+    """True for characters that break files: NUL ends names in the operating system, and a lone surrogate
+    cannot be encoded.
+    """
     return any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in text)

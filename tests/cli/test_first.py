@@ -71,8 +71,8 @@ def write_table(
 
 
 def started(folder: Path, model: Path, data: Path, **options: Any) -> InitResult:
-    return begin(InitOptions(**{"model": model, "data": data, "target": "rtx-ada", "out": folder / "recipe.yaml",
-                          **options}))  # fmt: skip
+    defaults = {"model": model, "data": data, "target": "rtx-ada", "out": folder / "recipe.yaml"}
+    return begin(InitOptions(**{**defaults, **options}))
 
 
 def refusal(folder: Path, model: Path | None, data: Path | None, **options: Any) -> str:

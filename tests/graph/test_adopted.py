@@ -272,7 +272,7 @@ IDLE = [
     ({"train": {"lr": {"weight": 1.0e-4}}}, "train.lr: has no effect"),
     ({"export": {"graph": "theirs.onnx", "keep_fp32": ["norm"]}}, "export.keep_fp32: has no effect"),
     ({"export": {"graph": "nothing.onnx"}}, "export.graph: 'nothing.onnx' does not exist"),
-    ({"export": {"graph": "model"}}, "export.graph: 'model' is no file"),
+    ({"export": {"graph": "model"}}, "export.graph: 'model' is not a file"),
     ({"verify": {"require": ["float", "folded", "onnx"]}}, "requires the row `folded`, and a graph made"),
 ]
 

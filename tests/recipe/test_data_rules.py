@@ -109,7 +109,7 @@ ONE_MISTAKE = {
     ),
     "a metric of another task": (
         ("dev.accuracy", "dev.perplexity"),
-        r':12: gate\.recovery\."dev\.perplexity": is no metric of an evaluation set',
+        r':12: gate\.recovery\."dev\.perplexity": is not a metric of an evaluation set',
     ),
     "tables for a language model": (
         ("task: {name: sequence-classification, labels: [neg, pos], context: 64}", "task: {name: causal-lm}"),
@@ -230,7 +230,7 @@ WRONG_IMAGES = {
     ),
     "a metric of five labels": (
         ("hub.cross_entropy", "hub.top5_accuracy"),
-        r":12: .*is no metric of an evalu",
+        r":12: .*is not a metric of an evalu",
     ),
 }
 

@@ -48,9 +48,9 @@ ONE_MISTAKE = {
     ),
     "a set that two goals miss": (
         ("    test: {text: [test.txt]}\n", ""),
-        r":29: gate\.float_floor\..test\.perplexity.: is no metric .*\(also gate\.recovery\..test\.",
+        r":29: gate\.float_floor\..test\.perplexity.: is not a metric .*\(also gate\.recovery\..test\.",
     ),
-    "an unknown target": (("rtx-ada", "rtx-adaa"), r":27: build\.target: is no target.*`rtx-ada`"),
+    "an unknown target": (("rtx-ada", "rtx-adaa"), r":27: build\.target: is not a target.*`rtx-ada`"),
     "an engine for the cpu": (
         (
             "rtx-ada, profiles: [{batch: [1, 1, 2], sequence: [1, 8, 64]}]}\nverify: {require: [float,",
@@ -96,7 +96,7 @@ ONE_MISTAKE = {
     ),
     "a model that is a file": (
         ("source: model", "source: test.txt"),
-        r":3: model\.source: 'test\.txt' is no directory",
+        r":3: model\.source: 'test\.txt' is not a directory",
     ),
     "a run that is not there": (("source: model", "run: runs/x"), r":3: model\.run: 'runs/x' does not exist"),
     "a revision of a directory": (

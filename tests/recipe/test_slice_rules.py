@@ -81,11 +81,11 @@ ONE_MISTAKE = {
     ),
     "no value": (
         ("@language=de", "@language"),
-        ':13: gate.regression."dev.accuracy@language": names no part of a set',
+        ':13: gate.regression."dev.accuracy@language": does not name a slice',
     ),
     "no column": (
         ("@language=de", "@=de"),
-        ':13: gate.regression."dev.accuracy@=de": names no part of a set',
+        ':13: gate.regression."dev.accuracy@=de": does not name a slice',
     ),
     "a column of results": (("[language, fold]", "[language, fold, label]"), "`slices` names 'label'"),
 }

@@ -120,9 +120,11 @@ BAD_TEXTS = {
     "[" * 5000: r"f:1: file: column 33: more than 20000 values or 32 levels.*\(fix: write a shorter file",
     "- " * 5000: r"f:1: file: column 65: more than 20000 values or 32 levels",
     "a: " + "9" * 5000: r"f:1: a: is a number of 5000 digits",
-    'a: "\\U00110000"\n': r"f:1: file: holds an escape or a version that is no number",
-    'a: "\\Uffffffff"\n': r"f:1: file: holds an escape or a version that is no number",
-    "%YAML 1." + "9" * 5000 + "\n---\na: 1\n": r"f:1: file: holds an escape or a version that is no number",
+    'a: "\\U00110000"\n': r"f:1: file: holds an escape or a version that is not a number",
+    'a: "\\Uffffffff"\n': r"f:1: file: holds an escape or a version that is not a number",
+    "%YAML 1."
+    + "9" * 5000
+    + "\n---\na: 1\n": r"f:1: file: holds an escape or a version that is not a number",
     "%YAML 3.0\n---\na: 1\n": r"f:1: file: column 1: found incompatible YAML document",
     'b: 1\na: "x\\0"\n': r"f:2: a: holds a NUL character",
     'a: "\\ud800"\n': r"f:1: a: holds a NUL character or half a character",
@@ -235,9 +237,9 @@ def test_a_text_survives_dumping() -> None:
 def test_a_file_that_cannot_be_read_is_one_mistake(tmp_path) -> None:
     (tmp_path / "recipe.yaml").write_text("a: 1\n")
     missing = only(read_yaml(tmp_path / "recpie.yaml", "recpie.yaml"))
-    assert missing == "recpie.yaml: file: there is no such file (fix: did you mean recipe.yaml?)"
-    assert "there is no such file" in only(read_yaml(tmp_path / "no" / "x.yaml", "x"))
-    assert "there is no such file" in only(read_yaml(tmp_path / ("x" * 5000), "x"))
+    assert missing == "recpie.yaml: file: does not exist (fix: did you mean recipe.yaml?)"
+    assert "does not exist" in only(read_yaml(tmp_path / "no" / "x.yaml", "x"))
+    assert "does not exist" in only(read_yaml(tmp_path / ("x" * 5000), "x"))
     assert "is a directory" in only(read_yaml(tmp_path, "here"))
     os.mkfifo(tmp_path / "pipe")
     assert "is not a regular file" in only(read_yaml(tmp_path / "pipe", "pipe"))

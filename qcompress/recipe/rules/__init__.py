@@ -1,1 +1,1 @@
-"""Rules that a recipe must keep, one file a section."""
+"""Rules between a recipe's values, one file for each section."""

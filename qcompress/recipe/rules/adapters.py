@@ -1,4 +1,4 @@
-"""What an adapter asks of a model and of its formats. No torch."""
+"""Rules of adapters: sites in the model and formats of the layers behind them. No torch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from qcompress.recipe.yaml_file import Document, Key
 from qcompress.schema.recipe import Recipe
 
 PLACES = {"norm": "norms", "value": "value projections"}
-"""Kinds of sites, as messages name them."""
+"""Names of the kinds of sites in messages."""
 
 
 def judge_adapter(
     recipe: Recipe, document: Document, architecture: Architecture, plan: tuple[LayerPlan, ...]
 ) -> None:
-    """Report an adapter that folds nowhere, or whose scales serve another format."""
+    """Report an adapter without a site to fold into, or with scales meant for another format."""
     if recipe.adapter.name == "none" or not document.sound(("adapter",)):
         return
     key: Key = ("adapter",) if ("adapter",) in document.places else ("method",)
     if not sites_asked(recipe, architecture):
-        _no_place(recipe, document, architecture, key)
+        _report_missing_site(recipe, document, architecture, key)
         return
     sites = plan_sites(recipe, architecture, plan)
     readers = [name for site in sites for name in site.readers]
@@ -36,7 +36,7 @@ def judge_adapter(
         document.report(key, message, "use `awq` or `quadapter`, or round activations: `format: w8a8`")
 
 
-def _no_place(recipe: Recipe, document: Document, architecture: Architecture, key: Key) -> None:
+def _report_missing_site(recipe: Recipe, document: Document, architecture: Architecture, key: Key) -> None:
     family, stated = architecture.family, sorted({site.kind for site in architecture.sites})
     if not stated:
         shared = any(layer.kind == "linear" and layer.tied_to for layer in architecture.layers)

@@ -1,6 +1,6 @@
-"""What codebooks and Quant-Noise ask of a recipe: widths, schedules, what they do not combine with. No torch.
+"""Rules of codebooks and Quant-Noise: vector widths, schedules, illegal combinations. No torch.
 
-Read at `check`, when the layers of the model are known.
+Checked by `check`, when the layers of the model are known.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ LATENT = {
     "saq": "set `case: 3`, which looks at the rounded weight alone",
     "squat": "set `perturb: quantized`",
 }
-"""Steppers with options that move the weight before it is rounded, and what to write instead."""
+"""Steppers with options that move the weight before rounding, and the option to use instead."""
 
 
 def judge_codebooks(
     recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...], origin: Callable[[LayerPlan], Key]
 ) -> None:
-    """Report what a codebook or noise cannot be; `origin` gives the key that decides about a layer."""
+    """Report invalid codebooks and noise; `origin` gives the key that determines a layer's format."""
     books = tuple(item for item in plan if isinstance(item.weights, CodebookFormat))
     _widths(document, books, origin)
     _noise(recipe, document, plan)
@@ -40,7 +40,7 @@ def judge_codebooks(
 
 
 def _widths(document: Document, books: tuple[LayerPlan, ...], origin: Callable[[LayerPlan], Key]) -> None:
-    """Vectors must divide the inputs of their layer."""
+    """Report vectors that do not divide the inputs of their layer."""
     wrong: dict[Key, list[LayerPlan]] = {}
     for item in books:
         if item.layer.in_features % item.weights.block:

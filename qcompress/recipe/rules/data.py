@@ -1,4 +1,4 @@
-"""What a recipe's data must keep to: what fits the task, and what is there to be read. No torch."""
+"""Rules of a recipe's data: allowed sources per task, and existence of files. No torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMATS: tuple[Key, ...] = tuple(
         "layers",
     )  # fmt: skip
 )
-"""Keys that decide what is quantized."""
+"""Keys that determine which tensors are quantized."""
 
 ORIGINS: dict[str, tuple[str, ...]] = {
     "causal-lm": ("text", "dataset"),
@@ -31,15 +31,15 @@ ORIGINS: dict[str, tuple[str, ...]] = {
     "token-classification": ("text", "table", "dataset"),
     "image-classification": ("npz", "folder", "dataset"),
 }
-"""Where a task's data may come from."""
+"""Allowed data sources of each task."""
 
 LOCAL = ("/", "./", "../")
-"""How the name of a dataset begins that can only be a directory."""
+"""Prefixes of a dataset name that must be a directory."""
 
 
 def judge_origins(recipe: Recipe, document: Document) -> None:
-    """Text is for language models, images for what classifies them, a table of examples for every other
-    task.
+    """Report data sources that the task cannot use: language models read text, image tasks images, all others
+    tables.
     """
     if not document.sound(("task", "name")):
         return
@@ -57,7 +57,7 @@ def judge_origins(recipe: Recipe, document: Document) -> None:
 
 
 def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[str, str, str]]:
-    """Keys of some data that the task cannot use: key, what is wrong, what to write."""
+    """Keys of a data section that the task cannot use: key, message, fix."""
     task = recipe.task
     if data.augment is not None and not (section == ("data", "train") and "folder" in ORIGINS[task.name]):
         yield "augment", "varies the images of `data.train` alone", "drop it"
@@ -90,7 +90,7 @@ def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[s
 
 
 def sections_of(recipe: Recipe) -> Iterator[tuple[Key, TextData]]:
-    """The sections of a recipe's data with their keys."""
+    """Sections of a recipe's data with their keys."""
     for name in ("train", "calibration"):
         if (text := getattr(recipe.data, name)) is not None:
             yield ("data", name), text
@@ -99,7 +99,7 @@ def sections_of(recipe: Recipe) -> Iterator[tuple[Key, TextData]]:
 
 
 def judge_files(recipe: Recipe, document: Document, base: Path) -> None:
-    """Each file is judged once: one that is missing is one mistake, however many sets name it."""
+    """Report missing and unreadable files; a file that several sets name is one mistake."""
     wrong: dict[str, tuple[str, list[Key]]] = {}
     for section, data in sections_of(recipe):
         origin = next((key for key in FILES if getattr(data, key) is not None), "")
@@ -120,7 +120,7 @@ def judge_files(recipe: Recipe, document: Document, base: Path) -> None:
 
 
 def _unreadable(file: Path) -> str | None:
-    """What keeps a file from being read, None if nothing does."""
+    """Reason why a file cannot be read; None if it can."""
     if not os.path.exists(file):
         return "does not exist"
     if not os.path.isfile(file):
@@ -129,22 +129,24 @@ def _unreadable(file: Path) -> str | None:
 
 
 def judge_directory(key: Key, name: str, wanted: str, document: Document, base: Path) -> None:
+    """Report a path that is not a directory; `wanted` describes valid values."""
     if os.path.isdir(base / name):
         return
-    what = "is no directory" if os.path.exists(base / name) else "does not exist"
+    what = "is not a directory" if os.path.exists(base / name) else "does not exist"
     document.report(key, f"{name[:200]!r} {what}", f"write {wanted}; paths are relative to the recipe")
 
 
 def also(keys: Sequence[Key]) -> str:
+    """Suffix that lists the other keys of a mistake."""
     return f" (also {', '.join(dotted(key) for key in keys[1:])})" if keys[1:] else ""
 
 
 def judge_graph(recipe: Recipe, document: Document, base: Path) -> None:
-    """A graph that was made elsewhere: it is there, and nothing is asked for that only ours has."""
+    """Check an external graph: the file exists, and no key is set that only affects exported graphs."""
     key: Key = ("export", "graph")
     graph = recipe.export.graph
     if document.sound(key) and not os.path.isfile(base / graph):
-        what = "is no file" if os.path.exists(base / graph) else "does not exist"
+        what = "is not a file" if os.path.exists(base / graph) else "does not exist"
         fix = "write an ONNX file; paths are relative to the recipe"
         document.report(key, f"{graph[:200]!r} {what}", fix)
     idle = [key for key in IDLE if key in document.places and document.sound(key)]
@@ -168,4 +170,4 @@ IDLE: tuple[Key, ...] = (
     *(("export", key) for key in ("opset", "cache", "dynamic", "keep_fp32")),
     ("verify", "sharpness"),
 )
-"""Keys about how a graph of ours is made."""
+"""Keys that only affect a graph exported by qcompress."""

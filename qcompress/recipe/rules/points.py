@@ -1,4 +1,4 @@
-"""What a recipe asks of points (attention matmuls, residual inputs, the cache). No torch."""
+"""Rules of activation quantization points (attention matmuls, residual inputs, key-value cache). No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qcompress.schema.recipe import Recipe
 
 
 def judge_points(recipe: Recipe, document: Document, points: tuple[PointPlan, ...]) -> None:
-    """Report rounding that the family has no points for, and formats that no point can have."""
+    """Report rounding at points that the family does not have, and formats that points do not support."""
     for word, kind in (("attention", "attention"), ("cache", "attention"), ("residual", "residual")):
         key: Key = ("format", word)
         none = not any(item.point.kind == kind for item in points)
@@ -31,7 +31,7 @@ def judge_points(recipe: Recipe, document: Document, points: tuple[PointPlan, ..
 
 
 def judge_cache(recipe: Recipe, document: Document) -> None:
-    """Report a cache of a family that generates nothing."""
+    """Report a key-value cache in a family that does not generate text."""
     if hasattr(FAMILIES[recipe.model.family], "cache_layout"):
         return
     keys: dict[Key, bool] = {
@@ -45,7 +45,7 @@ def judge_cache(recipe: Recipe, document: Document) -> None:
 
 
 def _point_origin(recipe: Recipe, item: PointPlan) -> Key:
-    """The key that decides about a point."""
+    """Key that determines the format of a point."""
     for pattern, exception in reversed(recipe.format.layers.items()):
         if exception.activations == item.activations and matches(pattern, item.name):
             return ("format", "layers", pattern)
@@ -54,7 +54,7 @@ def _point_origin(recipe: Recipe, item: PointPlan) -> Key:
 
 
 def judge_attentions(recipe: Recipe, document: Document, architecture: Architecture) -> None:
-    """Report what looks into attentions where query, key and value are one layer."""
+    """Report objectives on attention in models with query, key and value in one layer."""
     if architecture.attentions or not document.sound(("objective",)):
         return
     objective = recipe.objective
@@ -68,8 +68,8 @@ def judge_attentions(recipe: Recipe, document: Document, architecture: Architect
 
 
 def judge_kept(recipe: Recipe, document: Document, architecture: Architecture) -> None:
-    """Report operators of `export.keep_fp32` that the family does not have: without attention there is
-    neither a softmax nor a layer norm.
+    """Report operators of `export.keep_fp32` that the family does not have: models without attention have
+    neither softmax nor layer norm.
     """
     key: Key = ("export", "keep_fp32")
     attends = any(point.kind == "attention" for point in architecture.points)

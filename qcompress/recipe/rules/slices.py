@@ -1,6 +1,4 @@
-"""What a recipe's slices must keep to: which sets have them, what goals name, and what is in the data. No
-torch.
-"""
+"""Rules of slices: sets that may have them, goals that name them, and their values in the data. No torch."""
 
 from __future__ import annotations
 
@@ -17,23 +15,21 @@ from qcompress.tasks.padded import first
 from qcompress.tasks.slices import EVERY, spelled
 
 SHOWN = 12
-"""Values named in one message."""
+"""Number of values named in one message."""
 
 
 def slices_of(recipe: Recipe, data: TextData, base: Path) -> dict[str, list[str | None]]:
-    """The values of a set's slices for each of its samples. Raises UsageError for those that goals cannot
-    name.
-    """
+    """Slice values of a set for each of its samples. Raises UsageError for values that goals cannot name."""
     if not data.slices:
         return {}
-    found = TASKS[recipe.task.name].slices(data, base, recipe.task)
+    slices = TASKS[recipe.task.name].slices(data, base, recipe.task)
     limits = (recipe.verify.samples, data.limit)
-    columns = {name: first(cells, *limits) for name, cells in found.columns.items()}
-    return spelled(columns, first(found.places, *limits))
+    columns = {name: first(cells, *limits) for name, cells in slices.columns.items()}
+    return spelled(columns, first(slices.places, *limits))
 
 
 def judge_slices(recipe: Recipe, document: Document) -> None:
-    """Slices are of evaluation sets that have columns, and a goal names one that its set keeps."""
+    """Report slices of sets without columns, and goals on slices that their set does not keep."""
     for name in ("train", "calibration"):
         data = getattr(recipe.data, name)
         if data is not None and data.slices and document.sound(key := ("data", name, "slices")):
@@ -43,7 +39,7 @@ def judge_slices(recipe: Recipe, document: Document) -> None:
         if not data.slices or not document.sound(key, ("task", "name")):
             continue
         if recipe.task.name == "causal-lm":
-            message = "a sample of causal-lm is a window of the whole text, and no row of a table"
+            message = "a sample of causal-lm is a window of the whole text, not a row of a table"
             document.report(key, message, "drop it, or name an evaluation set for each part")
         elif data.text is not None or data.folder is not None:
             origin = "text" if data.text is not None else "folder"
@@ -51,13 +47,13 @@ def judge_slices(recipe: Recipe, document: Document) -> None:
         else:
             continue
         document.tainted.add(key)
-    for goal, section, column, value in _parts(recipe):
+    for goal, section, column, value in _slice_goals(recipe):
         key = ("gate", "regression", goal)
         if not document.sound(key) or section not in recipe.data.evaluate:
             continue
         if not column or not value:
             fix = f"write `<set>.<metric>@<column>=<value>`, or `={EVERY}` for each value"
-            document.report(key, "names no part of a set", fix)
+            document.report(key, "does not name a slice", fix)
             document.tainted.add(key)
         elif column not in RESULTS and column not in (recipe.data.evaluate[section].slices or ()):
             kept = ("data", "evaluate", section, "slices")
@@ -68,8 +64,9 @@ def judge_slices(recipe: Recipe, document: Document) -> None:
 
 
 def judge_values(recipe: Recipe, document: Document, base: Path, *, hub: bool) -> None:
-    """The columns are there, of values that goals can name, among them those that goals do name. Reads the
-    data; a dataset of the hub only if `hub`. What this machine cannot read is left to the one that measures.
+    """Report missing slice columns, values that goals cannot name, and goals on values that do not occur.
+    Reads the data; a dataset of the hub only if `hub`. Data that this machine cannot read are checked where
+    they are measured.
     """
     for name, data in recipe.data.evaluate.items():
         key: Key = ("data", "evaluate", name)
@@ -78,17 +75,17 @@ def judge_values(recipe: Recipe, document: Document, base: Path, *, hub: bool) -
         if data.dataset is not None and not hub and not os.path.isdir(base / data.dataset):
             continue
         try:
-            found = slices_of(recipe, data, base)
+            slices = slices_of(recipe, data, base)
         except (MachineError, ModuleNotFoundError):
             continue
         except UsageError as error:
             document.report((*key, "slices"), error.message, error.fix)
             continue
-        for goal, section, column, value in _parts(recipe):
+        for goal, section, column, value in _slice_goals(recipe):
             place = ("gate", "regression", goal)
-            if section != name or column not in found or value == EVERY or not document.sound(place):
+            if section != name or column not in slices or value == EVERY or not document.sound(place):
                 continue
-            known = sorted(set(found[column]) - {None})
+            known = sorted(set(slices[column]) - {None})
             if value not in known:
                 more = ", ..." if len(known) > SHOWN else ""
                 message = (
@@ -97,10 +94,10 @@ def judge_values(recipe: Recipe, document: Document, base: Path, *, hub: bool) -
                 document.report(place, message, "name one of them")
 
 
-def _parts(recipe: Recipe) -> Iterator[tuple[str, str, str, str]]:
-    """Goals on parts of a set: the goal's name, its set, the column, the value."""
+def _slice_goals(recipe: Recipe) -> Iterator[tuple[str, str, str, str]]:
+    """Goals on slices: name of the goal, its set, column and value."""
     for name in recipe.gate.regression:
-        metric, at, part = name.partition("@")
+        metric, at, slice_name = name.partition("@")
         if at:
-            column, _, value = part.partition("=")
+            column, _, value = slice_name.partition("=")
             yield name, metric.rpartition(".")[0], column, value

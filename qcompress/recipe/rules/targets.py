@@ -1,4 +1,4 @@
-"""Rules between a recipe and its target: formats of layers that the target cannot build. No torch."""
+"""Rules of targets: layer formats that a target cannot build. No torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from qcompress.schema.targets import BLOCKS, Refusal, Target, find_target
 
 
 def refusals(target: Target | str, plan: tuple[LayerPlan, ...], compute: str) -> list[Refusal]:
-    """What the target, or the target of that name, cannot do: one entry for each cause, however many layers
-    share it.
+    """Refusals of a target (or of the target with that name): one for each cause, whatever the number of
+    layers.
 
-    Limits on activations hold for every target: exported graphs carry one scale and no zero point for the
-    input of a layer, because no TensorRT takes anything else.
+    Limits on activations hold for every target: exported graphs have one scale and no zero point for the
+    input of a layer, because TensorRT accepts nothing else.
     """
     target = find_target(target) if isinstance(target, str) else target
     return [
@@ -28,7 +28,7 @@ def refusals(target: Target | str, plan: tuple[LayerPlan, ...], compute: str) ->
 
 
 def _name(layers: list[LayerPlan]) -> str:
-    """The first layer, and how many there are besides."""
+    """Name of the first layer, and the number of other layers."""
     others = len(layers) - 1
     return layers[0].name + (f" and {others} other layer{'s' if others > 1 else ''}" if others else "")
 
@@ -38,7 +38,7 @@ def _key(layer: LayerPlan, field: str) -> str:
 
 
 def _group(plan: tuple[LayerPlan, ...], key: Callable[[LayerPlan], str | None]) -> dict[str, list[LayerPlan]]:
-    """Layers by key; a layer whose key is None is left out."""
+    """Layers by key; layers with the key None are omitted."""
     groups: dict[str, list[LayerPlan]] = {}
     for layer in plan:
         if name := key(layer):
@@ -108,8 +108,9 @@ def _refuse_blocks(plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
 
 
 def _refuse_kernels(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
-    """Convolutions: int8 codes, no blocks (nvidia-modelopt's README: "TensorRT only supports FP8 and INT8 for
-    convolution operations"; TensorRT-RTX 1.7 parses no blocks and builds no int4 beside an int8 input).
+    """Refuse convolutions other than int8 codes without blocks (nvidia-modelopt's README: "TensorRT only
+    supports FP8 and INT8 for convolution operations"; TensorRT-RTX 1.7 parses no blocks and builds no int4
+    beside an int8 input).
     """
     who = "TensorRT" if target.backend else f"target {target.name}, like TensorRT,"
 
@@ -137,7 +138,9 @@ def _refuse_kernels(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Ref
 
 
 def _refuse_int4_gemm(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Refusal]:
-    """TensorRT-RTX 1.7 dies on several int4 blocks times an int8 activation of rank 3 (CHECK is_constant)."""
+    """Refuse int4 blocks times int8 activations: TensorRT-RTX 1.7 dies on several int4 blocks times an int8
+    activation of rank 3 (CHECK is_constant).
+    """
 
     def key(layer: LayerPlan) -> str | None:
         blocks = layer.block and layer.layer.kind != "conv" and layer.layer.in_features > layer.block

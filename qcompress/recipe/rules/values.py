@@ -1,8 +1,8 @@
-"""What a recipe must keep to beyond its types, as far as no model is needed to know it. No torch.
+"""Rules between a recipe's values that need no model. No torch.
 
-Each rule reads some keys and is skipped when one of them is tainted: what it would find follows from another
-mistake. A rule's own mistakes taint what they name, so the rules stand in the order of cause and effect.
-A name that a user made up is judged even where its value is wrong: a stand-in has kept it.
+Each rule reads some keys and is skipped if one of them is tainted: its finding would follow from another
+mistake. A rule taints the keys of its own mistakes, so rules are ordered from cause to effect. Names that the
+user chose are checked even if their value is wrong, because a stand-in keeps the name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from qcompress.recipe.messages import choose, found, nearest
+from qcompress.recipe.messages import choose, describe_value, nearest
 from qcompress.recipe.rules.data import (
     FORMATS,
     also,
@@ -29,18 +29,18 @@ from qcompress.schema.recipe import CausalLm, Format, Profile, Recipe, Role
 from qcompress.schema.tasks import AGREEMENT
 
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
-"""Names that become part of a path or of a metric's name."""
+"""Pattern of names that become part of a path or of a metric's name."""
 
 TASK_LOSS_PHASES = ("finetune", "intervention", "ffn", "embeddings", "attention")
-"""Phases that train with the task's loss, on the training data; the others use the calibration data."""
+"""Phases that train with the task's loss on the training data; other phases use the calibration data."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 
 
 def judge(recipe: Recipe, document: Document, base: Path) -> None:
-    """Report everything that is wrong with a recipe by itself; `base` is what its paths are relative to."""
+    """Report all mistakes of a recipe that need no model; `base` is the directory of its relative paths."""
     if () in document.tainted:
-        return  # a file of the recipe could not be read, and what is missing may stand there
+        return  # a file of the recipe could not be read, and may contain the missing keys
     if recipe.export.graph is not None:
         judge_graph(recipe, document, base)
     else:
@@ -67,18 +67,18 @@ def judge(recipe: Recipe, document: Document, base: Path) -> None:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a text looks like `organisation/name` on a hub."""
+    """True if a text has the form `organisation/name` of a hub."""
     return HUB_ID.fullmatch(source) is not None
 
 
 def quantizes(form: Format) -> bool:
-    """Whether a format makes any weight an integer; the input of a float layer stays float."""
+    """True if a format quantizes any weight. The input of a float layer stays float."""
     exceptions = [exception.weights for exception in form.layers.values()]
     return any(weights not in (None, "inherit") for weights in [form.weights, form.embeddings, *exceptions])
 
 
 def quantizes_activations(form: Format) -> bool:
-    """Whether a format makes the input of any layer, or any point, an integer."""
+    """True if a format quantizes the input of any layer, or any point."""
     exceptions = [exception.activations for exception in form.layers.values()]
     own = [form.activations, form.attention, form.cache, form.residual]
     return any(value not in (None, "inherit") for value in [*own, *exceptions])
@@ -168,12 +168,14 @@ def _evaluation_sets(recipe: Recipe, document: Document) -> None:
         key: Key = ("data", "evaluate", name)
         if not (SLUG.fullmatch(name) and len(name) <= 100) and document.present(key[:-1]):
             slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "test"
-            message = f"the name of an evaluation set must be a slug, {found(name)}"
+            message = f"the name of an evaluation set must be a slug, {describe_value(name)}"
             document.report(key, message, f"rename it, such as {slug[:100]}")
 
 
 def _metrics(recipe: Recipe, document: Document) -> None:
-    """A set that does not exist is one mistake, however many goals name it."""
+    """Report goals on unknown metrics; a set that does not exist is one mistake, whatever the number of
+    goals.
+    """
     if not document.present(("data", "evaluate")):
         return
     known = [f"{name}.{metric}" for name in recipe.data.evaluate for metric in _measured(recipe, document)]
@@ -188,19 +190,19 @@ def _metrics(recipe: Recipe, document: Document) -> None:
                 section = metric.rpartition(".")[0]
                 wrong.setdefault(name if section in recipe.data.evaluate else section, []).append(key)
     for keys in wrong.values():
-        message = f"is no metric of an evaluation set (`<set>.<metric>`){also(keys)}"
+        message = f"is not a metric of an evaluation set (`<set>.<metric>`){also(keys)}"
         document.report(keys[0], message, choose(keys[0][-1], known, these=", ".join(known[:6])))
 
 
 def _measured(recipe: Recipe, document: Document) -> list[str]:
-    """The metrics of the task; every metric there is where the task is wrong itself."""
+    """Metrics of the task; all metrics if the task itself is wrong."""
     if not document.sound(("task",)):
         return list(METRICS)
     return [*recipe.task.metrics, *([] if isinstance(recipe.task, CausalLm) else [AGREEMENT])]
 
 
 def _steps(recipe: Recipe, phase: str) -> int:
-    """Steps of a phase of the recipe's schedule; 0 for a phase that it has not."""
+    """Steps of a phase in the recipe's schedule; 0 for a phase that the schedule does not have."""
     options, defaults = recipe.train.phases.get(phase), PHASES[recipe.schedule.name].get(phase)
     return 0 if defaults is None else options.steps if options else defaults.steps
 
@@ -219,7 +221,7 @@ def _training_data(recipe: Recipe, document: Document) -> None:
 
 
 def _calibration_data(recipe: Recipe, document: Document) -> None:
-    """Training data will do where calibration data is missing; where both are, nothing can be observed."""
+    """Report missing calibration data. Training data replaces it; without both, nothing can be observed."""
     keys: list[Key] = [("data", "calibration"), ("data", "train"), ("method",), ("adapter",), *FORMATS]
     if recipe.data.calibration is not None or recipe.data.train is not None or not document.sound(*keys):
         return
@@ -242,7 +244,7 @@ def _target(recipe: Recipe, document: Document) -> None:
 
     key: Key = ("build", "target")
     if recipe.build.target not in TARGETS and document.sound(key):
-        message = f"is no target, {found(recipe.build.target)}"
+        message = f"is not a target, {describe_value(recipe.build.target)}"
         fix = choose(recipe.build.target, list(TARGETS), these="`qcompress list targets`")
         document.report(key, message, fix)
 
@@ -262,11 +264,11 @@ def _build(recipe: Recipe, document: Document, base: Path) -> None:
         file = base / recipe.build.timing_cache
         if file.is_dir() or not file.parent.is_dir():
             message = f"{recipe.build.timing_cache[:200]!r} cannot be written"
-            document.report(key, message, "name a file in a folder that is there")
+            document.report(key, message, "name a file in an existing folder")
 
 
 def _rows(recipe: Recipe, document: Document) -> None:
-    """Rows that are required or have limits, and that no run of this recipe can measure."""
+    """Report rows that are required or have limits and that no run of this recipe can measure."""
     lacking = _unmeasurable(recipe, document)
     required = [row for row in recipe.verify.require if row in lacking]
     key: Key = ("verify", "require")
@@ -282,13 +284,13 @@ def _rows(recipe: Recipe, document: Document) -> None:
 
 
 def _unmeasurable(recipe: Recipe, document: Document) -> dict[str, tuple[str, str]]:
-    """Rows that this recipe never measures, each with the reason and the fix."""
+    """Rows that this recipe never measures, each with reason and fix."""
     lacking: dict[str, tuple[str, str]] = {}
     if recipe.build.target == "cpu" and document.sound(("build", "target")):
         fix = "drop `engine`, or set `build.target` to a GPU"
         lacking["engine"] = ("the target `cpu` builds no engine", fix)
     if recipe.export.graph is not None and document.sound(("export", "graph")):
-        lacking |= dict.fromkeys(("trained", "folded"), ("a graph made elsewhere has none", "drop it"))
+        lacking |= dict.fromkeys(("trained", "folded"), ("an external graph has none", "drop it"))
     elif recipe.format.compute == "bf16" and document.sound(("format", "compute")) and _has_bf16(recipe):
         reason = "ONNX Runtime's CPU provider has no bf16 kernels"
         lacking |= dict.fromkeys(("onnx", "deployed"), (reason, "drop it, or set `compute: fp16`"))
@@ -296,7 +298,7 @@ def _unmeasurable(recipe: Recipe, document: Document) -> dict[str, tuple[str, st
 
 
 def _has_bf16(recipe: Recipe) -> bool:
-    """Whether the target computes in bf16; where it does not, that is the mistake."""
+    """True if the target computes in bf16; if not, that is reported elsewhere."""
     from qcompress.schema.targets import TARGETS
 
     return recipe.build.target in TARGETS and "bf16" in TARGETS[recipe.build.target].compute
@@ -313,7 +315,7 @@ def _export(recipe: Recipe, document: Document) -> None:
         return
     if not export.cache and "past" in export.dynamic:
         key = ("export", "dynamic", export.dynamic.index("past"))
-        document.report(key, "without a key-value cache there is no axis `past`", "drop `past`")
+        document.report(key, "without a key-value cache the graph has no axis `past`", "drop `past`")
     lacking = [axis for axis in ("sequence", "past") if axis not in export.dynamic]
     if export.cache and lacking:
         message = f"a prompt and its continuation have other lengths, and {' and '.join(lacking)} is fixed"
@@ -321,16 +323,16 @@ def _export(recipe: Recipe, document: Document) -> None:
 
 
 def _profile_axes(recipe: Recipe, document: Document) -> None:
-    """Axes in `build.profiles` that a graph of ours does not have, or has with a fixed size."""
+    """Report axes in `build.profiles` that an exported graph does not have, or has with a fixed size."""
     export = recipe.export
     if export.graph is not None or not document.sound(("export", "dynamic"), ("export", "cache"), ("task",)):
         return
     tokens = recipe.task.name != "image-classification"
-    there = {"batch": True, "sequence": tokens, "past": export.cache}
-    known = [axis for axis in export.dynamic if there[axis]]
+    exists = {"batch": True, "sequence": tokens, "past": export.cache}
+    known = [axis for axis in export.dynamic if exists[axis]]
     for index, profile in enumerate(recipe.build.profiles):
         # a resolved recipe spells out the defaults
-        own = [axis for axis in there if getattr(profile, axis) != Profile.model_fields[axis].default]
+        own = [axis for axis in exists if getattr(profile, axis) != Profile.model_fields[axis].default]
         places: dict[str, Key] = {axis: ("build", "profiles", index, axis) for axis in own}
         places |= {axis: ("build", "profiles", index, "axes", axis) for axis in profile.axes}
         for axis, key in places.items():
@@ -342,7 +344,7 @@ def _profile_axes(recipe: Recipe, document: Document) -> None:
 
 
 def judge_profiles(recipe: Recipe, document: Document, limit: int, reason: str) -> None:
-    """Report the profiles of more tokens than `limit`, the default one among them. The cpu uses none."""
+    """Report profiles of more tokens than `limit`, including the default one. The target cpu uses none."""
     if recipe.build.target == "cpu" or not document.sound(("build", "target")):
         return
     cached = recipe.export.cache and "past" in recipe.export.dynamic
