@@ -1,1 +1,1 @@
-"""What a recipe may say: values only, no torch."""
+"""Schema of a recipe: values only, no torch."""

@@ -1,5 +1,5 @@
-"""The options of the axis `adapter`: which function-preserving rescaling comes first, to be folded later?
-No torch.
+"""Options of the axis `adapter`: a function-preserving rescaling of channels that is folded away later. No
+torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class NoAdapter(Options):
 
 
 Sites = Literal["auto", "norm", "value", "all"]
-"""Which of a family's places an adapter rescales."""
+"""Sites of a family that an adapter rescales."""
 
 
 class QuadapterOptions(Options):
@@ -31,12 +31,13 @@ class QuadapterOptions(Options):
     bound: float = Field(default=100.0, gt=1)
     """Scales stay within [1/bound, bound]."""
     sites: Sites = "auto"
-    """Where: behind norms, behind value projections, or both; auto: behind norms, and in families whose norms
-    feed the residual (BERT, RoBERTa, DistilBERT) behind value projections."""
+    """Rescaled sites: behind norms, behind value projections, or both; auto: behind norms, and in families
+    whose norms feed the residual (BERT, RoBERTa, DistilBERT) behind value projections.
+    """
 
     @model_serializer(mode="wrap")
     def _unless_default(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `sites` where it says nothing: recipes from before it keep their digests."""
+        """Omit the default of `sites`, so that older recipes keep their digests."""
         return {key: value for key, value in spell(self).items() if (key, value) != ("sites", "auto")}
 
 
@@ -47,25 +48,28 @@ class SmoothQuantOptions(Options):
 
     name: Literal["smoothquant"] = "smoothquant"
     alpha: float = Field(default=0.5, ge=0, le=1)
-    """How much moves: scales are max|W|^(1 - alpha) / max|x|^alpha. 0.5, the paper's choice for most models,
-    shares the difficulty; 1.0, modelopt's own default, makes all channels of the activation equally large and
-    leaves the weights with their outliers."""
+    """Migration strength: scales are max|W|^(1 - alpha) / max|x|^alpha. 0.5, the paper's choice for most
+    models, shares the difficulty; 1.0, modelopt's own default, makes all channels of the activation equally
+    large and leaves the weights with their outliers.
+    """
     sites: Sites = "auto"
-    """Where: behind norms, behind value projections, or both; auto: behind norms, and in families whose norms
-    feed the residual (BERT, RoBERTa, DistilBERT) behind value projections."""
+    """Rescaled sites: behind norms, behind value projections, or both; auto: behind norms, and in families
+    whose norms feed the residual (BERT, RoBERTa, DistilBERT) behind value projections.
+    """
 
 
 class AwqOptions(Options):
-    """Fixed rescaling that protects the weights which read large channels, for weight-only formats, with
-    scales computed by nvidia-modelopt (AWQ, arXiv:2306.00978; its search for clipping is left out).
+    """Fixed rescaling that protects the weights of large input channels, for weight-only formats, with scales
+    computed by nvidia-modelopt (AWQ, arXiv:2306.00978; without its search for clipping).
     """
 
     name: Literal["awq"] = "awq"
     alpha_step: float = Field(default=0.1, gt=0, le=1)
     """Step of the search for each layer's alpha from 0 to 1; a step costs a forward pass of the layer."""
     sites: Sites = "auto"
-    """Where: behind norms, behind value projections, or both; auto: behind norms, and in families whose norms
-    feed the residual (BERT, RoBERTa, DistilBERT) behind value projections."""
+    """Rescaled sites: behind norms, behind value projections, or both; auto: behind norms, and in families
+    whose norms feed the residual (BERT, RoBERTa, DistilBERT) behind value projections.
+    """
 
 
 Adapter = Annotated[

@@ -1,6 +1,6 @@
-"""The five axes a method is made of: their values, presets, phases, and what does not combine. No torch.
+"""The five axes of a method: values, presets, phases, and illegal combinations. No torch.
 
-The options of each value are in `options.py`; `methods/` holds the class that does its work.
+The options of each value are in `method_options.py`; `methods/` has the class that implements it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from qcompress.schema.quantizers import Codebook, Dynamic, Lsq, MinMax, Quantize
 
 
 class PhaseDefaults(Options):
+    """Default steps of a phase, and the roles that it trains."""
+
     steps: int
     roles: tuple[str, ...]
 
@@ -76,7 +78,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "saq": {"quantizer": "lsq", "stepper": "saq", "schedule": "plain"},
     "squat": {"quantizer": "lsq", "stepper": "squat", "schedule": "plain"},
 }
-"""A paper is a row of this table; axes written in the recipe override it."""
+"""Axes of each method: a paper is a row of this table. Axes written in the recipe override it."""
 
 AXES: dict[str, tuple[type[Options], ...]] = {
     "quantizer": (MinMax, Lsq, Ternary, Dynamic, Codebook),
@@ -85,14 +87,14 @@ AXES: dict[str, tuple[type[Options], ...]] = {
     "stepper": (PlainStepper, Saq, Squat),
     "schedule": (Calibrate, PlainSchedule, BlockwiseThenEndToEnd, TwoStep, Staged),
 }
-"""Values of each axis; `methods/` holds the class that does the work, a test holds the two together."""
+"""Values of each axis. The implementing classes are in `methods/`; a test compares the two tables."""
 
 _NOTHING = "calibration trains nothing, so it would never be used: use `schedule: plain`, or drop it"
 
 ILLEGAL: tuple[tuple[dict[str, str], str], ...] = (
     (
         {"adapter": "none", "schedule": "blockwise-then-end-to-end"},
-        "this schedule trains an adapter block by block, and there is none: set `adapter: quadapter`",
+        "this schedule trains an adapter block by block, and the recipe has none: set `adapter: quadapter`",
     ),
     *(
         (
@@ -153,15 +155,15 @@ ILLEGAL: tuple[tuple[dict[str, str], str], ...] = (
         "use `stepper: plain` or `stepper: saq`",
     ),
 )
-"""Combinations of axis values that do not work; each with its reason, a colon, and what to write instead."""
+"""Illegal combinations of axis values, each with the reason, a colon, and the fix."""
 
 
 def beside_preset(axis: str, preset: object, written: object) -> object:
-    """What a recipe writes on an axis, laid over what its method's preset has there.
+    """Merge the axis value in a recipe over the value in its method's preset.
 
     Options without a name go to the preset's value, so that `method: quadapter` with `adapter: {bound: 50}`
-    is a quadapter. The preset's name alone is the preset with its options. A quantizer for one role leaves
-    the preset's other roles alone.
+    is a quadapter. The name of the preset's value alone keeps the preset's options. A quantizer for one role
+    leaves the preset's other roles unchanged.
 
     >>> beside_preset("adapter", "quadapter", {"bound": 50.0})
     {'name': 'quadapter', 'bound': 50.0}
@@ -177,8 +179,8 @@ def beside_preset(axis: str, preset: object, written: object) -> object:
 
 
 def _beside_quantizers(below: dict[str, object], written: str | dict[str, object], preset: object) -> object:
-    """Quantizers over a preset's. What is written without a word about noise leaves the preset's alone, and a
-    share alone changes the preset's share.
+    """Merge quantizers over a preset's. Without `noise` the preset's noise is kept; a share alone changes the
+    preset's share.
 
     >>> preset = {"name": "minmax", "noise": {"p": 0.1, "form": "zero"}}
     >>> beside_preset("quantizer", preset, {"noise": 0.2})["noise"]
@@ -197,5 +199,5 @@ def _beside_quantizers(below: dict[str, object], written: str | dict[str, object
         noise = {"p": float(noise)}
     if isinstance(noise, dict) and isinstance(below.get("noise"), dict):
         noise = {**below["noise"], **noise}
-    found = {**below, **over} if by_role else dict(over)
-    return {**found, "noise": noise} if noise is not None or "noise" in over else found
+    merged = {**below, **over} if by_role else dict(over)
+    return {**merged, "noise": noise} if noise is not None or "noise" in over else merged

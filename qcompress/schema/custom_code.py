@@ -1,21 +1,21 @@
-"""The code that a user's class can run, for the key of the stage that runs it. No torch.
+"""Digests of the code that a custom class can run, for the key of the stage that runs it. No torch.
 
 Covered, from the class on:
   * the module of every class in its MRO, and of every class and function that they refer to;
-  * what those files import, inside functions too, relative imports as well. A file counts by its syntax tree
-    (`codekey.py`), so a comment or a docstring re-runs nothing;
-  * values that no file shows: attributes of classes, closures, defaults, and module globals that a function
-    reads. Numbers, strings, containers, arrays and tensors count by content, stock classes and functions by
-    name, other objects by what a copy would be made of (`custom_values.py`). An object without a content that
-    can be read is an error;
+  * modules that those files import, also inside functions and by relative imports. A file counts by its
+    syntax tree (`fingerprint.py`), so a comment or a docstring re-runs nothing;
+  * values outside of files: attributes of classes, closures, defaults, and module globals that a function
+    reads. Numbers, strings, containers, arrays and tensors count by content, library classes and functions by
+    name, other objects by the content of a copy (`custom_values.py`). An object without readable content is
+    an error;
   * the order of a class's bases;
   * functions without a file (a notebook's cell) by their byte code;
   * modules of this package, which the caller walks as it walks a stage's own;
   * installed packages (site-packages) by their version. The standard library does not count.
 
-Imports by a computed name are invisible, unless the module holds something of what they return. A file that
-was edited after Python had imported it is refused where a function differs from the loaded one; a constant
-that differs counts with the value that is loaded (`custom_loaded.py`).
+Imports by a computed name are invisible, unless the module holds an object from the imported one. A file
+edited after its import is refused if a function differs from the loaded one; a differing constant counts with
+the loaded value (`custom_loaded.py`).
 """
 
 from __future__ import annotations
@@ -58,35 +58,35 @@ from qcompress.system.fingerprint import PACKAGE, import_statements, is_module, 
 MAPPINGS = (dict, OrderedDict, MappingProxyType)
 
 WRAPPERS = (staticmethod, classmethod, property, functools.partial, MethodType)
-"""Objects that are nothing beyond the functions and values inside them."""
+"""Objects without content besides the functions and values that they wrap."""
 
 TRANSPARENT = {"builtins", "collections", "functools", "types"}
-"""Modules whose classes hold the user's values: each of those must be in the key."""
+"""Modules whose classes contain the user's values, each of which must be in the key."""
 
 PARTS = ("made by", "from", "state", "items", "pairs")
-"""Parts of what `__reduce_ex__` returns."""
+"""Names of the parts returned by `__reduce_ex__`."""
 
 INSTALLED = {"site-packages", "dist-packages"}
-"""Names of folders whose content counts by version."""
+"""Folders whose content counts by version."""
 
 TOOLS = {"torch", "transformers", "numpy", "accelerate", "tokenizers", "pydantic", "scipy", "onnx"}
-"""Never walked, wherever they are installed; their versions are in the stages' keys."""
+"""Packages that are never walked, wherever they are installed; their versions are in the stages' keys."""
 
 
 @dataclass
 class CustomCode:
-    """What a set of classes can run."""
+    """Code that a set of classes can run."""
 
     files: dict[str, str] = field(default_factory=dict)
-    """Digest of each of the user's modules, by `custom <module>`, and of what is in no file."""
+    """Digest of each of the user's modules, by `custom <module>`, and of values outside of files."""
     modules: set[str] = field(default_factory=set)
     """Modules of this package."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of installed packages; `absent` for an import that would fail."""
+    """Versions of installed packages; `absent` for an import that would fail."""
 
 
 def code_of(classes: Mapping[str, type]) -> CustomCode:
-    """The code of these classes; the names are only labels."""
+    """Collect the code of these classes; the names are labels only."""
     importlib.invalidate_caches()
     walk = _Walk()
     for name, kind in sorted(classes.items()):
@@ -103,7 +103,7 @@ def _text(state: Mapping[str, str]) -> str:
 
 
 class _Walk:
-    """From one value to the next, each once."""
+    """Walk over values, visiting each once."""
 
     def __init__(self) -> None:
         self.files: dict[str, str] = {}
@@ -115,17 +115,17 @@ class _Walk:
         self._names: dict[str, int] = {}
         self._compiled: dict[Path, Codes] = {}
         self._globals: set[tuple[int, str]] = set()
-        self._deep = False  # inside an object of a stock class, where a part may count by its class alone
+        self._deep = False  # inside an object of a library class, whose parts may count by class
 
     # Values ---------------------------------------------------------------------------------------
 
     def value(self, value: object, name: str) -> None:
-        """Anything that a class or a function holds or refers to."""
+        """Visit a value that a class or a function holds or refers to."""
         if type(value) in PLAIN:
             self._note(name, repr(value))
             return
         if type(value) is tuple and all(type(item) in PLAIN for item in value):
-            self._note(name, repr(value))  # by value: the compiler may make one object of two equal ones
+            self._note(name, repr(value))  # by value: the compiler may merge equal constants into one object
             return
         if id(value) in self._seen:
             self._note(name, f"same as {self._seen[id(value)][1]}")
@@ -154,7 +154,7 @@ class _Walk:
             self._instance(value, label)
 
     def _free(self, name: str) -> str:
-        """The name, with a number where another value has it."""
+        """Make a label unique by a number."""
         self._names[name] = number = self._names.get(name, 0) + 1
         return name if number == 1 else f"{name} #{number}"
 
@@ -171,7 +171,7 @@ class _Walk:
                 self.value(item, f"{label} value {index}")
 
     def _unordered(self, items: Iterable[object]) -> list[str]:
-        """Texts of a set's items, each as if it stood alone, sorted."""
+        """Texts of a set's items, each walked separately, sorted."""
         texts, before = [], (self.state, self._seen, self._names, self._globals)
         for item in items:
             self.state, self._seen, self._names, self._globals = {}, dict(before[1]), {}, set(before[3])
@@ -214,7 +214,7 @@ class _Walk:
                 self.value(item, f"{label}.{key}")
 
     def _class(self, kind: type) -> tuple[str, bool]:
-        """Walk a class and its bases: its text, and whether it is the user's own."""
+        """Walk a class and its bases; returns its text, and True if it is the user's class."""
         own = {base: self.module(module_of(base)) for base in kind.__mro__}
         unseen = [base for base in kind.__mro__ if own[base] and id(base) not in self._seen]
         for base in unseen:
@@ -246,22 +246,22 @@ class _Walk:
             self.state[label] += " " + "; ".join(byte_code(code) for code in codes)
             for code in codes:
                 self._imports_of(code)
-        for part in (function.__defaults__, function.__kwdefaults__):
-            if part:
-                self.value(part, f"{label}()")
+        for defaults in (function.__defaults__, function.__kwdefaults__):
+            if defaults:
+                self.value(defaults, f"{label}()")
         for wanted in sorted({name for code in codes for name in code.co_names}):
             if wanted in function.__globals__:
                 self._global(function, wanted)
 
     def _global(self, function: FunctionType, wanted: str) -> None:
-        """A module's global, once: another function of the module reads the same one."""
+        """Visit a module's global once; other functions of the module read that global too."""
         name = f"{module_of(function)}.{wanted}"
         if (id(function.__globals__), wanted) not in self._globals:
             self._globals.add((id(function.__globals__), wanted))
             self.value(function.__globals__[wanted], name)
 
     def _imports_of(self, code: CodeType) -> None:
-        """Imports inside a function that is in no file."""
+        """Visit the imports of a function without a file."""
         for instruction in dis.get_instructions(code):
             if instruction.opname == "IMPORT_NAME":
                 self.module(instruction.argval)
@@ -269,7 +269,7 @@ class _Walk:
     # Modules --------------------------------------------------------------------------------------
 
     def module(self, name: str) -> bool:
-        """Walk a module with the packages above it; whether it is the user's own."""
+        """Walk a module and its parent packages; returns True if it is the user's module."""
         if name in self._modules:
             return self._modules[name]
         self._modules[name] = False
@@ -300,7 +300,7 @@ class _Walk:
             return False
         if INSTALLED & set(file.parts):
             distributions = _distributions().get(name.partition(".")[0], [])
-            self.versions |= {one: metadata.version(one) for one in distributions}
+            self.versions |= {distribution: metadata.version(distribution) for distribution in distributions}
             if distributions:
                 return False
         self._modules[name] = True
@@ -325,7 +325,7 @@ class _Walk:
                 self.module(imported)
 
     def _compare(self, name: str, file: Path, content: bytes, tree: ast.Module) -> None:
-        """Refuse a module whose functions are not those of its file; note the constants that differ."""
+        """Refuse a module whose functions differ from its file's; record differing constants."""
         loaded = sys.modules.get(name)
         codes = compiled(loaded, content, file)
         if codes is None:
@@ -347,7 +347,7 @@ class _Walk:
 
 
 def _imported(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[str]:
-    """The modules that one import statement in `package` names."""
+    """Modules named by one import statement in `package`."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
         return
@@ -364,8 +364,8 @@ def _imported(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[str]:
 
 
 def _spec(name: str) -> importlib.machinery.ModuleSpec | None:
-    """Where a module is; nothing is imported, not even the packages above it. None: nowhere, or a module
-    that was loaded without a specification (a script, a notebook).
+    """Find a module without importing anything, not even its parent packages. None: not found, or loaded
+    without a specification (a script, a notebook).
     """
     if name in sys.modules:
         return getattr(sys.modules[name], "__spec__", None)
@@ -383,7 +383,7 @@ def _spec(name: str) -> importlib.machinery.ModuleSpec | None:
 
 
 def _is_standard(file: Path) -> bool:
-    """Whether a file is of the standard library."""
+    """True for files of the standard library."""
     paths = sysconfig.get_paths()
     libraries = {Path(paths[key]).resolve() for key in ("stdlib", "platstdlib")}
     standard = any(file.resolve().is_relative_to(library) for library in libraries)

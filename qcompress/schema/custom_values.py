@@ -1,7 +1,7 @@
-"""Parts of Python values for the key of custom code: functions, byte code, arrays, and objects. No torch.
+"""Content of Python values for the key of custom code: functions, byte code, arrays, and objects. No torch.
 
-An object of a stock class counts by what `__reduce_ex__` says of it, which is what a copy would be made of.
-Nothing is written or read back.
+An object of a library class counts by the parts that `__reduce_ex__` returns, from which a copy would be
+made. Nothing is serialized or deserialized.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DESCRIPTORS = (
     types.MethodDescriptorType,
     types.ClassMethodDescriptorType,
 )
-"""Parts of a class that are made of its bases and its `__slots__`."""
+"""Members of a class that follow from its bases and its `__slots__`."""
 
 STATELESS = (
     type(threading.Lock()),
@@ -39,19 +39,19 @@ STATELESS = (
     io.IOBase,
     ContextVar,
 )
-"""Objects of the running process; they count by their class."""
+"""Objects of the running process; they count by class."""
 
 FAILURES = (TypeError, ValueError, AttributeError, RuntimeError, LookupError, OSError)
 
 
 def module_of(value: Any) -> str:
-    """Name of the module of a class or a function; empty where it has none, or makes a descriptor of it."""
+    """Module name of a class or a function; empty without one, or if `__module__` is a descriptor."""
     name = getattr(value, "__module__", None)
     return name if isinstance(name, str) else ""
 
 
 def qualified(value: Any) -> str:
-    """`module.qualname` of a class or a function; the name as well where it differs."""
+    """`module.qualname` of a class or a function, with the name if it differs."""
     module = module_of(value)
     name = getattr(value, "__name__", "")
     long = getattr(value, "__qualname__", name)
@@ -59,7 +59,9 @@ def qualified(value: Any) -> str:
 
 
 def reduced(value: object) -> str | list[object] | None:
-    """The parts that a copy of an object is made of; a name for a global one; None where it has none."""
+    """Parts from which a copy of an object would be made; a name for a global object; None if it has no
+    parts.
+    """
     reducer = copyreg.dispatch_table.get(type(value))
     try:
         parts = reducer(value) if reducer is not None else value.__reduce_ex__(4)
@@ -72,7 +74,7 @@ def reduced(value: object) -> str | list[object] | None:
 
 
 def attributes(value: object) -> dict[str, object]:
-    """What an object holds in `__dict__` and `__slots__`, by name."""
+    """Attributes of an object in `__dict__` and `__slots__`, by name."""
     held = dict(getattr(value, "__dict__", {}))
     for base in type(value).__mro__:
         slots = vars(base).get("__slots__", ())
@@ -84,7 +86,7 @@ def attributes(value: object) -> dict[str, object]:
 
 
 def is_array(value: object) -> bool:
-    """Whether a value is a tensor or an array (or a number) of NumPy."""
+    """True for a tensor, or an array or number of NumPy."""
     return type(value).__module__.partition(".")[0] in ("torch", "numpy") and hasattr(value, "tolist")
 
 
@@ -110,7 +112,7 @@ def _digest(content: bytes) -> str:
 
 
 def wrapped(value: Any) -> Iterator[object]:
-    """The functions inside static methods, properties, partials and decorators."""
+    """Functions inside static methods, properties, partials and decorators."""
     if isinstance(value, functools.partial):
         yield from (value.func, value.args, value.keywords)
     if isinstance(value, MethodType):
@@ -125,6 +127,7 @@ def wrapped(value: Any) -> Iterator[object]:
 
 
 def content(cell: CellType) -> object:
+    """Content of a closure cell; None if it is empty."""
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet
@@ -132,7 +135,7 @@ def content(cell: CellType) -> object:
 
 
 def codes_of(code: CodeType) -> Iterator[CodeType]:
-    """A function's code and that of the functions inside it."""
+    """Code of a function and of the functions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -140,6 +143,7 @@ def codes_of(code: CodeType) -> Iterator[CodeType]:
 
 
 def byte_code(code: CodeType) -> str:
+    """Digest of a code object: instructions, constants and names."""
     constants = [
         sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
         for constant in code.co_consts

@@ -1,4 +1,4 @@
-"""The data of a task, as a recipe writes it. No torch."""
+"""Data sections of a recipe. No torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from qcompress.schema.tasks import distinct
 
 
 class _Grown(Options):
-    """Options that have grown: those of `_ADDED` are not written where they are not set, so that the digest
-    of a recipe without them stays what it was.
+    """Base of options that were extended: unset options of `_ADDED` are not written, so that the digests of
+    recipes without them do not change.
     """
 
     _ADDED: ClassVar[tuple[str, ...]] = ()
@@ -24,8 +24,8 @@ class _Grown(Options):
 
 
 class Columns(_Grown):
-    """Names of a table's columns, or of an archive's arrays. What is left out is called as its key is; `pair`
-    is not read then.
+    """Column names of a table, or array names of an archive. An omitted key is its own column name; without
+    `pair` no second text is read.
     """
 
     text: str | None = None
@@ -47,13 +47,14 @@ class Columns(_Grown):
 
 
 class Augment(Options):
-    """How training images are varied, after they were brought to the model's size."""
+    """Random changes of training images, after resizing."""
 
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
     crop: int = Field(default=0, ge=0)
-    """Pad each image with so many black pixels on each side, and cut its own size out at a random place. He
-    et al. (arXiv:1512.03385), section 4.2, train on CIFAR-10 with 4, and flip."""
+    """Pad each image with this number of black pixels on each side, and crop it to its size at a random
+    place. He et al. (arXiv:1512.03385), section 4.2, train on CIFAR-10 with 4, and flip.
+    """
 
 
 COLUMNS = {
@@ -61,17 +62,17 @@ COLUMNS = {
     "token-classification": ("tokens", "tags"),
     "image-classification": ("image", "label"),
 }
-"""Keys of `columns` that a task reads."""
+"""Keys of `columns` that each task reads."""
 
 FILES = ("text", "table", "npz")
-"""Origins of data that are lists of files."""
+"""Data sources that are lists of files."""
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
-"""Tables that can be read."""
+"""Supported table formats."""
 
 
 RESULTS = ("label", "positions", "tokens", "prediction", "reference", "rank", "correct", "nll", "loss")
-"""What the results of a sample may have of their own: parts of a set without `slices`."""
+"""Result columns of a sample, which can be used in goals without `slices`."""
 
 
 class TextData(_Grown):
@@ -88,11 +89,11 @@ class TextData(_Grown):
     npz: list[str] | None = None
     """numpy archives of images and their labels, relative to the recipe; `columns` names the arrays."""
     folder: str | None = None
-    """A folder of images, relative to the recipe, with a folder for each label that has its name."""
+    """A folder of images, relative to the recipe, with a subfolder for each label, named after it."""
     augment: Augment | None = None
-    """How images are varied, for `data.train` alone; none: they are not."""
+    """Random changes of the images, for `data.train` only; none: no changes."""
     columns: Columns | None = None
-    """Names of the columns of a table or of a dataset; with `task.glue` they are known."""
+    """Column names of a table or of a dataset; with `task.glue` they are known."""
     dataset: str | None = None
     """A dataset's name on the hub, or a local directory that `datasets` can load."""
     config: str | None = None
@@ -104,8 +105,9 @@ class TextData(_Grown):
     column: str = "text"
     """The dataset's column that holds the text, for causal-lm."""
     slices: list[str] | None = Field(default=None, min_length=1)
-    """Columns whose values part an evaluation set, so that goals hold for each part (`gate.regression`:
-    `<set>.<metric>@<column>=<value>`). An array for each in an archive."""
+    """Columns whose values split an evaluation set into slices, so that goals hold for each slice
+    (`gate.regression`: `<set>.<metric>@<column>=<value>`). In an archive an array for each.
+    """
     limit: int | None = Field(default=None, ge=1)
     """At most this many sequences of `task.context` tokens, or examples: spread over the whole for training
     and calibration, the first ones for evaluation."""
@@ -131,9 +133,7 @@ class TextData(_Grown):
     def _slices_have_names(self) -> TextData:
         for name in self.slices or ():
             if name in RESULTS:
-                raise ValueError(
-                    f"`slices` names {name!r}, which the results of a sample have: rename the column"
-                )
+                raise ValueError(f"`slices` names {name!r}, which is a result of a sample: rename the column")
             if not name.strip() or "=" in name:
                 raise ValueError(f"`slices` names {name!r}, and a goal could not: rename the column")
         distinct(self.slices, "slices")
@@ -141,16 +141,16 @@ class TextData(_Grown):
 
     @property
     def files(self) -> list[str]:
-        """The files that are named."""
+        """Files of the section."""
         return self.text or self.table or self.npz or []
 
 
 class Data(Options):
-    """What is read, and for what."""
+    """Data of a run, by purpose."""
 
     train: TextData | None = None
-    """For phases that train with the task's loss."""
+    """Data of phases that train with the task's loss."""
     calibration: TextData | None = None
-    """For ranges and for block-wise calibration; no labels are needed."""
+    """Data for observing ranges and for block-wise calibration; labels are not needed."""
     evaluate: dict[str, TextData] = Field(min_length=1)
-    """Named evaluation sets; the first is the one a ladder shows first."""
+    """Named evaluation sets; the ladder shows the first one first."""

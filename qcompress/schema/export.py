@@ -13,13 +13,14 @@ class Export(Options):
     """The ONNX file."""
 
     graph: str | None = None
-    """An ONNX file, relative to the recipe, that another tool made of `model`: it takes the place of
-    training, folding and exporting, and is linted, measured, built and gated as ours would be."""
+    """An ONNX file, relative to the recipe, that another tool made from `model`: it replaces training,
+    folding and exporting, and is linted, measured, built and gated like an exported graph.
+    """
     opset: int = Field(default=21, ge=21, le=25)
     """ONNX opset; int4 needs 21."""
     cache: bool = False
     """Keys and values of earlier tokens as inputs, those of all tokens as outputs: one graph for prompt and
-    continuation. They are int8 codes where the format rounds them (`format.cache`, `format.attention`).
+    continuation. They are int8 codes if the format rounds them (`format.cache`, `format.attention`).
     """
     dynamic: list[Literal["batch", "sequence", "past"]] = ["batch", "sequence"]
     """Axes that stay symbolic; with a cache all three, unless written otherwise."""
@@ -43,7 +44,7 @@ class Profile(Options):
     past: list[int] = Field(default=[0, 128, 255], min_length=3, max_length=3)
     """Tokens in the key-value cache, for a graph that has one; 0 before the first prompt."""
     axes: dict[str, Annotated[list[int], Field(min_length=3, max_length=3)]] = {}
-    """Axes of other names, of graphs made elsewhere."""
+    """Axes of other names, of external graphs."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Profile:
@@ -57,7 +58,7 @@ class Profile(Options):
 
     @property
     def ranges(self) -> dict[str, list[int]]:
-        """[min, opt, max] by the name of the axis."""
+        """[min, opt, max] by axis name."""
         return {"batch": self.batch, "sequence": self.sequence, "past": self.past, **self.axes}
 
 
@@ -71,14 +72,16 @@ class Build(Options):
     profiles: list[Profile] = Field(default=[Profile()], min_length=1)
     """Optimization profiles."""
     version_compatible: bool = False
-    """The plan runs on later versions of TensorRT too, perhaps slower. It carries code of its own, a lean
-    runtime, so a device must be told to trust it."""
+    """The plan also runs on later versions of TensorRT, perhaps slower. It contains code, a lean runtime, so
+    a device must be configured to trust it.
+    """
     hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = "none"
-    """Other GPUs that the plan runs on, perhaps slower: Ampere and everything later, or every GPU of the same
-    compute capability."""
+    """Other GPUs that can run the plan, perhaps slower: Ampere and everything later, or every GPU of the same
+    compute capability.
+    """
     timing_cache: str | None = None
-    """File, relative to the recipe, in which the builder keeps what it timed; made if it is not there."""
+    """File, relative to the recipe, in which the builder keeps its timings; created if missing."""
     timeout_s: int = Field(default=3600, ge=1)
-    """The builder is stopped after this long."""
+    """Time limit of the builder, in seconds."""
     memory_mib: int = Field(default=16384, ge=256)
     """Private memory that the builder's process may use."""

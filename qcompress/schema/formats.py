@@ -1,10 +1,10 @@
 """Number formats of weights, activations and embeddings, as plain values. No torch.
 
 A weight is stored per channel (one scale for each output channel), per block (one scale for `block`
-consecutive input channels of one output channel) or per tensor. A scale of the whole tensor is written into
-files as equal scales of its channels: a deployed weight looks the same either way. Activations that TensorRT
-accepts are int8 (or fewer bits in int8), symmetric, one scale per tensor; the other granularities can be
-written down so that a target can refuse them by name.
+consecutive input channels of one output channel) or per tensor. A per-tensor scale is written into files as
+equal scales of its channels, so that deployed weights have one layout. Activations that TensorRT accepts are
+int8 (or fewer bits in int8), symmetric, one scale per tensor; other granularities can be written so that a
+target can refuse them by name.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ class Options(BaseModel):
 
 
 class WeightFormat(Options):
-    """How one weight is stored."""
+    """Storage format of a weight."""
 
     bits: Literal[8, 4, 3, 2] = 8
     """Bits of one code."""
     ternary: bool = False
-    """Codes -1, 0 and 1 alone; `bits` is 2."""
+    """Codes are -1, 0 and 1 only; `bits` is 2."""
     granularity: Literal["channel", "tensor"] = "channel"
     """One scale for each output channel (row of a table), or one for the whole tensor."""
     block: Literal[32, 64, 128] | None = None
     """Input channels that share a scale; none: one scale per output channel."""
     container: Literal["int8", "int4", "int2"] | None = None
     """Integer type in the ONNX file; none: int8 for 8 bits, int4 for fewer. TensorRT computes int4 as
-    weight-only, so with int8 activations `int8` is what gives an int8 GEMM. int2, four codes to a byte, comes
-    with opset 25, and ONNX Runtime alone reads it."""
+    weight-only, so an int8 GEMM with int8 activations needs `int8`. int2, four codes to a byte, requires
+    opset 25, and only ONNX Runtime reads it.
+    """
 
     @model_validator(mode="after")
     def _container_holds_the_codes(self) -> WeightFormat:
@@ -63,12 +64,12 @@ class WeightFormat(Options):
 
     @property
     def stored_bits(self) -> int:
-        """Bits that one code takes in the file."""
+        """Bits of one code in the file."""
         return {"int8": 8, "int4": 4, "int2": 2}[self.container or ("int8" if self.bits == 8 else "int4")]
 
     @property
     def information_bits(self) -> float:
-        """Bits that one code needs, whatever it is stored in.
+        """Bits of information in one code, independent of its container.
 
         >>> WeightFormat(bits=3).information_bits
         3
@@ -94,17 +95,18 @@ class WeightFormat(Options):
 
 class CodebookFormat(Options):
     """A weight as vectors of `block` consecutive input channels, each the index of one of `centroids`
-    (product quantization). Not an integer grid: runtimes look the vectors up and multiply floats, so that it
-    saves bytes on disk and in an engine, and no time.
+    (product quantization). It is not an integer grid: runtimes look the vectors up and multiply floats, so
+    that it saves bytes on disk and in an engine, but no time.
     """
 
     codebook: Literal["gather", "decode-int8"] = "gather"
-    """gather: indices and table in the file; decode-int8: the file holds the decoded weight, int8 codes with
-    one scale for the tensor, as the table has them, which an int8 GEMM takes."""
+    """gather: indices and table in the file; decode-int8: the file has the decoded weight as int8 codes with
+    one scale for the tensor, as in the table, which an int8 GEMM accepts.
+    """
     centroids: int = Field(default=256, ge=2, le=256)
     """Vectors in the table; an index takes a byte."""
     block: int = Field(default=8, ge=1)
-    """Input channels of one vector; a divisor of the layer's."""
+    """Input channels of one vector; must divide those of the layer."""
     table: Literal["float", "int8"] = "float"
     """Centroids in the compute type, or int8 codes with one scale."""
 
@@ -116,7 +118,7 @@ class CodebookFormat(Options):
 
     @property
     def information_bits(self) -> float:
-        """Bits of one weight's share of an index, without the table.
+        """Bits of an index per weight, without the table.
 
         >>> CodebookFormat(block=8).information_bits
         1.0
@@ -125,7 +127,7 @@ class CodebookFormat(Options):
 
     @property
     def stored_bits(self) -> float:
-        """Bits that one weight takes in the file, without the table."""
+        """Bits per weight in the file, without the table."""
         return 8 if self.codebook == "decode-int8" else 8 / self.block
 
     @property
@@ -139,20 +141,21 @@ class CodebookFormat(Options):
 
 
 class ActivationFormat(Options):
-    """How the input of a layer is rounded."""
+    """Rounding of the input of a layer."""
 
     bits: Literal[8, 4, 3, 2] = 8
-    """Bits of one code. Fewer than 8 are stored as int8 codes behind a Clip: no TensorRT has narrower
-    activations, so that they cost what int8 costs.
+    """Bits of one code. Fewer than 8 are stored as int8 codes behind a Clip: TensorRT has no narrower
+    activations, so they cost as much as int8.
     """
     granularity: Literal["tensor", "channel"] = "tensor"
     """One scale for the whole tensor, or one per channel (which TensorRT refuses)."""
     symmetric: bool = True
     """Zero point 0. An asymmetric format has a nonzero zero point, which TensorRT refuses."""
     signed: bool | Literal["auto"] = "auto"
-    """false: codes 0..2^bits-1, twice as fine for what is never negative, still int8 codes with zero point 0;
-    not for 8 bits, which int8 does not hold. auto: false where the family knows the input to be behind a
-    ReLU and the bits are fewer than 8."""
+    """false: codes 0..2^bits-1, twice as fine for inputs that are never negative, still int8 codes with zero
+    point 0; not for 8 bits, which int8 does not hold. auto: false if the family knows the input to be behind
+    a ReLU and the bits are fewer than 8.
+    """
 
     @model_validator(mode="after")
     def _int8_holds_the_codes(self) -> ActivationFormat:
@@ -162,11 +165,11 @@ class ActivationFormat(Options):
 
     @model_serializer(mode="wrap")
     def _leave_auto_out(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Digests of recipes stay what they were before there was a choice."""
+        """Omit the default of `signed`, so that older recipes keep their digests."""
         return {key: value for key, value in dump(self).items() if (key, value) != ("signed", "auto")}
 
     def settled(self, nonnegative: bool) -> ActivationFormat:
-        """The same with `signed` decided, for an input that is or is not known to be never negative.
+        """Format with `signed` decided, for an input that is or is not known to be nonnegative.
 
         >>> ActivationFormat(bits=4).settled(nonnegative=True).bounds
         (0, 15)
@@ -176,7 +179,7 @@ class ActivationFormat(Options):
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Smallest and largest code: QuantizeLinear saturates at [-128, 127], a Clip does at others.
+        """Smallest and largest code: QuantizeLinear saturates at [-128, 127], a Clip at other bounds.
 
         >>> ActivationFormat().bounds, ActivationFormat(bits=4, signed=False).bounds
         ((-128, 127), (0, 15))
@@ -229,11 +232,11 @@ FORMAT_PRESETS: dict[str, dict[str, Any]] = {
     },
     "ipq": {"weights": {"codebook": "gather"}, "activations": "float", "embeddings": {"codebook": "gather"}},
 }
-"""`format: w8a8` is this table's row; the keys beside `preset:` override it."""
+"""Presets: `format: w8a8` is a row of this table; keys beside `preset:` override it."""
 
 
 def as_mapping(key: str, value: object) -> object:
-    """The mapping that a short form of `format.<key>` stands for; anything else as it is.
+    """Expand a short form of `format.<key>` to its mapping; other values are returned unchanged.
 
     >>> as_mapping("weights", "int4")
     {'bits': 4, 'ternary': False, 'granularity': 'channel', 'block': 128, 'container': None}
@@ -245,8 +248,8 @@ def as_mapping(key: str, value: object) -> object:
 
 
 def over_preset(key: str, preset: object, written: object) -> object:
-    """What a recipe writes at `format.<key>`, over a preset's value: without `bits` or `codebook` it changes
-    that value.
+    """Merge the recipe's value of `format.<key>` over a preset's: without `bits` or `codebook` it changes
+    options of the preset's value.
 
     >>> over_preset("weights", {"bits": 4, "block": 128}, {"block": 64})
     {'bits': 4, 'block': 64}

@@ -1,4 +1,4 @@
-"""The goals of a recipe: what must hold for `accept`. No torch."""
+"""Goals of a recipe: conditions of the verdict `accept`. No torch."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ METRICS: dict[str, Literal["lower", "higher"]] = {
     "cross_entropy": "lower",
     "agreement": "higher",
 }
-"""Every metric a task reports, and which way is better."""
+"""All metrics of the tasks, and their better direction."""
 
 BEST = {"cross_entropy": 0.0}
-"""The best value of a metric, where it is not 1."""
+"""Best values of metrics for which it is not 1."""
 
 
 IMPLAUSIBLE_GAIN = 0.5
-"""A compressed model that gains more than this share of float's distance to a perfect metric (1, for
-perplexity, rates and correlations alike) is a mistake in the measurement until somebody has looked."""
+"""Largest plausible gain of a compressed model, as a share of float's distance to a perfect metric (1, for
+perplexity, rates and correlations alike). A larger gain counts as a mistake in the measurement until someone
+has checked it.
+"""
 
 RESOURCES: dict[str, str] = {
     "latency_ms": "median latency of the engine at the first profile's optimal shape, launched as it is",
@@ -39,7 +41,7 @@ RESOURCES: dict[str, str] = {
     "onnx_bytes": "the graph and its external data",
     "device_memory_bytes": "the engine's weights and activations on its device",
 }
-"""What a run costs where it is deployed; less is better. Goals against a baseline take them by name."""
+"""Costs of a run where it is deployed; less is better. Goals against a baseline name them."""
 
 
 class Goal(Options):
@@ -48,14 +50,13 @@ class Goal(Options):
     """
 
     threshold: float | None = None
-    """The metric itself: at most this (lower is better) or at least this (higher is better)."""
+    """Limit of the metric itself: at most this (lower is better) or at least this (higher is better)."""
     max_degradation: float | None = Field(default=None, alias="max-degradation", ge=0)
     """Largest absolute loss."""
     percent_max_degradation: float | None = Field(default=None, alias="percent-max-degradation", ge=0)
     """Largest loss in percent of the reference."""
     min_recovery: float | None = Field(default=None, alias="min-recovery", gt=0)
-    """Least share of the reference that must be left: value / reference, or reference / value where lower is
-    better."""
+    """Smallest allowed share of the reference: value / reference, or reference / value if lower is better."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Goal:
@@ -93,45 +94,49 @@ PARITY: dict[str, dict[str, ParityGoal]] = {
     },
     "bf16": {"folded": ParityGoal(max_abs=0.0)},
 }
-"""Distances to the row before that a correct pipeline reaches, by compute type; a recipe's own limits win.
-`deployed` is the graph in ONNX Runtime's default session against the folded model with integer sums."""
+"""Distances to the row before that a correct pipeline reaches, by compute type; a recipe's own limits replace
+them. `deployed` is the graph in ONNX Runtime's default session against the folded model with integer sums.
+"""
 
 DEPLOYED_ROUNDINGS = {
     "float-inputs": ParityGoal(mean_abs=2e-2, top1_agreement=0.9),
     "conv-biases": ParityGoal(mean_abs=6e-2, top1_agreement=0.9),
     "integer-sums": ParityGoal(mean_abs=5e-2, top1_agreement=0.9),
 }
-"""Limits of the deployed row where ONNX Runtime rounds what no other row rounds (`stages/verify.py`). The
+"""Limits of the deployed row if ONNX Runtime rounds values that no other row rounds (`stages/verify.py`). The
 bundled GPT-2 at w4a16-g64: mean_abs 4.1e-3, top1_agreement 0.919; a small ResNet at W4A4: 4.0e-2, 0.980.
-`integer-sums` is about a graph made elsewhere, which is compared with fp32 products, so that ties flip.
+`integer-sums` is for an external graph, which is compared with fp32 products, so that rounding ties flip.
 """
 
 DEPLOYED_FARTHEST = ParityGoal(mean_abs=0.1, top1_agreement=0.85)
-"""Limits of the deployed row that no flip on a tie excuses."""
+"""Limits of the deployed row that flips on rounding ties do not excuse."""
 
 
 class Gate(Options):
-    """What must hold for `accept`."""
+    """Conditions of the verdict `accept`."""
 
     float_floor: dict[str, float] = {}
     """Worst acceptable value of the float model's own metric: a broken model is no reference."""
     recovery: dict[str, Goal] = {}
-    """Goals on the last measured row, against float; where ONNX Runtime serves the target (`cpu`), on its
-    default session (the row `deployed`) as well."""
+    """Goals on the last measured row, against float; if ONNX Runtime serves the target (`cpu`), on its
+    default session (the row `deployed`) as well.
+    """
     regression: dict[str, Goal] = {}
-    """Goals against another run (`gate --baseline`): on `<set>.<metric>`, on a part of a set as
-    `<set>.<metric>@<column>=<value>` (a column of the set's `slices`, or `label`; `*` for the value: on each
-    that there is), or on one of `RESOURCES`."""
+    """Goals against another run (`gate --baseline`): on `<set>.<metric>`, on a slice as
+    `<set>.<metric>@<column>=<value>` (a column of the set's `slices`, or `label`; `*` as the value: on each
+    value), or on one of `RESOURCES`.
+    """
     on_inconclusive: Literal["fail", "pass"] = "fail"
-    """What `gate --baseline` makes of a goal that the samples can neither confirm nor refute."""
+    """Result of `gate --baseline` for a goal that the samples can neither confirm nor refute."""
     parity: dict[Literal["trained", "folded", "onnx", "deployed", "engine"], ParityGoal] = {}
-    """Limits that replace the defaults (folded equals trained; onnx within 2e-4 of the range). Where the
-    graph was compared from its own codes (`verify.held`), the default limits of the onnx row are about that
-    comparison, and a limit written here about the graph as it runs."""
+    """Limits that replace the defaults (folded equals trained; onnx within 2e-4 of the range). If the graph
+    was compared from its own codes (`verify.held`), the default limits of the onnx row apply to that
+    comparison, and a limit written here applies to the graph as it runs.
+    """
 
 
 def lower_is_better(metric: str) -> bool:
-    """A metric by its full name, `<set>.<metric>`: smaller values are better."""
+    """True if smaller values of a metric (`<set>.<metric>`) are better."""
     return METRICS[metric.rpartition(".")[2]] == "lower"
 
 
@@ -148,12 +153,12 @@ def worst_value(metric: str, goal: Goal, base: float) -> float:
 
 
 def gain_too_large(metric: str, value: float, base: float) -> bool:
-    """Whether a metric is so much better than the same one elsewhere that the measurement must be wrong."""
+    """True if a metric is so much better than its reference that the measurement must be wrong."""
     return _gain(metric, value, base) > IMPLAUSIBLE_GAIN
 
 
 def _gain(metric: str, value: float, base: float) -> float:
-    """Share of the metric's distance to perfection that was gained."""
+    """Gain as a share of the metric's distance to perfection."""
     best = BEST.get(metric.rpartition(".")[2], 1.0)
     if lower_is_better(metric):
         return (base - value) / (base - best) if base > best else 0.0

@@ -1,12 +1,12 @@
-"""The options of every value of the five axes, and of measured sharpness. No torch.
+"""Options of all values of the five axes, and of the sharpness measurement. No torch.
 
-    quantizer   how does a tensor become integers while training? (`quantizer_options.py`)
-    adapter     what function-preserving rescaling comes first, to be folded later?
-    objective   what is minimised?
-    stepper     how is one update made?
-    schedule    what is trained when?
+    quantizer   rounding of a tensor while training (`quantizers.py`)
+    adapter     function-preserving rescaling that is folded later (`adapters.py`)
+    objective   training loss
+    stepper     computation of one update
+    schedule    order of phases, and what each one trains
 
-`methods/` holds the class that does the work of each value; adapters' options are in `adapter_options.py`.
+`methods/` has the class that implements each value.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qcompress.schema.formats import Options
 from qcompress.schema.quantizers import named
 
 Role = Literal["weight", "scale", "adapter", "centroid", "other"]
-"""What a trainable tensor is; each role has its own learning rate."""
+"""Kind of a trainable tensor; each role has its own learning rate."""
 
 
 # Axes 3 and 4: objectives and steppers ------------------------------------------------------------
@@ -46,7 +46,7 @@ class Distillation(Options):
     task: float = Field(default=0.0, ge=0)
     """Weight of the task's own loss."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of the soft labels."""
+    """Temperature of the soft labels."""
 
 
 class TeacherIntervention(Options):
@@ -56,8 +56,9 @@ class TeacherIntervention(Options):
 
     name: Literal["teacher-intervention"] = "teacher-intervention"
     mode: Literal["output", "context", "attention", "gradual", "inverted", "stochastic"] = "gradual"
-    """What is replaced: output of the attention block (TI-O), context (TI-C), attention map (TI-M), or all
-    three in turn: gradual O, C, M (TI-G), inverted M, C, O, stochastic one of them for each update."""
+    """Replaced signals: output of the attention block (TI-O), context (TI-C), attention map (TI-M), or all
+    three in turn: gradual O, C, M (TI-G), inverted M, C, O, stochastic one of them for each update.
+    """
     logits: float = Field(default=1.0, ge=0)
     """Weight of the soft cross-entropy (mean squared error for a regression)."""
     attention: float = Field(default=1.0, ge=0)
@@ -67,12 +68,13 @@ class TeacherIntervention(Options):
     output: float = Field(default=1.0, ge=0)
     """Weight of the mean squared error of the attention blocks' outputs."""
     out_loss: Literal["post_ln", "pre_residual"] = "post_ln"
-    """Where those outputs are compared: after LayerNorm (the published code, where TI-O gives V and the
-    output projection no gradient) or before the residual (the paper's figure 3)."""
+    """Place of the comparison of those outputs: after LayerNorm (the published code, where TI-O gives V and
+    the output projection no gradient) or before the residual (the paper's figure 3).
+    """
     task: float = Field(default=0.0, ge=0)
     """Weight of the task's own loss."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of the soft labels."""
+    """Temperature of the soft labels."""
 
 
 Objective = Annotated[
@@ -90,7 +92,7 @@ class PlainStepper(Options):
 
 Ball = Literal["weight", "embedding", "bias", "norm", "weight-scale", "activation-scale"]
 """Kinds of tensors that a sharpness-aware stepper may perturb: quantized weights of layers, quantized
-embedding tables, biases, weights and biases of norms, learned scales. Tables are in no ball by default: the
+embedding tables, biases, weights and biases of norms, learned scales. No default includes tables: the
 gradient of a large one would take up most of the norm.
 """
 
@@ -98,30 +100,34 @@ gradient of a large one would take up most of the norm.
 class Saq(Options):
     """Sharpness-aware quantization (SAQ, arXiv:2111.12273): the update descends at the worst point near the
     quantized weights. Two passes an update. Its published code quantizes with LIQ, whose levels are odd
-    multiples of half a step: there is no zero, and no symmetric integer grid holds it, so it is not offered.
+    multiples of half a step: it has no zero and does not fit a symmetric integer grid, so it is not
+    supported.
     """
 
     name: Literal["saq"] = "saq"
     case: Literal[1, 2, 3] = 3
-    """Where the perturbation is made: 1 Q(w) + e(w), 2 Q(w + e(w)), 3 Q(w) + e(Q(w)), the paper's choice."""
+    """Place of the perturbation: 1 Q(w) + e(w), 2 Q(w + e(w)), 3 Q(w) + e(Q(w)), the paper's choice."""
     rho: float = Field(default=0.05, ge=0)
-    """Norm of the perturbation, over everything in the ball together."""
+    """Norm of the perturbation, over all tensors in the ball together."""
     ball: list[Ball] = Field(default=["weight", "bias", "norm"], min_length=1)
     """Kinds of tensors that are perturbed. The published code perturbs activation clip values as well: add
     `activation-scale` for that."""
     every: int = Field(default=1, ge=1)
-    """Compute the perturbation at every k-th update and use it again in between (after LookSAM,
-    arXiv:2203.02714; the paper's own efficient variant is not public)."""
+    """Compute the perturbation at every k-th update and reuse it in between (after LookSAM, arXiv:2203.02714;
+    the paper's own efficient variant is not public).
+    """
     subset: float = Field(default=1.0, gt=0, le=1)
-    """Share of the elements that is perturbed, drawn for each update, its perturbation divided by the share
-    (ESAM, arXiv:2110.03141)."""
+    """Share of the elements that are perturbed, drawn for each update; their perturbation is divided by the
+    share (ESAM, arXiv:2110.03141).
+    """
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest gradient norm of one role; none: no clipping, as in the paper and its code."""
 
 
 class Squat(Options):
     """SQuAT (arXiv:2210.07171): alternates a sharpness objective for the weights with the step-size objective
-    for the scales. Of the paper only the abstract was available: every option below is a reading of it.
+    for the scales. Only the abstract of the paper was available: every option below is an interpretation of
+    it.
     """
 
     name: Literal["squat"] = "squat"
@@ -131,9 +137,9 @@ class Squat(Options):
     perturb: Literal["quantized", "latent"] = "quantized"
     """Q(w) + e or Q(w + e); a small latent perturbation is mostly rounded away."""
     rho: float = Field(default=0.05, ge=0)
-    """Norm of the perturbation, over everything in the ball together."""
+    """Norm of the perturbation, over all tensors in the ball together."""
     ball: list[Literal["weight", "embedding", "bias", "norm"]] = Field(default=["weight"], min_length=1)
-    """What is perturbed; scales are frozen in the sharpness objective."""
+    """Kinds of tensors that are perturbed; scales are frozen in the sharpness objective."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest gradient norm of one role; none: no clipping."""
 
@@ -163,7 +169,7 @@ class BlockwiseThenEndToEnd(Options):
 
     name: Literal["blockwise-then-end-to-end"] = "blockwise-then-end-to-end"
     evaluate_every: int = Field(default=25, ge=1)
-    """Steps between two looks at a block's error on all calibration data; the best state is kept."""
+    """Steps between two measurements of a block's error on all calibration data; the best state is kept."""
 
 
 class TwoStep(Options):
@@ -175,9 +181,9 @@ class TwoStep(Options):
 
 
 class Staged(Options):
-    """iPQ (Quant-Noise, arXiv:2004.07320, section 3.3): `finetune` trains in float, with noise where there is
-    any; then one set of layers after another becomes codebooks, each followed by a phase that trains the
-    centroids and everything that is still float: `ffn`, `embeddings`, `attention`, `rest`.
+    """iPQ (Quant-Noise, arXiv:2004.07320, section 3.3): `finetune` trains in float, with noise if any is set;
+    then one set of layers after another becomes codebooks, each followed by a phase that trains the centroids
+    and everything that is still float: `ffn`, `embeddings`, `attention`, `rest`.
     """
 
     name: Literal["staged"] = "staged"
@@ -187,8 +193,9 @@ class Staged(Options):
         "attention",
         "rest",
     ]
-    """Order of the sets; all of them, each once. `rest` is what is neither: an untied head, a classifier,
-    convolutions."""
+    """Order of the sets; all of them, each once. `rest` has the other layers: an untied head, a classifier,
+    convolutions.
+    """
 
     @model_validator(mode="after")
     def _each_once(self) -> Staged:
@@ -212,15 +219,15 @@ Schedule = Annotated[
 
 
 class Sharpness(Options):
-    """How steeply the loss rises around the trained weights (`sharpness.py`)."""
+    """Steepness of the loss around the trained weights (`sharpness.py`)."""
 
     directions: int = Field(default=20, ge=1)
-    """Random directions over which the rise of the loss is averaged, each gone both ways."""
+    """Number of random directions over which the rise of the loss is averaged, each in both senses."""
     rho: float = Field(default=0.05, gt=0)
     """Norm of a direction, over all quantized weights together."""
     samples: int = Field(default=64, ge=1)
-    """Samples of the first evaluation set whose loss is looked at."""
+    """Number of samples of the first evaluation set for the loss."""
     iterations: int = Field(default=100, ge=1)
-    """Most iterations in search of the largest eigenvalue of the loss's Hessian."""
+    """Largest number of iterations for the largest eigenvalue of the loss's Hessian."""
     tolerance: float = Field(default=1e-2, gt=0, lt=1)
     """The search ends when ||Hv - av|| is at most this share of |a|."""

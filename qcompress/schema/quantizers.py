@@ -1,6 +1,6 @@
-"""The options of axis 1: how a tensor becomes integers while training. No torch.
+"""Options of axis 1, the quantizers. No torch.
 
-`quant/` holds the class that does the work of each value.
+`quant/` has the class that implements each value.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from qcompress.schema.formats import Options
 
 
 def named(value: object) -> object:
+    """Expand a name to `{"name": name}`; other values are returned unchanged."""
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -26,19 +27,20 @@ class MinMax(Options):
     """Share of magnitudes (in %) that `range: percentile` keeps."""
     renew: int | None = Field(default=None, ge=1)
     """Updates after which `percentile` and `mse` choose a weight's range again, as Quant-Noise's histograms
-    do every 1000; none: the share of the largest magnitude that was right at the start is kept."""
+    do every 1000; none: the share of the largest magnitude chosen at the start is kept.
+    """
 
     @model_validator(mode="after")
     def _renews_something(self) -> MinMax:
         if self.renew is not None and self.range == "absmax":
             raise ValueError(
-                "`renew` is for `percentile` and `mse`: the largest magnitude is looked at each time"
+                "`renew` is for `percentile` and `mse`: the largest magnitude is computed at each update"
             )
         return self
 
     @model_serializer(mode="wrap")
     def _unless_default(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `renew` where it says nothing: recipes from before it keep their digests."""
+        """Omit the default of `renew`, so that older recipes keep their digests."""
         return {key: value for key, value in spell(self).items() if (key, value) != ("renew", None)}
 
 
@@ -51,7 +53,7 @@ class Lsq(Options):
     percentile: float = Field(default=99.99, gt=50, le=100)
     """Share of magnitudes (in %) that `init: percentile` keeps."""
     floor: float = Field(default=1e-3, gt=0, lt=1)
-    """After each update a scale is at least this fraction of where it started."""
+    """Smallest scale after an update, as a fraction of the starting scale."""
 
 
 class Ternary(Options):
@@ -67,8 +69,8 @@ class Ternary(Options):
 
 
 class Dynamic(Options):
-    """Range of the tensor at hand while training (TernaryBERT, arXiv:2009.12812); a static range, observed
-    on the calibration data when training has ended, is what is deployed. The ladder shows both.
+    """Range of the current tensor while training (TernaryBERT, arXiv:2009.12812); deployed is a static range,
+    observed on the calibration data after training. The ladder shows both.
     """
 
     name: Literal["dynamic"] = "dynamic"
@@ -78,34 +80,39 @@ class Dynamic(Options):
 
 class Codebook(Options):
     """k-means codebooks (product quantization; iPQ of Quant-Noise, arXiv:2004.07320, after arXiv:1907.05686).
-    For every weight whose *format* is a codebook; the other quantizers serve the integers beside them.
+    Used for every weight whose *format* is a codebook; the other quantizers serve the integer weights.
     """
 
     name: Literal["codebook"] = "codebook"
     iterations: int = Field(default=15, ge=1)
     """Rounds of k-means."""
     splits: int = Field(default=100, ge=0)
-    """Most rounds in which empty clusters are filled by splitting the fullest ones."""
+    """Largest number of rounds in which empty clusters are filled by splitting the fullest ones."""
     gradient: Literal["sum", "mean"] = "sum"
-    """Of a centroid, over the blocks that it stands for: their sum, as in the published code for linear
-    layers and tables, or their mean, as it has it for convolutions."""
+    """Gradient of a centroid over the blocks assigned to it: their sum, as in the published code for linear
+    layers and tables, or their mean, as there for convolutions.
+    """
     renew: int = Field(default=500, ge=1)
-    """Updates between two searches for the centroids that Quant-Noise's `form: round` blocks become."""
+    """Updates between two searches for the centroids of the blocks that Quant-Noise's `form:
+    round` rounds.
+    """
 
 
 class Noise(Options):
     """Quant-Noise (arXiv:2004.07320): each forward pass of training rounds a random part of the weights, and
-    the rest gets a gradient without bias. Evaluation and what is deployed round everything.
+    the others get an unbiased gradient. Evaluation and the deployed model round all weights.
     """
 
     p: float = Field(default=0.1, ge=0, le=1)
-    """Share that is rounded; 0: training in float, 1: quantization-aware training as usual."""
+    """Share of the weights that are rounded; 0: training in float, 1: usual quantization-aware training."""
     form: Literal["round", "zero"] = "round"
-    """What becomes of it: its quantized value, or 0 with the rest scaled by 1 / (1 - p), which the paper
-    found to serve a codebook as well as its centroids."""
+    """Replacement of a rounded weight: its quantized value, or 0 with the others scaled by 1 / (1 - p), which
+    the paper found as good for a codebook as its centroids.
+    """
     block: int | None = Field(default=None, ge=1)
-    """Consecutive input channels that are drawn together; none: one weight of an integer format, the block
-    of a codebook."""
+    """Consecutive input channels that are drawn together; none: one weight of an integer format, the block of
+    a codebook.
+    """
 
     @model_validator(mode="after")
     def _something_is_left(self) -> Noise:
@@ -119,7 +126,7 @@ ActivationQuantizer = Annotated[MinMax | Lsq | Dynamic, Field(discriminator="nam
 
 
 def _noise(value: object) -> object:
-    """A number is the share; `none` is none."""
+    """Expand a number to its mapping, and `none` to None."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return {"p": float(value)}
     return None if value == "none" else value
@@ -132,46 +139,47 @@ class Quantizers(Options):
     activations: ActivationQuantizer = MinMax()
     embeddings: WeightQuantizer = MinMax()
     codebook: Codebook = Codebook()
-    """For weights and tables whose format is a codebook, instead of the two above."""
+    """Quantizer of weights and tables whose format is a codebook, in place of `weights` and `embeddings`."""
     noise: Annotated[Noise | None, BeforeValidator(_noise)] = None
-    """Quant-Noise around the quantizers of weights and tables; none: all of them round everything."""
+    """Quant-Noise around the quantizers of weights and tables; none: all weights are rounded."""
 
     @model_serializer(mode="wrap")
     def _unless_default(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what says nothing: recipes from before codebooks and noise keep their digests."""
-        found = spell(self)
-        if found.get("noise") is None:
-            found.pop("noise", None)
+        """Omit defaults of `noise` and `codebook`, so that older recipes keep their digests."""
+        values = spell(self)
+        if values.get("noise") is None:
+            values.pop("noise", None)
         if self.codebook == Codebook():
-            found.pop("codebook", None)
-        return found
+            values.pop("codebook", None)
+        return values
 
 
 ROLES = ("weights", "activations", "embeddings")
-"""Keys of `Quantizers` that choose among quantizers."""
+"""Keys of `Quantizers` that choose a quantizer by name."""
 
 
 def quantizers(value: object) -> object:
-    """`quantizer: lsq` is lsq for weights and activations, and minmax for the embedding tables; ternary and
-    dynamic belong together, as in TernaryBERT, tables included. `noise` may stand beside a name.
+    """Expand a short form: `quantizer: lsq` is lsq for weights and activations, and minmax for the embedding
+    tables; ternary and dynamic belong together, as in TernaryBERT, tables included. `noise` may be beside a
+    name.
 
     >>> quantizers({"name": "lsq", "noise": 0.5})
     {'weights': {'name': 'lsq'}, 'activations': {'name': 'lsq'}, 'noise': 0.5}
     """
     if not isinstance(value, str) and not (isinstance(value, dict) and "name" in value):
         return value
-    beside: dict[str, object] = {}
+    noise_option: dict[str, object] = {}
     if isinstance(value, dict) and "noise" in value:
-        beside = {"noise": value["noise"]}
+        noise_option = {"noise": value["noise"]}
         value = {key: option for key, option in value.items() if key != "noise"}
     name = value if isinstance(value, str) else value["name"]
     if name == "ternary":
-        return {"weights": value, "activations": "dynamic", "embeddings": value, **beside}
+        return {"weights": value, "activations": "dynamic", "embeddings": value, **noise_option}
     if name == "dynamic":
-        return {"activations": value, **beside}
+        return {"activations": value, **noise_option}
     if name == "codebook":
-        return {"codebook": named(value), **beside}
+        return {"codebook": named(value), **noise_option}
     activations = value
-    if isinstance(value, dict):  # of activations no range is chosen again
+    if isinstance(value, dict):  # ranges of activations are not chosen again
         activations = {key: option for key, option in value.items() if key != "renew"}
-    return {"weights": value, "activations": activations, **beside}
+    return {"weights": value, "activations": activations, **noise_option}

@@ -1,4 +1,4 @@
-"""Learning rates of a recipe: the peak of each role, and the share of it at every update. No torch."""
+"""Learning rates of a recipe: the peak of each role, and the schedule over the updates. No torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a recipe may say: every section, axis value and option as a typed value. No torch.
+"""Schema of a recipe: every section, axis value and option as a typed value. No torch.
 
-A docstring under a field is its help text (`qcompress list`, JSON Schema). Reading YAML, line numbers and the
-checks that need a model live in `recipe.py`; number formats live in `formats.py`.
+A docstring below a field is its help text (`qcompress list`, JSON Schema). `recipe/` reads YAML with line
+numbers and has the checks that need a model; number formats are in `formats.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qcompress.schema.axes import METHODS, beside_preset
 from qcompress.schema.data import Data
 from qcompress.schema.data import TextData as TextData
 from qcompress.schema.export import Build, Export
-from qcompress.schema.export import Profile as Profile  # what a recipe is made of is found here
+from qcompress.schema.export import Profile as Profile  # re-exported: this module has all sections
 from qcompress.schema.formats import (
     ACTIVATION_WORDS,
     FORMAT_PRESETS,
@@ -53,7 +53,7 @@ ROWS: tuple[str, ...] = ("float", "trained", "folded", "onnx", "engine")
 
 
 def _word(words: dict[str, Any], default: str) -> BeforeValidator:
-    """Turn a short form (`int8`) into its value; anything else is left for the field itself to judge."""
+    """Validator that expands a short form (`int8`) to its value; other values are left to the field."""
 
     def expand(value: object) -> object:
         if isinstance(value, str):
@@ -66,12 +66,12 @@ def _word(words: dict[str, Any], default: str) -> BeforeValidator:
 
 
 def _spelled(value: Options | str | None) -> object:
-    """A format as a recipe writes it: `float` where there is none."""
+    """Format as a recipe writes it: `float` for None."""
     return "float" if value is None else value.model_dump() if isinstance(value, Options) else value
 
 
 def _weight_kind(value: object) -> str:
-    """Which of the two kinds of weight formats a value is meant to be."""
+    """Kind of weight format that a value is meant to be."""
     if value is None:
         return "float"
     if not isinstance(value, (dict, Options)):
@@ -94,14 +94,14 @@ Activations = Annotated[ActivationFormat | None, _word(ACTIVATION_WORDS, "{bits:
 
 
 def _picked(value: object) -> object:
-    """What `model.blocks` may be in one word, said where another word stands there."""
+    """Refuse unknown words for `model.blocks`, with a message of its own."""
     if isinstance(value, str) and value not in ("every-other", "pairs"):
         raise ValueError("write every-other, pairs, or numbers of blocks such as [0, 0, 2, 2]")
     return value
 
 
 class Model(Options):
-    """Where the float model comes from."""
+    """Source of the float model."""
 
     family: Literal["gpt2", "bert", "roberta", "distilbert", "vit", "resnet", "cifar-resnet", "efficientnet"]
     """Architecture; `qcompress list models`."""
@@ -115,9 +115,10 @@ class Model(Options):
         Annotated[list[int], Field(min_length=1)] | Literal["every-other", "pairs"] | None,
         BeforeValidator(_picked),
     ] = None
-    """Which blocks the model is made of, by their numbers from 0; equal numbers share their weights.
-    every-other: the first, third ... (layer dropping); pairs: all, of which two and two share the weights of
-    the first. None: all, as they are."""
+    """Numbers of the model's blocks to use, from 0; equal numbers share their weights. every-other: the
+    first, third ... (layer dropping); pairs: all, each pair sharing the weights of its first block. None:
+    all, unchanged.
+    """
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
@@ -129,7 +130,7 @@ class Model(Options):
 
 
 class LayerFormat(Options):
-    """An exception for the layers that a pattern matches; what is left out stays as it was."""
+    """Exception for the layers that a pattern matches; omitted keys keep their value."""
 
     weights: Weights | Literal["inherit"] = "inherit"
     activations: Activations | Literal["inherit"] = "inherit"
@@ -140,7 +141,9 @@ class LayerFormat(Options):
 
 
 def _layer_format(value: object) -> object:
-    """`float`, `int8` ... for a layer means its weights; `float` and presets set its activations as well."""
+    """Expand a short form: `float`, `int8` ... is the format of a layer's weights; presets also set its
+    activations.
+    """
     if isinstance(value, str):
         if value in FORMAT_PRESETS:
             return {key: FORMAT_PRESETS[value][key] for key in ("weights", "activations")}
@@ -149,10 +152,10 @@ def _layer_format(value: object) -> object:
 
 
 class Format(Options):
-    """Bits of everything."""
+    """Number formats of all tensors."""
 
     preset: str | None = None
-    """A row of the presets (`w8a8`, `w4a16-g64`...), overridden by the keys beside it."""
+    """A row of the presets (`w8a8`, `w4a16-g64`...); other keys override it."""
     weights: Weights = None
     """Linear layers: int8, int4, int3, int2, ternary, float, or {bits, ternary, granularity, block,
     container}."""
@@ -163,16 +166,17 @@ class Format(Options):
     attention: Activations = None
     """Operands of both matmuls of an attention (query, key, probabilities, value): int8, float."""
     cache: Activations = None
-    """Keys and values alone, which is what a key-value cache stores (`export.cache`): int8, float; for these
-    two it counts more than `attention`.
+    """Keys and values only, which a key-value cache stores (`export.cache`): int8, float; for these two it
+    overrides `attention`.
     """
     residual: Activations = None
     """Both inputs of each residual addition: int8, float."""
     compute: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Type of everything that is not an integer, and of the scales."""
+    """Type of all floating-point tensors, and of the scales."""
     layers: dict[str, Annotated[LayerFormat, BeforeValidator(_layer_format)]] = {}
-    """Exceptions by name of a layer or a point (`*.query_point`): globs, the last match wins, a glob that
-    matches nothing is a mistake."""
+    """Exceptions by name of a layer or a point (`*.query_point`): globs; the last match wins; a glob without
+    a match is a mistake.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -194,7 +198,7 @@ class Format(Options):
 
     @property
     def is_float(self) -> bool:
-        """Nothing is quantized anywhere."""
+        """True if nothing is quantized."""
         own = (self.weights, self.activations, self.embeddings, self.attention, self.cache, self.residual)
         return not any((*own, self.layers))
 
@@ -209,12 +213,12 @@ class PhaseOptions(Options):
 
 
 class Train(Options):
-    """How long and how fast."""
+    """Training options: steps, learning rates, optimizer."""
 
     batch_size: int = Field(default=8, ge=1)
     """Sequences of one update, over all processes."""
     lr: dict[Role, Annotated[float, Field(gt=0)]] = {}
-    """Learning rate of each role; what is left out takes the default of `LEARNING_RATES`."""
+    """Learning rate of each role; omitted roles have the default of `LEARNING_RATES`."""
     phases: dict[str, PhaseOptions] = {}
     """Steps of the schedule's phases; `qcompress check` shows their names."""
     decay: Literal["constant", "linear", "cosine"] = "linear"
@@ -224,7 +228,7 @@ class Train(Options):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """sgd: with `momentum`, in Nesterov's form."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of sgd; 0: none."""
+    """Momentum of sgd; 0: none."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decay of the role `weight`; scales and adapters never decay."""
     layer_drop: float = Field(default=0.0, ge=0, lt=1)
@@ -233,9 +237,9 @@ class Train(Options):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of accelerate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where training and the torch rows of the ladder run."""
+    """Device of training and of the torch rows of the ladder."""
     checkpoint_every_s: int = Field(default=60, ge=1)
-    """Seconds between two checkpoints; a killed run goes on from the newest."""
+    """Seconds between two checkpoints; a killed run resumes from the newest."""
 
 
 LEARNING_RATES: dict[str, float] = {
@@ -245,29 +249,36 @@ LEARNING_RATES: dict[str, float] = {
     "adapter": 1e-3,
     "centroid": 1e-3,
 }
-"""Default learning rate of each role. A learned scale's is a share of its starting value under AdamW, and the
-rate of LSQ's own update under SGD.
+"""Default learning rate of each role. For a learned scale it is relative to the starting value under AdamW,
+and the rate of LSQ's own update under SGD.
 """
 
 
 class Verify(Options):
-    """What is measured."""
+    """Measurement options."""
 
     require: list[Row] = ["float", "trained", "folded", "onnx"]
     """Rows that must be measured; a missing one makes the verdict anomalous. With `compute: bf16` the default
-    leaves out onnx, which ONNX Runtime cannot run then."""
+    omits onnx, which ONNX Runtime cannot run in bf16.
+    """
     samples: int | None = Field(default=None, ge=1)
-    """At most this many samples of each evaluation set; none: all."""
+    """Largest number of samples of each evaluation set; none: all."""
     batch_size: int = Field(default=8, ge=1)
     """Samples of one forward pass."""
     distance_samples: int = Field(default=64, ge=1)
-    """Samples of the first evaluation set whose logits are compared between rows; of a classifier all are."""
+    """Samples of the first evaluation set whose logits are compared between rows; for a classifier all
+    samples are compared.
+    """
     held: Literal["auto", "always", "never"] = "auto"
-    """Compare graph and folded model from the graph's own codes as well, place by place, on the first
-    `distance_samples`: a rounding that flips on a tie reaches no later place then, and every code that
-    differs without that excuse is counted. auto: where the onnx row misses its default limits by itself."""
+    """Compare graph and folded model from the graph's own codes as well (teacher-forced codes), one
+    quantization point after another, on the first `distance_samples`: a flip on a rounding tie then does not
+    affect later points, and every differing code that is not on a tie is counted. auto: if the onnx row
+    misses its default limits.
+    """
     sharpness: Sharpness | None = None
-    """Measure the sharpness of the trained model as well (`{}`: with the defaults); none: do not."""
+    """Measure the sharpness of the trained model as well (`{}`: with the defaults); none: do not
+    measure it.
+    """
 
 
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
@@ -275,17 +286,17 @@ TRACKERS: tuple[str, ...] = ("tensorboard", "mlflow", "wandb")
 
 
 def _several(value: object) -> object:
-    """One tracker by its name alone."""
+    """Expand the name of one tracker to a list."""
     return [value] if isinstance(value, str) else value
 
 
 class Recipe(Options):
-    """One run: a float model, a method, a format, a target, and what must hold."""
+    """One run: a float model, a method, a format, a target, and goals."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*$", max_length=100)
-    """A slug; the folder of the run."""
+    """A slug; name of the run's folder."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     model: Model
     task: Task
     data: Data
@@ -303,8 +314,9 @@ class Recipe(Options):
     verify: Verify = Verify()
     gate: Gate = Gate()
     tracking: Annotated[list[Tracker], BeforeValidator(_several)] = []
-    """Trackers of accelerate that are told what log.jsonl says: tensorboard, mlflow, wandb, or several of
-    them. They change nothing about the run, neither its numbers nor what is reused."""
+    """Trackers of accelerate that receive the records of log.jsonl: tensorboard, mlflow, wandb, or several of
+    them. They affect neither the numbers of a run nor the reuse of stages.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -323,8 +335,8 @@ class Recipe(Options):
     @model_validator(mode="before")
     @classmethod
     def _required_rows(cls, value: object) -> object:
-        """A graph made elsewhere has no trained and no folded model to measure, and ONNX Runtime's CPU
-        provider cannot run one in bf16.
+        """Default of `verify.require`: an external graph has no trained and no folded model to measure, and
+        ONNX Runtime's CPU provider cannot run a graph in bf16.
         """
         if not isinstance(value, dict):
             return value
@@ -340,9 +352,9 @@ class Recipe(Options):
 
     @property
     def trains_float(self) -> bool:
-        """Nothing is quantized: what comes out is another float model."""
+        """True if nothing is quantized, so that the result is another float model."""
         return self.format.is_float and self.export.graph is None
 
 
 RECIPE: ContextVar[type[Recipe]] = ContextVar("recipe", default=Recipe)
-"""The schema that recipes are validated by: `own.py` adds what a caller brings along."""
+"""The schema that validates recipes; `custom.py` adds custom components to it."""

@@ -1,8 +1,8 @@
-"""The table of targets, and what each one cannot do, decided from the recipe alone. No torch, no TensorRT.
+"""Table of targets and their limits, decided from the recipe alone. No torch, no TensorRT.
 
 An engine of TensorRT is built on the device itself. TensorRT-RTX builds on any machine, with or without a
 GPU, for one compute capability (SM). Versions are those that ship for a device; precisions are the vendor's
-support matrices, made stricter by what TensorRT-RTX 1.7 really builds.
+support matrices, restricted to what TensorRT-RTX 1.7 builds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qcompress.schema.recipe import Build
 from qcompress.system.gpu import compute_capability
 
 AMPERE = 80
-"""SM of the first GPUs of that architecture."""
+"""SM of the first Ampere GPUs."""
 
 BLOCKS = (32, 64, 128)
 """Block sizes of int4 weights with a fast kernel."""
@@ -29,34 +29,34 @@ class Target:
 
     name: str
     backend: Literal["tensorrt", "tensorrt_rtx"] | None
-    """Python module of the builder; none: there is nothing to build."""
+    """Python module of the builder; none: the target has no engine."""
     versions: tuple[tuple[str, str], ...]
     """Versions of the backend that build for this device: ranges [from, to)."""
     sm: int | None
     """Compute capability, 86 for 8.6."""
     note: str
     weight_bits: tuple[int, ...] = (8, 4)
-    """Bits of integer types that weights may be stored in."""
+    """Bits of the integer types in which weights may be stored."""
     compute: tuple[str, ...] = ("fp32", "fp16", "bf16")
-    """Types that matmuls compute in."""
+    """Types of matmuls."""
 
     def accepts(self, version: str) -> bool:
-        """Whether this version of the backend builds for this device.
+        """True if this version of the backend builds for this device.
 
         >>> TARGETS["thor"].accepts("11.4.0.106"), TARGETS["thor"].accepts("11.4.1.2")
         (False, True)
         """
-        found = _numbers(version)
-        return any(_numbers(low) <= found < _numbers(high) for low, high in self.versions)
+        numbers = _numbers(version)
+        return any(_numbers(low) <= numbers < _numbers(high) for low, high in self.versions)
 
     @property
     def jetson(self) -> bool:
-        """Whether it is a Jetson."""
+        """True for a Jetson."""
         return self.versions in (JETPACK_6, JETPACK_7)
 
     @property
     def requirement(self) -> str:
-        """The backend and its versions in words.
+        """Backend and its versions, for messages.
 
         >>> TARGETS["orin-jp6"].requirement
         'tensorrt >=10.3,<11'
@@ -107,18 +107,18 @@ TARGETS: dict[str, Target] = {
         Target("thor", "tensorrt", JETPACK_7, 110, "Jetson Thor; build on the Jetson."),
     )
 }  # fmt: skip
-"""Every device an engine can be made for, by name."""
+"""Targets by name."""
 
 
 def find_target(name: str) -> Target:
-    """The target of that name."""
+    """Target of that name. Raises UsageError for an unknown name."""
     if name not in TARGETS:
         raise UsageError(f"unknown target {name!r}", fix=f"name one of {', '.join(TARGETS)}")
     return TARGETS[name]
 
 
 class Refusal(NamedTuple):
-    """Something a recipe asks for that its target cannot do."""
+    """A recipe setting that its target does not support."""
 
     key: str
     """The recipe key to change."""
@@ -127,10 +127,10 @@ class Refusal(NamedTuple):
 
 
 def option_refusals(target: Target | str, build: Build) -> Iterator[Refusal]:
-    """What the target's builder cannot do of what `build` asks for.
+    """Refuse options in `build` that the target's builder does not support.
 
-    Hardware compatibility: TensorRT's engine compatibility page (Ampere and later, no Jetson); what
-    TensorRT-RTX refuses was measured with 1.7.
+    Hardware compatibility: TensorRT's engine compatibility page (Ampere and later, no Jetson); refusals of
+    TensorRT-RTX were measured with 1.7.
     """
     target = find_target(target) if isinstance(target, str) else target
     asked = {
@@ -157,14 +157,14 @@ def option_refusals(target: Target | str, build: Build) -> Iterator[Refusal]:
 
 
 def lacks(target: Target) -> str:
-    """What keeps this machine from building for a target, before TensorRT is asked; empty if nothing does.
-    TensorRT-RTX builds anywhere.
+    """Reason why this machine cannot build for a target, without asking TensorRT; empty if it may.
+    TensorRT-RTX builds on any machine.
     """
     if target.backend != "tensorrt":
         return ""
-    found = compute_capability()
-    if found == target.sm:
+    sm = compute_capability()
+    if sm == target.sm:
         return ""
     return f"TensorRT builds on the device itself (SM{target.sm}), and this machine has " + (
-        f"a GPU of SM{found}" if found else "no CUDA device"
+        f"a GPU of SM{sm}" if sm else "no CUDA device"
     )

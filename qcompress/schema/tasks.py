@@ -1,6 +1,6 @@
-"""The tasks, as a recipe writes them. No torch.
+"""Task sections of a recipe. No torch.
 
-`tasks/` holds the module that does the work of each task, under the same name.
+`tasks/` has the module that implements each task, under its name.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class CausalLm(Options):
     context: int = Field(default=1024, ge=2)
     """Tokens of one sequence."""
     stride: int | None = Field(default=None, ge=1)
-    """Evaluation windows start this many tokens apart and only count what no earlier window counted; none:
-    the context, so that windows do not overlap."""
+    """Tokens between the starts of evaluation windows; each window counts only tokens that no earlier window
+    counted. none: the context, so that windows do not overlap.
+    """
 
     @model_validator(mode="after")
     def _stride_covers_the_text(self) -> CausalLm:
@@ -41,22 +42,22 @@ class CausalLm(Options):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Everything that is measured."""
+        """All metrics of the task."""
         return ("perplexity", "token_accuracy")
 
     @property
     def main(self) -> tuple[str, ...]:
-        """What a ladder shows."""
+        """Metrics that the ladder shows."""
         return ("perplexity",)
 
     def within(self, context: int) -> CausalLm:
-        """The same task on sequences of at most so many tokens."""
+        """Task with sequences of at most `context` tokens."""
         context = min(self.context, context)
         return self.model_copy(update={"context": context, "stride": min(self.stride or context, context)})
 
 
 def distinct(names: list[str] | None, key: str = "labels") -> None:
-    """Raise ValueError where a name is there twice; `key`: what the error calls the list."""
+    """Raise ValueError if a name is repeated; `key`: name of the list in the error."""
     twice = sorted({name for name in names or () if (names or []).count(name) > 1})
     if twice:
         raise ValueError(f"`{key}` names {', '.join(twice)} more than once")
@@ -67,8 +68,8 @@ READINGS: tuple[str, ...] = get_args(LabelsAre)
 
 
 class Labelled(Options):
-    """Options of a task with labels. `labels_are` is not written where it is not set, so that the digest of a
-    recipe without it stays as it was.
+    """Options of a task with labels. An unset `labels_are` is not written, so that older recipes keep their
+    digests.
     """
 
     @model_serializer(mode="wrap")
@@ -90,11 +91,12 @@ class SequenceClassification(Labelled):
     labels: list[str] | None = Field(default=None, min_length=2)
     """Names of the labels; none: those of the checkpoint's config.json."""
     context: int = Field(default=128, ge=2)
-    """Most tokens of one example; what is longer is cut."""
+    """Largest number of tokens of one example; longer ones are cut."""
     labels_are: LabelsAre | None = None
-    """Content of a column of labels: names, or indices from 0 in the model's order. none: a cell that is a
-    name of the model is that label, and whole numbers that are not all names are indices; a column that gives
-    other labels by the one reading than by the other is refused."""
+    """Content of a label column: names, or indices from 0 in the model's order. none: a cell that is a name
+    of the model is that label, and whole numbers that are not all names are indices; a column with different
+    labels under the two readings is refused.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -120,7 +122,7 @@ class SequenceClassification(Labelled):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Everything that is measured where there are labels, the main ones first."""
+        """All metrics for data with labels, the main ones first."""
         if self.kind == "regression":
             return ("spearman", "pearson")
         if self.kind == "multi":
@@ -133,28 +135,29 @@ class SequenceClassification(Labelled):
 
     @property
     def main(self) -> tuple[str, ...]:
-        """What a ladder shows: GLUE's official metrics, or the first."""
+        """Metrics that the ladder shows: GLUE's official metrics, or the first."""
         return GLUE[self.glue].main if self.glue is not None else self.metrics[:1]
 
     def within(self, context: int) -> SequenceClassification:
-        """The same task on at most so many tokens."""
+        """Task with at most `context` tokens."""
         return self.model_copy(update={"context": min(self.context, context)})
 
 
 class TokenClassification(Labelled):
-    """One label for each word. Metrics: token_accuracy, and span_f1 where the labels are IOB2 (`B-...`,
-    `I-...`, `O`).
+    """One label for each word. Metrics: token_accuracy, and span_f1 if the labels are IOB2 (`B-...`, `I-...`,
+    `O`).
     """
 
     name: Literal["token-classification"] = "token-classification"
     labels: list[str] | None = Field(default=None, min_length=2)
     """Names of the tags; none: those of the checkpoint's config.json."""
     context: int = Field(default=128, ge=2)
-    """Most tokens of one example; what is longer is cut."""
+    """Largest number of tokens of one example; longer ones are cut."""
     labels_are: LabelsAre | None = None
-    """Content of a column of labels: names, or indices from 0 in the model's order. none: a cell that is a
-    name of the model is that label, and whole numbers that are not all names are indices; a column that gives
-    other labels by the one reading than by the other is refused."""
+    """Content of a label column: names, or indices from 0 in the model's order. none: a cell that is a name
+    of the model is that label, and whole numbers that are not all names are indices; a column with different
+    labels under the two readings is refused.
+    """
 
     @model_validator(mode="after")
     def _labels_fit(self) -> TokenClassification:
@@ -163,27 +166,27 @@ class TokenClassification(Labelled):
 
     @property
     def spans(self) -> bool:
-        """Whether the labels mark entities: with `B-` or `I-` and a type, or `O`."""
+        """True if the labels mark entities: `B-` or `I-` and a type, or `O`."""
         labels = self.labels or ()
         return "O" in labels and all(label == "O" or label[:2] in ("B-", "I-") for label in labels)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Everything that is measured where there are labels, the main one first."""
+        """All metrics for data with labels, the main one first."""
         return ("span_f1", "token_accuracy") if self.labels is None or self.spans else ("token_accuracy",)
 
     @property
     def main(self) -> tuple[str, ...]:
-        """What a ladder shows."""
+        """Metrics that the ladder shows."""
         return self.metrics[:1]
 
     def within(self, context: int) -> TokenClassification:
-        """The same task on at most so many tokens."""
+        """Task with at most `context` tokens."""
         return self.model_copy(update={"context": min(self.context, context)})
 
 
 def _square(value: Any) -> Any:
-    """One number stands for height and width."""
+    """Expand a number to height and width."""
     return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -210,51 +213,55 @@ class ImageClassification(Labelled):
     labels: list[str] | None = Field(default=None, min_length=2)
     """Names of the labels; none: those of the checkpoint's config.json."""
     mean: Channels | None = None
-    """Mean of red, green and blue, of values from 0 to 1. With `std`: how images are prepared, in the place
-    of the checkpoint's preprocessor_config.json, or where it has none."""
+    """Mean of red, green and blue, of values from 0 to 1. With `std`: normalization of images, replacing the
+    checkpoint's preprocessor_config.json.
+    """
     std: Channels | None = None
-    """Standard deviation of each, of values from 0 to 1."""
+    """Standard deviation of red, green and blue, of values from 0 to 1."""
     size: Size | None = None
-    """Height and width that images are resized to (bilinear), or one number for both, with `mean` and `std`;
-    none: they are not."""
+    """Height and width to which images are resized (bilinear), or one number for both, with `mean` and `std`;
+    none: no resizing.
+    """
     labels_are: LabelsAre | None = None
-    """Content of a column of labels: names, or indices from 0 in the model's order. none: a cell that is a
-    name of the model is that label, and whole numbers that are not all names are indices; a column that gives
-    other labels by the one reading than by the other is refused."""
+    """Content of a label column: names, or indices from 0 in the model's order. none: a cell that is a name
+    of the model is that label, and whole numbers that are not all names are indices; a column with different
+    labels under the two readings is refused.
+    """
 
     @model_validator(mode="after")
     def _add_up(self) -> ImageClassification:
         distinct(self.labels)
         if (self.mean is None) != (self.std is None) or (self.size is not None and self.mean is None):
-            raise ValueError("`mean` and `std` say together how images are prepared, `size` with them")
+            raise ValueError("`mean` and `std` belong together, and `size` needs both")
         if any(value <= 0 for value in (*(self.std or ()), *(self.size or ()))):
             raise ValueError("`std` and `size` must be above 0")
         return self
 
     @property
     def context(self) -> None:
-        """Nothing is cut: an image has the model's size."""
+        """None: images have the model's size, and nothing is cut."""
         return None
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Everything that is measured where there are labels, the main one first."""
+        """All metrics for data with labels, the main one first."""
         few = self.labels is not None and len(self.labels) < 5
         return ("accuracy", "cross_entropy") if few else ("accuracy", "top5_accuracy", "cross_entropy")
 
     @property
     def main(self) -> tuple[str, ...]:
-        """What a ladder shows."""
+        """Metrics that the ladder shows."""
         return self.metrics[:1]
 
     def within(self, context: int) -> ImageClassification:
-        """The same task."""
+        """The task unchanged: images have no context."""
         return self
 
 
 AGREEMENT = "agreement"
-"""What is measured of a classification without labels: the share of answers that are the float model's; for a
-regression Pearson's correlation with the float model's numbers."""
+"""Metric of a classification without labels: the share of answers that equal the float model's; for a
+regression Pearson's correlation with the float model's numbers.
+"""
 
 Task = Annotated[
     CausalLm | SequenceClassification | TokenClassification | ImageClassification,

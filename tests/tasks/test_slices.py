@@ -148,7 +148,7 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path)
     ("names", "says"),
     [
         (["a", "a"], "names a more than once"),
-        (["label"], "the results of a sample have"),
+        (["label"], "is a result of a sample"),
         (["a=b"], "a goal could not"),
         ([" "], "a goal could not"),
         ([], "at least 1 item"),
