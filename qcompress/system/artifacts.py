@@ -1,4 +1,4 @@
-"""What passes between stages: a folder each, what lies in it and what it promises. No torch.
+"""Artifacts passed between stages: the folder of each stage and its files. No torch.
 
     load    -> FloatModel     float.json, config.json, tokenizer files
     train   -> TrainedModel   trained.json, trained.safetensors
@@ -8,8 +8,8 @@
     verify  -> ParityReport   parity.json, samples.json.gz
     gate    -> Verdict        verdict.json, junit.xml
 
-A stage writes into an empty folder and returns nothing but that folder's artifact; `workspace.py` decides
-where the folder is and when it counts as finished.
+A stage writes into an empty folder and returns that folder's artifact only; `workspace.py` decides
+where the folder is and when it is finished.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ def sha256_file(path: Path) -> str:
 
 
 def graph_digests(file: Path) -> dict[str, str]:
-    """Digests of model.onnx and of its external data beside it, by name."""
+    """Digests of model.onnx and of its external data in the same folder, by name."""
     files = [file, *file.parent.glob(file.name + ".data*")]
     return {path.name: sha256_file(path) for path in sorted(files)}
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write sorted, indented, strict JSON in one step."""
+    """Write sorted, indented, strict JSON atomically."""
     write_text(path, strict_json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text in one step: a reader never sees half of it."""
+    """Write text atomically: a reader never sees part of it."""
     write_whole(path, text)
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file that a stage has promised to write; raises IncomparableError if it is torn."""
+    """Read a JSON file that a stage must have written; raises IncomparableError if it is damaged."""
     try:
         return strict_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -63,7 +63,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object of a run. Raises IncomparableError where it is missing, torn or not an object."""
+    """Read a JSON object of a run. Raises IncomparableError if it is missing, damaged or not an object."""
     if not file.is_file():
         raise IncomparableError(f"{file} is missing", fix="run the recipe again")
     try:
@@ -77,7 +77,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A folder that a stage has filled. `digest` is the digest of all its files' contents."""
+    """Folder of a finished stage. `digest` is the digest of the contents of all its files."""
 
     path: Path
     digest: str = ""
@@ -85,17 +85,18 @@ class Artifact:
 
 @dataclass(frozen=True)
 class FloatModel(Artifact):
-    """The checkpoint as it came; nothing here is ever trained.
+    """The float checkpoint; its files are never changed.
 
-    float.json: {"family", "files": {name: sha256}, "parameters": count}. `source` is where the weights lie on
-    this machine; it is not part of the artifact's content, so that moving a model changes no result.
+    float.json: {"family", "files": {name: sha256}, "parameters": count}. `source` is the folder of the
+    weights on this machine; it is not part of the artifact's content, so that moving a model changes no
+    result.
     """
 
     source: Path = Path()
 
     @classmethod
     def of(cls, path: Path, digest: str, origin: Path) -> FloatModel:
-        """The model of a load stage; the weights are the stage's own where it has copied blocks of the
+        """Float model of a load stage; the stage has its own weights if it has copied blocks of the
         checkpoint at `origin`.
         """
         return cls(path, digest, source=path if (path / "model.safetensors").is_file() else origin)
@@ -103,7 +104,7 @@ class FloatModel(Artifact):
 
 @dataclass(frozen=True)
 class TrainedModel(Artifact):
-    """A model whose tensors still pass through quantizers.
+    """A trained model, whose tensors still pass through quantizers.
 
     trained.json: {"family", "compute", "plan": [layer plans], "rescalings": [{"norm", "readers"}, of a value
     projection {"value", "readers", "first", "point"}], "changed": [names of tensors that differ from the
@@ -116,7 +117,8 @@ class TrainedModel(Artifact):
 
 @dataclass(frozen=True)
 class FoldedModel(Artifact):
-    """Integers, scales in the compute type, and the float rest; no trace of how it was trained.
+    """Folded model: integers, scales in the compute type, and the remaining float tensors, independent of the
+    method.
 
     folded.json: {"family", "compute", "plan": [layer plans], "codes": count of integers}.
     folded.safetensors: `<layer>.weight.codes` int8, `<layer>.weight.scale`, `<layer>.input.scale`, and every
@@ -130,13 +132,13 @@ class OnnxModel(Artifact):
 
     @property
     def file(self) -> Path:
-        """The graph; its external data, if any, lies beside it."""
+        """The graph; its external data, if any, is in the same folder."""
         return self.path / "model.onnx"
 
 
 @dataclass(frozen=True)
 class Engine(Artifact):
-    """A plan, or the reason why it was deferred and the command that builds it on the device.
+    """An engine plan, or the reason why it was deferred and the command that builds it on the device.
 
     build.json: {"status": "built" | "deferred" | "none", "reason", "command", "target", "backend",
     "versions", "plan": {"sha256", "bytes"}, "onnx": {"sha256", "bytes"}, "predicted_bytes", "limit_bytes",
@@ -146,14 +148,14 @@ class Engine(Artifact):
 
     @property
     def plan(self) -> Path | None:
-        """The serialized engine, None when it was deferred."""
+        """The serialized engine; None if it was deferred."""
         plan = self.path / "model.plan"
         return plan if plan.is_file() else None
 
 
 def disabled_optimizers(file: Path) -> list[str]:
-    """Optimizers without which ONNX Runtime must run a graph: certificate.json beside one that was made
-    elsewhere names them.
+    """Optimizers that ONNX Runtime must disable for an external graph, from the certificate.json in its
+    folder.
     """
-    beside = file.with_name("certificate.json")
-    return read_object(beside).get("disabled_optimizers", []) if beside.is_file() else []
+    certificate = file.with_name("certificate.json")
+    return read_object(certificate).get("disabled_optimizers", []) if certificate.is_file() else []

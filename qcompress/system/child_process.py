@@ -1,4 +1,6 @@
-"""How a module of ours runs as a process of its own, where native code may die without taking us along."""
+"""Command line and environment of child processes, in which native code may crash without ending
+the parent.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,13 @@ import sys
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """The command line; start it in a folder of its own, or Python would import from the user's."""
+    """Command line of a module of this package. Start it in an empty folder: Python imports from the current
+    one.
+    """
     return [sys.executable, "-m", module, *arguments]
 
 
 def environment() -> dict[str, str]:
-    """Ours, with the places of Python's modules as absolute paths."""
+    """Environment variables of this process, with absolute paths in PYTHONPATH."""
     paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -1,7 +1,7 @@
-"""Digests of files: computed, remembered with the state of the file, and sealed into JSON. No torch.
+"""Digests of files: computing them, remembering them with the file's state, sealing JSON files. No torch.
 
-A digest that is remembered costs a `stat` instead of a read. It counts as long as inode, size, modification
-time and change time are the same: no program can set the change time. JSON files of our own carry their own
+A remembered digest costs a `stat` instead of a read. It is valid while inode, size, modification time and
+change time are unchanged: no program can set the change time. JSON files of this package contain their own
 digest, `seal`.
 """
 
@@ -23,8 +23,8 @@ from qcompress.system.places import write_whole
 SEAL = "seal"
 
 GRANULARITY_NS = 100_000_000
-"""Clocks of file systems advance in steps: a file that was written so shortly before it was hashed can be
-written again without another time.
+"""Resolution of file system clocks: a file hashed so shortly after it was written can be written again
+without a change of its times.
 """
 
 CHUNK = 1 << 22
@@ -32,7 +32,7 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Seen:
-    """A digest, and the state of the file from which it was computed at `hashed_ns`."""
+    """A digest, and the state of its file at the time `hashed_ns`."""
 
     sha256: str
     bytes: int
@@ -43,14 +43,16 @@ class Seen:
 
     @classmethod
     def now(cls, path: Path) -> Seen:
-        """Read the file. Its state is that of before: a write meanwhile makes the record worthless."""
+        """Hash the file. The state is taken before reading: a write during the read invalidates
+        the record.
+        """
         state, begin = path.stat(), time.time_ns()
         digest = sha256_file(path)
         return cls(digest, state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns, begin)
 
     @classmethod
     def from_json(cls, record: object) -> Seen | None:
-        """A record of `to_json`, with or without further keys; None for anything else."""
+        """Record of `to_json`, possibly with further keys; None for any other value."""
         names = cls.__dataclass_fields__
         if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
             return None
@@ -75,19 +77,19 @@ class Seen:
 
 
 def differs(path: Path, sha256: str, seen: Seen | None, *, whole: bool = False) -> Seen | None:
-    """None if the file at `path` has the digest `sha256`; otherwise what it has. `seen` spares reading it,
-    unless `whole`. Raises FileNotFoundError.
+    """None if the file at `path` has the digest `sha256`; otherwise its actual record. A valid `seen` avoids
+    reading the file, unless `whole`. Raises FileNotFoundError.
     """
-    found = seen if seen is not None and not whole and seen.sha256 == sha256 and seen.holds(path) else None
-    found = found or Seen.now(path)
-    return None if found.sha256 == sha256 else found
+    actual = seen if seen is not None and not whole and seen.sha256 == sha256 and seen.holds(path) else None
+    actual = actual or Seen.now(path)
+    return None if actual.sha256 == sha256 else actual
 
 
 _digests: dict[Path, Seen] = {}
 
 
 def digest_of(path: Path) -> str:
-    """Digest of a file, which a process reads once as long as the file stays as it is."""
+    """Digest of a file, cached in this process while the file is unchanged."""
     seen = _digests.get(path)
     if seen is None or not seen.holds(path):
         seen = _digests[path] = Seen.now(path)
@@ -95,25 +97,25 @@ def digest_of(path: Path) -> str:
 
 
 def prefix_digest(path: Path, size: int) -> str:
-    """Digest of the first `size` bytes of a file that grows."""
+    """Digest of the first `size` bytes of a growing file."""
     with path.open("rb") as stream:
         return hashlib.sha256(stream.read(size)).hexdigest()
 
 
 class Memory:
-    """Remembered digests of the files of one folder, in one JSON file outside of it.
+    """Remembered digests of the files in a folder, kept in a JSON file outside of it.
 
-    A memory that is torn, altered or not writable costs time and nothing else.
+    If that file is damaged or cannot be written, digests are computed again.
     """
 
     def __init__(self, folder: Path, file: Path) -> None:
         self._folder, self._file = folder, file
-        found = read_sealed(file) or {}
-        self._seen = {name: Seen.from_json(record) for name, record in found.items() if name != SEAL}
+        records = read_sealed(file) or {}
+        self._seen = {name: Seen.from_json(record) for name, record in records.items() if name != SEAL}
         self._changed = False
 
     def digest(self, name: str, *, whole: bool = False) -> str:
-        """Digest of a file of the folder; read if it was not read before, or if `whole`."""
+        """Digest of a file in the folder; computed if it is not remembered, or if `whole`."""
         seen = self._seen.get(name)
         if whole or seen is None or not seen.holds(self._folder / name):
             seen = self._seen[name] = Seen.now(self._folder / name)
@@ -121,11 +123,11 @@ class Memory:
         return seen.sha256
 
     def forget(self, name: str) -> None:
-        """Read a file again when its digest is next asked for."""
+        """Forget the digest of a file, so that it is read again."""
         self._changed |= self._seen.pop(name, None) is not None
 
     def keep(self) -> None:
-        """Write the file, if anything is new."""
+        """Write the file, if digests were added or removed."""
         if not self._changed:
             return
         records = {name: seen.to_json() for name, seen in self._seen.items() if seen is not None}
@@ -143,12 +145,12 @@ def seal_of(value: Mapping[str, Any]) -> str:
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object with its seal, in one step. Several processes may write the same file."""
+    """Write a JSON object with its seal, atomically. Several processes may write one file."""
     write_whole(path, _text({**value, SEAL: seal_of(value)}))
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """An object of `write_sealed`; None where it is missing, torn or altered, be it by one bit."""
+    """Read an object of `write_sealed`; None if it is missing or changed in any bit."""
     try:
         text = path.read_bytes().decode("utf-8")
         value = strict_json.loads(text)
@@ -163,8 +165,8 @@ def _text(value: Mapping[str, Any]) -> str:
 
 
 def copy_checked(source: Path, target: Path, sha256: str) -> bool:
-    """Copy a file to the disk under a temporary name, and put it at `target` if it has this digest; False if
-    it has not. An OSError of a write names `target`.
+    """Copy a file to the disk under a temporary name, and rename it to `target` if it has this digest;
+    returns False otherwise. An OSError of a write names `target`.
     """
     partial = target.with_name(f".{target.name}.tmp")
     digest = hashlib.sha256()

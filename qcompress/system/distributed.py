@@ -1,11 +1,11 @@
-"""Several processes that train one model together, started by torchrun or `accelerate launch`.
+"""Distributed training: processes that train one model, started by torchrun or `accelerate launch`.
 
-Every process runs the same command. The first one does the work of all stages and owns the run's files; the
-others join it in `train` and wait otherwise. Each process sees its share of every batch, and the gradients
-are averaged before they are clipped, so that N processes make the updates of one. FSDP is refused: it splits
-tensors between processes, and a scale of a weight that nobody holds whole cannot be learned.
+Every process runs one command. The first process does the work of all stages and owns the run's files; the
+others join it in `train` and otherwise wait. Each process gets a share of every batch, and gradients are
+averaged before clipping, so that N processes make the updates of one. FSDP is refused: it splits tensors
+between processes, and the scale of a split weight cannot be learned.
 
-Torch is imported only where there are several processes.
+Torch is imported only if there are several processes.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits for the first one, which may be measuring for hours."""
+"""Longest wait for the first process, which may be measuring for hours."""
 
 HOW = "start with `torchrun --nproc_per_node N -m qcompress run ...` or `accelerate launch --multi_gpu`"
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together."""
+    """Rank of this process and number of processes that train together."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that owns the run's files."""
+        """True for the process that owns the run's files."""
         return self.rank == 0
 
     def share(self, rows: Sequence[int]) -> list[int]:
-        """The rows of a batch that this process sees, as many as every other one."""
+        """Rows of a batch for this process; every process gets equally many."""
         return list(rows[self.rank :: self.size])
 
     def agree(self, value: Any) -> Any:
-        """The first process's value, in every process."""
+        """Value of the first process, in every process."""
         if self.size == 1:
             return value
         import torch.distributed as distributed
@@ -55,7 +55,7 @@ class Processes:
         return box[0]
 
     def equalise(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the first one's values."""
+        """Copy the first process's values to every process."""
         if self.size == 1:
             return
         import torch
@@ -69,14 +69,14 @@ class Processes:
 
 
 def announced() -> int:
-    """How many processes the launcher says there are."""
+    """Number of processes announced by the launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(cpu: bool) -> Processes:
-    """Meet the other processes that the launcher started; alone where there is no launcher.
+    """Join the processes that the launcher started; a single process without a launcher.
 
-    Raises MachineError where a launcher started something else than it seems.
+    Raises MachineError if the launcher's settings are inconsistent.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         raise MachineError(
@@ -100,19 +100,19 @@ def join(cpu: bool) -> Processes:
         )
     from accelerate import PartialState
 
-    found = PartialState(cpu=cpu, timeout=PATIENCE)
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
     atexit.register(_leave)
-    if found.num_processes != size:
+    if state.num_processes != size:
         raise MachineError(
-            f"{size} processes were started and {found.num_processes} met: they would overwrite each other",
+            f"{size} processes were started and {state.num_processes} met: they would overwrite each other",
             fix=HOW,
         )
-    return Processes(found.process_index, found.num_processes)
+    return Processes(state.process_index, state.num_processes)
 
 
 def _leave() -> None:
-    """Part from the others before the interpreter ends: a group that is still there has running threads, and
-    they abort a process now and then (`terminate called without an active exception`).
+    """Destroy the process group before the interpreter exits: its threads sometimes abort an exiting process
+    (`terminate called without an active exception`).
     """
     import torch.distributed as distributed
 

@@ -1,4 +1,6 @@
-"""What `workspace.py` asks of the system: locks, durable writes, peak memory, refusals in words. No torch."""
+"""Operating system functions for `workspace.py`: locks, durable writes, peak memory, worded
+errors. No torch.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Lock:
-    """An exclusive lock that ends with its process, SIGKILL included, and that no child inherits.
+    """Exclusive lock that ends with its process, also by SIGKILL, and that no child inherits.
 
-    `path` says who holds it. The file stays when the lock goes, because deleting it would let two processes
-    lock two files of one name. Without fcntl the file itself is the lock; it stays only if its holder is
-    killed, and the next to come sees that.
+    `path` names the holder. The file remains after release, because deleting it would let two processes lock
+    two files of one name. Without fcntl the file itself is the lock; it remains only if its holder is killed,
+    which the next process detects.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +52,7 @@ class Lock:
         self._fd: int | None = None
 
     def take(self) -> bool:
-        """Take the lock, unless a live process has it; that may be this very process."""
+        """Take the lock; False if a live process has it, possibly this one."""
         fd = self._flock() if fcntl else self._create()
         if fd is None:
             return False
@@ -67,12 +69,12 @@ class Lock:
         return True
 
     def holder(self) -> dict[str, Any]:
-        """pid, host and since; empty while the holder has not signed yet."""
+        """pid, host and since; empty until the holder has written them."""
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            content = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
+        return content if isinstance(content, dict) and isinstance(content.get("pid"), int) else {}
 
     def __str__(self) -> str:
         holder = self.holder()
@@ -81,7 +83,7 @@ class Lock:
         return f"process {holder['pid']} on {holder.get('host')}, since {holder.get('since')}"
 
     def release(self) -> None:
-        """Let it go; nothing happens when it is not held."""
+        """Release the lock; does nothing if it is not held."""
         if self._fd is None:
             return
         if fcntl:
@@ -92,7 +94,7 @@ class Lock:
             self.path.unlink(missing_ok=True)
 
     def drop(self) -> None:
-        """Close this process's handle; a lock that the parent process shares stays with the parent."""
+        """Close this process's handle; a lock shared with the parent process stays with the parent."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -115,12 +117,12 @@ class Lock:
         return fd
 
     def _create(self) -> int | None:
-        """Without fcntl: create the file, after removing that of a dead process."""
+        """Create the lock file without fcntl, after removing that of a dead process."""
         for _ in range(2):
             try:
                 return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:
-                # Windows itself refuses to delete what a live process has open (and os.kill ends that).
+                # Windows refuses to delete files that a live process has open (and os.kill would end it).
                 pid = self.holder().get("pid")
                 if os.name != "nt" and (pid is None or _is_alive(pid)):
                     return None
@@ -133,8 +135,8 @@ class Lock:
 
 @functools.cache
 def _held() -> weakref.WeakSet[Lock]:
-    """The locks of this process. A forked child, such as a data loader's worker, drops its copies at once, or
-    it would hold them beyond its parent's death.
+    """Locks of this process. A forked child, such as a data loader's worker, drops its copies at once, or it
+    would hold them beyond its parent's death.
     """
     held: weakref.WeakSet[Lock] = weakref.WeakSet()
     if hasattr(os, "register_at_fork"):
@@ -154,10 +156,10 @@ def _is_alive(pid: int) -> bool:
 
 @contextmanager
 def machine_errors(path: Path) -> Iterator[None]:
-    """Say in words what only the machine's owner can mend; every other error passes as it is.
+    """Context that words OSErrors which only the machine's owner can fix; other errors are raised unchanged.
 
-    `path` stands in where the error names no file. Of a copy or a rename that fails, the destination is
-    named: its disk is the one that is full.
+    `path` is named if the error has no file name. For a failing copy or rename the destination is named: its
+    disk is the full one.
     """
     try:
         yield
@@ -181,7 +183,7 @@ def machine_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writes_to(path: Path) -> Iterator[None]:
-    """Name `path` in an OSError that names no file, as those of a write to an open file do."""
+    """Context that adds the file name `path` to an OSError without one, as raised by writes to open files."""
     try:
         yield
     except OSError as error:
@@ -191,12 +193,12 @@ def writes_to(path: Path) -> Iterator[None]:
 
 
 def existing(path: Path) -> Path:
-    """The path itself or the nearest folder above that is there."""
-    return next(found for found in (path.absolute(), *path.absolute().parents) if found.exists())
+    """The path itself, or its nearest existing parent folder."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder that a user named, and the folders above it."""
+    """Make a folder named by the user, and its parents."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -207,15 +209,15 @@ def make_folder(path: Path) -> None:
 
 
 def allocate(path: Path, size: int) -> None:
-    """Give a file its blocks on the disk: writing into a mapped page of a file without them is a SIGBUS when
-    the disk is full. Raises OSError, which names the file, and removes it.
+    """Allocate a file's blocks on the disk: writing to a mapped page without blocks is a SIGBUS on a full
+    disk. On failure the file is removed, and the OSError names it.
     """
     try:
         with path.open("r+b") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
-                for start in range(0, size, BLOCK):  # without changing what is there
+                for start in range(0, size, BLOCK):  # keeping the existing content
                     block = file.read(min(BLOCK, size - start))
                     file.seek(start)
                     file.write(block.ljust(min(BLOCK, size - start), b"\0"))
@@ -226,7 +228,7 @@ def allocate(path: Path, size: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     if os.name == "nt":  # flushes only what is open for writing, and no folders
         return
     fd = os.open(path, os.O_RDONLY)
@@ -240,22 +242,22 @@ def sync(path: Path) -> None:
 
 
 def reset_peak() -> None:
-    """Start a new measurement for `peak_mib`, where Linux allows it. What an earlier stage left behind goes
-    back to the system first: a model refers to itself, and the C library keeps what was freed.
+    """Start a new measurement for `peak_mib`, if Linux allows it. Memory of earlier stages is first returned
+    to the system: models contain reference cycles, and the C library keeps freed memory.
     """
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):  # only glibc has it; Windows opens no library of None
         ctypes.CDLL(None).malloc_trim(0)
-    with suppress(OSError):  # elsewhere the peak of the process's whole life stands in
+    with suppress(OSError):  # elsewhere the peak is that of the process's whole life
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_mib() -> float:
-    """Largest resident memory of this process since `reset_peak`, in MiB; 0 where nothing measures it."""
+    """Peak resident memory of this process since `reset_peak`, in MiB; 0 if it cannot be measured."""
     with suppress(OSError):
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        if found:
-            return int(found[1]) / 2**10
+        match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if match:
+            return int(match[1]) / 2**10
     if resource is None:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,19 +1,19 @@
-"""What a stage's result depends on, as digests: the code it can run and all else it was given. No torch.
+"""Fingerprints of stages: digests of the code that a stage can run, and of its other inputs. No torch.
 
-`code_digest` answers "which of our files can this stage run, and what do they say?" without importing any of
-them. `stage_key` joins that answer with values, versions and inputs into the name of a cache entry, and
-`differences` tells two such answers apart in words.
+`code_digest` lists the files of this package that a stage can run, with their digests, without importing
+them. `stage_key` combines them with values, versions and inputs into the name of a cache entry, and
+`differences` words the differences between two sets of inputs.
 
-What counts as the code of a module
+The code of a module counts as
   * its syntax tree, so that layout, comments and line numbers do not matter, and neither do bare strings:
-    docstrings and the help texts under the fields of `schema.py` are read by people, not by a stage;
-  * the modules it imports, inside functions too, because heavy packages are imported where they are used;
-  * the `__init__` of each package above it, which Python runs first. Of these only the imports that really
-    happen then are followed: a lazy import inside one of their functions counts once a name of that package
-    is imported. Without this, the public API in `qcompress/__init__.py` would tie every stage to every file.
-  * not what stands under `if TYPE_CHECKING:`, which never runs.
+    docstrings and the help texts of fields are for readers, not for a stage;
+  * the modules it imports, also inside functions, because heavy packages are imported where they are used;
+  * the `__init__` of each package above it, which Python runs first. Only the imports that happen then are
+    followed: a lazy import inside one of their functions counts once a name of that package is imported.
+    Otherwise the public API in `qcompress/__init__.py` would tie every stage to every file.
+  * but not code under `if TYPE_CHECKING:`, which never runs.
 
-Imports by a computed name (`importlib`) are invisible here; the house style has none.
+Imports by a computed name (`importlib`) are invisible; this package has none.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qcompress.errors import ContractError
 PACKAGE = Path(__file__).parents[1]
 
 SECTIONS = ("code", "values", "versions", "inputs", "data")
-"""The order in which `differences` tells what changed: the likeliest cause first."""
+"""Order in which `differences` lists changes: the likeliest cause first."""
 
 _ABSENT = object()
 
@@ -50,9 +50,9 @@ def code_digest(
 ) -> dict[str, str]:
     """Digest of every file that `roots` can run, by path inside the package (`quant/lsq.py`).
 
-    `leave_out` names modules; each stands for itself only, so a package named here still lets its modules in.
-    `unused` names imports, as (importer, imported), that are not followed, such as those of the methods that
-    a recipe does not select: what another module imports still counts. `package` is the folder to walk.
+    `leave_out` names modules; modules inside a package named here are still followed. `unused` names imports,
+    as (importer, imported), that are not followed, such as those of the methods that a recipe does not
+    select; imports of those modules by others still count. `package` is the folder to walk.
     """
     for module in [*roots, *leave_out, *(module for edge in unused for module in edge)]:
         if _find(package, module) is None:
@@ -81,19 +81,19 @@ def code_digest(
         digests[path.relative_to(package).as_posix()] = code.digest
         for imported in code.imports:
             if whole or not imported.lazy:
-                found = _modules(package, imported)
-                queue.extend((name, full, module) for name, full in found if (module, name) not in unused)
+                modules = _modules(package, imported)
+                queue.extend((name, full, module) for name, full in modules if (module, name) not in unused)
     return dict(sorted(digests.items()))
 
 
 @dataclass(frozen=True)
 class _Import:
-    """`from base import name`, or `import base` when name is None."""
+    """`from base import name`, or `import base` if name is None."""
 
     base: str
     name: str | None
     lazy: bool
-    """Inside a function: it happens when that is called, not when the module is imported."""
+    """Inside a function: executed when the function is called, not when the module is imported."""
     binds_root: bool = False
     """`import a.b.c` without `as` gives access to `a` and `a.b` as well."""
 
@@ -106,7 +106,7 @@ class _Code:
 
 @functools.lru_cache(maxsize=1024)
 def _read(source: bytes, module: str, is_package: bool) -> _Code:
-    """Parse one file. Keyed by content: the stages of a run share most of their files."""
+    """Parse one file. Cached by content: the stages of a run share most of their files."""
     tree = ast.parse(source, filename=module)
     digest = tree_digest(tree)
     here = module if is_package else module.rpartition(".")[0]
@@ -120,28 +120,28 @@ def _read(source: bytes, module: str, is_package: bool) -> _Code:
 
 def tree_digest(tree: ast.AST) -> str:
     """Digest of a syntax tree without positions and bare strings."""
-    return hashlib.sha256(_spell(tree).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(_tree_text(tree).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def is_module(name: str) -> bool:
-    """Whether this package holds a module of this name."""
+    """True if this package has a module of this name."""
     return _find(PACKAGE, name) is not None
 
 
-def _spell(node: object) -> str:
-    """A syntax tree as text without positions and bare strings.
+def _tree_text(node: object) -> str:
+    """Text of a syntax tree without positions and bare strings.
 
-    Not `ast.dump`: that spells empty fields on some versions of Python and leaves them out on others.
+    Not `ast.dump`: it writes empty fields on some versions of Python and omits them on others.
     """
     if isinstance(node, ast.AST):
         fields = []
         for name in node._fields:
             child = getattr(node, name, None)
             if child is not None and child != [] and name not in ("ctx", "kind", "type_comment"):
-                fields.append(f"{name}={_spell(child)}")
+                fields.append(f"{name}={_tree_text(child)}")
         return f"{type(node).__name__}({','.join(fields)})"
     if isinstance(node, list):
-        return f"[{','.join([_spell(item) for item in node if not _is_bare_string(item)])}]"
+        return f"[{','.join([_tree_text(item) for item in node if not _is_bare_string(item)])}]"
     return repr(node)
 
 
@@ -153,7 +153,7 @@ def _is_bare_string(node: object) -> bool:
 def import_statements(
     body: list[ast.stmt], *, lazy: bool
 ) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
-    """Every import statement under `body`, and whether it stands inside a function."""
+    """Import statements below `body`, each with True if it is inside a function."""
     for node in body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node, lazy
@@ -163,8 +163,8 @@ def import_statements(
             yield from import_statements(getattr(node, "body", []), lazy=inside)
         for field in ("orelse", "finalbody"):
             yield from import_statements(getattr(node, field, []), lazy=inside)
-        for part in [*getattr(node, "handlers", []), *getattr(node, "cases", [])]:
-            yield from import_statements(part.body, lazy=inside)
+        for block in [*getattr(node, "handlers", []), *getattr(node, "cases", [])]:
+            yield from import_statements(block.body, lazy=inside)
 
 
 def _is_type_checking(test: ast.expr) -> bool:
@@ -173,7 +173,7 @@ def _is_type_checking(test: ast.expr) -> bool:
 
 
 def _imports(node: ast.Import | ast.ImportFrom, here: str, lazy: bool) -> Iterator[_Import]:
-    """What one statement in package `here` imports from our own package."""
+    """Imports of this package by one statement in package `here`."""
     root = here.partition(".")[0]
     if isinstance(node, ast.Import):
         for alias in node.names:
@@ -190,7 +190,7 @@ def _imports(node: ast.Import | ast.ImportFrom, here: str, lazy: bool) -> Iterat
 
 
 def _modules(package: Path, imported: _Import) -> Iterator[tuple[str, bool]]:
-    """The modules an import needs, each with whether its functions' imports count."""
+    """Modules that an import needs, each with True if imports inside its functions count."""
     if imported.name is not None and _find(package, f"{imported.base}.{imported.name}") is not None:
         yield f"{imported.base}.{imported.name}", True
     else:
@@ -205,7 +205,7 @@ def _parents(module: str) -> list[str]:
 
 
 def _find(package: Path, module: str) -> Path | None:
-    """The file of a module, the folder of a package without `__init__`, or None."""
+    """File of a module, folder of a package without `__init__`, or None."""
     root, _, rest = module.partition(".")
     if root != package.name:
         return None
@@ -220,34 +220,36 @@ def _find(package: Path, module: str) -> Path | None:
 
 
 def stage_key(stage: str, parts: Mapping[str, object]) -> str:
-    """Name of a stage's cache entry: sha256 of everything in `parts` except "recipe".
+    """Name of a stage's cache entry: sha256 of all `parts` except "recipe".
 
-    `recipe` only helps to find the entry to compare with when explaining. Keeping absolute paths, host names
-    and times out of `parts` is the caller's duty: with one of these inside, nothing is ever found again.
+    `recipe` only selects the entry for comparison when explaining. The caller must keep absolute paths, host
+    names and times out of `parts`: with one of these no entry is ever found again.
     """
     counted = {name: part for name, part in plain(parts).items() if name != "recipe"}
     return hashlib.sha256(_canonical({"stage": stage, "parts": counted}).encode()).hexdigest()
 
 
 def plain(parts: Mapping[str, object]) -> dict[str, Any]:
-    """A copy made of nothing but dicts, lists, strings, finite numbers, booleans and None."""
+    """Copy of `parts` that consists of dicts, lists, strings, finite numbers, booleans and None only."""
     copy = _plain(parts, "parts")
     assert isinstance(copy, dict)
     return copy
 
 
 def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """What changed from one stage's parts to another's, such as `format.weights changed (8 -> 4)`."""
+    """List the changes between the parts of two stages, such as `format.weights changed (8 -> 4)`."""
     sections = [*SECTIONS, *sorted((old.keys() | new.keys()) - {*SECTIONS, "recipe"})]
-    found: list[str] = []
+    changes: list[str] = []
     for section in sections:
         before, after = old.get(section, _ABSENT), new.get(section, _ABSENT)
         if isinstance(before, dict) and isinstance(after, dict):
             prefix = "" if section == "values" else f"{section}: "
-            found.extend(prefix + change for change in _changes(before, after, "", deep=section == "values"))
+            changes.extend(
+                prefix + change for change in _changes(before, after, "", deep=section == "values")
+            )
         else:
-            found.extend(_changes({section: before}, {section: after}, "", deep=False))
-    return found
+            changes.extend(_changes({section: before}, {section: after}, "", deep=False))
+    return changes
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], above: str, *, deep: bool) -> Iterator[str]:
@@ -260,7 +262,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], above: str, *, deep
                 yield f"{above}{key} {'added' if before is _ABSENT else 'removed'}"
         elif _canonical(before) != _canonical(after):
             texts = [side if isinstance(side, str) else _canonical(side) for side in (before, after)]
-            # Digests and long lists say nothing to a reader.
+            # Digests and long lists do not help a reader.
             detail = f" ({texts[0]} -> {texts[1]})" if max(map(len, texts)) <= 40 else ""
             yield f"{above}{key} changed{detail}"
 
@@ -284,8 +286,8 @@ def _plain(value: object, where: str) -> object:
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    found = f"{value!r}" if isinstance(value, float) else f"a value of type {type(value).__name__}"
+    shown = f"{value!r}" if isinstance(value, float) else f"a value of type {type(value).__name__}"
     raise ContractError(
-        f"{where}: {found} has no exact JSON form, so no stable key can be made of it",
+        f"{where}: {shown} has no exact JSON form, so no stable key can be made of it",
         fix="turn it into a string, a finite number, a list or a mapping of these",
     )

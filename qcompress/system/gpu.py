@@ -1,4 +1,4 @@
-"""The GPU of this machine, asked of the CUDA driver itself. No torch."""
+"""Compute capability of this machine's GPU, from the CUDA driver. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine is, found without torch: processor, threads, CUDA device."""
+"""Properties of this machine, without torch: processor, threads, CUDA devices."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ MAJOR, MINOR = 75, 76
 
 
 def threads() -> int:
-    """Threads that torch and ONNX Runtime will use; another number gives other bits."""
+    """Number of threads of torch and ONNX Runtime; another number gives other bits."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return int(wanted) if wanted.isdigit() and int(wanted) > 0 else cores()
 
 
 def cores() -> int:
-    """Logical processors that this process may use; all of the machine where the system cannot tell."""
+    """Logical processors available to this process; all of the machine if the system cannot tell."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cuda_driver() -> ctypes.CDLL | None:
-    """The CUDA driver's library, initialised; None where there is none or it reports an error."""
+    """Library of the CUDA driver, initialised; None without one, or if it reports an error."""
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         return None if cuda.cuInit(0) else cuda
@@ -35,7 +35,7 @@ def cuda_driver() -> ctypes.CDLL | None:
 
 
 def cuda_devices() -> list[tuple[int, int]]:
-    """Compute capability of every CUDA device the driver reports, [] without a driver."""
+    """Compute capability of every CUDA device of the driver; empty without a driver."""
     cuda, count = cuda_driver(), ctypes.c_int()
     if cuda is None or cuda.cuDeviceGetCount(ctypes.byref(count)):
         return []
@@ -44,7 +44,7 @@ def cuda_devices() -> list[tuple[int, int]]:
 
 
 def _capability(cuda: ctypes.CDLL, ordinal: int) -> tuple[int, int] | None:
-    """Compute capability of one device; None where the driver reports an error."""
+    """Compute capability of one device; None if the driver reports an error."""
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     if cuda.cuDeviceGet(ctypes.byref(device), ordinal):
         return None
@@ -55,14 +55,14 @@ def _capability(cuda: ctypes.CDLL, ordinal: int) -> tuple[int, int] | None:
 
 
 def device_kind(wanted: str) -> str:
-    """Where torch will run for a recipe's `train.device`: cpu or cuda."""
+    """Device of torch for a recipe's `train.device`: cpu or cuda."""
     if wanted == "auto":
         return "cuda" if cuda_devices() else "cpu"
     return wanted
 
 
 def describe_host() -> dict[str, object]:
-    """Facts for the manifest."""
+    """Host section of the manifest."""
     return {
         "name": socket.gethostname(),
         "platform": platform.platform(),

@@ -1,4 +1,4 @@
-"""Memory that this process may take, and allocations that fail. Standard library only."""
+"""Memory limits and failed allocations of this process. Standard library only."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ STATM = Path("/proc/self/statm")
 
 @contextmanager
 def bounded(more_bytes: int) -> Iterator[None]:
-    """Limit what the process may take beyond what it has, where Linux counts it. An allocation beyond it
-    fails as on a machine without memory.
+    """Context that limits the memory of the process to `more_bytes` beyond its current use, on Linux.
+    Allocations beyond the limit fail as on a machine without memory.
     """
     if resource is None or not STATM.is_file():
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = _address_space() + more_bytes
-    limits = [limit, *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
+    limits = [limit, *(existing for existing in (soft, hard) if existing != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         yield
@@ -42,8 +42,8 @@ STATUS = Path("/proc/self/status")
 
 
 def limit_memory(mib: int) -> None:
-    """Limit private writable memory to `mib` MiB beyond what the imported libraries have already taken; no
-    core dumps. For a child process: there is no way back.
+    """Limit private writable memory to `mib` MiB beyond that of the imported libraries, and disable core
+    dumps. For a child process: the limit cannot be lifted.
 
     Not the address space: a CUDA driver reserves far more of that than it ever uses. Other systems than Linux
     have no such limit.
@@ -59,7 +59,7 @@ def limit_memory(mib: int) -> None:
 
 
 def _address_space() -> int:
-    """Bytes of address space that this process has."""
+    """Bytes of this process's address space."""
     return int(STATM.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
 
 
@@ -73,11 +73,11 @@ _WORDS = re.compile(
     r"|alloc_failed|memory allocation of \d+ bytes failed|memory exhausted",
     re.IGNORECASE,
 )
-"""Words of torch, numpy, onnxruntime, CUDA, Rust and the system's loader for an allocation that failed."""
+"""Messages of torch, numpy, onnxruntime, CUDA, Rust and the system's loader about a failed allocation."""
 
 COPIES = {"load": 1, "train": 6, "fold": 3, "export": 4, "build": 4, "verify": 4}
-"""Copies of the float weights that a stage holds at once, at the least: train has the teacher, the weights,
-their gradients, two moments of Adam and the rounded weights.
+"""Smallest number of copies of the float weights that a stage holds at once: train has the teacher, the
+weights, their gradients, two moments of Adam and the rounded weights.
 """
 
 LIBRARIES = 600 * MIB
@@ -91,20 +91,22 @@ FIX = (
 
 
 ADDRESS_SPACE = {"train": 1000, "fold": 1000, "export": 1450, "build": 1000, "verify": 1000}
-"""MiB of address space that a process has at the least when the libraries of a stage are loaded, on a CPU.
-With less, some of them end the process while they are loaded.
+"""Smallest address space, in MiB, in which the libraries of a stage can be loaded on a CPU. With less, some
+of them end the process while they are loaded.
 """
 
 STARVED = 16 * MIB
-"""Bytes left below which an unexpected error of a library is taken for one of memory (torch: SystemError)."""
+"""Free bytes below which an unexpected error of a library counts as a failed allocation (torch:
+SystemError).
+"""
 
 
 class AllocationError(MachineError):
-    """An allocation that failed."""
+    """An allocation failed."""
 
 
 def is_allocation(error: BaseException | None) -> bool:
-    """True for an allocation that failed, also where another error was made of it."""
+    """True if an error is a failed allocation or was caused by one."""
     if error is None or isinstance(error, AllocationError):
         return False
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -120,7 +122,7 @@ def is_allocation(error: BaseException | None) -> bool:
 
 
 class Allocations:
-    """A context that raises AllocationError where an allocation fails. `needs`: an estimate in bytes."""
+    """Context that raises AllocationError if an allocation fails. `needs`: an estimate in bytes."""
 
     def __init__(self, what: str, needs: Callable[[], int | None] = lambda: None) -> None:
         self.what, self.needs = what, needs
@@ -137,8 +139,8 @@ class Allocations:
 
 
 def demand_memory(task: str, needs: int) -> None:
-    """Raise AllocationError where fewer than `needs` bytes are left: for a library that ends the process when
-    an allocation fails, as those in Rust do.
+    """Raise AllocationError if fewer than `needs` bytes are free: for libraries that end the process when an
+    allocation fails, such as those in Rust.
     """
     left, origin = available()
     if needs > left:
@@ -148,8 +150,8 @@ def demand_memory(task: str, needs: int) -> None:
 
 
 def demand_libraries(stage: str) -> None:
-    """Raise AllocationError where the limit on address space (ulimit -v) is too low to load what a stage
-    imports.
+    """Raise AllocationError if the limit on address space (ulimit -v) is too low to load the libraries of a
+    stage.
     """
     least = ADDRESS_SPACE.get(stage, 0) * MIB
     if resource is None:
@@ -164,7 +166,7 @@ def demand_libraries(stage: str) -> None:
 
 
 def stage_bytes(stage: str, checkpoint: Path) -> int | None:
-    """Least bytes of a stage for a checkpoint; None for a stage that holds no model."""
+    """Smallest memory of a stage for a checkpoint, in bytes; None for a stage without a model."""
     if stage not in COPIES:
         return None
     files = [file for file in checkpoint.glob("*.safetensors") if file.is_file()]
@@ -183,13 +185,13 @@ def _out_of_memory(what: str, needs: int | None, error: BaseException) -> Alloca
 
 
 def available() -> tuple[int, str]:
-    """Bytes that this process can still take, and what limits it."""
-    found = [(size, origin) for size, origin in _limits() if size is not None]
-    return min(found, default=(0, "unknown"))
+    """Bytes that this process can still allocate, and the name of the limit."""
+    limits = [(size, origin) for size, origin in _limits() if size is not None]
+    return min(limits, default=(0, "unknown"))
 
 
 def _limits() -> Iterator[tuple[int | None, str]]:
-    """Bytes that the machine, the container and the shell leave."""
+    """Bytes left by the machine, the container and the shell."""
     text = _text(Path("/proc/meminfo"))
     if known := re.search(r"MemAvailable:\s*(\d+) kB", text):
         yield int(known[1]) * 1024, "the machine's memory"
@@ -206,7 +208,7 @@ def _limits() -> Iterator[tuple[int | None, str]]:
 
 
 def _groups() -> Iterator[tuple[Path, Path]]:
-    """Files with the limit and the use of the control groups that this process is in, from the inner one."""
+    """Files with the limit and the use of this process's control groups, the innermost first."""
     root = Path("/sys/fs/cgroup")
     for line in _text(Path("/proc/self/cgroup")).splitlines():
         _, _, rest = line.partition(":")

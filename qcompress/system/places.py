@@ -1,5 +1,5 @@
-"""Places that a command writes to: whole or not at all, tried before the work, and told in words when they
-refuse. Standard library only.
+"""Output paths of commands: checked before the work, written atomically, with worded errors. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from qcompress.errors import MachineError, UsageError
 from qcompress.system.filesystem import existing, machine_errors, writes_to
 
 _NO_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY)
-"""A path that cannot be what it was named for."""
+"""Errors of a path that cannot be a file or folder of the wanted kind."""
 
 _LOST = (
     errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENODEV, errno.ENXIO, errno.EBUSY, errno.EFBIG, errno.EMFILE,
     errno.ENFILE, errno.ETXTBSY, errno.EINVAL, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EXDEV,
     errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP,
 )  # fmt: skip
-"""A place that was there a moment ago, or a file system that fails."""
+"""Errors of a path that has disappeared, or of a failing file system."""
 
 _STEM = 200
-"""Bytes of a name that a name of a partial file repeats; a name has at most 255."""
+"""Largest number of bytes of a file's name that the name of its partial file repeats; a name has
+at most 255.
+"""
 
 
 @contextmanager
 def place_errors(path: Path = Path("this command")) -> Iterator[None]:
-    """Say in words that a file or folder cannot be read or written, whatever the reason. Errors of networks
-    and closed pipes pass as they are.
+    """Context that words errors of reading and writing files and folders. Errors of networks and closed pipes
+    are raised unchanged.
     """
     try:
         with machine_errors(path):
@@ -46,14 +48,14 @@ def place_errors(path: Path = Path("this command")) -> Iterator[None]:
             raise UsageError(f"{place}: {error.strerror}", fix="name another place") from error
         if error.errno in _LOST:
             raise MachineError(
-                f"{place}: {error.strerror}", fix="see that its folder is there and its disk is well"
+                f"{place}: {error.strerror}", fix="check that its folder exists and its disk works"
             ) from error
         raise
 
 
 def demand_place(path: Path, *, folder: bool = False) -> None:
-    """Raise UsageError or MachineError where a file (or a folder with files in it) cannot be written at a
-    path. Nothing is left behind.
+    """Raise UsageError or MachineError if a file (or a folder with files in it) cannot be written at a path.
+    Leaves nothing behind.
     """
     with place_errors(path):
         try:
@@ -76,15 +78,15 @@ def demand_place(path: Path, *, folder: bool = False) -> None:
 
 
 def write_named(path: Path, text: str) -> None:
-    """Write a file that a user named, and the folders above it."""
+    """Write a file named by the user, and make its parent folders."""
     with place_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file in one step: a reader never sees half of it, and a failure leaves what was there. A link
-    is followed, a device or a pipe is written to. Raises OSError that names the file.
+    """Write a file atomically: a reader never sees part of it, and after a failure the old content remains.
+    Links are followed; devices and pipes are written to. Raises OSError that names the file.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -102,7 +104,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Append to a file, or leave it as it was."""
+    """Append to a file; after a failure the old content remains."""
     with place_errors(path):
         size = path.stat().st_size if path.is_file() else None
         try:

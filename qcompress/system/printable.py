@@ -1,12 +1,12 @@
-r"""Text from outside as it may be printed: names of tensors, values of a column, paths, texts of errors.
+r"""Safe printing of untrusted text: names of tensors, values of a column, paths, texts of errors.
 
-A character that moves a cursor, ends a line, turns the direction of writing or cannot be encoded is shown as
-Python spells it (`\x1b`, `\u202e`). A CI server takes some lines of a log for commands. GitHub: a line that
-begins with `::`, even after blanks, or has `##[` anywhere; Azure: `##vso[`; TeamCity: `##teamcity[`. Such
-a line is printed with one character of the mark spelled out, and is text.
+A character that moves a cursor, ends a line, changes the writing direction or cannot be encoded is printed as
+an escape sequence of Python (`\x1b`, `\u202e`). CI servers interpret some lines of a log as commands. GitHub:
+a line that begins with `::`, even after blanks, or has `##[` anywhere; Azure: `##vso[`; TeamCity:
+`##teamcity[`. One character of such a mark is escaped, so that the line is text.
 
-`show` makes one line of a text, `show_lines` keeps the line ends that are ours: those before two blanks.
-`Guard` is the door: all that a command prints to stdout and stderr passes through it. Standard library only.
+`show` makes a text one line, `show_lines` keeps the line ends before indented lines, which are qcompress's.
+All output of a command to stdout and stderr passes through `Guard`. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,51 +22,52 @@ HIDDEN = (
     "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f"
 )
-"""Controls of C0 (but tabs and line ends), DEL, C1, line separators, marks of direction, invisible operators,
-halves of characters, tags.
+"""Controls of C0 (except tabs and line ends), DEL, C1, line separators, direction marks, invisible operators,
+lone surrogates, tags.
 """
 
 UNSAFE = re.compile(f"[{HIDDEN}]")
 UNSAFE_IN_LINE = re.compile(f"[{HIDDEN}\t\n]")
 ALIEN_LINE_END = re.compile(r"\n(?! {2})")
-"""A line end that is not ours: what we write in several lines is indented."""
+"""Line end inside untrusted text: continuation lines of qcompress are indented."""
 
 SEQUENCE = r"\x1b\[[0-9;?]*[A-Za-z]"
-"""Colours and movements of the cursor, as rich and tqdm print them on a terminal."""
+"""Colours and cursor movements, as rich and tqdm print them on a terminal."""
 
 COMMAND = re.compile(rf"^(?:\s|{SEQUENCE})*::|##\w*\[")
-"""Marks of commands in a line of a log; the last character of each is spelled out."""
+"""Marks of CI commands in a line of a log; the last character of each is escaped."""
 
 
-def _spelled(found: re.Match[str]) -> str:
-    text = found[0]
+def _escape(match: re.Match[str]) -> str:
+    text = match[0]
     return text.encode("unicode_escape").decode() if len(text) == 1 else text
 
 
 def show(text: object) -> str:
-    """A text in one line, without a character that is not seen."""
-    return UNSAFE_IN_LINE.sub(_spelled, str(text))
+    """Text in one line, with hidden characters escaped."""
+    return UNSAFE_IN_LINE.sub(_escape, str(text))
 
 
 def show_lines(text: object) -> str:
-    """A text of several lines: a line end stays where the next line is indented by two blanks or more."""
-    return UNSAFE.sub(_spelled, ALIEN_LINE_END.sub(r"\\n", str(text)))
+    """Text of several lines: a line end is kept if the next line is indented by two blanks or more."""
+    return UNSAFE.sub(_escape, ALIEN_LINE_END.sub(r"\\n", str(text)))
 
 
 def show_block(text: object) -> str:
-    """A text whose line ends all stay: a document of ours."""
-    return UNSAFE.sub(_spelled, str(text))
+    """Text with all line ends kept: a document of qcompress."""
+    return UNSAFE.sub(_escape, str(text))
 
 
 def say(*lines: object, stderr: bool = False) -> None:
-    """Print lines."""
+    """Print lines, with untrusted characters escaped."""
     for line in lines:
         print(show_lines(line), file=sys.stderr if stderr else sys.stdout)
 
 
 class Guard:
-    """A stream whose lines are text, whatever they hold. A terminal gets colours and carriage returns, which
-    progress bars of other packages print; a file and a pipe get no control but tab and line end.
+    """Stream that escapes untrusted characters and CI commands. A terminal gets colours and carriage returns,
+    which progress bars of other packages print; a file or a pipe gets no control characters except tab and
+    line end.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -80,9 +81,9 @@ class Guard:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Print a text with every unsafe character and every command spelled out."""
-        spelled = self._allowed.sub(self._pass if self._colours else _spelled, text)
-        pieces = [self._harmless(piece) for piece in re.split(r"(?<=[\n\r])", spelled)]
+        """Print a text with every unsafe character and every command escaped."""
+        escaped = self._allowed.sub(self._pass if self._colours else _escape, text)
+        pieces = [self._harmless(piece) for piece in re.split(r"(?<=[\n\r])", escaped)]
         self._print("".join(pieces))
         return len(text)
 
@@ -97,7 +98,7 @@ class Guard:
             self.write(line)
 
     def command(self, line: str) -> None:
-        """Print a command to the CI server in a line of its own; its values are escaped already."""
+        """Print a command for the CI server on a line of its own; its values must be escaped."""
         self.write("\n" if self._line else "")
         self._print(f"{line}\n")
 
@@ -107,8 +108,8 @@ class Guard:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """An error says which stream it is. The stream ends there, because Python flushes it at its end. An
-        error of stderr has nowhere to be told.
+        """Context that adds the stream's name to an error. The stream is redirected to the null device,
+        because Python flushes it at exit. An error of stderr is ignored: it cannot be reported.
         """
         try:
             yield
@@ -122,15 +123,15 @@ class Guard:
             error.filename = self.stream.name
             raise
 
-    def _pass(self, found: re.Match[str]) -> str:
-        text = found[0]
-        return text if len(text) > 1 or text == "\r" else _spelled(found)
+    def _pass(self, match: re.Match[str]) -> str:
+        text = match[0]
+        return text if len(text) > 1 or text == "\r" else _escape(match)
 
     def _harmless(self, piece: str) -> str:
-        """A piece of a line, of which `_line` was printed already."""
+        """Escape commands in a piece of a line, of which `_line` was printed already."""
         before = len(self._line)
         line = self._line + piece
-        places = [found.end() - 1 for found in COMMAND.finditer(line) if found.end() > before]
+        places = [match.end() - 1 for match in COMMAND.finditer(line) if match.end() > before]
         for place in reversed(places):
             line = f"{line[:place]}\\x{ord(line[place]):02x}{line[place + 1 :]}"
         ended = piece.endswith(("\n", "\r"))
@@ -139,16 +140,16 @@ class Guard:
 
 
 def encodable(text: str, encoding: str | None) -> str:
-    """A text with what an encoding lacks spelled out."""
+    """Text with the characters escaped that an encoding lacks."""
     name = encoding or "utf-8"
     return text if name.lower() in ("utf-8", "utf8") else text.encode(name, "backslashreplace").decode(name)
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """All that is printed inside goes through a guard."""
+    """Context in which stdout and stderr pass through guards."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (one if isinstance(one, Guard) else Guard(one) for one in before)
+    sys.stdout, sys.stderr = (stream if isinstance(stream, Guard) else Guard(stream) for stream in before)
     try:
         yield
     finally:
@@ -157,7 +158,7 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def flushed() -> Iterator[None]:
-    """Flush what was printed inside; an output that refuses it is an error."""
+    """Context that flushes stdout at its end, so that a failing output is an error."""
     try:
         yield
     finally:
@@ -165,11 +166,11 @@ def flushed() -> Iterator[None]:
 
 
 def command(line: str, stderr: bool = False) -> None:
-    """Print a command to the CI server."""
+    """Print a command for the CI server."""
     stream = sys.stderr if stderr else sys.stdout
     stream.command(line) if isinstance(stream, Guard) else stream.write(f"{line}\n")
 
 
 def json_text(text: str) -> str:
-    """A JSON document whose strings hold no mark of a command: it says the same to every parser."""
+    """JSON document with CI commands escaped inside its strings; its parsed value is unchanged."""
     return re.sub(r"##(\w*\[)", r"\\u0023#\1", text)

@@ -1,6 +1,6 @@
-"""What a person sees while a stage works: bars on a terminal, plain lines otherwise. No torch.
+"""Progress output and log of a run: bars on a terminal, plain lines otherwise. No torch.
 
-Everything goes to stderr; stdout belongs to results.
+Progress goes to stderr; stdout is for results.
 """
 
 from __future__ import annotations
@@ -31,29 +31,31 @@ PLAIN_EVERY_S = 10.0
 """Seconds between two plain lines of one task."""
 
 TRAINING = ("update", "scales")
-"""Events of training (`history.py`), which a run has once, however often it was stopped or started."""
+"""Events of training (`history.py`); a run logs each once, even if it was stopped and resumed."""
 
 Record = dict[str, Any]
 
 
 class Bar:
-    """One task under way; `advance` moves it and replaces its note."""
+    """Progress of one task; `advance` moves it and replaces its note."""
 
     def __init__(self, total: int, show) -> None:
         self.total, self.done, self._show = total, 0, show
 
     def advance(self, note: str = "", steps: int = 1) -> None:
-        """Move on by some steps."""
+        """Advance by a number of steps."""
         self.at(note, self.done + steps)
 
     def at(self, note: str, done: float) -> None:
-        """Move to a place."""
+        """Set the number of finished steps."""
         self.done = done
         self._show(done, note)
 
 
 class Reporter:
-    """Prints stages and their progress. `silent` keeps everything to itself (the Python API's default)."""
+    """Prints stages and their progress, and writes log.jsonl. `silent` prints nothing (default of the Python
+    API).
+    """
 
     def __init__(self, stream: TextIO | None = None, silent: bool = False) -> None:
         self.stream = stream or sys.stderr
@@ -63,36 +65,36 @@ class Reporter:
         self._listeners: list[Callable[[Record], None]] = []
 
     def log_to(self, file: Path) -> None:
-        """Append every record from now on to a file of JSON lines, also when silent."""
+        """Append all further records to a file of JSON lines, also when silent."""
         self._log = file
         text = file.read_text(encoding="utf-8") if file.is_file() else ""
         if text and not text.endswith("\n"):  # a killed run
             _replace(file, text.rpartition("\n")[0])
 
     def listen(self, listener: Callable[[Record], None]) -> None:
-        """Tell every record from now on to a listener, too."""
+        """Send all further records to a listener too."""
         self._listeners.append(listener)
 
     def unlisten(self, listener: Callable[[Record], None]) -> None:
-        """Tell it no more."""
+        """Remove a listener."""
         self._listeners.remove(listener)
 
     def record(self, **facts: Any) -> None:
-        """One line of log.jsonl."""
+        """Write a record to log.jsonl and send it to the listeners."""
         self._write(facts)
         self._tell(facts)
 
     def settle(self, records: Sequence[Record]) -> None:
-        """Make these the records of training: what log.jsonl has beyond them goes, what it lacks is added.
-        Listeners are told all of them.
+        """Replace the training records in log.jsonl by these: removes others, adds missing ones. Listeners
+        get all of them.
         """
         if self._log is not None:
-            wanted = {_spelled(record): record for record in records}
+            wanted = {_record_text(record): record for record in records}
             text = self._log.read_text(encoding="utf-8") if self._log.is_file() else ""
             kept, lines = [], text.splitlines()
             for line in lines:
-                found = _record(line)
-                if found.get("event") not in TRAINING or wanted.pop(_spelled(found), None) is not None:
+                logged = _record(line)
+                if logged.get("event") not in TRAINING or wanted.pop(_record_text(logged), None) is not None:
                     kept.append(line)
             if len(kept) < len(lines):
                 _replace(self._log, "\n".join(kept))
@@ -107,23 +109,23 @@ class Reporter:
             with writes_to(self._log), self._log.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    def _tell(self, facts: Record) -> None:
+    def _notify(self, facts: Record) -> None:
         for listener in self._listeners:
             listener(facts)
 
     def stage(self, name: str) -> None:
-        """A stage begins."""
+        """Record the start of a stage."""
         self.record(event="stage", stage=name)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print and record a line."""
         self.record(event="say", text=text)
         if not self.silent:
             self.console.print(text, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """A task of `total` steps, of which `done` were made by an earlier, interrupted run."""
+        """Progress bar of `total` steps, of which `done` were made by an earlier, interrupted run."""
         if self.silent:
             bar = Bar(total, lambda steps, note: None)
             bar.done = done
@@ -165,21 +167,21 @@ class Reporter:
 
 
 def _record(line: str) -> Record:
-    """A line of the log; an empty record where it is none."""
+    """Parse a line of the log; an empty record if it is not a JSON object."""
     try:
-        found = strict_json.loads(line)
+        record = strict_json.loads(line)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
-def _spelled(record: Record) -> str:
-    """A record without the time at which it was written."""
+def _record_text(record: Record) -> str:
+    """Text of a record without its time."""
     return json.dumps({key: value for key, value in record.items() if key != "time"}, sort_keys=True)
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write whole lines, in one step."""
+    """Replace the content of the log atomically."""
     partial = file.with_name(f"{file.name}.tmp")
     partial.write_text(f"{text}\n" if text else "", encoding="utf-8")
     os.replace(partial, file)

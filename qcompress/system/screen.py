@@ -1,4 +1,4 @@
-"""rich, for texts from outside: no markup, emoji or control character, no line end in a cell. No torch."""
+"""rich for untrusted text: no markup, emoji or control characters, no line ends in cells. No torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from qcompress.system.printable import show, show_block, show_lines
 
 
 class Screen(Console):
-    """A console that takes a text for a text."""
+    """Console that prints strings literally."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"highlight": False, "markup": False, "emoji": False, **options})
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print lines and tables; a document of several lines is a `Text`."""
-        super().print(*(show_lines(one) if isinstance(one, str) else one for one in objects), **options)
+        """Print lines and tables; pass a document of several lines as `Text`."""
+        super().print(*(show_lines(item) if isinstance(item, str) else item for item in objects), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Whatever is drawn: its texts hold no control character."""
+        """Render with control characters escaped in all texts."""
         for segment in super().render(renderable, options):
             if segment.control is None:
                 segment = segment._replace(text=show_block(segment.text))
@@ -32,7 +32,7 @@ class Screen(Console):
 
 
 class Cells(Table):
-    """A table whose cells are texts of one line; a cell of several lines is a `Text`."""
+    """Table whose cells are single lines; pass a cell of several lines as `Text`."""
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         """Add a row."""

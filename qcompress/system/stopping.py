@@ -1,8 +1,8 @@
-"""Signals that ask a command to stop: Ctrl-C, SIGTERM and SIGHUP. Imported first: standard library only.
+"""Signals that stop a command: Ctrl-C, SIGTERM and SIGHUP. Imported first: standard library only.
 
-The first one raises `Stopped` where the command is at work: files are closed, trackers are told, locks are
-released, and the exit code is 128 + the signal's number (130, 143, 129). Slurm and Kubernetes send SIGTERM
-and, some 30 s later, SIGKILL. A second one ends the process at once, with the same line and exit code.
+The first signal raises `Stopped` in the running code: files are closed, trackers notified, locks released,
+and the exit code is 128 + the signal's number (130, 143, 129). Slurm and Kubernetes send SIGTERM and, some 30
+s later, SIGKILL. A second signal ends the process at once, with the usual line and exit code.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from types import FrameType
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 GRACE_S = 10.0
-"""Time for what others do at the end of a command that was stopped, such as a tracker that uploads."""
+"""Time limit of other packages' work at the end of a stopped command, such as a tracker's upload."""
 
 
 class Stopped(KeyboardInterrupt):  # noqa: N818 (not an error)
-    """A signal asked the process to stop. A KeyboardInterrupt, which libraries let pass."""
+    """A signal asked the process to stop. A KeyboardInterrupt, because libraries do not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -28,22 +28,22 @@ class Stopped(KeyboardInterrupt):  # noqa: N818 (not an error)
 
 
 class _State:
-    """Of this process."""
+    """State of this process."""
 
     first: int | None = None
-    """The first signal that came."""
+    """First signal that was received."""
     resume: str = ""
     told: bool = False
     leaving: bool = False
-    """The command is over, and the interpreter shuts down."""
+    """The command has ended, and the interpreter shuts down."""
 
 
 _state = _State()
 
 
 class Stoppable:
-    """Inside, signals end the process as this module says. Signals that the parent process has switched off
-    (`nohup`, a job in the background) stay so.
+    """Context in which signals end the process as described above. Signals that the parent process ignores
+    (`nohup`, a background job) stay ignored.
     """
 
     def __enter__(self) -> None:
@@ -52,29 +52,29 @@ class Stoppable:
                 signal.signal(number, _stop)
 
     def __exit__(self, *error: object) -> None:
-        """After a signal the exit code is its own, whatever exception a library has made of it."""
+        """Exit with the signal's code, whatever exception a library has raised instead."""
         _state.leaving = True
         if _state.first is None:
             return
-        for number in SIGNALS:  # the interpreter would put the system's own handlers back, and die of them
+        for number in SIGNALS:  # the interpreter would restore the system's handlers, which end the process
             signal.signal(number, signal.SIG_IGN)
         tell()
         sys.exit(exit_code())
 
 
 def resume_with(command: str) -> None:
-    """State the command that goes on after an interruption."""
+    """Set the command that resumes after an interruption."""
     _state.resume, _state.told = command, False
 
 
 def exit_code() -> int:
-    """128 + the number of the first signal; that of Ctrl-C where Python's own handler took it."""
+    """128 + the number of the first signal; that of Ctrl-C if Python's own handler caught it."""
     return 128 + (_state.first or signal.SIGINT)
 
 
 def tell(at_once: bool = False) -> None:
-    """Say on stderr, once, that the command was interrupted, and how to go on. `at_once`: past the buffers
-    and locks, for a signal may come while stderr is written.
+    """Report on stderr, once, that the command was interrupted and how to resume. `at_once`: bypass buffers
+    and locks, because a signal may arrive during a write to stderr.
     """
     if _state.told:
         return

@@ -1,11 +1,11 @@
-"""JSON that every parser reads: RFC 8259 has no NaN and no infinity. Standard library only.
+"""Strict JSON: RFC 8259 has no NaN and no infinity. Standard library only.
 
 A number that is not finite is written as null. The outermost object then has the key `not_finite`, which maps
-the places of such numbers, as JSON pointers (RFC 6901), to their values:
+JSON pointers (RFC 6901) of such numbers to their values:
 
     {"rows": [{"loss": null}], "not_finite": {"/rows/0/loss": "nan"}}
 
-`loads` puts the numbers back and takes that key out. The file is a part of the probe kit too.
+`loads` restores the numbers and removes that key. The probe kit contains a copy of this file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WORDS = ("nan", "inf", "-inf")
 
 
 def dumps(value: object, **options: object) -> str:
-    """`json.dumps`, without NaN and infinity; `options` are those of json.dumps."""
+    """`json.dumps` without NaN and infinity; `options` are those of json.dumps."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
@@ -31,7 +31,7 @@ def dumps(value: object, **options: object) -> str:
 
 
 def finite(value: object) -> object:
-    """A copy with null for every number that is not finite; of a dict, with the pointers to them.
+    """Copy with null in place of numbers that are not finite; for a dict with the pointers to them.
 
     Raises ValueError for a dict with a key `not_finite` of its own.
     """
@@ -45,11 +45,11 @@ def finite(value: object) -> object:
 
 
 def loads(text: str | bytes) -> object:
-    """`json.loads`, with the numbers back that are not finite. Reads NaN of older files too.
+    """`json.loads` with numbers that are not finite restored. Reads NaN of older files too.
 
     Raises ValueError for nesting beyond Python's limit.
 
-    A key `not_finite` that holds anything but pointers to null is content like any other.
+    A key `not_finite` that is not a mapping of pointers to nulls is ordinary content.
     """
     try:
         value = json.loads(text)
@@ -68,7 +68,7 @@ def loads(text: str | bytes) -> object:
 
 
 def _holder(value: object, pointer: str) -> tuple[dict | list, str | int] | None:
-    """The container and the key of a null that a pointer leads to; None where it leads elsewhere."""
+    """Container and key of the null at a pointer; None if there is none."""
     container, key = None, None
     for step in _steps(pointer):
         container, key = value, step
@@ -81,7 +81,7 @@ def _holder(value: object, pointer: str) -> tuple[dict | list, str | int] | None
 
 
 def _finite(value: object, pointer: str, places: dict[str, str]) -> object:
-    """A copy with null for each number that is not finite, which `places` gets."""
+    """Copy with null for each number that is not finite; their pointers are added to `places`."""
     if isinstance(value, float) and not math.isfinite(value):
         places[pointer] = repr(value)
         return None

@@ -1,4 +1,4 @@
-"""Writing tensors to disk, with the errors of the disk told apart from those of the tensors."""
+"""Writer of safetensors files that tells errors of the disk from errors of the tensors."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ OS_ERROR = re.compile(r"os error (\d+)")
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. A full or read-only disk is an OSError, as with any other file.
+    """Write a safetensors file. A full or read-only disk raises OSError, as for other files.
 
     safetensors reports the system's error inside its own exception's text.
     """
     try:
         save_file(tensors, file, metadata)
     except SafetensorError as error:
-        found = OS_ERROR.search(str(error))
-        if found:
-            code = int(found.group(1))
+        match = OS_ERROR.search(str(error))
+        if match:
+            code = int(match.group(1))
             raise OSError(code, os.strerror(code), str(file)) from None
         if "space" in str(error).lower():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from None

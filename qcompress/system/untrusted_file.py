@@ -1,7 +1,7 @@
-"""The door for files that somebody else has named or written. Standard library only.
+"""Readers of files that were named or written by others. Standard library only.
 
-A path may lead to a pipe that nobody writes to, a device without an end, or a file of petabytes:
-`demand_file` lets regular files pass alone, `read_json` bounds what is read and parsed.
+A path may be a pipe without a writer, an endless device, or a file of petabytes: `demand_file` accepts
+regular files only, `read_json` bounds the bytes that are read and parsed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ JSON_LIMIT = 2**28
 """Largest JSON file that is read; a tokenizer of 250,000 words has 20 MB."""
 
 PLAIN_MIB = 48
-"""Unpacked size that every packed file may have."""
+"""Unpacked size that is allowed for every packed file."""
 
 _KINDS = (
     (stat.S_ISDIR, "is a folder"),
@@ -32,7 +32,7 @@ _KINDS = (
 
 
 def misfit_of(path: Path) -> str:
-    """The reason why a path is not a regular file; empty for a regular file. Links are followed."""
+    """Reason why a path is not a regular file; empty for a regular file. Links are followed."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -55,16 +55,16 @@ def demand_file(
     limit: int | None = None,
     fix: str = "name a regular file",
 ) -> Path:
-    """Return the path of a regular file of at most `limit` bytes; raise `refusal` for anything else."""
-    if found := misfit_of(path):
-        raise refusal(f"{path} {found}", fix=fix)
+    """Return the path of a regular file of at most `limit` bytes; raise `refusal` for any other path."""
+    if misfit := misfit_of(path):
+        raise refusal(f"{path} {misfit}", fix=fix)
     if limit is not None and (size := os.stat(path).st_size) > limit:
         raise refusal(f"{path} has {size:,} bytes, and at most {limit:,} are read", fix=fix)
     return path
 
 
 def parse_json(text: str | bytes, name: object, refusal: type[QcompressError], *, fix: str) -> Any:
-    """The value of a JSON text; raises `refusal` for anything else, and for nesting beyond Python's limit."""
+    """Parse a JSON text; raises `refusal` for invalid text, and for nesting beyond Python's limit."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -74,7 +74,7 @@ def parse_json(text: str | bytes, name: object, refusal: type[QcompressError], *
 
 
 def read_json(path: Path, refusal: type[QcompressError], *, fix: str, limit: int = JSON_LIMIT) -> Any:
-    """The value of a JSON file in UTF-8."""
+    """Parse a JSON file in UTF-8; raises `refusal` like `parse_json`."""
     demand_file(path, refusal, limit=limit, fix=fix)
     try:
         content = path.read_bytes()
@@ -84,14 +84,16 @@ def read_json(path: Path, refusal: type[QcompressError], *, fix: str, limit: int
 
 
 def unpacked_limit(path: Path, ratio: int, least_mib: int) -> int:
-    """Most bytes that a packed file may become: a bomb grows a thousand times, a data file ten times."""
+    """Largest allowed unpacked size of a packed file: a bomb grows a thousand times, a data file
+    ten times.
+    """
     return max(least_mib << 20, ratio * os.stat(path).st_size)
 
 
 def read_gzip(path: Path, *, ratio: int = 20) -> bytes:
-    """The content of a gzip file. Raises ValueError for one that grows beyond `unpacked_limit`."""
-    if found := misfit_of(path):
-        raise ValueError(found)
+    """Content of a gzip file. Raises ValueError if it unpacks to more than `unpacked_limit`."""
+    if misfit := misfit_of(path):
+        raise ValueError(misfit)
     limit = unpacked_limit(path, ratio, PLAIN_MIB)
     with gzip.open(path, "rb") as stream:
         content = stream.read(limit + 1)

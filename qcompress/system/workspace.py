@@ -1,18 +1,18 @@
-"""Where stages work, and when their work counts: caching, resuming, locking and the run directory. No torch.
+"""Workspace of a run: stage cache, resuming, locks and the run directory. No torch.
 
-    cache/<stage>/<key>/           finished: what the stage wrote, and manifest.json
-    cache/<stage>/<key>.partial/   in work, or what a killed run left behind
-    out/<name>/<key>/              the run: copies of what a user wants to see
+    cache/<stage>/<key>/           finished: the stage's files, and manifest.json
+    cache/<stage>/<key>.partial/   in work, or left by a killed run
+    out/<name>/<key>/              the run: copies of the files for users
     out/<name>/latest              the run that finished last
 
-Work happens in `.partial`; its manifest is written when all else is on the disk, and the rename to the final
-name is the commit. So an entry is either whole or absent, whenever the process dies. The next run finds
-`.partial` as it was left, with the `checkpoint*` files from which the stage goes on. The locks of stages lie
-beside the entries, the run's lock inside the run.
+A stage works in `.partial`; its manifest is written when all other files are on the disk, and the rename to
+the final name is the commit. So an entry is either complete or absent, whenever the process dies. The next
+run finds `.partial` unchanged, with the `checkpoint*` files from which the stage resumes. Locks of stages are
+next to the entries, the run's lock is inside the run.
 
-The manifest has the digest of every file. A file is held against it before it is reused, read by a later
-stage or placed; what differs is made again. `.<key>.digests.json` beside an entry remembers digests, so that
-only files that were touched are read (`digests.py`); `check_cache` reads all.
+The manifest has the digest of every file. A file is checked against it before it is reused, read by a later
+stage or placed; an entry with a difference is made again. `.<key>.digests.json` next to an entry remembers
+digests, so that only changed files are read (`digests.py`); `check_cache` reads all.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """A finished stage. `digest` covers the content alone, `key` what the content was made from.
+    """A finished stage. `digest` covers the content, `key` the inputs of the stage.
 
-    `seconds` and `peak_mib` (memory of this process) are those of the process that finished it, so a reused
-    step tells what it cost back then, and a resumed one what its last part cost.
+    `seconds` and `peak_mib` (memory of this process) are those of the process that finished the stage: a
+    reused step has its original cost, a resumed one the cost of its last part.
     """
 
     stage: str
@@ -63,10 +63,10 @@ class Step:
 
 
 class Workspace:
-    """One run's folders, held against every other process until `close`.
+    """Folders of one run, locked against other processes until `close`.
 
-    `fresh` makes every stage anew, whatever the cache holds; a finished entry stays until its successor is.
-    `check_cache` reads every file of the cache and the run instead of trusting remembered digests.
+    `fresh` makes every stage anew, whatever is in the cache; a finished entry remains until its successor is
+    finished. `check_cache` reads every file of the cache and the run instead of trusting remembered digests.
     """
 
     def __init__(
@@ -101,13 +101,14 @@ class Workspace:
         *,
         place: Mapping[str, str] = {},
     ) -> Step:
-        """The finished stage, from the cache or made now by `make(folder)`.
+        """Finished stage, from the cache or made by `make(folder)`.
 
-        A folder that a killed run left is handed to `make` again, just as it is. When `make` returns, all in
-        it is content, except `checkpoint*` at its top and interrupted writes (`*.tmp`), which are removed.
+        A folder left by a killed run is passed to `make` unchanged. All files that `make` leaves are content,
+        except `checkpoint*` at the top and interrupted writes (`*.tmp`), which are removed.
 
         `place` copies content into the run: {file, folder or glob: destination}; a destination ending in `/`
-        is a folder. What is not there is skipped; what was placed once and is no longer made goes.
+        is a folder. Missing files are skipped; files that were placed once and are no longer made are
+        removed.
         """
         inside(stage)
         parts = plain(parts)
@@ -121,7 +122,7 @@ class Workspace:
                     reused = self._make(stage, entry, parts, make)
             manifest = manifest_of(entry)
             if manifest is None:
-                raise ContractError(f"{entry / MANIFEST} is gone, and was there a moment ago")
+                raise ContractError(f"{entry / MANIFEST} has disappeared")
             if reused:
                 self.log(f"{stage}: reused, made {manifest['created']}")
             self.placed.place(stage, entry, manifest["files"], place)
@@ -129,7 +130,7 @@ class Workspace:
         return Step(stage, entry, manifest["digest"], key, reused, parts=parts, **cost)
 
     def close(self) -> None:
-        """Let other processes have the run directory."""
+        """Release the run directory."""
         self._lock.release()
 
     def __enter__(self) -> Workspace:
@@ -142,11 +143,11 @@ class Workspace:
 
     @contextmanager
     def _only_maker(self, stage: str, lock: Lock) -> Iterator[None]:
-        told = False
+        logged = False
         while not lock.take():
-            if not told:
+            if not logged:
                 self.log(f"{stage}: being made by another run, waiting for it: {lock}")
-                told = True
+                logged = True
             time.sleep(POLL_S)
         try:
             yield
@@ -154,7 +155,7 @@ class Workspace:
             lock.release()
 
     def _make(self, stage: str, entry: Path, parts: dict[str, Any], make: Callable[[Path], None]) -> bool:
-        """Fill the entry, unless it turns out to be finished already (True)."""
+        """Make the entry; returns True if it turns out to be finished already."""
         partial = entry.with_name(entry.name + ".partial")
         if self.fresh:
             if partial.exists():
@@ -162,7 +163,7 @@ class Workspace:
             self.log(f"{stage}: runs (asked to make it anew)")
         else:
             why = would_reuse(self.cache, stage, parts, whole=self.check_cache)[1]
-            if not why:  # whoever held the lock before us has finished it
+            if not why:  # the process that held the lock before has finished it
                 return True
             if partial.exists() and damage(partial) is None:
                 # The manifest is proof that only the rename was missing; the checkpoints are gone already.
@@ -184,7 +185,8 @@ class Workspace:
 def would_reuse(
     cache: Path, stage: str, parts: Mapping[str, object], *, whole: bool = False
 ) -> tuple[bool, str]:
-    """True if `step` would find this stage finished; if not, what changed since the recipe's last one.
+    """True if `step` would find this stage finished; otherwise the changes since the last finished stage of
+    this recipe.
 
     `whole`: read every file, whatever is remembered of it.
     """
@@ -200,17 +202,21 @@ def would_reuse(
             return False, "unfinished: goes on from where it was stopped"
         finished = [path for path in (cache / stage).glob("*") if not path.suffix]
         manifests = [manifest_of(path) for path in finished]
-    same = [found for found in manifests if found and found["parts"].get("recipe") == parts.get("recipe")]
+    same = [
+        manifest
+        for manifest in manifests
+        if manifest and manifest["parts"].get("recipe") == parts.get("recipe")
+    ]
     if not same:
         return False, "never finished for this recipe"
-    changes = differences(max(same, key=lambda found: found["created"])["parts"], parts)
+    changes = differences(max(same, key=lambda manifest: manifest["created"])["parts"], parts)
     more = [f"and {len(changes) - 4} more"] if len(changes) > 4 else []
     return False, ", ".join([*changes[:4], *more]) or "the form of the key changed"
 
 
 def point_latest(folder: Path) -> None:
-    """Let `latest` beside a run's folder name it: when the run has its verdict, whatever that is. A run that
-    failed or was interrupted leaves `latest` where it was.
+    """Point `latest` in the parent folder to a run that has its verdict, whatever that is. Failed and
+    interrupted runs do not change `latest`.
     """
     link = folder.with_name("latest")
     partial = link.with_name(f".latest.{os.getpid()}.tmp")
@@ -224,14 +230,14 @@ def point_latest(folder: Path) -> None:
 
 
 def followed(folder: Path) -> Path:
-    """The run directory that a path names, where `latest` is a file for want of links."""
+    """Run directory of a path; resolves `latest` where it is a file because links are not supported."""
     if folder.name == "latest" and folder.is_file():
         return folder.with_name(folder.read_text(encoding="utf-8").strip())
     return folder
 
 
 def _seal(partial: Path, made: Mapping[str, object]) -> None:
-    """Drop what is only there for resuming, and write the manifest of the rest."""
+    """Remove files for resuming, and write the manifest of the others."""
     files: dict[str, dict[str, Any]] = {}
     spent: list[Path] = []
     memory = _memory(partial)
@@ -241,7 +247,7 @@ def _seal(partial: Path, made: Mapping[str, object]) -> None:
             spent.append(path)
         elif path.is_symlink() or not (path.is_file() or path.is_dir()) or name == MANIFEST:
             raise ContractError(
-                f"stage {made['stage']} left {name}, which is no plain file or has a reserved name",
+                f"stage {made['stage']} left {name}, which is not a regular file or has a reserved name",
                 fix="write plain files only, and leave manifest.json to the workspace",
             )
         else:
@@ -249,7 +255,7 @@ def _seal(partial: Path, made: Mapping[str, object]) -> None:
             if path.is_file():
                 files[name] = {"sha256": memory.digest(name, whole=True), "bytes": path.stat().st_size}
     content = "".join(f"{name}\0{files[name]['sha256']}\n" for name in sorted(files))
-    # Only now: whoever is killed while hashing still has the checkpoints.
+    # Only now, so that a run killed while hashing still has the checkpoints.
     for path in reversed(spent):
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     manifest = {
@@ -277,7 +283,7 @@ def _commit(partial: Path, entry: Path) -> None:
 
 
 def damage(entry: Path, *, whole: bool = False) -> str | None:
-    """The first difference between the folder and its manifest, or None. `whole`: read every file."""
+    """First difference between the folder and its manifest, or None. `whole`: read every file."""
     manifest = manifest_of(entry)
     if manifest is None:
         return f"{MANIFEST} is missing, torn or altered"
@@ -292,7 +298,7 @@ def damage(entry: Path, *, whole: bool = False) -> str | None:
 
 
 def _memory(entry: Path) -> Memory:
-    """Remembered digests of an entry's files; the rename of the entry changes none of them."""
+    """Remembered digests of an entry's files; renaming the entry keeps them valid."""
     key = entry.name.removesuffix(".partial")
     return Memory(entry, entry.with_name(f".{key}.digests.json"))
 
@@ -311,6 +317,6 @@ def _wrong(entry: Path, files: Mapping[str, Any], memory: Memory, whole: bool) -
 
 
 def manifest_of(entry: Path) -> dict[str, Any] | None:
-    """Manifest of a finished entry; None where it is missing, torn or altered."""
-    found = read_sealed(entry / MANIFEST)
-    return found if found is not None and found.keys() >= _PROMISED else None
+    """Manifest of a finished entry; None if it is missing or damaged."""
+    manifest = read_sealed(entry / MANIFEST)
+    return manifest if manifest is not None and manifest.keys() >= _PROMISED else None
