@@ -1,8 +1,8 @@
 """Compress a model with quantization-aware training, export it to TensorRT, prove it is the same model.
 
-- `run`: a recipe, from the float model to a verdict
-- `load`: a finished run
-- `verify`: measure a run again, or take in what a device measured
+- `run`: run a recipe, from the float model to a verdict
+- `load`: open a finished run
+- `verify`: measure a run again, or import a device's measurement
 - `gate`: judge a run by its recipe's goals
 """
 

@@ -1,4 +1,4 @@
-"""Entry point of the `qcompress` command; `python -m qcompress` is the same."""
+"""Entry point of the `qcompress` command and of `python -m qcompress`."""
 
 import shlex
 import sys
@@ -7,7 +7,7 @@ from qcompress.system.stopping import Stoppable, resume_with
 
 
 def main() -> None:
-    """Run a command. Signals are heard before anything else is imported."""
+    """Run a command. Signal handlers are installed before other modules are imported."""
     with Stoppable():
         if sys.argv[1:2] == ["run"]:
             resume_with(shlex.join(["qcompress", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""The Python API: `qcompress.run`, `load`, `verify`, `gate`. The command line is made of the same calls."""
+"""Python API: `qcompress.run`, `load`, `verify`, `gate`. The command line uses these functions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 Classes = Mapping[str, type] | None
-"""Classes of a user's own by name."""
+"""Custom classes by name."""
 
 
 def run(
@@ -55,8 +55,8 @@ def run(
 
     `overrides` are `a.b=c` strings, `until` is the last stage, `keep` names stages whose whole folder is
     copied into the run, `check_cache` reads every file of the cache instead of trusting remembered digests,
-    `smoke` runs two blocks on little data (`qcompress/pipeline/smoke.py`). `quantizers` and the
-    three after it are classes of your own by the name that the recipe gives them
+    `smoke` runs two blocks on little data (`qcompress/pipeline/smoke.py`). `quantizers`,
+    `adapters`, `objectives` and `steppers` are custom classes by their names in the recipe
     (`qcompress/schema/custom.py`). Raises RecipeError, ModelError, ExportError, MachineError, UsageError or
     BusyError.
     """
@@ -88,24 +88,24 @@ def run_seeds(
     steppers: Classes = None,
     reporter: Reporter | None = None,
 ) -> tuple[Path, dict[str, Any], bool]:
-    """Run a recipe once for each seed, in `seed-N` folders side by side; options as for `run`.
+    """Run a recipe once for each seed, in `seed-N` folders of one parent folder; options as for `run`.
 
-    Returns the folder that they share, the content of its seeds.json (verdicts, and mean and standard
-    deviation of each metric), and whether this process is the one that speaks.
+    Returns the parent folder, the content of its seeds.json (verdicts, and mean and standard deviation of
+    each metric), and True in the process that prints results (the first one).
     """
     seeds = _checked_seeds(seeds, overrides)
     reporter = reporter or Reporter(silent=True)
-    found: dict[int, LoadedRun] = {}
+    runs: dict[int, LoadedRun] = {}
     for seed in seeds:
         reporter.say(f"seed {seed}")
-        again = [*overrides, f"seed={seed}"]
+        seed_overrides = [*overrides, f"seed={seed}"]
         with custom.among(_by_axis(quantizers, adapters, objectives, steppers)):
-            resolved, folder, store = _settings(recipe, out, cache, again, smoke)
+            resolved, folder, store = _settings(recipe, out, cache, seed_overrides, smoke)
             options = {"fresh": fresh, "check_cache": check_cache, "keep": tuple(keep)}
             made = pipeline.run(resolved, folder, store, reporter, one_of_seeds=True, **options)
-        found[seed] = load(made.path)
-    first = found[seeds[0]]
-    summary = summarise(first.recipe.name, {seed: (run.parity, run.verdict) for seed, run in found.items()})
+        runs[seed] = load(made.path)
+    first = runs[seeds[0]]
+    summary = summarise(first.recipe.name, {seed: (run.parity, run.verdict) for seed, run in runs.items()})
     if made.first:
         write_json(first.path.parent / "seeds.json", summary)
         if not smoke:
@@ -128,7 +128,7 @@ def _settings(
     overrides: Sequence[str],
     smoke: bool,
 ) -> tuple[Resolved, Path, Path]:
-    """The recipe to run, the folder of runs and the cache."""
+    """Recipe to run, folder of runs, and cache."""
     resolved, folder = load_recipe(Path(recipe), overrides), Path(out)
     store = Path(cache) if cache is not None else folder / ".cache"
     return (shorten(resolved, store) if smoke else resolved), folder, store
@@ -140,11 +140,11 @@ def verify(
     engine: str | os.PathLike[str] | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Measure a run again from its files, or take in a device's measurement; returns the new verdict.
+    """Measure a run again from its files, or import a device's measurement; returns the new verdict.
 
-    The ONNX file is the one in the run directory. It is first held against the folded model bit for bit: a
-    file that was changed raises ExportError and names the layer. A graph made elsewhere has no folded model;
-    the digest of its files must be what it was.
+    The measured ONNX file is the one in the run directory. It is first compared with the folded model bit for
+    bit: a changed file raises ExportError, which names the layer. An external graph has no folded model; the
+    digests of its files must be unchanged.
     """
     loaded = load(path)
     if loaded.recipe.export.graph is None:
@@ -165,20 +165,20 @@ def verify(
 
 
 def certify_run(loaded: LoadedRun) -> dict[str, Any]:
-    """Hold the run's ONNX file against its folded model; needs the cache."""
+    """Compare the run's ONNX file with its folded model and return the certificate; needs the cache."""
     from qcompress.graph.certificate.points import certify_all
     from qcompress.models.plan import plans_from_json, points_from_json
 
     folded = loaded.checked_stage("fold")
     if loaded.recipe.export.graph is not None:
         raise UsageError(
-            f"{loaded.path}: {REASON}, so no folded model is there to compare it with",
+            f"{loaded.path}: {REASON}, so it has no folded model to compare with",
             fix="drop --layers",
         )
     if folded is None:
         raise UsageError(
             f"the folded model of {loaded.path} is gone from the cache",
-            fix="run the recipe again: what is still there is reused",
+            fix="run the recipe again: finished stages are reused",
         )
     facts = read_json(folded / "folded.json")
     plan, points = plans_from_json(facts["plan"]), points_from_json(facts.get("points", []))
@@ -197,16 +197,18 @@ def certify_run(loaded: LoadedRun) -> dict[str, Any]:
 
 
 def compare_layers(path: str | os.PathLike[str], *, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Where trained, folded and ONNX part, layer by layer; writes layers.json into the run and returns it."""
+    """Compare trained, folded and ONNX model layer by layer; writes layers.json into the run and
+    returns it.
+    """
     loaded = load(path)
     certify_run(loaded)
     from qcompress.parity.layerwise import compare_layers as compare
 
     reporter = reporter or Reporter(silent=True)
     base = Path(loaded.manifest["base"])
-    found = compare(loaded.recipe, base, _artifacts(loaded), loaded.path, reporter)
+    layerwise = compare(loaded.recipe, base, _artifacts(loaded), loaded.path, reporter)
     record_files(loaded.path, "layers.json")
-    return found
+    return layerwise
 
 
 def compare(
@@ -216,25 +218,25 @@ def compare(
     metric: str | None = None,
     baseline: str | None = None,
 ) -> dict[str, Any]:
-    """Runs against each other, aligned by task, seed and sample (`report/compare.py` has the document).
+    """Compare runs, aligned by task, seed and sample (document: `verdict/compare.py`).
 
-    Each of `runs` is a run directory or a folder of seeds, optionally as `ARM=RUN`; without, the arm is the
+    Each of `runs` is a run directory or a folder of seeds, optionally as `ARM=RUN`; by default the arm is the
     recipe's name. `metric` is `set.metric`, `metric` (of the first set) or the task's first one; `baseline`
-    is an arm, the first unless given.
+    is an arm, by default the first.
     """
     from qcompress.verdict.compare import compare as compare_measured  # scipy takes most of a second
 
     if row not in ROWS:
         raise UsageError(f"unknown row {row!r}", fix=f"choose one of {', '.join(ROWS)}")
-    found = []
+    measurements = []
     for run in runs:
         arm, folders = arm_and_runs(os.fspath(run))
-        found += [measured(load(path), row, arm) for path in folders]
-    return compare_measured(found, row, metric, baseline)
+        measurements += [measured(load(path), row, arm) for path in folders]
+    return compare_measured(measurements, row, metric, baseline)
 
 
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> Path:
-    """Write report.html about a run or several (`report/html/page.py`); returns the file."""
+    """Write report.html about one run or several (`report/html/page.py`); returns the file."""
     from qcompress.report.html.page import write_report  # scipy takes most of a second
 
     return write_report([os.fspath(run) for run in runs], None if out is None else Path(out))
@@ -254,7 +256,7 @@ def _measure_again(loaded: LoadedRun, reporter: Reporter) -> None:
 
 
 def _artifacts(loaded: LoadedRun) -> Artifacts:
-    """What is left of a run; the ONNX file is the one in its directory."""
+    """Artifacts of a run that are still in the cache; the ONNX file is the one in its directory."""
     from qcompress.parity.inputs import Artifacts
     from qcompress.system.artifacts import Engine, FoldedModel, OnnxModel, TrainedModel
 
@@ -270,7 +272,7 @@ def _artifacts(loaded: LoadedRun) -> Artifacts:
 
 
 def _float_model(loaded: LoadedRun, folder: Path | None) -> FloatModel | None:
-    """The checkpoint of a run, if it is still there; raises IncomparableError if it is another one now."""
+    """Checkpoint of a run if it still exists; raises IncomparableError if it has changed."""
     from qcompress.system.artifacts import FloatModel
 
     model = FloatModel.of(folder, "", Path(loaded.manifest["source"])) if folder else None
@@ -313,9 +315,10 @@ def gate_against(
     goals: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Judge a run against a baseline (a run, or a file of `promote`) by the baseline's goals, or by those of
-    a YAML file; writes gate.json into the candidate and returns it (`regression/decide.py` has the document).
+    a YAML file; writes gate.json into the candidate and returns it (document: `verdict/baseline/decide.py`).
 
-    Raises UsageError for what is no run or states no goals, IncomparableError for one that was not measured.
+    Raises UsageError if a path is not a run or states no goals, IncomparableError if the run was not
+    measured.
     """
     from qcompress.verdict.baseline.decide import decide  # scipy takes most of a second
     from qcompress.verdict.baseline.goals import read_goals
@@ -333,8 +336,8 @@ def gate_against(
 def promote(
     path: str | os.PathLike[str], out: str | os.PathLike[str], *, row: str | None = None, force: bool = False
 ) -> Snapshot:
-    """Write the baseline that later runs are held against. A run that was not accepted is refused unless
-    `force`: a broken baseline would pass whatever is no worse.
+    """Write the baseline for comparisons of later runs. A run that was not accepted is refused unless
+    `force`: a broken baseline would accept every candidate that is not worse.
     """
     from qcompress.verdict.baseline.snapshot import read_snapshot
     from qcompress.verdict.baseline.write import write_baseline
@@ -344,7 +347,7 @@ def promote(
     verdict = judged(loaded)["verdict"]
     if verdict != "accept" and not force:
         raise UsageError(
-            f"{path} ended with {verdict}, and what is worse than it could pass",
+            f"{path} ended with {verdict}, and a run worse than it could pass",
             fix="mend the run, or say --force",
         )
     demand_place(Path(out))
@@ -372,11 +375,12 @@ def sensitivity(
     wins: bool = True,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """What rounding each layer costs in each of `formats`, and with a budget the mixture that fits it:
-    sensitivity.json (`qcompress/pipeline/sensitivity/study.py`), which it writes and returns.
+    """Measure the cost of rounding each layer in each of `formats` and, with a budget, choose the mixture
+    that fits it; writes sensitivity.json (`qcompress/pipeline/sensitivity/study.py`) and returns it.
 
-    A budget is one of `max_bytes`, `max_cost` in nats, and `as_small_as`, a format that all could have; other
-    costs, `controls`, choose mixtures of the same bytes. `fresh` samples judge them, else as many as choose.
+    A budget is one of `max_bytes`, `max_cost` in nats, and `as_small_as`, a uniform format; `controls` are
+    other costs that choose mixtures of equal bytes. `fresh` is the number of held-out samples that judge the
+    mixtures, by default as many as choose.
     """
     from qcompress.pipeline.sensitivity.calibrated import Place
     from qcompress.pipeline.sensitivity.sampling import Sampling

@@ -1,17 +1,17 @@
-"""Every error a user can meet, with its fix and the exit code of the command that met it.
+"""Errors shown to users, each with a fix and the exit code of the command.
 
-    QcompressError            1   anything unexpected that we can still explain
+    QcompressError            1   an unexpected error with an explanation
     |- UsageError             2   the command line or an argument of the Python API
     |- RecipeError            2   one or more mistakes in a recipe, all reported together
     |- ModelError             2   a checkpoint that cannot be used as asked
-    |- VerdictError         3/4   a run whose verdict forbids what was asked
-    |- IncomparableError      4   runs that were not measured on the same thing, or not measured at all
+    |- VerdictError         3/4   a run whose verdict forbids the requested action
+    |- IncomparableError      4   runs that were not measured on the same samples, or not measured
     |- ExportError            5   export, lint or build refused the model
     |- MachineError           6   this machine lacks what the command requires (package, disk, device)
     |- BusyError              7   another live run holds the directory
-    '- ContractError          1   a promise between two stages is broken: our bug, not the user's
+    '- ContractError          1   a contract between two stages is broken: a bug of qcompress
 
-The verdicts `regression` (3) and `anomalous` (4) are results, not errors: see `gate.py`.
+The verdicts `regression` (3) and `anomalous` (4) are results, not errors: see `verdict/judge.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 
 class QcompressError(Exception):
-    """Base class. `fix` is one imperative sentence, or empty when there is nothing the user can do."""
+    """Base class. `fix` is one imperative sentence, or empty if the user cannot fix the error."""
 
     exit_code = 1
 
@@ -34,12 +34,14 @@ class QcompressError(Exception):
 
 
 class UsageError(QcompressError):
+    """The command line or an argument of the Python API is wrong."""
+
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """One mistake in a recipe: where it is, what was found, and what would be right."""
+    """One mistake in a recipe: place, message with the value found, and fix."""
 
     file: str
     line: int
@@ -66,11 +68,13 @@ class RecipeError(QcompressError):
 
 
 class ModelError(QcompressError):
+    """A checkpoint cannot be used as asked."""
+
     exit_code = 2
 
 
 class VerdictError(QcompressError):
-    """`exit_code` is that of the verdict."""
+    """A verdict forbids the action. `exit_code` is that of the verdict."""
 
     def __init__(self, message: str, *, fix: str = "", exit_code: int) -> None:
         super().__init__(message, fix=fix)
@@ -78,20 +82,26 @@ class VerdictError(QcompressError):
 
 
 class IncomparableError(QcompressError):
+    """Runs were not measured on the same samples, or not measured."""
+
     exit_code = 4
 
 
 class ExportError(QcompressError):
+    """Export, lint or build refused the model."""
+
     exit_code = 5
 
 
 class MachineError(QcompressError):
+    """This machine lacks a requirement of the command (package, disk, device)."""
+
     exit_code = 6
 
 
 def package_missing(error: ImportError, what: str) -> MachineError:
-    """What to install where `what` ("this command", "this stage") needs a package that cannot be imported.
-    An import of this package that fails is a defect of ours, and is raised again.
+    """MachineError with the install command of a package that `what` ("this command", "this stage") cannot
+    import. A failing import of qcompress itself is a bug and is raised again.
     """
     name = (error.name or "").partition(".")[0]
     if not name or name == "qcompress":
@@ -109,8 +119,12 @@ def package_missing(error: ImportError, what: str) -> MachineError:
 
 
 class BusyError(QcompressError):
+    """Another live run holds the directory."""
+
     exit_code = 7
 
 
 class ContractError(QcompressError):
+    """A contract between two stages is broken: a bug of qcompress."""
+
     exit_code = 1

@@ -537,7 +537,7 @@ def test_model_and_data_that_do_not_go_together(
     table = write_table(tmp_path / "mine.csv", LABELS)
     assert "a gpt2 model carries causal-lm" in refusal(tmp_path, tiny_model, table)
     assert "name a folder with train/LABEL/" in refusal(tmp_path, models["vit"], table)
-    assert "no two folders `train` and `test`" in refusal(tmp_path, models["vit"], models["vit"])
+    assert "lacks folders `train` and `test`" in refusal(tmp_path, models["vit"], models["vit"])
     shutil.copyfile(text_file, tmp_path / "mine.txt")
     assert "name" in refusal(tmp_path, models["body"], tmp_path / "mine.txt")
 

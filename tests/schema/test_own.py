@@ -255,10 +255,10 @@ def test_mistakes_in_its_options_are_found_like_all_others(project: Project) -> 
     ("classes", "message"),
     [
         ({"steppers": {"saq": SignStep}}, "stepper 'saq' is taken"),
-        ({"steppers": {"Sign Step": SignStep}}, "no name for a recipe"),
+        ({"steppers": {"Sign Step": SignStep}}, "not a valid name in a recipe"),
         ({"steppers": {"sign": SignStep(None)}}, "must be a class"),
         ({"steppers": {"sign": HalfTheLoss}}, r"has no step, state_dict, load_state_dict"),
-        ({"objectives": {"half": type("Bad", (HalfTheLoss,), {"Options": dict})}}, "no section of a recipe"),
+        ({"objectives": {"half": type("Bad", (HalfTheLoss,), {"Options": dict})}}, "not a section of a recipe"),
     ],
     ids=["taken", "name", "instance", "protocol", "options"],
 )
