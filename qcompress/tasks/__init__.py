@@ -1,4 +1,4 @@
-"""One file per task: its data, its loss, its metrics. `TASKS` is the table of them."""
+"""Tasks, one file each: data, loss and metrics. `TASKS` is the table of them."""
 
 from __future__ import annotations
 

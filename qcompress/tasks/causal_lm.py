@@ -1,6 +1,6 @@
-"""Next-token prediction: sequences to train on, windows to measure on, perplexity and token accuracy.
+"""Next-token prediction: training sequences, evaluation windows, perplexity and token accuracy.
 
-Torch is imported only where tensors are made: `tasks.text` is needed without it.
+Torch is imported only where tensors are made.
 
 Perplexity follows the sliding-window recipe of transformers' documentation: windows of `context` tokens start
 `stride` tokens apart, and each counts only the targets that no earlier window counted. The first token of a
@@ -31,15 +31,15 @@ from qcompress.tasks.text import demand_encoder_memory, read_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["processor", "reader"]  # of a task's interface, and the same for all that read text
+__all__ = ["processor", "reader"]  # part of a task's interface, common to all text tasks
 
 STEP = 64
-"""Positions measured at once: a vocabulary is wide."""
+"""Positions measured at once, because the vocabulary is large."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """One sample: token ids [length], and the position of its first target that counts (at least 1)."""
+    """One sample: token ids [length], and the position of its first counted target (at least 1)."""
 
     ids: np.ndarray
     first: int
@@ -54,33 +54,33 @@ class Sequences:
 
     @property
     def lengths(self) -> np.ndarray:
-        """The context, once for each sequence."""
+        """The context length, once for each sequence."""
         return np.full(len(self.ids), self.ids.shape[1])
 
     @property
     def notes(self) -> list[str]:
-        """Nothing is done to sequences that a user should know."""
+        """Empty: sequences are not modified."""
         return []
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def batch(self, rows: Sequence[int], moment: tuple[int, ...] | None = None) -> Batch:
-        """Some sequences; they need no mask."""
+        """Sequences of these rows; they need no mask."""
         return {"input_ids": self.ids[list(rows)]}
 
 
 KNOWN = ("tokens",)
-"""Fields of a result that no model changes."""
+"""Fields of a result that do not depend on the model."""
 
 
 def settled(task: CausalLm, config: dict[str, Any]) -> CausalLm:
-    """The task as it is: no labels are to be found in a checkpoint."""
+    """The task unchanged: it takes no labels from a checkpoint."""
     return task
 
 
 def tokenize(data: TextData, base: Path, tokenizer: Any) -> np.ndarray:
-    """All token ids of the text, int64 [tokens]; no special tokens are added."""
+    """Token ids of the whole text, int64 [tokens], without special tokens."""
     text = read_text(data, base)
     demand_encoder_memory([text], tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
@@ -88,7 +88,7 @@ def tokenize(data: TextData, base: Path, tokenizer: Any) -> np.ndarray:
 
 
 def examples(data: TextData, base: Path, tokenizer: Any, task: CausalLm) -> Sequences:
-    """Training or calibration sequences of `context` tokens, one after another without overlap.
+    """Training or calibration sequences of `context` tokens, consecutive without overlap.
 
     With a limit, they are spread evenly over the text: its beginning alone is rarely typical.
     """
@@ -111,37 +111,37 @@ def samples(data: TextData, base: Path, tokenizer: Any, task: CausalLm, limit: i
     """Evaluation windows in the order of the text, at most `limit` and `data.limit` of them."""
     ids = tokenize(data, base, tokenizer)
     stride = task.stride or task.context
-    found, counted = [], 0
+    windows, counted = [], 0
     for start in range(0, len(ids), stride):
         piece = ids[start : start + task.context]
         first = max(counted - start, 1)
         if len(piece) > first:
-            found.append(Window(piece, first))
+            windows.append(Window(piece, first))
         counted = start + len(piece)
         if counted >= len(ids):
             break
-    if not found:
+    if not windows:
         raise UsageError(f"the text has {len(ids)} tokens: nothing to measure", fix="name more text")
     limits = [number for number in (limit, data.limit) if number is not None]
-    return found[: min(limits)] if limits else found
+    return windows[: min(limits)] if limits else windows
 
 
 def slices(data: TextData, base: Path, task: CausalLm) -> Slices:
-    """Refused: rows are joined to one text, and a window of it begins and ends anywhere."""
+    """Raise UsageError: rows are joined to one text, whose windows are not rows."""
     raise UsageError(
-        "a sample of causal-lm is a window of the whole text, and no row of a table: it has no slices",
+        "a sample of causal-lm is a window of the whole text, not a row of a table: it has no slices",
         fix="drop `slices`, or name an evaluation set for each part",
     )
 
 
 def examine(data: TextData, base: Path, task: CausalLm, most: int | None) -> Examined:
-    """The beginning of the text; `most`: lines of it."""
+    """Read the first `most` lines of the text."""
     text = read_text(data, base, most)
     return Examined(1, False, (text,))
 
 
 def label_cells(data: TextData, base: Path, task: CausalLm, most: int | None) -> list[Any]:
-    """None: text has no labels."""
+    """Empty: text has no labels."""
     return []
 
 
@@ -159,12 +159,12 @@ def loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def logits_of(task: CausalLm, config: dict[str, Any]) -> tuple[int, int]:
-    """Most positions of one sample, and logits of each; `config` is the model's config.json."""
+    """Largest number of positions of one sample, and logits of each; `config` is the model's config.json."""
     return task.context, config["vocab_size"]
 
 
 def compared(window: Window, logits: np.ndarray) -> np.ndarray:
-    """The logits of a sample that rows are compared by, [positions, vocabulary]: those of no padding."""
+    """Logits of a sample for the comparison of rows, [positions, vocabulary], without padding."""
     return logits[: len(window.ids)]
 
 
@@ -185,7 +185,7 @@ def collate(batch: list[Window]) -> dict[str, np.ndarray]:
 
 
 def measure(batch: list[Window], logits: np.ndarray) -> list[dict[str, float]]:
-    """Per sample: summed negative log-likelihood, counted targets, and how many the model ranks first."""
+    """Results of each sample: summed negative log-likelihood, counted targets, and targets ranked first."""
     import torch
     import torch.nn.functional as F
 
@@ -212,7 +212,7 @@ def kit(inputs: dict[str, np.ndarray], batch: list[Window]) -> dict[str, np.ndar
 
 
 def notes(samples: list[Window]) -> list[str]:
-    """Nothing is done to windows that a user should know."""
+    """Empty: windows are not modified."""
     return []
 
 
@@ -221,7 +221,7 @@ def metrics(
 ) -> dict[str, float]:
     """perplexity = exp(sum nll / sum tokens) and token_accuracy; NaN stays NaN, overflow becomes inf.
 
-    Neither the task nor the float model's results change them.
+    `task` and `reference` are ignored.
     """
     tokens = sum(sample["tokens"] for sample in samples)
     mean = sum(sample["nll"] for sample in samples) / tokens

@@ -4,9 +4,9 @@ Torch is imported only where tensors are made.
 
 Shapes: inputs fp32 [batch, 3, height, width]; logits [batch, labels].
 
-A result of one sample: `prediction` (index of the largest logit; None where a logit is not finite), and,
-where the data have labels, `label`, `rank` (how many logits come before the label's; 0: the prediction is
-right) and `loss`.
+A result of one sample: `prediction` (index of the largest logit; None if a logit is not finite), and, if
+the data have labels, `label`, `rank` (number of logits ranked before the label's; 0: the prediction is right)
+and `loss`.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from qcompress.tasks.table import Slices
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["collate"]  # of a task's interface
+__all__ = ["collate"]  # part of a task's interface
 
 KNOWN = ("label",)
-"""Fields of a result that no model changes."""
+"""Fields of a result that do not depend on the model."""
 
 BEST = 5
-"""Answers among which the label is for top5_accuracy."""
+"""Number of first answers that count for top5_accuracy."""
 
 
 def reader(directory: Path) -> Reader:
-    """What prepares images for a checkpoint."""
+    """Image processor of a checkpoint."""
     config = read_config(directory) if (directory / "config.json").is_file() else {}
     family = FAMILIES.get(config.get("model_type", ""))
     size = tuple(graph_signature(family, directory)[0].axes[2:]) if family else None
@@ -54,9 +54,9 @@ def reader(directory: Path) -> Reader:
 
 
 def processor(task: ImageClassification) -> dict[str, Any] | None:
-    """The preprocessor_config.json that the recipe asks for; None: the checkpoint's own.
+    """Content of preprocessor_config.json for the recipe's options; None: the checkpoint's own.
 
-    It is that of ViT, whose processor does what it says for any model: resize, divide by 255, normalize.
+    It configures ViT's processor, which works for any model: resize, divide by 255, normalize.
     """
     if task.mean is None:
         return None
@@ -80,14 +80,14 @@ def head(task: ImageClassification) -> Head:
 
 
 def settled(task: ImageClassification, config: dict[str, Any]) -> ImageClassification:
-    """The task with the labels of a checkpoint, in the order of its outputs."""
+    """Task with the labels of a checkpoint, in the order of its outputs."""
     return task.model_copy(update={"labels": settle(labels_of(task).names, config)})
 
 
 def examples(data: TextData, base: Path, reader: Reader, task: ImageClassification) -> ImageExamples:
-    """Images for training or calibration; with a limit spread evenly over the whole."""
-    found = padded.spread(_read(data, base, task), data.limit)
-    return ImageExamples(shaped(found, reader), data.augment)
+    """Images for training or calibration; with a limit spread evenly over the data."""
+    pictures = padded.spread(_read(data, base, task), data.limit)
+    return ImageExamples(shaped(pictures, reader), data.augment)
 
 
 def samples(
@@ -98,23 +98,23 @@ def samples(
 
 
 def slices(data: TextData, base: Path, task: ImageClassification) -> Slices:
-    """What `data.slices` say of each image, in the order of the data."""
+    """Values of `data.slices` for each image, in the order of the data."""
     return image_slices(data, base)
 
 
 def examine(data: TextData, base: Path, task: ImageClassification, most: int | None) -> Examined:
-    """The images as far as they are known without opening one; `most` is not needed."""
-    found = _read(data, base, task)
-    return Examined(len(found), "label" in found[0].known, size=found[0].size)
+    """Properties of the images that are known without opening one; `most` is ignored."""
+    pictures = _read(data, base, task)
+    return Examined(len(pictures), "label" in pictures[0].known, size=pictures[0].size)
 
 
 def label_cells(data: TextData, base: Path, task: ImageClassification, most: int | None) -> list[Any]:
-    """The labels as the data spell them; none of a folder, whose names are names, and without labels."""
+    """Labels as written in the data; empty for a folder (its names are label names) and without labels."""
     if data.folder is not None:
         return []
     columns = {role: name for role, name in (data.columns or Columns()).model_dump().items() if name}
     read = read_pictures(data, base, columns)
-    cells = [one.label for one in read.found]
+    cells = [picture.label for picture in read.pictures]
     return [] if read.names or all(label in (MISSING, None, "") for label in cells) else cells
 
 
@@ -131,25 +131,25 @@ def logits_of(task: ImageClassification, config: dict[str, Any]) -> tuple[int, i
 
 
 def length(sample: ImageSample) -> int:
-    """1: images are all of one size."""
+    """1, because images have one size."""
     return 1
 
 
 def compared(sample: ImageSample, logits: np.ndarray) -> np.ndarray:
-    """The logits of a sample that rows are compared by, [1, labels]."""
+    """Logits of a sample for the comparison of rows, [1, labels]."""
     return logits[None]
 
 
 def measure(batch: Sequence[ImageSample], logits: np.ndarray) -> list[dict[str, Any]]:
-    """Result of each sample; logits [batch, labels]."""
-    return [_result(one.known, row) for one, row in zip(batch, logits, strict=True)]
+    """Results of the samples; logits [batch, labels]."""
+    return [_result(sample.known, row) for sample, row in zip(batch, logits, strict=True)]
 
 
 def results(
     known: Sequence[Mapping[str, Any]], logits: Sequence[np.ndarray], task: ImageClassification
 ) -> list[dict[str, Any]]:
-    """The same, from what is known of each sample and its logits [labels]."""
-    return [_result(one, row) for one, row in zip(known, logits, strict=True)]
+    """Results from the known fields of each sample and its logits [labels]."""
+    return [_result(fields, row) for fields, row in zip(known, logits, strict=True)]
 
 
 def _result(known: Mapping[str, Any], logits: np.ndarray) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _result(known: Mapping[str, Any], logits: np.ndarray) -> dict[str, Any]:
         return result
     if not finite:
         return {**result, "rank": None, "loss": math.nan}
-    before = scored[:label] >= scored[label]  # of equal logits the first is the answer
+    before = scored[:label] >= scored[label]  # among equal logits the first is the prediction
     rank = int(before.sum() + (scored[label + 1 :] > scored[label]).sum())
     return {**result, "rank": rank, "loss": cross_entropy(scored, label)}
 
@@ -169,31 +169,31 @@ def kit(inputs: Mapping[str, np.ndarray], samples: Sequence[ImageSample]) -> dic
     """Arrays of a probe kit: the graph's inputs as `input.<name>`, fp32, and `length` [samples] of ones."""
     return {
         "length": np.ones(len(samples), np.int32),
-        **{f"input.{name}": one for name, one in inputs.items()},
+        **{f"input.{name}": array for name, array in inputs.items()},
     }
 
 
 def notes(samples: Sequence[ImageSample]) -> list[str]:
-    """Nothing is done to images that a user should know."""
+    """Empty: images are not modified."""
     return []
 
 
 def metrics(
-    found: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
     task: ImageClassification,
     reference: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, float]:
-    """Metrics of some results; without labels, agreement with the results of the float model."""
-    answers = [result["prediction"] for result in found]
-    if "label" not in found[0]:
+    """Metrics of results; without labels, agreement with the float model's results (`reference`)."""
+    answers = [result["prediction"] for result in results]
+    if "label" not in results[0]:
         if reference is None:
             return {}
         return {AGREEMENT: agreement([result["prediction"] for result in reference], answers)}
-    values = scores(["accuracy"], [result["label"] for result in found], answers)
-    ranks = [result["rank"] for result in found]
+    values = scores(["accuracy"], [result["label"] for result in results], answers)
+    ranks = [result["rank"] for result in results]
     broken = any(rank is None for rank in ranks)
     values["top5_accuracy"] = math.nan if broken else sum(rank < BEST for rank in ranks) / len(ranks)
-    values["cross_entropy"] = math.fsum(result["loss"] for result in found) / len(found)
+    values["cross_entropy"] = math.fsum(result["loss"] for result in results) / len(results)
     return {name: values[name] for name in task.metrics}
 
 
@@ -201,14 +201,17 @@ def metrics(
 
 
 def _read(data: TextData, base: Path, task: ImageClassification) -> list[Picture]:
-    """Images, unopened, with their labels as the model's outputs; with none where all labels are missing."""
+    """Images, unopened, with labels as indices of the model's outputs; without labels if all are missing."""
     columns = {role: name for role, name in (data.columns or Columns()).model_dump().items() if name}
     read = read_pictures(data, base, columns)
-    spelled = [one.label for one in read.found]
-    if all(label in (MISSING, None, "") for label in spelled):
-        return [replace(one, known={}) for one in read.found]
+    written = [picture.label for picture in read.pictures]
+    if all(label in (MISSING, None, "") for label in written):
+        return [replace(picture, known={}) for picture in read.pictures]
     labels = labels_of(task)
-    cells = dataset_names(read.names, labels, spelled)
+    cells = dataset_names(read.names, labels, written)
     named = data.folder is not None or read.names is not None
-    outputs = labels.read(cells, [one.place for one in read.found], named=named)
-    return [replace(one, known={"label": output}) for one, output in zip(read.found, outputs, strict=True)]
+    outputs = labels.read(cells, [picture.place for picture in read.pictures], named=named)
+    return [
+        replace(picture, known={"label": output})
+        for picture, output in zip(read.pictures, outputs, strict=True)
+    ]

@@ -1,6 +1,6 @@
-"""Columns that part a set of images: arrays beside those of an archive, columns of a dataset. Torch-free.
+"""Slice columns of images: arrays of an archive, or columns of a dataset. Torch-free.
 
-A folder of images has a label for each, and no columns.
+Folders of images have labels but no columns.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from qcompress.tasks.text import open_dataset
 
 
 def image_slices(data: TextData, base: Path) -> Slices:
-    """The columns of a recipe's `slices`, of the images that `read_pictures` gives."""
+    """Values of the recipe's `slices` for the images that `read_pictures` returns."""
     if data.npz is None:
         return _dataset(data, base)
     images = (data.columns or Columns()).image or "images"
-    parts = [_archive(base / name, data, images) for name in data.npz]
-    columns = {name: [cell for part in parts for cell in part.columns[name]] for name in data.slices or ()}
-    return Slices(columns, [place for part in parts for place in part.places])
+    archives = [_archive(base / name, data, images) for name in data.npz]
+    columns = {
+        name: [cell for archive in archives for cell in archive.columns[name]] for name in data.slices or ()
+    }
+    return Slices(columns, [place for archive in archives for place in archive.places])
 
 
 def _archive(file: Path, data: TextData, images: str) -> Slices:
-    found: dict[str, list[Any]] = {}
+    columns: dict[str, list[Any]] = {}
     with opened_archive(file) as archive:
         wanted = data.slices or []
         for name in (images, *wanted):
@@ -41,8 +43,8 @@ def _archive(file: Path, data: TextData, images: str) -> Slices:
                     f"{file.name}: {count} images, and {name} is of shape {list(array.shape)}",
                     fix="write one value for each image",
                 )
-            found[name] = array.tolist()
-    return Slices(found, [f"{file.name}, row {row + 1}" for row in range(count)])
+            columns[name] = array.tolist()
+    return Slices(columns, [f"{file.name}, row {row + 1}" for row in range(count)])
 
 
 def _dataset(data: TextData, base: Path) -> Slices:

@@ -1,10 +1,10 @@
-"""Images from archives, folders and `datasets`, brought to a model's size and made its input.
+"""Images from archives, folders and `datasets`: reading, resizing and conversion to model inputs.
 
 Torch is imported only where tensors are made, Pillow only where a file is opened.
 
-The checkpoint's own image processor does both steps, as transformers has it: what changes the geometry
-(resize, crop) when an image is read, what changes its values (rescale, normalize) when a batch is made. So
-what is kept of an image is a byte for each value, and a batch equals what the processor gives in one step.
+The checkpoint's image processor of transformers does both steps: the geometry (resize, crop) when an image is
+read, the values (rescale, normalize) when a batch is made. So images are kept as bytes, and a batch equals
+the processor's result in one step.
 
 Shapes: an image uint8 [height, width, 3]; pixel values fp32 [batch, 3, height, width].
 """
@@ -35,42 +35,42 @@ from qcompress.tasks.table import columns_in
 from qcompress.tasks.text import open_dataset
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Files of a folder that are images; in capital letters as well."""
+"""Suffixes of image files in a folder, in lower or upper case."""
 
 GEOMETRY = ("do_resize", "do_center_crop", "do_pad")
 """Steps of transformers' image processors that move pixels."""
 
 VALUES = ("do_rescale", "do_normalize", "include_top")
-"""Steps that change each pixel by itself; the last is EfficientNet's second normalization."""
+"""Steps that change each pixel separately; the last is EfficientNet's second normalization."""
 
 
 class Reader:
-    """A checkpoint's image processor, in two steps. Raises ModelError for one that has no such steps."""
+    """Image processor of a checkpoint, in two steps. Raises ModelError if it cannot be split into them."""
 
     def __init__(self, processor: Any, size: tuple[int, int] | None = None) -> None:
-        """`size`: the height and width that the model takes, where they are known."""
+        """`size`: height and width of the model's input, if known."""
         self.processor, self.size = processor, size
         self.fill: np.ndarray | None = None
 
     def shaped(self, image: np.ndarray) -> np.ndarray:
-        """An image of any size at the model's, uint8 [height, width, 3]."""
-        found = self._run([image], VALUES)[0]
-        if found.dtype != np.uint8:
-            raise ModelError(f"{self._name}: a resized image is {found.dtype} and not uint8", fix=self._fix)
-        return np.ascontiguousarray(found.transpose(1, 2, 0))
+        """Resize an image of any size for the model, uint8 [height, width, 3]."""
+        resized = self._run([image], VALUES)[0]
+        if resized.dtype != np.uint8:
+            raise ModelError(f"{self._name}: a resized image is {resized.dtype} and not uint8", fix=self._fix)
+        return np.ascontiguousarray(resized.transpose(1, 2, 0))
 
     def pixels(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """What the model is given for images of its size, fp32 [batch, 3, height, width]."""
+        """Model input for images of its size, fp32 [batch, 3, height, width]."""
         return self._run(images, GEOMETRY).astype(np.float32, copy=False)
 
     def black(self) -> np.ndarray:
-        """What a black pixel is to the model, fp32 [3]."""
+        """Input value of a black pixel, fp32 [3]."""
         if self.fill is None:
             self.fill = self.pixels([np.zeros((1, 1, 3), np.uint8)])[0, :, 0, 0]
         return self.fill
 
     def check(self, image: np.ndarray) -> None:
-        """Both steps of an image are what the processor does in one: true unless it does something else."""
+        """Check that both steps equal the processor's result in one step. Raises ModelError if not."""
         if not np.array_equal(self._run([image], ()), self.pixels([self.shaped(image)])):
             raise ModelError(
                 f"{self._name} does more than resize, crop, rescale and normalize", fix=self._fix
@@ -78,8 +78,10 @@ class Reader:
 
     def _run(self, images: Sequence[np.ndarray], without: Sequence[str]) -> np.ndarray:
         off = {step: False for step in without if getattr(self.processor, step, None)}
-        found = self.processor(list(images), return_tensors="np", input_data_format="channels_last", **off)
-        return found[PIXELS]
+        processed = self.processor(
+            list(images), return_tensors="np", input_data_format="channels_last", **off
+        )
+        return processed[PIXELS]
 
     @property
     def _name(self) -> str:
@@ -92,8 +94,8 @@ class Reader:
 
 @dataclass(frozen=True)
 class ImageSample:
-    """One image of the model's size. `known`: what is to be answered, as it stands in samples.json.gz; no
-    `label` in it where the data have none.
+    """One image of the model's size. `known`: fields of samples.json.gz that are known from the data; without
+    `label` if the data have none.
     """
 
     image: np.ndarray
@@ -116,14 +118,14 @@ class ImageExamples:
 
     @property
     def notes(self) -> list[str]:
-        """Nothing is done to images that a user should know."""
+        """Empty: images are not modified."""
         return []
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def batch(self, rows: Sequence[int], moment: tuple[int, ...] | None = None) -> Batch:
-        """Some images, varied in training; labels int64 [batch] where the data have them."""
+        """Images of these rows, randomly changed in training; labels int64 [batch] if the data have them."""
         import torch
 
         chosen = [self.samples[row] for row in rows]
@@ -139,13 +141,14 @@ class ImageExamples:
 def varied(
     pixels: np.ndarray, black: np.ndarray, augment: Augment, rows: Sequence[int], moment: tuple[int, ...]
 ) -> np.ndarray:
-    """Images [batch, 3, height, width] mirrored and moved at random, after He et al. (arXiv:1512.03385),
-    section 4.2. What uncovers is `black` [3].
+    """Mirror and move images [batch, 3, height, width] at random, after He et al. (arXiv:1512.03385), section
+    4.2. Uncovered pixels become `black` [3].
 
-    What happens to an image depends on the moment and on its row alone, and not on what shares its batch:
-    several processes vary images as one does. All is drawn whatever the options: one does not move another.
+    The changes of an image depend on the moment and on its row only, not on the other images of the batch:
+    several processes change images as one does. All random numbers are drawn for any options, so that options
+    do not affect each other.
     """
-    found, (height, width), pad = np.empty_like(pixels), pixels.shape[2:], augment.crop
+    changed, (height, width), pad = np.empty_like(pixels), pixels.shape[2:], augment.crop
     for place, row in enumerate(rows):
         random = np.random.default_rng((*moment, int(row)))
         mirrored, (top, left) = random.random() < 0.5, random.integers(0, 2 * pad, 2, endpoint=True)
@@ -156,8 +159,8 @@ def varied(
             framed[:] = black[:, None, None]
             framed[:, pad : pad + height, pad : pad + width] = image
             image = framed[:, top : top + height, left : left + width]
-        found[place] = image
-    return found
+        changed[place] = image
+    return changed
 
 
 def collate(samples: Sequence[ImageSample]) -> dict[str, np.ndarray]:
@@ -165,23 +168,23 @@ def collate(samples: Sequence[ImageSample]) -> dict[str, np.ndarray]:
     return {PIXELS: samples[0].reader.pixels([sample.image for sample in samples])}
 
 
-def shaped(found: Sequence[Picture], reader: Reader) -> list[ImageSample]:
-    """Images at the model's size; refused where the processor leaves them at different ones."""
+def shaped(pictures: Sequence[Picture], reader: Reader) -> list[ImageSample]:
+    """Resize images for the model; raises UsageError if the processor leaves them at different sizes."""
     samples = []
-    for one in found:
-        image = one.open()
+    for picture in pictures:
+        image = picture.open()
         if not samples:
             reader.check(image)
-        sample = ImageSample(reader.shaped(image), reader, one.known)
+        sample = ImageSample(reader.shaped(image), reader, picture.known)
         if samples and sample.image.shape != samples[0].image.shape:
             raise UsageError(
-                f"{one.place} is {_size(sample.image)} and the first image {_size(samples[0].image)}, and "
-                "the checkpoint's preprocessing resizes neither",
+                f"{picture.place} is {_size(sample.image)} and the first image {_size(samples[0].image)}, "
+                "and the checkpoint's preprocessing resizes neither",
                 fix="write `mean`, `std` and `size` under `task`",
             )
         if reader.size not in (None, sample.image.shape[:2]):
             raise UsageError(
-                f"{one.place} is {_size(sample.image)} when it is prepared, and the model takes "
+                f"{picture.place} is {_size(sample.image)} when it is prepared, and the model takes "
                 f"{reader.size[0]} x {reader.size[1]}",
                 fix=f"write `size: [{reader.size[0]}, {reader.size[1]}]`, `mean` and `std` under `task`",
             )
@@ -198,41 +201,41 @@ def _size(image: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of the data, opened when it is needed; `label` as the data spell it, None without one."""
+    """One image of the data, opened on demand; `label` as written in the data, None without one."""
 
     open: Callable[[], np.ndarray]
     place: str
     label: Any = None
     known: Mapping[str, Any] = ()
     size: tuple[int, int] | None = None
-    """Height and width, where they are known before it is opened."""
+    """Height and width, if known before opening."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What some data hold. `names`: what a dataset itself calls the integers of its labels."""
+    """Images of a data section. `names`: names that a dataset gives to its integer labels."""
 
-    found: list[Picture]
+    pictures: list[Picture]
     names: tuple[str, ...] | None = None
 
 
 def read_pictures(data: TextData, base: Path, columns: Mapping[str, str]) -> Pictures:
-    """The images of a recipe's section, unopened. `columns` are those that the recipe names."""
+    """Images of a recipe's section, unopened. `columns` are those that the recipe names."""
     if data.npz is not None:
-        found = Pictures([one for name in data.npz for one in _archive(base / name, columns)])
+        pictures = Pictures([picture for name in data.npz for picture in _archive(base / name, columns)])
     elif data.folder is not None:
-        found = Pictures(list(_folder(base / data.folder)))
+        pictures = Pictures(list(_folder(base / data.folder)))
     else:
-        found = _dataset(data, base, columns)
-    if not found.found:
+        pictures = _dataset(data, base, columns)
+    if not pictures.pictures:
         origin = data.folder or data.dataset or ", ".join(data.npz or ())
-        raise UsageError(f"{origin} holds no image", fix=f"name one with images ({', '.join(SUFFIXES)})")
-    return found
+        raise UsageError(f"{origin} has no image", fix=f"name one with images ({', '.join(SUFFIXES)})")
+    return pictures
 
 
 @contextlib.contextmanager
 def opened_archive(file: Path) -> Iterator[Any]:
-    """A numpy archive. Raises UsageError for what is none, also while it is read."""
+    """Open a numpy archive. Raises UsageError if it is not one, also while it is read."""
     try:
         opened = np.load(demand_file(file), allow_pickle=False)
         if not isinstance(opened, np.lib.npyio.NpzFile):
@@ -279,19 +282,21 @@ def _pixels(file: Path, name: str) -> np.ndarray:
 
 
 RATIO, LEAST_MIB = 100, 256
-"""Largest unpacked size of an archive: so many times its own, or so many MiB."""
+"""Largest unpacked size of an archive: `RATIO` times its own size, or this number of MiB."""
 
 MOST_PIXELS = 64_000_000
-"""Largest image that is read."""
+"""Largest image that is read, in pixels."""
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-"""Formats that are read, whatever a file's name is: Pillow hands others to programs such as Ghostscript."""
+"""Formats that are read, whatever a file's suffix is: Pillow passes others to programs such as
+Ghostscript.
+"""
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def array_header(archive: Any, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array of an archive, without its content where the file's version allows it."""
+    """Shape and type of an array in an archive, read from its header."""
     info = archive.zip.getinfo(f"{name}.npy")
     packed = os.stat(archive.zip.filename).st_size
     if info.file_size > unpacked_limit(Path(archive.zip.filename), RATIO, LEAST_MIB):
@@ -299,28 +304,28 @@ def array_header(archive: Any, name: str) -> tuple[tuple[int, ...], np.dtype]:
     with archive.zip.open(info) as stream:
         read = HEADERS.get(np.lib.format.read_magic(stream))
         if read is None:  # the third version is for records with names in other letters
-            raise ValueError(f"{name} is in a version of numpy's format that holds no plain numbers")
+            raise ValueError(f"{name} is in a version of numpy's format without plain numbers")
         shape, _, dtype = read(stream)
     claimed = math.prod(shape) * dtype.itemsize
     if any(length < 0 for length in shape) or claimed > info.file_size:
-        raise ValueError(f"{name} claims {claimed:,} bytes {list(shape)}, and {info.file_size:,} are there")
+        raise ValueError(
+            f"{name} claims {claimed:,} bytes {list(shape)}, and the file has {info.file_size:,}"
+        )
     return shape, dtype
 
 
 def read_array(archive: Any, name: str) -> np.ndarray:
-    """An array of an archive, if its file can hold what its header claims."""
+    """Read an array of an archive after checking that the file can hold the claimed size."""
     array_header(archive, name)
     return archive[name]
 
 
 def _folder(folder: Path) -> Iterator[Picture]:
-    """The images of a folder of folders, in the order of their paths; a folder's name is the label. What is
-    hidden is no image.
-    """
+    """Images in subfolders, ordered by path; the subfolder's name is the label. Hidden files are skipped."""
     loose = [file.name for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
     if loose:
         raise UsageError(
-            f"{loose[0]} ({len(loose)} images in all) lies in {folder} itself, in no folder named as a label",
+            f"{loose[0]} ({len(loose)} images in all) is in {folder} itself, not in a folder named as a label",
             fix="put each image into the folder of its label",
         )
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -331,15 +336,17 @@ def _folder(folder: Path) -> Iterator[Picture]:
 
 
 def open_image(file: Path) -> np.ndarray:
-    """An image file, upright, as uint8 [height, width, 3]; grey becomes colour, transparency is dropped."""
+    """Open an image file, upright, as uint8 [height, width, 3]; grey becomes colour, transparency
+    is dropped.
+    """
     from PIL import Image
 
     return _rgb(lambda: Image.open(demand_file(file), formats=FORMATS), str(file))
 
 
 def _rgb(opened: Callable[[], Any], place: str) -> np.ndarray:
-    """The pixels of a picture of Pillow's. Raises UsageError for what it cannot read, and for pixels of more
-    than 8 bits, which it would clip.
+    """Pixels of a Pillow image. Raises UsageError for unreadable images, and for pixels of more than 8 bits,
+    which Pillow would clip.
     """
     from PIL import Image, ImageOps
 
@@ -360,7 +367,7 @@ def _rgb(opened: Callable[[], Any], place: str) -> np.ndarray:
 
 
 def _dataset(data: TextData, base: Path, columns: Mapping[str, str]) -> Pictures:
-    """Rows of `datasets`, whose feature `Image` opens them."""
+    """Rows of `datasets`, opened by the feature `Image`."""
     rows = open_dataset(data, base)
     names = {"image": columns.get("image", "image"), "label": columns.get("label", "label")}
     optional = () if "label" in columns else ("label",)
@@ -372,20 +379,20 @@ def _dataset(data: TextData, base: Path, columns: Mapping[str, str]) -> Pictures
 
     def opener(row: int, place: str) -> Callable[[], np.ndarray]:
         def image() -> Any:
-            found = pictures[row][names["image"]]
-            if not hasattr(found, "convert"):
+            cell = pictures[row][names["image"]]
+            if not hasattr(cell, "convert"):
                 raise UsageError(
-                    f"{place}: {names['image']} is no image but {type(found).__name__}",
+                    f"{place}: {names['image']} is not an image but {type(cell).__name__}",
                     fix="name the column of images with `columns: {image: ...}`",
                 )
-            return found
+            return cell
 
         return lambda: _rgb(image, place)
 
-    found = []
+    images = []
     for row, label in enumerate(labels):
         place = f"dataset {data.dataset}, row {row + 1}"
-        found.append(Picture(opener(row, place), place, label))
+        images.append(Picture(opener(row, place), place, label))
     feature = rows.features.get(names["label"])
     known = getattr(feature, "names", None)
-    return Pictures(found, tuple(known) if known else None)
+    return Pictures(images, tuple(known) if known else None)

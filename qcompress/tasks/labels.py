@@ -1,7 +1,7 @@
-"""From a label as the data spell it to the model's output, and back to a name. No torch.
+"""Labels: from values in the data to indices of the model's outputs, and to names. No torch.
 
 The order of the outputs is the checkpoint's (`id2label` of its config.json), because its head was trained in
-it. Names of a recipe or of GLUE fill in where the checkpoint has none but transformers' LABEL_0, LABEL_1...
+that order. Names of a recipe or of GLUE are used if the checkpoint only has transformers' LABEL_0, LABEL_1...
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from qcompress.schema.recipe import ImageClassification, SequenceClassification,
 from qcompress.tasks.text import printable
 
 IGNORED = -100
-"""The label of a token that no loss and no metric counts; transformers' own."""
+"""Label of a token that losses and metrics skip; transformers' own."""
 
 MISSING = -1
-"""What the hub's GLUE writes for a label that is not published."""
+"""Value of an unpublished label in the hub's GLUE."""
 
 SHOWN = 12
-"""Labels named in one message."""
+"""Number of labels named in one message."""
 
 
 def named_outputs(config: dict[str, Any]) -> tuple[str, ...]:
-    """The names in a config.json; as transformers has it, LABEL_0... where it names none, and two outputs
-    where it does not count them either.
+    """Names of the outputs in a config.json; like transformers, LABEL_0... without names, and two outputs
+    without a count.
 
     >>> named_outputs({"id2label": {"1": "good", "0": "bad"}}), named_outputs({"num_labels": 1})
     (('bad', 'good'), ('LABEL_0',))
@@ -38,14 +38,14 @@ def named_outputs(config: dict[str, Any]) -> tuple[str, ...]:
     """
     count = config.get("num_labels")
     counted = count if type(count) is int and count > 0 else 2
-    return label_names(config) or tuple(f"LABEL_{one}" for one in range(counted))
+    return label_names(config) or tuple(f"LABEL_{index}" for index in range(counted))
 
 
 def settle(wanted: Sequence[str] | None, config: dict[str, Any]) -> list[str]:
-    """The names of a model's outputs, in their order, for a task that wants these labels.
+    """Names of a model's outputs, in their order, for a task with these labels.
 
-    Case does not tell labels apart: hub checkpoints write ENTAILMENT where GLUE writes entailment. A config
-    without `id2label` is of two outputs or of no head at all; the head's shape is the family's to check.
+    Labels are compared without case: hub checkpoints write ENTAILMENT where GLUE writes entailment. A config
+    without `id2label` has two outputs or no head; the family checks the head's shape.
     """
     known = named_outputs(config)
     if wanted is None:
@@ -64,40 +64,39 @@ def settle(wanted: Sequence[str] | None, config: dict[str, Any]) -> list[str]:
 
 
 class TwoReadingsError(UsageError):
-    """A column of labels that can be read as names and as indices, which give other labels."""
+    """A column of labels has different labels when read as names and as indices."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of a model, and the one rule by which a column of labels is read.
+    """Labels of a model, and the rule for reading a column of labels.
 
-    A cell counts by its spelling alone: the text `1` of a CSV file and the integer 1 of a JSON file are one
-    label, and so is 1.0, which pandas writes where another cell is empty. A spelling that is a name of the
-    model is that label. Whole numbers of a column that are not all names are indices. A column that gives
-    other labels by names than by indices is refused unless the recipe says which it holds
-    (`task.labels_are`).
+    A cell counts by its spelling: the text `1` of a CSV file and the integer 1 of a JSON file are one label,
+    and so is 1.0, which pandas writes if another cell is empty. A spelling that is a name of the model is
+    that label. Whole numbers of a column that are not all names are indices. A column with different labels
+    by names and by indices is refused unless the recipe states which it contains (`task.labels_are`).
     """
 
     names: tuple[str, ...] | None
-    """Names of the outputs in their order; None where only their indices are known."""
+    """Names of the outputs in their order; None if only their indices are known."""
     numbers: tuple[str, ...] | None = None
-    """Names that the integers of the data stand for, where that is another order than the outputs'."""
+    """Names of the data's integers, if their order differs from the outputs'."""
     are: Literal["names", "indices"] | None = None
-    """Content of the columns, where the recipe says it."""
+    """Content of the columns, if the recipe states it."""
 
     @property
     def are_named(self) -> bool:
-        """True where somebody named the outputs."""
+        """True if the outputs have names other than LABEL_0, LABEL_1..."""
         return bool(self.names) and is_named(self.names)
 
     def read(self, cells: Sequence[Any], places: Sequence[str], *, named: bool = False) -> list[int]:
-        """The output that each cell of a column means; `places`: where each cell stands.
+        """Output index of each cell of a column; `places`: source of each cell.
 
-        `named`: the origin of the data says that the cells are names (a folder's name, `datasets`).
-        Raises UsageError for a cell that is not a label, and for a column that can be read in two ways.
+        `named`: the data source guarantees names (a folder's name, `datasets`). Raises UsageError for a cell
+        that is not a label, and for a column with two readings.
         """
         first: dict[str, str] = {}
-        spelled = []
+        words = []
         for cell, place in zip(cells, places, strict=True):
             word = self._word(cell)
             if word is None:
@@ -105,12 +104,12 @@ class Labels:
             if isinstance(cell, float) and not _is_integer(word) and self._named(word) is None:
                 self._refuse_number(word, place)
             first.setdefault(word, place)
-            spelled.append(word)
+            words.append(word)
         outputs = self._outputs(first, named)
-        return [outputs[word] for word in spelled]
+        return [outputs[word] for word in words]
 
     def _word(self, cell: object) -> str | None:
-        """The spelling of a cell; a whole number with `.0` loses it, unless a label has that name."""
+        """Spelling of a cell; a whole number loses its `.0`, unless a label has that name."""
         word = spelling(cell)
         return word if word is None or self._named(word) is not None else without_point(word)
 
@@ -122,11 +121,11 @@ class Labels:
 
     @property
     def are_digits(self) -> bool:
-        """True where a whole number names another output than the one of that index."""
+        """True if a whole number is the name of another output than the one with that index."""
         return any(_is_integer(name) and int(name) != place for place, name in enumerate(self.names or ()))
 
     def _outputs(self, first: Mapping[str, str], named: bool) -> dict[str, int]:
-        """The output that each spelling means; `first`: where each stands first."""
+        """Output index of each spelling; `first`: first place of each."""
         by_name = {word: output for word in first if (output := self._named(word)) is not None}
         by_index = {word: output for word in first if (output := self._indexed(word)) is not None}
         if self.are is not None:
@@ -143,7 +142,7 @@ class Labels:
         return chosen
 
     def _named(self, word: str) -> int | None:
-        """The output of this name; case counts only where names differ in nothing else."""
+        """Output index of a name; case counts only between names that differ in nothing else."""
         names = self.names or ()
         if word in names:
             return names.index(word)
@@ -151,7 +150,7 @@ class Labels:
         return alike[0] if len(alike) == 1 else None
 
     def _indexed(self, word: str) -> int | None:
-        """The output of this index."""
+        """Output index of an index in the data; None if it is out of range."""
         if not _is_integer(word):
             return None
         number = int(word)
@@ -172,7 +171,9 @@ class Labels:
     def _refuse_half_named(
         self, first: Mapping[str, str], by_name: Mapping[str, int], by_index: Mapping[str, int]
     ) -> None:
-        """Whole numbers of which some are names and not all are indices: neither reading is possible."""
+        """Refuse whole numbers of which some are names and not all are indices: neither reading
+        is possible.
+        """
         whole = [word for word in first if _is_integer(word)]
         names = [word for word in whole if word in by_name]
         others = [word for word in whole if word not in by_name]
@@ -200,7 +201,7 @@ class Labels:
             raise UsageError(f"{first[unknown[0]]}: {unknown[0]} is not {what} of a label", fix=self.fix())
 
     def fix(self) -> str:
-        """The fix for a cell that is not a label of the model."""
+        """Fix for a cell that is not a label of the model."""
         if not self.are_named:
             count = f", {len(self.names)} of them," if self.names else ""
             return f"name the labels{count} in the model's order under `task.labels`"
@@ -209,7 +210,7 @@ class Labels:
 
 
 def spelling(cell: object) -> str | None:
-    """A cell of a label as a text file would spell it; None where it cannot be a label.
+    """Spelling of a label cell in a text file; None if it cannot be a label.
 
     >>> spelling(" 1 "), spelling(1), spelling(True), spelling(None), spelling([1])
     ('1', '1', 'true', None, None)
@@ -220,7 +221,7 @@ def spelling(cell: object) -> str | None:
 
 
 def without_point(word: str) -> str:
-    """A whole number without its decimal zeros; any other word as it is.
+    """Remove decimal zeros of a whole number; other words are returned unchanged.
 
     >>> without_point("1.0"), without_point("-100.00"), without_point("1.5"), without_point("v1.0")
     ('1', '-100', '1.5', 'v1.0')
@@ -229,7 +230,7 @@ def without_point(word: str) -> str:
 
 
 def labels_of(task: SequenceClassification | TokenClassification | ImageClassification) -> Labels:
-    """The labels of a task; `settle` has put the model's order into `task.labels` where a model is known."""
+    """Labels of a task; with a model, `settle` has put its order into `task.labels`."""
     glue = GLUE[task.glue].labels if isinstance(task, SequenceClassification) and task.glue else None
     names = task.labels or glue
     numbers = glue if glue and names and list(names) != list(glue) else None
@@ -237,16 +238,16 @@ def labels_of(task: SequenceClassification | TokenClassification | ImageClassifi
 
 
 def dataset_names(names: Sequence[str] | None, labels: Labels, cells: list[Any]) -> list[Any]:
-    """Integers as what the dataset itself calls them (`names`), where the model's outputs have names too.
+    """Replace integers by the dataset's names (`names`), if the model's outputs have names too.
 
-    Where they have none, an integer is an index. A cell may be a list.
+    Without names of the outputs an integer is an index. A cell may be a list.
     """
     if names is None or not labels.are_named:
         return cells
 
     def name(cell: Any) -> Any:
         if isinstance(cell, list):
-            return [name(one) for one in cell]
+            return [name(item) for item in cell]
         return names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else cell
 
     return [name(cell) for cell in cells]

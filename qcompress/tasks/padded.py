@@ -1,9 +1,9 @@
-"""Examples of their own lengths: tokenized once, padded on the right, each batch to its longest only.
+"""Tokenized examples of different lengths, padded on the right to the longest of each batch.
 
 Torch is imported only where tensors are made.
 
 Shapes: inputs int64 [batch, longest]; labels int64 [batch] (single), fp32 [batch, labels] (multi), fp32
-[batch] (regression), int64 [batch, longest] with -100 where nothing counts (tokens).
+[batch] (regression), int64 [batch, longest] with -100 at ignored positions (tokens).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenized example. `known`: what is to be answered, as it stands in samples.json.gz; no `label` in
-    it where the data have none.
+    """One tokenized example. `known`: fields of samples.json.gz that are known from the data; without `label`
+    if the data have none.
     """
 
     inputs: Mapping[str, np.ndarray]
@@ -33,17 +33,17 @@ class Sample:
     kind: str
     """single, multi, regression, or tokens."""
     cut: bool = False
-    """Whether it was longer than `task.context`."""
+    """True if it was longer than `task.context`."""
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return len(self.inputs["input_ids"])
 
 
 @dataclass(frozen=True)
 class PaddedExamples:
-    """Examples for training or calibration. `labels` makes the labels of some samples, [batch, ...]."""
+    """Examples for training or calibration. `labels` makes the label array of samples, [batch, ...]."""
 
     samples: Sequence[Sample]
     labels: Callable[[Sequence[Sample], int], np.ndarray]
@@ -56,14 +56,14 @@ class PaddedExamples:
 
     @property
     def notes(self) -> list[str]:
-        """What was done to the examples."""
+        """Messages for users about changes to the examples."""
         return notes(self.samples)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def batch(self, rows: Sequence[int], moment: tuple[int, ...] | None = None) -> Batch:
-        """Some examples, padded to the longest of them; without labels where the data have none."""
+        """Examples of these rows, padded to the longest of them; without labels if the data have none."""
         import torch
 
         chosen = [self.samples[row] for row in rows]
@@ -80,28 +80,28 @@ def length(sample: Sample) -> int:
 
 
 def processor(task: object) -> None:
-    """Text is prepared by the checkpoint's tokenizer alone."""
+    """None: text is prepared by the checkpoint's tokenizer only."""
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
     """Model inputs, int64 [batch, longest of the batch], padded on the right."""
     longest = max(sample.length for sample in samples)
-    found = {}
+    inputs = {}
     for name, fill in samples[0].padding.items():
-        found[name] = np.full((len(samples), longest), fill, np.int64)
+        inputs[name] = np.full((len(samples), longest), fill, np.int64)
         for row, sample in enumerate(samples):
-            found[name][row, : sample.length] = sample.inputs[name]
-    return found
+            inputs[name][row, : sample.length] = sample.inputs[name]
+    return inputs
 
 
 def notes(samples: Sequence[Sample]) -> list[str]:
-    """Lines for the user about what was done to the samples: said once for each set."""
+    """Messages for users about changes to the samples, once for each set."""
     cut = [sample.length for sample in samples if sample.cut]
     return [f"{len(cut)} of {len(samples)} examples are cut at {max(cut)} tokens"] if cut else []
 
 
 def padding_of(tokenizer: Any) -> dict[str, int]:
-    """What each input of the tokenizer's models is padded with."""
+    """Padding value of each input of the tokenizer's models."""
     if tokenizer.pad_token_id is None:
         raise UsageError(
             "the tokenizer has no padding token, and a batch of sequences of several lengths needs one",
@@ -117,7 +117,7 @@ def padding_of(tokenizer: Any) -> dict[str, int]:
 
 
 def spread(samples: list[Sample], limit: int | None) -> list[Sample]:
-    """At most so many of them, spread evenly: the beginning of a table alone is rarely typical."""
+    """At most `limit` samples, spread evenly: the beginning of a table alone is rarely typical."""
     count = len(samples)
     if limit is None or limit >= count:
         return samples
@@ -125,7 +125,7 @@ def spread(samples: list[Sample], limit: int | None) -> list[Sample]:
 
 
 def first(samples: list[Sample], *limits: int | None) -> list[Sample]:
-    """The first samples, as few as the smallest limit says."""
+    """The first samples, up to the smallest limit."""
     known = [limit for limit in limits if limit is not None]
     return samples[: min(known)] if known else samples
 
@@ -137,7 +137,7 @@ def kit(inputs: Mapping[str, np.ndarray], samples: Sequence[Sample]) -> dict[str
 
 
 def labels_in(batch: Batch) -> Tensor:
-    """The labels of a batch, for a loss that needs them."""
+    """Labels of a batch, for a loss. Raises UsageError without labels."""
     if LABELS not in batch:
         raise UsageError(
             "the training data have no labels, and the task's loss needs them",

@@ -1,7 +1,8 @@
-"""Metrics of classification and regression, from per-sample answers. Torch-free.
+"""Metrics of classification and regression, from per-sample predictions. Torch-free.
 
-accuracy, f1 and mcc are scikit-learn's, correlations are scipy's; both come with the extra `train`. An answer
-of None, given for logits that are not finite, makes every metric NaN: a broken model must not get a score.
+accuracy, f1 and mcc are scikit-learn's, correlations are scipy's; both come with the extra `train`. A
+prediction of None, given for logits that are not finite, makes every metric NaN: a broken model must not get
+a score.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 
 def scores(names: Sequence[str], labels: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
-    """The named metrics of some answers.
+    """Compute the named metrics of predictions.
 
     Shapes: ints [samples] for one label, 0/1 [samples, labels] for several, floats [samples] for a number.
     """
@@ -28,12 +29,12 @@ def _finite(name: str, labels: Sequence[Any], answers: Sequence[Any]) -> float:
 
 
 def score(name: str, labels: Sequence[Any], answers: Sequence[Any]) -> float:
-    """One metric."""
+    """Compute one metric."""
     if name in ("pearson", "spearman"):
         return correlation(name, labels, answers)
     from sklearn import metrics
 
-    if name == "accuracy":  # of several labels: all of a sample's labels are right
+    if name == "accuracy":  # with several labels, all of a sample's labels must be right
         return float(metrics.accuracy_score(labels, answers))
     if name == "mcc":
         return float(metrics.matthews_corrcoef(labels, answers))
@@ -42,7 +43,7 @@ def score(name: str, labels: Sequence[Any], answers: Sequence[Any]) -> float:
 
 
 def correlation(name: str, labels: Sequence[float], answers: Sequence[float]) -> float:
-    """Pearson's or Spearman's; NaN where one side is constant, which scipy would only warn about."""
+    """Pearson's or Spearman's correlation; NaN if one side is constant, which scipy would only warn about."""
     from scipy import stats
 
     if len(labels) < 2 or len(set(labels)) == 1 or len(set(answers)) == 1:
@@ -52,7 +53,7 @@ def correlation(name: str, labels: Sequence[float], answers: Sequence[float]) ->
 
 
 def agreement(reference: Sequence[Any], answers: Sequence[Any]) -> float:
-    """Share of answers that equal the reference's; Pearson's correlation for numbers.
+    """Share of predictions that equal the reference's; Pearson's correlation for numbers.
 
     >>> agreement([1, 0, 2, 2], [1, 1, 2, 2])
     0.75
@@ -79,27 +80,27 @@ Span = tuple[int, int, str]
 
 
 def spans(tags: Sequence[str]) -> set[Span]:
-    """Entities of a sequence of IOB2 tags. Source: conlleval (CoNLL-2000), whose reading of broken sequences
-    is taken: an `I-` after `O`, or of another type than the tag before it, begins an entity.
+    """Entities of a sequence of IOB2 tags. Source: conlleval (CoNLL-2000), with its reading of broken
+    sequences: an `I-` after `O`, or of another type than the tag before it, begins an entity.
 
     >>> sorted(spans(["B-PER", "I-PER", "B-PER", "O", "I-LOC", "I-ORG"]))
     [(0, 2, 'PER'), (2, 3, 'PER'), (4, 5, 'LOC'), (5, 6, 'ORG')]
     """
-    found: set[Span] = set()
+    entities: set[Span] = set()
     start, kind = 0, ""
     for place, tag in enumerate([*tags, "O"]):
         mark, _, name = tag.partition("-")
         if kind and not (mark == "I" and name == kind):
-            found.add((start, place, kind))
+            entities.add((start, place, kind))
             kind = ""
         if mark in ("B", "I") and not kind:
             start, kind = place, name
-    return found
+    return entities
 
 
 def span_f1(labels: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> float:
-    """F1 of whole entities over all sequences together: right where both ends and the type are; 0 without
-    any.
+    """F1 of whole entities over all sequences together: right if both ends and the type match; 0 without
+    entities.
     """
     pairs = [(spans(label), spans(answer)) for label, answer in zip(labels, answers, strict=True)]
     right = sum(len(label & answer) for label, answer in pairs)

@@ -1,12 +1,12 @@
-"""One answer to each text or pair of texts: a label, several labels, or a number.
+"""Classification or regression of a text or a pair of texts: a label, several labels, or a number.
 
 Torch is imported only where tensors are made.
 
 Shapes: inputs int64 [batch, longest]; logits [batch, labels], [batch, 1] for a regression.
 
-A result of one sample: `prediction` (index of the largest logit; for several labels a 0 or 1 each, 1 where
-the logit is above 0; for a regression the number itself; None where a logit is not finite), and, where the
-data have labels, `label` of the same form and `loss`.
+A result of one sample: `prediction` (index of the largest logit; for several labels a 0 or 1 each, 1 if the
+logit is above 0; for a regression the number itself; None if a logit is not finite), and, if the data have
+labels, `label` in the form of the prediction and `loss`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ __all__ = [
     "notes",
     "processor",
     "reader",
-]  # of a task's interface, and the same for all padded samples
+]  # part of a task's interface, common to all padded samples
 
 KNOWN = ("label",)
-"""Fields of a result that no model changes."""
+"""Fields of a result that do not depend on the model."""
 
 PROBLEMS = {
     "single": "single_label_classification",
@@ -56,12 +56,12 @@ PROBLEMS = {
 }
 
 BROKEN = 1e-3
-"""Largest share of broken lines in a file that GLUE published."""
+"""Largest share of broken lines in a file published by GLUE."""
 
 ZEROS_AND_ONES = ("0", "1", "0.0", "1.0", "false", "true")
 
 AT_ONCE = 1000
-"""Texts tokenized together."""
+"""Number of texts tokenized together."""
 
 
 def head(task: SequenceClassification) -> Head:
@@ -73,60 +73,64 @@ def head(task: SequenceClassification) -> Head:
 
 
 def settled(task: SequenceClassification, config: dict[str, Any]) -> SequenceClassification:
-    """The task with the labels of a checkpoint, in the order of its outputs."""
+    """Task with the labels of a checkpoint, in the order of its outputs."""
     if task.kind == "regression":
         return task
     return task.model_copy(update={"labels": settle(labels_of(task).names, config)})
 
 
 def examples(data: TextData, base: Path, tokenizer: Any, task: SequenceClassification) -> PaddedExamples:
-    """Examples for training or calibration; with a limit spread evenly over the whole."""
-    found = _read(data, base, task)
-    chosen = padded.spread(list(range(len(found))), data.limit)
-    return PaddedExamples(_tokenize([found[row] for row in chosen], tokenizer, task), label_array)
+    """Examples for training or calibration; with a limit spread evenly over the data."""
+    rows = _read(data, base, task)
+    chosen = padded.spread(list(range(len(rows))), data.limit)
+    return PaddedExamples(_tokenize([rows[row] for row in chosen], tokenizer, task), label_array)
 
 
 def samples(
     data: TextData, base: Path, tokenizer: Any, task: SequenceClassification, limit: int | None
 ) -> list[Sample]:
     """Evaluation samples in the order of the data, at most `limit` and `data.limit` of them."""
-    found = padded.first(_read(data, base, task), limit, data.limit)
-    return _tokenize(found, tokenizer, task)
+    rows = padded.first(_read(data, base, task), limit, data.limit)
+    return _tokenize(rows, tokenizer, task)
 
 
 def slices(data: TextData, base: Path, task: SequenceClassification) -> Slices:
-    """What `data.slices` say of each example, in the order of the data."""
+    """Values of `data.slices` for each example, in the order of the data."""
     return table_slices(data, base, wanted(data, task))
 
 
 def examine(data: TextData, base: Path, task: SequenceClassification, most: int | None) -> Examined:
-    """The first examples, at most so many of each file, as far as they are known without a tokenizer."""
-    found = _read(data, base, task, most)
-    texts = tuple((one["text"], one["pair"]) if "pair" in one else one["text"] for one in found)
-    return Examined(len(found), "label" in found[0], texts)
+    """Read the first `most` examples of each file, without a tokenizer."""
+    rows = _read(data, base, task, most)
+    texts = tuple((row["text"], row["pair"]) if "pair" in row else row["text"] for row in rows)
+    return Examined(len(rows), "label" in rows[0], texts)
 
 
 def label_cells(data: TextData, base: Path, task: SequenceClassification, most: int | None) -> list[Any]:
-    """The cells of the labels as the data spell them; none without labels, and for a regression."""
+    """Label cells as written in the data; empty without labels, and for a regression."""
     if data.text is not None or task.kind == "regression":
         return []
     asked = wanted(data, task)
     table = read_table(data, base, replace(asked, columns={"label": asked.columns["label"]}, most=most))
     cells = list(table.columns.get("label", ()))
     if table.names is not None or all(value in (MISSING, None, "") for value in cells):
-        return []  # a dataset's own names are names
+        return []  # the dataset has names for its integers
     places = zip(cells, table.places, strict=True)
-    return [one for cell, place in places for one in _several(cell, place)] if task.kind == "multi" else cells
+    return (
+        [label for cell, place in places for label in _several(cell, place)]
+        if task.kind == "multi"
+        else cells
+    )
 
 
 def label_array(samples: Sequence[Sample], longest: int) -> np.ndarray:
-    """Labels of some samples: int64 [batch], fp32 [batch, labels] or, for a regression, fp32 [batch]."""
+    """Label array of samples: int64 [batch], fp32 [batch, labels] or, for a regression, fp32 [batch]."""
     labels = [sample.known["label"] for sample in samples]
     return np.array(labels, np.int64 if isinstance(labels[0], int) else np.float32)
 
 
 def loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean loss, [], as transformers has it for each problem type; the form of the labels says which."""
+    """Mean loss, [], as in transformers for each problem type, which the form of the labels determines."""
     import torch.nn.functional as F
 
     labels, logits = padded.labels_in(batch), logits.float()
@@ -143,20 +147,20 @@ def logits_of(task: SequenceClassification, config: dict[str, Any]) -> tuple[int
 
 
 def compared(sample: Sample, logits: np.ndarray) -> np.ndarray:
-    """The logits of a sample that rows are compared by, [1, labels]."""
+    """Logits of a sample for the comparison of rows, [1, labels]."""
     return logits[None]
 
 
 def measure(batch: Sequence[Sample], logits: np.ndarray) -> list[dict[str, Any]]:
-    """Result of each sample; logits [batch, labels]."""
-    return [_result(one.known, row, one.kind) for one, row in zip(batch, logits, strict=True)]
+    """Results of the samples; logits [batch, labels]."""
+    return [_result(sample.known, row, sample.kind) for sample, row in zip(batch, logits, strict=True)]
 
 
 def results(
     known: Sequence[Mapping[str, Any]], logits: Sequence[np.ndarray], task: SequenceClassification
 ) -> list[dict[str, Any]]:
-    """The same, from what is known of each sample and its logits [labels]."""
-    return [_result(one, row, task.kind) for one, row in zip(known, logits, strict=True)]
+    """Results from the known fields of each sample and its logits [labels]."""
+    return [_result(fields, row, task.kind) for fields, row in zip(known, logits, strict=True)]
 
 
 def _result(known: Mapping[str, Any], logits: np.ndarray, kind: str) -> dict[str, Any]:
@@ -177,19 +181,19 @@ def _result(known: Mapping[str, Any], logits: np.ndarray, kind: str) -> dict[str
 
 
 def _binary_cross_entropy(logits: np.ndarray, label: np.ndarray) -> float:
-    """Mean of log(1 + exp(-x)) where the label is 1 and log(1 + exp(x)) where it is 0."""
+    """Mean of log(1 + exp(-x)) for labels 1 and log(1 + exp(x)) for labels 0."""
     return float(np.logaddexp(0, np.where(label == 1, -logits, logits)).mean())
 
 
 def metrics(
-    found: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
     task: SequenceClassification,
     reference: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, float]:
-    """Metrics of some results; without labels, agreement with the results of the float model."""
-    answers = [result["prediction"] for result in found]
-    if "label" in found[0]:
-        return scores(task.metrics, [result["label"] for result in found], answers)
+    """Metrics of results; without labels, agreement with the float model's results (`reference`)."""
+    answers = [result["prediction"] for result in results]
+    if "label" in results[0]:
+        return scores(task.metrics, [result["label"] for result in results], answers)
     if reference is None:
         return {}
     return {AGREEMENT: agreement([result["prediction"] for result in reference], answers)}
@@ -201,7 +205,7 @@ def metrics(
 def _read(
     data: TextData, base: Path, task: SequenceClassification, most: int | None = None
 ) -> list[dict[str, Any]]:
-    """Examples as {"text", "pair", "label"}, the latter two where there are any; `most` of each file."""
+    """Examples as {"text", "pair", "label"}, the latter two if present; the first `most` of each file."""
     if data.text is not None:
         return [{"text": line} for line in read_lines(data, base, most)]
     asked = replace(wanted(data, task), most=most)
@@ -218,7 +222,7 @@ def _read(
 
 
 def wanted(data: TextData, task: SequenceClassification) -> Wanted:
-    """The columns that are read: those that the recipe names, those of GLUE, or `text` and `label`."""
+    """Columns to read: those that the recipe names, those of GLUE, or `text` and `label`."""
     named = {role: name for role, name in (data.columns or Columns()).model_dump().items() if name}
     if task.glue is None:
         optional = frozenset() if "label" in named else frozenset({"label"})
@@ -248,18 +252,20 @@ def _labels(table: Table, task: SequenceClassification) -> list[Any]:
     if labels.names is None:
         raise UsageError("the model's labels have no names", fix="name them under `task.labels`")
     _refuse_vectors(cells, places, len(labels.names))
-    flat = [(one, place) for cell, place in zip(cells, places, strict=True) for one in cell]
+    flat = [(label, place) for cell, place in zip(cells, places, strict=True) for label in cell]
     outputs = iter(labels.read(*zip(*flat, strict=True), named=known is not None) if flat else ())
     rows = [[next(outputs) for _ in cell] for cell in cells]
     for row, place in zip(rows, places, strict=True):
         if len(set(row)) < len(row):
-            raise UsageError(f"{place}: a label is there twice", fix="write each label of a row once")
+            raise UsageError(f"{place}: a label is repeated", fix="write each label of a row once")
     return [[int(index in row) for index in range(len(labels.names))] for row in rows]
 
 
 def _refuse_vectors(cells: Sequence[Sequence[Any]], places: Sequence[str], outputs: int) -> None:
-    """Refuse lists that hold a 0 or a 1 for each label: their numbers would be read as indices."""
-    if all(len(cell) == outputs and all(spelling(one) in ZEROS_AND_ONES for one in cell) for cell in cells):
+    """Refuse lists with a 0 or a 1 for each label: their numbers would be read as indices."""
+    if all(
+        len(cell) == outputs and all(spelling(value) in ZEROS_AND_ONES for value in cell) for cell in cells
+    ):
         raise UsageError(
             f"{places[0]}: every row has {outputs} numbers 0 or 1, one for each label, and a list names the "
             "labels that apply",
@@ -278,7 +284,7 @@ def _number(cell: Any, place: str) -> float:
 
 
 def _several(cell: Any, place: str) -> list[Any]:
-    """The labels of one example: a list, text with `|` between them, or a whole number, as text would be."""
+    """Labels of one example: a list, text separated by `|`, or a single whole number."""
     if isinstance(cell, str):
         return [name for name in cell.split("|") if name.strip()]
     if isinstance(cell, list):
@@ -290,18 +296,18 @@ def _several(cell: Any, place: str) -> list[Any]:
     )
 
 
-def _tokenize(found: list[dict[str, Any]], tokenizer: Any, task: SequenceClassification) -> list[Sample]:
+def _tokenize(rows: list[dict[str, Any]], tokenizer: Any, task: SequenceClassification) -> list[Sample]:
     fills, result = padded.padding_of(tokenizer), []
-    for start in range(0, len(found), AT_ONCE):
-        some = found[start : start + AT_ONCE]
-        texts = [one["text"] for one in some]
-        pairs = [one["pair"] for one in some] if "pair" in some[0] else None
+    for start in range(0, len(rows), AT_ONCE):
+        chunk = rows[start : start + AT_ONCE]
+        texts = [example["text"] for example in chunk]
+        pairs = [example["pair"] for example in chunk] if "pair" in chunk[0] else None
         options = {"return_attention_mask": True, "verbose": False}
         demand_encoder_memory([*texts, *(pairs or ())], tokenizer)
         whole = tokenizer(texts, pairs, **options)["input_ids"]
         encoded = tokenizer(texts, pairs, truncation=True, max_length=task.context, **options)
-        for row, one in enumerate(some):
+        for row, example in enumerate(chunk):
             inputs = {name: np.array(encoded[name][row], np.int64) for name in fills}
-            known = {"label": one["label"]} if "label" in one else {}
+            known = {"label": example["label"]} if "label" in example else {}
             result.append(Sample(inputs, fills, known, task.kind, cut=len(whole[row]) > task.context))
     return result

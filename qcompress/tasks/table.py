@@ -1,7 +1,6 @@
 """Tables of examples: .tsv, .csv, .jsonl and .parquet files, and rows of `datasets`. Torch-free.
 
-Only the columns that a task asks for are kept. Every cell knows the place it came from, so that a wrong one
-can be named.
+Only the columns that a task needs are kept. The source of every cell is kept for error messages.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from qcompress.system.untrusted_file import demand_file, unpacked_limit
 from qcompress.tasks.text import is_text, open_dataset, open_text, printable
 
 SHOWN = 20
-"""Columns named in one message."""
+"""Number of columns named in one message."""
 
 CELL = 2**24
-"""Most characters of a cell. Python's own limit is 131,072."""
+"""Largest number of characters of a cell. Python's own limit is 131,072."""
 
 LINE = 2**25
-"""Most characters of a row in one line."""
+"""Largest number of characters of a row in one line."""
 
 MOST_COLUMNS = 20_000
 
@@ -37,18 +36,16 @@ BATCH = 256
 """Rows of a parquet file that are unpacked at once."""
 
 ROW_BYTES, RATIO, LEAST_MIB = 64, 20, 256
-"""Bytes of a cell beside its content, and the largest unpacked size of a parquet file: so many times its own,
-or so many MiB.
+"""Bytes of a cell besides its content (`ROW_BYTES`), and the largest unpacked size of a parquet file: `RATIO`
+times its own size, or `LEAST_MIB` MiB.
 """
 
 Row = tuple[str, dict[str, Any]]
-"""Where a row stands (`train.tsv:17`), and its cells by the name of their column."""
+"""Source of a row (`train.tsv:17`), and its cells by column name."""
 
 
 class ColumnError(UsageError):
-    """A column that is not there, or that holds something else than its role. `role`: its key under
-    `columns`, or `slices`.
-    """
+    """A column is missing or has unsuitable content. `role`: its key under `columns`, or `slices`."""
 
     def __init__(self, message: str, *, fix: str, role: str) -> None:
         super().__init__(message, fix=fix)
@@ -57,11 +54,11 @@ class ColumnError(UsageError):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a task reads of a table: columns by role, and the roles that may be missing.
+    """Columns that a task reads, by role, and the roles that may be missing.
 
-    `slices` are columns that a user names, which part an evaluation set: a row may lack their cell. `header`:
-    names of the columns of files without a header line. `broken`: share of rows that may lack a
-    column and are left out, as the hub's GLUE does with the few broken lines of QQP; any more are refused.
+    `slices` are the user's slice columns, whose cells may be missing. `header`: column names of files without
+    a header line. `broken`: share of rows that may lack a column and are skipped, as the hub's GLUE does with
+    the few broken lines of QQP; more are refused.
     """
 
     columns: Mapping[str, str]
@@ -70,24 +67,24 @@ class Wanted:
     broken: float = 0.0
     slices: tuple[str, ...] = ()
     most: int | None = None
-    """Rows of each file that are read; None: all."""
+    """Number of rows to read of each file; None: all."""
 
     @property
     def names(self) -> frozenset[str]:
-        """Every column that is read."""
+        """Names of all columns to read."""
         return frozenset((*self.columns.values(), *self.slices))
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns by role, all of one length, and where each row stands."""
+    """Columns by role, all of one length, and the source of each row."""
 
     columns: dict[str, list[Any]]
     places: list[str]
     names: tuple[str, ...] | None = None
-    """What a dataset itself calls the integers of its labels."""
+    """Names that a dataset gives to its integer labels."""
     slices: dict[str, list[Any]] = field(default_factory=dict)
-    """Cells of `Wanted.slices` by the name of their column, None where a row has none."""
+    """Cells of `Wanted.slices` by column name, None if missing."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -95,31 +92,37 @@ class Table:
 
 @dataclass(frozen=True)
 class Slices:
-    """Cells of the columns that part a set, by the column's name, None where a row has none; `places`: where
-    each row stands.
-    """
+    """Cells of slice columns by column name, None if missing; `places`: source of each row."""
 
     columns: dict[str, list[Any]]
     places: list[str]
 
 
 def read_table(data: TextData, base: Path, wanted: Wanted) -> Table:
-    """The table of a recipe's section; a role that may be missing is so in all files or in none."""
+    """Read the table of a recipe's section. A role that may be missing must be missing in all files or in
+    none.
+    """
     if data.table is not None:
-        parts = [_read_file(base / name, wanted) for name in data.table]
+        tables = [_read_file(base / name, wanted) for name in data.table]
     else:
-        parts = [_read_dataset(data, base, wanted)]
-    roles = [set(part.columns) for part in parts]
-    if any(found != roles[0] for found in roles):
+        tables = [_read_dataset(data, base, wanted)]
+    roles = [set(table_of_file.columns) for table_of_file in tables]
+    if any(other_roles != roles[0] for other_roles in roles):
         names = ", ".join(
             sorted(wanted.columns[role] for role in set.union(*roles) - set.intersection(*roles))
         )
         raise UsageError(f"only some of {', '.join(data.table or ())} have the column {names}",
                          fix="give all tables of one list the same columns")  # fmt: skip
-    columns = {role: [cell for part in parts for cell in part.columns[role]] for role in parts[0].columns}
-    places = [place for part in parts for place in part.places]
-    slices = {name: [cell for part in parts for cell in part.slices[name]] for name in wanted.slices}
-    table = Table(columns, places, parts[0].names, slices)
+    columns = {
+        role: [cell for table_of_file in tables for cell in table_of_file.columns[role]]
+        for role in tables[0].columns
+    }
+    places = [place for table_of_file in tables for place in table_of_file.places]
+    slices = {
+        name: [cell for table_of_file in tables for cell in table_of_file.slices[name]]
+        for name in wanted.slices
+    }
+    table = Table(columns, places, tables[0].names, slices)
     if not len(table):
         raise UsageError(
             f"{', '.join(data.table or [str(data.dataset)])} has no row", fix="name a larger table"
@@ -128,7 +131,7 @@ def read_table(data: TextData, base: Path, wanted: Wanted) -> Table:
 
 
 def table_slices(data: TextData, base: Path, wanted: Wanted) -> Slices:
-    """The slices of the rows that `read_table` gives for the same columns."""
+    """Slice columns of the rows that `read_table` returns for these columns."""
     table = read_table(data, base, replace(wanted, slices=tuple(data.slices or ())))
     return Slices(table.slices, table.places)
 
@@ -139,7 +142,7 @@ def _read_file(file: Path, wanted: Wanted) -> Table:
 
 
 def read_whole(file: Path) -> tuple[list[str], list[Row]]:
-    """Every column of a file, and its rows. A .csv or .tsv must begin with the names of its columns."""
+    """Read all columns and rows of a file. A .csv or .tsv must begin with its column names."""
     reader = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[file.suffix]
     header = list(reader(file, Wanted({}))[0])
     _refuse_other_separator(file.name, header)
@@ -148,7 +151,7 @@ def read_whole(file: Path) -> tuple[list[str], list[Row]]:
 
 
 def _collect(name: str, header: Sequence[str], rows: Iterator[Row], wanted: Wanted) -> Table:
-    """The wanted columns of some rows; `header`: all columns of the file."""
+    """Collect the wanted columns of rows; `header`: all columns of the file."""
     _bound_columns(name, len(header))
     roles = columns_in(name, header, wanted.columns, wanted.optional)
     for column in wanted.slices:
@@ -163,8 +166,8 @@ def _collect(name: str, header: Sequence[str], rows: Iterator[Row], wanted: Want
             continue
         for role, column in roles.items():
             columns[role].append(cells[column])
-        for column, found in slices.items():
-            found.append(cells.get(column))
+        for column, slice_cells in slices.items():
+            slice_cells.append(cells.get(column))
         places.append(place)
     if len(broken) > wanted.broken * (len(places) + len(broken)):
         also = f", and of {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -188,8 +191,8 @@ def columns_in(
     *,
     what: str = "columns",
 ) -> dict[str, str]:
-    """The columns that are there, by role. Raises ColumnError for one that is missing and must not be, and
-    for one that may be missing where another column has nearly its name. `what`: what they are called.
+    """Existing columns by role. Raises ColumnError for a missing required column, and for an optional one if
+    another column has nearly its name. `what`: word for the columns in messages.
     """
     for role, column in columns.items():
         if column not in header and (role not in optional or _alike(column, header)):
@@ -200,8 +203,11 @@ def columns_in(
 def missing_column(
     name: str, header: Sequence[str], column: str, role: str, what: str = "columns"
 ) -> ColumnError:
-    """The error for a column that is not there, with the name that was probably meant."""
-    shown = ", ".join(printable(one) if one == one.strip() else repr(one) for one in header[:SHOWN]) or "none"
+    """Error for a missing column, with the closest name."""
+    shown = (
+        ", ".join(printable(other) if other == other.strip() else repr(other) for other in header[:SHOWN])
+        or "none"
+    )
     near = _alike(column, header) or next(iter(difflib.get_close_matches(column, header, n=1)), None)
     if role == "slices":
         fix = "name the right one under `slices`" + (f", such as {json.dumps(near)}" if near else "")
@@ -212,8 +218,8 @@ def missing_column(
 
 
 def _alike(column: str, header: Sequence[str]) -> str | None:
-    """A column whose name differs from this one in case, blanks, marks or a plural s alone."""
-    return next((one for one in header if _plain(one) == _plain(column)), None)
+    """Column whose name differs only in case, blanks, punctuation or a plural s."""
+    return next((other for other in header if _plain(other) == _plain(column)), None)
 
 
 def _plain(name: str) -> str:
@@ -221,16 +227,16 @@ def _plain(name: str) -> str:
 
 
 def _refuse_other_separator(name: str, header: Sequence[str]) -> None:
-    """Refuse a file of one column whose header holds separators of another kind of table."""
+    """Refuse a file of one column whose header has another separator."""
     wanted, others = ("a tab", ";,|") if name.endswith(".tsv") else ("a comma", ";\t|")
     if len(header) != 1 or not name.endswith((".csv", ".tsv")):
         return
     other = max(others, key=header[0].count)
     if other in header[0]:
-        spelled = {"\t": "tabs", ",": "commas"}.get(other, f"`{other}`")
+        separator = {"\t": "tabs", ",": "commas"}.get(other, f"`{other}`")
         rename = {"\t": ", or rename it to .tsv", ",": ", or rename it to .csv"}.get(other, "")
         raise UsageError(
-            f"{name} has one column, {printable(header[0])!r}: its cells are separated by {spelled}, and "
+            f"{name} has one column, {printable(header[0])!r}: its cells are separated by {separator}, and "
             f"those of a {name[-4:]} file by {wanted}",
             fix=f"write it again with {wanted} between the cells{rename}",
         )
@@ -270,7 +276,7 @@ def _separated(
 
 
 def _parsed(file: Path, delimiter: str, quoting: Any) -> Iterator[tuple[str, list[str]]]:
-    """Rows of cells with their places; empty lines are skipped, a byte-order mark is dropped."""
+    """Rows of cells with their sources; empty lines are skipped, a byte-order mark is dropped."""
     reader = csv.reader(open_text(file, LINE), delimiter=delimiter, quoting=quoting, strict=True)
     while True:
         limit = csv.field_size_limit(CELL)  # of the whole process: put back at once
@@ -312,7 +318,7 @@ def _jsonl(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
 
 
 def _parquet(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
-    """Apache Parquet, through what `datasets` reads it with."""
+    """Apache Parquet, through pyarrow, as `datasets` reads it."""
     from pyarrow import ArrowException, parquet
 
     try:
@@ -327,16 +333,16 @@ def _parquet(file: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
 
 
 def _columns_of(opened: Any, names: list[str], most: int | None, file: Path) -> dict[str, list[Any]]:
-    """Columns of a parquet file; `most`: their first rows. Equal cells are stored once and read often, so
-    what comes out is counted.
+    """Columns of a parquet file; `most`: their first rows. Equal cells are stored once and unpacked often, so
+    the unpacked bytes are counted.
     """
-    found: dict[str, list[Any]] = {name: [] for name in names}
+    cells_by_name: dict[str, list[Any]] = {name: [] for name in names}
     left = unpacked_limit(file, RATIO, LEAST_MIB)
     if not names:
         return {}
     for batch in opened.iter_batches(batch_size=BATCH, columns=names):
         if most is not None:
-            batch = batch.slice(0, most - len(found[names[0]]))
+            batch = batch.slice(0, most - len(cells_by_name[names[0]]))
         left -= sum(map(_cell_bytes, batch.columns)) + ROW_BYTES * batch.num_rows * len(names)
         if left < 0:
             raise UsageError(
@@ -345,36 +351,43 @@ def _columns_of(opened: Any, names: list[str], most: int | None, file: Path) -> 
                 fix="do not trust this file; write it again",
             )
         for name, cells in batch.to_pydict().items():
-            found[name] += cells
-        if most is not None and len(found[names[0]]) >= most:
+            cells_by_name[name] += cells
+        if most is not None and len(cells_by_name[names[0]]) >= most:
             break
-    return found
+    return cells_by_name
 
 
 def _cell_bytes(column: Any) -> int:
-    """At least what the cells of a column take when each is a value of its own."""
+    """Lower bound of the bytes of a column's cells when each is a value of its own."""
     if not hasattr(column, "dictionary"):
         return column.nbytes
     return len(column) * column.dictionary.nbytes // max(len(column.dictionary), 1)
 
 
 def _read_dataset(data: TextData, base: Path, wanted: Wanted) -> Table:
-    found = open_dataset(data, base)
+    rows_of_dataset = open_dataset(data, base)
     if wanted.most is not None:
-        found = found.select(range(min(wanted.most, len(found))))
-    columns = [name for name in found.column_names if name in wanted.names]
-    rows = _by_row(str(data.dataset), {name: list(found[name]) for name in columns})
-    table = _collect(f"dataset {data.dataset}", found.column_names, rows, wanted)
+        rows_of_dataset = rows_of_dataset.select(range(min(wanted.most, len(rows_of_dataset))))
+    columns = [name for name in rows_of_dataset.column_names if name in wanted.names]
+    rows = _by_row(str(data.dataset), {name: list(rows_of_dataset[name]) for name in columns})
+    table = _collect(f"dataset {data.dataset}", rows_of_dataset.column_names, rows, wanted)
     label = next(
-        (found.features[wanted.columns[role]] for role in ("label", "tags") if role in table.columns), None
+        (
+            rows_of_dataset.features[wanted.columns[role]]
+            for role in ("label", "tags")
+            if role in table.columns
+        ),
+        None,
     )
     names = getattr(getattr(label, "feature", label), "names", None)
-    slices = {name: named_cells(found.features[name], cells) for name, cells in table.slices.items()}
+    slices = {
+        name: named_cells(rows_of_dataset.features[name], cells) for name, cells in table.slices.items()
+    }
     return replace(table, names=tuple(names) if names else None, slices=slices)
 
 
 def named_cells(feature: Any, cells: Sequence[Any]) -> list[Any]:
-    """Integers as what a dataset calls them, where it does; -1 is its word for no value."""
+    """Replace integers by the names of a dataset's feature, if it has names; -1 is a missing value."""
     names = getattr(feature, "names", None)
     if not names:
         return list(cells)
@@ -382,7 +395,7 @@ def named_cells(feature: Any, cells: Sequence[Any]) -> list[Any]:
 
 
 def demand_text(cell: object, column: str, place: str, role: str) -> None:
-    """Raise ColumnError for a cell that is not text, or holds half a character."""
+    """Raise ColumnError for a cell that is not text, or has half a character."""
     if is_text(cell):
         return
     if isinstance(cell, str):

@@ -1,4 +1,4 @@
-"""Text from files or from `datasets`, and the fingerprint that identifies data. Torch-free."""
+"""Text from files or from `datasets`, and digests that identify data. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 
 def read_text(data: TextData, base: Path, most: int | None = None) -> str:
-    """The whole text, or `most` lines of each file and rows of a dataset. Files are joined as they are; rows
-    of a dataset are joined as WikiText's are, by blank lines, which is how perplexity is usually measured on
-    it.
+    """Read the whole text, or `most` lines of each file and rows of a dataset. Files are concatenated; rows
+    of a dataset are joined by blank lines, as is usual for perplexity on WikiText.
     """
     if data.text is not None and most is not None:
         return "".join(line for name in data.text for line in islice(open_text(base / name), most))
@@ -44,28 +43,30 @@ def read_text(data: TextData, base: Path, most: int | None = None) -> str:
 
 
 def read_lines(data: TextData, base: Path, most: int | None = None) -> list[str]:
-    """One example a line, of all files, or of the first `most` lines of each; empty lines are none."""
+    """Read one example a line from all files, or from the first `most` lines of each; empty lines are
+    skipped.
+    """
     lines = [line for name in data.text or () for line in islice(open_text(base / name), most)]
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
+    examples = [line.strip() for line in lines if line.strip()]
+    if not examples:
         raise UsageError(f"{', '.join(data.text or ())} has no line of text", fix="name more text")
-    return found
+    return examples
 
 
 CHARACTER_BYTES, TOKEN_BYTES = 100, 400
-"""Memory of the package `tokenizers` for a character and for a token of one text: 0.9 to 1.8 times what was
-measured (GPT-2's tokenizer, MiniLM's and one of 512 tokens; English, digits, Japanese; texts of 4 MB).
+"""Memory of the package `tokenizers` for a character and for a token of one text: 0.9 to 1.8 times the
+measured use (GPT-2's tokenizer, MiniLM's and one of 512 tokens; English, digits, Japanese; texts of 4 MB).
 """
 
 ENCODER_BYTES = 32 * MIB
-"""Memory of a tokenizer at work on a short text."""
+"""Memory of a tokenizer for a short text."""
 
 PROBE = 2**14
-"""Characters whose tokens are counted for the estimate."""
+"""Number of characters that are tokenized for the estimate."""
 
 
 def demand_encoder_memory(texts: Sequence[str], tokenizer: Any) -> None:
-    """Raise AllocationError where there is too little memory to tokenize `texts` in one call."""
+    """Raise AllocationError if there is too little memory to tokenize `texts` in one call."""
     demand_memory("tokenizing", ENCODER_BYTES)
     characters = sum(map(len, texts))
     probe = next((text[:PROBE] for text in texts if text), "")
@@ -80,7 +81,7 @@ INSTALL = "pip install 'qcompress[train]'"
 
 
 def open_dataset(data: TextData, base: Path) -> datasets.Dataset:
-    """The rows of a dataset on the hub or in a local directory."""
+    """Open a dataset on the hub or in a local directory."""
     try:
         import datasets
     except ImportError as error:
@@ -99,7 +100,7 @@ def open_dataset(data: TextData, base: Path) -> datasets.Dataset:
 
 
 def fingerprint(data: TextData, base: Path) -> dict[str, str]:
-    """What identifies the data: content digests of files, or the coordinates of a dataset."""
+    """Digests that identify the data: of the files' content, or the coordinates of a dataset."""
     if data.files:
         return {
             f"{index}:{Path(name).name}": sha256_file(base / name) for index, name in enumerate(data.files)
@@ -112,8 +113,8 @@ def fingerprint(data: TextData, base: Path) -> dict[str, str]:
 
 
 def open_text(file: Path, longest: int = -1) -> Iterator[str]:
-    """The lines of a file, one at a time, ends kept as they are; a byte-order mark is dropped. A line of more
-    than `longest` characters is refused.
+    """Lines of a file, one at a time, with their line ends; a byte-order mark is dropped. Raises UsageError
+    for a line of more than `longest` characters.
     """
     try:
         with demand_file(file).open(encoding=UTF8, newline="") as stream:
@@ -125,14 +126,14 @@ def open_text(file: Path, longest: int = -1) -> Iterator[str]:
                     )
                 yield line
     except UnicodeDecodeError:
-        read_file(file)  # which says where
+        read_file(file)  # raises an error with the position
         raise
     except OSError as error:
         raise UsageError(f"{file} cannot be read ({error.strerror})", fix="check the file") from None
 
 
 def read_file(path: Path) -> str:
-    """The whole text of a file, line ends kept as they are; a byte-order mark is dropped."""
+    """Whole text of a file, with its line ends; a byte-order mark is dropped."""
     try:
         return demand_file(path).read_bytes().decode(UTF8)  # not read_text, which would rewrite line ends
     except UnicodeDecodeError as error:
@@ -144,20 +145,20 @@ def read_file(path: Path) -> str:
 
 
 def _or(path: Path) -> str:
-    """The encoding that a file which is not UTF-8 looks like, as an addition to a fix."""
+    """Addition to a fix that names the likely encoding of a file which is not UTF-8."""
     with path.open("rb") as stream:
         return "; it is UTF-16" if stream.read(2) in (b"\xff\xfe", b"\xfe\xff") else ""
 
 
 def printable(text: str) -> str:
-    r"""Text that any terminal and any file can take: half a character is written as `\ud83d`."""
+    r"""Text that any terminal and any file accepts: half a character is written as `\ud83d`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def is_text(cell: object) -> bool:
-    """True for text without half a character, which neither a tokenizer nor a file can take."""
+    """True for text without half a character, which neither tokenizers nor files accept."""
     return isinstance(cell, str) and (cell.isascii() or printable(cell) == cell)
 
 
 UTF8 = "utf-8-sig"
-"""UTF-8; a byte-order mark at the beginning of a file belongs to the file and not to its text."""
+"""UTF-8; a byte-order mark at the beginning of a file is not part of its text."""

@@ -1,13 +1,13 @@
-"""One label for each word: names, parts of speech.
+"""Classification of words: named entities, parts of speech.
 
 Torch is imported only where tensors are made. The first sub-token of a word carries the word's label; the
-others, and special tokens, are -100, which no loss and no metric counts.
+others, and special tokens, are -100, which losses and metrics skip.
 
 Shapes: inputs int64 [batch, longest]; logits [batch, longest, labels].
 
-A result of one sample: `positions` (of the first sub-tokens of the words that count), `prediction` (a label
-of each; None where a logit is not finite), and, where the data have labels, `label` of the same form and
-`loss`, summed over them.
+A result of one sample: `positions` (of the first sub-tokens of the counted words), `prediction` (a label of
+each; None if a logit is not finite), and, if the data have labels, `label` in the form of the prediction and
+`loss`, summed over the words.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ __all__ = [
     "notes",
     "processor",
     "reader",
-]  # of a task's interface, and the same for all padded samples
+]  # part of a task's interface, common to all padded samples
 
 KNOWN = ("label", "positions")
-"""Fields of a result that no model changes."""
+"""Fields of a result that do not depend on the model."""
 
 
 def head(task: TokenClassification) -> Head:
@@ -64,12 +64,12 @@ def head(task: TokenClassification) -> Head:
 
 
 def settled(task: TokenClassification, config: dict[str, Any]) -> TokenClassification:
-    """The task with the labels of a checkpoint, in the order of its outputs."""
+    """Task with the labels of a checkpoint, in the order of its outputs."""
     return task.model_copy(update={"labels": settle(task.labels, config)})
 
 
 def examples(data: TextData, base: Path, tokenizer: Any, task: TokenClassification) -> PaddedExamples:
-    """Examples for training or calibration; with a limit spread evenly over the whole."""
+    """Examples for training or calibration; with a limit spread evenly over the data."""
     chosen = padded.spread(_read(data, base, task), data.limit)
     return PaddedExamples(_tokenize(chosen, tokenizer, task), label_array)
 
@@ -82,18 +82,18 @@ def samples(
 
 
 def slices(data: TextData, base: Path, task: TokenClassification) -> Slices:
-    """What `data.slices` say of each example, in the order of the data."""
+    """Values of `data.slices` for each example, in the order of the data."""
     return table_slices(data, base, wanted(data))
 
 
 def examine(data: TextData, base: Path, task: TokenClassification, most: int | None) -> Examined:
-    """The first examples, at most so many of each file, as far as they are known without a tokenizer."""
-    found = _read(data, base, task, most)
-    return Examined(len(found), "tags" in found[0], tuple(one["tokens"] for one in found))
+    """Read the first `most` examples of each file, without a tokenizer."""
+    rows = _read(data, base, task, most)
+    return Examined(len(rows), "tags" in rows[0], tuple(row["tokens"] for row in rows))
 
 
 def label_cells(data: TextData, base: Path, task: TokenClassification, most: int | None) -> list[Any]:
-    """The cells of the tags as the data spell them; none without tags."""
+    """Tags as written in the data; empty without tags."""
     if data.text is not None:
         return []
     asked = wanted(data)
@@ -103,7 +103,7 @@ def label_cells(data: TextData, base: Path, task: TokenClassification, most: int
 
 
 def label_array(samples: Sequence[Sample], longest: int) -> np.ndarray:
-    """Labels of some samples, int64 [batch, longest], -100 where nothing counts."""
+    """Label array of samples, int64 [batch, longest], -100 at ignored positions."""
     labels = np.full((len(samples), longest), IGNORED, np.int64)
     for row, sample in enumerate(samples):
         labels[row, sample.known["positions"]] = sample.known["label"]
@@ -119,25 +119,25 @@ def loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def logits_of(task: TokenClassification, config: dict[str, Any]) -> tuple[int, int]:
-    """Most positions of one sample, and logits of each; `config` is the model's config.json."""
+    """Largest number of positions of one sample, and logits of each; `config` is the model's config.json."""
     return task.context, len(task.labels or named_outputs(config))
 
 
 def compared(sample: Sample, logits: np.ndarray) -> np.ndarray:
-    """The logits of a sample that rows are compared by, [positions, labels]: those of no padding."""
+    """Logits of a sample for the comparison of rows, [positions, labels], without padding."""
     return logits[: sample.length]
 
 
 def measure(batch: Sequence[Sample], logits: np.ndarray) -> list[dict[str, Any]]:
-    """Result of each sample; logits [batch, longest, labels]."""
+    """Results of the samples; logits [batch, longest, labels]."""
     return [_result(sample.known, row) for sample, row in zip(batch, logits, strict=True)]
 
 
 def results(
     known: Sequence[Mapping[str, Any]], logits: Sequence[np.ndarray], task: TokenClassification
 ) -> list[dict[str, Any]]:
-    """The same, from what is known of each sample and its logits [positions, labels]."""
-    return [_result(one, row) for one, row in zip(known, logits, strict=True)]
+    """Results from the known fields of each sample and its logits [positions, labels]."""
+    return [_result(fields, row) for fields, row in zip(known, logits, strict=True)]
 
 
 def _result(known: Mapping[str, Any], logits: np.ndarray) -> dict[str, Any]:
@@ -159,16 +159,18 @@ def _cross_entropy(logits: np.ndarray, labels: Sequence[int]) -> float:
 
 
 def metrics(
-    found: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
     task: TokenClassification,
     reference: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, float]:
-    """Metrics of some results; without labels, agreement with the results of the float model, by words."""
-    answers = [result["prediction"] for result in found]
-    labelled = "label" in found[0]
+    """Metrics of results; without labels, agreement with the float model's results (`reference`),
+    by words.
+    """
+    answers = [result["prediction"] for result in results]
+    labelled = "label" in results[0]
     if not labelled and reference is None:
         return {}
-    truth = [result["label" if labelled else "prediction"] for result in (found if labelled else reference)]
+    truth = [result["label" if labelled else "prediction"] for result in (results if labelled else reference)]
     if any(answer is None for answer in (*answers, *truth)):
         return dict.fromkeys(_names(task) if labelled else (AGREEMENT,), math.nan)
     words = [word for answer in answers for word in answer]
@@ -177,7 +179,7 @@ def metrics(
         return {AGREEMENT: share}
     values = {"token_accuracy": share}
     if task.spans:
-        values["span_f1"] = span_f1(_spelled(truth, task), _spelled(answers, task))
+        values["span_f1"] = span_f1(_tag_names(truth, task), _tag_names(answers, task))
     return {name: values[name] for name in _names(task)}
 
 
@@ -185,7 +187,7 @@ def _names(task: TokenClassification) -> list[str]:
     return [name for name in task.metrics if name != "span_f1" or task.spans]
 
 
-def _spelled(labels: Sequence[Sequence[int]], task: TokenClassification) -> list[list[str]]:
+def _tag_names(labels: Sequence[Sequence[int]], task: TokenClassification) -> list[list[str]]:
     return [[task.labels[index] for index in sequence] for sequence in labels]
 
 
@@ -195,7 +197,7 @@ def _spelled(labels: Sequence[Sequence[int]], task: TokenClassification) -> list
 def _read(
     data: TextData, base: Path, task: TokenClassification, most: int | None = None
 ) -> list[dict[str, Any]]:
-    """Examples as {"tokens", "tags"}, tags where there are any: indices, or -100 for a word without one;
+    """Examples as {"tokens", "tags"}, tags if present: indices, or -100 for a word without one; the first
     `most` of each file.
     """
     if data.text is not None:
@@ -215,7 +217,7 @@ def _read(
 
 
 def wanted(data: TextData) -> Wanted:
-    """The columns that are read: those that the recipe names, or `tokens` and `tags`."""
+    """Columns to read: those that the recipe names, or `tokens` and `tags`."""
     named = {role: name for role, name in (data.columns or Columns()).model_dump().items() if name}
     optional = frozenset() if "tags" in named else frozenset({"tags"})
     return Wanted({"tokens": "tokens", "tags": "tags", **named}, optional)
@@ -247,21 +249,21 @@ def _is_ignored(tag: Any) -> bool:
     return without_point(spelling(tag) or "") == str(IGNORED)
 
 
-def _tokenize(found: list[dict[str, Any]], tokenizer: Any, task: TokenClassification) -> list[Sample]:
+def _tokenize(rows: list[dict[str, Any]], tokenizer: Any, task: TokenClassification) -> list[Sample]:
     fills = padded.padding_of(tokenizer)
     if not tokenizer.is_fast:
-        what = "this tokenizer cannot say which word a token is of"
+        what = "this tokenizer cannot map tokens to words"
         raise UsageError(what, fix="add its tokenizer.json")
     if not getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", True):
         raise UsageError(
-            "this tokenizer would take every word for the middle of one: it needs the blanks between them",
+            "this tokenizer treats every word as the middle of a word: it needs the blanks between words",
             fix="set `add_prefix_space` to true in tokenizer.json and tokenizer_config.json",
         )
-    if found:
-        demand_encoder_memory([max((" ".join(one["tokens"]) for one in found), key=len)], tokenizer)
+    if rows:
+        demand_encoder_memory([max((" ".join(example["tokens"]) for example in rows), key=len)], tokenizer)
     result = []
-    for one in found:
-        words = one["tokens"]
+    for example in rows:
+        words = example["tokens"]
         whole = tokenizer(words, is_split_into_words=True, return_attention_mask=True, verbose=False)
         cut = len(whole["input_ids"]) > task.context
         encoded = whole
@@ -272,7 +274,7 @@ def _tokenize(found: list[dict[str, Any]], tokenizer: Any, task: TokenClassifica
         for place, word in enumerate(encoded.word_ids()):
             if word is not None:
                 places.setdefault(word, place)
-        tags = one.get("tags")
+        tags = example.get("tags")
         counted = [word for word in places if tags is None or tags[word] != IGNORED]
         known: dict[str, Any] = {"positions": [places[word] for word in counted]}
         if tags is not None:

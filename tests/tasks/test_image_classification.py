@@ -172,7 +172,7 @@ def test_labels_may_be_names_and_the_checkpoints_order_counts(tmp_path: Path, re
         ({"images": pictures(2), "labels": [1]}, None, r"2 images, and labels is of shape \[1\]"),
         ({"images": pictures(2), "labels": [0, 3]}, None, "row 2: 3 is not the name or the index of"),
         ({"images": pictures(2), "labels": ["ant", "elk"]}, None, "the data have the labels ant, elk, and"),
-        ({"images": pictures(1)[:0]}, None, "holds no image"),
+        ({"images": pictures(1)[:0]}, None, "has no image"),
         ({"images": np.array([{}])}, None, "images is object"),
     ],
 )  # fmt: skip

@@ -20,7 +20,7 @@ from qcompress.schema.recipe import (
     TokenClassification,
 )
 from qcompress.tasks import TASKS
-from qcompress.tasks.slices import MOST, spelled
+from qcompress.tasks.slices import MOST, slice_texts
 
 TASK = SequenceClassification(labels=["bad", "good"])
 ROWS: list[dict[str, Any]] = [
@@ -33,7 +33,7 @@ EXPECTED = {"fold": ["1", "2", "1"], "language": ["de", None, "fr"]}
 
 def read(task: Any, data: TextData, base: Path) -> dict[str, list[str | None]]:
     found = TASKS[task.name].slices(data, base, task)
-    return spelled(found.columns, found.places)
+    return slice_texts(found.columns, found.places)
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
@@ -120,17 +120,17 @@ def test_an_archive_has_an_array_for_each_column(tmp_path: Path) -> None:
 )
 def test_a_column_that_no_goal_could_name_is_refused(cells: list[Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        spelled({"language": cells}, ["a", "b"])
+        slice_texts({"language": cells}, ["a", "b"])
 
 
 def test_a_column_of_too_many_values_is_a_measure_and_no_slice() -> None:
     cells = list(range(MOST))
-    assert spelled({"n": cells}, list(map(str, cells)))["n"] == list(map(str, cells))
+    assert slice_texts({"n": cells}, list(map(str, cells)))["n"] == list(map(str, cells))
     with pytest.raises(
         UsageError, match=f"has {MOST + 1} different values, and goals hold for at most {MOST}"
     ):
-        spelled({"n": [*cells, 500]}, ["x"] * (MOST + 1))
-    assert spelled({"n": [1.0, float("nan")]}, ["a", "b"]) == {"n": ["1", None]}
+        slice_texts({"n": [*cells, 500]}, ["x"] * (MOST + 1))
+    assert slice_texts({"n": [1.0, float("nan")]}, ["a", "b"]) == {"n": ["1", None]}
 
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_rows_that_cannot_be_used_are_refused(row: dict[str, Any], message: str,
 def test_a_tokenizer_that_loses_the_words_is_refused(tmp_path: Path) -> None:
     tokenizer = word_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    with pytest.raises(UsageError, match="would take every word for the middle of one"):
+    with pytest.raises(UsageError, match="treats every word as the middle of a word"):
         samples(write(tmp_path, ROWS), tmp_path, tokenizer, task(), None)
 
 

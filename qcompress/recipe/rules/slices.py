@@ -12,7 +12,7 @@ from qcompress.schema.data import RESULTS
 from qcompress.schema.recipe import Recipe, TextData
 from qcompress.tasks import TASKS
 from qcompress.tasks.padded import first
-from qcompress.tasks.slices import EVERY, spelled
+from qcompress.tasks.slices import EVERY, slice_texts
 
 SHOWN = 12
 """Number of values named in one message."""
@@ -25,7 +25,7 @@ def slices_of(recipe: Recipe, data: TextData, base: Path) -> dict[str, list[str 
     slices = TASKS[recipe.task.name].slices(data, base, recipe.task)
     limits = (recipe.verify.samples, data.limit)
     columns = {name: first(cells, *limits) for name, cells in slices.columns.items()}
-    return spelled(columns, first(slices.places, *limits))
+    return slice_texts(columns, first(slices.places, *limits))
 
 
 def judge_slices(recipe: Recipe, document: Document) -> None:
