@@ -325,7 +325,7 @@ def _folder(folder: Path) -> Iterator[Picture]:
     loose = [file.name for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
     if loose:
         raise UsageError(
-            f"{loose[0]} ({len(loose)} images in all) is in {folder} itself, not in a folder named as a label",
+            f"{loose[0]} ({len(loose)} images in all) lies in {folder} itself, not in the folder of a label",
             fix="put each image into the folder of its label",
         )
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):

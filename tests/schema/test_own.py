@@ -258,7 +258,7 @@ def test_mistakes_in_its_options_are_found_like_all_others(project: Project) -> 
         ({"steppers": {"Sign Step": SignStep}}, "not a valid name in a recipe"),
         ({"steppers": {"sign": SignStep(None)}}, "must be a class"),
         ({"steppers": {"sign": HalfTheLoss}}, r"has no step, state_dict, load_state_dict"),
-        ({"objectives": {"half": type("Bad", (HalfTheLoss,), {"Options": dict})}}, "not a section of a recipe"),
+        ({"objectives": {"half": type("Bad", (HalfTheLoss,), {"Options": dict})}}, "not a section of a"),
     ],
     ids=["taken", "name", "instance", "protocol", "options"],
 )

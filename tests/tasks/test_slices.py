@@ -112,7 +112,7 @@ def test_an_archive_has_an_array_for_each_column(tmp_path: Path) -> None:
     [
         (["de", 3], "b: language is a number .*, and in a text"),
         ([True, 1], "b: language is a number .*, and in a a truth value"),
-        ([0.5, 1], "a: language is no integer: 0.5"),
+        ([0.5, 1], "a: language is not an integer: 0.5"),
         ([["de"], "fr"], "a: language is neither text nor a number"),
         (["*", "fr"], "which stands for every value"),
         ([None, " "], "'language' has no value in any sample"),
