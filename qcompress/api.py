@@ -348,7 +348,7 @@ def promote(
     if verdict != "accept" and not force:
         raise UsageError(
             f"{path} ended with {verdict}, and a run worse than it could pass",
-            fix="mend the run, or say --force",
+            fix="fix the run, or pass --force",
         )
     demand_place(Path(out))
     snapshot = read_snapshot(Path(path), row)

@@ -23,9 +23,9 @@ TargetName = Annotated[
     ),
 ]
 RunFolder = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
-Out = Annotated[Path, typer.Option(help="Where runs go.")]
+Out = Annotated[Path, typer.Option(help="Folder of runs.")]
 Cache = Annotated[
-    Path | None, typer.Option(help="Where finished stages go; default OUT/.cache.", show_default=False)
+    Path | None, typer.Option(help="Folder of the stage cache; default OUT/.cache.", show_default=False)
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: a.b=c.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -42,5 +42,5 @@ HardwareLevel = Annotated[
     typer.Option(help="none, ampere-plus or same-compute-capability.", autocompletion=words(LEVELS)),
 ]
 TimingCache = Annotated[
-    Path | None, typer.Option(help="What the builder timed: read, and written.", show_default=False)
+    Path | None, typer.Option(help="File with the builder's timings: read, and updated.", show_default=False)
 ]

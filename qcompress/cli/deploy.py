@@ -21,13 +21,13 @@ def bundle(
     kind: Annotated[str, typer.Option("--format", help="triton.")] = "triton",
     backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt.")] = "onnxruntime",
     name: Annotated[
-        str | None, typer.Option(help="Of the model; default: the recipe's.", show_default=False)
+        str | None, typer.Option(help="Name of the model; default: the recipe's.", show_default=False)
     ] = None,
     max_batch: Annotated[
         int | None, typer.Option(min=1, help="Default: the profiles' largest.", show_default=False)
     ] = None,
-    instances: Annotated[int, typer.Option(min=1, help="Copies that serve side by side.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Take a run that was not accepted.")] = False,
+    instances: Annotated[int, typer.Option(min=1, help="Number of model instances.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Accept a run that was not accepted.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a run as a Triton model repository; a run that was not accepted is refused."""
@@ -46,11 +46,12 @@ def bundle(
 
 def doctor(
     folder: Annotated[
-        Path | None, typer.Option("--bundle", help="Say why this would not load here.", show_default=False)
+        Path | None,
+        typer.Option("--bundle", help="Show why this bundle would not load here.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what this machine has and lacks for each job, or why a bundle would not load on it."""
+    """Show what each job needs and what this machine lacks, or why a bundle would not load on it."""
     with errors():
         if folder is None:
             document = diagnose()

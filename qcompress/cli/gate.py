@@ -23,7 +23,10 @@ from qcompress.verdict.judge import exit_code
 from qcompress.verdict.junit import junit
 
 baseline = typer.Typer(
-    name="baseline", help="What later runs are held against.", no_args_is_help=True, add_completion=False
+    name="baseline",
+    help="Baselines for comparisons of later runs.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 
 _FILE = {"show_default": False, "dir_okay": False}
@@ -46,7 +49,7 @@ def gate(
         bool, typer.Option("--github", help="Print GitHub's annotations, append to its step summary.")
     ] = False,
     recipe_file: Annotated[
-        str, typer.Option("--recipe-file", help="What annotations point at, from the repository's root.")
+        str, typer.Option("--recipe-file", help="File for annotations, relative to the repository's root.")
     ] = "recipe.yaml",
     as_json: AsJson = False,
 ) -> None:
@@ -104,7 +107,9 @@ def promote(
         bool, typer.Option("--force", help="Take a run whose own verdict is not accept.")
     ] = False,
 ) -> None:
-    """Make the file that later runs are held against: small enough to commit, and it needs no run."""
+    """Write the baseline for comparisons of later runs: a file small enough to commit, independent of the
+    run.
+    """
     with errors():
         snapshot = api.promote(folder, out, row=row, force=force)
         say(f"{snapshot.recipe}, row {snapshot.row}: {out}, {out.stat().st_size / 1000:.0f} kB")

@@ -64,7 +64,7 @@ def init(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a first recipe for a model and a file of data; asks for what is not named, at a terminal."""
+    """Write a first recipe for a model and a data file; asks for missing options at a terminal."""
     with errors():
         asks = is_terminal()
         try:

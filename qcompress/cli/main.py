@@ -100,14 +100,12 @@ def run(
         bool, typer.Option("--check-cache", help="Read every file of the cache against its digest.")
     ] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Does the line run? Two blocks, little data; judges nothing.")
+        bool, typer.Option("--smoke", help="Run every stage on two blocks and little data; judges nothing.")
     ] = False,
     seeds: Annotated[str | None, typer.Option(help="Once for each seed: 0,1,2.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe, from the float model to a verdict. What is finished is reused, what was killed goes
-    on.
-    """
+    """Run a recipe, from the float model to a verdict. Finished stages are reused, killed ones resumed."""
     with errors(resume=shlex.join(["qcompress", *sys.argv[1:]])):
         for stage in (until, *(keep or ())):
             if stage not in STAGES:
@@ -214,7 +212,7 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare arms: mean, spread, paired differences with intervals, what could have been seen, and cost."""
+    """Compare arms: mean, spread, paired differences with intervals, detectable differences, and cost."""
     with errors():
         comparison = api.compare(runs, row=row, metric=metric, baseline=baseline)
         if as_json:
@@ -232,7 +230,7 @@ def verify(
     layers: Annotated[bool, typer.Option("--layers", help="Compare layer by layer instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a run again from its files, or take in a measurement made on the device."""
+    """Measure a run again from its files, or import a measurement made on the device."""
     with errors():
         if layers:
             if engine is not None:
@@ -257,7 +255,7 @@ def lint(
     as_json: AsJson = False,
     as_sarif: Annotated[bool, typer.Option("--sarif", help="SARIF 2.1.0 on stdout, for code hosts.")] = False,
 ) -> None:
-    """Say what TensorRT would refuse or silently change in an ONNX file, without building it."""
+    """List what TensorRT would refuse or silently change in an ONNX file, without building it."""
     with errors():
         if as_json and as_sarif:
             raise UsageError("--json and --sarif are two documents", fix="drop one of the two")
@@ -276,7 +274,7 @@ def lint(
 
 @app.command()
 def inspect(model: OnnxFile, as_json: AsJson = False) -> None:
-    """Say what an ONNX file stores: bits, scales and bytes of every weight."""
+    """List what an ONNX file stores: bits, scales and bytes of every weight."""
     with errors():
         contents = onnx_file.inspect(model)
         if as_json:
@@ -295,7 +293,7 @@ def build(
     hardware_compatibility: HardwareLevel = "none",
     timing_cache: TimingCache = None,
 ) -> None:
-    """Build an engine from any ONNX file with explicit Q/DQ; fails (6) where this machine cannot."""
+    """Build an engine from any ONNX file with explicit Q/DQ; exit code 6 if this machine cannot."""
     with errors():
         options = {"version_compatible": version_compatible, "hardware_compatibility": hardware_compatibility}
         options |= {"timing_cache": None if timing_cache is None else str(timing_cache)}

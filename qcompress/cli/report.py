@@ -24,7 +24,7 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write report.html: one file, without network, about a run or about several beside each other."""
+    """Write report.html: one self-contained file about a run, or about several runs in comparison."""
     with errors():
         file = api.report(runs, out)
         size = file.stat().st_size

@@ -29,13 +29,13 @@ def sensitivity(
     fresh: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Other samples that judge the mixture; default as many.", show_default=False
+            min=2, help="Held-out samples that judge the mixture; default as many.", show_default=False
         ),
     ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Draw the samples from all of the data; default the first ones.", show_default=False
+            min=0, help="Draw the samples from all of the data; default: the first ones.", show_default=False
         ),
     ] = None,
     max_bytes: Annotated[
@@ -57,12 +57,12 @@ def sensitivity(
         ),
     ] = None,
     wins: Annotated[
-        bool, typer.Option("--wins/--no-wins", help="Measure what each layer wins by staying float.")
+        bool, typer.Option("--wins/--no-wins", help="Measure the gain of keeping each layer float.")
     ] = True,
     all_layers: Annotated[bool, typer.Option("--all", help="Show all layers.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what rounding each layer costs, and choose the format of each for a budget."""
+    """Measure the cost of rounding each layer, and choose the format of each for a budget."""
     with errors():
         document = api.sensitivity(
             recipe, out, cache=cache, overrides=overrides or (), formats=formats or ("int8", "int4"),

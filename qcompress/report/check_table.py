@@ -22,7 +22,7 @@ def print_check(
         f"{recipe.name}: {architecture.family}, {architecture.parameters / 1e6:.2f} M parameters, "
         f"{len(architecture.blocks)} blocks; method {recipe.method}, target {recipe.build.target}"
         if recipe.export.graph is None
-        else f"{recipe.name}: {architecture.family}, graph {recipe.export.graph}, made elsewhere; target "
+        else f"{recipe.name}: {architecture.family}, graph {recipe.export.graph}, external; target "
         f"{recipe.build.target}",
         markup=False,
     )

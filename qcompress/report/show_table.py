@@ -35,6 +35,6 @@ def print_run(console: Console, loaded: LoadedRun) -> None:
         console.print(f"not measured: {line}", style="dim", soft_wrap=True)
     rows = [row["stage"] for row in loaded.parity["rows"] if row["status"] != "measured"]
     notes = [f"not measured: {', '.join(rows)}"] if rows else []
-    notes = ["the line ran; a smoke run is not judged", *notes] if loaded.smoke else notes
+    notes = ["all stages ran; a smoke run is not judged", *notes] if loaded.smoke else notes
     note = f"  ({'; '.join(notes)})" if notes else ""
     say(f"{loaded.verdict['verdict']}  {loaded.recipe.name}  {loaded.path}{note}")

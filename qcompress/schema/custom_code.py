@@ -111,7 +111,7 @@ class _Walk:
         self.versions: dict[str, str] = {}
         self.state: dict[str, str] = {}
         self._modules: dict[str, bool] = {}
-        self._seen: dict[int, tuple[object, str]] = {}  # holds them, so that no id is used twice
+        self._seen: dict[int, tuple[object, str]] = {}  # keeps references, so that no id is reused
         self._names: dict[str, int] = {}
         self._compiled: dict[Path, Codes] = {}
         self._globals: set[tuple[int, str]] = set()
@@ -313,7 +313,7 @@ class _Walk:
         content = file.read_bytes()
         try:
             tree = ast.parse(content, filename=str(file)) if file.suffix == ".py" else None
-        except (SyntaxError, ValueError):  # of another Python, imported only where it fits
+        except (SyntaxError, ValueError):  # written for another version of Python
             tree = None
         if tree is None:
             self.files[label] = hashlib.sha256(content).hexdigest()

@@ -94,7 +94,7 @@ Activations = Annotated[ActivationFormat | None, _word(ACTIVATION_WORDS, "{bits:
 
 
 def _picked(value: object) -> object:
-    """Refuse unknown words for `model.blocks`, with a message of its own."""
+    """Refuse unknown words for `model.blocks` with a specific message."""
     if isinstance(value, str) and value not in ("every-other", "pairs"):
         raise ValueError("write every-other, pairs, or numbers of blocks such as [0, 0, 2, 2]")
     return value

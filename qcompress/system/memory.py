@@ -118,7 +118,7 @@ def is_allocation(error: BaseException | None) -> bool:
         return True
     if isinstance(error, QcompressError):
         return is_allocation(error.__cause__ or error.__context__)
-    return is_allocation(error.__cause__)  # torch's exporter makes an error of its own of each
+    return is_allocation(error.__cause__)  # torch's exporter wraps errors in its own
 
 
 class Allocations:

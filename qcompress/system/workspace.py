@@ -230,7 +230,7 @@ def point_latest(folder: Path) -> None:
 
 
 def followed(folder: Path) -> Path:
-    """Run directory of a path; resolves `latest` where it is a file because links are not supported."""
+    """Resolve a path to a run directory; `latest` is a file on file systems without links."""
     if folder.name == "latest" and folder.is_file():
         return folder.with_name(folder.read_text(encoding="utf-8").strip())
     return folder

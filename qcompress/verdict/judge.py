@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 EXIT_CODES = {"accept": 0, "unjudged": 0, "regression": 3, "anomalous": 4, "inconclusive": 3}
 
 
-SMOKE = "a smoke run: the line runs here; two blocks and little data say nothing about the model"
+SMOKE = "a smoke run: all stages run here; two blocks and little data say nothing about the model"
 
 
 TIES = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.0}

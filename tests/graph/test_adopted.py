@@ -348,7 +348,7 @@ def test_a_folder_that_there_is_not_cannot_be_kept(project: Callable[..., Projec
 
 def test_check_names_the_graph(project: Callable[..., Project]) -> None:
     done = cli("check", project().recipe)
-    assert done.code == 0 and "graph theirs.onnx, made elsewhere; target rtx-ada" in done.stdout
+    assert done.code == 0 and "graph theirs.onnx, external; target rtx-ada" in done.stdout
     assert "method" not in done.stdout and "train" not in done.stdout
 
 

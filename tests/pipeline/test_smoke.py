@@ -103,7 +103,7 @@ def test_a_smoke_run_is_the_whole_line_on_little(deep: Path, text_file: Path, tm
     again = cli("verify", run.path)
     assert again.code == 0
     last = again.stdout.splitlines()[-1]
-    assert last.startswith(f"unjudged  {NAME}-smoke  {run.path}  (the line ran; a smoke run is not judged")
+    assert last.startswith(f"unjudged  {NAME}-smoke  {run.path}  (all stages ran; a smoke run is not judged")
     assert not list(project.out.glob("*/latest"))  # of the smoke run neither
     for command in (["gate", "--candidate", run.path], ["baseline", "promote", run.path, "--force"],
                     ["gate", "--candidate", run.path, "--baseline", run.path]):  # fmt: skip

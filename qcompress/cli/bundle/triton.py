@@ -92,7 +92,7 @@ def _check(run: LoadedRun, name: str, backend: str, force: bool) -> None:
     if verdict != "accept" and not force:
         raise VerdictError(
             f"{run.path} ended with {verdict}: {'; '.join(judgement['reasons']) or 'see its goals'}",
-            fix="mend the run, or say --force to serve it all the same",
+            fix="fix the run, or pass --force to serve it anyway",
             exit_code=exit_code(verdict),
         )
     if backend == "onnxruntime" and not force:
@@ -117,7 +117,7 @@ def _check_deployed(run: LoadedRun, deployed: dict[str, Any] | None) -> None:
         raise VerdictError(
             f"{run.path}: ONNX Runtime's default session (the row deployed), which Triton serves, misses the "
             f"goals: {'; '.join(deployed['reasons'])}",
-            fix="mend the run, or say --force to serve it all the same",
+            fix="fix the run, or pass --force to serve it anyway",
             exit_code=exit_code("regression"),
         )
 

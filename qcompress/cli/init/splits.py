@@ -69,7 +69,7 @@ def table_text(header: tuple[str, ...], rows: list[Row], suffix: str) -> str:
     """Rows as text of the file type `suffix`, with a header line."""
     if suffix == ".jsonl":
         return "".join(json.dumps(cells, ensure_ascii=False) + "\n" for _, cells in rows)
-    if suffix == ".tsv":  # quotes are literal there, and no cell holds a tab
+    if suffix == ".tsv":  # quotes are literal in .tsv, and cells cannot contain a tab
         lines = [header, *([str(cells[name]) for name in header] for _, cells in rows)]
         return "".join("\t".join(line) + "\n" for line in lines)
     stream = io.StringIO()

@@ -198,7 +198,7 @@ def _build(options: InitOptions, choice: Choice) -> list[str]:
 
 def _gate(choice: Choice, as_float: bool) -> list[str]:
     goals = choice.goals
-    if as_float:  # its row `float` has not learned anything yet: what came out is held to the floor
+    if as_float:  # the head of its row `float` is untrained: the floor is a limit of the trained model
         floors = goals.get("float_floor", {})
         goals = {"recovery": {metric: {"threshold": least} for metric, least in floors.items()}}
         lines = ["# what comes out must be better than answers without reading"] if floors else []

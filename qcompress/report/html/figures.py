@@ -1,6 +1,6 @@
 """Numbers of a page with a pointer to their source.
 
-Every number in a table is a `Figure`, formatted by `spelled` alone. It holds the number and a JSON pointer
+Every number in a table is a `Figure`, formatted by `spelled` alone. It has the number and a JSON pointer
 (RFC 6901) into the run's file, so that a reader or a test can look the number up:
 `parity.json#/rows/0/metrics/test.perplexity`. On a page about several runs the file name has the run's number
 before it: `1/parity.json#/...`.

@@ -67,7 +67,7 @@ def ladder(run: Evidence) -> Section:
     return Section(
         "ladder",
         "Ladder",
-        ("Each row is held against the one that it is compared with.", *lines),
+        ("Each row is compared with the row that is named in it.", *lines),
         tables=(table("Rows", columns, rows), _all_metrics(run)),
         charts=(drawn,) if drawn else (),
     )

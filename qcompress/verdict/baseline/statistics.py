@@ -94,7 +94,7 @@ def loss_of(metric: str, goal: Goal, baseline: Mapping[str, list[Any]], candidat
     unjudged = Loss(value, base, float(loss), allowed, None, None, "none")
     if goal.threshold is not None:
         return unjudged
-    if baseline == candidate:  # the same answers with the same losses: the same model, as far as it was asked
+    if baseline == candidate:  # equal answers with equal losses: equal models on these samples
         return replace(unjudged, interval=(unjudged.loss, unjudged.loss), test="identical")
     if metric in RIGHT and _single(baseline):
         return _mcnemar(unjudged, goal, RIGHT[metric](baseline), RIGHT[metric](candidate), ALPHA / among)
