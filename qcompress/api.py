@@ -102,15 +102,15 @@ def run_seeds(
         with custom.among(_by_axis(quantizers, adapters, objectives, steppers)):
             resolved, folder, store = _settings(recipe, out, cache, seed_overrides, smoke)
             options = {"fresh": fresh, "check_cache": check_cache, "keep": tuple(keep)}
-            made = pipeline.run(resolved, folder, store, reporter, one_of_seeds=True, **options)
-        runs[seed] = load(made.path)
+            result = pipeline.run(resolved, folder, store, reporter, one_of_seeds=True, **options)
+        runs[seed] = load(result.path)
     first = runs[seeds[0]]
     summary = summarise(first.recipe.name, {seed: (run.parity, run.verdict) for seed, run in runs.items()})
-    if made.first:
+    if result.first:
         write_json(first.path.parent / "seeds.json", summary)
         if not smoke:
             point_latest(first.path.parent)
-    return first.path.parent, summary, made.first
+    return first.path.parent, summary, result.first
 
 
 def _checked_seeds(seeds: Sequence[int], overrides: Sequence[str]) -> list[int]:

@@ -151,9 +151,9 @@ def _judge(recipe: Recipe, document: Document, architecture: Architecture) -> Re
 
 def _is_settled(recipe: Recipe, document: Document, layer: Layer) -> bool:
     """True if the keys that determine a layer's formats have no mistakes."""
-    own = layer.section
+    section = layer.section
     patterns = [pattern for pattern in recipe.format.layers if matches(pattern, layer.name)]
-    keys: list[Key] = [("format", key) for key in ("preset", "activations", own)]
+    keys: list[Key] = [("format", key) for key in ("preset", "activations", section)]
     return document.sound(*keys, *(("format", "layers", pattern) for pattern in patterns))
 
 
@@ -190,8 +190,8 @@ def _origin(recipe: Recipe, document: Document, layer: Layer, what: What) -> Key
         if getattr(exception, what) != "inherit" and matches(pattern, layer.name):
             return ("format", "layers", pattern)
     section = layer.section if what == "weights" else what
-    own: tuple[Key, ...] = (("format", section), ("format", "preset"))
-    return next((key for key in own if key in document.places), ("format",))
+    defaults: tuple[Key, ...] = (("format", section), ("format", "preset"))
+    return next((key for key in defaults if key in document.places), ("format",))
 
 
 def _narrowed(origin: Key, what: What, option: str, document: Document) -> Key:

@@ -156,8 +156,8 @@ def _with_labels(check: _DataCheck) -> Any:
     task = TASKS[recipe.task.name]
     config, tensors, _ = chosen(recipe.model.family, check.directory, recipe.model.blocks)
     try:
-        own = check.family.task_config(config, tensors, task.head(recipe.task))
-        return task.settled(recipe.task, own)
+        config_of_task = check.family.task_config(config, tensors, task.head(recipe.task))
+        return task.settled(recipe.task, config_of_task)
     except (ModelError, UsageError) as error:
         check.add(("task", "labels"), error.message, error.fix)
         return None

@@ -63,7 +63,7 @@ class Unchecked(Options):
 
 
 @dataclass(frozen=True)
-class Own:
+class CustomClasses:
     """Custom classes by axis and name."""
 
     classes: Mapping[str, Mapping[str, type]] = field(default_factory=dict)
@@ -88,11 +88,11 @@ class Own:
         )
 
 
-_NONE = Own()
-_ACTIVE: ContextVar[Own] = ContextVar("own", default=_NONE)
+_NONE = CustomClasses()
+_ACTIVE: ContextVar[CustomClasses] = ContextVar("own", default=_NONE)
 
 
-def active() -> Own:
+def active() -> CustomClasses:
     """Custom components of the current run()."""
     return _ACTIVE.get()
 
@@ -105,18 +105,20 @@ def class_of(axis: str, name: str, table: Mapping[str, type]) -> type:
 @contextmanager
 def among(classes: Mapping[str, Mapping[str, type] | None]) -> Iterator[None]:
     """Context in which recipes may name these classes, by axis. Raises UsageError for an unusable class."""
-    own = Own({axis: dict(classes_of_axis or {}) for axis, classes_of_axis in classes.items()})
-    for axis, classes_of_axis in own.classes.items():
+    custom = CustomClasses({axis: dict(classes_of_axis or {}) for axis, classes_of_axis in classes.items()})
+    for axis, classes_of_axis in custom.classes.items():
         for name, kind in classes_of_axis.items():
             _check(axis, name, kind)
     sections = {
         axis: {
             name: _section(name, getattr(kind, "Options", Options)) for name, kind in classes_of_axis.items()
         }
-        for axis, classes_of_axis in own.classes.items()
+        for axis, classes_of_axis in custom.classes.items()
     }
-    weights = {name for name, kind in own.classes.get("quantizer", {}).items() if hasattr(kind, "codes_of")}
-    active_token, recipe_token = _ACTIVE.set(own), RECIPE.set(_recipe(sections, weights))
+    weights = {
+        name for name, kind in custom.classes.get("quantizer", {}).items() if hasattr(kind, "codes_of")
+    }
+    active_token, recipe_token = _ACTIVE.set(custom), RECIPE.set(_recipe(sections, weights))
     try:
         yield
     finally:
@@ -173,8 +175,8 @@ def _recipe(sections: Mapping[str, Mapping[str, type[Options]]], weights: set[st
     for axis, default in DEFAULTS.items():
         if sections.get(axis):
             fields[axis] = (_union([*AXES[axis], *sections[axis].values()]), default)
-    own = sections.get("quantizer", {})
-    if own:
+    custom_quantizers = sections.get("quantizer", {})
+    if custom_quantizers:
         roles: dict[str, Any] = {}
         for role in ROLES:
             usual = Quantizers.model_fields[role]
@@ -182,7 +184,7 @@ def _recipe(sections: Mapping[str, Mapping[str, type[Options]]], weights: set[st
             for_weights = role != "activations"
             mine = [
                 section
-                for name, section in own.items()
+                for name, section in custom_quantizers.items()
                 if weights is None or (name in weights) == for_weights
             ]
             roles[role] = (_union([*known, *mine]), usual.default)

@@ -215,11 +215,11 @@ class _Walk:
 
     def _class(self, kind: type) -> tuple[str, bool]:
         """Walk a class and its bases; returns its text, and True if it is the user's class."""
-        own = {base: self.module(module_of(base)) for base in kind.__mro__}
-        unseen = [base for base in kind.__mro__ if own[base] and id(base) not in self._seen]
+        is_user_class = {base: self.module(module_of(base)) for base in kind.__mro__}
+        unseen = [base for base in kind.__mro__ if is_user_class[base] and id(base) not in self._seen]
         for base in unseen:
             self._seen[id(base)] = (base, self._free(f"class {qualified(base)}"))
-        names = [self._seen[id(base)][1] if own[base] else qualified(base) for base in kind.__mro__]
+        names = [self._seen[id(base)][1] if is_user_class[base] else qualified(base) for base in kind.__mro__]
         for base in unseen:
             label = self._seen[id(base)][1]
             self.state[label] = " < ".join(map(qualified, base.__mro__))
@@ -229,7 +229,7 @@ class _Walk:
                     self.value(item, f"{label}.{key}")
         if kind in unseen and type(kind) is not type:
             self.value(type(kind), f"{names[0]}.__class__")
-        return " < ".join(names), own[kind]
+        return " < ".join(names), is_user_class[kind]
 
     def _function(self, function: FunctionType, label: str) -> None:
         self.state[label] = f"function {qualified(function)}"

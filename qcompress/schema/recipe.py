@@ -199,8 +199,8 @@ class Format(Options):
     @property
     def is_float(self) -> bool:
         """True if nothing is quantized."""
-        own = (self.weights, self.activations, self.embeddings, self.attention, self.cache, self.residual)
-        return not any((*own, self.layers))
+        formats = (self.weights, self.activations, self.embeddings, self.attention, self.cache, self.residual)
+        return not any((*formats, self.layers))
 
 
 class PhaseOptions(Options):

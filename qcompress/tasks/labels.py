@@ -190,10 +190,10 @@ class Labels:
         if words:
             listed = sorted(word for word in first if not _is_integer(word) or self.are == "names")
             shown = printable(", ".join(listed[:SHOWN])) + (" ..." if len(listed) > SHOWN else "")
-            own = ", ".join(self.names) if self.names else "labels without names"
+            names = ", ".join(self.names) if self.names else "labels without names"
             raise UsageError(
                 f"{first[words[0]]}: the label {words[0]!r} is not one of the model's; the data have the "
-                f"labels {shown}, and the model has {own}",
+                f"labels {shown}, and the model has {names}",
                 fix=self.fix(),
             )
         if unknown:

@@ -231,10 +231,10 @@ def _refuse_other_separator(name: str, header: Sequence[str]) -> None:
     wanted, others = ("a tab", ";,|") if name.endswith(".tsv") else ("a comma", ";\t|")
     if len(header) != 1 or not name.endswith((".csv", ".tsv")):
         return
-    other = max(others, key=header[0].count)
-    if other in header[0]:
-        separator = {"\t": "tabs", ",": "commas"}.get(other, f"`{other}`")
-        rename = {"\t": ", or rename it to .tsv", ",": ", or rename it to .csv"}.get(other, "")
+    found_separator = max(others, key=header[0].count)
+    if found_separator in header[0]:
+        separator = {"\t": "tabs", ",": "commas"}.get(found_separator, f"`{found_separator}`")
+        rename = {"\t": ", or rename it to .tsv", ",": ", or rename it to .csv"}.get(found_separator, "")
         raise UsageError(
             f"{name} has one column, {printable(header[0])!r}: its cells are separated by {separator}, and "
             f"those of a {name[-4:]} file by {wanted}",

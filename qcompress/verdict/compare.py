@@ -102,12 +102,12 @@ def _cells(runs: Iterable[Measured]) -> dict[Cell, Measured]:
                 f"{cells[cell].where} and {run.where} are both seed {run.seed} of {run.arm} on {run.task}",
                 fix="name one of them, or tell the arms apart: NAME=RUN",
             )
-        for other in cells.values():
-            if (other.arm, other.task) == (run.arm, run.task) and other.settings != run.settings:
-                wrong = [key for key in run.settings if run.settings[key] != other.settings.get(key)]
+        for earlier in cells.values():
+            if (earlier.arm, earlier.task) == (run.arm, run.task) and earlier.settings != run.settings:
+                wrong = [key for key in run.settings if run.settings[key] != earlier.settings.get(key)]
                 raise UsageError(
-                    f"{other.where} and {run.where} are both {run.arm}, and differ in more than their seed: "
-                    f"{', '.join(wrong)}",
+                    f"{earlier.where} and {run.where} are both {run.arm}, and differ in more than their "
+                    f"seed: {', '.join(wrong)}",
                     fix="tell the arms apart: NAME=RUN",
                 )
         cells[cell] = run
@@ -133,12 +133,12 @@ def _same_samples(runs: list[Measured], metric: str | None) -> tuple[str, str]:
     for run in runs[1:]:
         if run.split(metric) != (name, short):
             raise IncomparableError(f"{run.where} and {runs[0].where} measure other metrics on {run.task}")
-        other = run.identity(name)
-        wrong = [key for key in first | other if first.get(key) != other.get(key)]
+        identity = run.identity(name)
+        wrong = [key for key in first | identity if first.get(key) != identity.get(key)]
         if wrong:
             raise IncomparableError(
                 f"{runs[0].where} and {run.where} were measured on other samples of {run.task}: "
-                f"{len(first['ids'])} and {len(other['ids'])} of them, which differ in {', '.join(wrong)}",
+                f"{len(first['ids'])} and {len(identity['ids'])} of them, which differ in {', '.join(wrong)}",
                 fix="measure both on the same data, context and limits, with the same tokenizer",
             )
     return name, short

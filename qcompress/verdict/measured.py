@@ -125,8 +125,8 @@ def measured(loaded: LoadedRun, row: str, arm: str | None = None) -> Measured:
 
 def _main(name: str, metrics: dict[str, float], main: dict[str, list[str]]) -> str:
     """Main metric of a set: from the report, or the set's first metric in the order of METRICS."""
-    own = [metric for metric in METRICS if f"{name}.{metric}" in metrics]
-    return (main.get(name) or own)[0]
+    measured_metrics = [metric for metric in METRICS if f"{name}.{metric}" in metrics]
+    return (main.get(name) or measured_metrics)[0]
 
 
 def cost_of(recipe: dict[str, Any], manifest: dict[str, Any]) -> Cost:

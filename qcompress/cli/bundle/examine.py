@@ -163,8 +163,8 @@ def _tensors(folder: Path, record: dict[str, Any], config: Any) -> list[str]:
     if config.max_batch_size and not triton.batched(inputs, outputs):
         return [f"config.pbtxt has max_batch_size {config.max_batch_size}, and the graph no dynamic batch"]
     kinds = config.DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_number
-    for side, has, entries in (("input", inputs, config.input), ("output", outputs, config.output)):
-        expected = {item["name"]: item for item in triton.describe(has, config.max_batch_size > 0)}
+    for side, graph_tensors, entries in (("input", inputs, config.input), ("output", outputs, config.output)):
+        expected = {item["name"]: item for item in triton.describe(graph_tensors, config.max_batch_size > 0)}
         stated = {item.name: item for item in entries}
         wrong += [
             f"config.pbtxt has no {side} {name!r}, and the graph has it" for name in expected.keys() - stated

@@ -71,13 +71,13 @@ def bundle(run: LoadedRun, out: Path, *, backend: str = "onnxruntime", name: str
     before = _earlier(out, _identity(run, name, backend))
     with machine_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
-            made.chmod(0o755)  # mkdtemp denies other users access, and a server runs as another user
-            record = _write(run, view, made, name, backend, settings, instances)
-            _put(made, out, before)
+            temporary.chmod(0o755)  # mkdtemp denies other users access, and a server runs as another user
+            record = _write(run, view, temporary, name, backend, settings, instances)
+            _put(temporary, out, before)
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     return record
 
 
@@ -185,18 +185,18 @@ def _earlier(out: Path, identity: dict[str, str]) -> bool:
     raise UsageError(f"{out} is not empty and is not this bundle", fix="name a new folder, or remove it")
 
 
-def _put(made: Path, out: Path, before: bool) -> None:
+def _put(temporary: Path, out: Path, before: bool) -> None:
     if before:
-        old = made.with_name(made.name + ".old")
+        old = temporary.with_name(temporary.name + ".old")
         os.replace(out, old)
         try:
-            os.replace(made, out)
+            os.replace(temporary, out)
         except OSError:
             os.replace(old, out)
             raise
         shutil.rmtree(old, ignore_errors=True)
     else:
-        os.replace(made, out)
+        os.replace(temporary, out)
 
 
 def _write(run: LoadedRun, view: View, out: Path, name: str, backend: str, settings: dict[str, Any],

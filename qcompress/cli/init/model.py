@@ -107,18 +107,18 @@ def fit(
     if task == "causal-lm":
         return Fit(describe(family, directory), "its own", None, "a language model has its head")
     wanted = ("score",) if problem == REGRESSION else _in_output_order(data_labels, config, labels_are)
-    other = ""
+    head_problem = ""
     try:
         architecture = None if wanted is None else describe(family, directory, Head(task, wanted, problem))
     except HeadError as error:
-        architecture, other = None, error.message if wanted == named_outputs(config) else ""
+        architecture, head_problem = None, error.message if wanted == named_outputs(config) else ""
     except ModelError:
         architecture = None  # broken: the call below raises
     if architecture is None:
-        own = named_outputs(config)
+        output_names = named_outputs(config)
         wanted_text = ", ".join(data_labels) or "a number"
-        why = f"the checkpoint's head is for {', '.join(own)}, the data have {wanted_text}"
-        why += f" (the head {other})" if other else ""
+        why = f"the checkpoint's head is for {', '.join(output_names)}, the data have {wanted_text}"
+        why += f" (the head {head_problem})" if head_problem else ""
         architecture = describe(family, directory, Head(task, None, None))
         return Fit(architecture, "of other labels", tuple(data_labels) or None, f"{why}: {ANEW}")
     if architecture.new_head:
@@ -142,11 +142,11 @@ def _in_output_order(
     """Labels in the order of the checkpoint's outputs, or those of the data if the outputs have no names;
     None if they do not match.
     """
-    own = named_outputs(config)
+    output_names = named_outputs(config)
     if config.get("id2label") or config.get("num_labels"):
         try:
-            Labels(own, None, labels_are).read(data_labels, ["the data"] * len(data_labels))
-            return own
+            Labels(output_names, None, labels_are).read(data_labels, ["the data"] * len(data_labels))
+            return output_names
         except TwoReadingsError:
             raise
         except UsageError:
@@ -157,19 +157,21 @@ def _in_output_order(
         return None
 
 
-def reading_of(data_labels: Sequence[str], own: Sequence[str]) -> LabelsAre | None:
+def reading_of(data_labels: Sequence[str], output_names: Sequence[str]) -> LabelsAre | None:
     """Value of `task.labels_are` that a recipe must state, because a part of the data would fit the other
-    reading; None if it would not. `own`: names of the outputs.
+    reading; None if it would not. `output_names`: names of the outputs.
 
     >>> reading_of(["1", "2", "3"], ["1", "2", "3"]), reading_of(["0", "1", "2"], ["1", "2", "3"])
     ('names', 'indices')
     """
     differ = [
-        label for label in data_labels if label in own and label.isdigit() and own.index(label) != int(label)
+        label
+        for label in data_labels
+        if label in output_names and label.isdigit() and output_names.index(label) != int(label)
     ]
     if not differ:
         return None
-    return "names" if all(label in own for label in data_labels) else "indices"
+    return "names" if all(label in output_names for label in data_labels) else "indices"
 
 
 def write_without_head(checkpoint: Checkpoint, fitting: Fit, out: Path) -> None:

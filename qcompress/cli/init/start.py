@@ -55,8 +55,8 @@ def begin(options: InitOptions, ask: Ask | None = None) -> InitResult:
     certain = {what: file for what, file in files.items() if choice is not None or what not in PARTS}
     kept = _kept_parts(certain, splits, mistakes)
     mistakes.settle()
-    with _all_or_nothing() as made, place_errors(options.out.parent):
-        _write(options, checkpoint, data, choice, files, splits, kept, made)
+    with _all_or_nothing() as written, place_errors(options.out.parent):
+        _write(options, checkpoint, data, choice, files, splits, kept, written)
         _check(options, checkpoint, files, mistakes)
     notes = [*choice.notes, *(f"{files[part]} is there already, and is the same split" for part in kept)]
     return InitResult(files, _facts(checkpoint, data), _chosen(options, choice, data), choice.why, notes,
@@ -110,13 +110,13 @@ def _files(options: InitOptions, choice: Choice | None, data: Data | None) -> di
 @contextmanager
 def _all_or_nothing() -> Iterator[list[Path]]:
     """Context with a list of written paths, which are removed if the block does not finish."""
-    made: list[Path] = []
+    written: list[Path] = []
     done = False
     try:
-        yield made
+        yield written
         done = True
     finally:
-        for path in () if done else made:
+        for path in () if done else written:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -132,12 +132,12 @@ def _write(
     files: dict[str, Path],
     splits: dict[str, str],
     kept: list[str],
-    made: list[Path],
+    written: list[Path],
 ) -> None:
-    texts = {part: text for part, text in splits.items() if part not in kept}
+    texts = {name: text for name, text in splits.items() if name not in kept}
     if "model" in files:
         files["model"].mkdir()
-        made.append(files["model"])
+        written.append(files["model"])
         write_without_head(checkpoint, choice.fit, files["model"])
     if "schema" in files:
         texts["schema"] = json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"
@@ -152,7 +152,7 @@ def _write(
         texts["recipe"] = recipe_text(options, choice, data, source, files, as_float=as_float)
     for what, text in texts.items():
         with writes_to(files[what]), files[what].open("x", encoding="utf-8", newline="") as stream:
-            made.append(files[what])
+            written.append(files[what])
             stream.write(text)
 
 

@@ -71,17 +71,25 @@ def is_hub_id(source: str) -> bool:
     return HUB_ID.fullmatch(source) is not None
 
 
-def quantizes(form: Format) -> bool:
+def quantizes(number_format: Format) -> bool:
     """True if a format quantizes any weight. The input of a float layer stays float."""
-    exceptions = [exception.weights for exception in form.layers.values()]
-    return any(weights not in (None, "inherit") for weights in [form.weights, form.embeddings, *exceptions])
+    exceptions = [exception.weights for exception in number_format.layers.values()]
+    return any(
+        weights not in (None, "inherit")
+        for weights in [number_format.weights, number_format.embeddings, *exceptions]
+    )
 
 
-def quantizes_activations(form: Format) -> bool:
+def quantizes_activations(number_format: Format) -> bool:
     """True if a format quantizes the input of any layer, or any point."""
-    exceptions = [exception.activations for exception in form.layers.values()]
-    own = [form.activations, form.attention, form.cache, form.residual]
-    return any(value not in (None, "inherit") for value in [*own, *exceptions])
+    exceptions = [exception.activations for exception in number_format.layers.values()]
+    formats = [
+        number_format.activations,
+        number_format.attention,
+        number_format.cache,
+        number_format.residual,
+    ]
+    return any(value not in (None, "inherit") for value in [*formats, *exceptions])
 
 
 # Method and training ------------------------------------------------------------------------------
@@ -332,8 +340,8 @@ def _profile_axes(recipe: Recipe, document: Document) -> None:
     known = [axis for axis in export.dynamic if exists[axis]]
     for index, profile in enumerate(recipe.build.profiles):
         # a resolved recipe spells out the defaults
-        own = [axis for axis in exists if getattr(profile, axis) != Profile.model_fields[axis].default]
-        places: dict[str, Key] = {axis: ("build", "profiles", index, axis) for axis in own}
+        written = [axis for axis in exists if getattr(profile, axis) != Profile.model_fields[axis].default]
+        places: dict[str, Key] = {axis: ("build", "profiles", index, axis) for axis in written}
         places |= {axis: ("build", "profiles", index, "axes", axis) for axis in profile.axes}
         for axis, key in places.items():
             if axis not in known and document.sound(key):

@@ -73,15 +73,15 @@ def _losses(runs: Sequence[Evidence]) -> Section:
         return Section("losses", title, (f"{runs[0].name}: {first}",))
     rows, drawn, lines = [], [], [f"The last measured row of each run against that of {runs[0].name}. {SURE}"]
     for run in runs[1:]:
-        other = _read(run)
-        if isinstance(other, str):
-            lines.append(f"{run.name}: {other}")
+        candidate = _read(run)
+        if isinstance(candidate, str):
+            lines.append(f"{run.name}: {candidate}")
             continue
         for name in main_metrics(run):
-            if name not in first.metrics or name not in other.metrics:
+            if name not in first.metrics or name not in candidate.metrics:
                 lines.append(f"{run.name}: {name} was not measured in both")
                 continue
-            difference = loss(name, first, other)
+            difference = loss(name, first, candidate)
             ends = [
                 side.parity.figure("rows", last_measured(side), "metrics", name) for side in (runs[0], run)
             ]

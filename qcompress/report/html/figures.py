@@ -57,8 +57,8 @@ class Document:
 
     def share(self, path: tuple[str | int, ...], over: tuple[str | int, ...]) -> Figure:
         """Figure of the number at `path` divided by the number at `over`."""
-        part, whole = self.at(*path), self.at(*over)
-        value = None if part is None or not whole else part / whole
+        numerator, denominator = self.at(*path), self.at(*over)
+        value = None if numerator is None or not denominator else numerator / denominator
         return Figure(value, spelled(value, "share"), self._pointer(path), self._pointer(over))
 
     def _pointer(self, path: tuple[str | int, ...]) -> str:

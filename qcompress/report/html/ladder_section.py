@@ -96,16 +96,16 @@ def _line(
     distance = entry.get("distance")
     if distance is None:
         return [label, *values, *["-"] * 5, status]
-    far = (*path, "distance")
-    scale = (*far, "range")
+    distance_path = (*path, "distance")
+    scale = (*distance_path, "range")
     return [
         label,
         *values,
         distance["to"],
-        run.parity.share((*far, "max_abs"), scale),
-        run.parity.share((*far, "mean_abs"), scale),
-        run.parity.figure(*far, "snr_db"),
-        run.parity.figure(*far, "top1_agreement"),
+        run.parity.share((*distance_path, "max_abs"), scale),
+        run.parity.share((*distance_path, "mean_abs"), scale),
+        run.parity.figure(*distance_path, "snr_db"),
+        run.parity.figure(*distance_path, "top1_agreement"),
         status,
     ]
 

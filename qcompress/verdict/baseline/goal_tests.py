@@ -120,21 +120,25 @@ def _places(
     """Indices of the samples of each requested slice value. Slice columns are the baseline's: the candidate
     was measured on the same inputs and need not declare them.
     """
-    own = baseline.slices.get(section, {})
-    theirs = candidate.slices.get(section, {}).get(column)
-    if column in own and theirs is not None and theirs != own[column]:
+    baseline_slices = baseline.slices.get(section, {})
+    candidate_cells = candidate.slices.get(section, {}).get(column)
+    if (
+        column in baseline_slices
+        and candidate_cells is not None
+        and candidate_cells != baseline_slices[column]
+    ):
         raise UnjudgedError(
             f"the samples have other values of {column} than the baseline's: promote a baseline with the new "
             "ones"
         )
-    if column not in own and column not in baseline.samples[section]:
-        kept = ", ".join(sorted((*own, *baseline.known[section]))) or "none"
+    if column not in baseline_slices and column not in baseline.samples[section]:
+        kept = ", ".join(sorted((*baseline_slices, *baseline.known[section]))) or "none"
         raise UnjudgedError(
             f"the baseline keeps no column {column} of {section}, only {kept}: write `slices: [{column}]`, "
             "measure it again and promote it"
         )
-    if column in own:
-        named: list[tuple[str | None, ...]] = [(cell,) for cell in own[column]]
+    if column in baseline_slices:
+        named: list[tuple[str | None, ...]] = [(cell,) for cell in baseline_slices[column]]
     else:
         labels = baseline.task.get("labels") if column == "label" else None
         named = [_names(cell, labels) for cell in baseline.samples[section][column]]
