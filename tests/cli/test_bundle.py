@@ -135,17 +135,17 @@ def model_config_of_tritonclient() -> ModuleType:
 
 def test_inputs_and_outputs_are_those_that_onnx_runtime_sees(run: Path, tmp_path: Path) -> None:
     model = written(run, tmp_path / "repository")
-    found = parsed((model / "config.pbtxt").read_text())
+    config = parsed((model / "config.pbtxt").read_text())
     session = plain_session(model / "1" / "model.onnx")
-    (most,) = found["max_batch_size"]
-    assert most >= 4 and found["name"] == [NAME] and found["backend"] == ["onnxruntime"]
+    (most,) = config["max_batch_size"]
+    assert most >= 4 and config["name"] == [NAME] and config["backend"] == ["onnxruntime"]
     for side, has in (("input", session.get_inputs()), ("output", session.get_outputs())):
         expected = [
             {"name": [item.name], "data_type": [ORT[item.type]],
              "dims": [size if isinstance(size, int) else -1 for size in item.shape[1:]]}
             for item in has
         ]  # fmt: skip
-        stated = [{**item, "dims": item.get("dims", [])} for item in found[side]]
+        stated = [{**item, "dims": item.get("dims", [])} for item in config[side]]
         assert stated == expected and len(expected) >= 1
 
 
@@ -174,7 +174,7 @@ def test_the_bundled_graph_gives_the_outputs_that_were_verified(
     """probe/reference.npz has what the onnx row gave; the inputs are fed as config.pbtxt calls them."""
     run = request.getfixturevalue(kind)
     model = written(run, tmp_path / "repository")
-    found = parsed((model / "config.pbtxt").read_text())
+    config = parsed((model / "config.pbtxt").read_text())
     session = plain_session(model / "1" / "model.onnx")
     kit, reference = np.load(run / "probe" / "inputs.npz"), np.load(run / "probe" / "reference.npz")
     logits, positions = reference["logits"], reference["positions"]
@@ -188,8 +188,8 @@ def test_the_bundled_graph_gives_the_outputs_that_were_verified(
         else:
             given = {name[6:]: kit[name][row : row + 1, :length] for name in kit.files if "input." in name}
         feed = {item["name"][0]: given[item["name"][0]].astype(NUMPY[item["data_type"][0]])
-                for item in found["input"]}  # fmt: skip
-        (answer,) = session.run([found["output"][0]["name"][0]], feed)
+                for item in config["input"]}  # fmt: skip
+        (answer,) = session.run([config["output"][0]["name"][0]], feed)
         known = answer[0][positions[positions < length]] if answer.ndim == 3 else answer[0]
         expected = expected[: len(known)] if answer.ndim == 3 else expected.reshape(-1)
         # the very same kernels; only the rows that share a batch differ
@@ -198,9 +198,9 @@ def test_the_bundled_graph_gives_the_outputs_that_were_verified(
 
 def test_a_warm_up_sample_is_an_input_that_the_graph_takes(run: Path, tmp_path: Path) -> None:
     model = written(run, tmp_path / "repository")
-    found = parsed((model / "config.pbtxt").read_text())
+    config = parsed((model / "config.pbtxt").read_text())
     session = plain_session(model / "1" / "model.onnx")
-    (sample,) = found["model_warmup"]
+    (sample,) = config["model_warmup"]
     (rows,) = sample["batch_size"]
     feed = {}
     for item in sample["inputs"]:
@@ -220,10 +220,10 @@ def test_a_warm_up_sample_is_an_input_that_the_graph_takes(run: Path, tmp_path: 
 
 
 def test_a_key_value_cache_is_an_input_of_any_length(cached: Path, tmp_path: Path) -> None:
-    found = parsed((written(cached, tmp_path / "repository") / "config.pbtxt").read_text())
-    names = [item["name"][0] for item in found["input"]]
-    past = [item for item in found["input"] if item["name"][0].startswith("past_key_values.")]
-    present = [item for item in found["output"] if item["name"][0].startswith("present.")]
+    config = parsed((written(cached, tmp_path / "repository") / "config.pbtxt").read_text())
+    names = [item["name"][0] for item in config["input"]]
+    past = [item for item in config["input"] if item["name"][0].startswith("past_key_values.")]
+    present = [item for item in config["output"] if item["name"][0].startswith("present.")]
     assert len(past) == len(present) == 4 and "attention_mask" in names
     for item in past + present:
         assert item["dims"] == [2, -1, 32]
@@ -233,8 +233,8 @@ def test_batches_come_from_the_profiles(gpt2: Path, tmp_path: Path) -> None:
     def batching(**options: Any) -> tuple[int, list[int]]:
         text = (written(gpt2, tmp_path / "repository", **options) / "config.pbtxt").read_text()
         shutil.rmtree(tmp_path / "repository")
-        found = parsed(text)
-        return found["max_batch_size"][0], found["dynamic_batching"][0].get("preferred_batch_size", [])
+        config = parsed(text)
+        return config["max_batch_size"][0], config["dynamic_batching"][0].get("preferred_batch_size", [])
 
     assert batching() == (4, [2, 4])
     assert batching(max_batch=3) == (3, [2])
@@ -273,12 +273,12 @@ def test_a_graph_of_one_batch_size_is_not_batched(gpt2: Path, tmp_path: Path) ->
 
     run = copied(gpt2, tmp_path / "run", target="cpu")
     with_graph(run, fix)
-    found = parsed((written(run, tmp_path / "repository") / "config.pbtxt").read_text())
-    assert "max_batch_size" not in found and "dynamic_batching" not in found
-    assert found["input"][0]["dims"] == [2, -1] and found["output"][0]["dims"][0] == 2
-    (sample,) = found["model_warmup"]
+    config = parsed((written(run, tmp_path / "repository") / "config.pbtxt").read_text())
+    assert "max_batch_size" not in config and "dynamic_batching" not in config
+    assert config["input"][0]["dims"] == [2, -1] and config["output"][0]["dims"][0] == 2
+    (sample,) = config["model_warmup"]
     assert sample["batch_size"] == [1] and sample["inputs"][0]["value"][0]["dims"] == [2, 16]
-    assert found["instance_group"] == [{"count": [1], "kind": ["KIND_CPU"]}]
+    assert config["instance_group"] == [{"count": [1], "kind": ["KIND_CPU"]}]
     done = cli("bundle", run, "--out", tmp_path / "other", "--max-batch", "4")
     assert done.code == 2 and "has no dynamic batch" in done.stderr and not (tmp_path / "other").exists()
 
@@ -287,19 +287,19 @@ def test_optimizers_that_a_graph_does_not_bear_are_off(gpt2: Path, tmp_path: Pat
     run = copied(gpt2, tmp_path / "run")
     certificate = read_json(run / "certificate.json") | {"disabled_optimizers": ["QDQPropagationTransformer"]}
     write_json(run / "certificate.json", certificate)
-    found = parsed((written(run, tmp_path / "repository") / "config.pbtxt").read_text())
-    assert found["optimization"] == [{"graph": [{"level": [2]}]}]
+    config = parsed((written(run, tmp_path / "repository") / "config.pbtxt").read_text())
+    assert config["optimization"] == [{"graph": [{"level": [2]}]}]
     assert "optimization" not in parsed((written(gpt2, tmp_path / "plain") / "config.pbtxt").read_text())
 
 
 def test_a_plan_is_bundled_with_its_profiles(gpt2: Path, tmp_path: Path) -> None:
     run = with_plan(gpt2, tmp_path / "run")
     model = written(run, tmp_path / "repository", backend="tensorrt")
-    found = parsed((model / "config.pbtxt").read_text())
-    assert found["platform"] == ["tensorrt_plan"] and found["backend"] == ["tensorrt"]
+    config = parsed((model / "config.pbtxt").read_text())
+    assert config["platform"] == ["tensorrt_plan"] and config["backend"] == ["tensorrt"]
     assert [file.name for file in (model / "1").iterdir()] == ["model.plan"]
-    assert found["instance_group"] == [{"count": [1], "kind": ["KIND_GPU"], "profile": ["0", "1"]}]
-    assert [sample["batch_size"] for sample in found["model_warmup"]] == [[2], [4]]
+    assert config["instance_group"] == [{"count": [1], "kind": ["KIND_GPU"], "profile": ["0", "1"]}]
+    assert [sample["batch_size"] for sample in config["model_warmup"]] == [[2], [4]]
     done = cli("bundle", run, "--out", tmp_path / "more", "--backend", "tensorrt", "--max-batch", "9")
     assert done.code == 2 and "the plan's profiles go to 8" in done.stderr
 

@@ -206,10 +206,10 @@ def test_check_counts_what_a_pattern_matches_and_prints_it_as_it_is(shared: Proj
 
 
 def test_check_json_has_every_layer_and_every_stage(shared: Project) -> None:
-    found = strict(cli("check", shared.recipe, "--out", shared.out, "--json"))
-    assert len(found["layers"]) == 11 and [item["stage"] for item in found["stages"]] == list(STAGES)
-    assert found["layers"][0] == {"name": "transformer.wte", "weights": "int8", "inputs": "float"}
-    assert found["recipe"]["name"] == NAME
+    done = strict(cli("check", shared.recipe, "--out", shared.out, "--json"))
+    assert len(done["layers"]) == 11 and [item["stage"] for item in done["stages"]] == list(STAGES)
+    assert done["layers"][0] == {"name": "transformer.wte", "weights": "int8", "inputs": "float"}
+    assert done["recipe"]["name"] == NAME
 
 
 FIVE = """\
@@ -250,8 +250,8 @@ def test_show_is_what_run_showed(shared: Project, run: Path) -> None:
     shown, ran = cli("show", shared.out / NAME / "latest"), cli(*shared.command())
     assert shown.code == 0 and shown.stderr == ""
     assert shown.stdout.splitlines()[:-1] == ran.stdout.splitlines()[:-1]
-    found = strict(cli("show", run, "--json"))
-    assert found["parity"] == json.loads((run / "parity.json").read_text())
+    done = strict(cli("show", run, "--json"))
+    assert done["parity"] == json.loads((run / "parity.json").read_text())
 
 
 def test_gate_judges_by_the_recipe_that_the_run_holds(project: Project, tmp_path: Path) -> None:
@@ -279,13 +279,13 @@ def test_list_has_a_line_for_each(what: str) -> None:
         "targets": set(TARGETS),
         "formats": {*FORMAT_PRESETS, "weights", "activations"},
     }
-    found = strict(cli("list", what, "--json"))
-    names = [item["name"] for item in found]
+    done = strict(cli("list", what, "--json"))
+    names = [item["name"] for item in done]
     if what == "recipes":
         assert any(name.endswith("quickstart.yaml") for name in names)
     else:
         assert set(names) == expected[what] and len(names) == len(expected[what])
-    assert all(item["about"] and not item["about"].endswith(",") for item in found)
+    assert all(item["about"] and not item["about"].endswith(",") for item in done)
     shown = cli("list", what)
     assert shown.code == 0 and all(name in shown.stdout for name in names)
     assert all(len(line) <= 80 or line in names for line in shown.stdout.splitlines())

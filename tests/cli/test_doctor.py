@@ -375,10 +375,14 @@ def test_versions_wanted_are_those_of_the_project() -> None:
 
 def test_what_is_installed_is_ready_and_has_its_version() -> None:
     told = cli("doctor", "--json")
-    found = jobs(told.json())
-    assert told.code == 0 and list(found) == list(doctor.JOBS)
-    assert found["train"]["ready"] and found["export"]["ready"] and found["onnxruntime"]["ready"]
-    (torch,) = [need for need in found["train"]["needs"] if need["what"] == "torch"]
+    jobs_by_name = jobs(told.json())
+    assert told.code == 0 and list(jobs_by_name) == list(doctor.JOBS)
+    assert (
+        jobs_by_name["train"]["ready"]
+        and jobs_by_name["export"]["ready"]
+        and jobs_by_name["onnxruntime"]["ready"]
+    )
+    (torch,) = [need for need in jobs_by_name["train"]["needs"] if need["what"] == "torch"]
     assert torch["found"] == metadata.version("torch") and torch["fix"] == ""
     plain = cli("doctor")
     assert plain.code == 0 and "train  (ready)" in plain.stdout and "GiB free in" in plain.stdout
@@ -394,15 +398,15 @@ def test_what_is_missing_or_old_has_the_command_that_installs_it(monkeypatch: py
 
     monkeypatch.setattr(metadata, "version", version)
     told = cli("doctor", "--json")
-    found = jobs(told.json())
+    jobs_by_name = jobs(told.json())
     assert told.code == 0
-    assert [name for name, job in found.items() if job["ready"]] == ["rtx engine"]
-    needs = {need["what"]: need for need in found["train"]["needs"]}
+    assert [name for name, job in jobs_by_name.items() if job["ready"]] == ["rtx engine"]
+    needs = {need["what"]: need for need in jobs_by_name["train"]["needs"]}
     assert needs["torch"]["found"] == "2.9.1"
     assert needs["torch"]["fix"] == "pip install -U 'qcompress[train]'"
     assert needs["transformers"] == {"what": "transformers", "wanted": ">=5.10,<6", "found": None,
                                      "ok": False, "fix": "pip install 'qcompress[train]'"}  # fmt: skip
-    (onnx_need, _) = found["triton bundle"]["needs"]
+    (onnx_need, _) = jobs_by_name["triton bundle"]["needs"]
     assert not onnx_need["ok"] and onnx_need["fix"] == "pip install -U qcompress"
     text = cli("doctor").stdout
     assert "tensorrt engine:\n  pip install 'qcompress[tensorrt]'\n" in text
@@ -440,12 +444,12 @@ def test_the_driver_is_asked_through_nvidia_smi(
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = doctor.diagnose()
-    assert len(found["gpus"]) == gpus and found["gpu_reason"].startswith(reason)
-    need = jobs(found)["tensorrt engine"]["needs"][-1]
+    machine = doctor.diagnose()
+    assert len(machine["gpus"]) == gpus and machine["gpu_reason"].startswith(reason)
+    need = jobs(machine)["tensorrt engine"]["needs"][-1]
     assert need["ok"] is (gpus > 0)
     if gpus:
-        assert found["gpus"][0] == {"name": "NVIDIA L4", "driver": "595.71.05", "compute_capability": "8.9",
+        assert machine["gpus"][0] == {"name": "NVIDIA L4", "driver": "595.71.05", "compute_capability": "8.9",
                                     "memory_mib": "23034"}  # fmt: skip
     else:
         assert reason in need["fix"]

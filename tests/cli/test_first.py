@@ -448,8 +448,8 @@ def test_columns_that_could_be_either_are_asked_for(tmp_path: Path, models: dict
 
 def test_examples_in_docstrings_are_true() -> None:
     for module in (lengths, write, completion):
-        found = doctest.testmod(module)
-        assert found.attempted and not found.failed
+        outcome = doctest.testmod(module)
+        assert outcome.attempted and not outcome.failed
 
 
 # What is refused ----------------------------------------------------------------------------------

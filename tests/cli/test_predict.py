@@ -73,10 +73,10 @@ def test_labels_have_the_probabilities_of_the_stock_model(run: Run, tmp_path: Pa
         logits = run.logits("some words", pair)
         powers = np.exp(logits)
         expected = dict(zip(LABELS, powers / powers.sum(), strict=True))
-        found = classify(run, "some words", pair)
-        assert [label for label, _ in found] == sorted(LABELS, key=lambda label: -expected[label])
-        assert all(abs(value - expected[label]) < 1e-5 for label, value in found)
-        assert abs(sum(value for _, value in found) - 1) < 1e-9
+        ranked = classify(run, "some words", pair)
+        assert [label for label, _ in ranked] == sorted(LABELS, key=lambda label: -expected[label])
+        assert all(abs(value - expected[label]) < 1e-5 for label, value in ranked)
+        assert abs(sum(value for _, value in ranked) - 1) < 1e-9
     assert answer(run, "some words", None, 9).split("\n")[0].split("\t") == [
         classify(run, "some words")[0][0], f"{classify(run, 'some words')[0][1]:.4f}",
     ]  # fmt: skip
@@ -95,10 +95,10 @@ def test_tokens_have_the_labels_of_the_stock_model(run: Run) -> None:
     powers = np.exp(run.logits(text))
     shares = powers / powers.sum(-1, keepdims=True)
     words = load_tokenizer(run.path).tokenize(text)
-    found = tag(run, text)
-    assert [word for word, _, _ in found] == words and len(words) > 1
-    assert [label for _, label, _ in found] == [LABELS[index] for index in shares.argmax(-1)]
-    np.testing.assert_allclose([share for _, _, share in found], shares.max(-1), atol=1e-5)
+    tagged = tag(run, text)
+    assert [word for word, _, _ in tagged] == words and len(words) > 1
+    assert [label for _, label, _ in tagged] == [LABELS[index] for index in shares.argmax(-1)]
+    np.testing.assert_allclose([share for _, _, share in tagged], shares.max(-1), atol=1e-5)
     assert answer(run, text, None, 9).count("\n") == len(words) - 1
     with pytest.raises(UsageError, match="the tokens of one text are labelled"):
         answer(run, text, "another", 9)

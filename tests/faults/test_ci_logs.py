@@ -83,9 +83,9 @@ def commands(text: str) -> list[str]:
 def harmless(*texts: str, ours: int = 0) -> None:
     """No line is a command but `ours` annotations, and no character is hidden."""
     text = "\n".join(texts)
-    found = commands(text)
-    assert len(found) == ours, found
-    assert all(OURS.fullmatch(line) for line in found), found
+    command_names = commands(text)
+    assert len(command_names) == ours, command_names
+    assert all(OURS.fullmatch(line) for line in command_names), command_names
     assert not COMMAND.search(text), COMMAND.search(text)
     assert not UNSEEN.search(text), UNSEEN.search(text)
 
@@ -137,11 +137,11 @@ def test_a_value_of_a_column(name: str, tmp_path: Path) -> None:
     files = {"--junit": tmp_path / "junit.xml", "--code-quality": tmp_path / "quality.json"}
     summary = tmp_path / "summary.md"
     options = [word for option, file in files.items() for word in (option, file)]
-    found = cli("gate", "--baseline", tmp_path / "baseline.json", "--candidate", worse, "--github", *options,
+    done = cli("gate", "--baseline", tmp_path / "baseline.json", "--candidate", worse, "--github", *options,
                 environment={"GITHUB_STEP_SUMMARY": str(summary)})  # fmt: skip
     verdict = json.loads((worse / "gate.json").read_text())
     assert verdict["verdict"] == "regression" and any(value in reason for reason in verdict["reasons"])
-    told(found, 3, ours=len(verdict["reasons"]))
+    told(done, 3, ours=len(verdict["reasons"]))
     as_json = cli("gate", "--baseline", run, "--candidate", worse, "--json", environment={"COLUMNS": "300"})
     told(as_json, 3)
     assert [goal["metric"] for goal in as_json.json()["goals"]] == [
@@ -226,11 +226,11 @@ def test_names_of_tensors_and_nodes(name: str, tmp_path: Path) -> None:
     file = renamed(tmp_path / "model.onnx", HOSTILE[name])
     for target in ("rtx-ada", "orin-nx"):
         told(cli("lint", file, "--target", target), 0, 2, 5)
-        found = cli("lint", file, "--target", target, "--sarif")
-        told(found, 0, 2, 5)
-        if found.stdout:
-            assert found.json()["version"] == "2.1.0"
-            for result in found.json()["runs"][0]["results"]:
+        done = cli("lint", file, "--target", target, "--sarif")
+        told(done, 0, 2, 5)
+        if done.stdout:
+            assert done.json()["version"] == "2.1.0"
+            for result in done.json()["runs"][0]["results"]:
                 assert not UNSEEN.search(json.dumps(result, ensure_ascii=False))
     told(cli("inspect", file), 0, 2, 5)
     told(cli("inspect", file, "--json"), 0, 2, 5)
@@ -354,8 +354,8 @@ def test_the_script_of_the_gate(name: str, tmp_path: Path) -> None:
                                   env={"GITHUB_ACTIONS": github, "PATH": "/usr/bin:/bin"},
                                   capture_output=True, errors="replace")  # fmt: skip
             assert done.returncode == 2
-            found = commands(done.stdout + done.stderr)
-            assert len(found) == (github == "true"), found
-            for line in found:
+            command_names = commands(done.stdout + done.stderr)
+            assert len(command_names) == (github == "true"), command_names
+            for line in command_names:
                 assert re.fullmatch(r"::error file=[^:,]*,title=qcompress gate::.*", line), line
             assert "\x1b" not in done.stdout + done.stderr

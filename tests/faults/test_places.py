@@ -184,9 +184,9 @@ def test_a_destination(
     to = place(tmp_path, unmounted)
     before = listed(tmp_path)
     environment = {"GITHUB_STEP_SUMMARY": str(to)} if command == "summary" else {}
-    found = cli(*COMMANDS[command](project.latest, graph, to), environment=environment)
-    told(found, *({2, 6} if command in ("init", "run") or place is lost_link else {PLACES[place]}))
-    assert to.parent.name[:60] in found.stderr or to.name[:60] in found.stderr
+    done = cli(*COMMANDS[command](project.latest, graph, to), environment=environment)
+    told(done, *({2, 6} if command in ("init", "run") or place is lost_link else {PLACES[place]}))
+    assert to.parent.name[:60] in done.stderr or to.name[:60] in done.stderr
     if command != "run":  # what is finished stays, and goes on
         assert listed(tmp_path) == before
     if place is immutable:
@@ -201,8 +201,8 @@ def test_a_folder_where_a_file_should_be(command: str, project: Project, graph: 
     to.mkdir()
     (to / "kept").write_text("kept")
     words = COMMANDS[command](project.latest, graph, to if command != "init" else tmp_path / "folder")
-    found = cli(*words)
-    assert found.code == 2 and "folder" in found.stderr.lower() or "directory" in found.stderr.lower()
+    done = cli(*words)
+    assert done.code == 2 and "folder" in done.stderr.lower() or "directory" in done.stderr.lower()
     assert listed(tmp_path) == {"folder.yaml": b"", "folder.yaml/kept": b"kept"}
 
 

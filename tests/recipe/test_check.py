@@ -50,9 +50,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(file: Path, *overrides: str) -> list[str]:
-    found = all_mistakes(file, overrides)[2]
-    assert not [mistake for mistake in found if FOREIGN.search(f"{mistake.message} {mistake.fix}")]
-    return [str(mistake).replace(f"{file.parent}/", "") for mistake in found]
+    reported = all_mistakes(file, overrides)[2]
+    assert not [mistake for mistake in reported if FOREIGN.search(f"{mistake.message} {mistake.fix}")]
+    return [str(mistake).replace(f"{file.parent}/", "") for mistake in reported]
 
 
 def test_a_good_recipe_has_a_plan_and_its_patterns_have_layers(made: Path) -> None:
@@ -77,7 +77,7 @@ def test_the_five_mistakes_of_a_bad_recipe_are_exactly_five(made: Path) -> None:
         text,
     )
     text = edited("calibration: {text: [train.txt]}", "calibration: {text: [gone.txt]}", text)
-    found = shown(write(made, text, "five.yaml"))
+    reported = shown(write(made, text, "five.yaml"))
     expected = [
         r"five\.yaml:7: data\.calibration\.text\[0\]: gone\.txt does not exist",
         r"five\.yaml:12: format\.weights\.block: blocks of 128 do not divide the 192 inputs .*`block: 64`",
@@ -85,8 +85,8 @@ def test_the_five_mistakes_of_a_bad_recipe_are_exactly_five(made: Path) -> None:
         r"five\.yaml:20: trian: unknown key \(fix: did you mean `train`\?\)",
         r"five\.yaml:28: verify\.samples: must be a whole number, found text 'many'",
     ]
-    assert len(found) == 5, found
-    for pattern, line in zip(expected, found, strict=True):
+    assert len(reported) == 5, reported
+    for pattern, line in zip(expected, reported, strict=True):
         assert re.match(pattern, line), line
 
 
@@ -143,9 +143,9 @@ ONE_MISTAKE = {
 def test_one_mistake_is_reported_once_where_it_is(what: str, made: Path) -> None:
     (old, new), expected = ONE_MISTAKE[what]
     file = write(made, edited(old, new))
-    found = shown(file)
-    assert len(found) == 1, found
-    assert re.match("recipe.yaml" + expected, found[0]) and " (fix: " in found[0], found
+    reported = shown(file)
+    assert len(reported) == 1, reported
+    assert re.match("recipe.yaml" + expected, reported[0]) and " (fix: " in reported[0], reported
     resolved, report, _ = all_mistakes(file)
     assert resolved is not None and report is None
     with pytest.raises(RecipeError, match="the recipe has 1 mistake:"):
@@ -197,8 +197,8 @@ def test_the_target_and_the_model_limit_what_overrides_may_ask(
 def test_the_last_pattern_that_gives_a_layer_its_format_is_the_one_to_mend(made: Path) -> None:
     block = "{weights: {bits: 4, block: 128}, activations: float}"
     layers = f"'*.mlp.*': {block}\n    '*.1.mlp.c_fc': {block}\n    '*.0.mlp.c_fc': int8"
-    found = shown(write(made, edited(GOOD[GOOD.index(LAYERS) : GOOD.index("\nmethod:")], layers)))
-    assert [line.split(" (fix")[0].partition(" of ")[0] for line in found] == [
+    reported = shown(write(made, edited(GOOD[GOOD.index(LAYERS) : GOOD.index("\nmethod:")], layers)))
+    assert [line.split(" (fix")[0].partition(" of ")[0] for line in reported] == [
         'recipe.yaml:18: format.layers."*.1.mlp.c_fc".weights.block: blocks'
     ]
 
@@ -218,15 +218,15 @@ def test_a_target_without_int4_and_a_block_that_does_not_divide_are_two_mistakes
 def test_ternary_codes_under_a_format_of_more_bits_are_a_mistake_of_the_format(made: Path) -> None:
     """sizes.json would count 8 bits for three values; one mistake for each key that says so."""
     narrow = "transformer.h.1.mlp.c_fc: {weights: {bits: 4, container: int8}}"
-    found = shown(write(made), "quantizer=ternary")
-    assert [line.split(": ")[1] for line in found] == [
+    reported = shown(write(made), "quantizer=ternary")
+    assert [line.split(": ")[1] for line in reported] == [
         "format.weights",
         "format.embeddings",
         'format.layers."transformer.h.1.mlp.c_fc".weights.bits',
     ]
     what = "for transformer.h.1.attn.c_attn, and the quantizer `ternary` has the codes -1, 0, 1"
-    assert f"is int8 {what} (fix: write `ternary`, or another quantizer such as" in found[0]
-    assert "`quantizer: {weights: lsq}`" in found[0] and "`quantizer: {embeddings: lsq}`" in found[1]
+    assert f"is int8 {what} (fix: write `ternary`, or another quantizer such as" in reported[0]
+    assert "`quantizer: {weights: lsq}`" in reported[0] and "`quantizer: {embeddings: lsq}`" in reported[1]
     ternary = edited("  weights: int8\n  activations: int8\n  embeddings: int8", "  preset: ternary-a8")
     assert len(shown(write(made, ternary), "quantizer=ternary")) == 1
     assert (
@@ -252,8 +252,8 @@ def test_ternary_codes_under_a_format_of_more_bits_are_a_mistake_of_the_format(m
     ],
 )  # fmt: skip
 def test_what_picked_and_shared_blocks_do_not_allow(overrides: list[str], expected: str, made: Path) -> None:
-    found = shown(write(made), *overrides)
-    assert len(found) == 1 and re.search(expected, found[0]), found
+    reported = shown(write(made), *overrides)
+    assert len(reported) == 1 and re.search(expected, reported[0]), reported
 
 
 def test_picked_blocks_are_the_models_layers(made: Path) -> None:
@@ -279,9 +279,11 @@ def test_a_layer_is_judged_unless_its_own_format_is_in_doubt(made: Path) -> None
         "format.layers.lm_hed: matches none of the 11 layers",
         "format.layers.lm_hed.weights: must be one of float, int8, int4, int3, int2, ternary, codebook, ",
     ]
-    found = shown(write(made, text))
-    assert len(found) == 4, found
-    assert all(line.split(": ", 1)[1].startswith(start) for line, start in zip(found, expected, strict=True))
+    reported = shown(write(made, text))
+    assert len(reported) == 4, reported
+    assert all(
+        line.split(": ", 1)[1].startswith(start) for line, start in zip(reported, expected, strict=True)
+    )
 
 
 def test_a_wrong_section_does_not_hide_what_others_say_about_the_model(made: Path) -> None:
@@ -314,8 +316,10 @@ def test_a_hub_id_is_no_mistake_and_is_checked_where_it_was_downloaded_to(made: 
 
 
 def test_a_missing_model_is_one_mistake(made: Path) -> None:
-    found = shown(write(made, edited("source: model", "source: modle")))
-    assert len(found) == 1 and found[0].startswith("recipe.yaml:3: model.source: 'modle' does not exist")
+    reported = shown(write(made, edited("source: model", "source: modle")))
+    assert len(reported) == 1 and reported[0].startswith(
+        "recipe.yaml:3: model.source: 'modle' does not exist"
+    )
 
 
 def test_a_model_that_cannot_be_read_is_one_mistake(tmp_path: Path) -> None:
@@ -326,10 +330,10 @@ def test_a_model_that_cannot_be_read_is_one_mistake(tmp_path: Path) -> None:
         check_model(load_recipe(file), folder / "model")
     save_model(folder / "model")
     (folder / "model" / "model.safetensors").write_bytes(b"short")
-    found = shown(file)
-    assert len(found) == 1
+    reported = shown(file)
+    assert len(reported) == 1
     assert re.match(
-        r"recipe\.yaml:3: model\.source: .* is not a readable safetensors file .*\(fix: save", found[0]
+        r"recipe\.yaml:3: model\.source: .* is not a readable safetensors file .*\(fix: save", reported[0]
     )
 
 

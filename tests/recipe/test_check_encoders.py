@@ -258,8 +258,8 @@ def test_points_that_a_family_lacks_and_formats_that_no_point_has_are_refused(ma
 
 def test_a_float_method_with_rounded_points_is_a_contradiction(made: Path) -> None:
     text = RECIPE.replace("method: ptq", "method: float").replace("preset: w8a8", "attention: int8")
-    found = shown(write(made, text))
-    assert any("trains the float model, and the format quantizes it" in line for line in found)
+    reported = shown(write(made, text))
+    assert any("trains the float model, and the format quantizes it" in line for line in reported)
 
 
 @pytest.mark.parametrize(
@@ -280,8 +280,8 @@ def test_what_looks_into_attentions_wants_query_key_and_value_apart(
     text = RECIPE.replace("bert, source: whole", "gpt2, source: model").replace(
         "method: ptq", f"method: {method}"
     )
-    (found,) = shown(write(made, text.replace("preset: w8a8", f"preset: {form}")))
-    assert f": {key}: {message}" in found
+    (reported,) = shown(write(made, text.replace("preset: w8a8", f"preset: {form}")))
+    assert f": {key}: {message}" in reported
 
 
 def test_distillation_without_attention_scores_is_for_every_family(made: Path) -> None:
@@ -296,9 +296,9 @@ def test_an_adapter_needs_a_place_to_fold_into(made: Path) -> None:
     assert with_task(
         write(made, RECIPE.replace("method: ptq", "method: quadapter"))
     ).report.architecture.sites
-    found = said(write(made, RECIPE.replace("method: ptq", "method: quadapter\nadapter: {sites: norm}")))
-    assert "adapter.sites: the norms of a bert model feed the residual" in found
-    assert "write `sites: value`" in found
+    reported = said(write(made, RECIPE.replace("method: ptq", "method: quadapter\nadapter: {sites: norm}")))
+    assert "adapter.sites: the norms of a bert model feed the residual" in reported
+    assert "write `sites: value`" in reported
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shown(folder: Path, **sections: object) -> list[str]:
     file = write(folder, yaml.safe_dump({**RECIPE, **sections}, sort_keys=False))
-    found = all_mistakes(file)[2]
-    assert not [mistake for mistake in found if FOREIGN.search(f"{mistake.message} {mistake.fix}")]
-    return [str(mistake).replace(f"{folder}/", "") for mistake in found]
+    reported = all_mistakes(file)[2]
+    assert not [mistake for mistake in reported if FOREIGN.search(f"{mistake.message} {mistake.fix}")]
+    return [str(mistake).replace(f"{folder}/", "") for mistake in reported]
 
 
 BOOK = {"codebook": "gather"}
@@ -146,9 +146,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_may_not_is_one_mistake(folder: Path, name: str) -> None:
     sections, pattern = BAD[name]
-    found = shown(folder, **sections)
-    assert len(found) == 1, found
-    assert re.search(pattern, found[0]), found[0]
+    reported = shown(folder, **sections)
+    assert len(reported) == 1, reported
+    assert re.search(pattern, reported[0]), reported[0]
 
 
 def test_every_target_takes_a_codebook_and_only_those_with_int8_a_decoded_one(folder: Path) -> None:

@@ -113,8 +113,8 @@ def test_an_archive_is_looked_at_without_its_pixels(
     arrays, section, message = IMAGES[what]
     archive(photos, "test.npz", **arrays)
     monkeypatch.setattr("qcompress.tasks.images._pixels", lambda *_: pytest.fail("the pixels were read"))
-    found = images(photos, section)
-    assert len(found) == 1 and message in found[0], found
+    reported = images(photos, section)
+    assert len(reported) == 1 and message in reported[0], reported
 
 
 def test_images_that_are_right_are_right(photos: Path) -> None:
@@ -127,9 +127,11 @@ def test_images_that_nothing_resizes_have_the_models_size(photos: Path) -> None:
     task = "image-classification, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]"
     size = json.loads((photos / "model" / "config.json").read_text())["image_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    (found,) = images(photos, task=task)
-    assert f"holds images of 20 x 24, nothing resizes them, and the model takes {height} x {width}" in found
-    assert f"write `size: [{height}, {width}]`, `mean` and `std` under `task`" in found
+    (reported,) = images(photos, task=task)
+    assert (
+        f"holds images of 20 x 24, nothing resizes them, and the model takes {height} x {width}" in reported
+    )
+    assert f"write `size: [{height}, {width}]`, `mean` and `std` under `task`" in reported
     assert images(photos, task=f"{task}, size: [{height}, {width}]") == []
 
 
@@ -150,8 +152,8 @@ def test_an_image_processor_is_looked_at(steps: object, message: str, photos: Pa
     file.unlink()
     if steps is not None:
         file.write_text(steps if isinstance(steps, str) else json.dumps(before | steps))
-    (found,) = images(photos)
-    assert found.startswith("recipe.yaml:2: model.source: ") and message in found
+    (reported,) = images(photos)
+    assert reported.startswith("recipe.yaml:2: model.source: ") and message in reported
 
 
 # Tags and texts -----------------------------------------------------------------------------------
@@ -268,8 +270,8 @@ def test_a_larger_tokenizer_whose_extra_tokens_are_not_used_is_legitimate(
     tokenizer.save_pretrained(tmp_path / "model")
     assert said(file) == []
     (tmp_path / "test.csv").write_text("text,label\na film,no\na film extra399,yes\n")
-    (found,) = said(file)
-    assert "data.evaluate.test.table: example 2 has the token 'extra399' of the id 413" in found
+    (reported,) = said(file)
+    assert "data.evaluate.test.table: example 2 has the token 'extra399' of the id 413" in reported
 
 
 # Labels of several sets ---------------------------------------------------------------------------
@@ -294,11 +296,11 @@ def test_a_number_is_one_label_in_all_sets(
         lines = lines if suffix == ".csv" else [json.dumps(row) for row in rows]
         (tmp_path / f"{name}{suffix}").write_text("\n".join(lines) + "\n")
     data = (f"calibration: {{table: [train{suffix}]}}", f"evaluate: {{test: {{table: [test{suffix}]}}}}")
-    found = said(recipe(tmp_path, "bert", "sequence-classification, context: 16", *data))
+    reported = said(recipe(tmp_path, "bert", "sequence-classification, context: 16", *data))
     if fine:
-        assert found == []
+        assert reported == []
     else:
-        (mistake,) = found
+        (mistake,) = reported
         assert mistake.startswith(
             "recipe.yaml:3: task.labels_are: the label 1 is output 0 in data.calibration "
         )

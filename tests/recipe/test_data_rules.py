@@ -137,17 +137,17 @@ def test_the_good_recipe_is_good(folder: Path) -> None:
 def test_one_mistake_is_reported_once_where_it_is(what: str, folder: Path) -> None:
     (old, new), expected = ONE_MISTAKE[what]
     assert GOOD.count(old) == 1
-    found = mistakes(write(folder, GOOD.replace(old, new)))
-    assert len(found) == 1, found
-    assert re.match("recipe.yaml" + expected, found[0]), found
+    reported = mistakes(write(folder, GOOD.replace(old, new)))
+    assert len(reported) == 1, reported
+    assert re.match("recipe.yaml" + expected, reported[0]), reported
 
 
 def test_a_language_model_reads_no_table(folder: Path) -> None:
     (old, new), _ = ONE_MISTAKE["tables for a language model"]
-    found = mistakes(write(folder, GOOD.replace(old, new)), "gate=")
-    keys = [line.partition(": ")[2].partition(": ")[0] for line in found]
+    reported = mistakes(write(folder, GOOD.replace(old, new)), "gate=")
+    keys = [line.partition(": ")[2].partition(": ")[0] for line in reported]
     assert keys == ["data.train.table", "data.evaluate.dev.table"]
-    assert all("and the task is causal-lm" in line and "`text: [FILE, ...]`" in line for line in found)
+    assert all("and the task is causal-lm" in line and "`text: [FILE, ...]`" in line for line in reported)
 
 
 def test_glue_gives_the_kind(folder: Path) -> None:
@@ -290,13 +290,13 @@ def test_one_number_for_a_list_is_written_as_often_as_the_list_is_long(photos: P
 def test_one_mistake_about_images_is_reported_once_where_it_is(what: str, photos: Path) -> None:
     (old, new), expected = WRONG_IMAGES[what]
     assert IMAGES.count(old) == 1
-    found = mistakes(write(photos, IMAGES.replace(old, new)))
-    assert len(found) == 1, found
-    assert re.match("recipe.yaml" + expected, found[0]), found
+    reported = mistakes(write(photos, IMAGES.replace(old, new)))
+    assert len(reported) == 1, reported
+    assert re.match("recipe.yaml" + expected, reported[0]), reported
 
 
 @pytest.mark.parametrize("origin", ["npz: [train.npz]", "folder: photos"])
 @pytest.mark.parametrize("text", [GOOD, GOOD_LM])
 def test_a_task_of_text_reads_no_images(text: str, origin: str, photos: Path) -> None:
-    found = mistakes(write(photos, text.replace("live: {text: [lines.txt]}", f"live: {{{origin}}}")))
-    assert len(found) == 1 and "belongs to image-classification, and the task is" in found[0], found
+    reported = mistakes(write(photos, text.replace("live: {text: [lines.txt]}", f"live: {{{origin}}}")))
+    assert len(reported) == 1 and "belongs to image-classification, and the task is" in reported[0], reported

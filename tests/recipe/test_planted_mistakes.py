@@ -399,8 +399,8 @@ def test_a_mistake_is_found_with_its_line(what: str, good: Path, tmp_path: Path)
     folder = shutil.copytree(good, tmp_path / "case")
     plant(folder)
     start = time.perf_counter()
-    found = said(folder)
+    reported = said(folder)
     assert time.perf_counter() - start < 10  # 0.1 s on an idle machine
-    assert len(found) == 1, found
-    assert found[0].startswith(f"recipe.yaml:{where}") and message in found[0], found
-    assert "(fix: " in found[0]
+    assert len(reported) == 1, reported
+    assert reported[0].startswith(f"recipe.yaml:{where}") and message in reported[0], reported
+    assert "(fix: " in reported[0]

@@ -506,11 +506,11 @@ def test_a_changed_scale_of_a_point_breaks_the_certificate(
         node.input[1] = "another.scale"
 
     assert failed(recertified(graph, tmp_path, lambda model: None)) == {}
-    found = failed(recertified(graph, tmp_path, change))
-    assert list(found.values()) == [f"{op}: the scale differs"]
+    failure = failed(recertified(graph, tmp_path, change))
+    assert list(failure.values()) == [f"{op}: the scale differs"]
     scales = load_file(graph.made.folded.path / "folded.safetensors")
     equal = [key for key, scale in scales.items() if torch.equal(scale, scales[f"{name}.scale"])]
-    assert len(equal) > 1 or list(found) == [name]  # equal scales share an initializer, and nodes its name
+    assert len(equal) > 1 or list(failure) == [name]  # equal scales share an initializer, and nodes its name
 
 
 def test_a_point_that_the_graph_lost_or_gained_breaks_the_certificate(graph: Graph, tmp_path: Path) -> None:
@@ -527,8 +527,8 @@ def test_a_point_that_the_graph_lost_or_gained_breaks_the_certificate(graph: Gra
                 if value == decode.output[0]:
                     node.input[place] = quantize.input[0]
 
-    found = failed(recertified(graph, tmp_path, bypass))
-    assert found == {f"{base}.value_point": "0 Q/DQ pairs in front of the operation, 1 expected"}
+    failure = failed(recertified(graph, tmp_path, bypass))
+    assert failure == {f"{base}.value_point": "0 Q/DQ pairs in front of the operation, 1 expected"}
     facts = read_json(graph.made.folded.path / "folded.json")
     points = [
         replace(item, activations=None) if item.name == f"{base}.key_point" else item
@@ -545,8 +545,8 @@ def test_a_graph_without_its_softmax_proves_nothing(graph: Graph, tmp_path: Path
     def rename(model: onnx.ModelProto) -> None:
         next(node for node in model.graph.node if node.op_type == "Softmax").op_type = "Hardmax"
 
-    found = failed(recertified(graph, tmp_path, rename))
-    assert len(found) == 7 and set(found.values()) == {"its place in the graph was not found"}
+    failure = failed(recertified(graph, tmp_path, rename))
+    assert len(failure) == 7 and set(failure.values()) == {"its place in the graph was not found"}
 
 
 def test_quantizers_of_points_are_those_of_activations(encoder: Callable[..., EncoderLine]) -> None:

@@ -296,8 +296,8 @@ def test_paths_hold_where_a_link_stands_between_two_files(folder: Path) -> None:
 
 def test_what_no_file_has_is_missing_from_the_recipe_itself(folder: Path) -> None:
     write(folder, edited("name: good\n", ""), "base.yaml")
-    (found,) = mistakes(write(folder, "\nextends: base.yaml\n", "child.yaml"))
-    assert found.startswith("child.yaml:1: name: is missing")
+    (reported,) = mistakes(write(folder, "\nextends: base.yaml\n", "child.yaml"))
+    assert reported.startswith("child.yaml:1: name: is missing")
 
 
 def test_a_dataset_of_an_extended_file_stays_a_directory(folder: Path) -> None:
@@ -311,8 +311,8 @@ def test_a_dataset_of_an_extended_file_stays_a_directory(folder: Path) -> None:
     recipe = load_recipe(write(folder, "extends: sub/base.yaml\n", "child.yaml")).recipe
     assert recipe.data.evaluate["other"].dataset == "./sub/set"  # `sub/set` would be a name on the hub
     write(folder, edited("{dataset: set}", "{dataset: ./sett}", text), "sub/base.yaml")
-    (found,) = mistakes(folder / "child.yaml")
-    assert found.startswith("sub/base.yaml:10: data.evaluate.other.dataset: './sub/./sett' does not exist")
+    (reported,) = mistakes(folder / "child.yaml")
+    assert reported.startswith("sub/base.yaml:10: data.evaluate.other.dataset: './sub/./sett' does not exist")
 
 
 def test_hub_names_of_an_extended_file_stay_as_they_are(folder: Path) -> None:
@@ -349,8 +349,8 @@ def test_an_extends_that_leads_nowhere_is_one_mistake(extends: str, match: str, 
 
 
 def test_an_extends_that_leads_nowhere_does_not_hide_wrong_values(folder: Path) -> None:
-    found = mistakes(write(folder, "extends: nowhere.yaml\nseed: x\nfomrat: w8a8\nmethod: qat\n"))
-    assert [line.split(": ")[1] for line in found] == ["extends", "seed", "fomrat", "method"]
+    reported = mistakes(write(folder, "extends: nowhere.yaml\nseed: x\nfomrat: w8a8\nmethod: qat\n"))
+    assert [line.split(": ")[1] for line in reported] == ["extends", "seed", "fomrat", "method"]
 
 
 def test_a_long_chain_is_refused(folder: Path) -> None:

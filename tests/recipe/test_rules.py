@@ -130,10 +130,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("what", ONE_MISTAKE)
 def test_one_mistake_is_reported_once_where_it_is(what: str, folder: Path) -> None:
     (old, new), expected = ONE_MISTAKE[what]
-    found = mistakes(write(folder, edited(old, new)))
-    assert len(found) == 1, found
-    assert re.match("recipe.yaml" + expected, found[0]), found
-    assert " (fix: " in found[0]
+    reported = mistakes(write(folder, edited(old, new)))
+    assert len(reported) == 1, reported
+    assert re.match("recipe.yaml" + expected, reported[0]), reported
+    assert " (fix: " in reported[0]
 
 
 def test_a_set_that_is_not_there_is_one_mistake_for_all_its_metrics(folder: Path) -> None:
@@ -142,8 +142,8 @@ def test_a_set_that_is_not_there_is_one_mistake_for_all_its_metrics(folder: Path
         "{tset.token_accuracy: {",
         edited("{test.perplexity: 40", "{tset.perplexity: 40"),
     )
-    (found,) = mistakes(write(folder, text))
-    assert "float_floor" in found and '(also gate.recovery."tset.token_accuracy")' in found
+    (reported,) = mistakes(write(folder, text))
+    assert "float_floor" in reported and '(also gate.recovery."tset.token_accuracy")' in reported
 
 
 NO_DATA = ["method=ptq", "train=", "data.train=", "data.calibration="]
@@ -167,9 +167,9 @@ CALIBRATION = {
 @pytest.mark.parametrize("what", CALIBRATION)
 def test_calibration_data_is_needed_where_something_is_observed(what: str, folder: Path) -> None:
     overrides, expected = CALIBRATION[what]
-    found = mistakes(write(folder), *NO_DATA, *overrides)
-    assert len(found) == (expected is not None), found
-    assert expected is None or re.match("recipe.yaml" + expected, found[0])
+    reported = mistakes(write(folder), *NO_DATA, *overrides)
+    assert len(reported) == (expected is not None), reported
+    assert expected is None or re.match("recipe.yaml" + expected, reported[0])
 
 
 def test_no_training_data_is_needed_without_steps_on_it(folder: Path) -> None:

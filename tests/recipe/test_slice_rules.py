@@ -94,15 +94,15 @@ ONE_MISTAKE = {
 @pytest.mark.parametrize("what", ONE_MISTAKE)
 def test_one_mistake_is_reported_once_where_it_is(what: str, folder: Path) -> None:
     (old, new), says = ONE_MISTAKE[what]
-    (found,) = mistakes(write(folder, edited(old, new)))
-    assert says in found
+    (reported,) = mistakes(write(folder, edited(old, new)))
+    assert says in reported
 
 
 def test_a_window_of_text_is_of_no_row(folder: Path) -> None:
     text = GOOD.partition("gate:")[0].replace("sequence-classification, labels: [neg, pos]", "causal-lm")
     text = text.replace("{family: bert", "{family: gpt2").replace("table: [dev.csv]", "dataset: a/b")
-    (found,) = mistakes(write(folder, text))
-    assert "data.evaluate.dev.slices: a sample of causal-lm is a window of the whole text" in found
+    (reported,) = mistakes(write(folder, text))
+    assert "data.evaluate.dev.slices: a sample of causal-lm is a window of the whole text" in reported
 
 
 IN_THE_DATA = {
@@ -127,8 +127,8 @@ def test_the_data_are_looked_at_before_anything_is_trained(what: str, folder: Pa
         text = text.replace("@language=de", "@language=it")
     file = write(folder, text)
     assert mistakes(file) == []
-    (found,) = of_slices(file)
-    assert says in found
+    (entries,) = of_slices(file)
+    assert says in entries
 
 
 def test_a_run_is_refused_too(folder: Path) -> None:
@@ -146,8 +146,8 @@ def test_a_run_is_refused_too(folder: Path) -> None:
 def test_a_column_of_ids_is_no_slice(folder: Path) -> None:
     rows = [f"a,pos,de,1,{number}" for number in range(101)]
     (folder / "dev.csv").write_text("\n".join([ROWS[0], *rows]) + "\n")
-    (found,) = of_slices(write(folder, edited("[language, fold]", "[language, fold, id]")))
-    assert "'id' has 101 different values, and goals hold for at most 100" in found
+    (entries,) = of_slices(write(folder, edited("[language, fold]", "[language, fold, id]")))
+    assert "'id' has 101 different values, and goals hold for at most 100" in entries
 
 
 def test_another_origin_leaves_no_slices_behind_and_another_goal_no_goal(folder: Path) -> None:
@@ -176,5 +176,5 @@ def test_a_smoke_run_has_too_few_samples_for_slices(folder: Path) -> None:
 )  # fmt: skip
 def test_the_schema_knows_slices_and_their_goals(goal: str, fine: bool, folder: Path) -> None:
     file = write(folder, edited("dev.accuracy@language=de", goal))
-    found = list(Draft202012Validator(recipe_schema()).iter_errors(read_yaml(file, "x").value))
-    assert (found == []) == fine
+    errors_of_schema = list(Draft202012Validator(recipe_schema()).iter_errors(read_yaml(file, "x").value))
+    assert (errors_of_schema == []) == fine

@@ -195,10 +195,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("what", ONE_MISTAKE)
 def test_one_mistake_is_reported_once_where_it_is(what: str, folder: Path) -> None:
     (old, new), expected = ONE_MISTAKE[what]
-    found = mistakes(write(folder, edited(old, new)))
-    assert len(found) == 1, found
-    assert re.match("recipe.yaml" + expected, found[0]), found
-    assert " (fix: " in found[0] or what in SAYS_IT_ITSELF
+    reported = mistakes(write(folder, edited(old, new)))
+    assert len(reported) == 1, reported
+    assert re.match("recipe.yaml" + expected, reported[0]), reported
+    assert " (fix: " in reported[0] or what in SAYS_IT_ITSELF
 
 
 def test_a_wrong_value_does_not_hide_what_is_wrong_with_its_name(folder: Path) -> None:

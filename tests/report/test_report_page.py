@@ -137,13 +137,13 @@ def test_recovery_is_the_paired_loss_in_percent_with_its_bootstrap_interval(page
 def test_goals_against_a_baseline_stand_there_with_their_intervals(mine: Path, run: Path, page: Page) -> None:
     goals = mine / "goals.yaml"
     goals.write_text("gate: {regression: {test.perplexity: {percent-max-degradation: 1}}}\n")
-    found = api.gate_against(run, mine, goals=goals)
+    judgement = api.gate_against(run, mine, goals=goals)
     baseline = read(api.report([mine])).section("baseline")
     assert "accept against" in baseline.text and "baseline" not in {
         node.attributes["id"] for node in page.all("section")
     }
     line = next(row for row in rows_of(baseline) if row[0] == "test.perplexity")
-    assert found["goals"][0]["interval"] == [0.0, 0.0]
+    assert judgement["goals"][0]["interval"] == [0.0, 0.0]
     assert line[1:3] == ["percent-max-degradation", "1"] and line[-1] == "pass"
     pointers = {node.attributes.get("data-from") for node in baseline.all("data")}
     assert {f"gate.json#/goals/0/{key}" for key in ("value", "loss", "interval/0", "interval/1")} <= pointers
@@ -217,12 +217,12 @@ MISSING = {
 @pytest.mark.parametrize("name", MISSING)
 def test_a_file_that_is_missing_is_said_to_be(name: str, mine: Path, page: Page) -> None:
     (mine / name).unlink()
-    found = read(api.report([mine]))
-    assert [node.attributes["id"] for node in found.all("section")] == [
+    content = read(api.report([mine]))
+    assert [node.attributes["id"] for node in content.all("section")] == [
         node.attributes["id"] for node in page.all("section")
     ]
     for anchor, sentence in MISSING[name].items():
-        assert sentence in found.section(anchor).text
+        assert sentence in content.section(anchor).text
 
 
 @pytest.mark.parametrize("name", ["parity.json", "verdict.json", "manifest.json", "recipe.resolved.yaml"])
@@ -281,7 +281,7 @@ def test_a_silent_run_has_curves_of_its_losses_and_scales(page: Page, run: Path)
 
 
 def test_curves_are_the_records_in_the_order_of_their_updates(mine: Path) -> None:
-    found = logged(
+    records = logged(
         mine,
         update(1, 30, 2.5, terms={"logits": 2.0, "hidden": 0.5}, lr={"weight": 1e-3}),
         update(1, 1, 3.5, terms={"logits": 3.0, "hidden": 0.5}, lr={"weight": 2e-3}),
@@ -289,27 +289,27 @@ def test_curves_are_the_records_in_the_order_of_their_updates(mine: Path) -> Non
         update(0, 1, 0.25, lr={"adapter": 0.1}),
         update(0, 60, 0.125, lr={"adapter": 0.2}),
     ).section("training")
-    losses, terms = (chart.all("table")[0] for chart in found.all("figure"))
+    losses, terms = (chart.all("table")[0] for chart in records.all("figure"))
     assert rows_of(losses)[1:] == [
         ["calibrate", "1", "0.25", "0.1", "-"], ["calibrate", "60", "0.125", "0.2", "-"],
         ["finetune", "1", "3.5", "-", "0.002"], ["finetune", "30", "2.5", "-", "0.001"],
     ]  # fmt: skip
     assert rows_of(terms)[1:] == [["finetune", "61", "3", "0.5"], ["finetune", "90", "2", "0.5"]]
-    told = [node.text for node in found.all("desc")]
+    told = [node.text for node in records.all("desc")]
     assert told == ["calibrate: 1 0.25, 60 0.125. finetune: 1 3.5, 30 2.5.",
                     "logits: 61 3, 90 2. hidden: 61 0.5, 90 0.5."]  # fmt: skip
 
 
 def test_the_scales_that_moved_most_are_drawn_and_the_others_listed(mine: Path) -> None:
     first = {f"still.{place}": 1.0 + place for place in range(300)}
-    found = logged(
+    records = logged(
         mine,
         scales(0, **first, **{"a/b.input": 0.5, "c.weight": [0.1, 0.2, 0.3]}),
         scales(30, **{"a/b.input": 0.4}),
         scales(60, **first, **{"a/b.input": 0.25, "c.weight": [0.1, 0.8, 0.3]}),
         scales(60, once=2.0),
     )
-    training = found.section("training")
+    training = records.section("training")
     (chart,) = training.all("figure")
     told = chart.all("desc")[0].text
     assert told.startswith("c.weight, median: 0 0.2, 60 0.8. a/b.input: 0 0.5, 30 0.4, 60 0.25. still.0: ")
@@ -318,7 +318,7 @@ def test_the_scales_that_moved_most_are_drawn_and_the_others_listed(mine: Path) 
     assert rows[1:3] == [["c.weight", "median", "0.2", "0.8", "4"], ["a/b.input", "", "0.5", "0.25", "0.5"]]
     assert len(rows) == 201
     assert "The 102 that are not in the table moved by a factor of 1 at most" in training.text
-    pointed = [node.attributes for node in found.figures if "log.j" in node.attributes.get("data-from", "")]
+    pointed = [node.attributes for node in records.figures if "log.j" in node.attributes.get("data-from", "")]
     assert len(pointed) == 400
     for figure in pointed:
         assert json.loads(figure["data-value"]) == look_up(figure["data-from"], [mine])
@@ -334,11 +334,11 @@ def test_what_was_not_logged_is_left_out_and_said(mine: Path) -> None:
 
 
 def test_histograms_are_those_of_the_file_bin_by_bin(page: Page, run: Path) -> None:
-    found = json.loads((run / "distributions.json").read_text())
+    document = json.loads((run / "distributions.json").read_text())
     channels, weights = page.section("distributions").all("figure")
     for chart, entries, named, keys in (
-        (channels, found["channels"], "site", ("before", "after")),
-        (weights, found["histograms"], "layer", ("float", "deployed")),
+        (channels, document["channels"], "site", ("before", "after")),
+        (weights, document["histograms"], "layer", ("float", "deployed")),
     ):
         assert len(entries) == 4 and len(chart.all("svg")) == 1
         wanted = [
@@ -358,14 +358,14 @@ def test_histograms_are_those_of_the_file_bin_by_bin(page: Page, run: Path) -> N
 
 
 def test_sites_and_layers_stand_in_tables_the_worst_first(page: Page, run: Path) -> None:
-    found = json.loads((run / "distributions.json").read_text())
+    document = json.loads((run / "distributions.json").read_text())
     tables = {
         table.all("caption")[0].text: rows_of(table) for table in page.section("distributions").all("table")
     }
     sites = tables["Sites of the adapter"]
-    ratio = {site["site"]: site["before"]["largest"] / site["before"]["median"] for site in found["sites"]}
+    ratio = {site["site"]: site["before"]["largest"] / site["before"]["median"] for site in document["sites"]}
     assert [row[0] for row in sites[1:]] == sorted(ratio, key=lambda name: -ratio[name])
-    snr = {entry["layer"]: entry["snr_db"] for entry in found["weights"]}
+    snr = {entry["layer"]: entry["snr_db"] for entry in document["weights"]}
     assert [row[0] for row in tables["SNR of the weights"][1:]] == sorted(snr, key=snr.__getitem__)
 
 

@@ -134,10 +134,10 @@ def test_a_compute_type_is_refused_where_there_is_no_matmul_of_it(name: str, com
 @each_target
 def test_int4_is_refused_on_turing_alone(name: str) -> None:
     plan = (*linears(INT4, None), *table(INT4))
-    found = refusals(TARGETS[name], plan, "fp16")
+    refused = refusals(TARGETS[name], plan, "fp16")
     keys = ["format.weights.bits", "format.embeddings.bits"] if SM[name] == 75 else []
-    assert [refusal.key for refusal in found] == keys
-    assert all("SM75" in refusal.message for refusal in found)
+    assert [refusal.key for refusal in refused] == keys
+    assert all("SM75" in refusal.message for refusal in refused)
 
 
 @each_target
@@ -175,8 +175,8 @@ def test_a_block_that_does_not_divide_a_table_is_told_at_the_embeddings() -> Non
 
 @each_target
 def test_int4_blocks_with_int8_activations_are_refused_where_the_builder_dies(name: str) -> None:
-    found = refusals(TARGETS[name], linears(SHORT_BLOCKS, ACTIVATIONS), "fp16")
-    keys = {refusal.key for refusal in found} - {"format.weights.bits"}
+    refused = refusals(TARGETS[name], linears(SHORT_BLOCKS, ACTIVATIONS), "fp16")
+    keys = {refusal.key for refusal in refused} - {"format.weights.bits"}
     assert keys == ({"format.weights.block"} if name.startswith("rtx-") else set())
 
 

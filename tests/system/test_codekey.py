@@ -58,8 +58,8 @@ def edit(package: Path, name: str, old: str, new: str) -> None:
 
 
 def test_the_walk_follows_imports_in_modules_functions_branches_and_relative_ones(package: Path) -> None:
-    found = code_digest(["qcompress.fold"], package=package)
-    assert list(found) == [
+    digests = code_digest(["qcompress.fold"], package=package)
+    assert list(digests) == [
         "__init__.py",
         "errors.py",
         "fold.py",
@@ -69,21 +69,21 @@ def test_the_walk_follows_imports_in_modules_functions_branches_and_relative_one
         "quant/affine.py",
         "quant/lsq.py",
     ]
-    assert all(len(digest) == 64 for digest in found.values())
+    assert all(len(digest) == 64 for digest in digests.values())
 
 
 def test_the_walk_goes_into_try_with_and_match(package: Path) -> None:
-    found = code_digest(["qcompress.training.methods.table"], package=package)
-    assert {"methods/saq.py", "methods/squat.py", "methods/ipq.py", "quant/lsq.py"} <= found.keys()
+    digests = code_digest(["qcompress.training.methods.table"], package=package)
+    assert {"methods/saq.py", "methods/squat.py", "methods/ipq.py", "quant/lsq.py"} <= digests.keys()
 
 
 def test_left_out_modules_are_neither_counted_nor_walked(package: Path) -> None:
-    found = code_digest(
+    digests = code_digest(
         ["qcompress.training.methods.table"], {"qcompress.training.methods.saq"}, package=package
     )
-    assert "methods/saq.py" not in found
-    assert "quant/lsq.py" not in found
-    assert "methods/squat.py" in found
+    assert "methods/saq.py" not in digests
+    assert "quant/lsq.py" not in digests
+    assert "methods/squat.py" in digests
     left_out = code_digest(
         ["qcompress.training.methods.table"], {"qcompress.training.methods"}, package=package
     )
@@ -106,9 +106,9 @@ def test_a_plain_dotted_import_reaches_every_package_above(package: Path) -> Non
 
 def test_a_package_without_init_lets_its_modules_in(package: Path) -> None:
     (package / "quant/__init__.py").unlink()
-    found = code_digest(["qcompress.fold"], package=package)
-    assert "quant/lsq.py" in found
-    assert "quant/__init__.py" not in found
+    digests = code_digest(["qcompress.fold"], package=package)
+    assert "quant/lsq.py" in digests
+    assert "quant/__init__.py" not in digests
 
 
 @pytest.mark.parametrize(
@@ -239,8 +239,8 @@ def changed(path: str, value: object) -> dict[str, object]:
 def test_whatever_changes_the_key_is_named(path: str, value: object, words: str) -> None:
     other = changed(path, value)
     assert stage_key("fold", other) != stage_key("fold", PARTS)
-    (found,) = differences(PARTS, other)
-    assert found == words or (found.startswith(words) and "{" in found)
+    (changes,) = differences(PARTS, other)
+    assert changes == words or (changes.startswith(words) and "{" in changes)
     (backwards,) = differences(other, PARTS)
     assert backwards.split(" ")[-1] in {"changed", "removed"} or "->" in backwards
 

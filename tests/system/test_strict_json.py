@@ -71,8 +71,8 @@ def test_two_meanings_of_one_key_are_refused() -> None:
 
 
 def test_a_reader_finds_null_and_the_place() -> None:
-    found = strictly(strict_json.dumps({"rows": [{"loss": math.nan, "n": 3}], "x/y": -math.inf}))
-    assert found == {"rows": [{"loss": None, "n": 3}], "x/y": None,
+    document = strictly(strict_json.dumps({"rows": [{"loss": math.nan, "n": 3}], "x/y": -math.inf}))
+    assert document == {"rows": [{"loss": None, "n": 3}], "x/y": None,
                      "not_finite": {"/rows/0/loss": "nan", "/x~1y": "-inf"}}  # fmt: skip
 
 

@@ -87,8 +87,8 @@ def test_perplexity_is_that_of_the_sliding_window_recipe(
     tmp_path: Path, model: GPT2LMHeadModel, context: int, stride: int | None, count: int, batch: int
 ) -> None:
     data, ids = write_ids(tmp_path, count)
-    found = samples(data, tmp_path, Words(), CausalLm(context=context, stride=stride), None)
-    results = by_the_task(model, found, batch)
+    sample_list = samples(data, tmp_path, Words(), CausalLm(context=context, stride=stride), None)
+    results = by_the_task(model, sample_list, batch)
     result = metrics(results)
     nll, targets, correct = by_the_recipe(model, ids, context, stride or context)
     assert sum(sample["tokens"] for sample in results) == targets > 0
@@ -104,9 +104,9 @@ def test_every_token_but_the_first_of_the_text_counts_once_where_windows_overlap
 ) -> None:
     """Without overlap (stride 32) the first token of each window has no context and does not count."""
     data, ids = write_ids(tmp_path, count)
-    found = samples(data, tmp_path, Words(), CausalLm(context=32, stride=stride), None)
+    sample_list = samples(data, tmp_path, Words(), CausalLm(context=32, stride=stride), None)
     start, counted = 0, []
-    for window in found:
+    for window in sample_list:
         assert len(window.ids) <= 32 and window.first >= 1
         np.testing.assert_array_equal(window.ids, ids[start : start + len(window.ids)])
         counted += range(start + window.first, start + len(window.ids))
@@ -122,9 +122,9 @@ def test_limits_keep_the_first_windows_and_the_smaller_one_wins(tmp_path: Path) 
     assert len(whole) == 7
     for own, limit, count in ((3, None, 3), (None, 2, 2), (5, 2, 2), (2, 5, 2), (50, 60, 7)):
         limited = data.model_copy(update={"limit": own})
-        found = samples(limited, tmp_path, Words(), task, limit)
-        assert len(found) == count
-        assert all(np.array_equal(a.ids, b.ids) for a, b in zip(found, whole, strict=False))
+        sample_list = samples(limited, tmp_path, Words(), task, limit)
+        assert len(sample_list) == count
+        assert all(np.array_equal(a.ids, b.ids) for a, b in zip(sample_list, whole, strict=False))
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -139,23 +139,23 @@ def test_a_text_without_a_target_is_refused(tmp_path: Path, count: int) -> None:
 
 def test_training_sequences_follow_one_another_without_overlap(tmp_path: Path) -> None:
     data, ids = write_ids(tmp_path, 205)
-    found = examples(data, tmp_path, Words(), CausalLm(context=20))
-    assert len(found) == 10 and found.lengths.tolist() == [20] * 10
-    batch = found.batch([3, 0])
+    example_set = examples(data, tmp_path, Words(), CausalLm(context=20))
+    assert len(example_set) == 10 and example_set.lengths.tolist() == [20] * 10
+    batch = example_set.batch([3, 0])
     assert list(batch) == ["input_ids"] and batch["input_ids"].dtype == torch.int64
-    np.testing.assert_array_equal(found.ids.numpy(), ids[:200].reshape(10, 20))
+    np.testing.assert_array_equal(example_set.ids.numpy(), ids[:200].reshape(10, 20))
     np.testing.assert_array_equal(batch["input_ids"].numpy(), ids[:200].reshape(10, 20)[[3, 0]])
 
 
 @pytest.mark.parametrize("limit", [1, 3, 9, 10, 11])
 def test_a_limit_spreads_them_evenly_over_the_text(tmp_path: Path, limit: int) -> None:
     data, ids = write_ids(tmp_path, 205)
-    found = examples(data.model_copy(update={"limit": limit}), tmp_path, Words(), CausalLm(context=20))
+    example_set = examples(data.model_copy(update={"limit": limit}), tmp_path, Words(), CausalLm(context=20))
     rows = ids[:200].reshape(10, 20)
     expected = (
         [int(np.floor(index * 10 / limit)) for index in range(min(limit, 10))] if limit < 10 else range(10)
     )
-    np.testing.assert_array_equal(found.ids.numpy(), rows[list(expected)])
+    np.testing.assert_array_equal(example_set.ids.numpy(), rows[list(expected)])
 
 
 def test_a_text_shorter_than_one_sequence_is_refused(tmp_path: Path) -> None:

@@ -70,9 +70,9 @@ def plain(images: np.ndarray, size: tuple[int, int] = (8, 8)) -> np.ndarray:
 
 def test_the_recipes_own_preparation_is_resize_rescale_normalize(reader: Reader) -> None:
     images = pictures()
-    found = reader.pixels([reader.shaped(image) for image in images])
-    assert found.dtype == np.float32 and found.shape == (12, 3, 8, 8)
-    np.testing.assert_allclose(found, plain(images), atol=1e-6)  # fp32 against fp64
+    inputs = reader.pixels([reader.shaped(image) for image in images])
+    assert inputs.dtype == np.float32 and inputs.shape == (12, 3, 8, 8)
+    np.testing.assert_allclose(inputs, plain(images), atol=1e-6)  # fp32 against fp64
     assert np.array_equal(reader.black(), reader.pixels([np.zeros((8, 8, 3), np.uint8)])[0, :, 3, 5])
     np.testing.assert_allclose(reader.black(), -np.array(MEAN) / np.array(STD), atol=1e-6)
 
@@ -94,9 +94,9 @@ def test_two_steps_are_what_the_checkpoints_processor_does_in_one(name: str, tmp
     images = pictures(5)
     for image in images:
         loaded.check(image)
-    found = loaded.pixels([loaded.shaped(image) for image in images])
+    inputs = loaded.pixels([loaded.shaped(image) for image in images])
     expected = processor(list(images), return_tensors="np", input_data_format="channels_last")["pixel_values"]
-    assert np.array_equal(found, expected) and len(np.unique(found)) > 50
+    assert np.array_equal(inputs, expected) and len(np.unique(inputs)) > 50
 
 
 def test_a_processor_that_does_more_is_refused(reader: Reader) -> None:
@@ -138,9 +138,9 @@ def test_an_archive_with_names_of_its_own(tmp_path: Path, reader: Reader) -> Non
     save_npz(tmp_path / "a.npz", x=images[:8], y=labels[:8])
     save_npz(tmp_path / "b.npz", x=images[8:], y=labels[8:])
     data = TextData(npz=["a.npz", "b.npz"], columns={"image": "x", "label": "y"})
-    found = image_classification.samples(data, tmp_path, reader, task(), None)
-    assert known(found) == list(range(3)) * 4
-    pixels = image_classification.collate(found)["pixel_values"]
+    sample_list = image_classification.samples(data, tmp_path, reader, task(), None)
+    assert known(sample_list) == list(range(3)) * 4
+    pixels = image_classification.collate(sample_list)["pixel_values"]
     np.testing.assert_allclose(pixels, plain(images), atol=1e-6)
     few = image_classification.samples(data, tmp_path, reader, task(), 5)
     assert known(few) == [0, 1, 2, 0, 1]
@@ -154,12 +154,12 @@ def test_an_archive_with_names_of_its_own(tmp_path: Path, reader: Reader) -> Non
 
 def test_labels_may_be_names_and_the_checkpoints_order_counts(tmp_path: Path, reader: Reader) -> None:
     save_npz(tmp_path / "a.npz", images=pictures(3), labels=np.array(["cat", "Ant", "bee"]))
-    found = image_classification.samples(TextData(npz=["a.npz"]), tmp_path, reader, task(), None)
-    assert known(found) == [2, 0, 1]
+    sample_list = image_classification.samples(TextData(npz=["a.npz"]), tmp_path, reader, task(), None)
+    assert known(sample_list) == [2, 0, 1]
     settled = image_classification.settled(task(), {"id2label": {"0": "cat", "1": "ant", "2": "bee"}})
     assert settled.labels == ["cat", "ant", "bee"]
-    found = image_classification.samples(TextData(npz=["a.npz"]), tmp_path, reader, settled, None)
-    assert known(found) == [0, 1, 2]
+    sample_list = image_classification.samples(TextData(npz=["a.npz"]), tmp_path, reader, settled, None)
+    assert known(sample_list) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -198,13 +198,13 @@ def test_a_folder_of_folders(tmp_path: Path, reader: Reader) -> None:
     Image.fromarray(images[0]).convert("L").save(tmp_path / "photos" / "bee" / "zz.PNG")
     (tmp_path / "photos" / "bee" / "notes.txt").write_text("no image")
     data = TextData(folder="photos")
-    found = image_classification.samples(data, tmp_path, reader, task(), None)
-    assert known(found) == [0] * 4 + [1] * 5 + [2] * 4
+    sample_list = image_classification.samples(data, tmp_path, reader, task(), None)
+    assert known(sample_list) == [0] * 4 + [1] * 5 + [2] * 4
     order = [*range(0, 12, 3), *range(1, 12, 3), *range(2, 12, 3)]
-    coloured = [sample for place, sample in enumerate(found) if place != 8]
+    coloured = [sample for place, sample in enumerate(sample_list) if place != 8]
     pixels = image_classification.collate(coloured)["pixel_values"]
     np.testing.assert_allclose(pixels, plain(images[order]), atol=1e-6)
-    grey = found[8].image
+    grey = sample_list[8].image
     assert np.array_equal(grey[..., 0], grey[..., 1]) and np.array_equal(grey[..., 0], grey[..., 2])
     assert len(fingerprint(data, tmp_path)) == 14
     (tmp_path / "photos" / "cat" / "broken.png").write_bytes(b"\x89PNG")
@@ -225,10 +225,10 @@ def test_a_dataset_of_a_local_directory(tmp_path: Path, reader: Reader) -> None:
     images = pictures(6)
     write_folder(tmp_path / "set" / "train", images)
     data = TextData(dataset="./set", split="train")
-    found = image_classification.samples(data, tmp_path, reader, task(labels=NAMES[::-1]), None)
+    sample_list = image_classification.samples(data, tmp_path, reader, task(labels=NAMES[::-1]), None)
     order = [0, 3, 1, 4, 2, 5]
-    assert known(found) == [2, 2, 1, 1, 0, 0]  # by name: the dataset's own numbers are another order
-    pixels = image_classification.collate(found)["pixel_values"]
+    assert known(sample_list) == [2, 2, 1, 1, 0, 0]  # by name: the dataset's own numbers are another order
+    pixels = image_classification.collate(sample_list)["pixel_values"]
     np.testing.assert_allclose(pixels, plain(images[order]), atol=1e-6)
     with pytest.raises(UsageError, match="has the columns image, label, and not 'picture'"):
         columns = {"columns": {"image": "picture"}}
@@ -239,12 +239,12 @@ def test_data_without_labels_have_no_labels(tmp_path: Path, reader: Reader) -> N
     save_npz(tmp_path / "a.npz", images=pictures(4))
     save_npz(tmp_path / "b.npz", images=pictures(4), labels=[-1] * 4)
     for name in ("a.npz", "b.npz"):
-        found = image_classification.examples(TextData(npz=[name]), tmp_path, reader, task())
-        assert [sample.known for sample in found.samples] == [{}] * 4 and set(found.batch([1])) == {
-            "pixel_values"
-        }
+        example_set = image_classification.examples(TextData(npz=[name]), tmp_path, reader, task())
+        assert [sample.known for sample in example_set.samples] == [{}] * 4 and set(
+            example_set.batch([1])
+        ) == {"pixel_values"}
     with pytest.raises(UsageError, match="no labels, and the task's loss needs them"):
-        image_classification.loss(torch.zeros(1, 3), found.batch([1]))
+        image_classification.loss(torch.zeros(1, 3), example_set.batch([1]))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -253,9 +253,9 @@ def test_the_cifar_archive_of_the_assets(split: str, assets: Path, tmp_path: Pat
     reader = reader_of(tmp_path, options)
     data = TextData(npz=["images/cifar10-jpeg/cifar10_subset.npz"], limit=50,
                     columns={"image": f"x_{split}", "label": f"y_{split}"})  # fmt: skip
-    found = image_classification.samples(data, assets, reader, options, None)
-    assert len(found) == 50 and {sample.image.shape for sample in found} == {(32, 32, 3)}
-    assert len(set(known(found))) == 10
+    sample_list = image_classification.samples(data, assets, reader, options, None)
+    assert len(sample_list) == 50 and {sample.image.shape for sample in sample_list} == {(32, 32, 3)}
+    assert len(set(known(sample_list))) == 10
 
 
 # Varying ------------------------------------------------------------------------------------------
@@ -265,9 +265,9 @@ def test_a_varied_image_is_the_image_mirrored_framed_and_cut() -> None:
     random = np.random.default_rng(1)
     pixels = random.normal(size=(400, 3, 6, 5)).astype(np.float32)
     black = np.array([7.0, 8.0, 9.0], np.float32)
-    found = varied(pixels, black, Augment(flip=True, crop=2), range(400), (0, 0, 0))
+    changed = varied(pixels, black, Augment(flip=True, crop=2), range(400), (0, 0, 0))
     seen = set()
-    for image, made in zip(pixels, found, strict=True):
+    for image, made in zip(pixels, changed, strict=True):
         framed = {}
         for mirrored in (False, True):
             turned = image[..., ::-1] if mirrored else image
@@ -291,11 +291,11 @@ def test_what_happens_to_an_image_depends_on_the_moment_and_the_row_alone(
 ) -> None:
     save_npz(tmp_path / "a.npz", images=pictures(), labels=np.arange(12) % 3)
     data = TextData(npz=["a.npz"], augment={"flip": True, "crop": 2})
-    found = image_classification.examples(data, tmp_path, reader, task())
+    example_set = image_classification.examples(data, tmp_path, reader, task())
     rows = [3, 8, 1, 5]
 
     def pixels(chosen: list[int], moment: tuple[int, ...] | None) -> np.ndarray:
-        return found.batch(chosen, moment)["pixel_values"].numpy()
+        return example_set.batch(chosen, moment)["pixel_values"].numpy()
 
     whole = pixels(rows, (0, 1, 2))
     assert np.array_equal(whole, pixels(rows, (0, 1, 2)))
@@ -315,12 +315,12 @@ def test_results_and_metrics_by_hand() -> None:
     names = [f"l{index}" for index in range(6)]
     options = ImageClassification(labels=names)
     rows = np.log(np.array([[32, 16, 8, 4, 2, 2], [1, 1, 1, 1, 1, 59], [8, 8, 4, 4, 4, 4]], np.float32))
-    found = image_classification.results([{"label": 1}, {"label": 4}, {"label": 1}], rows, options)
-    assert [one["prediction"] for one in found] == [0, 5, 0]
-    assert [one["rank"] for one in found] == [1, 5, 1]  # of equal logits the first comes first
+    outcomes = image_classification.results([{"label": 1}, {"label": 4}, {"label": 1}], rows, options)
+    assert [one["prediction"] for one in outcomes] == [0, 5, 0]
+    assert [one["rank"] for one in outcomes] == [1, 5, 1]  # of equal logits the first comes first
     losses = [math.log(64 / 16), math.log(64), math.log(32 / 8)]
-    assert [one["loss"] for one in found] == pytest.approx(losses, rel=1e-6)
-    values = image_classification.metrics(found, options)
+    assert [one["loss"] for one in outcomes] == pytest.approx(losses, rel=1e-6)
+    values = image_classification.metrics(outcomes, options)
     assert values == pytest.approx(
         {"accuracy": 0.0, "top5_accuracy": 2 / 3, "cross_entropy": sum(losses) / 3}, rel=1e-6
     )
@@ -330,7 +330,7 @@ def test_results_and_metrics_by_hand() -> None:
     assert image_classification.metrics(unlabelled, options) == {}
     other = [{"prediction": 0}, {"prediction": 1}, {"prediction": 0}]
     assert image_classification.metrics(unlabelled, options, other) == {"agreement": pytest.approx(2 / 3)}
-    assert set(image_classification.metrics(found, ImageClassification(labels=NAMES))) == {
+    assert set(image_classification.metrics(outcomes, ImageClassification(labels=NAMES))) == {
         "accuracy", "cross_entropy",
     }  # fmt: skip
 
@@ -339,21 +339,21 @@ def test_ranks_and_losses_are_torchs() -> None:
     random = np.random.default_rng(2)
     logits = random.normal(size=(60, 7)).astype(np.float32)
     labels = random.integers(0, 7, 60)
-    found = image_classification.results([{"label": int(one)} for one in labels], logits, task())
+    outcomes = image_classification.results([{"label": int(one)} for one in labels], logits, task())
     order = torch.from_numpy(logits).argsort(-1, descending=True)
     ranks = [row.tolist().index(label) for row, label in zip(order, labels, strict=True)]
-    assert [one["rank"] for one in found] == ranks and len(set(ranks)) == 7
+    assert [one["rank"] for one in outcomes] == ranks and len(set(ranks)) == 7
     batch = {"labels": torch.from_numpy(labels)}
     mean = image_classification.loss(torch.from_numpy(logits), batch)
-    assert float(mean) == pytest.approx(np.mean([one["loss"] for one in found]), rel=1e-6)
+    assert float(mean) == pytest.approx(np.mean([one["loss"] for one in outcomes]), rel=1e-6)
 
 
 def test_a_broken_model_gets_no_score() -> None:
     rows = np.array([[1.0, np.nan, 0.0], [2.0, 1.0, 0.0]], np.float32)
-    found = image_classification.results([{"label": 0}, {"label": 0}], rows, task())
-    assert found[0]["prediction"] is None and found[0]["rank"] is None
+    outcomes = image_classification.results([{"label": 0}, {"label": 0}], rows, task())
+    assert outcomes[0]["prediction"] is None and outcomes[0]["rank"] is None
     options = task(labels=[f"l{index}" for index in range(5)])
-    values = image_classification.metrics(found, options)
+    values = image_classification.metrics(outcomes, options)
     assert len(values) == 3 and all(math.isnan(value) for value in values.values())
 
 
@@ -412,12 +412,12 @@ def test_images_beside_the_folders_of_labels_are_named_and_hidden_ones_are_none(
 ) -> None:
     folder = tmp_path / "photos"
     write_folder(folder, pictures(4))
-    count = len(read_pictures(TextData(folder="photos"), tmp_path, {}).found)
+    count = len(read_pictures(TextData(folder="photos"), tmp_path, {}).pictures)
     inner = next(path for path in folder.iterdir() if path.is_dir())
     (inner / ".checkpoints").mkdir()
     Image.fromarray(pictures(1)[0]).save(inner / ".checkpoints" / "x.png")
     Image.fromarray(pictures(1)[0]).save(inner / "._x.png")
-    assert len(read_pictures(TextData(folder="photos"), tmp_path, {}).found) == count > 0
+    assert len(read_pictures(TextData(folder="photos"), tmp_path, {}).pictures) == count > 0
     Image.fromarray(pictures(1)[0]).save(folder / "loose.png")
     with pytest.raises(UsageError, match=r"loose\.png \(1 images in all\) lies in .* itself"):
         read_pictures(TextData(folder="photos"), tmp_path, {})
@@ -428,7 +428,7 @@ def test_one_array_is_no_archive_and_labels_may_stand_in_a_column(tmp_path: Path
     with pytest.raises(UsageError, match=r"one\.npy is not a numpy archive .*one array, without a name"):
         read_pictures(TextData(npz=["one.npy"]), tmp_path, {})
     save_npz(tmp_path / "keras.npz", images=pictures(3), labels=np.array([[2], [0], [1]]))
-    found = read_pictures(TextData(npz=["keras.npz"]), tmp_path, {}).found
+    found = read_pictures(TextData(npz=["keras.npz"]), tmp_path, {}).pictures
     assert [one.label for one in found] == [2, 0, 1]
 
 

@@ -50,8 +50,8 @@ def written(kind: str, cells: list[Any], folder: Path) -> TextData:
 
 def outputs(data: TextData, folder: Path, **options: Any) -> list[int]:
     task = SequenceClassification(context=8, **options)
-    found = sequence_classification.samples(data, folder, word_tokenizer(), task, None)
-    return [sample.known["label"] for sample in found]
+    sample_list = sequence_classification.samples(data, folder, word_tokenizer(), task, None)
+    return [sample.known["label"] for sample in sample_list]
 
 
 STARS = ["1", "2", "3", "4", "5"]

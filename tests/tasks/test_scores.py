@@ -15,11 +15,11 @@ LABELS, ANSWERS = [1, 1, 1, 0, 0, 1, 0, 1], [1, 0, 1, 0, 1, 1, 0, 1]
 
 
 def test_scores_of_two_labels_are_the_hand_worked_ones() -> None:
-    found = scores(("accuracy", "f1", "mcc"), LABELS, ANSWERS)
-    assert found["accuracy"] == 6 / 8
-    assert found["f1"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 1))
-    assert found["mcc"] == pytest.approx((4 * 2 - 1 * 1) / math.sqrt(5 * 5 * 3 * 3))
-    assert list(found) == ["accuracy", "f1", "mcc"]
+    metrics = scores(("accuracy", "f1", "mcc"), LABELS, ANSWERS)
+    assert metrics["accuracy"] == 6 / 8
+    assert metrics["f1"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 1))
+    assert metrics["mcc"] == pytest.approx((4 * 2 - 1 * 1) / math.sqrt(5 * 5 * 3 * 3))
+    assert list(metrics) == ["accuracy", "f1", "mcc"]
 
 
 def test_scores_of_three_labels_average_over_the_labels() -> None:
@@ -30,17 +30,17 @@ def test_scores_of_three_labels_average_over_the_labels() -> None:
 
 def test_scores_of_several_labels_each() -> None:
     labels, answers = [[1, 0, 1], [0, 1, 0], [1, 1, 0]], [[1, 0, 0], [0, 1, 0], [1, 1, 1]]
-    found = scores(("f1_micro", "f1_macro", "accuracy"), labels, answers)
-    assert found["f1_micro"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 1))
-    assert found["f1_macro"] == pytest.approx((1 + 1 + 0) / 3)
-    assert found["accuracy"] == pytest.approx(1 / 3)
+    metrics = scores(("f1_micro", "f1_macro", "accuracy"), labels, answers)
+    assert metrics["f1_micro"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 1))
+    assert metrics["f1_macro"] == pytest.approx((1 + 1 + 0) / 3)
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_correlations_are_the_hand_worked_ones() -> None:
-    found = scores(("pearson", "spearman"), [1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 10.0])
+    metrics = scores(("pearson", "spearman"), [1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 10.0])
     # deviations -1.5 -0.5 0.5 1.5 and -3 -1 -2 6: 13 / sqrt(5 * 50); ranks 1 3 2 4: 1 - 6 * 2 / (4 * 15)
-    assert found["pearson"] == pytest.approx(13 / math.sqrt(5 * 50))
-    assert found["spearman"] == pytest.approx(0.8)
+    assert metrics["pearson"] == pytest.approx(13 / math.sqrt(5 * 50))
+    assert metrics["spearman"] == pytest.approx(0.8)
 
 
 def test_a_constant_answer_has_no_correlation_and_an_mcc_of_nothing() -> None:
@@ -49,8 +49,8 @@ def test_a_constant_answer_has_no_correlation_and_an_mcc_of_nothing() -> None:
 
 
 def test_one_answer_that_is_none_leaves_no_score_at_all() -> None:
-    found = scores(("accuracy", "f1", "mcc"), [1, 0], [1, None])
-    assert len(found) == 3 and all(math.isnan(value) for value in found.values())
+    metrics = scores(("accuracy", "f1", "mcc"), [1, 0], [1, None])
+    assert len(metrics) == 3 and all(math.isnan(value) for value in metrics.values())
     assert math.isnan(agreement([1, None], [1, 1])) and math.isnan(agreement([1, 1], [None, 1]))
 
 

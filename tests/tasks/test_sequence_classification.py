@@ -65,14 +65,14 @@ def bert(**options: Any) -> BertForSequenceClassification:
 
 
 def test_a_batch_is_padded_on_the_right_to_its_own_longest(tmp_path: Path) -> None:
-    found = examples(write(tmp_path, rows()), tmp_path, word_tokenizer(), task())
-    assert found.lengths.tolist() == [4, 7, 3, 4] and len(found) == 4
-    batch = found.batch([0, 2])
+    example_set = examples(write(tmp_path, rows()), tmp_path, word_tokenizer(), task())
+    assert example_set.lengths.tolist() == [4, 7, 3, 4] and len(example_set) == 4
+    batch = example_set.batch([0, 2])
     assert batch["input_ids"].tolist() == [[CLS, GOOD, FILM, SEP], [CLS, BAD, SEP, PAD]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch["token_type_ids"].tolist() == [[0] * 4] * 2
     assert batch["labels"].tolist() == [1, 0] and batch["labels"].dtype == torch.int64
-    assert found.batch([1])["input_ids"].shape == (1, 7)
+    assert example_set.batch([1])["input_ids"].shape == (1, 7)
     assert inputs_of(batch).keys() == {"input_ids", "attention_mask", "token_type_ids"}
 
 
@@ -80,23 +80,23 @@ def test_a_pair_has_token_types_and_what_is_too_long_is_cut_and_counted(tmp_path
     data = write(tmp_path, [{"a": "good film", "b": "very very very bad", "label": 0},
                             {"a": "a", "b": "film", "label": 1}])  # fmt: skip
     data = TextData.model_validate({**data.model_dump(), "columns": {"text": "a", "pair": "b"}})
-    found = samples(data, tmp_path, word_tokenizer(), task(context=8), None)
-    batch = collate(found)
+    sample_list = samples(data, tmp_path, word_tokenizer(), task(context=8), None)
+    batch = collate(sample_list)
     assert batch["input_ids"].tolist() == [[CLS, GOOD, FILM, SEP, VERY, VERY, VERY, SEP],
                                            [CLS, A, SEP, FILM, SEP, PAD, PAD, PAD]]  # fmt: skip
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0, 0]]
-    assert [sample.cut for sample in found] == [True, False]
-    assert notes(found) == ["1 of 2 examples are cut at 8 tokens"] and notes(found[1:]) == []
+    assert [sample.cut for sample in sample_list] == [True, False]
+    assert notes(sample_list) == ["1 of 2 examples are cut at 8 tokens"] and notes(sample_list[1:]) == []
 
 
 def test_padding_changes_no_logit(tmp_path: Path) -> None:
     model = bert(num_labels=2)
-    found = examples(write(tmp_path, rows()), tmp_path, word_tokenizer(), task())
+    example_set = examples(write(tmp_path, rows()), tmp_path, word_tokenizer(), task())
     with torch.no_grad():
-        together = model(**inputs_of(found.batch([0, 1, 2, 3]))).logits
+        together = model(**inputs_of(example_set.batch([0, 1, 2, 3]))).logits
         for row, logits in enumerate(together):
-            alone = found.batch([row])
-            assert alone["input_ids"].shape == (1, found.lengths[row]) and alone["attention_mask"].all()
+            alone = example_set.batch([row])
+            assert alone["input_ids"].shape == (1, example_set.lengths[row]) and alone["attention_mask"].all()
             # fp32: the order of sums differs
             torch.testing.assert_close(model(**inputs_of(alone)).logits[0], logits, atol=1e-6, rtol=0)
 
@@ -113,9 +113,9 @@ def test_a_limit_is_spread_for_training_and_the_first_for_evaluation(tmp_path: P
 
 def test_lines_of_text_are_examples_without_labels(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good film\r\n\n  bad \nlast")
-    found = examples(TextData(text=["a.txt"]), tmp_path, word_tokenizer(), task())
-    assert found.lengths.tolist() == [4, 3, 3]
-    batch = found.batch([0, 1, 2])
+    example_set = examples(TextData(text=["a.txt"]), tmp_path, word_tokenizer(), task())
+    assert example_set.lengths.tolist() == [4, 3, 3]
+    batch = example_set.batch([0, 1, 2])
     assert "labels" not in batch
     with pytest.raises(UsageError, match="the training data have no labels") as refused:
         loss(torch.zeros(3, 2), batch)
@@ -126,8 +126,8 @@ def test_lines_of_text_are_examples_without_labels(tmp_path: Path) -> None:
 def test_a_table_may_have_no_labels(labels: list[int] | None, tmp_path: Path) -> None:
     """No column `label`, or -1 throughout, which is how the hub's GLUE writes a test set."""
     plain = [{"text": text} for text in TEXTS] if labels is None else rows(labels)
-    found = samples(write(tmp_path, plain), tmp_path, word_tokenizer(), task(), None)
-    assert len(found) == 4 and not any("label" in sample.known for sample in found)
+    sample_list = samples(write(tmp_path, plain), tmp_path, word_tokenizer(), task(), None)
+    assert len(sample_list) == 4 and not any("label" in sample.known for sample in sample_list)
 
 
 def test_a_tokenizer_without_padding_is_refused(tmp_path: Path) -> None:
@@ -184,10 +184,10 @@ def test_the_order_of_the_outputs_is_the_checkpoints(tmp_path: Path) -> None:
     """NLI checkpoints have GLUE's labels in another order than GLUE; its integers keep GLUE's meaning."""
     mnli = SequenceClassification(glue="mnli")
     config = {"id2label": {"0": "CONTRADICTION", "1": "NEUTRAL", "2": "ENTAILMENT"}}
-    found = settled(mnli, config)
-    assert found.labels == ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
+    settled_task = settled(mnli, config)
+    assert settled_task.labels == ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
     pairs = [{"premise": "a", "hypothesis": "film", "label": label} for label in (0, 1, 2, "entailment")]
-    assert known(write(tmp_path, pairs), tmp_path, found) == [2, 1, 0, 2]
+    assert known(write(tmp_path, pairs), tmp_path, settled_task) == [2, 1, 0, 2]
     assert known(write(tmp_path, pairs), tmp_path, settled(mnli, {})) == [0, 1, 2, 0]
 
 
@@ -266,17 +266,17 @@ def test_the_loss_is_that_of_transformers_and_so_is_the_mean_of_the_samples(
     options, labels, shape = KINDS[kind]
     this = task(kind=kind, **options)
     model = bert(problem_type=head(this).problem, **shape)
-    found = examples(write(tmp_path, rows(labels)), tmp_path, word_tokenizer(), this)
-    batch = found.batch([0, 1, 2, 3])
+    example_set = examples(write(tmp_path, rows(labels)), tmp_path, word_tokenizer(), this)
+    batch = example_set.batch([0, 1, 2, 3])
     with torch.no_grad():
         stock = model(**batch)
     ours = loss(stock.logits, batch)
     assert ours.shape == () and ours.item() > 0.1
     torch.testing.assert_close(ours, stock.loss, rtol=1e-6, atol=0)  # fp32: the order of sums
-    each = measure(found.samples, stock.logits.numpy())
+    each = measure(example_set.samples, stock.logits.numpy())
     assert np.mean([one["loss"] for one in each]) == pytest.approx(stock.loss.item(), rel=1e-5)
     assert logits_of(this, {}) == (1, stock.logits.shape[1])
-    assert compared(found.samples[0], stock.logits[0].numpy()).shape == (1, stock.logits.shape[1])
+    assert compared(example_set.samples[0], stock.logits[0].numpy()).shape == (1, stock.logits.shape[1])
 
 
 def test_results_of_hand_made_logits() -> None:
@@ -298,9 +298,13 @@ def test_a_logit_that_is_not_finite_leaves_no_metric(kind: str, broken: float) -
     label = {"single": 1, "multi": [0, 1, 1], "regression": 1.0}[kind]
     logits = np.random.default_rng(0).normal(size=(3, 1 if kind == "regression" else 3))
     logits[1, 0] = broken
-    found = results([{"label": label}] * 3, logits, this)
-    assert found[1]["prediction"] is None and math.isnan(found[1]["loss"]) and math.isfinite(found[0]["loss"])
-    values = metrics(found, this)
+    outcomes = results([{"label": label}] * 3, logits, this)
+    assert (
+        outcomes[1]["prediction"] is None
+        and math.isnan(outcomes[1]["loss"])
+        and math.isfinite(outcomes[0]["loss"])
+    )
+    values = metrics(outcomes, this)
     assert values.keys() == set(this.metrics) and all(math.isnan(value) for value in values.values())
     unlabelled = results([{}] * 3, logits, this)
     assert math.isnan(metrics(unlabelled, this, unlabelled)["agreement"])
@@ -308,10 +312,12 @@ def test_a_logit_that_is_not_finite_leaves_no_metric(kind: str, broken: float) -
 
 def test_metrics_of_results_are_those_of_the_task() -> None:
     logits = np.array([[0.0, 2.0], [3.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
-    found = results([{"label": label} for label in (1, 0, 0, 1)], logits, task())
-    assert metrics(found, task()) == pytest.approx({"accuracy": 3 / 4, "f1": 4 / 5, "mcc": 1 / math.sqrt(3)})
-    assert list(metrics(found, SequenceClassification(glue="mrpc"))) == ["f1", "accuracy"]
-    assert list(metrics(found, SequenceClassification(glue="cola"))) == ["mcc", "accuracy"]
+    outcomes = results([{"label": label} for label in (1, 0, 0, 1)], logits, task())
+    assert metrics(outcomes, task()) == pytest.approx(
+        {"accuracy": 3 / 4, "f1": 4 / 5, "mcc": 1 / math.sqrt(3)}
+    )
+    assert list(metrics(outcomes, SequenceClassification(glue="mrpc"))) == ["f1", "accuracy"]
+    assert list(metrics(outcomes, SequenceClassification(glue="cola"))) == ["mcc", "accuracy"]
 
 
 def test_without_labels_agreement_with_float_is_measured() -> None:

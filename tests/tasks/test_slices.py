@@ -32,8 +32,8 @@ EXPECTED = {"fold": ["1", "2", "1"], "language": ["de", None, "fr"]}
 
 
 def read(task: Any, data: TextData, base: Path) -> dict[str, list[str | None]]:
-    found = TASKS[task.name].slices(data, base, task)
-    return slice_texts(found.columns, found.places)
+    slice_cells = TASKS[task.name].slices(data, base, task)
+    return slice_texts(slice_cells.columns, slice_cells.places)
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
@@ -59,8 +59,8 @@ def test_a_row_that_lacks_the_key_has_no_value(tmp_path: Path) -> None:
             {"tokens": ["c"], "tags": ["O"], "customer": True}]  # fmt: skip
     (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = TextData(table=["dev.jsonl"], slices=["customer"])
-    found = read(TokenClassification(labels=["O", "B-X"]), data, tmp_path)
-    assert found == {"customer": [None, None, "true"]}
+    content = read(TokenClassification(labels=["O", "B-X"]), data, tmp_path)
+    assert content == {"customer": [None, None, "true"]}
 
 
 @pytest.fixture

@@ -63,9 +63,9 @@ WANTED = Wanted({"text": "text", "label": "label"}, frozenset({"label"}))
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
 def test_the_same_rows_come_out_of_every_kind_of_table(suffix: str, tmp_path: Path) -> None:
     write_table(tmp_path / f"data{suffix}")
-    found = read_table(TextData(table=[f"data{suffix}"]), tmp_path, WANTED)
-    assert found.columns == {"text": [row["text"] for row in ROWS], "label": ["bad", "good", "bad"]}
-    assert len(found.places) == 3 and all(f"data{suffix}" in place for place in found.places)
+    table = read_table(TextData(table=[f"data{suffix}"]), tmp_path, WANTED)
+    assert table.columns == {"text": [row["text"] for row in ROWS], "label": ["bad", "good", "bad"]}
+    assert len(table.places) == 3 and all(f"data{suffix}" in place for place in table.places)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
@@ -87,8 +87,8 @@ def test_a_csv_cell_may_hold_line_ends_and_a_tsv_cell_keeps_its_quotes(tmp_path:
 def test_several_tables_are_one_after_another_and_have_the_same_columns(tmp_path: Path) -> None:
     write_table(tmp_path / "a.csv")
     write_table(tmp_path / "b.jsonl", ROWS[:1])
-    found = read_table(TextData(table=["b.jsonl", "a.csv"]), tmp_path, WANTED)
-    assert found.columns["text"] == [row["text"] for row in [ROWS[0], *ROWS]]
+    table = read_table(TextData(table=["b.jsonl", "a.csv"]), tmp_path, WANTED)
+    assert table.columns["text"] == [row["text"] for row in [ROWS[0], *ROWS]]
     write_table(tmp_path / "c.jsonl", [{"text": "no label"}])
     with pytest.raises(UsageError, match="only some of a.csv, c.jsonl have the column label"):
         read_table(TextData(table=["a.csv", "c.jsonl"]), tmp_path, WANTED)
@@ -184,8 +184,8 @@ def test_a_cell_may_be_long(suffix: str, tmp_path: Path) -> None:
     long = "word " * 30_000
     write_table(tmp_path / f"a{suffix}", [{"text": long, "label": "1"}])
     before = csv.field_size_limit()
-    found = read_table(TextData(table=[f"a{suffix}"]), tmp_path, WANTED)
-    assert found.columns["text"] == [long] and csv.field_size_limit() == before
+    table = read_table(TextData(table=[f"a{suffix}"]), tmp_path, WANTED)
+    assert table.columns["text"] == [long] and csv.field_size_limit() == before
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
@@ -216,8 +216,8 @@ def test_half_a_character_is_named_with_its_row_and_column(cell: str, tmp_path: 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
 def test_the_first_rows_alone_can_be_read(suffix: str, tmp_path: Path) -> None:
     write_table(tmp_path / f"a{suffix}")
-    found = read_table(TextData(table=[f"a{suffix}"]), tmp_path, replace(WANTED, most=2))
-    assert found.columns["label"] == ["bad", "good"]
+    table = read_table(TextData(table=[f"a{suffix}"]), tmp_path, replace(WANTED, most=2))
+    assert table.columns["label"] == ["bad", "good"]
 
 
 def test_text_that_is_not_utf_8_is_said_to_be_so(tmp_path: Path) -> None:
@@ -236,8 +236,8 @@ def test_the_rows_of_a_dataset_are_read_with_the_names_of_its_labels(tmp_path: P
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     (tmp_path / "corpus").mkdir()
     rows.to_parquet(tmp_path / "corpus" / "train.parquet")
-    found = read_table(TextData(dataset="corpus"), tmp_path, WANTED)
-    assert found.columns == {"text": ["a", "b"], "label": [1, 0]} and found.names == ("n", "p")
+    table = read_table(TextData(dataset="corpus"), tmp_path, WANTED)
+    assert table.columns == {"text": ["a", "b"], "label": [1, 0]} and table.names == ("n", "p")
 
 
 def test_the_fingerprint_of_tables_is_their_content_and_their_order(tmp_path: Path) -> None:
@@ -279,12 +279,10 @@ def test_each_published_file_is_read_by_the_name_of_its_task(name: str, tmp_path
     lines = [line for line in (header, *[row] * 1000, "short") if line]
     (tmp_path / "dev.tsv").write_text("\n".join(lines) + "\n", "utf-8")
     task = SequenceClassification.model_validate({"glue": name})
-    found, *others = sequence_classification._read(TextData(table=["dev.tsv"]), tmp_path, task)
-    assert others == [found] * 999
-    assert found["text"] == 'one "quote' and found.get("pair") == (
-        None if name in ("cola", "sst2") else "two"
-    )
-    assert found["label"] == {"stsb": 3.8, "mnli": 2}.get(name, 1)
+    rows, *others = sequence_classification._read(TextData(table=["dev.tsv"]), tmp_path, task)
+    assert others == [rows] * 999
+    assert rows["text"] == 'one "quote' and rows.get("pair") == (None if name in ("cola", "sst2") else "two")
+    assert rows["label"] == {"stsb": 3.8, "mnli": 2}.get(name, 1)
 
 
 @pytest.mark.parametrize(
@@ -298,11 +296,11 @@ def test_glue_as_it_was_published_is_read_whole(
     task = SequenceClassification.model_validate({"glue": name})
     for part, count in (("train", train), ("dev", dev)):
         data = TextData(table=[f"{part}.tsv"])
-        found = sequence_classification._read(data, assets / "glue" / folder, task)
-        assert len(found) == count
-        labels = {one["label"] for one in found}
+        rows = sequence_classification._read(data, assets / "glue" / folder, task)
+        assert len(rows) == count
+        labels = {one["label"] for one in rows}
         assert labels == {0, 1} if name != "stsb" else (min(labels), max(labels)) == (0.0, 5.0)
-        assert all(one["text"].strip() for one in found)
+        assert all(one["text"].strip() for one in rows)
 
 
 def test_files_of_ones_own_may_stand_beside_glue(tmp_path: Path) -> None:

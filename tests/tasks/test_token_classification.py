@@ -50,20 +50,20 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> TextData:
 
 
 def test_the_first_sub_token_of_a_word_carries_its_label(tmp_path: Path) -> None:
-    found = examples(write(tmp_path, ROWS), tmp_path, word_tokenizer(), task())
-    batch = found.batch([0, 1])
+    example_set = examples(write(tmp_path, ROWS), tmp_path, word_tokenizer(), task())
+    batch = example_set.batch([0, 1])
     assert batch["input_ids"].tolist()[0] == [CLS, ANNA, IS, IN, PARIS, ROME, SEP]
     assert batch["labels"].tolist() == [[-100, 1, 0, 0, 3, -100, -100], [-100, 0] + [-100] * 5]
     assert batch["input_ids"][1, -1] == PAD and batch["attention_mask"].sum(1).tolist() == [7, 6]
-    assert [sample.known["positions"] for sample in found.samples] == [[1, 2, 3, 4], [1]]
+    assert [sample.known["positions"] for sample in example_set.samples] == [[1, 2, 3, 4], [1]]
     assert batch["token_type_ids"].shape == batch["labels"].shape == (2, 7)
 
 
 def test_words_that_are_cut_lose_their_labels_and_are_counted(tmp_path: Path) -> None:
-    found = samples(write(tmp_path, ROWS), tmp_path, word_tokenizer(), task(context=5), None)
-    assert collate(found)["input_ids"].tolist()[0] == [CLS, ANNA, IS, IN, SEP]
-    assert found[0].known == {"positions": [1, 2, 3], "label": [1, 0, 0]}
-    assert notes(found) == ["2 of 2 examples are cut at 5 tokens"]
+    sample_list = samples(write(tmp_path, ROWS), tmp_path, word_tokenizer(), task(context=5), None)
+    assert collate(sample_list)["input_ids"].tolist()[0] == [CLS, ANNA, IS, IN, SEP]
+    assert sample_list[0].known == {"positions": [1, 2, 3], "label": [1, 0, 0]}
+    assert notes(sample_list) == ["2 of 2 examples are cut at 5 tokens"]
 
 
 def test_words_may_have_no_tags(tmp_path: Path) -> None:
@@ -109,15 +109,15 @@ def test_the_loss_is_that_of_transformers_and_so_is_the_samples_sum(tmp_path: Pa
         intermediate_size=16, max_position_embeddings=16, pad_token_id=PAD, num_labels=5,
     )  # fmt: skip
     model = BertForTokenClassification(config).eval()
-    found = examples(write(tmp_path, ROWS), tmp_path, word_tokenizer(), task())
-    batch = found.batch([0, 1])
+    example_set = examples(write(tmp_path, ROWS), tmp_path, word_tokenizer(), task())
+    batch = example_set.batch([0, 1])
     with torch.no_grad():
         stock = model(**batch)
     torch.testing.assert_close(loss(stock.logits, batch), stock.loss, rtol=1e-6, atol=0)  # the order of sums
-    each = measure(found.samples, stock.logits.numpy())
+    each = measure(example_set.samples, stock.logits.numpy())
     assert sum(one["loss"] for one in each) == pytest.approx(5 * stock.loss.item(), rel=1e-5)
     assert [len(one["prediction"]) for one in each] == [4, 1]
-    assert compared(found.samples[1], stock.logits[1].numpy()).shape == (6, 5)
+    assert compared(example_set.samples[1], stock.logits[1].numpy()).shape == (6, 5)
     assert logits_of(task(), {}) == (16, 5)
 
 
@@ -128,13 +128,15 @@ def hot(*labels: int) -> np.ndarray:
 
 def test_metrics_of_results_are_the_hand_worked_ones() -> None:
     known = [{"positions": [1, 2, 3], "label": [1, 2, 0]}, {"positions": [0, 2], "label": [3, 1]}]
-    found = results(known, [hot(4, 1, 2, 3), hot(3, 4, 4)], task())
-    assert [one["prediction"] for one in found] == [[1, 2, 3], [3, 4]]
+    outcomes = results(known, [hot(4, 1, 2, 3), hot(3, 4, 4)], task())
+    assert [one["prediction"] for one in outcomes] == [[1, 2, 3], [3, 4]]
     # entities: PER, LOC, PER; found: PER, LOC, LOC (its I-LOC goes on in the next word): 1 whole one is right
-    assert metrics(found, task()) == {"span_f1": pytest.approx(2 * 1 / (3 + 3)), "token_accuracy": 3 / 5}
-    assert found[0]["loss"] == pytest.approx(2 * math.log(1 + 4 * math.exp(-3)) + math.log(math.exp(3) + 4))
+    assert metrics(outcomes, task()) == {"span_f1": pytest.approx(2 * 1 / (3 + 3)), "token_accuracy": 3 / 5}
+    assert outcomes[0]["loss"] == pytest.approx(
+        2 * math.log(1 + 4 * math.exp(-3)) + math.log(math.exp(3) + 4)
+    )
     plain = TokenClassification(labels=["A", "B", "C", "D", "E"])
-    assert metrics(found, plain) == {"token_accuracy": 3 / 5}
+    assert metrics(outcomes, plain) == {"token_accuracy": 3 / 5}
 
 
 def test_without_labels_agreement_is_counted_by_words() -> None:

@@ -111,10 +111,10 @@ def columns_of(kind: str) -> dict[str, list[Any]]:
         return {"label": list(label), "prediction": list((label + random.normal(0, 1, 60)).round(1))}
     if kind == "images":
         logits, label = random.normal(size=(60, 7)), random.integers(0, 7, 60)
-        found = TASKS["image-classification"].results(
+        outcomes = TASKS["image-classification"].results(
             [{"label": int(one)} for one in label], logits, ImageClassification()
         )
-        return {"logits": list(logits), **{name: [one[name] for one in found] for name in found[0]}}
+        return {"logits": list(logits), **{name: [one[name] for one in outcomes] for name in outcomes[0]}}
     classes = 2 if kind == "two" else 4
     label = random.integers(0, classes, 60)
     answer = np.where(random.random(60) < 0.6, label, random.integers(0, classes, 60))
@@ -226,9 +226,9 @@ def accuracy(runs: list[Measured], **options: Any) -> dict[str, Any]:
 
 
 def test_differences_are_paired_and_pooled_over_task_and_seed() -> None:
-    found = accuracy(study())
-    (item,) = found["differences"]
-    assert item["arm"] == "new" and found["baseline"] == "old" and found["better"] == "higher"
+    comparison = accuracy(study())
+    (item,) = comparison["differences"]
+    assert item["arm"] == "new" and comparison["baseline"] == "old" and comparison["better"] == "higher"
     pairs = {(pair["task"], pair["seed"]): pair["difference"] for pair in item["pairs"]}
     expected = {("cola", 0): 0.1, ("cola", 1): 0.1, ("cola", 2): 0.2,
                 ("mrpc", 0): 0.0, ("mrpc", 1): 0.1, ("mrpc", 2): 0.1}  # fmt: skip
@@ -239,7 +239,7 @@ def test_differences_are_paired_and_pooled_over_task_and_seed() -> None:
     assert item["t_interval"] == pytest.approx((0.1 - half, 0.1 + half), abs=1e-5)
     # every sample gains alike, so only the seeds are drawn: a task's mean gain lies within its extremes
     assert 0.05 <= item["bootstrap_interval"][0] < 0.1 < item["bootstrap_interval"][1] <= 0.15
-    assert finding(found, item) == "new: better than old by 0.1"
+    assert finding(comparison, item) == "new: better than old by 0.1"
 
 
 def test_mean_spread_and_extremes_of_each_task_and_over_them() -> None:
@@ -255,38 +255,38 @@ def test_mean_spread_and_extremes_of_each_task_and_over_them() -> None:
 
 
 def test_another_baseline_turns_the_sign_and_a_lower_metric_turns_the_finding() -> None:
-    found = accuracy(study(), baseline="new")
-    assert found["differences"][0]["mean"] == pytest.approx(-0.1)
-    assert finding(found, found["differences"][0]) == "old: worse than new by 0.1"
-    found = compare(study(), "onnx", "perplexity")
-    assert found["better"] == "lower" and found["differences"][0]["mean"] < 0
-    assert finding(found, found["differences"][0]).startswith("new: better than old by")
+    comparison = accuracy(study(), baseline="new")
+    assert comparison["differences"][0]["mean"] == pytest.approx(-0.1)
+    assert finding(comparison, comparison["differences"][0]) == "old: worse than new by 0.1"
+    comparison = compare(study(), "onnx", "perplexity")
+    assert comparison["better"] == "lower" and comparison["differences"][0]["mean"] < 0
+    assert finding(comparison, comparison["differences"][0]).startswith("new: better than old by")
     assert compare(study(), "onnx")["tasks"][0]["metric"] == "dev.perplexity"  # the task's first
 
 
 def test_one_seed_has_no_interval_and_says_so() -> None:
-    found = accuracy([run for run in study() if run.seed == 0 and run.task == "cola"])
-    (item,) = found["differences"]
+    comparison = accuracy([run for run in study() if run.seed == 0 and run.task == "cola"])
+    (item,) = comparison["differences"]
     assert item["t_interval"] is item["bootstrap_interval"] is item["detectable"] is None
-    assert finding(found, item) == "new: one pair has no spread, so no interval: run more seeds"
+    assert finding(comparison, item) == "new: one pair has no spread, so no interval: run more seeds"
 
 
 def test_a_difference_within_its_spread_is_not_called_one() -> None:
     gains = (2, -2, 1)
     runs = [one("old", seed, [5] * 10) for seed in range(3)]
     runs += [one("new", seed, [5 + gain] * 10) for seed, gain in enumerate(gains)]
-    found = accuracy(runs)
-    (item,) = found["differences"]
-    text = finding(found, item)
+    comparison = accuracy(runs)
+    (item,) = comparison["differences"]
+    text = finding(comparison, item)
     # sd 0.2082; three pairs see 3.264 standard deviations
     assert text.startswith("new: no difference from old seen; one of 0.68 would have been, 80 times in 100")
     assert item["detectable"] > abs(item["mean"])
 
 
 def test_seeds_that_an_arm_lacks_are_left_out_and_named() -> None:
-    found = accuracy([run for run in study() if (run.arm, run.seed) != ("new", 1)])
-    assert [pair["seed"] for pair in found["differences"][0]["pairs"]] == [0, 2, 0, 2]
-    assert found["notes"] == [
+    comparison = accuracy([run for run in study() if (run.arm, run.seed) != ("new", 1)])
+    assert [pair["seed"] for pair in comparison["differences"][0]["pairs"]] == [0, 2, 0, 2]
+    assert comparison["notes"] == [
         f"{task}: not every arm has seed 1; a pair needs both" for task in ("cola", "mrpc")
     ]
 
@@ -294,12 +294,10 @@ def test_seeds_that_an_arm_lacks_are_left_out_and_named() -> None:
 def test_a_metric_that_the_samples_do_not_give_has_no_bootstrap_and_says_so() -> None:
     runs = study()
     runs[0] = changed(runs[0], results={"nll": [1.0] * 10, "correct": [0] * 10})
-    found = accuracy(runs)
-    assert found["differences"][0]["bootstrap_interval"] is None
-    assert found["differences"][0]["t_interval"] is not None
-    assert found["notes"] == [
-        "cola: the per-sample results do not give token_accuracy, so no bootstrap"
-    ]
+    comparison = accuracy(runs)
+    assert comparison["differences"][0]["bootstrap_interval"] is None
+    assert comparison["differences"][0]["t_interval"] is not None
+    assert comparison["notes"] == ["cola: the per-sample results do not give token_accuracy, so no bootstrap"]
 
 
 def test_other_machines_and_other_float_models_are_named() -> None:
@@ -362,14 +360,14 @@ def test_entities_and_agreement_are_drawn_by_sequences(labelled: bool) -> None:
     if not labelled:
         runs[0].samples["dev"][REFERENCE] = [[0] * 6] * 40
         runs[0] = replace(runs[0], metrics={"dev.agreement": agrees(runs[0], np.arange(40))})
-    found = compare(runs, "onnx")
-    assert found["notes"] == []
+    comparison = compare(runs, "onnx")
+    assert comparison["notes"] == []
     replicates = []
     for counts in draw_counts(40, DRAWS, 0).astype(int)[:300]:
         drawn = np.repeat(np.arange(40), counts)
         values = [(entities if labelled else agrees)(run, drawn) for run in runs]
         replicates.append([values[2] - values[0], values[3] - values[1]])
-    low, high = found["differences"][0]["bootstrap_interval"]
+    low, high = comparison["differences"][0]["bootstrap_interval"]
     expected = bootstrap_interval([np.array(replicates).T])
     assert (low, high) == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
     assert high < 0 or not labelled
@@ -470,16 +468,16 @@ def folder(project: Project, name: str) -> Path:
 def test_compare_reads_folders_of_seeds_and_single_runs(seeds: Project) -> None:
     done = cli("compare", folder(seeds, NAME), folder(seeds, "fast"), "--json")
     assert done.code == 0
-    found = json.loads(done.stdout, parse_constant=pytest.fail)
-    assert [arm["arm"] for arm in found["arms"]] == [NAME, "fast"]
+    document = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert [arm["arm"] for arm in document["arms"]] == [NAME, "fast"]
     values = read_json(folder(seeds, "fast") / "seeds.json")["rows"][3]["metrics"]["test.perplexity"]
-    assert found["arms"][1]["tasks"][0]["values"] == values["values"]
-    assert found["arms"][1]["tasks"][0]["sd"] == values["sd"]
-    apart = np.subtract(values["values"], found["arms"][0]["tasks"][0]["values"])
+    assert document["arms"][1]["tasks"][0]["values"] == values["values"]
+    assert document["arms"][1]["tasks"][0]["sd"] == values["sd"]
+    apart = np.subtract(values["values"], document["arms"][0]["tasks"][0]["values"])
     test = stats.ttest_1samp(apart, 0.0).confidence_interval(0.95)
-    assert found["differences"][0]["t_interval"] == pytest.approx([test.low, test.high])
-    assert found["arms"][0]["tasks"][0]["updates"] == found["arms"][0]["tasks"][0]["passes"] == 4
-    assert found["arms"][0]["tasks"][0]["block_updates"] == 8
+    assert document["differences"][0]["t_interval"] == pytest.approx([test.low, test.high])
+    assert document["arms"][0]["tasks"][0]["updates"] == document["arms"][0]["tasks"][0]["passes"] == 4
+    assert document["arms"][0]["tasks"][0]["block_updates"] == 8
     one_seed = cli("compare", f"a={folder(seeds, NAME) / 'seed-1'}", f"b={folder(seeds, 'fast') / 'seed-1'}")
     assert one_seed.code == 0 and "b: one pair has no spread" in one_seed.stdout
 

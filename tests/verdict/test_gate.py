@@ -78,28 +78,28 @@ def one_reason(found: dict[str, Any]) -> str:
 @pytest.mark.parametrize(("least", "word"), [(0.98, "accept"), (0.99, "regression")])
 def test_recovery_is_the_share_that_is_left(least: float, word: str) -> None:
     """30 of 30.4 is 0.987 of the perplexity, 0.495 of 0.5 is 0.99 of the accuracy."""
-    found = verdict(goals={"recovery": {"test.perplexity": {"min-recovery": least},
+    judgement = verdict(goals={"recovery": {"test.perplexity": {"min-recovery": least},
                                         "test.token_accuracy": {"min-recovery": 0.99}}})  # fmt: skip
-    assert found["verdict"] == word
-    assert passed(found, "test.token_accuracy")
+    assert judgement["verdict"] == word
+    assert passed(judgement, "test.token_accuracy")
 
 
 # What is accepted ---------------------------------------------------------------------------------
 
 
 def test_a_good_model_is_accepted_with_every_goal_listed() -> None:
-    found = verdict()
-    assert found["verdict"] == "accept" and found["reasons"] == []
-    assert {goal["metric"] for goal in found["goals"]} == {
+    judgement = verdict()
+    assert judgement["verdict"] == "accept" and judgement["reasons"] == []
+    assert {goal["metric"] for goal in judgement["goals"]} == {
         "float.test.perplexity", "float.test.token_accuracy", "test.perplexity", "test.token_accuracy",
         "parity.folded.max_abs", "parity.onnx.mean_abs", "parity.onnx.top1_agreement",
     }  # fmt: skip
-    assert all(goal["passed"] for goal in found["goals"])
+    assert all(goal["passed"] for goal in judgement["goals"])
 
 
 def test_a_row_that_was_not_measured_and_is_not_required_is_named_and_does_not_fail() -> None:
-    found = verdict()
-    assert found["not_measured"] == ["engine"] and found["verdict"] == "accept"
+    judgement = verdict()
+    assert judgement["not_measured"] == ["engine"] and judgement["verdict"] == "accept"
 
 
 def test_a_goal_carries_its_value_and_its_reference() -> None:
@@ -121,9 +121,9 @@ def test_recovery_is_judged_on_the_last_measured_row() -> None:
 def test_a_metric_that_is_not_a_number_is_anomalous_in_any_row(stage: str, value: float) -> None:
     broken = report()
     next(row for row in broken["rows"] if row["stage"] == stage)["metrics"]["test.perplexity"] = value
-    found = verdict(broken)
-    assert found["verdict"] == "anomalous"
-    assert f"{stage}: test.perplexity is {value}" in found["reasons"]
+    judgement = verdict(broken)
+    assert judgement["verdict"] == "anomalous"
+    assert f"{stage}: test.perplexity is {value}" in judgement["reasons"]
 
 
 def test_a_metric_that_is_not_a_number_in_the_deployed_session_is_anomalous() -> None:
@@ -132,18 +132,18 @@ def test_a_metric_that_is_not_a_number_in_the_deployed_session_is_anomalous() ->
         "metrics": {"test.perplexity": math.nan, "test.token_accuracy": 0.5},
         "distance": None,
     }
-    found = verdict(report(onnx=onnx))
-    assert found["verdict"] == "anomalous"
-    assert one_reason(found) == "onnx (deployed): test.perplexity is nan"
+    judgement = verdict(report(onnx=onnx))
+    assert judgement["verdict"] == "anomalous"
+    assert one_reason(judgement) == "onnx (deployed): test.perplexity is nan"
 
 
 @pytest.mark.parametrize("stage", ["trained", "folded", "onnx"])
 def test_a_metric_that_float_has_and_a_row_has_not_is_anomalous(stage: str) -> None:
     broken = report()
     del next(row for row in broken["rows"] if row["stage"] == stage)["metrics"]["test.token_accuracy"]
-    found = verdict(broken, {})
-    assert found["verdict"] == "anomalous"
-    assert one_reason(found) == f"{stage}: test.token_accuracy was not measured"
+    judgement = verdict(broken, {})
+    assert judgement["verdict"] == "anomalous"
+    assert one_reason(judgement) == f"{stage}: test.token_accuracy was not measured"
 
 
 @pytest.mark.parametrize("stage", ["float", "onnx"])
@@ -152,9 +152,9 @@ def test_a_goal_on_a_metric_that_is_missing_is_anomalous(stage: str) -> None:
     for row in broken["rows"]:
         if row["stage"] == stage or stage == "onnx":
             row.get("metrics", {}).pop("test.perplexity", None)
-    found = verdict(broken, {"recovery": {"test.perplexity": {"threshold": 99}}})
-    assert found["verdict"] == "anomalous"
-    assert "recovery.test.perplexity: not measured in both float and onnx" in found["reasons"]
+    judgement = verdict(broken, {"recovery": {"test.perplexity": {"threshold": 99}}})
+    assert judgement["verdict"] == "anomalous"
+    assert "recovery.test.perplexity: not measured in both float and onnx" in judgement["reasons"]
 
 
 def test_a_required_row_that_is_missing_or_deferred_is_anomalous() -> None:
@@ -163,16 +163,16 @@ def test_a_required_row_that_is_missing_or_deferred_is_anomalous() -> None:
         (report(onnx=None), "it is missing from the report"),
         (report(onnx=deferred), "needs an RTX"),
     ):
-        found = verdict(parity)
-        assert found["verdict"] == "anomalous"
-        assert one_reason(found) == f"required row onnx was not measured: {why}"
+        judgement = verdict(parity)
+        assert judgement["verdict"] == "anomalous"
+        assert one_reason(judgement) == f"required row onnx was not measured: {why}"
 
 
 def test_a_report_without_a_measured_row_is_anomalous_even_if_nothing_is_required() -> None:
     nothing = {"rows": [{"stage": "float", "status": "not-run", "reason": "gone"}]}
     for empty in (nothing, {"rows": []}):
-        found = verdict(empty, {}, [])
-        assert found["verdict"] == "anomalous" and one_reason(found) == "no row was measured"
+        judgement = verdict(empty, {}, [])
+        assert judgement["verdict"] == "anomalous" and one_reason(judgement) == "no row was measured"
 
 
 @pytest.mark.parametrize(("metric", "worse"), [("test.perplexity", 31.0001), ("test.token_accuracy", 0.3999)])
@@ -182,23 +182,23 @@ def test_a_float_model_below_its_floor_is_no_reference(metric: str, worse: float
     assert verdict(at, goals)["verdict"] == "accept"
     below = copy.deepcopy(at)
     below["rows"][0]["metrics"][metric] = worse
-    found = verdict(below, goals)
-    assert found["verdict"] == "anomalous" and not passed(found, f"float.{metric}")
-    assert one_reason(found) == f"float: {metric} is {worse:.6g}, its floor is " + (
+    judgement = verdict(below, goals)
+    assert judgement["verdict"] == "anomalous" and not passed(judgement, f"float.{metric}")
+    assert one_reason(judgement) == f"float: {metric} is {worse:.6g}, its floor is " + (
         "31: no reference" if worse > 1 else "0.4: no reference"
     )
 
 
 def test_a_floor_on_a_metric_that_was_not_measured_or_is_nan_is_anomalous() -> None:
     assert not passed(verdict(report(float=None), require=[]), "float.test.perplexity")
-    found = verdict(report(float=row("float", math.nan)))
-    assert not passed(found, "float.test.perplexity") and found["verdict"] == "anomalous"
+    judgement = verdict(report(float=row("float", math.nan)))
+    assert not passed(judgement, "float.test.perplexity") and judgement["verdict"] == "anomalous"
 
 
 @pytest.mark.parametrize(("perplexity", "accuracy"), [(10.0, 0.5), (30.0, 0.99)])
 def test_a_gain_too_large_to_be_true_is_anomalous(perplexity: float, accuracy: float) -> None:
-    found = verdict(report(onnx=row("onnx", perplexity, accuracy)))
-    assert found["verdict"] == "anomalous" and "too good" in one_reason(found)
+    judgement = verdict(report(onnx=row("onnx", perplexity, accuracy)))
+    assert judgement["verdict"] == "anomalous" and "too good" in one_reason(judgement)
 
 
 def test_a_gain_that_a_regularized_model_may_have_is_accepted() -> None:
@@ -208,15 +208,15 @@ def test_a_gain_that_a_regularized_model_may_have_is_accepted() -> None:
 
 def test_recovery_goals_with_only_the_float_row_are_anomalous() -> None:
     only = {"rows": [row("float")]}
-    found = verdict(only, require=["float"])
-    assert found["verdict"] == "anomalous" and "no row after float" in one_reason(found)
+    judgement = verdict(only, require=["float"])
+    assert judgement["verdict"] == "anomalous" and "no row after float" in one_reason(judgement)
     assert verdict(only, {}, ["float"])["verdict"] == "accept"
 
 
 def test_limits_on_a_row_that_was_not_measured_are_anomalous() -> None:
-    found = verdict(goals={"parity": {"engine": {"mean_abs": 0.1}}})
-    assert found["verdict"] == "anomalous"
-    assert one_reason(found) == "parity.engine has limits, and the row was not measured"
+    judgement = verdict(goals={"parity": {"engine": {"mean_abs": 0.1}}})
+    assert judgement["verdict"] == "anomalous"
+    assert one_reason(judgement) == "parity.engine has limits, and the row was not measured"
 
 
 def test_limits_on_a_row_without_a_row_before_it_are_anomalous() -> None:
@@ -224,9 +224,9 @@ def test_limits_on_a_row_without_a_row_before_it_are_anomalous() -> None:
     first["distance"] = None
     parity = report(float=None, trained=first)
     assert verdict(parity, {}, [])["verdict"] == "accept"
-    found = verdict(parity, {"parity": {"trained": {"mean_abs": 0.1}}}, [])
-    assert found["verdict"] == "anomalous"
-    assert "trained: mean_abs to None is not a number" in found["reasons"]
+    judgement = verdict(parity, {"parity": {"trained": {"mean_abs": 0.1}}}, [])
+    assert judgement["verdict"] == "anomalous"
+    assert "trained: mean_abs to None is not a number" in judgement["reasons"]
 
 
 def test_the_first_measured_row_has_nothing_to_be_compared_with() -> None:
@@ -242,11 +242,11 @@ def test_a_distance_that_is_not_a_number_is_anomalous(field: str, value: float |
     onnx["distance"].pop(field)
     if value != "missing":
         onnx["distance"][field] = value
-    found = verdict(
+    judgement = verdict(
         report(onnx=onnx), {"parity": {"onnx": {field: 1.0 if field != "top1_agreement" else 0.0}}}
     )
-    assert found["verdict"] == "anomalous"
-    assert not passed(found, f"parity.onnx.{field}")
+    assert judgement["verdict"] == "anomalous"
+    assert not passed(judgement, f"parity.onnx.{field}")
 
 
 @pytest.mark.parametrize("field", ["max_abs", "mean_abs", "top1_agreement"])
@@ -254,15 +254,15 @@ def test_two_models_whose_logits_are_all_equal_prove_nothing(field: str) -> None
     """Everything zero: no difference, no range, and every position agrees."""
     dead = report(onnx=row("onnx", 30.4, 0.495, range=0.0))
     limit = 1.0 if field == "top1_agreement" else 0.0
-    found = verdict(dead, {"parity": {"onnx": {field: limit}}})
-    assert found["verdict"] == "anomalous"
-    assert "onnx: all logits of folded are equal" in found["reasons"]
+    judgement = verdict(dead, {"parity": {"onnx": {field: limit}}})
+    assert judgement["verdict"] == "anomalous"
+    assert "onnx: all logits of folded are equal" in judgement["reasons"]
 
 
 def test_a_range_that_is_not_a_number_is_anomalous() -> None:
     for value in (math.nan, -1.0):
-        found = verdict(report(onnx=row("onnx", 30.4, 0.495, range=value)))
-        assert found["verdict"] == "anomalous" and not passed(found, "parity.onnx.mean_abs")
+        judgement = verdict(report(onnx=row("onnx", 30.4, 0.495, range=value)))
+        assert judgement["verdict"] == "anomalous" and not passed(judgement, "parity.onnx.mean_abs")
 
 
 # Regression: recovery -----------------------------------------------------------------------------
@@ -287,17 +287,17 @@ def test_a_recovery_goal_holds_at_its_limit_and_breaks_just_beyond(
     for value, expected in ((at, "accept"), (over, "regression")):
         onnx = row("onnx")
         onnx["metrics"][metric] = value
-        found = verdict(report(onnx=onnx), {"recovery": {metric: goal}})
-        assert found["verdict"] == expected and passed(found, metric) is (expected == "accept")
+        judgement = verdict(report(onnx=onnx), {"recovery": {metric: goal}})
+        assert judgement["verdict"] == expected and passed(judgement, metric) is (expected == "accept")
     name = next(iter(goal))
-    assert one_reason(found).startswith(f"onnx: {metric} is {over:.6g}, the limit is {at:.6g} ({name}")
+    assert one_reason(judgement).startswith(f"onnx: {metric} is {over:.6g}, the limit is {at:.6g} ({name}")
 
 
 def test_recovery_is_against_float_and_not_against_the_trained_model() -> None:
     """A pipeline that keeps a broken model as it is has perfect parity."""
     bad = {stage: row(stage, 90.0, 0.2) for stage in ("trained", "folded", "onnx")}
-    found = verdict(report(**bad), {"recovery": {"test.perplexity": {"percent-max-degradation": 2}}})
-    assert found["verdict"] == "regression"
+    judgement = verdict(report(**bad), {"recovery": {"test.perplexity": {"percent-max-degradation": 2}}})
+    assert judgement["verdict"] == "regression"
 
 
 # Regression: parity -------------------------------------------------------------------------------
@@ -311,10 +311,10 @@ def test_a_parity_limit_holds_at_its_limit_and_breaks_just_beyond(field: str, at
     limit = 0.9 if field == "top1_agreement" else 0.1  # a fraction of the range, which is 50
     for value, expected in ((at, "accept"), (over, "regression")):
         parity = report(onnx=row("onnx", 30.4, 0.495, **{field: value}))
-        found = verdict(parity, {"parity": {"onnx": {field: limit}}})
-        assert found["verdict"] == expected
-        assert passed(found, f"parity.onnx.{field}") is (expected == "accept")
-    assert one_reason(found).startswith(f"onnx: {field} to folded is")
+        judgement = verdict(parity, {"parity": {"onnx": {field: limit}}})
+        assert judgement["verdict"] == expected
+        assert passed(judgement, f"parity.onnx.{field}") is (expected == "accept")
+    assert one_reason(judgement).startswith(f"onnx: {field} to folded is")
 
 
 @pytest.mark.parametrize(
@@ -328,9 +328,9 @@ def test_a_parity_limit_holds_at_its_limit_and_breaks_just_beyond(field: str, at
     ],
 )
 def test_the_default_limits_of_fp32_are_those_of_the_design(stage: str, far: dict[str, float]) -> None:
-    found = verdict(report(**{stage: row(stage, 30.4, 0.495, **far)}))
-    assert found["verdict"] == "regression"
-    assert one_reason(found).startswith(f"{stage}: {next(iter(far))} to ")
+    judgement = verdict(report(**{stage: row(stage, 30.4, 0.495, **far)}))
+    assert judgement["verdict"] == "regression"
+    assert one_reason(judgement).startswith(f"{stage}: {next(iter(far))} to ")
 
 
 def test_fp16_is_allowed_more_and_bf16_has_no_limit_on_onnx() -> None:
@@ -354,15 +354,15 @@ def test_a_recipes_limits_replace_the_defaults_of_that_row_alone() -> None:
     far = row("onnx", 30.4, 0.495, mean_abs=0.4, top1_agreement=0.5)
     assert verdict(report(onnx=far), {"parity": {"onnx": {"mean_abs": 0.01}}})["verdict"] == "accept"
     flipped = row("folded", 30.4, 0.495, max_abs=0.1)
-    found = verdict(report(onnx=far, folded=flipped), {"parity": {"onnx": {"mean_abs": 0.01}}})
-    assert one_reason(found).startswith("folded: max_abs")
+    judgement = verdict(report(onnx=far, folded=flipped), {"parity": {"onnx": {"mean_abs": 0.01}}})
+    assert one_reason(judgement).startswith("folded: max_abs")
 
 
 def test_the_distance_of_the_trained_row_has_no_default_limit() -> None:
     far = row("trained", 30.4, 0.495, max_abs=49.0, mean_abs=20.0, top1_agreement=0.1)
     assert verdict(report(trained=far))["verdict"] == "accept"
-    found = verdict(report(trained=far), {"parity": {"trained": {"mean_abs": 0.1}}})
-    assert found["verdict"] == "regression"
+    judgement = verdict(report(trained=far), {"parity": {"trained": {"mean_abs": 0.1}}})
+    assert judgement["verdict"] == "regression"
 
 
 # Verdicts -----------------------------------------------------------------------------------------
@@ -370,9 +370,9 @@ def test_the_distance_of_the_trained_row_has_no_default_limit() -> None:
 
 def test_anomalous_outranks_regression_and_both_reasons_are_given() -> None:
     parity = report(trained=row("trained", math.nan, 0.495), onnx=row("onnx", 40.0, 0.495))
-    found = verdict(parity)
-    assert found["verdict"] == "anomalous"
-    assert [text.split(":")[0] for text in found["reasons"]] == ["trained", "onnx"]
+    judgement = verdict(parity)
+    assert judgement["verdict"] == "anomalous"
+    assert [text.split(":")[0] for text in judgement["reasons"]] == ["trained", "onnx"]
 
 
 def test_every_verdict_has_its_exit_code() -> None:
@@ -420,8 +420,10 @@ GAINS = {
 @pytest.mark.parametrize("metric", GAINS)
 def test_a_gain_too_large_to_be_true_is_found_in_every_metric_that_ends_at_1(metric: str) -> None:
     base, value = GAINS[metric]
-    found = verdict({"rows": [scored("float", {metric: base}), scored("trained", {metric: value})]}, {}, [])
-    assert found["verdict"] == "anomalous" and one_reason(found).endswith("too good")
+    judgement = verdict(
+        {"rows": [scored("float", {metric: base}), scored("trained", {metric: value})]}, {}, []
+    )
+    assert judgement["verdict"] == "anomalous" and one_reason(judgement).endswith("too good")
     smaller = base + 0.4 * (1 - base)
     rows = [scored("float", {metric: base}), scored("trained", {metric: smaller})]
     assert verdict({"rows": rows}, {}, [])["verdict"] == "accept"
@@ -438,8 +440,8 @@ def test_a_gain_is_a_share_of_the_way_to_the_best_value(metric: str, best: float
 def test_a_run_that_trains_the_float_model_may_gain_anything(metric: str) -> None:
     base, value = GAINS[metric]
     rows = [scored("float", {metric: base}), scored("trained", {metric: value})]
-    found = judge({"rows": rows}, Gate(), [], "fp32", float_trains=True)
-    assert found["verdict"] == "accept" and found["reasons"] == []
+    judgement = judge({"rows": rows}, Gate(), [], "fp32", float_trains=True)
+    assert judgement["verdict"] == "accept" and judgement["reasons"] == []
 
 
 def test_the_stage_gate_knows_a_float_run_by_its_format(tmp_path: Path, line: Callable[..., Any]) -> None:
@@ -461,9 +463,9 @@ def test_agreement_of_the_float_row_with_itself_is_no_baseline_for_a_gain() -> N
 
 def test_a_regression_has_no_top_1_agreement_and_the_gate_asks_for_none() -> None:
     rows = [scored("float", {"spearman": 0.8}), scored("onnx", {"spearman": 0.8}, top1_agreement=None)]
-    found = verdict({"rows": rows}, {}, [])
-    assert found["verdict"] == "accept"
-    assert [goal["metric"] for goal in found["goals"]] == ["parity.onnx.mean_abs"]
+    judgement = verdict({"rows": rows}, {}, [])
+    assert judgement["verdict"] == "accept"
+    assert [goal["metric"] for goal in judgement["goals"]] == ["parity.onnx.mean_abs"]
     missing = scored("onnx", {"spearman": 0.8})
     del missing["distance"]["top1_agreement"]
     assert verdict({"rows": [rows[0], missing]}, {}, [])["verdict"] == "anomalous"
@@ -489,15 +491,15 @@ def with_flips(flipped: int, codes: int = 10**6, **distance: Any) -> dict[str, A
 
 @pytest.mark.parametrize(("flipped", "accepted"), [(0, True), (100, True), (101, False)])
 def test_folding_batch_norms_may_flip_one_code_in_ten_thousand(flipped: int, accepted: bool) -> None:
-    found = verdict(report(folded=with_flips(flipped, max_abs=2.0, mean_abs=0.05, top1_agreement=0.99)))
-    assert found["verdict"] == ("accept" if accepted else "regression")
-    assert passed(found, "parity.folded.flipped") is accepted
+    judgement = verdict(report(folded=with_flips(flipped, max_abs=2.0, mean_abs=0.05, top1_agreement=0.99)))
+    assert judgement["verdict"] == ("accept" if accepted else "regression")
+    assert passed(judgement, "parity.folded.flipped") is accepted
 
 
 def test_where_batch_norms_are_folded_a_logit_may_move_but_not_far() -> None:
     for distance in ({"mean_abs": 0.2}, {"top1_agreement": 0.98}):
-        found = verdict(report(folded=with_flips(1, max_abs=2.0, **distance)))
-        assert one_reason(found).startswith(f"folded: {next(iter(distance))}")
+        judgement = verdict(report(folded=with_flips(1, max_abs=2.0, **distance)))
+        assert one_reason(judgement).startswith(f"folded: {next(iter(distance))}")
         behind = row("onnx", 30.4, 0.495, **distance)
         assert one_reason(verdict(report(folded=with_flips(1), onnx=behind))).startswith("onnx")
 
@@ -525,9 +527,9 @@ def flipped(**found: Any) -> dict[str, Any]:
 
 def test_flips_at_ties_alone_are_no_regression() -> None:
     assert verdict(report(onnx=flipped()))["verdict"] == "regression"
-    found = verdict(report(onnx=flipped(held=held())))
-    assert found["verdict"] == "accept"
-    judged = {goal["metric"] for goal in found["goals"] if goal["metric"].startswith("parity.onnx")}
+    judgement = verdict(report(onnx=flipped(held=held())))
+    assert judgement["verdict"] == "accept"
+    judged = {goal["metric"] for goal in judgement["goals"] if goal["metric"].startswith("parity.onnx")}
     assert judged == {
         f"parity.onnx.held.{name}" for name in ("unexplained", "ties", "mean_abs", "top1_agreement")
     }
@@ -543,15 +545,15 @@ def test_flips_at_ties_alone_are_no_regression() -> None:
 )
 def test_a_defect_is_a_regression_however_near_the_row_is(broken: dict[str, Any], said: str) -> None:
     near = {**row("onnx", 30.4, 0.495), "held": broken}
-    found = verdict(report(onnx=near))
-    assert found["verdict"] == "regression" and one_reason(found) == said
+    judgement = verdict(report(onnx=near))
+    assert judgement["verdict"] == "regression" and one_reason(judgement) == said
 
 
 def test_the_recipes_own_limits_are_about_the_graph_as_it_runs() -> None:
     goals = {**GOALS, "parity": {"onnx": {"mean_abs": 0.001}}}
-    found = verdict(report(onnx=flipped(held=held())), goals)
-    assert found["verdict"] == "regression"
-    assert one_reason(found) == "onnx: mean_abs to folded is 0.01, the limit is 0.001"
+    judgement = verdict(report(onnx=flipped(held=held())), goals)
+    assert judgement["verdict"] == "regression"
+    assert one_reason(judgement) == "onnx: mean_abs to folded is 0.01, the limit is 0.001"
     wide = {**GOALS, "parity": {"onnx": {"mean_abs": 0.1}}}
     assert verdict(report(onnx=flipped(held=held())), wide)["verdict"] == "accept"
     assert verdict(report(onnx=flipped(held=held(1))), wide)["verdict"] == "regression"
@@ -562,8 +564,8 @@ def test_the_recipes_own_limits_are_about_the_graph_as_it_runs() -> None:
 def test_more_ties_than_chance_makes_are_a_regression(compute: str, limit: float) -> None:
     """An error of a part of a step flips only codes that a wide enough limit takes for ties."""
     for share, expected in ((limit, "accept"), (1.1 * limit, "regression"), (math.nan, "regression")):
-        found = verdict(report(onnx=flipped(held={**held(), "largest_share": share})), compute=compute)
-        assert found["verdict"] == expected
+        judgement = verdict(report(onnx=flipped(held={**held(), "largest_share": share})), compute=compute)
+        assert judgement["verdict"] == expected
     assert one_reason(
         verdict(report(onnx=flipped(held={**held(), "largest_share": 0.5})), compute=compute)
     ) == (f"onnx.held: 50 % of the codes at h.0.mlp differ on ties, more than {100 * limit:g} %")

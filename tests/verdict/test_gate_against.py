@@ -84,12 +84,12 @@ def test_a_run_against_itself_is_accepted_and_written_down(
 ) -> None:
     candidate = with_goals(line, tmp_path / "candidate")
     verdict_before = (candidate / "verdict.json").read_bytes()
-    found = cli("gate", "--baseline", baseline, "--candidate", candidate, "--json")
-    assert found.code == 0 and found.json()["verdict"] == "accept"
-    against = [goal for goal in found.json()["goals"] if "outcome" in goal]
+    done = cli("gate", "--baseline", baseline, "--candidate", candidate, "--json")
+    assert done.code == 0 and done.json()["verdict"] == "accept"
+    against = [goal for goal in done.json()["goals"] if "outcome" in goal]
     assert [goal["metric"] for goal in against] == list(GOALS)
     assert {goal["test"] for goal in against} == {"identical", "none"}
-    assert read_json(candidate / "gate.json") == found.json()
+    assert read_json(candidate / "gate.json") == done.json()
     assert (candidate / "verdict.json").read_bytes() == verdict_before
 
 
@@ -116,15 +116,15 @@ def test_a_slightly_worse_run_is_inconclusive_and_the_goals_say_what_that_means(
 ) -> None:
     candidate = with_goals(line, tmp_path / "candidate")
     worse(candidate, [0.98, 1.0, 1.03])
-    found = cli("gate", "--baseline", baseline, "--candidate", candidate, "--json")
-    assert (found.code, found.json()["verdict"]) == (3, "inconclusive")
-    goal = found.json()["goals"][0]
+    done = cli("gate", "--baseline", baseline, "--candidate", candidate, "--json")
+    assert (done.code, done.json()["verdict"]) == (3, "inconclusive")
+    goal = done.json()["goals"][0]
     assert goal["interval"][0] <= goal["allowed"] < goal["interval"][1] and goal["detectable"] > 0
-    assert "the samples cannot tell" in found.json()["reasons"][0]
+    assert "the samples cannot tell" in done.json()["reasons"][0]
     other = [with_goals(line, tmp_path / name, on_inconclusive="pass") for name in ("one", "two")]
     worse(other[1], [0.98, 1.0, 1.03])
-    found = cli("gate", "--baseline", other[0], "--candidate", other[1])
-    assert found.code == 0 and found.stdout.splitlines()[-1].startswith("inconclusive")
+    done = cli("gate", "--baseline", other[0], "--candidate", other[1])
+    assert done.code == 0 and done.stdout.splitlines()[-1].startswith("inconclusive")
 
 
 def test_goals_of_a_file_replace_the_baselines(baseline: Path, line: Project, tmp_path: Path) -> None:
@@ -134,18 +134,18 @@ def test_goals_of_a_file_replace_the_baselines(baseline: Path, line: Project, tm
     goals.write_text(
         "gate: {parity: {onnx: {mean_abs: 0.05}}, regression: {test.perplexity: {min-recovery: 0.3}}}"
     )
-    found = cli("gate", "--baseline", baseline, "--candidate", candidate, "--goals", goals, "--json")
-    assert found.code == 0, found.json()["reasons"]
-    assert found.json()["goals"][0]["goal"] == {"min-recovery": 0.3}
+    done = cli("gate", "--baseline", baseline, "--candidate", candidate, "--goals", goals, "--json")
+    assert done.code == 0, done.json()["reasons"]
+    assert done.json()["goals"][0]["goal"] == {"min-recovery": 0.3}
 
 
 def test_a_part_of_a_set_has_goals_of_its_own(line: Project, tmp_path: Path) -> None:
     goals = {"test.perplexity@tokens=31": {"max-degradation": 1.0}}
     one, other = (with_goals(line, tmp_path / name, regression=goals) for name in ("one", "two"))
-    found = api.gate_against(one, other)
-    entry = found["goals"][0]
+    judgement = api.gate_against(one, other)
+    entry = judgement["goals"][0]
     tokens = read_samples(one / "samples.json.gz")["test"]["tokens"]
-    assert found["verdict"] == "accept" and 0 < entry["samples"] == tokens.count(31)
+    assert judgement["verdict"] == "accept" and 0 < entry["samples"] == tokens.count(31)
 
 
 # Planted faults -----------------------------------------------------------------------------------
@@ -334,20 +334,20 @@ def test_a_planted_fault_has_its_verdict_and_exit_code(
     plant, code, says = FAULTS[fault]
     candidate = with_goals(line, tmp_path / "candidate")
     plant(candidate)
-    found = cli("gate", "--baseline", baseline, "--candidate", candidate)
-    assert found.code == code, found.stdout + found.stderr
-    assert says in found.stdout + found.stderr
-    if found.stdout:
-        assert found.stdout.splitlines()[-1].startswith({3: "regression", 4: "anomalous"}[code])
+    done = cli("gate", "--baseline", baseline, "--candidate", candidate)
+    assert done.code == code, done.stdout + done.stderr
+    assert says in done.stdout + done.stderr
+    if done.stdout:
+        assert done.stdout.splitlines()[-1].startswith({3: "regression", 4: "anomalous"}[code])
 
 
 def test_a_gain_over_the_baseline_that_is_too_large_is_looked_at_first(line: Project, tmp_path: Path) -> None:
     """The candidate is where float is; it is the baseline that cannot have been right."""
     runs = [with_goals(line, tmp_path / name) for name in ("one", "two")]
     worse(runs[0], [1.5])
-    found = api.gate_against(*runs)
-    assert found["verdict"] == "anomalous"
-    assert len(found["reasons"]) == 1 and "in the baseline: too good" in found["reasons"][0]
+    judgement = api.gate_against(*runs)
+    assert judgement["verdict"] == "anomalous"
+    assert len(judgement["reasons"]) == 1 and "in the baseline: too good" in judgement["reasons"][0]
 
 
 @pytest.mark.parametrize(
@@ -366,12 +366,12 @@ def test_latency_is_compared_on_one_gpu(
         facts = {"speed": speed, "device": {"gpu": device, "memory_bytes": 10**9}, "measured": "plan"}
         facts["file_sha256"] = read_json(run / "engine" / "build.json")["plan"]["sha256"]
         parity(run, lambda report, facts=facts: row(report, "engine").update(measured_on=facts))
-    found = cli("gate", "--baseline", runs[0], "--candidate", runs[1])
-    assert found.code == code and says in found.stdout, found.stdout + found.stderr
+    done = cli("gate", "--baseline", runs[0], "--candidate", runs[1])
+    assert done.code == code and says in done.stdout, done.stdout + done.stderr
     told = code in (0, 3)
     spread = "single runs took 1.9 to 2.2 ms (least and 99th percentile of 200 runs) in the baseline"
-    assert ("compared as it was measured" in found.stdout and spread in found.stdout) == told
-    assert ("lies within the baseline's spread: measure again" in found.stdout) == (code == 0)
+    assert ("compared as it was measured" in done.stdout and spread in done.stdout) == told
+    assert ("lies within the baseline's spread: measure again" in done.stdout) == (code == 0)
 
 
 # What is refused ----------------------------------------------------------------------------------
@@ -379,9 +379,9 @@ def test_latency_is_compared_on_one_gpu(
 
 def test_a_baseline_without_goals_is_refused_with_some_to_begin_with(line: Project, tmp_path: Path) -> None:
     run = shutil.copytree(line.latest, tmp_path / "run")
-    found = cli("gate", "--baseline", run, "--candidate", run)
-    assert found.code == 2 and "gate.regression" in found.stderr
-    fragment = yaml.safe_load(found.stderr.partition("--goals:\n")[2])
+    done = cli("gate", "--baseline", run, "--candidate", run)
+    assert done.code == 2 and "gate.regression" in done.stderr
+    fragment = yaml.safe_load(done.stderr.partition("--goals:\n")[2])
     goals = tmp_path / "goals.yaml"
     fragment["gate"]["parity"] = {"onnx": {"mean_abs": 0.05}}
     goals.write_text(yaml.safe_dump(fragment))
@@ -396,8 +396,8 @@ def test_a_baseline_without_goals_is_refused_with_some_to_begin_with(line: Proje
 def test_a_wrong_file_of_goals_is_named(text: str, says: str, baseline: Path, tmp_path: Path) -> None:
     goals = tmp_path / "goals.yaml"
     goals.write_text(text)
-    found = cli("gate", "--baseline", baseline, "--candidate", baseline, "--goals", goals)
-    assert found.code == 2 and says in found.stderr
+    done = cli("gate", "--baseline", baseline, "--candidate", baseline, "--goals", goals)
+    assert done.code == 2 and says in done.stderr
     assert cli("gate", "--candidate", baseline, "--goals", goals).code == 2
 
 
@@ -439,8 +439,8 @@ def test_a_baseline_without_goals_for_later_runs_says_what_to_add(
 def test_a_file_that_is_no_baseline_is_refused(content: str, line: Project, tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
     file.write_text(content)
-    found = cli("gate", "--baseline", file, "--candidate", line.latest)
-    assert found.code == 2 and "baseline promote" in found.stderr
+    done = cli("gate", "--baseline", file, "--candidate", line.latest)
+    assert done.code == 2 and "baseline promote" in done.stderr
     assert cli("gate", "--baseline", tmp_path / "none", "--candidate", line.latest).code == 2
 
 
@@ -483,10 +483,10 @@ def test_an_edited_baseline_is_refused_with_the_key_that_is_wrong(baseline: Path
         value = json.loads(whole)
         change(value)
         file.write_text(json.dumps(value))
-        found = cli("gate", "--baseline", file, "--candidate", baseline)
-        assert found.code == 2, edit
-        assert "not as it was written: " in found.stderr and says in found.stderr, (edit, found.stderr)
-        assert "baseline promote" in found.stderr, edit
+        done = cli("gate", "--baseline", file, "--candidate", baseline)
+        assert done.code == 2, edit
+        assert "not as it was written: " in done.stderr and says in done.stderr, (edit, done.stderr)
+        assert "baseline promote" in done.stderr, edit
 
 
 def test_results_that_do_not_give_a_metric_are_anomalous(baseline: Path, tmp_path: Path) -> None:
@@ -495,8 +495,8 @@ def test_results_that_do_not_give_a_metric_are_anomalous(baseline: Path, tmp_pat
     value = json.loads(file.read_text())
     value["samples"]["test"]["nll"][3] = "high"
     file.write_text(json.dumps(value))
-    found = cli("gate", "--baseline", file, "--candidate", baseline)
-    assert found.code == 4 and "the per-sample results do not give it" in found.stdout
+    done = cli("gate", "--baseline", file, "--candidate", baseline)
+    assert done.code == 4 and "the per-sample results do not give it" in done.stdout
 
 
 def test_a_run_that_was_not_accepted_is_no_baseline(baseline: Path, tmp_path: Path) -> None:

@@ -31,15 +31,15 @@ def verdict(onnx: dict, goals: dict | None = None, *, served: bool = True) -> di
 
 
 def test_a_good_deployed_row_is_accepted_with_its_goals_listed() -> None:
-    found = verdict(onnx_row())
-    assert found["verdict"] == "accept"
-    assert found["deployed"]["judged"] and found["deployed"]["passed"]
-    names = [goal["metric"] for goal in found["deployed"]["goals"]]
+    judgement = verdict(onnx_row())
+    assert judgement["verdict"] == "accept"
+    assert judgement["deployed"]["judged"] and judgement["deployed"]["passed"]
+    names = [goal["metric"] for goal in judgement["deployed"]["goals"]]
     assert names == [
         "deployed.test.perplexity", "deployed.test.token_accuracy", "parity.deployed.mean_abs",
         "parity.deployed.top1_agreement",
     ]  # fmt: skip
-    assert all(goal in found["goals"] for goal in found["deployed"]["goals"])
+    assert all(goal in judgement["goals"] for goal in judgement["deployed"]["goals"])
 
 
 SATURATED = {"mean": 0.23, "top1_agreement": 0.5}
@@ -56,11 +56,11 @@ SATURATED = {"mean": 0.23, "top1_agreement": 0.5}
     ids=["recovery", "saturated", "agreement", "float inputs"],
 )
 def test_a_bad_deployed_row_is_a_regression_where_it_ships(onnx: dict, said: str) -> None:
-    found = verdict(onnx)
-    assert found["verdict"] == "regression" and any(said in reason for reason in found["reasons"])
+    judgement = verdict(onnx)
+    assert judgement["verdict"] == "regression" and any(said in reason for reason in judgement["reasons"])
     elsewhere = verdict(onnx, served=False)
     assert elsewhere["verdict"] == "accept" and not elsewhere["deployed"]["judged"]
-    assert not elsewhere["deployed"]["passed"] and elsewhere["deployed"]["reasons"] == found["reasons"]
+    assert not elsewhere["deployed"]["passed"] and elsewhere["deployed"]["reasons"] == judgement["reasons"]
 
 
 def test_rounded_activations_of_a_weights_only_format_are_within_its_limits() -> None:
@@ -123,8 +123,8 @@ def test_limits_of_a_deployed_row_without_an_onnx_row_are_anomalous() -> None:
     missing = {"stage": "onnx", "status": "not-run", "reason": "no kernels"}
     goals = Gate.model_validate({"parity": {"deployed": {"mean_abs": 0.1}}})
     require = [name for name in REQUIRE if name != "onnx"]
-    found = judge(report(onnx=missing), goals, require, "fp32")
-    assert found["verdict"] == "anomalous" and "deployed row" in " ".join(found["reasons"])
+    judgement = judge(report(onnx=missing), goals, require, "fp32")
+    assert judgement["verdict"] == "anomalous" and "deployed row" in " ".join(judgement["reasons"])
 
 
 def test_limits_of_the_recipe_replace_the_defaults_and_are_judged_for_every_target() -> None:
@@ -142,9 +142,9 @@ def test_a_distance_to_the_float_model_is_a_matter_of_recovery() -> None:
 def test_a_deployed_row_that_is_missing_or_not_finite_is_anomalous() -> None:
     onnx = onnx_row()
     del onnx["deployed"]
-    found = verdict(onnx)
-    assert found["verdict"] == "anomalous" and found["deployed"] is None
-    assert "ONNX Runtime's default session, is judged, and it was not measured" in found["reasons"][0]
+    judgement = verdict(onnx)
+    assert judgement["verdict"] == "anomalous" and judgement["deployed"] is None
+    assert "ONNX Runtime's default session, is judged, and it was not measured" in judgement["reasons"][0]
     assert verdict(onnx, served=False)["verdict"] == "accept"
     assert verdict(onnx_row(float("nan")))["verdict"] == "anomalous"
 

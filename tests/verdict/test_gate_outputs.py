@@ -65,8 +65,8 @@ def test_junit_holds_reasons_that_xml_could_not() -> None:
 
 
 def test_annotations_cannot_be_broken_out_of() -> None:
-    found = annotations(verdict("regression", BROKEN, ["50 % lost\n::set-output name=x", "b"]), "a,b:c.yaml")
-    assert found == [
+    lines = annotations(verdict("regression", BROKEN, ["50 % lost\n::set-output name=x", "b"]), "a,b:c.yaml")
+    assert lines == [
         "::error file=a%2Cb%3Ac.yaml,title=qcompress gate%3A regression::50 %25 lost%0A::set-output name=x",
         "::error file=a%2Cb%3Ac.yaml,title=qcompress gate%3A regression::b",
     ]
@@ -85,16 +85,16 @@ def test_the_step_summary_is_a_table_of_the_goals() -> None:
 
 
 def test_gitlab_sees_each_reason_once_and_knows_it_again() -> None:
-    found = code_quality(verdict("regression", BROKEN, ["a", "b"]), "recipes/r.yaml")
+    issues = code_quality(verdict("regression", BROKEN, ["a", "b"]), "recipes/r.yaml")
     again = code_quality(verdict("regression", BROKEN, ["b", "c"]), "recipes/r.yaml")
-    assert [issue["description"] for issue in found] == ["a", "b"]
-    assert found[1]["fingerprint"] == again[0]["fingerprint"] != found[0]["fingerprint"]
-    for issue in found:
+    assert [issue["description"] for issue in issues] == ["a", "b"]
+    assert issues[1]["fingerprint"] == again[0]["fingerprint"] != issues[0]["fingerprint"]
+    for issue in issues:
         assert issue.keys() == {"description", "check_name", "fingerprint", "severity", "location"}
         assert issue["severity"] in ("info", "minor", "major", "critical", "blocker")
         assert issue["location"] == {"path": "recipes/r.yaml", "lines": {"begin": 1}}
     assert code_quality(verdict("accept", PASSED, []), "r.yaml") == []
-    assert json.loads(json.dumps(found)) == found
+    assert json.loads(json.dumps(issues)) == issues
 
 
 def test_the_files_are_those_of_the_gate(tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def pair(tmp_path: Path, goals: dict[str, Any], wrong: dict[str | None, float]) 
 
 
 def judged(baseline: Path, candidate: Path, *more: str | Path) -> tuple[int, dict[str, Any]]:
-    found = cli("gate", "--baseline", baseline, "--candidate", candidate, "--json", *more)
-    return found.code, found.json()
+    done = cli("gate", "--baseline", baseline, "--candidate", candidate, "--json", *more)
+    return done.code, done.json()
 
 
 EACH = {"dev.accuracy@language=*": {"max-degradation": 0.1}}
@@ -91,9 +91,9 @@ def test_a_slice_is_judged_by_its_own_samples(tmp_path: Path) -> None:
              for value in ("de", "fr")}  # fmt: skip
     _, candidate = pair(tmp_path, goals, {"fr": 0.45})
     for baseline in (tmp_path / "baseline.json", tmp_path / "baseline"):
-        code, found = judged(baseline, candidate)
-        assert code == 3 and found["verdict"] == "regression"
-        for entry in found["goals"]:
+        code, judgement = judged(baseline, candidate)
+        assert code == 3 and judgement["verdict"] == "regression"
+        for entry in judgement["goals"]:
             language = entry["metric"].partition("=")[2]
             for side, folder in (("baseline", "baseline"), ("value", "candidate")):
                 dev = read_samples(tmp_path / folder / "samples.json.gz")["dev"]
@@ -110,16 +110,18 @@ def test_a_slice_is_judged_by_its_own_samples(tmp_path: Path) -> None:
 
 def test_a_goal_on_every_value_names_the_worst_in_each_form(tmp_path: Path) -> None:
     baseline, candidate = pair(tmp_path, EACH, {"it": 0.5})
-    code, found = judged(baseline, candidate)
-    assert code == 3 and found["verdict"] == "regression"
-    losses = [entry["loss"] for entry in found["goals"]]
+    code, judgement = judged(baseline, candidate)
+    assert code == 3 and judgement["verdict"] == "regression"
+    losses = [entry["loss"] for entry in judgement["goals"]]
     assert losses == sorted(losses, reverse=True)
-    assert found["goals"][0]["metric"] == "dev.accuracy@language=it"
-    assert {entry["metric"].partition("=")[2] for entry in found["goals"]} == {"de", "fr", "it"}
-    assert {(entry["every"], entry["slices"]) for entry in found["goals"]} == {("dev.accuracy@language=*", 3)}
-    (note,) = found["notes"]
+    assert judgement["goals"][0]["metric"] == "dev.accuracy@language=it"
+    assert {entry["metric"].partition("=")[2] for entry in judgement["goals"]} == {"de", "fr", "it"}
+    assert {(entry["every"], entry["slices"]) for entry in judgement["goals"]} == {
+        ("dev.accuracy@language=*", 3)
+    }
+    (note,) = judgement["notes"]
     assert note.startswith("dev.accuracy@language=*: 3 slices, the worst it with a loss of")
-    assert found["reasons"][0].startswith("dev.accuracy@language=it is ")
+    assert judgement["reasons"][0].startswith("dev.accuracy@language=it is ")
     files = ["--junit", tmp_path / "junit.xml", "--github", "--code-quality", tmp_path / "quality.json"]
     shown = cli("gate", "--baseline", baseline, "--candidate", candidate, *files)
     assert "dev.accuracy@language=it" in shown.stdout and "the worst it" in shown.stdout
@@ -136,8 +138,8 @@ def test_the_lower_bounds_of_a_goal_on_every_value_share_their_chance(tmp_path: 
     """The upper bound is that of the slice alone; a limit that one slice alone breaks need not be broken."""
     alone = {"dev.accuracy@language=it": {"max-degradation": 0.1}}
     baseline, candidate = pair(tmp_path, EACH | alone, {"it": 0.3})
-    _, found = judged(baseline, candidate)
-    each, one = (next(entry for entry in found["goals"] if entry["metric"] == "dev.accuracy@language=it"
+    _, judgement = judged(baseline, candidate)
+    each, one = (next(entry for entry in judgement["goals"] if entry["metric"] == "dev.accuracy@language=it"
                       and ("every" in entry) is shared) for shared in (True, False))  # fmt: skip
     assert each["interval"][1] == one["interval"][1] and each["interval"][0] < one["interval"][0]
     assert each["detectable"] > one["detectable"] and each["loss"] == one["loss"]
@@ -145,9 +147,11 @@ def test_the_lower_bounds_of_a_goal_on_every_value_share_their_chance(tmp_path: 
 
 def test_labels_are_slices_by_their_names(tmp_path: Path) -> None:
     baseline, candidate = pair(tmp_path, {"dev.accuracy@label=*": {"max-degradation": 0.9}}, {})
-    _, found = judged(baseline, candidate)
-    assert {entry["metric"] for entry in found["goals"]} == {f"dev.accuracy@label={name}" for name in LABELS}
-    assert found["verdict"] == "accept"
+    _, judgement = judged(baseline, candidate)
+    assert {entry["metric"] for entry in judgement["goals"]} == {
+        f"dev.accuracy@label={name}" for name in LABELS
+    }
+    assert judgement["verdict"] == "accept"
 
 
 def of_samples(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -174,8 +178,8 @@ def test_a_users_columns_are_the_baselines(fault: str, tmp_path: Path) -> None:
     plant, code, says = FAULTS[fault]
     baseline, candidate = pair(tmp_path, {"dev.accuracy@language=*": {"max-degradation": 0.5}}, {})
     plant(candidate)
-    found = cli("gate", "--baseline", baseline, "--candidate", candidate)
-    assert found.code == code and says in found.stdout, found.stdout
+    done = cli("gate", "--baseline", baseline, "--candidate", candidate)
+    assert done.code == code and says in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(
@@ -195,11 +199,11 @@ def test_goals_of_a_file_on_what_is_not_there_are_anomalous(
     baseline, candidate = pair(tmp_path, EACH, {})
     goals = tmp_path / "goals.yaml"
     goals.write_text(json.dumps({"gate": {"regression": {goal: {"max-degradation": 0.5}}}}))
-    code, found = judged(baseline, candidate, "--goals", goals)
+    code, judgement = judged(baseline, candidate, "--goals", goals)
     if says is None:  # one value, the same in both
-        assert code == 0 and found["goals"][0]["metric"] == "dev.accuracy@loss=0.5"
+        assert code == 0 and judgement["goals"][0]["metric"] == "dev.accuracy@loss=0.5"
         return
-    assert code == 4 and says in found["reasons"][0]
+    assert code == 4 and says in judgement["reasons"][0]
 
 
 def test_a_slice_on_which_a_metric_is_not_defined_is_named(tmp_path: Path) -> None:
@@ -243,8 +247,8 @@ def test_edited_slices_of_a_baseline_are_refused(edit: str, tmp_path: Path) -> N
     value = json.loads(baseline.read_text())
     change(value)
     baseline.write_text(json.dumps(value))
-    found = cli("gate", "--baseline", baseline, "--candidate", candidate)
-    assert found.code == 2 and says in found.stderr
+    done = cli("gate", "--baseline", baseline, "--candidate", candidate)
+    assert done.code == 2 and says in done.stderr
 
 
 def test_a_baseline_of_before_has_no_slices(tmp_path: Path) -> None:

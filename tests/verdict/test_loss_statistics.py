@@ -56,9 +56,9 @@ def by_likelihood(lost: int, won: int, samples: int, loss: float) -> float:
         return -sum(count * math.log(part) for count, part in parts if count)
 
     low, high = max(0.0, -loss), (1 - loss) / 2
-    found = optimize.minimize_scalar(minus, bounds=(low + 1e-12, high - 1e-12), method="bounded",
+    optimum = optimize.minimize_scalar(minus, bounds=(low + 1e-12, high - 1e-12), method="bounded",
                                      options={"xatol": 1e-13})  # fmt: skip
-    return (lost - won - samples * loss) / math.sqrt(samples * (2 * found.x + loss * (1 - loss)))
+    return (lost - won - samples * loss) / math.sqrt(samples * (2 * optimum.x + loss * (1 - loss)))
 
 
 @pytest.mark.parametrize(("lost", "won", "samples"), [(12, 2, 50), (20, 25, 400), (3, 1, 1000), (7, 0, 90)])
@@ -108,9 +108,11 @@ def test_each_bound_is_crossed_by_at_most_5_of_100(truth: float) -> None:
 
 
 def test_the_detectable_loss_of_an_accuracy_is_seen_80_times_in_100() -> None:
-    found = share_detectable(60, 40, 1000)
+    detectable_loss = share_detectable(60, 40, 1000)
     random = np.random.default_rng(6)
-    tables = random.multinomial(1000, [0.05 + found / 2, 0.05 - found / 2, 0.9], size=2000)
+    tables = random.multinomial(
+        1000, [0.05 + detectable_loss / 2, 0.05 - detectable_loss / 2, 0.9], size=2000
+    )
     seen = [mcnemar_exact(int(lost), int(won)) <= ALPHA for lost, won, _ in tables]
     assert 0.74 < np.mean(seen) < 0.83  # the exact test is a little below its nominal level
 
@@ -156,16 +158,16 @@ def test_the_outcome_follows_from_the_bounds(interval: tuple[float, float], outc
 
 
 def test_a_share_of_nothing_is_no_number_and_fails() -> None:
-    found = loss_of(
+    loss = loss_of(
         "accuracy", goal(percent_max_degradation=5), classified(np.zeros(9)), classified(np.ones(9))
     )
-    assert found.outcome == "fail"
+    assert loss.outcome == "fail"
 
 
 def test_the_same_results_are_no_loss_at_all() -> None:
     columns = classified(np.arange(50) < 30)
-    found = loss_of("accuracy", goal(max_degradation=0.0), columns, dict(columns))
-    assert (found.test, found.interval, found.outcome) == ("identical", (0.0, 0.0), "pass")
+    loss = loss_of("accuracy", goal(max_degradation=0.0), columns, dict(columns))
+    assert (loss.test, loss.interval, loss.outcome) == ("identical", (0.0, 0.0), "pass")
 
 
 def test_a_bootstrap_interval_is_that_of_the_mean() -> None:
@@ -173,12 +175,12 @@ def test_a_bootstrap_interval_is_that_of_the_mean() -> None:
     random = np.random.default_rng(8)
     nll = random.normal(30, 3, 300)
     apart = random.normal(0.05, 0.4, 300)
-    found = loss_of("perplexity", goal(max_degradation=1.0), perplexities(nll), perplexities(nll + apart))
-    scale = found.baseline / 10
+    loss = loss_of("perplexity", goal(max_degradation=1.0), perplexities(nll), perplexities(nll + apart))
+    scale = loss.baseline / 10
     error = apart.std(ddof=1) / math.sqrt(300) * scale
     expected = [apart.mean() * scale + side * stats.norm.ppf(0.95) * error for side in (-1, 1)]
-    assert found.interval == pytest.approx(expected, abs=0.15 * error)
-    assert found.detectable == pytest.approx((1.645 + 0.842) * error, rel=0.05)
+    assert loss.interval == pytest.approx(expected, abs=0.15 * error)
+    assert loss.detectable == pytest.approx((1.645 + 0.842) * error, rel=0.05)
 
 
 def losses(values: np.ndarray) -> dict[str, list[Any]]:
@@ -190,11 +192,11 @@ def test_the_bounds_of_few_samples_are_students() -> None:
     for samples in (6, 12):
         before = random.normal(2.0, 1.0, samples)
         apart = stats.norm.ppf((np.arange(samples) + 0.5) / samples)  # as normal as so few can be
-        found = loss_of("cross_entropy", goal(max_degradation=1.0), losses(before), losses(before + apart))
+        loss = loss_of("cross_entropy", goal(max_degradation=1.0), losses(before), losses(before + apart))
         error = apart.std(ddof=1) / math.sqrt(samples)
         half = stats.t.ppf(0.95, samples - 1) * error
-        assert found.interval == pytest.approx((-half, half), abs=0.06 * half)
-        assert found.detectable == pytest.approx(half + 0.842 * error, rel=0.02)
+        assert loss.interval == pytest.approx((-half, half), abs=0.06 * half)
+        assert loss.detectable == pytest.approx(half + 0.842 * error, rel=0.02)
 
 
 @pytest.mark.slow
@@ -209,8 +211,8 @@ def test_6_samples_raise_as_few_false_alarms_as_many_do() -> None:
 
 
 def test_one_sample_says_nothing() -> None:
-    found = loss_of("cross_entropy", goal(max_degradation=1.0), losses(np.ones(1)), losses(np.ones(1) * 1.1))
-    assert found.outcome == "inconclusive" and found.interval == (-math.inf, math.inf)
+    loss = loss_of("cross_entropy", goal(max_degradation=1.0), losses(np.ones(1)), losses(np.ones(1) * 1.1))
+    assert loss.outcome == "inconclusive" and loss.interval == (-math.inf, math.inf)
 
 
 # False alarms -------------------------------------------------------------------------------------
