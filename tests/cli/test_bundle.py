@@ -245,7 +245,7 @@ def test_batches_come_from_the_profiles(gpt2: Path, tmp_path: Path) -> None:
 
 
 def copied(run: Path, folder: Path, **build: Any) -> Path:
-    """The same run to change; `build` are keys of its recipe."""
+    """A copy of the run that a test may change; `build` are keys of its recipe."""
     shutil.copytree(run, folder)
     recipe = yaml.safe_load((folder / "recipe.resolved.yaml").read_text())
     recipe["build"] |= build
@@ -305,7 +305,7 @@ def test_a_plan_is_bundled_with_its_profiles(gpt2: Path, tmp_path: Path) -> None
 
 
 def with_plan(run: Path, folder: Path) -> Path:
-    """The same run for an A10, with a plan of TensorRT that nothing here can load."""
+    """A copy of the run for an A10, with a plan of TensorRT that nothing here can load."""
     shapes = {"sequence": [1, 16, 32]}
     profiles = [{"batch": [1, 2, 4], **shapes}, {"batch": [1, 4, 8], **shapes}]
     copied(run, folder, target="a10", profiles=profiles)

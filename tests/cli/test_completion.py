@@ -1,4 +1,4 @@
-"""What a shell completes after `qcompress`, and that starting up brings no heavy package along."""
+"""Completion in a shell after `qcompress`; starting up imports no heavy package."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VALUES = {
 
 
 def completed(line: str, typed: str = "") -> list[str]:
-    """What bash offers for a word that begins as typed, after a line."""
+    """Completions that bash offers for the last word of a line."""
     words = f"qcompress {line} {typed}"
     variables = {
         "_QCOMPRESS_COMPLETE": "complete_bash",

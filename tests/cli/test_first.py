@@ -76,7 +76,7 @@ def started(folder: Path, model: Path, data: Path, **options: Any) -> InitResult
 
 
 def refusal(folder: Path, model: Path | None, data: Path | None, **options: Any) -> str:
-    """What is said, and that nothing was written or changed."""
+    """Message of a refused `init`, after a check that nothing was written or changed."""
     before = {file: file.read_bytes() for file in files(folder)}
     with pytest.raises(QcompressError, match=r"[a-z]") as caught:
         started(folder, model, data, **options)

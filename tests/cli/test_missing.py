@@ -1,4 +1,4 @@
-"""What is not there: packages that are not installed (exit code 6), files and folders (exit code 2)."""
+"""Missing packages (exit code 6), files and folders (exit code 2)."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def run(request: pytest.FixtureRequest, text_file: Path, tmp_path_factory: pytes
 
 
 def with_problem(run: Run, folder: Path, problem: str | None) -> Run:
-    """The same run with another `problem_type`."""
+    """A copy of the run with another `problem_type`."""
     shutil.copytree(run.path, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text()) | {"problem_type": problem}
     (folder / "config.json").write_text(json.dumps(config))

@@ -37,7 +37,7 @@ def flip(file: Path, where: float, bit: int, keep_times: bool) -> None:
 
 
 def content(project: Project) -> dict[str, bytes]:
-    """What a user trusts: everything that the stages made, but costs and dates, and all that was placed."""
+    """Files that a user trusts: all files of the stages except costs and dates, and all placed files."""
     found = {}
     for stage in STAGES:
         entry = project.entry(stage)

@@ -54,7 +54,7 @@ print(peak_mib(), time.monotonic() - begin)
 
 
 def read(file: Path, how: str) -> tuple[str, float, float]:
-    """What a reader says of a file, its peak memory in MiB and its seconds."""
+    """Outcome of a reader on a file, its peak memory in MiB and its seconds."""
     done = python(READ, str(file), how)
     assert done.code == 0, done
     *said, numbers = done.stdout.strip().split("\n")

@@ -331,7 +331,7 @@ def test_a_log_of_another_encoding(encoding: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["both", "indented", "first-version", "link", "bidi", "html"])
 def test_words_on_the_command_line(name: str, tmp_path: Path) -> None:
-    """What typer itself refuses, in a process of its own; colours that are asked for are no way around."""
+    """Errors of typer itself, in a child process; requested colours do not bypass the guard."""
     value = HOSTILE[name].replace("\0", "")
     for words, more in (([value], {}), (["show", "--nope", value], {}), (["list", value], {})):
         ended = attacked(*words, folder=tmp_path, PYTHONIOENCODING="utf-8", **more)

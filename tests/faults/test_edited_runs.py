@@ -20,7 +20,7 @@ EDITED, ROT = "edited and torn run directories", "bit rot in the run"
 pytestmark = pytest.mark.attack(EDITED)
 
 ALWAYS = ("manifest.json", "parity.json", "verdict.json", "recipe.resolved.yaml")
-"""What every command reads."""
+"""Files that every command reads."""
 
 NAMES = (
     *ALWAYS, "certificate.json", "sizes.json", "lint.json", "config.json", "tokenizer.json",

@@ -364,7 +364,7 @@ def _empty_nodes(file: Path) -> None:
 
 
 def _empty_attributes(file: Path) -> None:
-    """The same inside one node."""
+    """The graph of the test above inside one node."""
     content = b"\x2a\x00" * 10_000_000
     node = b"\x0a" + _varint(len(content)) + content
     file.write_bytes(b"\x3a" + _varint(len(node)) + node)

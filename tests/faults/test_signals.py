@@ -23,7 +23,7 @@ STAGES = ("train", "export", "verify")
 
 
 def words(process: subprocess.Popen[str], code: int) -> str:
-    """What a process said that ended with `code` and no traceback."""
+    """Output of a process that ended with `code` and without a traceback."""
     stdout, stderr = process.communicate(timeout=120)
     assert "Traceback" not in stderr and "Exception ignored" not in stderr, stderr
     assert process.returncode == code, (process.returncode, stderr)

@@ -365,7 +365,7 @@ def keys(value: Any, key: tuple[str | int, ...] = ()) -> Iterator[tuple[str | in
 
 
 def changed(values: dict[str, Any], key: tuple[str | int, ...], *new: Any) -> dict[str, Any]:
-    """A copy with the value at a key replaced, or taken out if there is no new one."""
+    """A copy with the value at a key replaced, or removed if there is no new one."""
     values = copy.deepcopy(values)
     parent: Any = values
     for part in key[:-1]:

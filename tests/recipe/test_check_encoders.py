@@ -1,4 +1,4 @@
-"""What `check` says about encoders, their heads and their points, before anything is trained."""
+"""Checks of encoders, their heads and their points, before anything is trained."""
 
 from __future__ import annotations
 

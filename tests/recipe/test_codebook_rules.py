@@ -1,4 +1,4 @@
-"""What codebooks and noise ask of a recipe is asked at `check`: what, where, and what to write instead."""
+"""Rules of codebooks and noise at `check`: message, place and fix."""
 
 from __future__ import annotations
 

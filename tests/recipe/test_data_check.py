@@ -1,4 +1,4 @@
-"""What `check` and a run say about data before any stage: images, tags and text, and how much is read."""
+"""Checks of data before any stage: images, tags and text, and how much is read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def recipe(folder: Path, family: str, task: str, *data: str, tail: str = TAIL) -
 
 
 def said(file: Path) -> list[str]:
-    """What `check` says; a run says the same before its first stage."""
+    """Mistakes that `check` reports; a run reports them before its first stage too."""
     found = [str(one).replace(f"{file.parent}/", "") for one in all_mistakes(file)[2]]
     try:
         check_model(load_recipe(file), file.parent / "model")

@@ -271,7 +271,7 @@ def test_a_scale_that_tensorrt_would_refuse_is_refused_by_name(encoder: Callable
 
 @dataclass(frozen=True)
 class Kind:
-    """What to export."""
+    """Family, task, format and compute type of an exported model."""
 
     family: str
     task: str
@@ -424,7 +424,7 @@ def test_tensorrt_rtx_builds_the_graph(graph: Graph, tmp_path: Path) -> None:
 
 
 def followed(graph: Graph, file: Path) -> dict[str, Any]:
-    """What `follow` finds on 24 sequences, by place, in the order in which the model comes by."""
+    """Comparisons of `follow` on 24 sequences, by quantization point in model order."""
     limit = TIE[graph.kind.compute]
     with follow(graph.made.folded, OnnxModel(file.parent), limit) as (places, run):
         given = {key: value.numpy() for key, value in graph.inputs(24, 12).items()}

@@ -67,14 +67,14 @@ PLANTED = {
     "a number that is too small": ("batch_size: 4", "batch_size: 0"),
     "a rate that is not above 0": ("scale: 2e-4", "scale: 0"),
     "one file in the place of a list": ("text: [test.txt]", "text: test.txt"),
-    "a name that is no slug": ("name: good", "name: Good One"),
+    "a name that is not a slug": ("name: good", "name: Good One"),
     "an opset that is too old": ("opset: 21", "opset: 20"),
     "an axis of a profile without maximum": ("batch: [1, 1, 2]", "batch: [1, 1]"),
     "a goal on no metric": ("recovery: {test.perplexity:", "recovery: {test.perplexy:"),
     "an unknown kind of goal": ("{percent-max-degradation: 2}", "{percent_degradation: 2}"),
     "an unknown row": ("require: [float,", "require: [flot,"),
     "an unknown tracker": ("seed: 0", "tracking: tensorbord"),
-    "an evaluation set that is no slug": ("other: {text", "Other Set: {text"),
+    "an evaluation set that is not a slug": ("other: {text", "Other Set: {text"),
 }
 
 

@@ -52,7 +52,7 @@ def edited(old: str, new: str) -> str:
 
 
 def of_slices(file: Path) -> list[str]:
-    """What is said of data and gate; the model is an empty folder."""
+    """Mistakes in data and gate; the model is an empty folder."""
     return [str(one) for one in all_mistakes(file)[2] if one.key.startswith(("data", "gate"))]
 
 

@@ -107,7 +107,7 @@ ONE_MISTAKE = {
         r":20: quantizer\.init: must be one of mse, lsq, absmax, percentile",
     ),
     "an unknown method": (("quadapter", "quadaptr"), r":19: method: must be one of float, .*`quadapter`"),
-    "a method that is no text": (("quadapter", "[lsq]"), r":19: method: must be one of float, "),
+    "a method that is not text": (("quadapter", "[lsq]"), r":19: method: must be one of float, "),
     "an unknown format": (
         ("  weights: int8\n", "  weights: int9\n"),
         r":12: format\.weights: must be one of .*`int8`",

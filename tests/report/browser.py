@@ -70,7 +70,7 @@ class Browser:
             self._next()
 
     def value(self, expression: str) -> Any:
-        """What a piece of JavaScript gives."""
+        """Value of a JavaScript expression."""
         found = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")

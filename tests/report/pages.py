@@ -83,7 +83,7 @@ def read(file: Path) -> Page:
 
 
 def look_up(pointer: str, runs: list[Path]) -> Any:
-    """What stands where a figure says that it is from; None where nothing does."""
+    """Value at a figure's JSON pointer; None if nothing is there."""
     name, _, path = pointer.partition("#/")
     place, _, rest = name.partition("/")
     folder, file = (runs[int(place)], rest) if place.isdigit() else (runs[0], name)

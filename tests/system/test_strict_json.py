@@ -31,7 +31,7 @@ VALUES = {
     "keys with signs of a pointer": {"a/b": {"~c": math.nan, "d~1": -math.inf}},
     "a tuple": {"interval": (math.nan, 1.0)},
     "a key that is a digit": {"0": {"1": math.inf}},
-    "keys that are no text": {True: math.nan, None: {2: math.inf}, 1.5: [math.nan]},
+    "keys that are not text": {True: math.nan, None: {2: math.inf}, 1.5: [math.nan]},
     "a key of the mark's name further down": {"a": {"not_finite": math.nan}},
 }
 

@@ -1,4 +1,4 @@
-"""What the operating system promises and refuses: locks that die with their process, disks that are full."""
+"""Functions of the operating system: locks that end with their process, full disks."""
 
 from __future__ import annotations
 

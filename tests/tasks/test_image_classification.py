@@ -59,7 +59,7 @@ def save_npz(file: Path, **arrays: Any) -> None:
 
 
 def plain(images: np.ndarray, size: tuple[int, int] = (8, 8)) -> np.ndarray:
-    """What a model is given, by Pillow and numpy alone, fp64 [batch, 3, height, width]."""
+    """Model input computed by Pillow and numpy alone, fp64 [batch, 3, height, width]."""
     sized = [np.array(Image.fromarray(one).resize(size[::-1], Image.BILINEAR)) for one in images]
     values = (np.stack(sized) / 255 - np.array(MEAN)) / np.array(STD)
     return values.transpose(0, 3, 1, 2)

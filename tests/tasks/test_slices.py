@@ -38,7 +38,7 @@ def read(task: Any, data: TextData, base: Path) -> dict[str, list[str | None]]:
 
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
 def test_the_columns_of_a_table_are_the_same_in_every_form(suffix: str, tmp_path: Path) -> None:
-    """Two files, one after the other; a blank is no part of a value, and an empty cell is none."""
+    """Two files in order; surrounding blanks are not part of a value, and an empty cell has none."""
     for name, rows in (("a", ROWS[:2]), ("b", ROWS[2:])):
         file, mark = tmp_path / f"{name}{suffix}", {".tsv": "\t", ".csv": ","}.get(suffix)
         if suffix == ".parquet":

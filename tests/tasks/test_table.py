@@ -38,7 +38,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def write_table(file: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
-    """The same rows in the form that the suffix says, written by hand."""
+    """A table's rows in the format of the suffix, written by hand."""
     names = list(rows[0])
     if file.suffix == ".parquet":
         parquet.write_table(Table.from_pylist(rows), file)

@@ -354,7 +354,7 @@ def span_score(truth: list[list[int]], answer: list[list[int]]) -> float:
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_entities_and_agreement_are_drawn_by_sequences(labelled: bool) -> None:
-    """The oracle writes each drawn sequence out and scores it anew; another float model is no other data."""
+    """The oracle scores each drawn sequence anew; a changed float model is not changed data."""
     runs = [tagged(arm, seed, wrong, labelled=labelled) for arm, wrong in (("old", 0.1), ("new", 0.3))
             for seed in (0, 1)]  # fmt: skip
     if not labelled:

@@ -513,7 +513,7 @@ def test_where_no_activation_is_rounded_nothing_can_flip_and_the_distance_is_jud
 
 
 def held(unexplained: int = 0, **distance: Any) -> dict[str, Any]:
-    """What `verify.held` adds to the onnx row; by default a graph without a defect."""
+    """Addition of `verify.held` to the onnx row; by default of a graph without a defect."""
     far = {"to": "folded", "max_abs": 1e-5, "mean_abs": 1e-6, "range": 50.0, "top1_agreement": 1.0}
     where = "h.1.mlp" if unexplained else None
     return {"samples": 4, "codes": 1000, "differ": 3, "unexplained": unexplained, "first_unexplained": where,
@@ -572,7 +572,7 @@ def test_more_ties_than_chance_makes_are_a_regression(compute: str, limit: float
 
 
 def test_an_engine_is_not_judged_by_how_flips_take_it_away() -> None:
-    """The same recipe has the same verdict with a GPU and without; limits that it writes count."""
+    """A recipe has one verdict with a GPU and without; limits that it writes count."""
     engine = row("engine", 30.4, 0.495, mean_abs=0.5, top1_agreement=0.95)
     assert verdict(report(engine=engine))["verdict"] == "regression"
     assert verdict(report(onnx=flipped(held=held()), engine=engine))["verdict"] == "accept"

@@ -1,4 +1,4 @@
-"""What CI servers read: JUnit XML, GitHub's annotations and summary, GitLab's code quality."""
+"""Outputs for CI servers: JUnit XML, GitHub's annotations and summary, GitLab's code quality."""
 
 from __future__ import annotations
 

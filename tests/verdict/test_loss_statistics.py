@@ -219,7 +219,7 @@ def test_one_sample_says_nothing() -> None:
 
 
 def swapped(one: dict[str, list[Any]], other: dict[str, list[Any]], random: np.random.Generator) -> Any:
-    """The same pair with the results of some samples exchanged: neither is better."""
+    """The pair with the results of some samples exchanged: neither is better."""
     chosen = random.random(len(next(iter(one.values())))) < 0.5
     pairs = {
         name: [pair[::-1] if swap else pair for pair, swap in zip(
