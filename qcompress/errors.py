@@ -114,7 +114,7 @@ def package_missing(error: ImportError, what: str) -> MachineError:
         )
     return MachineError(
         f"{what} needs the package {name}, which cannot be imported ({error})",
-        fix=f"mend the installation: pip install --force-reinstall {name}",
+        fix=f"repair the installation: pip install --force-reinstall {name}",
     )
 
 

@@ -35,7 +35,7 @@ def bundle(
         from qcompress.cli.bundle.triton import bundle as write  # onnx takes its time
 
         if kind != "triton":
-            raise UsageError(f"unknown format {kind!r}", fix="say --format triton")
+            raise UsageError(f"unknown format {kind!r}", fix="pass --format triton")
         options = {"backend": backend, "name": name, "max_batch": max_batch, "instances": instances}
         record = write(load(folder), out, force=force, **options)
         if as_json:

@@ -95,7 +95,7 @@ def run(
         list[str] | None,
         typer.Option(help="Copy a stage's whole folder into the run.", autocompletion=words(STAGES)),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage anew.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage again.")] = False,
     check_cache: Annotated[
         bool, typer.Option("--check-cache", help="Read every file of the cache against its digest.")
     ] = False,

@@ -227,8 +227,8 @@ def _opset(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> N
     stored = [layer for layer in integers if layer.weights.stored_bits == 2]
     key: Key = ("export", "opset")
     if stored and recipe.export.opset < INT2_OPSET and document.sound(key):
-        came = f"{stored[0].name} is stored in int2, which came with opset {INT2_OPSET}"
-        message = f"is {recipe.export.opset}, and {came}"
+        needs = f"{stored[0].name} is stored in int2, which requires opset {INT2_OPSET}"
+        message = f"is {recipe.export.opset}, and {needs}"
         document.report(key, message, f"write `opset: {INT2_OPSET}`, or `container: int4`")
 
 

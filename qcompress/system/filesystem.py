@@ -171,7 +171,7 @@ def machine_errors(path: Path) -> Iterator[None]:
             raise MachineError(
                 f"{place}: {error.strerror} ({free_mib:.0f} MiB free)",
                 fix="free some space or choose a larger disk with --out and --cache, then run again: what is "
-                "finished stays, and what was interrupted goes on",
+                "finished stays, and interrupted stages resume",
             ) from error
         if error.errno in _FORBIDDEN:
             raise MachineError(

@@ -86,7 +86,7 @@ LIBRARIES = 600 * MIB
 
 FIX = (
     "free memory, raise the limit, or lower train.batch_size and verify.batch_size; what is finished "
-    "stays, and the same command goes on"
+    "stays, and the same command resumes"
 )
 
 
@@ -161,7 +161,7 @@ def demand_libraries(stage: str) -> None:
         raise AllocationError(
             f"the stage {stage} takes {least // MIB:,} MiB of address space at the least, and the limit is "
             f"{soft // MIB:,} MiB (ulimit -v)",
-            fix="raise the limit; what is finished stays, and the same command goes on",
+            fix="raise the limit; what is finished stays, and the same command resumes",
         )
 
 

@@ -160,7 +160,7 @@ class Workspace:
         if self.fresh:
             if partial.exists():
                 shutil.rmtree(partial)
-            self.log(f"{stage}: runs (asked to make it anew)")
+            self.log(f"{stage}: runs (asked to make it again)")
         else:
             why = would_reuse(self.cache, stage, parts, whole=self.check_cache)[1]
             if not why:  # the process that held the lock before has finished it

@@ -362,7 +362,7 @@ def _rgb(opened: Callable[[], Any], place: str) -> np.ndarray:
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(
-            f"{place} is not an image that can be read ({error})", fix="mend it or remove it"
+            f"{place} is not an image that can be read ({error})", fix="correct it or remove it"
         ) from None
 
 

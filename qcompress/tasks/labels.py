@@ -58,7 +58,7 @@ def settle(wanted: Sequence[str] | None, config: dict[str, Any]) -> list[str]:
         raise UsageError(
             f"the labels of the task ({', '.join(wanted)}) are not those of the checkpoint's config.json "
             f"({', '.join(known)})",
-            fix="write the checkpoint's names under `task.labels`, or mend `id2label` in config.json",
+            fix="write the checkpoint's names under `task.labels`, or correct `id2label` in config.json",
         )
     return list(known)
 

@@ -279,7 +279,7 @@ def _number(cell: Any, place: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UsageError(f"{place}: the label {cell!r:.60} is not a number", fix="mend or remove that row")
+        raise UsageError(f"{place}: the label {cell!r:.60} is not a number", fix="correct or remove that row")
     return number
 
 

@@ -171,7 +171,7 @@ def _collect(name: str, header: Sequence[str], rows: Iterator[Row], wanted: Want
         places.append(place)
     if len(broken) > wanted.broken * (len(places) + len(broken)):
         also = f", and of {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise UsageError(f"{broken[0]}{also}", fix="mend or remove such rows")
+        raise UsageError(f"{broken[0]}{also}", fix="correct or remove such rows")
     return Table(columns, places, slices=slices)
 
 
@@ -286,7 +286,7 @@ def _parsed(file: Path, delimiter: str, quoting: Any) -> Iterator[tuple[str, lis
             return
         except csv.Error as error:
             raise UsageError(
-                f"{file.name}:{reader.line_num}: {error}", fix="mend or remove that row"
+                f"{file.name}:{reader.line_num}: {error}", fix="correct or remove that row"
             ) from None
         finally:
             csv.field_size_limit(limit)
@@ -402,7 +402,7 @@ def demand_text(cell: object, column: str, place: str, role: str) -> None:
         what = "holds half a character, a surrogate without its other half"
         fix = "write the character whole: JSON spells one beyond U+FFFF as two escapes"
     else:
-        what, fix = f"is not text but {cell!r:.60}", "mend or remove that row"
+        what, fix = f"is not text but {cell!r:.60}", "correct or remove that row"
     raise ColumnError(f"{place}: the column {column!r} {what}", fix=fix, role=role)
 
 

@@ -122,7 +122,7 @@ def open_text(file: Path, longest: int = -1) -> Iterator[str]:
                 if len(line) == longest:
                     raise UsageError(
                         f"{file.name}:{number} has more than {longest - 1:,} characters",
-                        fix="mend or remove that row",
+                        fix="correct or remove that row",
                     )
                 yield line
     except UnicodeDecodeError:

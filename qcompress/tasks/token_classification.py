@@ -236,7 +236,7 @@ def _tags(table: Table, columns: dict[str, list[Any]], task: TokenClassification
     for place, words, tags in zip(table.places, columns["tokens"], cells, strict=True):
         if len(words) != len(tags):
             raise UsageError(
-                f"{place}: {len(words)} words and {len(tags)} tags", fix="mend or remove that row"
+                f"{place}: {len(words)} words and {len(tags)} tags", fix="correct or remove that row"
             )
     counted = [(tag, place) for place, tags in zip(table.places, cells, strict=True)
                for tag in tags if not _is_ignored(tag)]  # fmt: skip

@@ -68,7 +68,7 @@ class LoadedRun:
             wrong = "it was made again with other content"
         if wrong:
             raise IncomparableError(
-                f"{folder}: {wrong}", fix="run the recipe again: what is damaged is made anew"
+                f"{folder}: {wrong}", fix="run the recipe again: damaged stages are made again"
             )
         return folder
 

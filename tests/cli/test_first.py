@@ -204,7 +204,7 @@ def test_outputs_that_nobody_named_are_pointed_out(tmp_path: Path, models: dict[
     begun = started(tmp_path, tmp_path / "model", write_table(tmp_path / "mine.csv", ("x", "z", "y")))
     assert values(tmp_path / "recipe.yaml")["task"]["labels"] == ["x", "y", "z"]
     assert len(begun.notes) == 1 and "alphabetical order (x, y, z)" in begun.notes[0]
-    assert "# Note: nobody named" in (tmp_path / "recipe.yaml").read_text()
+    assert "# Note: the outputs of this checkpoint have no names" in (tmp_path / "recipe.yaml").read_text()
 
 
 def test_numbers_are_a_regression_and_their_head_is_trained(tmp_path: Path, models: dict[str, Path]) -> None:
@@ -479,7 +479,7 @@ def test_a_second_recipe_takes_the_split_that_is_there(
     second = started(tmp_path, models["head"], data, out=tmp_path / "other.yaml", format="w8a16")
     assert {part: second.files[part].read_bytes() for part in before} == before
     assert {part: second.files[part].stat().st_mtime_ns for part in before} == times
-    assert sum("is there already, and is the same split" in note for note in second.notes) == 2
+    assert sum("exists already, with the same split" in note for note in second.notes) == 2
     assert all_mistakes(tmp_path / "other.yaml")[2] == []
 
 

@@ -172,7 +172,7 @@ OVERRIDES = {
         r"--set: format\.weights\.bits: target rtx-ada \(SM89\) has no int2.*set `container: int4`"
     ),
     ("build.target=cpu", "format.weights={bits: 2, container: int2}", "format.activations=float"): (
-        r".*export\.opset: is 21, and .* is stored in int2, which came with opset 25 \(fix: write `opset: 25`"
+        r".*export\.opset: is 21, and .* is stored in int2, which requires opset 25 \(fix: write `opset: 25`"
     ),
     ("build.target=h100", "build.timing_cache=nowhere/h100.bin"): (
         r"--set: build\.timing_cache: 'nowhere/h100.bin' cannot be written"

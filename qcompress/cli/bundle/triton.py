@@ -128,7 +128,7 @@ def _check_plan(run: LoadedRun) -> None:
         what = "plans of TensorRT-RTX" if target.backend else "an ONNX file"
         raise UsageError(
             f"target {target.name} takes {what}, and Triton's TensorRT backend loads plans of TensorRT alone",
-            fix="say --backend onnxruntime, or build for a server's target (`qcompress list targets`)",
+            fix="pass --backend onnxruntime, or build for a server's target (`qcompress list targets`)",
         )
     if not (run.path / "engine" / "model.plan").is_file():
         facts = _build(run)
@@ -157,11 +157,11 @@ def _settings(run: LoadedRun, view: View, backend: str, max_batch: int | None) -
     if backend == "tensorrt" and max_batch is not None and max_batch > largest:
         raise UsageError(
             f"--max-batch {max_batch}: the plan's profiles go to {largest}",
-            fix=f"say at most {largest}, or build with larger profiles",
+            fix=f"pass at most {largest}, or build with larger profiles",
         )
     most = max_batch if max_batch is not None else largest
     if most < 1:
-        raise UsageError(f"--max-batch {most} is less than 1", fix="say at least 1")
+        raise UsageError(f"--max-batch {most} is less than 1", fix="pass at least 1")
     opts = {size for profile in run.recipe.build.profiles for size in profile.batch[1:]}
     return {"max_batch": most, "preferred": sorted(size for size in opts if 1 < size <= most)}
 

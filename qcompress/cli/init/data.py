@@ -109,7 +109,7 @@ def look_at_data(options: InitOptions, mistakes: Mistakes, ask: Ask | None) -> D
     try:
         header, rows = read_whole(file)
     except QcompressError as error:
-        mistakes.add("--data", error.message, error.fix or "mend the file")
+        mistakes.add("--data", error.message, error.fix or "correct the file")
         return None
     return _table(options, header, rows, mistakes, ask)
 
@@ -165,7 +165,7 @@ def _table(
         return None
     broken = next((place for place, cells in rows if len(cells) < len(header)), None)
     if broken and options.data.suffix != ".jsonl":
-        mistakes.add("--data", f"{broken} has fewer cells than the file has columns", "mend or remove it")
+        mistakes.add("--data", f"{broken} has fewer cells than the file has columns", "correct or remove it")
         return None
     chosen = _columns(options, header, rows, mistakes, ask)
     if chosen is None:
@@ -175,7 +175,7 @@ def _table(
     if empty:
         more = f", and {len(empty) - 1} more rows" if len(empty) > 1 else ""
         mistakes.add("--data", f"{empty[0]}{more}: the column {text} or {label} is empty",
-                     "mend or remove such rows")  # fmt: skip
+                     "correct or remove such rows")  # fmt: skip
         return None
     cells = [row[label] for _, row in rows]
     kind = _kind(cells, [row[text] for _, row in rows])

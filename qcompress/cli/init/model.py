@@ -61,7 +61,9 @@ def look_at_model(directory: Path, mistakes: Mistakes) -> Checkpoint | None:
         config = read_config(directory)
         read_tensors(directory)
     except (ModelError, OSError) as error:
-        mistakes.add("--model", str(getattr(error, "message", error)), getattr(error, "fix", "") or "mend it")
+        mistakes.add(
+            "--model", str(getattr(error, "message", error)), getattr(error, "fix", "") or "repair it"
+        )
         return None
     family = str(config.get("model_type"))
     if family not in FAMILIES:
@@ -127,7 +129,7 @@ def fit(
     if not data_labels or named or list(data_labels) == [str(index) for index in range(len(data_labels))]:
         return Fit(architecture, "its own", None, "the labels of the data are the checkpoint's")
     warning = (
-        "nobody named the outputs of this checkpoint: the recipe takes the labels in alphabetical order "
+        "the outputs of this checkpoint have no names: the recipe takes the labels in alphabetical order "
         f"({', '.join(wanted)}); turn `task.labels` round where the float row is bad"
     )
     return Fit(architecture, "its own", wanted, "the checkpoint has as many outputs, without names", warning)
@@ -188,7 +190,7 @@ def write_without_head(checkpoint: Checkpoint, fitting: Fit, out: Path) -> None:
         names = {name: own for name, own in names.items() if own.startswith(body)}
         if not names:
             raise ModelError(
-                f"{checkpoint.directory} has no tensors called {body}*, so its head cannot be told",
+                f"{checkpoint.directory} has no tensors called {body}*, so its head cannot be identified",
                 fix="start from a checkpoint without a head, or of the labels of the data",
             )
     copy_tensors(checkpoint.directory, out / "model.safetensors", names.get)

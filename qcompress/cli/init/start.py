@@ -58,7 +58,7 @@ def begin(options: InitOptions, ask: Ask | None = None) -> InitResult:
     with _all_or_nothing() as written, place_errors(options.out.parent):
         _write(options, checkpoint, data, choice, files, splits, kept, written)
         _check(options, checkpoint, files, mistakes)
-    notes = [*choice.notes, *(f"{files[part]} is there already, and is the same split" for part in kept)]
+    notes = [*choice.notes, *(f"{files[part]} exists already, with the same split" for part in kept)]
     return InitResult(files, _facts(checkpoint, data), _chosen(options, choice, data), choice.why, notes,
                  _commands(options, choice, files))  # fmt: skip
 

@@ -164,7 +164,7 @@ def _incomparable(baseline: Snapshot, candidate: Snapshot) -> list[str]:
             )
     for file in sorted(baseline.readers.keys() | candidate.readers.keys()):
         if baseline.readers.get(file) != candidate.readers.get(file):
-            which = "is there on one side only" if not all(
+            which = "exists on one side only" if not all(
                 file in side.readers for side in (baseline, candidate)
             ) else "differs"  # fmt: skip
             reasons.append(

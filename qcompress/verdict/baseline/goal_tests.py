@@ -154,7 +154,8 @@ def _places(
         )
     if len(by_value) > MOST:
         raise UnjudgedError(
-            f"{column} has {len(by_value)} values, and `{EVERY}` stands for at most {MOST}: name some"
+            f"{column} has {len(by_value)} values, and `{EVERY}` stands for at most {MOST}: name single "
+            "values"
         )
     return dict(sorted(by_value.items()))
 
@@ -175,7 +176,7 @@ def _resource(
     missing = [run.where for run in (baseline, candidate) if name not in run.resources]
     if missing:
         fix = (
-            "take in what the device measured (qcompress verify RUN --engine engine.json)"
+            "import the device's measurement (qcompress verify RUN --engine engine.json)"
             if on_device
             else "let that run build and export again"
         )

@@ -15,7 +15,7 @@ from qcompress.system.untrusted_file import JSON_LIMIT, demand_file
 FORMAT = 1
 """Version of baseline.json; other versions are refused."""
 
-FIX = "make it anew: qcompress baseline promote RUN"
+FIX = "make it again: qcompress baseline promote RUN"
 
 
 class _Row(BaseModel):
