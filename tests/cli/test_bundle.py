@@ -68,9 +68,9 @@ def bert(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        found = api.run(folder / "recipe.yaml", folder / "runs")
-    assert found.verdict == "accept"
-    return found.path
+        run = api.run(folder / "recipe.yaml", folder / "runs")
+    assert run.verdict == "accept"
+    return run.path
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def parsed(text: str) -> dict[str, list[Any]]:
     tokens = re.findall(r'"(?:[^"\\]|\\.)*"|[{}:]|[^\s{}:]+', text)
 
     def message(place: int) -> tuple[dict[str, list[Any]], int]:
-        found: dict[str, list[Any]] = {}
+        fields: dict[str, list[Any]] = {}
         while place < len(tokens) and tokens[place] != "}":
             name, place = tokens[place], place + 1
             if tokens[place] == "{":
@@ -111,9 +111,9 @@ def parsed(text: str) -> dict[str, list[Any]]:
                 value = tokens[place + 1]
                 value = json.loads(value) if value[0] in '"-0123456789' else value
                 place += 1
-            found.setdefault(name, []).append(value)
+            fields.setdefault(name, []).append(value)
             place += 1
-        return found, place
+        return fields, place
 
     return message(0)[0]
 

@@ -79,9 +79,9 @@ def test_no_digit_of_the_ladder_is_lost_in_a_log(shared: Project, run: Path) -> 
 
 def test_run_json_is_one_document_on_stdout_and_everything_else_on_stderr(shared: Project) -> None:
     done = cli(*shared.command("--json"))
-    found = strict(done)
-    assert found.keys() == {"recipe", "path", "verdict", "parity", "stages"}
-    assert found["verdict"]["verdict"] == "accept" and found["stages"].keys() == set(STAGES)
+    document = strict(done)
+    assert document.keys() == {"recipe", "path", "verdict", "parity", "stages"}
+    assert document["verdict"]["verdict"] == "accept" and document["stages"].keys() == set(STAGES)
     assert "reused" in done.stderr and "reused, made" not in done.stdout
 
 
@@ -89,8 +89,8 @@ def test_until_ends_early_and_says_so(shared: Project) -> None:
     done = cli(*shared.command("--until", "fold"))
     assert done.code == 0
     assert done.stdout.splitlines()[-1].startswith(f"unfinished  {NAME}  {shared.out}")
-    found = strict(cli(*shared.command("--until", "fold", "--json")))
-    assert list(found["stages"]) == ["fold", "load", "train"] and found["verdict"] == "unfinished"
+    ended = strict(cli(*shared.command("--until", "fold", "--json")))
+    assert list(ended["stages"]) == ["fold", "load", "train"] and ended["verdict"] == "unfinished"
 
 
 # Exit codes ---------------------------------------------------------------------------------------
@@ -232,13 +232,13 @@ def test_five_mistakes_are_named_at_once_each_with_its_line(shared: Project) -> 
     done = cli("check", file)
     assert done.code == 2 and done.stdout == ""
     assert "the recipe has 5 mistakes:" in done.stderr
-    found = strict(cli("check", file, "--json"))["mistakes"]
-    assert [(item["line"], item["key"]) for item in found] == [
+    checked = strict(cli("check", file, "--json"))["mistakes"]
+    assert [(item["line"], item["key"]) for item in checked] == [
         (1, "name"), (5, "data.calibration.text[0]"), (7, "format"), (8, "train.batchsize"),
         (10, 'gate.recovery."test.perplexety"'),
     ]  # fmt: skip
-    assert all(item["fix"] and item["message"] for item in found)
-    assert all(f"{file}:{item['line']}: {item['key']}: " in done.stderr for item in found)
+    assert all(item["fix"] and item["message"] for item in checked)
+    assert all(f"{file}:{item['line']}: {item['key']}: " in done.stderr for item in checked)
     again = cli("run", file, "--out", shared.out)
     assert again.code == 2 and "mistakes:" in again.stderr
 
@@ -411,8 +411,8 @@ def test_a_run_that_reuses_everything_needs_no_torch(shared: Project) -> None:
 
 def test_a_stage_that_needs_torch_says_how_to_get_it(shared: Project) -> None:
     changes = ("seed=5", "export.opset=23", "verify.samples=1")
-    found = without_torch(*(shared.command("--set", change) for change in changes))
-    for done in found:
+    outputs = without_torch(*(shared.command("--set", change) for change in changes))
+    for done in outputs:
         assert done.code == 6, done
         assert re.search("the stage [a-z]+ needs the package [a-z]+, which is not installed", done.stderr)
         assert "fix: pip install 'qcompress[train]'" in done.stderr

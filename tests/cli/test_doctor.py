@@ -63,13 +63,13 @@ def rewritten(repository: Path) -> None:
 def asked(repository: Path) -> tuple[Result, list[dict[str, Any]]]:
     """The answer; it is never only a stack trace, and says the same twice."""
     told, plain = cli("doctor", "--bundle", repository, "--json"), cli("doctor", "--bundle", repository)
-    found = told.json()
-    assert told.code == plain.code == found["exit_code"]
+    answer = told.json()
+    assert told.code == plain.code == answer["exit_code"]
     assert "Traceback" not in plain.stdout + plain.stderr
     assert plain.stdout.splitlines()[-1] == f"would {'' if told.code == 0 else 'not '}load  {repository}"
-    for fault in found["faults"]:
+    for fault in answer["faults"]:
         assert fault["what"] in plain.stdout and fault["fix"] and f"fix: {fault['fix']}" in plain.stdout
-    return told, found["faults"]
+    return told, answer["faults"]
 
 
 def test_a_whole_bundle_loads(repository: Path) -> None:
@@ -350,8 +350,8 @@ def test_a_plan_has_its_profiles_and_the_names_of_its_graph(
 # The machine --------------------------------------------------------------------------------------
 
 
-def jobs(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {job["job"]: job for job in found["jobs"]}
+def jobs(machine: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {job["job"]: job for job in machine["jobs"]}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is of Python 3.11")
@@ -414,10 +414,12 @@ def test_what_is_missing_or_old_has_the_command_that_installs_it(monkeypatch: py
 
 def test_a_torch_without_cuda_measures_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     real = metadata.version
-    for found, fine in (("2.13.0+cpu", False), ("2.13.0+cu130", True), ("2.13.0", True)):
-        monkeypatch.setattr(metadata, "version", lambda name, v=found: v if name == "torch" else real(name))
+    for installed, fine in (("2.13.0+cpu", False), ("2.13.0+cu130", True), ("2.13.0", True)):
+        monkeypatch.setattr(
+            metadata, "version", lambda name, v=installed: v if name == "torch" else real(name)
+        )
         need = jobs(doctor.diagnose())["GPU measurement"]["needs"][0]
-        assert need["ok"] is fine and need["found"] == found
+        assert need["ok"] is fine and need["found"] == installed
         assert fine or need["fix"].endswith("pip install torch==2.13.0")
         assert jobs(doctor.diagnose())["train"]["needs"][0]["ok"]
 

@@ -38,16 +38,16 @@ def flip(file: Path, where: float, bit: int, keep_times: bool) -> None:
 
 def content(project: Project) -> dict[str, bytes]:
     """Files that a user trusts: all files of the stages except costs and dates, and all placed files."""
-    found = {}
+    contents = {}
     for stage in STAGES:
         entry = project.entry(stage)
         for path in entry.rglob("*"):
             if path.is_file() and path.name != "manifest.json":
-                found[f"{stage}/{path.relative_to(entry)}"] = path.read_bytes()
+                contents[f"{stage}/{path.relative_to(entry)}"] = path.read_bytes()
     for path in project.latest.rglob("[!.]*"):
         if path.is_file() and path.name not in ("manifest.json", "log.jsonl", "report.html"):
-            found[f"run/{path.relative_to(project.latest)}"] = path.read_bytes()
-    return found
+            contents[f"run/{path.relative_to(project.latest)}"] = path.read_bytes()
+    return contents
 
 
 def run_again(project: Project, **options: object) -> str:

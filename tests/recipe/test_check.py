@@ -189,9 +189,11 @@ OVERRIDES = {
 def test_the_target_and_the_model_limit_what_overrides_may_ask(
     overrides: tuple[str, ...], made: Path
 ) -> None:
-    found = [line for line in shown(write(made), *overrides) if not re.search(r"found text '(x|int9)'", line)]
-    assert len(found) == 1, found
-    assert re.match(OVERRIDES[overrides], found[0]), found
+    reported = [
+        line for line in shown(write(made), *overrides) if not re.search(r"found text '(x|int9)'", line)
+    ]
+    assert len(reported) == 1, reported
+    assert re.match(OVERRIDES[overrides], reported[0]), reported
 
 
 def test_the_last_pattern_that_gives_a_layer_its_format_is_the_one_to_mend(made: Path) -> None:

@@ -33,14 +33,14 @@ def recipe(folder: Path, family: str, task: str, *data: str, tail: str = TAIL) -
 
 def said(file: Path) -> list[str]:
     """Mistakes that `check` reports; a run reports them before its first stage too."""
-    found = [str(one).replace(f"{file.parent}/", "") for one in all_mistakes(file)[2]]
+    messages = [str(one).replace(f"{file.parent}/", "") for one in all_mistakes(file)[2]]
     try:
         check_model(load_recipe(file), file.parent / "model")
         by_run = []
     except RecipeError as error:
         by_run = [str(one).replace(f"{file.parent}/", "") for one in error.mistakes]
-    assert by_run == found
-    return found
+    assert by_run == messages
+    return messages
 
 
 # Images -------------------------------------------------------------------------------------------
@@ -176,8 +176,8 @@ def test_tags_are_looked_at(tmp_path: Path, text_file: Path) -> None:
         ({"tokens": ["\ud800"], "tags": [0]}, "a.jsonl:2: the column 'tokens' holds half a character"),
         ({"tokens": "a film", "tags": [0]}, "a.jsonl:2: 'a film' is not a list"),
     ):
-        (found,) = tags(good, bad)
-        assert message in found and "(also data.evaluate.test.table)" in found
+        (mistake,) = tags(good, bad)
+        assert message in mistake and "(also data.evaluate.test.table)" in mistake
 
 
 def language_model(folder: Path, text_file: Path) -> Callable[[str], list[str]]:
@@ -195,7 +195,7 @@ def language_model(folder: Path, text_file: Path) -> Callable[[str], list[str]]:
 
 
 def test_an_added_token_of_a_language_model(tmp_path: Path, text_file: Path) -> None:
-    found = language_model(tmp_path, text_file)
+    mistakes_of = language_model(tmp_path, text_file)
     file = tmp_path / "model" / "tokenizer_config.json"
     entry = {
         "content": "<|new|>",
@@ -208,8 +208,8 @@ def test_an_added_token_of_a_language_model(tmp_path: Path, text_file: Path) -> 
     rows = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"added_tokens_decoder": {str(rows): entry}}))
-    assert found("nothing of it\n" * 40) == []
-    (mistake,) = found("some text <|new|>\n" * 40)
+    assert mistakes_of("nothing of it\n" * 40) == []
+    (mistake,) = mistakes_of("some text <|new|>\n" * 40)
     assert (
         f"the text has the token '<|new|>' of the id {rows}, and the embedding table has {rows} rows"
         in mistake

@@ -138,7 +138,7 @@ def test_what_is_observed_is_what_stock_attention_multiplies(encoder: Callable[.
         for name, module in model.named_modules()
     ]
     with torch.no_grad():
-        found = model(**inputs, output_attentions=True, output_hidden_states=True)
+        stock_outputs = model(**inputs, output_attentions=True, output_hidden_states=True)
     for handle in handles:
         handle.remove()
     mask = inputs["attention_mask"].bool().numpy()
@@ -148,9 +148,9 @@ def test_what_is_observed_is_what_stock_attention_multiplies(encoder: Callable[.
         f"{place}.self.query_point": outputs[f"{place}.self.query"].numpy()[mask],
         f"{place}.self.key_point": outputs[f"{place}.self.key"].numpy()[mask],
         f"{place}.self.value_point": outputs[f"{place}.self.value"].numpy()[mask],
-        f"{place}.self.probability_point": found.attentions[1].numpy()[pairs][:, None],
+        f"{place}.self.probability_point": stock_outputs.attentions[1].numpy()[pairs][:, None],
         f"{place}.output.branch_point": outputs[f"{place}.output.dense"].numpy()[mask],
-        f"{place}.output.skip_point": found.hidden_states[1].numpy()[mask],
+        f"{place}.output.skip_point": stock_outputs.hidden_states[1].numpy()[mask],
     }
     fresh = made.model("float")
     open_points(fresh, "bert", made.points)
@@ -435,14 +435,14 @@ def followed(graph: Graph, file: Path) -> dict[str, Any]:
 
 
 def test_every_code_is_that_of_the_folded_model_or_a_tie(graph: Graph) -> None:
-    found = followed(graph, graph.file)
+    comparisons = followed(graph, graph.file)
     points = [item.name for item in rounded(graph.points)]
     layers = [item.name for item in graph.made.plan if item.layer.kind != "embedding"]
-    assert set(found) == {*layers, *points} and len(found) == len(layers) + len(points)
+    assert set(comparisons) == {*layers, *points} and len(comparisons) == len(layers) + len(points)
     rounds = {item.name for item in graph.made.plan if item.weights and item.activations} | {*points}
-    assert {name for name, place in found.items() if place["codes"]} == rounds & set(found)
-    assert sum(place["codes"] or 0 for place in found.values()) > 0 or not rounds & set(found)
-    assert [name for name, place in found.items() if place["codes"] and place["unexplained"]] == []
+    assert {name for name, place in comparisons.items() if place["codes"]} == rounds & set(comparisons)
+    assert sum(place["codes"] or 0 for place in comparisons.values()) > 0 or not rounds & set(comparisons)
+    assert [name for name, place in comparisons.items() if place["codes"] and place["unexplained"]] == []
 
 
 def test_scores_of_another_size_are_found_where_probabilities_are_rounded(
@@ -461,8 +461,8 @@ def test_scores_of_another_size_are_found_where_probabilities_are_rounded(
     model.graph.initializer.append(new)
     scale.input[1] = "another.size"
     onnx.save(model, str(tmp_path / "model.onnx"))
-    found = followed(graph, tmp_path / "model.onnx")
-    wrong = [name for name, place in found.items() if place["codes"] and place["unexplained"]]
+    comparisons = followed(graph, tmp_path / "model.onnx")
+    wrong = [name for name, place in comparisons.items() if place["codes"] and place["unexplained"]]
     assert wrong == ["bert.encoder.layer.0.attention.self.probability_point"]
 
 
@@ -482,8 +482,8 @@ def failed(certificate: dict[str, Any]) -> dict[str, str]:
 
 
 def point_node(model: onnx.ModelProto, name: str, op: str) -> onnx.NodeProto:
-    (found,) = [node for node in model.graph.node if node.name == f"{name}/{op}"]
-    return found
+    (point,) = [node for node in model.graph.node if node.name == f"{name}/{op}"]
+    return point
 
 
 @pytest.mark.parametrize("end", ["query_point", "probability_point", "value_point", "branch_point"])

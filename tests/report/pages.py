@@ -26,9 +26,9 @@ class Node:
 
     def all(self, tag: str) -> list[Node]:
         return [
-            found
+            descendant
             for child in self.children
-            for found in ([child] if child.tag == tag else []) + child.all(tag)
+            for descendant in ([child] if child.tag == tag else []) + child.all(tag)
         ]
 
 
@@ -70,8 +70,8 @@ class Page(HTMLParser):
         return [node for node in self.nodes if node.tag == tag]
 
     def section(self, anchor: str) -> Node:
-        (found,) = [node for node in self.all("section") if node.attributes["id"] == anchor]
-        return found
+        (match,) = [node for node in self.all("section") if node.attributes["id"] == anchor]
+        return match
 
     @property
     def figures(self) -> list[Node]:
@@ -90,13 +90,13 @@ def look_up(pointer: str, runs: list[Path]) -> Any:
     text = (folder / file).read_text(encoding="utf-8")
     lines = file.endswith(".jsonl")
     whole = (line for line in text.splitlines() if line.endswith("}"))
-    found = [*map(json.loads, whole)] if lines else json.loads(text)
+    value = [*map(json.loads, whole)] if lines else json.loads(text)
     for key in path.split("/"):
         key = key.replace("~1", "/").replace("~0", "~")
-        if found is None:
+        if value is None:
             return None
-        found = found[int(key)] if isinstance(found, list) else found.get(key)
-    return found
+        value = value[int(key)] if isinstance(value, list) else value.get(key)
+    return value
 
 
 def same(first: Any, second: Any) -> bool:

@@ -79,9 +79,9 @@ def test_text_stands_out_from_its_paper(screen: str, browser: Browser, run: Path
     """At least 4.5 to 1, as WCAG 2 AA asks for text, inside charts too; 3 to 1 for what is drawn."""
     scheme, width = SCREENS[screen]
     browser.open(run / "report.html", scheme=scheme, width=width)
-    found = browser.value(LUMINANCE)
-    assert (found["paper"] < 0.1) == (scheme == "dark")
-    assert found["texts"] > 50 and found["least"] >= 4.5 and found["most"] >= 3
+    colours = browser.value(LUMINANCE)
+    assert (colours["paper"] < 0.1) == (scheme == "dark")
+    assert colours["texts"] > 50 and colours["least"] >= 4.5 and colours["most"] >= 3
 
 
 def test_nothing_leaves_a_narrow_screen(browser: Browser, run: Path) -> None:

@@ -191,13 +191,13 @@ def test_names_and_reasons_are_text_whatever_they_say(mine: Path) -> None:
         change(mine / f"{name}.json", edit)
     with (mine / "recipe.resolved.yaml").open("a") as stream:
         stream.write(f"\n# {HOSTILE}\n")
-    found = read(api.report([mine]))
-    assert not found.all("script") and not found.all("img")
+    page = read(api.report([mine]))
+    assert not page.all("script") and not page.all("img")
     for anchor in ("verdict", "ladder", "layers", "certificate", "manifest"):
-        assert "<script>alert(1)</script>" in found.section(anchor).text, anchor
-    assert HOSTILE in found.section("manifest").text
+        assert "<script>alert(1)</script>" in page.section(anchor).text, anchor
+    assert HOSTILE in page.section("manifest").text
     assert all(same(json.loads(node.attributes["data-value"]), look_up(node.attributes["data-from"], [mine]))
-               for node in found.figures if "data-from" in node.attributes
+               for node in page.figures if "data-from" in node.attributes
                and "data-over" not in node.attributes)  # fmt: skip
 
 
@@ -244,11 +244,11 @@ def test_numbers_that_are_none_are_shown_and_not_drawn(mine: Path) -> None:
         content["rows"][2]["metrics"]["test.perplexity"] = float("inf")
 
     change(mine / "parity.json", broken)
-    found = read(api.report([mine]))
-    values = {node.attributes.get("data-from"): node.text.strip() for node in found.figures}
+    page = read(api.report([mine]))
+    values = {node.attributes.get("data-from"): node.text.strip() for node in page.figures}
     assert values["parity.json#/rows/3/metrics/test.perplexity"] == "nan"
     assert values["parity.json#/rows/2/metrics/test.perplexity"] == "inf"
-    assert "the per-sample results do not give it" in found.section("recovery").text
+    assert "the per-sample results do not give it" in page.section("recovery").text
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -371,11 +371,11 @@ def test_sites_and_layers_stand_in_tables_the_worst_first(page: Page, run: Path)
 
 def test_a_run_without_adapter_has_no_channels(mine: Path) -> None:
     change(mine / "distributions.json", lambda content: content.update(sites=[], channels=[]))
-    found = read(api.report([mine])).section("distributions")
-    assert len(found.all("figure")) == 1 and "magnitude" not in found.text
+    section = read(api.report([mine])).section("distributions")
+    assert len(section.all("figure")) == 1 and "magnitude" not in section.text
     change(mine / "distributions.json", lambda content: content.update(weights=[], histograms=[]))
-    found = read(api.report([mine])).section("distributions")
-    assert "No weight is quantized" in found.text and not found.all("figure")
+    section = read(api.report([mine])).section("distributions")
+    assert "No weight is quantized" in section.text and not section.all("figure")
 
 
 # Charts -------------------------------------------------------------------------------------------

@@ -120,10 +120,10 @@ def test_installed_packages_count_by_version_and_the_standard_library_does_not(f
         "import json, os, yaml\ntry:\n    import no_such_package\nexcept ImportError:\n    pass\n"
         "class Mine(yaml.YAMLObject):\n    pass\n"
     )
-    found = code("single")
-    assert set(found.files) == {"custom single", "custom values"}
-    assert set(found.versions) == {"PyYAML", "no_such_package"}
-    assert found.versions["no_such_package"] == "absent"
+    custom = code("single")
+    assert set(custom.files) == {"custom single", "custom values"}
+    assert set(custom.versions) == {"PyYAML", "no_such_package"}
+    assert custom.versions["no_such_package"] == "absent"
 
 
 def notebook(*cells: str) -> ModuleType:
@@ -187,15 +187,15 @@ def test_a_file_that_does_not_parse_counts_by_its_bytes(folder: Path) -> None:
 
 def test_a_class_whose_file_is_gone_counts_by_its_functions(folder: Path) -> None:
     file = folder / "single.py"
-    found = []
+    digests = []
     for number in (1, 1, 100):
         file.write_text(f"class Mine:\n    def step(self):\n        return {number}\n")
         _unload()
         importlib.invalidate_caches()
         kind = importlib.import_module("single").Mine
         file.unlink()
-        found.append(code_of({"mine": kind}))
-    assert found[0] == found[1] != found[2]
+        digests.append(code_of({"mine": kind}))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def made_of(factor: float) -> type:

@@ -24,13 +24,13 @@ CHOICES = {
 
 
 def accepted() -> list[WeightFormat]:
-    found = []
+    valid = []
     for values in itertools.product(*CHOICES.values()):
         try:
-            found.append(WeightFormat(**dict(zip(CHOICES, values, strict=True))))
+            valid.append(WeightFormat(**dict(zip(CHOICES, values, strict=True))))
         except ValidationError:
             continue
-    return found
+    return valid
 
 
 def test_the_choices_of_this_file_are_all_that_there_are() -> None:

@@ -217,7 +217,7 @@ def test_a_helper_in_another_file_and_a_base_in_this_package_are_in_the_key(
     assert "methods/squat.py" not in made.steps[1].parts["code"]
 
     def train() -> tuple[str, bool, str]:
-        by_axis = {f"{axis[:-1]}": found for axis, found in classes.items()}
+        by_axis = {f"{axis[:-1]}": classes_of_axis for axis, classes_of_axis in classes.items()}
         with among(by_axis):
             return pipeline.reuse(keys.prepare(load_recipe(project.recipe, overrides)), project.cache)[1]
 

@@ -40,9 +40,9 @@ def table(weights: WeightFormat | None, activations: ActivationFormat | None = N
     )
 
 
-def only(found: list[Refusal]) -> Refusal:
-    assert len(found) == 1, found
-    return found[0]
+def only(reported: list[Refusal]) -> Refusal:
+    assert len(reported) == 1, reported
+    return reported[0]
 
 
 def test_the_table_holds_the_compute_capabilities_of_the_devices() -> None:
@@ -126,9 +126,9 @@ def test_two_causes_are_two_refusals() -> None:
 def test_a_compute_type_is_refused_where_there_is_no_matmul_of_it(name: str, compute: str) -> None:
     without_bf16 = ("cpu", "rtx-turing", "t4")
     refused = (compute == "bf16" and name in without_bf16) or (compute == "fp32" and name == "rtx-turing")
-    found = refusals(TARGETS[name], linears(INT8, ACTIVATIONS), compute)
-    assert [refusal.key for refusal in found] == ["format.compute"] * refused
-    assert all("set `compute: fp16`" in refusal.fix for refusal in found)
+    reported = refusals(TARGETS[name], linears(INT8, ACTIVATIONS), compute)
+    assert [refusal.key for refusal in reported] == ["format.compute"] * refused
+    assert all("set `compute: fp16`" in refusal.fix for refusal in reported)
 
 
 @each_target

@@ -69,12 +69,12 @@ def by_the_recipe(
 
 
 @torch.no_grad()
-def by_the_task(model: GPT2LMHeadModel, found: list[Window], batch: int) -> list[dict[str, float]]:
+def by_the_task(model: GPT2LMHeadModel, windows: list[Window], batch: int) -> list[dict[str, float]]:
     results: list[dict[str, float]] = []
-    for start in range(0, len(found), batch):
-        ids, mask = collate(found[start : start + batch]).values()
+    for start in range(0, len(windows), batch):
+        ids, mask = collate(windows[start : start + batch]).values()
         logits = model(**FAMILIES["gpt2"].graph_inputs(torch.from_numpy(ids), torch.from_numpy(mask))).logits
-        results += measure(found[start : start + batch], logits.numpy())
+        results += measure(windows[start : start + batch], logits.numpy())
     return results
 
 
@@ -167,8 +167,8 @@ def test_a_text_shorter_than_one_sequence_is_refused(tmp_path: Path) -> None:
 def test_the_loss_is_the_one_transformers_computes(model: GPT2LMHeadModel) -> None:
     ids = torch.randint(0, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        found = loss(model(input_ids=ids).logits, {"input_ids": ids})
-        torch.testing.assert_close(found, model(input_ids=ids, labels=ids).loss, rtol=1e-6, atol=0)
+        computed = loss(model(input_ids=ids).logits, {"input_ids": ids})
+        torch.testing.assert_close(computed, model(input_ids=ids, labels=ids).loss, rtol=1e-6, atol=0)
 
 
 def test_a_real_tokenizer_adds_nothing_to_the_text(tiny_model: Path, text_file: Path) -> None:
@@ -188,12 +188,12 @@ def test_shorter_windows_are_padded_on_the_right() -> None:
 
 
 def test_what_a_model_says_about_padding_and_about_the_last_token_is_not_measured() -> None:
-    found = [Window(np.array([5, 6, 7]), 2), Window(np.array([8, 9]), 1)]
+    windows = [Window(np.array([5, 6, 7]), 2), Window(np.array([8, 9]), 1)]
     logits = np.random.default_rng(0).normal(size=(2, 3, 12)).astype(np.float32)
-    before = measure(found, logits)
+    before = measure(windows, logits)
     nonsense = logits.copy()
     nonsense[0, 0] = nonsense[0, 2] = nonsense[1, 1] = nonsense[1, 2] = np.nan
-    assert measure(found, nonsense) == before
+    assert measure(windows, nonsense) == before
     expected = float(F.cross_entropy(Tensor(logits[0, 1])[None].double(), torch.tensor([7])))
     assert before[0]["nll"] == pytest.approx(expected, rel=1e-6) and before[0]["tokens"] == 1
 
@@ -215,10 +215,10 @@ def test_no_target_of_a_long_window_is_lost_or_counted_twice(first: int) -> None
 
 
 def test_a_nan_anywhere_makes_the_perplexity_nan(model: GPT2LMHeadModel) -> None:
-    found = [Window(np.array([5, 6, 7]), 1), Window(np.array([8, 9]), 1)]
+    windows = [Window(np.array([5, 6, 7]), 1), Window(np.array([8, 9]), 1)]
     logits = np.zeros((2, 3, 12), np.float32)
     logits[1, 0, 4] = np.nan
-    result = metrics(measure(found, logits))
+    result = metrics(measure(windows, logits))
     assert math.isnan(result["perplexity"]) and 0 <= result["token_accuracy"] <= 1
 
 
@@ -231,8 +231,8 @@ def test_hopeless_models_have_infinite_perplexity_and_raise_nothing() -> None:
 
 
 def test_perplexity_of_a_uniform_model_is_the_size_of_its_vocabulary() -> None:
-    found = [Window(np.arange(9), 1)]
-    result = metrics(measure(found, np.zeros((1, 9, 50), np.float32)))
+    windows = [Window(np.arange(9), 1)]
+    result = metrics(measure(windows, np.zeros((1, 9, 50), np.float32)))
     assert result["perplexity"] == pytest.approx(50.0, rel=1e-6)
 
 

@@ -102,10 +102,10 @@ def test_two_steps_are_what_the_checkpoints_processor_does_in_one(name: str, tmp
 def test_a_processor_that_does_more_is_refused(reader: Reader) -> None:
     class Brighter(type(reader.processor)):
         def __call__(self, images: Any, **options: Any) -> Any:
-            found = super().__call__(images, **options)
+            processed = super().__call__(images, **options)
             if options.get("do_resize", True) and options.get("do_rescale", True):
-                found["pixel_values"] = found["pixel_values"] + 1
-            return found
+                processed["pixel_values"] = processed["pixel_values"] + 1
+            return processed
 
     strange = Reader(Brighter(size={"height": 8, "width": 8}))
     with pytest.raises(ModelError, match="Brighter does more than resize, crop, rescale and normalize"):
@@ -428,8 +428,8 @@ def test_one_array_is_no_archive_and_labels_may_stand_in_a_column(tmp_path: Path
     with pytest.raises(UsageError, match=r"one\.npy is not a numpy archive .*one array, without a name"):
         read_pictures(TextData(npz=["one.npy"]), tmp_path, {})
     save_npz(tmp_path / "keras.npz", images=pictures(3), labels=np.array([[2], [0], [1]]))
-    found = read_pictures(TextData(npz=["keras.npz"]), tmp_path, {}).pictures
-    assert [one.label for one in found] == [2, 0, 1]
+    images = read_pictures(TextData(npz=["keras.npz"]), tmp_path, {}).pictures
+    assert [one.label for one in images] == [2, 0, 1]
 
 
 def test_images_of_another_size_than_the_graphs_are_named(tmp_path: Path) -> None:

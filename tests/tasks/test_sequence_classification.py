@@ -44,8 +44,8 @@ def write(folder: Path, rows: list[dict[str, Any]], name: str = "data.jsonl") ->
 
 
 def rows(labels: list[Any] | None = None) -> list[dict[str, Any]]:
-    found = LABELS if labels is None else labels
-    return [{"text": text, "label": label} for text, label in zip(TEXTS, found, strict=True)]
+    chosen = LABELS if labels is None else labels
+    return [{"text": text, "label": label} for text, label in zip(TEXTS, chosen, strict=True)]
 
 
 def task(**options: Any) -> SequenceClassification:

@@ -140,5 +140,5 @@ def test_the_fingerprint_of_a_hub_dataset_is_its_coordinates(tmp_path: Path) -> 
     others = [
         data.model_copy(update=change) for change in ({"config": "x"}, {"split": "x"}, {"revision": "x"})
     ]
-    found = [json.dumps(fingerprint(one, tmp_path)) for one in (data, *others)]
-    assert len(set(found)) == 4
+    digests = [json.dumps(fingerprint(one, tmp_path)) for one in (data, *others)]
+    assert len(set(digests)) == 4

@@ -148,10 +148,10 @@ def by_hand(metric: str, rows: dict[str, np.ndarray]) -> float:
 )  # fmt: skip
 def test_a_replicate_is_the_metric_of_the_drawn_samples(metric: str, kind: str) -> None:
     columns, counts = columns_of(kind), draw_counts(60, 25, task=0)
-    found = REPLICATES[metric](columns, counts)
+    replicate = REPLICATES[metric](columns, counts)
     for draw, row in enumerate(counts.astype(int)):
         rows = {name: np.repeat(np.array(values), row, axis=0) for name, values in columns.items()}
-        assert found[draw] == pytest.approx(by_hand(metric, rows), rel=1e-9), draw
+        assert replicate[draw] == pytest.approx(by_hand(metric, rows), rel=1e-9), draw
 
 
 @pytest.mark.parametrize("metric", ["pearson", "spearman"])
@@ -212,13 +212,13 @@ def one(arm: str, seed: int, correct: list[int], task: str = "cola", **changes: 
 def study() -> list[Measured]:
     """Two arms, two tasks, three seeds; `new` is right 1, 1 and 2 times more often in ten on cola."""
     gains = {"cola": (1, 1, 2), "mrpc": (0, 1, 1)}
-    found = []
+    runs = []
     for task in gains:
         for seed in range(3):
             base = [4 + (seed + index) % 3 for index in range(10)]
-            found.append(one("old", seed, base, task))
-            found.append(one("new", seed, [count + gains[task][seed] for count in base], task))
-    return found
+            runs.append(one("old", seed, base, task))
+            runs.append(one("new", seed, [count + gains[task][seed] for count in base], task))
+    return runs
 
 
 def accuracy(runs: list[Measured], **options: Any) -> dict[str, Any]:
@@ -459,9 +459,9 @@ def seeds(tiny_model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def folder(project: Project, name: str) -> Path:
-    found = {file.parent.resolve() for file in (project.out / name).glob("*/seeds.json")}
-    assert len(found) == 1
-    return found.pop()
+    folders = {file.parent.resolve() for file in (project.out / name).glob("*/seeds.json")}
+    assert len(folders) == 1
+    return folders.pop()
 
 
 @pytest.mark.slow

@@ -65,14 +65,14 @@ def verdict(
     return judge(parity or report(), gates, REQUIRE if require is None else require, compute)
 
 
-def passed(found: dict[str, Any], metric: str) -> bool:
-    (goal,) = [goal for goal in found["goals"] if goal["metric"] == metric]
+def passed(judgement: dict[str, Any], metric: str) -> bool:
+    (goal,) = [goal for goal in judgement["goals"] if goal["metric"] == metric]
     return goal["passed"]
 
 
-def one_reason(found: dict[str, Any]) -> str:
-    assert len(found["reasons"]) == 1, found["reasons"]
-    return found["reasons"][0]
+def one_reason(judgement: dict[str, Any]) -> str:
+    assert len(judgement["reasons"]) == 1, judgement["reasons"]
+    return judgement["reasons"][0]
 
 
 @pytest.mark.parametrize(("least", "word"), [(0.98, "accept"), (0.99, "regression")])

@@ -105,8 +105,8 @@ def test_a_promoted_baseline_says_what_the_run_says(baseline: Path, line: Projec
     assert file.read_bytes() == first and json.loads(first)["format"] == 1
     shutil.rmtree(baseline)
     by_file = api.gate_against(file, candidate)
-    for found in (by_run, by_file):
-        del found["against"]
+    for judgements in (by_run, by_file):
+        del judgements["against"]
     assert by_file == by_run and by_run["verdict"] == "accept"
     assert {goal.get("test") for goal in by_run["goals"]} >= {"bootstrap", "none"}
 

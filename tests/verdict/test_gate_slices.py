@@ -55,9 +55,12 @@ def write_run(folder: Path, goals: dict[str, Any], wrong: dict[str | None, float
     })  # fmt: skip
     (folder / "recipe.resolved.yaml").write_text(dump_recipe(recipe))
     rows = [{"label": int(a), "prediction": int(b), "loss": 0.5} for a, b in zip(label, given, strict=True)]
-    found = {"dev.accuracy": float((label == given).mean()), "dev.f1": metrics.f1_score(label, given)}
-    row = {"stage": "onnx", "status": "measured", "reason": None, "metrics": found, "distance": None}
-    row["deployed"] = {"metrics": found, "distance": None}
+    samples_of_set = {
+        "dev.accuracy": float((label == given).mean()),
+        "dev.f1": metrics.f1_score(label, given),
+    }
+    row = {"stage": "onnx", "status": "measured", "reason": None, "metrics": samples_of_set, "distance": None}
+    row["deployed"] = {"metrics": samples_of_set, "distance": None}
     report = {"rows": [row], "inputs": {"dev": "same"}, "main": {"dev": ["accuracy"]}, "sets": ["dev"]}
     write_json(folder / "parity.json", report)
     write_samples(
@@ -213,8 +216,12 @@ def test_a_slice_on_which_a_metric_is_not_defined_is_named(tmp_path: Path) -> No
     for name, noise in (("one", 3.0), ("two", 5.0)):
         one = read_snapshot(write_run(tmp_path / name, {}, {}))
         answer = (np.array(label) + np.random.default_rng(int(noise)).normal(0, noise, COUNT)).tolist()
-        found = {"dev.spearman": stats.spearmanr(label, answer).statistic}
-        row = {**one.parity["rows"][0], "metrics": found, "deployed": {"metrics": found, "distance": None}}
+        results_of_slice = {"dev.spearman": stats.spearmanr(label, answer).statistic}
+        row = {
+            **one.parity["rows"][0],
+            "metrics": results_of_slice,
+            "deployed": {"metrics": results_of_slice, "distance": None},
+        }
         columns = {"dev": {"label": label, "prediction": answer}}
         sides.append(replace(one, parity={**one.parity, "rows": [row]}, samples=columns))
     verdicts = {}

@@ -101,8 +101,8 @@ def test_each_bound_is_crossed_by_at_most_5_of_100(truth: float) -> None:
     random = np.random.default_rng(5)
     shares = [0.05 + truth / 2, 0.05 - truth / 2, 0.9]
     tables = random.multinomial(400, shares, size=2000)
-    found = np.array([share_interval(int(lost), int(won), 400) for lost, won, _ in tables])
-    beyond = (found[:, 0] > truth).mean(), (found[:, 1] < truth).mean()
+    bounds = np.array([share_interval(int(lost), int(won), 400) for lost, won, _ in tables])
+    beyond = (bounds[:, 0] > truth).mean(), (bounds[:, 1] < truth).mean()
     assert max(beyond) <= 0.062  # 5 % and 2.5 standard errors of a share of 2000
     assert min(beyond) > 0.01  # and not so wide as to say nothing
 
@@ -131,14 +131,14 @@ def test_the_unit_of_each_goal() -> None:
     }
     limits = {"max_degradation": 0.5, "percent_max_degradation": 5.0, "min_recovery": 0.9, "threshold": 21.0}
     for name, (loss, allowed) in cases.items():
-        found = loss_of("perplexity", goal(**{name: limits[name]}), before, after)
-        assert found.loss == pytest.approx(loss) and found.allowed == pytest.approx(allowed), name
-        assert (found.test == "none") == (name == "threshold"), name
+        measured = loss_of("perplexity", goal(**{name: limits[name]}), before, after)
+        assert measured.loss == pytest.approx(loss) and measured.allowed == pytest.approx(allowed), name
+        assert (measured.test == "none") == (name == "threshold"), name
     rise = classified(np.arange(100) < 80), classified(np.arange(100) < 76)
-    found = loss_of("accuracy", goal(percent_max_degradation=10.0), *rise)
-    assert found.loss == pytest.approx(5.0) and found.test == "mcnemar"
+    measured = loss_of("accuracy", goal(percent_max_degradation=10.0), *rise)
+    assert measured.loss == pytest.approx(5.0) and measured.test == "mcnemar"
     low, high = share_interval(4, 0, 100)
-    assert found.interval == pytest.approx((low / 0.008, high / 0.008))
+    assert measured.interval == pytest.approx((low / 0.008, high / 0.008))
 
 
 def test_less_is_better_of_what_has_no_samples() -> None:
@@ -226,7 +226,9 @@ def swapped(one: dict[str, list[Any]], other: dict[str, list[Any]], random: np.r
             zip(one[name], other[name], strict=True), chosen, strict=True)]
         for name in one
     }  # fmt: skip
-    return [{name: [pair[side] for pair in found] for name, found in pairs.items()} for side in (0, 1)]
+    return [
+        {name: [pair[side] for pair in exchanged] for name, exchanged in pairs.items()} for side in (0, 1)
+    ]
 
 
 def pair_of(metric: str, samples: int) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
@@ -294,11 +296,11 @@ def test_f1_of_drawn_samples_is_scikit_learns(average: str, several: bool) -> No
     shape = (60, 3) if several else (60,)
     label, answer = (random.integers(0, 2 if several else 4, shape).tolist() for _ in range(2))
     counts = draw_counts(60, 20, task=0)
-    found = REPLICATES[f"f1_{average}"]({"label": label, "prediction": answer}, counts)
+    replicates = REPLICATES[f"f1_{average}"]({"label": label, "prediction": answer}, counts)
     for draw, row in enumerate(counts):
         truth, given = repeated(label, row), repeated(answer, row)
         expected = metrics.f1_score(truth, given, average=average, zero_division=0.0)
-        assert found[draw] == pytest.approx(expected, rel=1e-9)
+        assert replicates[draw] == pytest.approx(expected, rel=1e-9)
 
 
 def test_sequences_are_drawn_as_wholes() -> None:
