@@ -226,7 +226,7 @@ WRONG_IMAGES = {
     "a key of text": (("labels: [cat, dog]", "context: 8"), r":3: task\.context: unknown key"),
     "half of a preparation": (
         ("labels: [cat, dog]", "mean: [0.5, 0.5, 0.5]"),
-        r":3: task: `mean` and `std` say",
+        r":3: task: `mean` and `std` belong together",
     ),
     "a metric of five labels": (
         ("hub.cross_entropy", "hub.top5_accuracy"),

@@ -213,8 +213,8 @@ def test_a_helper_in_another_file_and_a_base_in_this_package_are_in_the_key(
     overrides = ["stepper=own-saq"]
     classes = {**OWN, "steppers": {"own-saq": own_saq.Mine}}
     made = project.run(*overrides, **classes)
-    assert "methods/saq.py" in made.steps[1].parts["code"]
-    assert "methods/squat.py" not in made.steps[1].parts["code"]
+    assert "training/methods/saq.py" in made.steps[1].parts["code"]
+    assert "training/methods/squat.py" not in made.steps[1].parts["code"]
 
     def train() -> tuple[str, bool, str]:
         by_axis = {f"{axis[:-1]}": classes_of_axis for axis, classes_of_axis in classes.items()}

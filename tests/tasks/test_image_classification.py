@@ -122,7 +122,7 @@ def test_a_checkpoint_without_a_processor_is_named_and_the_recipe_can_help(tmp_p
     assert image_classification.processor(ImageClassification()) is None
     assert image_classification.processor(task(size=None))["do_resize"] is False
     for wrong in ({"std": None}, {"mean": None, "std": None}, {"std": [0.1, 0.0, 0.1]}, {"size": [0, 8]}):
-        with pytest.raises(ValueError, match="`mean` and `std` say together|must be above 0"):
+        with pytest.raises(ValueError, match="`mean` and `std` belong together|must be above 0"):
             task(**wrong)
 
 
