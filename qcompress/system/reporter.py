@@ -82,7 +82,7 @@ class Reporter:
     def record(self, **facts: Any) -> None:
         """Write a record to log.jsonl and send it to the listeners."""
         self._write(facts)
-        self._tell(facts)
+        self._notify(facts)
 
     def settle(self, records: Sequence[Record]) -> None:
         """Replace the training records in log.jsonl by these: removes others, adds missing ones. Listeners
@@ -101,7 +101,7 @@ class Reporter:
             for record in wanted.values():
                 self._write(record)
         for record in records:
-            self._tell(record)
+            self._notify(record)
 
     def _write(self, facts: Record) -> None:
         if self._log is not None:
