@@ -145,7 +145,7 @@ def _require_unless_extending(schema: Schema) -> None:
     schema["if"], schema["else"] = {"required": ["extends"]}, needed
 
 
-# Walking ------------------------------------------------------------------------------------------
+# Navigation in the schema -------------------------------------------------------------------------
 
 
 def _parent(schema: Schema, key: tuple[Any, ...]) -> tuple[Schema, str]:

@@ -63,7 +63,7 @@ def _address_space() -> int:
     return int(STATM.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
 
 
-# Allocations that fail -----------------------------------------------------------------------------
+# Failed allocations --------------------------------------------------------------------------------
 
 MIB = 2**20
 

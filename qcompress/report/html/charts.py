@@ -224,7 +224,7 @@ def _short(label: str) -> str:
     return "\n".join(line if len(line) <= LABEL else f"…{line[1 - LABEL :]}" for line in lines)
 
 
-# From matplotlib to the page ----------------------------------------------------------------------
+# Conversion to the page ---------------------------------------------------------------------------
 
 
 def _svg(

@@ -118,7 +118,7 @@ def suggestion(baseline: Snapshot) -> str:
     return "\n".join(lines)
 
 
-# What cannot be compared --------------------------------------------------------------------------
+# Comparability ------------------------------------------------------------------------------------
 
 
 def _other_goals(baseline: Snapshot, candidate: Snapshot, goals: Gate | None) -> Iterator[str]:
@@ -174,7 +174,7 @@ def _incomparable(baseline: Snapshot, candidate: Snapshot) -> list[str]:
     return reasons
 
 
-# In words -----------------------------------------------------------------------------------------
+# Messages -----------------------------------------------------------------------------------------
 
 
 def _spell(entry: dict[str, Any]) -> str:

@@ -117,7 +117,7 @@ def read_snapshot(path: Path, row: str | None = None) -> Snapshot:
     )
 
 
-# A run --------------------------------------------------------------------------------------------
+# From a run directory -----------------------------------------------------------------------------
 
 
 def _snapshot_of_run(folder: Path, row: str | None) -> Snapshot:
@@ -237,7 +237,7 @@ def _measured_on(parity: Mapping[str, Any]) -> Mapping[str, Any]:
     return (_row(parity, "engine") or {}).get("measured_on") or {}
 
 
-# A file -------------------------------------------------------------------------------------------
+# From baseline.json -------------------------------------------------------------------------------
 
 
 def _snapshot_of_file(file: Path) -> Snapshot:

@@ -122,7 +122,7 @@ def _loss(goal: Goal, base: Any, value: Any, lower: bool) -> tuple[Any, float]:
     return (value - goal.threshold if lower else goal.threshold - value), 0.0
 
 
-# Right or wrong -----------------------------------------------------------------------------------
+# Shares of correct samples ------------------------------------------------------------------------
 
 
 def _single(columns: Mapping[str, list[Any]]) -> bool:
