@@ -114,11 +114,7 @@ def promote(
         snapshot = api.promote(folder, out, row=row, force=force)
         say(f"{snapshot.recipe}, row {snapshot.row}: {out}, {out.stat().st_size / 1000:.0f} kB")
         if not snapshot.goals.regression:
-            from qcompress.verdict.baseline.decide import (  # scipy takes most of a second
-                BEGIN,
-                lacking,
-                suggestion,
-            )
+            from qcompress.verdict.baseline.decide import BEGIN, lacking, suggestion
 
             refused = f"`gate --baseline {out}` will end with exit code 2"
             say(f"warning: {lacking(snapshot)}: {refused}", stderr=True)

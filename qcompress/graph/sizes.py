@@ -1,94 +1,53 @@
-"""How many bytes an engine of quantized weights may have. No torch.
-
-TensorRT stores a tensor once for each node that uses it, so a table shared by an embedding and a head counts
-twice, and adds kernels and tables: some 10 MB for a transformer, 27 MB for a detector of 83 convolutions. An
-engine beyond the limit is searched for float copies of the weights (`plan_content.py`). It is refused where
-they break the limit, and told of where the size has another cause. Small engines pass: the check says
-something from some 50 MB of weights on.
+"""What a model weighs: bits as stored, bits of information, bytes of each layer. No torch. MiB are 2**20
+bytes.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from onnx import TensorProto
+import onnx
 
-from qcompress.errors import ExportError
-from qcompress.graph.codebooks import lookups
-from qcompress.graph.plan_content import float_copies
-from qcompress.graph.qdq import code_type
-from qcompress.graph.tensors import bytes_as, type_word
-from qcompress.graph.view import DEQUANTIZE, QUANTIZE, View, operand, read, result
+from qcompress.encodings import PARTS
+from qcompress.graph.tensors import stored_bytes
+from qcompress.models.plan import LayerPlan
 
-PERCENT = 110
-CONSTANT = 12 * 2**20
-LEAN_RUNTIME = 64 * 2**20
-"""Room for what a version-compatible plan carries; nowhere measured yet."""
-
-WIDE = "INT32"
-"""How an engine stores indices into a codebook, whatever the file does: as its Gather takes them."""
+INITIALIZERS = (*PARTS, "zero")
+"""Names of a weight's initializers, after its own."""
 
 
-def predicted_bytes(file: Path | View) -> int:
-    """Bytes of a file's tensors, each as often as nodes use it: what its engine stores."""
-    view = file if isinstance(file, View) else read(file)
-    wide = {book.indices for book in lookups(view).values()}
-    return sum(
-        bytes_as(tensor, WIDE if name in wide else _engine_type(view, name, tensor)) * _uses(view, name)
-        for name, tensor in view.constants.items()
-    )
-
-
-def _engine_type(view: View, name: str, tensor: TensorProto) -> str:
-    """The builder rounds a float weight that nothing but QuantizeLinear reads, and stores its codes."""
-    kinds = {
-        code_type(view, node) if node.op_type == QUANTIZE and operand(node, 0) == name else ""
-        for node in view.readers.get(name, [])
-    }
-    return kinds.pop() if len(kinds) == 1 and kinds != {""} else type_word(tensor.data_type)
-
-
-def _uses(view: View, name: str) -> int:
-    """Nodes that compute with a tensor; one behind its Q/DQ nodes counts for itself."""
-    names, users = {name}, view.readers.get(name, [])
-    for op in (QUANTIZE, DEQUANTIZE):
-        coders = {
-            id(node): result(node) for node in users if node.op_type == op and operand(node, 0) in names
-        }
-        names |= set(coders.values())
-        users = [
-            user
-            for node in users
-            for user in (view.readers.get(result(node), [node]) if id(node) in coders else [node])
-        ]
-    return max(len(users), 1)
-
-
-def limit_bytes(predicted: int, *, lean_runtime: bool = False) -> int:
-    """Largest engine for so many predicted bytes that is not searched for float weights; a version-compatible
-    one carries a runtime.
+def measure_sizes(
+    file: Path, plan: tuple[LayerPlan, ...], raised: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    """Bytes of each quantized layer (codes and scales), of the float rest, and of the file. `raised`: counts
+    by layer of the scales that fold raised for int32 biases, from folded.json.
     """
-    return predicted * PERCENT // 100 + CONSTANT + (LEAN_RUNTIME if lean_runtime else 0)
-
-
-def check_plan(plan: Path, predicted: int, view: View, *, lean_runtime: bool = False) -> tuple[int, str]:
-    """Bytes of an engine of the graph `view`, and a warning where they are beyond the limit, or no text.
-
-    Raises ExportError where float copies of the quantized weights lie in the engine and are alone enough to
-    break the limit.
-    """
-    size, limit = plan.stat().st_size, limit_bytes(predicted, lean_runtime=lean_runtime)
-    if size <= limit:
-        return size, ""
-    copies = float_copies(plan, view)
-    said = f"{plan.name} has {size:,} bytes where the integer weights predict {predicted:,} (limit {limit:,})"
-    held = f"{len(copies)} quantized weights lie in it as floats, {sum(copies.values()):,} bytes more"
-    if predicted + sum(copies.values()) > limit:
-        largest = max(copies, key=copies.__getitem__)
-        raise ExportError(
-            f"{said}: the engine holds float weights; {held}, {largest} the largest",
-            fix="run `qcompress lint` on the model; look for weights whose DequantizeLinear feeds no matmul",
+    graph = onnx.load(str(file), load_external_data=False).graph
+    stored = {tensor.name: stored_bytes(tensor) for tensor in graph.initializer}
+    layers = []
+    for item in plan:
+        if item.weights is None or item.layer.tied_to:
+            continue
+        size = sum(stored.get(f"{item.name}.weight.{part}", 0) for part in INITIALIZERS)
+        layers.append(
+            {
+                "name": item.name,
+                "weights": item.layer.weights,
+                "stored_bits": item.weights.stored_bits,
+                "information_bits": item.weights.information_bits,
+                "bytes": size,
+                "raised_scales": raised.get(item.name, {}).get("scales", 0),
+            }
         )
-    if copies:
-        return size, f"{said}; {held}; the rest is not weights"
-    return size, f"{said}; no float copy of a quantized weight is in it: kernels and tables take the rest"
+    data = file.with_name(file.name + ".data")
+    total = sum(stored.values())
+    floats = sum(item.layer.weights * 4 for item in plan if not item.layer.tied_to)
+    return {
+        "layers": layers,
+        "initializer_bytes": total,
+        "quantized_bytes": sum(layer["bytes"] for layer in layers),
+        "file_bytes": file.stat().st_size + (data.stat().st_size if data.is_file() else 0),
+        "float_layer_bytes": floats,
+        "raised_scales": sum(counts["scales"] for counts in raised.values()),
+    }

@@ -32,8 +32,9 @@ from typing import Any
 
 from qcompress.errors import BusyError, ContractError
 from qcompress.system.digests import Memory, read_sealed, write_sealed
-from qcompress.system.filesystem import Lock, machine_errors, make_folder, peak_mib, reset_peak, sync
+from qcompress.system.filesystem import machine_errors, make_folder, peak_mib, reset_peak, sync
 from qcompress.system.fingerprint import differences, plain, stage_key
+from qcompress.system.locks import Lock
 from qcompress.system.placed import Placed, inside
 
 MANIFEST = "manifest.json"

@@ -23,7 +23,8 @@ from qcompress.schema.goals import DEPLOYED_FARTHEST, DEPLOYED_ROUNDINGS, PARITY
 from qcompress.schema.recipe import Recipe
 from qcompress.schema.targets import find_target
 from qcompress.system.artifacts import write_json, write_text
-from qcompress.verdict.judgement import (
+from qcompress.verdict.junit import junit
+from qcompress.verdict.row_checks import (
     Judgement,
     check_finite,
     check_flips,
@@ -34,7 +35,6 @@ from qcompress.verdict.judgement import (
     check_parity,
     check_recovery,
 )
-from qcompress.verdict.junit import junit
 
 if TYPE_CHECKING:
     from qcompress.verdict.run_directory import LoadedRun

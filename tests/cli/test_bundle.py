@@ -20,7 +20,7 @@ from tiny_bert import LABELS, PADDING, save_encoder
 from transformers import PreTrainedTokenizerFast
 
 from qcompress import api
-from qcompress.cli.bundle import config as triton
+from qcompress.cli.bundle import triton_config as triton
 from qcompress.cli.bundle.triton import bundle
 from qcompress.errors import ExportError
 from qcompress.system.artifacts import graph_digests, read_json, sha256_file, write_json

@@ -20,10 +20,10 @@ import onnx
 import pytest
 from graphs import GPT2_SMALL, Shape, decoder, linear, save
 
-from qcompress.engine import build_process
+from qcompress.engine import run_builder
+from qcompress.engine.plan_bytes import check_plan, limit_bytes, predicted_bytes
+from qcompress.engine.plan_content import float_copies
 from qcompress.errors import ExportError, MachineError, UsageError
-from qcompress.graph.plan_content import float_copies
-from qcompress.graph.sizes import check_plan, limit_bytes, predicted_bytes
 from qcompress.graph.view import read
 from qcompress.pipeline.stages import build as stage
 from qcompress.pipeline.stages.build import build, build_file, device_command
@@ -372,7 +372,7 @@ def test_a_flood_of_messages_is_kept_short(monkeypatch: pytest.MonkeyPatch, tmp_
     flood = "[logger.log(Severity, f'message {i}') for i in range(3000)]; raise TypeError('end')"
     fake(monkeypatch, tmp_path, "tensorrt_rtx", alive_until(flood))
     spec = {"backend": "tensorrt_rtx", "versions": [["1", "2"]], "memory_mib": 512, "onnx": "model.onnx"}
-    outcome = build_process.run_builder(spec, 60)
+    outcome = run_builder.run_builder(spec, 60)
     assert [message["text"] for message in outcome.messages] == [f"message {i}" for i in range(2800, 3000)]
 
 

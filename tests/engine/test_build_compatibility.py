@@ -15,8 +15,8 @@ import pytest
 from graphs import linear, save
 from lines import cli
 
+from qcompress.engine.plan_bytes import limit_bytes
 from qcompress.errors import ExportError, UsageError
-from qcompress.graph.sizes import limit_bytes
 from qcompress.pipeline.stages.build import build_file, device_command
 from qcompress.schema import targets
 from qcompress.schema.recipe import Build

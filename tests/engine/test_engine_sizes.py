@@ -8,7 +8,7 @@ import pytest
 from graphs import Graph, Shape, codes, decoder, dequantize_weight, linear, save, tensor_value
 from onnx import TensorProto
 
-from qcompress.graph.sizes import check_plan, limit_bytes, predicted_bytes
+from qcompress.engine.plan_bytes import check_plan, limit_bytes, predicted_bytes
 from qcompress.graph.view import read
 
 MIB = 2**20

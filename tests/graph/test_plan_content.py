@@ -11,9 +11,9 @@ import pytest
 from graphs import Graph, dequantize_weight, linear, save, tensor_value
 from onnx import TensorProto
 
+from qcompress.engine.plan_bytes import check_plan
+from qcompress.engine.plan_content import float_copies
 from qcompress.errors import ExportError
-from qcompress.graph.plan_content import float_copies
-from qcompress.graph.sizes import check_plan
 from qcompress.graph.view import View, read
 
 SHAPE = (192, 256)

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from lines import QUICK, Exported, exported
 
-from qcompress.graph.file_sizes import measure_sizes
+from qcompress.graph.sizes import measure_sizes
 from qcompress.system.artifacts import read_json
 
 

@@ -23,8 +23,8 @@ def library(name, *arguments, **options):
         raise TypeError("bad argument type for built-in operation")
     return real(name, *arguments, **options)
 ctypes.CDLL = library
-from qcompress import system
-system.fcntl = system.resource = None
+from qcompress.system import filesystem, locks
+locks.fcntl = filesystem.resource = None
 from qcompress.cli.main import main
 main()
 """

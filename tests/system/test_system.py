@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qcompress.errors import BusyError, MachineError, UsageError
-from qcompress.system import digests, filesystem, workspace
+from qcompress.system import digests, filesystem, locks, workspace
 from qcompress.system.workspace import Workspace, stage_key, would_reuse
 
 PARTS = {"recipe": "r", "values": {"format": {"weights": 8}}}
@@ -52,7 +52,7 @@ def wait_for(path: Path) -> str:
 def hold(folder: Path, without_fcntl: bool = False) -> None:
     """Child process: hold the run until killed, with a forked child of its own that stays behind."""
     if without_fcntl:
-        filesystem.fcntl = None
+        locks.fcntl = None
     space = open_space(folder)
     grandchild = os.fork()
     if grandchild == 0:
@@ -69,7 +69,7 @@ def test_a_run_is_refused_while_another_lives_and_free_after_sigkill(
     tmp_path: Path, without_fcntl: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if without_fcntl:
-        monkeypatch.setattr(filesystem, "fcntl", None)
+        monkeypatch.setattr(locks, "fcntl", None)
     child = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path, without_fcntl))
     child.start()
     grandchild = int(wait_for(tmp_path / "holding"))
@@ -93,7 +93,7 @@ def test_a_closed_run_can_be_opened_again_and_an_open_one_cannot(
     tmp_path: Path, without_fcntl: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if without_fcntl:
-        monkeypatch.setattr(filesystem, "fcntl", None)
+        monkeypatch.setattr(locks, "fcntl", None)
     first = open_space(tmp_path)
     with pytest.raises(BusyError, match=f"process {os.getpid()} on"):
         open_space(tmp_path)
@@ -105,7 +105,7 @@ def test_a_closed_run_can_be_opened_again_and_an_open_one_cannot(
 
 
 def test_a_released_lock_is_free_even_if_a_child_still_has_a_copy(tmp_path: Path) -> None:
-    first, second = filesystem.Lock(tmp_path / "lock"), filesystem.Lock(tmp_path / "lock")
+    first, second = locks.Lock(tmp_path / "lock"), locks.Lock(tmp_path / "lock")
     assert first.take()
     copy = os.dup(first._fd)  # what a child has that a library forked behind Python's back
     first.release()
@@ -118,7 +118,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     def refuse(fd: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(filesystem.fcntl, "flock", refuse)
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
     with pytest.raises(MachineError, match="has no locks"):
         open_space(tmp_path)
 

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qcompress.cli.bundle import config as triton
+from qcompress.cli.bundle import triton_config as triton
 from qcompress.cli.bundle.triton import BACKENDS, FORMAT, RECORD
 from qcompress.cli.bundle.warmup import FOLDER as WARMUP
 from qcompress.errors import ExportError, MachineError

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import qcompress
-from qcompress.cli.bundle import config as triton
+from qcompress.cli.bundle import triton_config as triton
 from qcompress.cli.bundle.materials import NAME as MATERIALS
 from qcompress.cli.bundle.materials import bill_of_materials
 from qcompress.cli.bundle.warmup import FOLDER as WARMUP

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompress.cli.bundle.config import Tensor
+from qcompress.cli.bundle.triton_config import Tensor
 from qcompress.engine.profiles import TOTAL
 from qcompress.schema.recipe import Profile
 

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from qcompress.encodings import CODES, ENCODINGS, encoding_of
 from qcompress.errors import ExportError
 from qcompress.graph.certificate.points import certify_all
-from qcompress.graph.file_sizes import measure_sizes
 from qcompress.graph.keep_fp32 import keep_fp32, require_operators
 from qcompress.graph.lint.lint import lint
 from qcompress.graph.optimizer import optimize
+from qcompress.graph.sizes import measure_sizes
 from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.checkpoint_files import read_config
 from qcompress.models.layer_selection import lent_prefixes
