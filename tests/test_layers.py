@@ -52,7 +52,7 @@ DOORS: dict[str, str] = {
     "transformers": "models",
     "accelerate": "pipeline system training",
     "onnxruntime": "cli engine graph parity",
-    "onnx": "encodings graph pipeline",
+    "onnx": "encodings engine graph pipeline",
     "onnx_ir": "encodings graph pipeline",
     "faiss": "quant",
     "datasets": "tasks",

@@ -45,7 +45,7 @@ class Encoding(Protocol):
     def holds(self, form: Form) -> bool:
         """True for the formats that this encoding stores."""
 
-    def fold(self, layer: QuantizedWeight, form: Form) -> dict[str, Tensor]:
+    def fold(self, layer: QuantizedWeight, item: LayerPlan) -> dict[str, Tensor]:
         """Tensors of a trained layer's weight by part. Raises ContractError for codes outside the format.
 
         Layout: [in, out] of a linear layer, [rows, width] of a table, [out, in / groups, h, w] of a kernel.

@@ -42,12 +42,13 @@ class GatheredCodebook:
         """Codebooks that a runtime looks up."""
         return isinstance(form, CodebookFormat) and form.codebook == "gather"
 
-    def fold(self, layer: QuantizedWeight, form: Form) -> dict[str, Tensor]:
+    def fold(self, layer: QuantizedWeight, item: LayerPlan) -> dict[str, Tensor]:
         """Indices, the table or its codes, and the scale [] of an int8 table."""
         quantizer = layer.weight_quantizer
         indices = quantizer.assignments
-        if int(indices.max()) >= form.centroids:
-            raise ContractError(f"index {int(indices.max())} of {form.centroids} centroids")
+        highest, count = int(indices.max()), item.weights.centroids
+        if highest >= count:
+            raise ContractError(f"{item.name}: index {highest} of {count} centroids")
         indices = indices.t() if is_turned(layer) else indices
         parts = {"assignments": indices, "centroids": quantizer.centroids}
         if quantizer.scale is not None:

@@ -40,13 +40,13 @@ class IntegerQdq:
         """Integer formats, and codebooks that are decoded before they are stored."""
         return isinstance(form, WeightFormat) or form.codebook == "decode-int8"
 
-    def fold(self, layer: QuantizedWeight, form: Form) -> dict[str, Tensor]:
+    def fold(self, layer: QuantizedWeight, item: LayerPlan) -> dict[str, Tensor]:
         """codes int8 and scale fp32: [out], [rows], or [in / block, out]."""
         codes, scale = layer.codes()
         scale = layer.weight_quantizer.grid.spread(scale, codes.shape[layer.channel_axis])
-        low, high = form.bounds
+        low, high = item.weights.bounds
         if int(codes.min()) < low or int(codes.max()) > high:
-            raise ContractError(f"codes outside [{low}, {high}]")
+            raise ContractError(f"{item.name}: codes outside [{low}, {high}]")
         if is_turned(layer):
             codes, scale = codes.t(), scale if scale.dim() == 1 else scale.t()
         return {"codes": codes.contiguous(), "scale": scale.contiguous()}

@@ -13,7 +13,7 @@ from qcompress.errors import ContractError
 from qcompress.system.fingerprint import PACKAGE, code_digest, differences, stage_key
 
 FILES = {
-    "__init__.py": "def run():\n    from qcompress.pipeline.run import run as go\n    return go()\n",
+    "__init__.py": "def run():\n    from qcompress.pipeline import run as go\n    return go()\n",
     "pipeline.py": "from qcompress import fold\n",
     "fold.py": (
         '"""Fold."""\nfrom __future__ import annotations\nimport json\nfrom typing import TYPE_CHECKING\n'
@@ -33,8 +33,8 @@ FILES = {
     "methods/__init__.py": "",
     "methods/table.py": (
         "def choose(name):\n    try:\n        from .saq import Saq\n    except ValueError:\n"
-        "        from qcompress.training.methods import squat\n    with open(name):\n        match name:\n"
-        "            case 1:\n                import qcompress.training.methods.ipq as ipq\n"
+        "        from qcompress.methods import squat\n    with open(name):\n        match name:\n"
+        "            case 1:\n                import qcompress.methods.ipq as ipq\n"
     ),
     "methods/saq.py": "from qcompress.quant import lsq as q\n",
     "methods/squat.py": "",
@@ -73,20 +73,16 @@ def test_the_walk_follows_imports_in_modules_functions_branches_and_relative_one
 
 
 def test_the_walk_goes_into_try_with_and_match(package: Path) -> None:
-    digests = code_digest(["qcompress.training.methods.table"], package=package)
+    digests = code_digest(["qcompress.methods.table"], package=package)
     assert {"methods/saq.py", "methods/squat.py", "methods/ipq.py", "quant/lsq.py"} <= digests.keys()
 
 
 def test_left_out_modules_are_neither_counted_nor_walked(package: Path) -> None:
-    digests = code_digest(
-        ["qcompress.training.methods.table"], {"qcompress.training.methods.saq"}, package=package
-    )
+    digests = code_digest(["qcompress.methods.table"], {"qcompress.methods.saq"}, package=package)
     assert "methods/saq.py" not in digests
     assert "quant/lsq.py" not in digests
     assert "methods/squat.py" in digests
-    left_out = code_digest(
-        ["qcompress.training.methods.table"], {"qcompress.training.methods"}, package=package
-    )
+    left_out = code_digest(["qcompress.methods.table"], {"qcompress.methods"}, package=package)
     assert "methods/__init__.py" not in left_out
     assert "methods/saq.py" in left_out
 
@@ -98,9 +94,9 @@ def test_lazy_imports_of_a_package_count_once_a_name_of_it_is_imported(package: 
 
 
 def test_a_plain_dotted_import_reaches_every_package_above(package: Path) -> None:
-    (package / "late.py").write_text("import qcompress.training.methods.squat as squat\n")
+    (package / "late.py").write_text("import qcompress.methods.squat as squat\n")
     assert "pipeline.py" not in code_digest(["qcompress.late"], package=package)
-    (package / "late.py").write_text("import qcompress.training.methods.squat\n")
+    (package / "late.py").write_text("import qcompress.methods.squat\n")
     assert "pipeline.py" in code_digest(["qcompress.late"], package=package)
 
 
@@ -158,8 +154,8 @@ def test_an_edit_of_code_changes_the_digest_of_its_file_alone(
 def test_names_that_do_not_exist_are_refused(package: Path) -> None:
     with pytest.raises(ContractError, match="asked about qcompress.flod"):
         code_digest(["qcompress.flod"], package=package)
-    with pytest.raises(ContractError, match="asked about qcompress.training.methods.sqat"):
-        code_digest(["qcompress.fold"], {"qcompress.training.methods.sqat"}, package=package)
+    with pytest.raises(ContractError, match="asked about qcompress.methods.sqat"):
+        code_digest(["qcompress.fold"], {"qcompress.methods.sqat"}, package=package)
     with pytest.raises(ContractError, match=r"qcompress\.report imports qcompress\.nothing_of_this_name"):
         code_digest(["qcompress.report"], package=package)
 
@@ -178,7 +174,7 @@ def test_the_walk_imports_nothing() -> None:
 
 
 def test_the_walk_of_forty_files_is_fast(tmp_path: Path) -> None:
-    text = (PACKAGE / "codekey.py").read_text(encoding="utf-8")
+    text = (PACKAGE / "system" / "fingerprint.py").read_text(encoding="utf-8")
     package = tmp_path / "qcompress"
     package.mkdir()
     for index in range(40):

@@ -159,11 +159,7 @@ def _codes(prepared: Prepared) -> dict[str, Tensor]:
     plans = {item.name: item for item in prepared.plan}
     for name, layer in prepared.layers.items():
         if isinstance(layer, QuantizedWeight):
-            form = plans[name].weights
-            try:
-                parts = encoding_of(form).fold(layer, form)
-            except ContractError as error:
-                raise ContractError(f"{name}: {error}") from None
+            parts = encoding_of(plans[name].weights).fold(layer, plans[name])
             if "scale" in parts:
                 check_scale(parts["scale"], f"{name}.weight")
             found |= {f"{name}.weight.{part}": tensor for part, tensor in parts.items()}
