@@ -1,6 +1,6 @@
 """TensorRT engines: building, optimization profiles, the probe kit, and running an engine on this machine.
 
-    build_process  runs the builder as a child process, and survives its crashes
+    run_builder    runs the builder as a child process, and survives its crashes
     builder        the child process that calls TensorRT
     profiles       shapes of the optimization profiles
     probe          writes the probe kit, and imports a device's measurement

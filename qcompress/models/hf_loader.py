@@ -17,7 +17,7 @@ from qcompress.models.checkpoint_files import read_config
 from qcompress.models.encoder import CLASSES, Encoder
 from qcompress.models.finite import demand_finite
 from qcompress.models.layer_selection import Depth, lacking, share_parameters
-from qcompress.models.loading import reading, stock_config, stock_model
+from qcompress.models.loading import draw_weights, reading, stock_config, stock_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,7 +79,7 @@ def load_model(
             fix="take config.json and model.safetensors from the same checkpoint",
         )
     if new:
-        _draw(model, new["tensors"], new["seed"])
+        draw_weights(model, new["tensors"], new["seed"], model.config.initializer_range)
     demand_finite(model, source)
     if depth is not None:
         share_parameters(model, depth)
@@ -161,17 +161,3 @@ class Stock:
     def install_points(self, model: nn.Module, points: Mapping[str, nn.Module]) -> None:
         """Install quantization points by name; each module receives the activation to quantize."""
         put_points(model, points)
-
-
-def _draw(model: nn.Module, names: list[str], seed: int) -> None:
-    """Initialize tensors as stock models do, weights from N(0, initializer_range) and biases with 0, but
-    from the seed alone.
-    """
-    import torch
-
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name in names:
-            parameter = model.get_parameter(name)
-            noise = torch.randn(parameter.shape, generator=random) * model.config.initializer_range
-            parameter.copy_(noise if name.endswith(".weight") else torch.zeros(parameter.shape))

@@ -22,6 +22,7 @@ from qcompress.system.artifacts import read_json
 from qcompress.system.digests import digest_of
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 SHOWN = 300
@@ -112,3 +113,15 @@ def stock_model(
             )
     finally:
         logging.set_verbosity(verbosity)
+
+
+def draw_weights(model: nn.Module, names: list[str], seed: int, spread: float) -> None:
+    """Initialize the named tensors from the seed alone: weights from N(0, spread), biases with 0."""
+    import torch
+
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name in names:
+            parameter = model.get_parameter(name)
+            noise = torch.randn(parameter.shape, generator=random) * spread
+            parameter.copy_(noise if name.endswith(".weight") else torch.zeros(parameter.shape))

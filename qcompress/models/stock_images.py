@@ -15,7 +15,7 @@ from qcompress.errors import ModelError
 from qcompress.models.checkpoint_files import read_config
 from qcompress.models.convnet import COUNTED, ConvNet
 from qcompress.models.finite import demand_finite
-from qcompress.models.loading import hashed_files, reading, stock_config, stock_model
+from qcompress.models.loading import draw_weights, hashed_files, reading, stock_config, stock_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -68,7 +68,7 @@ class StockImages(_Images):
         model, loading_info = stock_model(self.net.title, source, folder, stock_config(folder))
         self._refuse_missing(source, set(loading_info["missing_keys"]), new)
         if new:
-            _draw(model, new["tensors"], new["seed"])
+            draw_weights(model, new["tensors"], new["seed"], SPREAD)
         demand_finite(model, source)
         return _pooled(model.eval())
 
@@ -124,7 +124,7 @@ class OwnImages(_Images):
             )
         self._refuse_missing(source, set(missing), new)
         if new:
-            _draw(model, new["tensors"], new["seed"])
+            draw_weights(model, new["tensors"], new["seed"], SPREAD)
         demand_finite(model, source)
         return model.eval()
 
@@ -157,18 +157,6 @@ def _rows(directory: Path, name: str) -> int:
     from qcompress.models.checkpoint_files import read_tensors
 
     return read_tensors(directory)[name][1][0]
-
-
-def _draw(model: nn.Module, names: list[str], seed: int) -> None:
-    """Initialize tensors from the seed alone: weights from N(0, 0.02), biases with 0."""
-    import torch
-
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name in names:
-            parameter = model.get_parameter(name)
-            noise = torch.randn(parameter.shape, generator=random) * SPREAD
-            parameter.copy_(noise if name.endswith(".weight") else torch.zeros(parameter.shape))
 
 
 def _pooled(model: PreTrainedModel) -> PreTrainedModel:

@@ -6,6 +6,7 @@ numbers and has the checks that need a model; number formats are in `formats.py`
 
 from __future__ import annotations
 
+import re
 from contextvars import ContextVar
 from typing import Annotated, Any, Literal
 
@@ -44,6 +45,9 @@ from qcompress.schema.tasks import ImageClassification as ImageClassification
 from qcompress.schema.tasks import SequenceClassification as SequenceClassification
 from qcompress.schema.tasks import Task
 from qcompress.schema.tasks import TokenClassification as TokenClassification
+
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
+"""Pattern of a model on a hub, organisation/name."""
 
 Stage = Literal["load", "train", "fold", "export", "build", "verify", "gate"]
 STAGES: tuple[str, ...] = ("load", "train", "fold", "export", "build", "verify", "gate")

@@ -18,11 +18,9 @@ from qcompress.models import FAMILIES, PROCESSOR, chosen, describe, renamed_tens
 from qcompress.models.architecture import CAUSAL_LM, Head
 from qcompress.models.checkpoint_files import ADAPTER, copy_tensors, read_config, read_tensors, weight_files
 from qcompress.models.readers import READER_FILES, WHOLE_PROCESSOR, check_reader
-from qcompress.schema.recipe import Model
+from qcompress.schema.recipe import HUB_ID, Model
 from qcompress.system.artifacts import write_json
 from qcompress.system.digests import digest_of
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 DOWNLOADED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", *READER_FILES, ADAPTER, WHOLE_PROCESSOR

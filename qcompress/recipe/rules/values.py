@@ -25,7 +25,7 @@ from qcompress.recipe.rules.slices import judge_slices
 from qcompress.recipe.yaml_file import Document, Key
 from qcompress.schema.axes import AXES, ILLEGAL, PHASES
 from qcompress.schema.goals import METRICS, RESOURCES, ParityGoal
-from qcompress.schema.recipe import CausalLm, Format, Profile, Recipe, Role
+from qcompress.schema.recipe import HUB_ID, CausalLm, Format, Profile, Recipe, Role
 from qcompress.schema.tasks import AGREEMENT
 
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
@@ -33,8 +33,6 @@ SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
 
 TASK_LOSS_PHASES = ("finetune", "intervention", "ffn", "embeddings", "attention")
 """Phases that train with the task's loss on the training data; other phases use the calibration data."""
-
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 
 
 def judge(recipe: Recipe, document: Document, base: Path) -> None:
