@@ -135,7 +135,7 @@ def test_metadata_says_where_the_model_comes_from(graph: Exported, model: ModelP
     assert found.keys() == {
         f"qcompress.{key}" for key in ("recipe", "recipe_sha256", "version", "method", "formats")
     }
-    assert found["qcompress.recipe.load"] == NAME and len(found["qcompress.recipe_sha256"]) == 64
+    assert found["qcompress.recipe"] == NAME and len(found["qcompress.recipe_sha256"]) == 64
     formats = json.loads(found["qcompress.formats"])
     assert formats.keys() == {item.name for item in graph.plan if item.weights}
     assert model.producer_name == "qcompress"
