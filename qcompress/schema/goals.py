@@ -116,7 +116,7 @@ class Gate(Options):
     """Conditions of the verdict `accept`."""
 
     float_floor: dict[str, float] = {}
-    """Worst acceptable value of the float model's own metric: a broken model is no reference."""
+    """Worst acceptable value of the float model's own metric: a broken model cannot be a reference."""
     recovery: dict[str, Goal] = {}
     """Goals on the last measured row, against float; if ONNX Runtime serves the target (`cpu`), on its
     default session (the row `deployed`) as well.
