@@ -1,8 +1,8 @@
 """Encodings: the ways in which a weight is stored in folded.safetensors and in model.onnx.
 
-One class an encoding, one row in `ENCODINGS`. Fold, export, the certificate, sizes and the rules of a recipe
-ask the encoding of a weight's format, and switch on no format themselves. Torch and onnx are imported inside
-the functions that need them.
+Each encoding is one class and one entry of `ENCODINGS`. Fold, export, the certificate, the byte counts and
+the recipe rules call the encoding of a weight's format and do not switch on formats themselves. Torch and
+onnx are imported inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from qcompress.schema.formats import CodebookFormat, WeightFormat
 __all__ = ["CODES", "ENCODINGS", "PARTS", "Certified", "Encoding", "encoding_of"]
 
 ENCODINGS: tuple[Encoding, ...] = (IntegerQdq(), GatheredCodebook())
-"""Every encoding; each weight format belongs to exactly one."""
+"""All encodings; each weight format belongs to exactly one."""
 
 CODES: tuple[str, ...] = tuple(encoding.parts[0] for encoding in ENCODINGS)
-"""Names of the integers, the first part of each encoding."""
+"""Names of the integer tensors: the first part of each encoding."""
 
 PARTS: tuple[str, ...] = tuple(dict.fromkeys(part for encoding in ENCODINGS for part in encoding.parts))
-"""Names of the tensors of a weight: `<layer>.weight.<part>`."""
+"""Names of all parts; a weight's tensor is called `<layer>.weight.<part>`."""
 
 
 def encoding_of(form: WeightFormat | CodebookFormat) -> Encoding:
-    """The encoding of a weight format.
+    """Return the encoding of a weight format.
 
     >>> encoding_of(WeightFormat(bits=4, block=32)).name, encoding_of(CodebookFormat()).name
     ('int-qdq', 'codebook')

@@ -22,58 +22,59 @@ Form = WeightFormat | CodebookFormat
 
 @dataclass(frozen=True)
 class Certified:
-    """One weight in an ONNX file, compared bit for bit with the folded one."""
+    """Result of comparing one weight of an ONNX file bit for bit with the folded weight."""
 
     codes_equal: bool
-    """The integers, and a table of centroids."""
+    """True if the integers, and the centroid table of a codebook, are equal."""
     scales_equal: bool
     sources: list[str]
-    """Values of the graph that the decoded weight comes out of."""
+    """Graph values that hold the decoded weight."""
     reasons: list[str]
-    """One sentence a difference; empty for a weight that passed."""
+    """One sentence per difference; empty for a weight that passed."""
 
 
 class Encoding(Protocol):
-    """One way of storing a weight."""
+    """Storage of a weight in folded.safetensors and model.onnx."""
 
     name: str
     parts: tuple[str, ...]
-    """Names of its tensors in folded.safetensors after `<layer>.weight.`; the integers come first."""
+    """Tensor names in folded.safetensors after `<layer>.weight.`; the integers come first."""
     integers: bool
-    """Its codes are multiples of a scale: batch norms fold into them, and runtimes multiply them."""
+    """True if weight = code * scale: batch norms fold into the scales, and runtimes multiply the codes."""
 
     def holds(self, form: Form) -> bool:
-        """True for the formats that this encoding stores."""
+        """True if this encoding stores weights of `form`."""
 
     def fold(self, layer: QuantizedWeight, item: LayerPlan) -> dict[str, Tensor]:
-        """Tensors of a trained layer's weight by part. Raises ContractError for codes outside the format.
+        """Return the tensors of a trained layer's weight by part. Raises ContractError for codes outside the
+        format.
 
-        Layout: [in, out] of a linear layer, [rows, width] of a table, [out, in / groups, h, w] of a kernel.
+        Shapes: linear layer [in, out], embedding table [rows, width], kernel [out, in / groups, h, w].
         """
 
     def decoder(self, parts: Mapping[str, Tensor | None], item: LayerPlan, compute: dtype) -> nn.Module:
-        """The weight as a module with `decoded()` and, of a table, `rows(ids)`: torch computes the values
-        that a runtime decodes, and the exporter writes the nodes.
+        """Build the module that decodes the weight: `decoded()` and, for a table, `rows(ids)`. Torch computes
+        the same values as a runtime; the exporter writes the ONNX nodes.
         """
 
     def pack(self, initializers: Mapping[str, ir.Value], owner: str, form: Form) -> None:
-        """Give the initializers of a weight the types of the file, in place."""
+        """Convert the initializers of a weight to their types in the ONNX file, in place."""
 
     def lower(self, model: ir.Model) -> None:
-        """Replace the nodes that stood for this encoding while exporting by those of ONNX, in place."""
+        """Replace this encoding's placeholder nodes by ONNX nodes, in place."""
 
     def certify(self, graph: Graph, tensors: Any, item: LayerPlan) -> Certified:
-        """Compare a weight in a graph with `tensors`, those of folded.safetensors."""
+        """Compare a weight in a graph with `tensors`, the content of folded.safetensors."""
 
     def sources(self, graph: Graph, owner: str) -> list[str]:
-        """Values of a graph that the weight `owner`, decoded for a matmul, comes out of."""
+        """Return the graph values that hold the weight of layer `owner`, decoded for a matmul."""
 
     def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:
-        """Bytes of a weight in the ONNX file; `float_bytes`: those of a number of the compute type."""
+        """Bytes of a weight in the ONNX file; `float_bytes`: bytes per element of the compute type."""
 
 
 def is_turned(layer: QuantizedWeight) -> bool:
-    """True for a linear layer that trains as [out, in]: its weight is stored [in, out]."""
+    """True if `layer` is a linear layer with an [out, in] weight, which must be transposed to [in, out]."""
     from qcompress.quant.layers import QuantizedLinear
 
     return isinstance(layer, QuantizedLinear) and layer.channel_axis == 0

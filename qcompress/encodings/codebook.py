@@ -1,11 +1,11 @@
 """Indices into a table of vectors (product quantization), decoded by Gather.
 
-    assignments   uint8, [in / block, out], [rows, width / block] of a table, [out, in * h * w / block]
+    assignments   uint8, [in / block, out]; table [rows, width / block]; kernel [out, in * h * w / block]
     centroids     [k, block], floats or int8 codes with one scale
 
-A decoded copy in the file would pass every comparison of outputs and cost eight times the bytes, so the
-certificate follows the way node by node: Cast, Gather from the table, Reshape, and nothing else reads the
-indices.
+A decoded float copy would pass every comparison of outputs and take eight times the bytes. The certificate
+therefore follows the path node by node (Cast, Gather from the table, Reshape) and refuses other readers of
+the indices.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
 
 class GatheredCodebook:
-    """Indices and a table in the file."""
+    """Encoding that stores uint8 indices and a centroid table."""
 
     name = "codebook"
     parts = ("assignments", "centroids", "scale")
     integers = False
 
     def holds(self, form: Form) -> bool:
-        """Codebooks that a runtime looks up."""
+        """True for codebook formats with `codebook: gather`."""
         return isinstance(form, CodebookFormat) and form.codebook == "gather"
 
     def fold(self, layer: QuantizedWeight, item: LayerPlan) -> dict[str, Tensor]:
-        """Indices, the table or its codes, and the scale [] of an int8 table."""
+        """Return indices, the table or its int8 codes, and the scale [] of an int8 table."""
         quantizer = layer.weight_quantizer
         indices = quantizer.assignments
         highest, count = int(indices.max()), item.weights.centroids
@@ -56,7 +56,7 @@ class GatheredCodebook:
         return {part: tensor.clone().contiguous() for part, tensor in parts.items()}
 
     def decoder(self, parts: Mapping[str, Tensor | None], item: LayerPlan, compute: dtype) -> nn.Module:
-        """A FoldedCodebook."""
+        """Build a FoldedCodebook."""
         from qcompress.quant.folded_codebook import FoldedCodebook
 
         centroids, scale = parts["centroids"], parts["scale"]
@@ -66,16 +66,16 @@ class GatheredCodebook:
         return FoldedCodebook(parts["assignments"], centroids, scale, axis, kernel)
 
     def pack(self, initializers: Mapping[str, ir.Value], owner: str, form: Form) -> None:
-        """Nothing: indices are uint8 in both files."""
+        """No change: indices are uint8 in both files."""
 
     def lower(self, model: ir.Model) -> None:
-        """Look-ups become Cast, Gather, Transpose and Reshape."""
+        """Replace look-up nodes by Cast, Gather, Transpose and Reshape."""
         from qcompress.encodings.lookup_nodes import spell_out
 
         spell_out(model)
 
     def certify(self, graph: Graph, tensors: Any, item: LayerPlan) -> Certified:
-        """Indices and table bit for bit, the table's scale, and the way to the layer."""
+        """Compare indices and table bit for bit, check the table's scale, and follow the path."""
         owner = item.layer.tied_to or item.name
         reasons: list[str] = []
         indices = _stored(graph, tensors, f"{owner}.weight.assignments", reasons)
@@ -85,31 +85,31 @@ class GatheredCodebook:
         return Certified(indices and table, scales, ends, reasons)
 
     def sources(self, graph: Graph, owner: str) -> list[str]:
-        """Outputs of the Reshape nodes behind the look-ups."""
+        """Return the outputs of the Reshape nodes behind the look-ups."""
         return looked_up(graph, owner)
 
     def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:
-        """Indices and the table."""
+        """Bytes of the indices and the table."""
         table = form.centroids * form.block * (1 if form.table == "int8" else float_bytes)
         return int(layer.weights * form.stored_bits / 8) + table
 
 
 def _stored(graph: Graph, tensors: Any, name: str, reasons: list[str]) -> bool:
-    """Whether an initializer is the folded tensor; a table of floats in the compute type."""
-    found, wanted = graph.array(name), tensors.get_tensor(name)
-    if found is None:
+    """True if an initializer equals the folded tensor; a float table is compared in the compute type."""
+    actual, wanted = graph.array(name), tensors.get_tensor(name)
+    if actual is None:
         reasons.append(f"no initializer {name}")
         return False
-    floats = found.dtype in (np.float32, np.float16) or found.dtype.name == "bfloat16"
-    wanted = wanted.astype(found.dtype) if floats and wanted.dtype == np.float32 else wanted
-    if not same(found, wanted):
-        reasons.append(first_difference(found, wanted, name.rpartition(".")[2]))
+    floats = actual.dtype in (np.float32, np.float16) or actual.dtype.name == "bfloat16"
+    wanted = wanted.astype(actual.dtype) if floats and wanted.dtype == np.float32 else wanted
+    if not same(actual, wanted):
+        reasons.append(first_difference(actual, wanted, name.rpartition(".")[2]))
         return False
     return True
 
 
 def _table_scale(graph: Graph, tensors: Any, owner: str, reasons: list[str]) -> bool:
-    """Whether an int8 table is decoded with its scale, and by one DequantizeLinear alone."""
+    """True if DequantizeLinear nodes with the folded scale are the only readers of an int8 table."""
     readers = graph.readers.get(f"{owner}.weight.centroids", [])
     wanted = tensors.get_tensor(f"{owner}.weight.scale")
     for node in readers:
@@ -121,7 +121,7 @@ def _table_scale(graph: Graph, tensors: Any, owner: str, reasons: list[str]) -> 
 
 
 def _ends(graph: Graph, owner: str, item: LayerPlan, reasons: list[str]) -> list[str]:
-    """Outputs of the look-ups that reach this layer."""
+    """Outputs of the look-ups that feed this layer."""
     readers = graph.readers.get(f"{owner}.weight.assignments", [])
     if not readers or any(node.op_type != "Cast" for node in readers):
         reasons.append("indices must be read by Cast and by nothing else")
@@ -133,29 +133,29 @@ def _ends(graph: Graph, owner: str, item: LayerPlan, reasons: list[str]) -> list
 
 
 def looked_up(graph: Graph, owner: str, rows: bool = False) -> list[str]:
-    """Values of the weight `owner` decoded for a matmul, or of rows of it: what comes out of Reshape,
-    followed from the indices through Cast and the Gathers of ids and table. Another table's Gather leads
-    nowhere.
+    """Return the Reshape outputs that hold the weight of layer `owner`, decoded for a matmul, or with `rows`
+    those that hold selected rows. Follows the indices through Cast and Gather; a Gather from another table is
+    ignored.
     """
     table = f"{owner}.weight.centroids"
-    found: list[str] = []
+    values: list[str] = []
     for cast in graph.readers.get(f"{owner}.weight.assignments", []):
         level = _gathers(graph, cast, first=True) if rows else [cast]
         for gather in (after for node in level for after in _gathers(graph, node, first=False)):
             if _is_table(graph, gather.input[0], table):
-                found += _reshaped(graph, gather)
-    return found if rows else [name for name in found if matmuls(graph, name)]
+                values += _reshaped(graph, gather)
+    return values if rows else [name for name in values if matmuls(graph, name)]
 
 
 def _gathers(graph: Graph, node: NodeProto, first: bool) -> list[NodeProto]:
-    """Gather nodes that take a node's output as their data, or as their indices."""
+    """Gather nodes that read a node's output as data (`first`) or as indices."""
     name = node.output[0]
     readers = [after for after in graph.readers.get(name, []) if after.op_type == "Gather"]
     return [after for after in readers if after.input[0 if first else 1] == name]
 
 
 def _reshaped(graph: Graph, gather: NodeProto) -> list[str]:
-    """Outputs of the Reshape behind a Gather, with a Transpose between them or not."""
+    """Outputs of the Reshape nodes behind a Gather, directly or after a Transpose."""
     after = graph.readers.get(gather.output[0], [])
     turned = [
         end for node in after if node.op_type == "Transpose" for end in graph.readers.get(node.output[0], [])
@@ -164,6 +164,6 @@ def _reshaped(graph: Graph, gather: NodeProto) -> list[str]:
 
 
 def _is_table(graph: Graph, name: str, table: str) -> bool:
-    """Whether a value is a table, or what its codes are decoded to."""
+    """True if a value is the initializer `table` or the output of its DequantizeLinear."""
     decoder = graph.producer.get(name)
     return name == table or (decoder is not None and decoder.input[0] == table)

@@ -2,8 +2,8 @@
 
     weight = codes * scale        codes int8 in folded.safetensors; int8, int4 or int2 in the file
 
-Narrow codes may lie in a wider type (`container`). A codebook with `codebook: decode-int8` is stored here,
-too: the codes of its table in the places of its indices, with equal scales.
+Narrow codes may be stored in a wider type (`container`). A codebook with `codebook: decode-int8` also uses
+this encoding: each index is replaced by the int8 codes of its centroid, and all channels have equal scales.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 
 class IntegerQdq:
-    """Codes and scales behind a DequantizeLinear node."""
+    """Encoding that stores integer codes and scales, decoded by DequantizeLinear."""
 
     name = "int-qdq"
     parts = ("codes", "scale")
     integers = True
 
     def holds(self, form: Form) -> bool:
-        """Integer formats, and codebooks that are decoded before they are stored."""
+        """True for integer formats and for codebook formats with `codebook: decode-int8`."""
         return isinstance(form, WeightFormat) or form.codebook == "decode-int8"
 
     def fold(self, layer: QuantizedWeight, item: LayerPlan) -> dict[str, Tensor]:
-        """codes int8 and scale fp32: [out], [rows], or [in / block, out]."""
+        """Return `codes` int8 and `scale` fp32 of shape [out], [rows], or [in / block, out]."""
         codes, scale = layer.codes()
         scale = layer.weight_quantizer.grid.spread(scale, codes.shape[layer.channel_axis])
         low, high = item.weights.bounds
@@ -52,7 +52,7 @@ class IntegerQdq:
         return {"codes": codes.contiguous(), "scale": scale.contiguous()}
 
     def decoder(self, parts: Mapping[str, Tensor | None], item: LayerPlan, compute: dtype) -> nn.Module:
-        """A FoldedWeight, or a FoldedKernel for a convolution."""
+        """Build a FoldedWeight, or a FoldedKernel for a convolution."""
         from qcompress.quant.affine import Grid
         from qcompress.quant.folded import FoldedWeight
         from qcompress.quant.folded_conv import FoldedKernel
@@ -64,7 +64,7 @@ class IntegerQdq:
         return FoldedWeight(codes, scale, Grid(axis, item.block), item.weights.stored_bits)
 
     def pack(self, initializers: Mapping[str, ir.Value], owner: str, form: Form) -> None:
-        """Narrow codes become int4 or int2, packed, where the format's container says so."""
+        """Pack the codes to int4 or int2 if the format's container is that narrow."""
         import ml_dtypes
         import onnx_ir as ir
 
@@ -77,10 +77,10 @@ class IntegerQdq:
         value.dtype = name
 
     def lower(self, model: ir.Model) -> None:
-        """Nothing: DequantizeLinear is written as it is."""
+        """No change: the exporter writes DequantizeLinear directly."""
 
     def certify(self, graph: Graph, tensors: Any, item: LayerPlan) -> Certified:
-        """Integers, their type, scales, axis and block, and what reads them."""
+        """Compare codes, their type, scales, axis and block, and check the readers of the codes."""
         from onnx import TensorProto
 
         owner = item.layer.tied_to or item.name
@@ -106,34 +106,34 @@ class IntegerQdq:
         return Certified(codes_equal, bool(decoders) and not wrong_scales, sources, reasons)
 
     def sources(self, graph: Graph, owner: str) -> list[str]:
-        """Outputs of the DequantizeLinear nodes."""
+        """Return the outputs of the DequantizeLinear nodes."""
         readers = graph.readers.get(f"{owner}.weight.codes", [])
         return [node.output[0] for node in readers if node.op_type == "DequantizeLinear"]
 
     def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:
-        """Codes and scales. Zero points are left out: layers of a shape share them."""
-        if not isinstance(form, WeightFormat):  # a table that was decoded
+        """Bytes of codes and scales. Zero points are not counted: layers of equal shape share them."""
+        if not isinstance(form, WeightFormat):  # a codebook with `decode-int8`
             return layer.weights + float_bytes * layer.out_features
         block = form.block or layer.in_features
         return layer.weights * form.stored_bits // 8 + layer.weights // block * float_bytes
 
 
 def _wrong_scales(graph: Graph, decoders: list[NodeProto], reference: np.ndarray) -> list[str]:
-    """Scales and zero points of a weight; all decoders of a tied table count."""
-    found = []
+    """Reasons why scales or zero points are wrong; all decoders of a tied table are checked."""
+    reasons = []
     for node in decoders:
         scale = graph.array(node.input[1])
         if scale is None:
-            found.append(f"{node.name}: no initializer {node.input[1]}")
+            reasons.append(f"{node.name}: no initializer {node.input[1]}")
         elif not same(scale, reference.astype(scale.dtype)):
-            found.append(first_difference(scale, reference.astype(scale.dtype), "scale"))
+            reasons.append(first_difference(scale, reference.astype(scale.dtype), "scale"))
         if not zero_is_zero(graph, node):
-            found.append(f"{node.name}: the zero point is not 0")
-    return found
+            reasons.append(f"{node.name}: the zero point is not 0")
+    return reasons
 
 
 def _unread(graph: Graph, decoders: list[NodeProto], item: LayerPlan) -> list[str]:
-    """Decoded codes that reach no operation of their layer: it reads something else, such as a float copy."""
+    """Reason why the decoded codes do not reach their layer, for example because it reads a float copy."""
     if not decoders:
         return []
     outputs = [node.output[0] for node in decoders]
@@ -146,13 +146,14 @@ def _unread(graph: Graph, decoders: list[NodeProto], item: LayerPlan) -> list[st
 
 
 def _wrong_layout(decoders: list[NodeProto], item: LayerPlan) -> list[str]:
+    """Reasons why the axis or the block size of a decoder is wrong."""
     tied_head = item.layer.kind == "head" and item.layer.tied_to is not None
     table = item.layer.kind in ("embedding", "conv") or tied_head
     channel_axis = 0 if table else 1
     axis = channel_axis if item.block is None else 1 - channel_axis
-    found = []
+    reasons = []
     for node in decoders:
         values = {attribute.name: attribute.i for attribute in node.attribute}
         if values.get("axis", 1) != axis or values.get("block_size", 0) != (item.block or 0):
-            found.append(f"{node.name} has {values}, expected axis {axis}, block {item.block}")
-    return found
+            reasons.append(f"{node.name} has {values}, expected axis {axis}, block {item.block}")
+    return reasons

@@ -1,4 +1,4 @@
-"""Comparing stored tensors, and following a decoded weight through an ONNX graph. No torch."""
+"""Comparison of stored tensors, and the matmuls that read a decoded weight. No torch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays agree in shape, type and every bit."""
+    """True if two arrays have equal shapes, types and bits."""
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
-def first_difference(found: np.ndarray, expected: np.ndarray, what: str) -> str:
-    """In words, where two arrays that are not the same differ."""
-    if found.shape != expected.shape:
-        return f"{what}: shape {list(found.shape)}, expected {list(expected.shape)}"
-    where = np.argwhere(found != expected)
+def first_difference(actual: np.ndarray, expected: np.ndarray, what: str) -> str:
+    """Describe the first difference between two unequal arrays; `what` names them in the sentence."""
+    if actual.shape != expected.shape:
+        return f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}"
+    where = np.argwhere(actual != expected)
     place = tuple(int(index) for index in where[0])
-    return f"{what}: {len(where)} differ, first at {list(place)}: {found[place]}, expected {expected[place]}"
+    return f"{what}: {len(where)} differ, first at {list(place)}: {actual[place]}, expected {expected[place]}"
 
 
 def zero_is_zero(graph: Graph, node: NodeProto) -> bool:
-    """Whether a Q or DQ node has no zero point, or one of zeros."""
+    """True if the zero point of a Q or DQ node is absent or all zeros."""
     if len(node.input) < 3 or not node.input[2]:
         return True
     zero = graph.array(node.input[2])
@@ -35,11 +35,11 @@ def zero_is_zero(graph: Graph, node: NodeProto) -> bool:
 
 
 def matmuls(graph: Graph, value: str) -> list[tuple[NodeProto, str]]:
-    """Matmuls that read a decoded weight, directly or transposed, and the name they read it by."""
-    found = []
+    """Matmuls and convolutions that read a value directly or after Transpose, with their input's name."""
+    readers = []
     for node in graph.readers.get(value, []):
         if node.op_type in ("MatMul", "Gemm", "Conv"):
-            found.append((node, value))
+            readers.append((node, value))
         elif node.op_type == "Transpose":
-            found += matmuls(graph, node.output[0])
-    return found
+            readers += matmuls(graph, node.output[0])
+    return readers
