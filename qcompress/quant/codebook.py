@@ -1,12 +1,13 @@
-"""Weights as indices into a table of vectors: product quantization with learned centroids (iPQ).
+"""Codebook weight quantizers: product quantization with learned centroids (iPQ).
 
 Source: Quant-Noise (arXiv:2004.07320), section 3.3. A weight is cut into vectors of `block` consecutive input
 channels of one output channel; k-means gives k centroids, and each vector becomes the index of the nearest:
 
     W[o, j * block + i] = C[a[o, j], i]        a: uint8, C: [k, block]
 
-Until it settles, a weight is the float parameter it was; from then on indices are fixed and the centroids
-train. Indices lie as their weight does: [out, in / block] for [out, in], [in / block, out] for [in, out].
+Before `settle`, the weight trains as a float parameter; afterwards the indices are fixed and the centroids
+train. Indices have the layout of their weight: [out, in / block] for [out, in], [in / block, out] for [in,
+out].
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from qcompress.schema.formats import CodebookFormat
 from qcompress.schema.quantizers import Codebook
 
 PARTS = ("assignments", "centroids", "scale")
-"""Tensors of a trained codebook; `scale` is that of an int8 table."""
+"""Tensors of a trained codebook; only an int8 table has `scale`."""
 
 TABLE = (-127, 127)
-"""Codes of an int8 table; without -128, so that a sign can be changed."""
+"""Code range of an int8 table; symmetric, so that every code can change its sign."""
 
 
 def to_vectors(weight: Tensor, channel_axis: int, block: int) -> Tensor:
-    """A weight's vectors, [out, in / block, block] or, of [in, out], [in / block, out, block]."""
+    """Split a weight into vectors: [out, in / block, block], or [in / block, out, block] for an [in, out]
+    weight.
+    """
     if channel_axis == 0:
         return weight.unflatten(1, (-1, block))
     return weight.unflatten(0, (-1, block)).transpose(1, 2)
@@ -49,7 +52,7 @@ def from_vectors(vectors: Tensor, channel_axis: int) -> Tensor:
 
 
 class _Decoded(CodedWeight):
-    """Base: a weight that is looked up. It has no codes of its own: `parts` is what is stored."""
+    """Base class of codebook weights; the stored tensors are indices and centroids."""
 
     centroids: Tensor
     assignments: Tensor
@@ -60,30 +63,30 @@ class _Decoded(CodedWeight):
         self.grid, self.bounds = Grid(channel_axis), (0, 255)
 
     def table(self) -> Tensor:
-        """The centroids as they are deployed, [k, block]."""
+        """Deployed centroids, [k, block]."""
         raise NotImplementedError
 
     def decoded(self, assignments: Tensor) -> Tensor:
-        """The weight of these indices."""
+        """Decode indices to a weight."""
         return from_vectors(F.embedding(assignments.int(), self.table()), self.channel_axis)
 
     def advance(self) -> None:
-        """Nothing an update could break."""
+        """No-op: an optimizer update cannot leave the valid range."""
 
 
 class CodebookWeight(_Decoded):
-    """A weight that trains as it is until `settle`, and as its centroids afterwards."""
+    """Weight quantizer that passes the float weight through until `settle`, then trains the centroids."""
 
     parameter_roles: ClassVar[dict[str, str]] = {"centroids": "centroid"}
 
     def __init__(
         self, options: Codebook, form: CodebookFormat, channel_axis: int, shape: torch.Size, estimates: bool
     ) -> None:
-        """For a weight of `shape`; `estimates`: noise rounds parts of it before it settles."""
+        """Create for a weight of `shape`; `estimates`: noise quantizes random parts of it before `settle`."""
         super().__init__(channel_axis)
         self.options, self.form, self.estimates = options, form, estimates
         self.waiting = False
-        """Whether it trains as the float that it is, because others settle before it."""
+        """True while other layers settle first; the weight then trains as a float."""
         size = list(shape)
         size[1 - channel_axis] //= form.block
         self.centroids = nn.Parameter(torch.zeros(form.centroids, form.block))
@@ -94,16 +97,18 @@ class CodebookWeight(_Decoded):
 
     @property
     def takes_noise(self) -> bool:
-        """Until it settles."""
+        """True before `settle`."""
         return not bool(self.settled)
 
     def init(self, weight: Tensor) -> None:
-        """Settle at once, on this weight, from torch's generator."""
+        """Settle on this weight; seeded by torch's generator."""
         self.settle(weight)
 
     @torch.no_grad()
     def settle(self, weight: Tensor) -> Clusters:
-        """k-means of this weight; from here on its centroids train. Seeded by torch's generator."""
+        """Run k-means on this weight and fix the indices; afterwards the centroids train. Seeded by torch's
+        generator.
+        """
         clusters = self._cluster(weight, int(torch.randint(2**62, ())))
         self.settled.fill_(True)
         return clusters
@@ -119,11 +124,11 @@ class CodebookWeight(_Decoded):
         return clusters
 
     def scale_of(self, weight: Tensor | None = None) -> Tensor:
-        """Scale of an int8 table, []."""
+        """Scale [] of an int8 table."""
         return (self.centroids.detach().abs().max() / TABLE[1]).clamp_min(TINY)
 
     def table(self) -> Tensor:
-        """As the base says; of an int8 table the gradient passes straight through."""
+        """Deployed centroids, [k, block]; int8 rounding has a straight-through gradient."""
         centroids = self.centroids
         if self.options.gradient == "mean" and centroids.requires_grad:
             counts = torch.bincount(self.assignments.flatten().int(), minlength=len(centroids))
@@ -141,7 +146,7 @@ class CodebookWeight(_Decoded):
         return weight + (self.decoded(self.assignments) - weight).detach()
 
     def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
-        """As the base says."""
+        """Rows of the weight (`CodedWeight.of_rows`)."""
         if bool(self.settled):
             return self.decoded(self.assignments[rows])
         picked = F.embedding(rows, weight)
@@ -152,8 +157,8 @@ class CodebookWeight(_Decoded):
 
     @torch.no_grad()
     def _estimate(self, weight: Tensor) -> None:
-        """Codebook of the weight as it is now, anew every `renew` updates; torch's generator is left alone,
-        since a pass may be repeated.
+        """Recompute the codebook of the current weight every `renew` updates. Does not use torch's generator,
+        because a forward pass may be repeated.
         """
         due = int(self.age) // self.options.renew
         if int(self.estimated) != due:
@@ -162,18 +167,18 @@ class CodebookWeight(_Decoded):
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Count the updates."""
+        """Count one optimizer update."""
         self.age += 1
 
     @torch.no_grad()
     def parts(self, weight: Tensor) -> dict[str, Tensor]:
-        """What is deployed: indices, centroids in fp32, and the scale of an int8 table."""
-        found = {"assignments": self.assignments, "centroids": self.centroids.detach()}
-        return found | ({"scale": self.scale_of()} if self.form.table == "int8" else {})
+        """Tensors to store: indices, centroids in fp32, and the scale of an int8 table."""
+        parts = {"assignments": self.assignments, "centroids": self.centroids.detach()}
+        return parts | ({"scale": self.scale_of()} if self.form.table == "int8" else {})
 
 
 class FrozenCodebook(_Decoded):
-    """A codebook after training: indices, and the table or its codes with their scale, []."""
+    """Trained codebook with fixed indices and centroids; `scale` [] for an int8 table."""
 
     def __init__(self, assignments: Tensor, centroids: Tensor, scale: Tensor | None, axis: int) -> None:
         super().__init__(axis)
@@ -182,19 +187,19 @@ class FrozenCodebook(_Decoded):
         self.register_buffer("scale", scale)
 
     def codes(self) -> Tensor:
-        """Codes of an int8 table, int8 [k, block]."""
+        """int8 codes [k, block] of an int8 table."""
         return torch.div(self.centroids, self.scale).round_().clamp_(*TABLE).to(torch.int8)
 
     def table(self) -> Tensor:
-        """As the base says."""
+        """Deployed centroids, [k, block]."""
         return self.centroids if self.scale is None else fake_quantize(self.centroids, self.scale, TABLE)
 
     def scale_of(self, weight: Tensor) -> Tensor:
-        """Scale of an int8 table, []."""
+        """Scale [] of an int8 table."""
         return self.scale
 
     def codes_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of the decoded weight of an int8 table, and equal scales of its channels."""
+        """int8 codes of the decoded weight and its per-channel scales, which are all equal."""
         codes = from_vectors(self.codes()[self.assignments.int()], self.channel_axis)
         return codes, self.scale.expand(codes.shape[self.channel_axis])
 
@@ -203,7 +208,7 @@ class FrozenCodebook(_Decoded):
 
 
 class _Averaged(torch.autograd.Function):
-    """The centroids, whose gradient is divided by the number of vectors that each stands for."""
+    """Identity on the centroids; divides each gradient by the number of vectors assigned to the centroid."""
 
     @staticmethod
     def forward(ctx, centroids: Tensor, counts: Tensor) -> Tensor:
@@ -217,5 +222,5 @@ class _Averaged(torch.autograd.Function):
 
 
 def is_codebook(quantizer: nn.Module) -> bool:
-    """Whether a weight's quantizer is one that settles into a codebook."""
+    """True if `quantizer` trains a codebook."""
     return isinstance(quantizer, CodebookWeight)

@@ -1,8 +1,8 @@
-"""Layers after folding: int8 codes, scales in the compute type, nothing that trains.
+"""Folded layers: int8 codes and scales in the compute type, without trainable parameters.
 
-In torch they compute what ONNX's QuantizeLinear and DequantizeLinear say; while exporting they *are* those
-nodes. The weight is stored [in, out] whatever the checkpoint's orientation (the form that TensorRT and ONNX
-Runtime fuse), tables are stored [rows, width].
+In torch they compute the results that ONNX defines for QuantizeLinear and DequantizeLinear; during export
+they emit those nodes. A weight is stored [in, out] for every orientation of the checkpoint, since TensorRT
+and ONNX Runtime fuse this layout. Tables are stored [rows, width].
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from qcompress.quant.layers import matmul
 INT8 = (-128, 127)
 
 EXACT = 1024
-"""Products of two int8 codes whose sum fp32 holds without rounding: 2**24 / 2**14."""
+"""Number of products of two int8 codes whose sum is exact in fp32: 2**24 / 2**14."""
 
 
 class Rounding(nn.Module):
-    """QuantizeLinear and DequantizeLinear of an activation: int8, scale [], zero point 0. Narrower bounds are
-    a Clip of the codes between the two.
+    """QuantizeLinear and DequantizeLinear of an activation: int8, scale [], zero point 0. Bounds narrower
+    than int8 add a Clip of the codes between the two nodes.
     """
 
     def __init__(self, scale: Tensor, bounds: tuple[int, int] = INT8) -> None:
@@ -35,16 +35,16 @@ class Rounding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():
             return self.decoded(self.coded(x))
-        # division in fp32 also for fp16 tensors: that is how ONNX Runtime's kernel divides
+        # division in fp32 for fp16 tensors too, as in ONNX Runtime's kernel
         q = torch.div(x.float(), self.scale.float()).round_().clamp_(*self.bounds)
         return q.to(x.dtype) * self.scale
 
     def codes(self, x: Tensor) -> Tensor:
-        """The integers of x, int8."""
+        """Quantize x to int8 codes."""
         return to_codes(x, self.scale, self.bounds)
 
     def coded(self, x: Tensor) -> Tensor:
-        """The same; while exporting, the first of the two nodes, and the Clip."""
+        """Quantize x to int8 codes; during export emit QuantizeLinear, and Clip for narrower bounds."""
         if not torch.onnx.is_in_onnx_export():
             return self.codes(x)
         codes = onnx_node("QuantizeLinear", (x, self.scale, self.zero), torch.int8, x.shape)
@@ -53,17 +53,17 @@ class Rounding(nn.Module):
         return onnx_node("Clip", (codes, self.low, self.high), torch.int8, x.shape)
 
     def decoded(self, codes: Tensor) -> Tensor:
-        """What codes stand for, in the type of the scale; while exporting, the second of the two nodes."""
+        """Decode codes to the type of the scale; during export emit DequantizeLinear."""
         if not torch.onnx.is_in_onnx_export():
             return codes.to(self.scale.dtype) * self.scale
         return onnx_node("DequantizeLinear", (codes, self.scale, self.zero), self.scale.dtype, codes.shape)
 
 
 class FoldedWeight(nn.Module):
-    """Codes and scales of one tensor, decoded when read.
+    """Codes and scales of one weight, decoded at each use.
 
-    codes: int8, [in, out] or a table [rows, width]. scale: [out] (axis 1), [rows] (axis 0), or [in // block,
-    out] (axis 0, blocked).
+    codes: int8 [in, out], or [rows, width] for a table.
+    scale: [out] (axis 1), [rows] (axis 0), or [in // block, out] (axis 0, blocked).
     """
 
     def __init__(self, codes: Tensor, scale: Tensor, grid: Grid, stored_bits: int) -> None:
@@ -74,26 +74,26 @@ class FoldedWeight(nn.Module):
         self.grid, self.stored_bits = grid, stored_bits
 
     def decoded(self, zero_point: bool = True) -> Tensor:
-        """codes * scale in the scale's type. While exporting: one DequantizeLinear node."""
+        """codes * scale in the type of the scale; during export emit one DequantizeLinear."""
         if not torch.onnx.is_in_onnx_export():
             grid = self.grid
             return grid.join(grid.divide(self.codes).to(self.scale.dtype) * grid.align(self.scale))
         block = self.grid.block
         attributes = {"axis": self.grid.axis} | ({"block_size": block} if block else {})
-        # ONNX Runtime fuses an int8 matmul only with a zero point, and int4 weights only without
+        # ONNX Runtime fuses int8 matmuls only with a zero point, and int4 matmuls only without one
         inputs = (self.codes, self.scale)
         if zero_point and self.stored_bits == 8:
             inputs = (*inputs, self.zero)
         return onnx_node("DequantizeLinear", inputs, self.scale.dtype, self.codes.shape, attributes)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of a table."""
-        # decode, then look up: TensorRT refuses an int8 constant that Gather reads
+        """Look up rows of an embedding table."""
+        # decode before Gather: TensorRT refuses Gather from an int8 constant
         return F.embedding(ids, self.decoded(zero_point=False))
 
 
 class FoldedLinear(nn.Module):
-    """y = Q(x) @ decode(codes) + b. With `integer`, the same product as an int8 GEMM makes it."""
+    """y = Q(x) @ decode(codes) + b; with `integer`, the product is computed like an int8 GEMM."""
 
     def __init__(
         self, weight: FoldedWeight, bias: Tensor | None, input: Rounding | None, integer: bool = False
@@ -113,7 +113,7 @@ class FoldedLinear(nn.Module):
 
 
 class FoldedEmbedding(nn.Module):
-    """Rows of a decoded table."""
+    """Embedding with a folded table."""
 
     def __init__(self, weight: FoldedWeight) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class FoldedEmbedding(nn.Module):
 
 
 class FoldedTiedHead(nn.Module):
-    """Logits from the table of an embedding, which is stored once."""
+    """Output head that shares the table of the embedding; the table is stored once."""
 
     def __init__(self, weight: FoldedWeight, input: Rounding | None, integer: bool = False) -> None:
         super().__init__()
@@ -136,21 +136,22 @@ class FoldedTiedHead(nn.Module):
         if self.integer:
             return integer_matmul(self.input, x, self.weight.codes.t(), self.weight.scale)
         x = x if self.input is None else self.input(x)
-        # no zero point: with one, ONNX Runtime moves the transpose before it and then refuses its types
+        # no zero point: with one, ONNX Runtime moves the Transpose before DequantizeLinear and refuses its
+        # types
         return matmul(x, self.weight.decoded(zero_point=False), None, channel_axis=0)
 
 
 def multiplies_integers(weight: FoldedWeight, input: Rounding | None) -> bool:
-    """Whether runtimes multiply these as integers: no blocks, and no Clip of narrower codes on the way."""
+    """True if runtimes multiply weight and input as integers: no blocks, and an int8 input without a Clip."""
     whole = isinstance(weight, FoldedWeight) and weight.grid.block is None
     return whole and input is not None and input.bounds == INT8
 
 
 def integer_matmul(rounding: Rounding, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """What an int8 GEMM computes: an exact sum of integer products, times both scales.
+    """Compute the result of an int8 GEMM: an exact sum of integer products, times both scales.
 
-    codes [in, out], scale [out]. The sum is exact: of 1024 products it is at most 2**24, which fp32 holds,
-    and fp64 adds these up.
+    codes [in, out], scale [out]. The sum is exact: fp32 holds the sum of 1024 products, at most 2**24, and
+    fp64 adds these partial sums.
     """
     pieces = zip(rounding.codes(x).float().split(EXACT, -1), codes.split(EXACT), strict=True)
     total = sum((a @ b.float()).double() for a, b in pieces)
@@ -160,5 +161,5 @@ def integer_matmul(rounding: Rounding, x: Tensor, codes: Tensor, scale: Tensor) 
 def onnx_node(
     op: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: torch.Size, attributes=None, version=21
 ) -> Tensor:
-    """One ONNX node, while exporting; `version` is the opset of its domain."""
+    """Emit one ONNX node during export; `version` is the opset of its domain."""
     return torch.onnx.ops.symbolic(op, inputs, attributes or {}, dtype=dtype, shape=shape, version=version)

@@ -1,9 +1,9 @@
-"""A weight that is looked up, after folding: indices, and a table of floats or of int8 codes.
+"""Folded codebook weight: uint8 indices and a table of floats or of int8 codes.
 
 The ONNX form is Cast -> Gather -> Transpose -> Reshape (a matmul's weight, [in, out]) and Cast -> Gather ->
-Gather -> Reshape (rows of a table); a convolution's weight is Cast -> Gather -> Reshape. An exporter folds
-constants, and would put the decoded weight into the file: the look-up is one node of a private domain
-while exporting; `encodings/lookup_nodes.py` replaces it after the last optimizer.
+Gather -> Reshape (rows of a table); a convolution's weight is Cast -> Gather -> Reshape. The exporter would
+fold these constants and store the decoded weight. During export the look-up is therefore one node of a
+private domain; `encodings/lookup_nodes.py` replaces it after the last optimizer.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from qcompress.quant.codebook import from_vectors
 from qcompress.quant.folded import onnx_node
 
 LOOKUP = "qcompress::Lookup"
-"""The node that stands for a look-up: inputs indices and table, attribute `axis`; with ids, their rows."""
+"""Placeholder node of a look-up: inputs indices, table and optional row ids; attribute `axis`."""
 
 
 class FoldedCodebook(nn.Module):
-    """Indices uint8, [in / block, out] (axis 1) or [rows, width / block] (axis 0), and a table [k, block].
-    `kernel`: shape of the weight of a convolution, whose rows are its output channels.
+    """Weight stored as uint8 indices, [in / block, out] (axis 1) or [rows, width / block] (axis 0), and a
+    table [k, block]. `kernel`: weight shape of a convolution; each row is one output channel.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class FoldedCodebook(nn.Module):
         self.register_buffer("scale", scale)
 
     def table(self) -> Tensor:
-        """The centroids as floats; of int8 codes one DequantizeLinear node while exporting."""
+        """Centroids as floats; during export an int8 table emits one DequantizeLinear."""
         if self.scale is None:
             return self.centroids
         if torch.onnx.is_in_onnx_export():
@@ -44,7 +44,7 @@ class FoldedCodebook(nn.Module):
         return self.centroids.to(self.scale.dtype) * self.scale
 
     def decoded(self, zero_point: bool = True) -> Tensor:
-        """The weight, [in, out], [rows, width] or a kernel; there is no zero point."""
+        """The weight as [in, out], [rows, width] or a kernel. `zero_point` is ignored."""
         table = self.table()
         if not torch.onnx.is_in_onnx_export():
             weight = from_vectors(F.embedding(self.assignments.int(), table), self.axis)
@@ -54,7 +54,7 @@ class FoldedCodebook(nn.Module):
         return self._node((self.assignments, table), torch.Size(self.kernel or shape))
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of a table, [..., width], without decoding the others."""
+        """Look up rows of a table, [..., width], without decoding the other rows."""
         table = self.table()
         if not torch.onnx.is_in_onnx_export():
             return F.embedding(F.embedding(ids, self.assignments.int()), table).flatten(-2)

@@ -1,8 +1,8 @@
-"""A convolution after folding: int8 codes in its own layout, batch norm in the scales and the bias.
+"""Folded convolution: int8 codes in kernel layout, batch norm folded into scales and bias.
 
-In the graph it is DequantizeLinear (axis 0, the output channels) -> Conv, and a Q/DQ pair in front, which is
-what TensorRT and ONNX Runtime read as an int8 convolution. The bias is float: TensorRT dequantizes no int32.
-A weight that is looked up has no scale for each channel, and takes no batch norm in, which becomes a gain.
+The ONNX form is a Q/DQ pair on the input and DequantizeLinear (axis 0, the output channels) -> Conv; TensorRT
+and ONNX Runtime run it as an int8 convolution. The bias is float, because TensorRT does not dequantize int32.
+A codebook weight has no per-channel scale, so its batch norm becomes a per-channel gain.
 
 Shapes: codes [out, in / groups, height, width], scale [out], input [batch, in, height, width].
 """
@@ -19,20 +19,20 @@ from qcompress.quant.folded_codebook import FoldedCodebook
 
 
 class FoldedKernel(FoldedWeight):
-    """Codes and scales of a convolution's weight."""
+    """Codes and per-channel scales of a convolution kernel."""
 
     def __init__(self, codes: Tensor, scale: Tensor, stored_bits: int) -> None:
         super().__init__(codes, scale, Grid(0), stored_bits)
 
     def decoded(self, zero_point: bool = True) -> Tensor:
-        """codes * scale in the scale's type. While exporting: one DequantizeLinear node."""
+        """codes * scale in the type of the scale; during export emit one DequantizeLinear."""
         if torch.onnx.is_in_onnx_export():
             return super().decoded(zero_point)
         return self.codes.to(self.scale.dtype) * self.scale.view(-1, 1, 1, 1)
 
 
 class FoldedConv(nn.Module):
-    """y = conv(Q(x), decode(codes)) + b. With `integer`, the same sums as an int8 convolution makes them."""
+    """y = conv(Q(x), decode(codes)) + b; with `integer`, the sums are computed like an int8 convolution."""
 
     def __init__(
         self, weight: FoldedKernel | FoldedCodebook, bias: Tensor | None, input: Rounding | None,
@@ -56,7 +56,7 @@ class FoldedConv(nn.Module):
         return y + self.bias.view(-1, 1, 1)
 
     def _integer(self, x: Tensor) -> Tensor:
-        """An exact sum of integer products, which fp64 holds, times both scales."""
+        """Exact sum of integer products in fp64, times both scales."""
         total = convolve(self.input.codes(x).double(), self.weight.codes.double(), None, self.geometry)
         factor = (self.input.scale.float() * self.weight.scale.float()).view(-1, 1, 1)
         y = (total.float() * factor).to(x.dtype)
