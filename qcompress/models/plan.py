@@ -1,4 +1,4 @@
-"""What each layer becomes: the recipe's formats laid over an architecture's layers. No torch."""
+"""Layer plans: the recipe's formats and quantizers for each layer and point of an architecture. No torch."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class PointPlan:
 
 
 CACHED = ("key_point", "value_point")
-"""Ends of the names of points whose tensors a key-value cache stores."""
+"""Name endings of the points whose tensors a key-value cache stores."""
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a glob matches a layer's whole name.
+    """True if a glob matches the full layer name.
 
     >>> matches("transformer.h.1.*", "transformer.h.10.attn.c_attn")
     False
@@ -68,9 +68,9 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def plan_layers(recipe: Recipe, architecture: Architecture) -> tuple[LayerPlan, ...]:
-    """One plan for each layer, in the architecture's order; patterns in the recipe's order, last match wins.
+    """Plan each layer, in the architecture's order; of the recipe's patterns, the last match wins.
 
-    The input of a layer is quantized only if its weights are: an int8 input of a float matmul saves nothing.
+    The input of a layer is quantized only if its weight is: an int8 input of a float matmul saves nothing.
     """
     return tuple(_plan_layer(recipe, layer) for layer in architecture.layers)
 
@@ -98,20 +98,20 @@ def _plan_layer(recipe: Recipe, layer: Layer) -> LayerPlan:
 
 
 def sharers(plan: tuple[LayerPlan, ...]) -> dict[str, list[str]]:
-    """Layers with a matmul by the layer whose weight they have, in the order of the forward pass; most are
-    alone with their own.
+    """Group the layers with a matmul by the layer that owns their weight, in the order of the forward pass. A
+    layer that shares no weight is a group of one.
     """
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for item in plan:
         if item.layer.kind != "embedding":
-            found.setdefault(item.layer.tied_to or item.name, []).append(item.name)
-    return found
+            groups.setdefault(item.layer.tied_to or item.name, []).append(item.name)
+    return groups
 
 
 def plan_points(recipe: Recipe, architecture: Architecture) -> tuple[PointPlan, ...]:
-    """One plan for each point, in the architecture's order. Patterns match points as they match layers; of
-    an exception only the activations count. A pattern rounds a point that is float only if it ends in
-    `point`: `transformer.h.0.*: {activations: int8}` is about the layers of a block.
+    """Plan each point, in the architecture's order. Patterns of `format.layers` match point names too; only
+    their `activations` apply. A pattern quantizes a float point only if the pattern ends in `point`, so
+    `transformer.h.0.*: {activations: int8}` changes only the layers of the block.
     """
     plans = []
     for point in architecture.points:
@@ -128,14 +128,14 @@ def plan_points(recipe: Recipe, architecture: Architecture) -> tuple[PointPlan, 
 
 
 def rounded(points: tuple[PointPlan, ...]) -> tuple[PointPlan, ...]:
-    """The points that are not float."""
+    """Points with an activation format."""
     return tuple(item for item in points if item.activations is not None)
 
 
 def plan_sites(recipe: Recipe, architecture: Architecture, plan: tuple[LayerPlan, ...]) -> tuple[Site, ...]:
-    """Where the recipe's adapter rescales, in the architecture's order: sites of the kind it asks for whose
-    linear layers all have integer weights. A float reader would have to keep its weight, and there is
-    nothing to gain there either.
+    """Sites that the recipe's adapter rescales, in the architecture's order: those of the requested kind
+    whose linear layers all have quantized weights. The weight of a float reader must not change, so sites
+    with a float reader are left out.
     """
     integer = {item.name for item in plan if item.weights}
     return tuple(
@@ -146,7 +146,7 @@ def plan_sites(recipe: Recipe, architecture: Architecture, plan: tuple[LayerPlan
 
 
 def sites_asked(recipe: Recipe, architecture: Architecture) -> tuple[Site, ...]:
-    """The same, whatever the formats; none without an adapter."""
+    """Sites of the kind that the recipe's adapter requests, for all formats; empty without an adapter."""
     asked = "none" if recipe.adapter.name == "none" else getattr(recipe.adapter, "sites", "auto")
     if asked == "auto":
         asked = "norm" if any(site.kind == "norm" for site in architecture.sites) else "value"
@@ -154,21 +154,21 @@ def sites_asked(recipe: Recipe, architecture: Architecture) -> tuple[Site, ...]:
 
 
 def site_to_json(site: Site) -> dict[str, object]:
-    """Plain values, as they stand in trained.json."""
+    """JSON values of a site, as in trained.json."""
     if site.kind == "norm":
         return {"norm": site.writer, "readers": list(site.readers)}
     return {"value": site.writer, "readers": list(site.readers), "first": site.first, "point": site.point}
 
 
 def site_from_json(value: dict[str, Any]) -> Site:
-    """Inverse of `site_to_json`; how many channels there are is known from the scale."""
+    """Inverse of `site_to_json`; `channels` is 0, since the scale's length gives it."""
     kind: Literal["norm", "value"] = "norm" if "norm" in value else "value"
     return Site(value[kind], tuple(value["readers"]), 0, kind, value.get("first", 0), value.get("point"))
 
 
 def points_to_json(points: tuple[PointPlan, ...]) -> list[dict[str, object]]:
-    """Plain values, as they stand in trained.json and folded.json; float points too, since the certificate
-    counts all of them.
+    """JSON values of the points, as in trained.json and folded.json. Float points are included, because the
+    certificate counts all points.
     """
     return [
         {"point": asdict(item.point), "activations": item.activations and item.activations.model_dump()}
@@ -188,7 +188,7 @@ def points_from_json(values: list[dict[str, object]]) -> tuple[PointPlan, ...]:
 
 
 def plans_to_json(plan: tuple[LayerPlan, ...]) -> list[dict[str, object]]:
-    """Plain values, as they stand in trained.json and folded.json."""
+    """JSON values of the layer plans, as in trained.json and folded.json."""
     return [
         {
             "layer": asdict(item.layer),
@@ -200,7 +200,7 @@ def plans_to_json(plan: tuple[LayerPlan, ...]) -> list[dict[str, object]]:
 
 
 def plans_from_json(values: list[dict[str, object]]) -> tuple[LayerPlan, ...]:
-    """Inverse of `plans_to_json`; which quantizer trained a layer is not recorded."""
+    """Inverse of `plans_to_json`; the quantizers have default options, since JSON does not record them."""
     return tuple(
         LayerPlan(
             layer=_layer(value["layer"]),
@@ -218,6 +218,6 @@ def _weights(value: dict[str, object] | None) -> WeightFormat | CodebookFormat |
 
 
 def _layer(value: dict[str, Any]) -> Layer:
-    """A layer from JSON, which has lists for tuples and may be older than a convolution's keys."""
+    """Read a layer from JSON: lists become tuples, and older files have no `kernel`."""
     kernel = value.get("kernel")
     return Layer(**{**value, "kernel": tuple(kernel) if kernel else None})

@@ -1,10 +1,10 @@
-"""From a float model and layer plans to a model that rounds, in three forms.
+"""Quantized models in three forms, built from a float model and layer plans.
 
-    quantize(model, plan)            quantizers that can train
-    rebuild(float, trained)          the same layers with nothing but their final scales
-    assemble(folded)                 int8 codes and scales (`quant/folded.py`)
+    quantize(model, plan)            layers with trainable quantizers
+    rebuild(float, trained)          the trained layers with fixed scales
+    assemble(folded)                 layers with int8 codes and scales (`quant/folded.py`)
 
-Train, fold, export and the runners share these, so there is one way to build each form.
+Train, fold, export and the runners build their models here.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedTied | Quantize
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model with quantizers. `layers` by layer name, `norms` by norm name, `rounding` by point name,
-    `rescalings` by the name of the norm or layer that makes the channels.
+    """A model with quantizers.
+
+    `layers` by layer name, `norms` by norm name, `rounding` (activation quantizers) by point name,
+    `rescalings` by the name of the norm or layer that writes the rescaled channels.
     """
 
     family: str
@@ -75,28 +77,26 @@ class Prepared:
     rounding: dict[str, nn.Module] = field(default_factory=dict)
 
     def weight_quantizers(self) -> Iterable[tuple[str, nn.Module]]:
-        """Every weight quantizer with its layer's name."""
+        """Yield each weight quantizer with its layer's name."""
         for name, layer in self.layers.items():
             if getattr(layer, "weight_quantizer", None) is not None:
                 yield name, layer.weight_quantizer
 
     def input_quantizers(self) -> Iterable[tuple[str, nn.Module]]:
-        """Every activation quantizer with its layer's name."""
+        """Yield the quantizer of each layer input with the layer's name."""
         for name, layer in self.layers.items():
             if getattr(layer, "input_quantizer", None) is not None:
                 yield name, layer.input_quantizer
 
     def activation_quantizers(self) -> Iterable[tuple[str, nn.Module]]:
-        """Every quantizer of an activation, with the name under which its scale is stored: a layer's input's
-        `<layer>.input`, a point's `<point>`.
-        """
+        """Yield each activation quantizer with the stored name of its scale: `<layer>.input` or `<point>`."""
         for name, quantizer in self.input_quantizers():
             yield f"{name}.input", quantizer
         yield from self.rounding.items()
 
     def rescale(self, site: Site, scale: nn.Module) -> None:
-        """Multiply the channels of a site by `scale` [channels] where they are made, and divide the rows of
-        their readers' weights by it. Layers of the site that are linear must be quantized.
+        """Multiply the output channels of a site's writer by `scale` [channels] and divide the matching
+        weight rows of its readers by it. The linear layers of the site must be quantized.
         """
         if site.kind == "norm":
             wrapped = RescaledNorm(self.model.get_submodule(site.writer), scale)
@@ -116,20 +116,20 @@ class Prepared:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module where another one was."""
+    """Replace the submodule `name` of a model."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a model is made of, by name: its parameters, and the statistics of its batch norms."""
+    """Parameters and batch-norm statistics of a model, by name."""
     return {**dict(model.named_parameters()), **dict(statistics(model))}
 
 
 def quantize(
     model: nn.Module, family: str, plan: tuple[LayerPlan, ...], points: tuple[PointPlan, ...] = ()
 ) -> Prepared:
-    """Install trainable quantizers; they still have to be initialised."""
+    """Install trainable quantizers; call `initialise` before training."""
     linear_axis = FAMILIES[family].LINEAR_AXIS
 
     def weight_quantizer(item: LayerPlan, weight: Tensor, axis: int) -> nn.Module:
@@ -161,19 +161,19 @@ def quantize(
 def _round(
     prepared: Prepared, points: tuple[PointPlan, ...], quantizer: Callable[[PointPlan], nn.Module]
 ) -> Prepared:
-    """The same with quantizers at its points."""
+    """Install quantizers at the points of a prepared model."""
     rounding = {item.name: quantizer(item) for item in rounded(points)}
     FAMILIES[prepared.family].install_points(prepared.model, rounding)
     return replace(prepared, points=points, rounding=rounding)
 
 
 def open_points(model: nn.Module, family: str, points: tuple[PointPlan, ...]) -> None:
-    """Let `observe` see what points round: modules at their places that change nothing."""
+    """Install identity modules at the points, so that `observe` can record their activations."""
     FAMILIES[family].install_points(model, {item.name: nn.Identity() for item in rounded(points)})
 
 
 def _grid(item: LayerPlan, axis: int) -> Grid:
-    """How the scales of a layer's weight lie over it while training; `axis` is its output channels'."""
+    """Scale grid of a layer's weight during training; `axis`: axis of the output channels."""
     return Grid(axis, item.block, item.weights.granularity)
 
 
@@ -207,13 +207,14 @@ def initialise(
     later: Collection[str] = (),
     optimizer: str = "adamw",
 ) -> None:
-    """Set the starting scale of every quantizer. Adapters are in place: quantizers see rescaled tensors.
+    """Set the initial scale of every quantizer. Rescalings must be installed before, since scales depend on
+    them.
 
     Args:
         prepared: the model with its quantizers.
-        statistics: observed activations, by the name of a layer or a point.
-        later: layers that k-means quantizes during training; they have no starting scale.
-        optimizer: `train.optimizer` of the recipe, on which the storage of learned scales depends.
+        statistics: activation statistics by layer or point name.
+        later: layers that k-means quantizes during training; they have no initial scale.
+        optimizer: `train.optimizer` of the recipe; it decides the parametrization of learned scales.
     """
     quantizers = [*prepared.weight_quantizers(), *prepared.activation_quantizers()]
     for quantizer in (part for _, part in quantizers if isinstance(part, LearnedScale)):
@@ -226,7 +227,7 @@ def initialise(
 
 
 def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
-    """The trained model from its artifact: rounding with the final scales, nothing trainable."""
+    """Rebuild the trained model from its artifact, with fixed scales and no trainable parameter."""
     facts = read_json(trained.path / "trained.json")
     tensors = load_file(trained.path / "trained.safetensors")
     family = facts["family"]
@@ -265,15 +266,15 @@ def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
 
 
 def _stored_weight(item: LayerPlan, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """The decoder of a folded weight, whose tensors are taken out of `tensors`."""
+    """Build the decoder of a folded weight; its tensors are removed from `tensors`."""
     encoding = encoding_of(item.weights)
     parts = {part: tensors.pop(f"{item.name}.weight.{part}", None) for part in encoding.parts}
     return encoding.decoder(parts, item, dtype)
 
 
 def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: bool = False) -> nn.Module:
-    """The folded model in torch, its float rest and scales in `dtype`; `integer`: as int8 GEMMs compute
-    it.
+    """Build the folded model in torch; scales and unquantized tensors have type `dtype`. With `integer`,
+    matmuls are computed like int8 GEMMs. Raises ContractError if the tensors do not fit the model.
     """
     facts = read_json(folded.path / "folded.json")
     tensors = load_file(folded.path / "folded.safetensors")
