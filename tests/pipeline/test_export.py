@@ -312,7 +312,7 @@ def test_a_graph_that_is_not_what_was_folded_ends_the_export(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "_trace", lambda *arguments: traced)
         with pytest.raises(
-            ExportError, match="does not hold what was folded: .'transformer.h.1.attn.c_proj'."
+            ExportError, match="differs from the folded model: .'transformer.h.1.attn.c_proj'."
         ):
             export(source.folded, recipe.export, "rtx-ada", provenance(recipe), tmp_path)
     assert read_json(tmp_path / "certificate.json")["complete"] is False

@@ -1,9 +1,9 @@
-"""Stage `export`: FoldedModel -> OnnxModel. A graph with explicit Q/DQ, linted and certified.
+"""Stage `export`: FoldedModel -> OnnxModel, an ONNX graph with explicit Q/DQ, linted and certified.
 
 Reads folded.safetensors. Writes model.onnx (+ model.onnx.data above 1.5 GiB), lint.json, certificate.json,
-sizes.json, config.json and what prepares the inputs. Initializers are named as in folded.safetensors, Q/DQ
-nodes after their layer, so that a message of TensorRT's parser can be read. Nothing in the file depends on
-where it was made.
+sizes.json, config.json and the tokenizer or preprocessor files. Initializers have their names of
+folded.safetensors and Q/DQ nodes the names of their layers, so that messages of TensorRT's parser name a
+layer. The file contains no path and no time.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from qcompress.schema.targets import TARGETS
 from qcompress.system.artifacts import FoldedModel, read_json, write_json
 
 EXTERNAL_BYTES = 3 * 2**29
-"""Initializers go into a file of their own above this size: protobuf ends at 2 GiB."""
+"""Initializers above this total size go into a separate file: a protobuf message is limited to 2 GiB."""
 
 PREFIX = "model."
-"""What the wrapper adds to every name."""
+"""Prefix that the wrapper module adds to every name."""
 
 
 class _Logits(nn.Module):
-    """The model as a function of tensors alone. Floats come in fp32, whatever the model computes in."""
+    """The model as a function from tensors to logits. Float inputs are fp32 for every compute type."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -62,9 +62,10 @@ class _Logits(nn.Module):
 
 
 def export(folded: FoldedModel, options: Export, target: str, provenance: dict[str, str], out: Path) -> None:
-    """Write the graph and what is known about it; lint errors and a broken certificate end the run (5).
+    """Write the graph with its lint, certificate and sizes files. Raises ExportError (exit code 5) for lint
+    errors and an incomplete certificate.
 
-    `provenance` becomes the file's metadata: recipe hash, version, method.
+    `provenance` becomes metadata of the file: recipe hash, version, method.
     """
     facts = read_json(folded.path / "folded.json")
     plan = plans_from_json(facts["plan"])
@@ -107,7 +108,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
         everything = [*certificate["layers"], *certificate["points"]]
         broken = [item["name"] for item in everything if not item["passed"]]
         raise ExportError(
-            f"the ONNX file does not hold what was folded: {broken or certificate['float_copies']}",
+            f"the ONNX file differs from the folded model: {broken or certificate['float_copies']}",
             fix="this is a defect of the exporter: please report it with certificate.json",
         )
     errors = [finding for finding in findings if finding.severity == "error"]
@@ -122,9 +123,9 @@ def _trace(folded: FoldedModel, family: str, dtype: torch.dtype, options: Export
     model, arguments, shapes, inputs, outputs = _signature(folded, FAMILIES[family], dtype, options)
     log = logging.getLogger("torch.onnx")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns that torchvision, which is not needed, is not installed
+    log.setLevel(logging.ERROR)  # hides the warning that torchvision, which is not needed, is not installed
     with warnings.catch_warnings():
-        # raised inside torch.export for its own data structures; nothing a user could act on
+        # raised inside torch.export for its own data structures; a user cannot act on them
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
@@ -137,7 +138,7 @@ def _trace(folded: FoldedModel, family: str, dtype: torch.dtype, options: Export
                 dynamic_shapes=shapes,
                 input_names=inputs,
                 output_names=outputs,
-                optimize=False,  # `graph_optimizer` does
+                optimize=False,  # `graph.optimizer.optimize` is called later
                 verbose=False,
             )
         finally:
@@ -147,15 +148,15 @@ def _trace(folded: FoldedModel, family: str, dtype: torch.dtype, options: Export
 def _signature(
     folded: FoldedModel, family: ModuleType, dtype: torch.dtype, options: Export
 ) -> tuple[nn.Module, dict[str, Any], dict[str, Any], list[str], list[str]]:
-    """The model as a function of tensors, an example of its arguments, their symbolic axes, and the names of
-    its inputs and outputs.
+    """Return the model as a function of tensors, example arguments, their symbolic axes, and the names of
+    inputs and outputs.
     """
 
     def axes(names: Mapping[int, str | int]) -> dict[int, str]:
         return {index: name for index, name in names.items() if name in (*options.dynamic, "total")}
 
     model = assemble(folded, dtype)
-    # sizes that nothing else in a model has, so that no axis is taken for a constant
+    # sizes that no model dimension equals, so that no axis is mistaken for a constant
     rows, tokens, past = 2, 5, 7
     signature = graph_signature(family, folded.path)
     first, sizes = signature[0], {"batch": rows, "sequence": tokens}
@@ -179,17 +180,17 @@ def _signature(
 
 @dataclass(frozen=True)
 class _Stored:
-    """What folded.safetensors stores by name, and the exporter's names of it."""
+    """Tensor names of folded.safetensors, and the map from the exporter's names to them."""
 
     names: frozenset[str]
     tied: Mapping[str, str]
-    """Layers that have another layer's weight."""
+    """Map of tied layer -> layer that owns the weight."""
     firsts: Mapping[str, str]
-    """Prefixes of blocks that share weights, to the prefix of the block that stores them."""
+    """Map of block prefix -> prefix of the block that stores the shared weights."""
 
     @classmethod
     def of(cls, folded: FoldedModel, family: str, plan: tuple[LayerPlan, ...]) -> _Stored:
-        """Read the names and the plan."""
+        """Read the names from the folded model and its plan."""
         with safe_open(folded.path / "folded.safetensors", framework="np") as tensors:
             names = frozenset(tensors.keys())
         tied = {item.name: item.layer.tied_to for item in plan if item.layer.tied_to}
@@ -197,26 +198,26 @@ class _Stored:
         firsts = lent_prefixes(read_config(folded.path), depth) if depth is not None else {}
         return cls(names, tied, firsts)
 
-    def name(self, found: str) -> str:
-        """The stored name of a tensor that is stored once, and that the exporter calls after its last reader:
-        a tied table, or what blocks share.
+    def name(self, exported: str) -> str:
+        """Map an exported tensor name to its stored name. They differ for a tied table and for weights shared
+        by blocks, which the exporter names after the last reader.
         """
-        layer, _, part = found.partition(".weight.")
+        layer, _, part = exported.partition(".weight.")
         if layer in self.tied and part:
             return f"{self.tied[layer]}.weight.{part}"
-        block = next((block for block in self.firsts if found.startswith(block)), None)
-        other = found if block is None else self.firsts[block] + found[len(block) :]
-        return found if found in self.names or other not in self.names else other
+        block = next((block for block in self.firsts if exported.startswith(block)), None)
+        other = exported if block is None else self.firsts[block] + exported[len(block) :]
+        return exported if exported in self.names or other not in self.names else other
 
-    def is_apart(self, found: str) -> bool:
-        """Whether a tensor keeps an initializer of its own: all but the scales of activations."""
-        name = self.name(found)
+    def is_apart(self, exported: str) -> bool:
+        """True if a tensor keeps a separate initializer: every stored tensor except activation scales."""
+        name = self.name(exported)
         return name in self.names and (not name.endswith(".scale") or name.endswith(".weight.scale"))
 
 
 def _name(model: ir.Model, plan: tuple[LayerPlan, ...], stored: Callable[[str], str]) -> None:
-    """Names of folded.safetensors (`stored`) for initializers, names of layers for Q/DQ nodes and their
-    outputs.
+    """Rename initializers to their names in folded.safetensors (`stored`), and Q/DQ nodes and their outputs
+    after their layers, in place.
     """
     for value in list(model.graph.initializers.values()):
         name = stored(value.name.removeprefix(PREFIX))
@@ -229,7 +230,7 @@ def _name(model: ir.Model, plan: tuple[LayerPlan, ...], stored: Callable[[str], 
     for node in model.graph:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        # equal scales of two inputs are stored once, so a scale's name may be another layer's
+        # equal activation scales are stored once, so the scale may have the name of another layer
         read, layer = node.inputs[0].name, _reader(node, layers)
         scale = f"{layer}.input.scale" if layer else node.inputs[1].name
         what = (read if read.endswith(".codes") else scale).rpartition(".")[0]
@@ -240,7 +241,7 @@ def _name(model: ir.Model, plan: tuple[LayerPlan, ...], stored: Callable[[str], 
 
 
 def _reader(node: ir.Node, layers: dict[ir.Node, str]) -> str | None:
-    """The layer whose matmul reads an activation's Q or DQ node; `layers` of all matmuls with a weight."""
+    """Name of the layer whose matmul reads an activation's Q or DQ node; `layers`: layer of each matmul."""
     for user, _ in node.outputs[0].uses():
         if user.op_type in ("Clip", "DequantizeLinear"):
             return _reader(user, layers)
@@ -250,20 +251,20 @@ def _reader(node: ir.Node, layers: dict[ir.Node, str]) -> str | None:
 
 
 def _layers_of_matmuls(model: ir.Model, plan: tuple[LayerPlan, ...]) -> dict[ir.Node, str]:
-    """The layer of each matmul with a rounded weight. Of several with one weight the first in the graph is
-    that of the layer that comes first.
+    """Layer name of each matmul with a quantized weight. Matmuls that share a weight are assigned to the
+    layers in the order of the plan.
     """
-    waiting, found = sharers(plan), {}
+    waiting, layers = sharers(plan), {}
     for node in model.graph:
         if node.op_type in ("MatMul", "Gemm", "Conv"):
             owners = [owner for value in node.inputs[:2] if (owner := _owner(value))]
             if owners and waiting.get(owners[0]):
-                found[node] = waiting[owners[0]].pop(0)
-    return found
+                layers[node] = waiting[owners[0]].pop(0)
+    return layers
 
 
 def _owner(value: ir.Value | None) -> str | None:
-    """The layer under whose name the codes lie that a value is decoded from."""
+    """Name of the layer that owns the codes from which a value is decoded, or None."""
     node = value.producer() if value is not None else None
     while node is not None and node.op_type == "Transpose":
         node = node.inputs[0].producer()
@@ -273,7 +274,7 @@ def _owner(value: ir.Value | None) -> str | None:
 
 
 def _strip(model: ir.Model) -> None:
-    """Drop the exporter's notes: they hold absolute paths, and a file's hash must not depend on a place."""
+    """Remove the exporter's metadata, which contains absolute paths and would change the file's hash."""
     model.graph.metadata_props.clear()
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     for node in ir.traversal.RecursiveGraphIterator(model.graph):

@@ -1,11 +1,11 @@
-"""Stage `fold`: TrainedModel -> FoldedModel. Integers, scales, and a float rest without a trace of training.
+"""Stage `fold`: TrainedModel -> FoldedModel, with integer weights, constant scales and plain float tensors.
 
-Reads trained.safetensors and the float checkpoint (for what training left alone). Rescalings go into the
-norms or value projections and into their readers' weights, weights become int8 codes, stored [in, out];
-tables stay [rows, width] and convolutions [out, in / groups, height, width], with the batch norm behind them
-in scales and bias. A float convolution keeps its batch norm. A scale that would let an int32 bias of a
-runtime saturate is raised (`quant/int32_bias.py`). The method is not an input, so nothing here can depend on
-it.
+Reads trained.safetensors, and the float checkpoint for tensors that training did not change. Rescalings are
+multiplied into norms or value projections and divided out of their readers' weights. Weights become int8
+codes: linear layers [in, out], tables [rows, width], convolutions [out, in / groups, height, width]. The
+batch norm behind a quantized convolution is folded into scales and bias; a float convolution keeps its batch
+norm. A weight scale is raised if a runtime's int32 bias would saturate (`quant/int32_bias.py`). The training
+method is not an input of this stage.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from qcompress.system.tensor_file import save_tensors
 
 @torch.no_grad()
 def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> list[str]:
-    """Write folded.safetensors, folded.json, config.json and the tokenizer; returns what a user should know.
+    """Write folded.safetensors, folded.json, config.json and the tokenizer; returns notes for the user.
 
-    Raises ExportError where the compute type does not hold a scale or a float.
+    Raises ExportError if the compute type cannot represent a scale or a float.
     """
     compute = read_json(trained.path / "trained.json")["compute"]
     tensors, facts, notes = _folded(rebuild(float_model, trained), COMPUTE[compute])
-    gc.collect()  # the float model is not needed any more, and a model refers to itself
+    gc.collect()  # frees the float model, whose modules form reference cycles
     imprecise = check_compute(tensors, compute)
     save_tensors(out / "folded.safetensors", tensors, {"format": "pt"})
     write_json(
@@ -64,8 +64,8 @@ def fold(float_model: FloatModel, trained: TrainedModel, out: Path) -> list[str]
 
 
 def _folded(prepared: Prepared, compute: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """The tensors, none of which holds the float model's memory, what is known about the model, and what a
-    user should know.
+    """Return the tensors (copies, so that the float model can be freed), the content of folded.json, and
+    notes for the user.
     """
     quantized = _codes(prepared)
     notes = _fold_norms(prepared, quantized, compute)
@@ -85,33 +85,33 @@ def _folded(prepared: Prepared, compute: torch.dtype) -> tuple[dict[str, Tensor]
     return quantized | floats, facts, notes
 
 
-def _fold_norms(prepared: Prepared, found: dict[str, Tensor], compute: torch.dtype) -> list[str]:
-    """Put batch norms into the scales and biases of the quantized convolutions in front of them; where a
-    weight is looked up, into a gain of its own.
+def _fold_norms(prepared: Prepared, tensors: dict[str, Tensor], compute: torch.dtype) -> list[str]:
+    """Fold batch norms into the scales and biases of the quantized convolutions in front of them, in place in
+    `tensors`. For a codebook weight the batch norm becomes a gain and a bias. Returns notes for the user.
     """
-    gone, plans = 0, {item.name: item for item in prepared.plan}
+    zeroed, plans = 0, {item.name: item for item in prepared.plan}
     for name, layer in prepared.layers.items():
         if isinstance(layer, QuantizedConv) and layer.norm is not None:
             if not encoding_of(plans[name].weights).integers:
                 gain, bias = gain_and_bias(layer.bias, layer.norm)
-                found |= {f"{name}.gain": gain, f"{name}.bias": bias}
+                tensors |= {f"{name}.gain": gain, f"{name}.bias": bias}
                 continue
-            codes, scale = (found[f"{name}.weight.{part}"] for part in ("codes", "scale"))
-            codes, scale, bias, lost = fold_batch_norm(codes, scale, layer.bias, layer.norm, compute)
+            codes, scale = (tensors[f"{name}.weight.{part}"] for part in ("codes", "scale"))
+            codes, scale, bias, zeros = fold_batch_norm(codes, scale, layer.bias, layer.norm, compute)
             check_scale(scale, f"{name}.weight")
-            found |= {f"{name}.weight.codes": codes, f"{name}.weight.scale": scale, f"{name}.bias": bias}
-            gone += lost
-    return [f"batch norms multiply {gone} channels by 0: only their shifts are left"] if gone else []
+            tensors |= {f"{name}.weight.codes": codes, f"{name}.weight.scale": scale, f"{name}.bias": bias}
+            zeroed += zeros
+    return [f"batch norms multiply {zeroed} channels by 0: only their shifts are left"] if zeroed else []
 
 
 def _raise_scales(
     prepared: Prepared, quantized: dict[str, Tensor], compute: torch.dtype
 ) -> dict[str, dict[str, int]]:
-    """Raise the weight scales of layers whose int32 bias would saturate; counts of raised scales and changed
-    codes by layer.
+    """Raise the weight scales of layers whose int32 bias would saturate, in place in `quantized`; returns the
+    counts of raised scales and changed codes by layer.
 
-    Left out: layers without a bias, layers whose input stays float, and weights whose blocks or centroids
-    have scales of their own, which no runtime multiplies as integers.
+    Skips layers without a bias, layers with a float input, and weights with scales per block or per codebook,
+    which no runtime multiplies as integers.
     """
     raised = {}
     for name, layer in prepared.layers.items():
@@ -135,7 +135,7 @@ def _raise_scales(
 
 
 def _input_scales(prepared: Prepared, name: str, quantized: dict[str, Tensor]) -> list[Tensor]:
-    """Scales of the rounded inputs of a layer, and of the layers that share its weight and bias."""
+    """Input scales of a layer and of the layers that share its weight and bias; float inputs have none."""
     owner = prepared.layers[name]
     sharers = [
         other
@@ -147,7 +147,7 @@ def _input_scales(prepared: Prepared, name: str, quantized: dict[str, Tensor]) -
 
 
 def _deployed_bias(name: str, layer: QuantizedLayer, quantized: dict[str, Tensor]) -> Tensor | None:
-    """The bias that a linear or convolution layer is deployed with, [out]."""
+    """Deployed bias of a linear or convolution layer, [out], or None."""
     if f"{name}.bias" in quantized:
         return quantized[f"{name}.bias"]
     return layer.rescaled_bias() if isinstance(layer, QuantizedLinear) else getattr(layer, "bias", None)
@@ -155,26 +155,26 @@ def _deployed_bias(name: str, layer: QuantizedLayer, quantized: dict[str, Tensor
 
 def _codes(prepared: Prepared) -> dict[str, Tensor]:
     """Codes and scales of every quantized tensor, checked against the format."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     plans = {item.name: item for item in prepared.plan}
     for name, layer in prepared.layers.items():
         if isinstance(layer, QuantizedWeight):
             parts = encoding_of(plans[name].weights).fold(layer, plans[name])
             if "scale" in parts:
                 check_scale(parts["scale"], f"{name}.weight")
-            found |= {f"{name}.weight.{part}": tensor for part, tensor in parts.items()}
+            tensors |= {f"{name}.weight.{part}": tensor for part, tensor in parts.items()}
         if getattr(layer, "input_quantizer", None) is not None:
             scale = layer.input_quantizer.scale_of()
             check_scale(scale, f"{name}.input")
-            found[f"{name}.input.scale"] = scale
+            tensors[f"{name}.input.scale"] = scale
     for name, point in prepared.rounding.items():
         check_scale(point.scale_of(), name)
-        found[f"{name}.scale"] = point.scale_of()
-    return found
+        tensors[f"{name}.scale"] = point.scale_of()
+    return tensors
 
 
 def _floats(prepared: Prepared, quantized: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Everything that stays float, norms and biases with their rescaling in them."""
+    """Tensors that stay float; rescalings are folded into norms and biases."""
     norms = {item.layer.norm for item in prepared.plan if item.weights and item.layer.norm}
     floats = {
         name: tensor
@@ -191,8 +191,8 @@ def _floats(prepared: Prepared, quantized: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def check_compute(tensors: dict[str, Tensor], compute: str) -> dict[str, float]:
-    """Refuse what is finite and positive in fp32 and not in the compute type. Returns the largest relative
-    error of the scales of each tensor whose scales are below the type's normal numbers.
+    """Raise ExportError for floats that overflow and scales that become 0 in the compute type. Returns, for
+    each tensor with scales below the smallest normal number of the type, their largest relative error.
     """
     dtype, imprecise = COMPUTE[compute], {}
     for name, tensor in tensors.items():
@@ -221,6 +221,6 @@ def check_compute(tensors: dict[str, Tensor], compute: str) -> dict[str, float]:
 
 
 def check_scale(scale: Tensor, name: str) -> None:
-    """Refuse a scale that TensorRT would refuse: not positive, or not finite."""
+    """Raise ContractError for scales that are not positive and finite, which TensorRT refuses."""
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise ContractError(f"{name}: scales must be positive and finite, found {float(scale.min()):.3g}")
