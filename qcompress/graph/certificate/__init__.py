@@ -1,1 +1,1 @@
-"""What model.onnx holds, compared bit for bit with what was folded."""
+"""The certificate: a bit-for-bit comparison of model.onnx with the folded model."""

@@ -1,5 +1,5 @@
-"""Following edges through an ONNX graph, for the certificate: who reads a decoded weight, and what rounds the
-other operand. No torch.
+"""Walks through an ONNX graph for the certificate: the matmuls that read a decoded weight, and the Q/DQ pair
+that quantizes the other operand. No torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorPr
 
 @dataclass(frozen=True)
 class Graph:
-    """An ONNX graph with the look-ups that following an edge needs."""
+    """An ONNX graph with indices of its initializers, producers and readers."""
 
     file: Path
     initializers: dict[str, TensorProto]
@@ -28,11 +28,11 @@ class Graph:
     readers: dict[str, list[NodeProto]]
     nodes: tuple[NodeProto, ...]
     order: dict[str, int]
-    """Place of the node that makes a value."""
+    """Position in `nodes` of the node that produces a value."""
 
     @classmethod
     def read(cls, file: Path) -> Graph:
-        """Read a graph; external data is read tensor by tensor, later."""
+        """Read a graph; `array` reads external data later, one tensor at a time."""
         graph = onnx.load(str(file), load_external_data=False).graph
         readers: dict[str, list[NodeProto]] = {}
         for node in graph.node:
@@ -48,14 +48,14 @@ class Graph:
         )
 
     def array(self, name: str) -> np.ndarray | None:
-        """Values of an initializer, or None."""
+        """Values of an initializer, None if the graph has none of this name."""
         tensor = self.initializers.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor, base_dir=str(self.file.parent))
 
 
 class Use(NamedTuple):
-    """Which of the matmuls with one weight is a layer's own: blocks that share their weights follow one
-    another in the graph as they do in the plan.
+    """Position of a layer among the `count` layers that share its weight. Their matmuls have the same order
+    in the graph as the layers in the plan.
     """
 
     place: int = 0
@@ -63,25 +63,25 @@ class Use(NamedTuple):
 
 
 def uses_of(plan: tuple[LayerPlan, ...]) -> dict[str, Use]:
-    """Of every layer with a matmul, by name."""
+    """Map each layer with a matmul to its Use, by layer name."""
     groups = sharers(plan).values()
     return {name: Use(place, len(names)) for names in groups for place, name in enumerate(names)}
 
 
 def own_matmuls(graph: Graph, sources: list[str], use: Use) -> list[tuple[NodeProto, str]]:
-    """The layer's own matmul among those that read its decoded weight, and the name it reads it by; all of
-    them where there are more or fewer than the layers that share it.
+    """Return the matmul of a layer among those that read its decoded weight (`sources`), with the name of the
+    weight input. Returns all of them if their number differs from `use.count`.
     """
-    found = [pair for source in sources for pair in matmuls(graph, source)]
-    found.sort(key=lambda pair: graph.order[pair[0].output[0]])
-    return found[use.place : use.place + 1] if len(found) == use.count else found
+    pairs = [pair for source in sources for pair in matmuls(graph, source)]
+    pairs.sort(key=lambda pair: graph.order[pair[0].output[0]])
+    return pairs[use.place : use.place + 1] if len(pairs) == use.count else pairs
 
 
 def input_pairs(
     graph: Graph, sources: list[str], tensors: Any, item: LayerPlan, use: Use
 ) -> tuple[int, bool]:
-    """Q/DQ pairs in front of this layer's matmul, and whether their scale is the folded one; `sources` are
-    the values that its decoded weight comes out of.
+    """Count the Q/DQ pairs on the input of a layer's matmul, and compare their scales, zero points and bounds
+    with the folded ones (True if equal). `sources`: values that hold the decoded weight.
     """
     if item.layer.kind == "embedding":
         return 0, True
@@ -107,7 +107,7 @@ def verdict(
     graph: Graph, sources: list[str], tensors: Any, item: LayerPlan, use: Use, codes_equal: bool,
     scales_equal: bool, reasons: list[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """What the certificate says of a layer whose decoded weight comes out of `sources`, with its input."""
+    """Certificate entry of a layer and its input; `sources`: values that hold the decoded weight."""
     pairs, input_equal = input_pairs(graph, sources, tensors, item, use)
     expected = 1 if item.activations else 0
     if pairs != expected:
@@ -126,16 +126,16 @@ def verdict(
 
 
 class Pair(NamedTuple):
-    """The nodes that round an activation."""
+    """The Q/DQ nodes that quantize an activation."""
 
     quantize: NodeProto
     dequantize: NodeProto
     clip: NodeProto | None
-    """Between the two, of codes with narrower bounds than int8's."""
+    """Clip between the two nodes, for bounds narrower than int8."""
 
 
 def input_pair(graph: Graph, value: str) -> Pair | None:
-    """The QuantizeLinear and DequantizeLinear nodes that a value comes out of, None if it does not."""
+    """Q/DQ pair whose DequantizeLinear produces a value, None if there is no such pair."""
     decoder = graph.producer.get(value)
     if decoder is None or decoder.op_type != "DequantizeLinear":
         return None
@@ -143,7 +143,7 @@ def input_pair(graph: Graph, value: str) -> Pair | None:
 
 
 def pair_of(graph: Graph, node: NodeProto | None, decoder: NodeProto) -> Pair | None:
-    """The pair of a decoder whose codes `node` makes: QuantizeLinear, or the Clip behind it."""
+    """Q/DQ pair of `decoder`; `node` produces its codes and is QuantizeLinear or the Clip behind it."""
     clip = node if node is not None and node.op_type == "Clip" else None
     quantize = node if clip is None else graph.producer.get(clip.input[0])
     if quantize is None or quantize.op_type != "QuantizeLinear":
@@ -152,8 +152,8 @@ def pair_of(graph: Graph, node: NodeProto | None, decoder: NodeProto) -> Pair | 
 
 
 def bounds_fit(graph: Graph, clip: NodeProto | None, bounds: tuple[int, int]) -> bool:
-    """Whether codes are clipped at these bounds; those of int8 need no Clip."""
+    """True if codes are limited to `bounds`; the int8 bounds need no Clip."""
     if clip is None:
         return bounds == (-128, 127)
-    found = [graph.array(name) for name in clip.input[1:]]
-    return all(value is not None for value in found) and [int(value) for value in found] == list(bounds)
+    ends = [graph.array(name) for name in clip.input[1:]]
+    return all(end is not None for end in ends) and [int(end) for end in ends] == list(bounds)

@@ -1,8 +1,8 @@
-"""The certificate: what the ONNX file holds, bit for bit, against the folded model. No torch.
+"""The certificate of layers: weights in the ONNX file against the folded model, bit for bit. No torch.
 
-For each quantized layer: the integers, the scales, the axis and block of the DequantizeLinear node, and the
-number of Q/DQ pairs in front of the matmul, followed through the graph and not believed from names. Parity
-cannot see a weight that the exporter decoded back to float; this can.
+Checks for each quantized layer the codes, the scales, axis and block of the DequantizeLinear node, and the
+number of Q/DQ pairs in front of the matmul, by following the graph's edges and not by node names. Parity
+cannot detect a weight that the exporter decoded to floats; the certificate does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from qcompress.models.plan import LayerPlan
 
 
 def certify(file: Path, folded: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
-    """Compare `file` with `folded`/folded.safetensors; `complete` only if every layer passed."""
+    """Compare an ONNX file with folded.safetensors in `folded`. `complete` is True only if every layer passed
+    and the file has no float copy of a quantized weight.
+    """
     graph, uses = Graph.read(file), uses_of(plan)
     with safe_open(folded / "folded.safetensors", framework="np") as tensors:
         layers = [_certify(graph, tensors, item, uses.get(item.name, Use())) for item in plan if item.weights]
@@ -30,20 +32,21 @@ def certify(file: Path, folded: Path, plan: tuple[LayerPlan, ...]) -> dict[str, 
 
 
 def _certify(graph: Graph, tensors: Any, item: LayerPlan, use: Use) -> dict[str, Any]:
-    """One layer: its weight by the weight's encoding, and the rounding of its input."""
+    """Certify one layer: its weight through the encoding, and the Q/DQ pair of its input."""
     weight = encoding_of(item.weights).certify(graph, tensors, item)
     equal = weight.codes_equal, weight.scales_equal
     return verdict(graph, weight.sources, tensors, item, use, *equal, weight.reasons)
 
 
 def matmul_inputs(graph: Graph, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[str, str | None]]:
-    """Layer -> names of the float input of its matmul and of that input's codes (None: not quantized).
+    """Map each layer to the names of its matmul's float input and of that input's codes (None: not
+    quantized).
 
-    In the order of the graph's nodes, which is a topological one. A layer whose weight no matmul reads under
-    its own name is left out.
+    The order is that of the graph's nodes, which is topological. Layers whose weight is not read by a matmul
+    are left out.
     """
     uses = uses_of(plan)
-    found: dict[str, tuple[str, str | None]] = {}
+    inputs: dict[str, tuple[str, str | None]] = {}
     places: dict[str, int] = {}
     for item in plan:
         if item.layer.kind == "embedding":
@@ -54,13 +57,13 @@ def matmul_inputs(graph: Graph, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[
         for matmul, own in own_matmuls(graph, sources, uses[item.name]):
             value = next(name for name in matmul.input[:2] if name != own)
             pair = input_pair(graph, value)
-            found[item.name] = (pair.quantize.input[0], pair.dequantize.input[0]) if pair else (value, None)
+            inputs[item.name] = (pair.quantize.input[0], pair.dequantize.input[0]) if pair else (value, None)
             places[item.name] = graph.order[matmul.output[0]]
-    return {name: found[name] for name in sorted(found, key=places.__getitem__)}
+    return {name: inputs[name] for name in sorted(inputs, key=places.__getitem__)}
 
 
 def with_outputs(file: Path, names: list[str]) -> bytes:
-    """The graph with further values as outputs; their types are inferred. External data stays where it is."""
+    """Serialize the graph with `names` as further outputs of inferred types. External data is not loaded."""
     model = onnx.load(str(file), load_external_data=False)
     known = {info.name for info in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
@@ -68,7 +71,7 @@ def with_outputs(file: Path, names: list[str]) -> bytes:
 
 
 def _float_copies(graph: Graph, plan: tuple[LayerPlan, ...]) -> list[str]:
-    """Float initializers with the shape of a quantized weight: a decoded copy, or a weight left behind."""
+    """Float initializers with the shape of a quantized weight: decoded copies or unquantized weights."""
     shapes = {item.layer.shape for item in plan if item.weights}
     kept = {item.layer.shape for item in plan if not item.weights}
     shapes = {*shapes, *(shape[::-1] for shape in shapes)} - kept - {shape[::-1] for shape in kept}
@@ -80,7 +83,9 @@ def _float_copies(graph: Graph, plan: tuple[LayerPlan, ...]) -> list[str]:
 
 
 def _is_scale(graph: Graph, name: str) -> bool:
-    """Whether a tensor is nothing but a scale: those of blocks, [in // block, out], may have a weight's."""
+    """True if only Q/DQ nodes read a tensor, as a scale; block scales [in // block, out] may have a weight's
+    shape.
+    """
     readers = graph.readers.get(name, [])
     return bool(readers) and all(
         node.op_type in ("QuantizeLinear", "DequantizeLinear") and list(node.input).index(name) == 1

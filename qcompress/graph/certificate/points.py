@@ -1,10 +1,9 @@
-"""The certificate's part about points: Q/DQ pairs in front of attention matmuls and residual additions. No
-torch.
+"""The certificate of points: Q/DQ pairs in front of attention matmuls and residual additions. No torch.
 
-The graph has no name for an operand, so each is found by its place. Every Softmax has the matmul of query and
-key before it and the matmul of probabilities and value after it; every LayerNormalization behind a block adds
-branch and skip in front of it; a convolutional net has no other Add of two values that are no constants. All
-come in the order of the forward pass, which is that of the points.
+Operands have no names in the graph and are identified by structure. Before each Softmax is the matmul of
+query and key, and after it the matmul of probabilities and value. Before each LayerNormalization behind a
+block is the Add of branch and skip. In a convolutional net each Add of two non-constant values is a residual
+addition. The graph and the points have the order of the forward pass.
 """
 
 from __future__ import annotations
@@ -22,16 +21,18 @@ from qcompress.models.plan import LayerPlan, PointPlan, rounded
 from qcompress.system.artifacts import graph_digests
 
 PASSING = ("Add", "Mul", "Div", "Cast", "Where", "QuantizeLinear", "Clip", "DequantizeLinear", "IsNaN")
-"""Between the matmuls and the Softmax: scaling, mask, types, rounding, and the guard of fully masked rows."""
+"""Operators between the matmuls and the Softmax: scale, mask, casts, Q/DQ, and the guard of fully masked
+rows.
+"""
 
 
 def certify_all(
     file: Path, folded: Path, plan: tuple[LayerPlan, ...], points: tuple[PointPlan, ...]
 ) -> dict[str, Any]:
-    """The certificate of layers and points; `complete` only if every one of both passed. `files` has the
-    digests of the graph and of its external data.
+    """Make the certificate of layers and points. `complete` is True only if all of them passed; `files` holds
+    the digests of the graph and of its external data.
     """
-    found = certify(file, folded, plan)
+    certificate = certify(file, folded, plan)
     graph = Graph.read(file)
     with safe_open(folded / "folded.safetensors", framework="np") as tensors:
         values = _values(graph, points)
@@ -39,16 +40,18 @@ def certify_all(
     wanted = sum(item.activations is not None for item in points)
     passed = all(point["passed"] for point in checked)
     return {
-        **found,
+        **certificate,
         "files": graph_digests(file),
         "points": checked,
         "expected_points": wanted,
-        "complete": found["complete"] and passed,
+        "complete": certificate["complete"] and passed,
     }
 
 
 def _certify_point(graph: Graph, tensors: Any, item: PointPlan, value: str | None) -> dict[str, Any]:
-    """Hold what flows into an operation at a point against the folded scale of that point."""
+    """Compare the Q/DQ pair at a point with the folded scale; `value`: input of the operation, None if not
+    found.
+    """
     reasons: list[str] = []
     pair = _pair(graph, value or "")
     wanted = item.activations is not None
@@ -72,19 +75,21 @@ def _certify_point(graph: Graph, tensors: Any, item: PointPlan, value: str | Non
 
 
 def _values(graph: Graph, points: tuple[PointPlan, ...]) -> dict[str, str]:
-    """Point -> name of the value that its operation reads; nothing where the counts do not agree."""
+    """Map each point to the value that its operation reads; a kind with another number of operands is left
+    out.
+    """
     by_kind = {kind: [item.name for item in points if item.point.kind == kind] for kind in KINDS}
-    found: dict[str, str] = {}
+    operands: dict[str, str] = {}
     for kind, places in KINDS.items():
         values = places(graph)
         if len(values) == len(by_kind[kind]):
-            found |= dict(zip(by_kind[kind], values, strict=True))
-    return found
+            operands |= dict(zip(by_kind[kind], values, strict=True))
+    return operands
 
 
 def point_inputs(graph: Graph, points: tuple[PointPlan, ...]) -> dict[str, tuple[str, str, bool]]:
-    """Point that rounds -> names of the float value that it rounds and of the codes that its matmul decodes,
-    and whether the last two axes are swapped between the two, as those of a cached key are.
+    """Map each quantized point to the name of its float value, the name of the codes that its matmul decodes,
+    and True if a Transpose lies between the two, as for a cached key.
     """
     values = _values(graph, points)
     pairs = {item.name: _pair(graph, values.get(item.name, "")) for item in rounded(points)}
@@ -96,8 +101,8 @@ def point_inputs(graph: Graph, points: tuple[PointPlan, ...]) -> dict[str, tuple
 
 
 def _pair(graph: Graph, value: str) -> Pair | None:
-    """The nodes that round a value; codes in a key-value cache are appended to those of earlier tokens, an
-    input of the graph, and keys are transposed after that.
+    """Q/DQ pair that produces a value. With a key-value cache, Concat appends the codes to those of earlier
+    tokens (a graph input), and Transpose follows for keys.
     """
     decoder = graph.producer.get(value)
     if decoder is None or decoder.op_type != "DequantizeLinear":
@@ -113,12 +118,13 @@ def _pair(graph: Graph, value: str) -> Pair | None:
 
 
 def _is_moved(graph: Graph, codes: str) -> bool:
+    """True if Transpose produces the codes."""
     node = graph.producer.get(codes)
     return node is not None and node.op_type == "Transpose"
 
 
 def _attention_operands(graph: Graph) -> list[str]:
-    """Query, key, probabilities and value of each attention, one after another."""
+    """Query, key, probabilities and value of each attention, in the order of the graph."""
     operands: list[str] = []
     for node in graph.nodes:
         if node.op_type != "Softmax":
@@ -133,7 +139,7 @@ def _attention_operands(graph: Graph) -> list[str]:
 
 
 def _before(graph: Graph, value: str) -> NodeProto | None:
-    """The matmul that a value comes out of, through operations on each element."""
+    """Matmul whose output becomes a value through operators of PASSING, None without one."""
     seen: set[str] = set()
     queue = [value]
     while queue:
@@ -149,7 +155,7 @@ def _before(graph: Graph, value: str) -> NodeProto | None:
 
 
 def _after(graph: Graph, value: str) -> NodeProto | None:
-    """The matmul whose first operand a value becomes, through operations on each element."""
+    """Matmul whose first operand a value becomes through operators of PASSING, None without one."""
     seen: set[str] = set()
     queue = [value]
     while queue:
@@ -164,8 +170,8 @@ def _after(graph: Graph, value: str) -> NodeProto | None:
 
 
 def _addition_inputs(graph: Graph) -> list[str]:
-    """Branch and skip of each residual addition; the first norm stands behind the tables and adds none. In a
-    net without LayerNorms every addition of two activations is one.
+    """Branch and skip of each residual addition. The first LayerNorm follows the embeddings and is skipped.
+    Without LayerNorms, each Add of two activations is a residual addition.
     """
     norms = [node for node in graph.nodes if node.op_type == "LayerNormalization"]
     if not norms:
