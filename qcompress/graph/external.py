@@ -1,7 +1,8 @@
-"""A graph that another tool made of a run's float model, taken in where ours would have been exported.
+"""Import of an external graph: an ONNX file that another tool made from a run's float model, in place of our
+export.
 
-It is linted, measured, built and gated as ours is. What cannot be had is a certificate, which holds a graph
-to the folded model that it was made from; the float row is all that the onnx row can be held to.
+An external graph is linted, measured, built and gated like an exported one. It has no certificate, because
+there is no folded model to compare it with; the row `onnx` is compared with the row `float`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import onnx
 
 from qcompress.errors import ExportError
 from qcompress.graph.inspect import INTEGERS, contents
-from qcompress.graph.lint.lint import lint
+from qcompress.graph.lint.lint import lint, refuse_errors
 from qcompress.graph.tensors import type_word
 from qcompress.graph.trial import ROWS, TOKENS
 from qcompress.graph.view import View, dimensions, read
@@ -32,37 +33,39 @@ from qcompress.system.artifacts import graph_digests, read_object, sha256_file, 
 from qcompress.system.child_process import command, environment
 
 TRIAL_MIB, TRIAL_S = 16384, 600
-"""What the process may take that runs the graph first."""
+"""Memory and time limit of the process that runs an external graph for the first time."""
 
-REASON = "the graph was made elsewhere"
+REASON = "the graph is external"
+"""Reason for the missing rows `trained` and `folded`, and for the incomplete certificate."""
 
 TAKEN = {"int64": ("int64", "int32"), "float32": ("float32", "float16")}
-"""Types that an input of the graph may have, by the type that the family states: what is fed is cast."""
+"""Allowed types of a graph input, by the input type of the model family; values are cast before they are fed.
+"""
 
 MASK = "attention_mask"
-"""The one input that may be of booleans as well."""
+"""The only input that may also have type bool."""
 
 TYPES = {
     onnx.TensorProto.INT64: "int64", onnx.TensorProto.INT32: "int32", onnx.TensorProto.BOOL: "bool",
     onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16",
 }  # fmt: skip
-"""Types of inputs that are fed, as numpy names them."""
+"""numpy names of the supported input types."""
 
 
 def files_of(graph: Path) -> dict[str, str]:
-    """Digests of an ONNX file and of its external data, by their paths from its folder."""
+    """Digests of an ONNX file and its external data, by path relative to the file's folder."""
     view = read(graph)
     files = (view.file, *view.data_files)
     return {os.path.relpath(file, graph.parent): sha256_file(file) for file in files}
 
 
 def check_unchanged(run: Path) -> None:
-    """Refuse a run whose graph is not the one that was taken in."""
+    """Raise ExportError if a run's graph files differ from the imported ones."""
     known = read_object(run / "certificate.json").get("files", {})
     changed = [name for name, digest in known.items() if sha256_file(run / name) != digest]
     if changed:
         raise ExportError(
-            f"{run / changed[0]} is not the file that was taken in",
+            f"{run / changed[0]} is not the imported graph",
             fix="run the recipe again to put the graph back, or name the new one in `export.graph`",
         )
 
@@ -70,25 +73,20 @@ def check_unchanged(run: Path) -> None:
 def adopt(
     graph: Path, checkpoint: Path, family: str, target: str, shape: Sequence[int | None], out: Path
 ) -> list[str]:
-    """Fill the folder of the stage export: the graph and its external data, lint.json, sizes.json,
-    certificate.json (which says that there is none), and config.json and the tokenizer of `checkpoint`.
-    Returns what a user should know.
+    """Import a graph as the result of the stage export. Writes the graph and its external data, lint.json,
+    sizes.json, certificate.json (`complete` false, with the reason), and config.json and the tokenizer of
+    `checkpoint`. Returns notes for the user.
 
-    The graph takes some of the family's inputs, of any size where the family says so (`signature`), the first
-    of them always, in a type that they can be cast to. It gives `logits` of `shape`: (rows, tokens,
-    vocabulary) or (rows, labels), None for sizes that the inputs decide.
-    Raises ExportError where it does not, where the target would refuse it, where ONNX Runtime cannot run it.
+    The graph reads the family's first input and any of its other inputs, with the axes of the family's
+    signature and types that the inputs can be cast to. Its output `logits` has `shape`: (rows, tokens,
+    vocabulary) or (rows, labels), None for sizes that depend on the inputs. Raises ExportError for other
+    inputs or outputs, for a graph that the target refuses, and for one that ONNX Runtime cannot run.
     """
     view = read(graph)
     signature = graph_signature(FAMILIES[family], checkpoint)
     _check_signature(view, family, signature)
     findings = lint(graph, find_target(target))
-    errors = [finding for finding in findings if finding.severity == "error"]
-    if errors:
-        lines = "\n".join(f"  {finding}" for finding in errors)
-        raise ExportError(
-            f"{target} would refuse or change {graph}:\n{lines}", fix="see the fix of each line"
-        )
+    refuse_errors(findings, target, str(graph))
     without = _try(graph, _fed(view, signature), shape)
     file = out / "model.onnx"
     if view.data_files:
@@ -100,17 +98,19 @@ def adopt(
         if name.suffix in (".json", ".txt") and name.name not in ("float.json", "manifest.json"):
             shutil.copyfile(name, out / name.name)
     write_json(out / "lint.json", {"target": target, "findings": [asdict(finding) for finding in findings]})
-    nothing: dict[str, Any] = {"layers": [], "points": [], "expected": 0}
-    nothing |= {"complete": False, "reason": REASON, "disabled_optimizers": without}
-    nothing |= {"files": graph_digests(file)}
-    write_json(out / "certificate.json", nothing)
+    certificate: dict[str, Any] = {"layers": [], "points": [], "expected": 0}
+    certificate |= {"complete": False, "reason": REASON, "disabled_optimizers": without}
+    certificate |= {"files": graph_digests(file)}
+    write_json(out / "certificate.json", certificate)
     write_json(out / "sizes.json", _sizes(file))
     if not without:
         return []
-    return [f"ONNX Runtime opens the graph only without {', '.join(without)}, and is measured so"]
+    names = ", ".join(without)
+    return [f"ONNX Runtime opens the graph only without {names}; the row `onnx` is measured without {names}"]
 
 
 def _check_signature(view: View, family: str, signature: tuple[Input, ...]) -> None:
+    """Raise ExportError unless the graph's inputs belong to the family and it has an output `logits`."""
     known = {item.name: item for item in signature}
     names = [value.name for value in view.inputs]
     if signature[0].name not in names or not set(names) <= set(known):
@@ -129,7 +129,7 @@ def _check_signature(view: View, family: str, signature: tuple[Input, ...]) -> N
 
 
 def _check_input(view: View, family: str, value: onnx.ValueInfoProto, wanted: Input) -> None:
-    """Refuse an input for its type, its rank or a fixed size, each in its own words."""
+    """Raise ExportError for an input of a wrong type, a wrong rank or a fixed size."""
     kind = value.type.tensor_type.elem_type
     taken = (*TAKEN[wanted.element], *(("bool",) if value.name == MASK else ()))
     if TYPES.get(kind) not in taken:
@@ -156,50 +156,50 @@ def _check_input(view: View, family: str, value: onnx.ValueInfoProto, wanted: In
 
 
 def _fed(view: View, signature: tuple[Input, ...]) -> dict[str, tuple[str, list[str | int]]]:
-    """Type and axes of each input of the graph, by name."""
+    """Type and axes of each graph input, by name."""
     axes = {item.name: list(item.axes) for item in signature}
     return {value.name: (TYPES[value.type.tensor_type.elem_type], axes[value.name]) for value in view.inputs}
 
 
 def _try(graph: Path, fed: dict[str, tuple[str, list[str | int]]], shape: Sequence[int | None]) -> list[str]:
-    """Run the graph once, in a process that may die of it; returns the optimizers that must be left out."""
+    """Run the graph once in a child process, which may crash; returns the optimizers to disable."""
     words = command("qcompress.graph.trial", str(graph.resolve()), json.dumps(fed), str(TRIAL_MIB))
     try:
-        # in a folder of its own, or Python would import what lies beside the graph
+        # in an empty folder, or Python would import modules from the folder of the graph
         with tempfile.TemporaryDirectory(prefix="qcompress-trial-") as folder:
             done = subprocess.run(
                 words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=TRIAL_S
             )
     except subprocess.TimeoutExpired:
-        raise ExportError(f"{graph}: ONNX Runtime was not done with 2 rows after {TRIAL_S} s") from None
+        raise ExportError(f"{graph}: ONNX Runtime did not finish {ROWS} rows within {TRIAL_S} s") from None
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         reason = lines[-1][:1000] if lines else f"its process ended with {done.returncode}"
         raise ExportError(
             f"{graph}: ONNX Runtime cannot run it: {reason}", fix="try the graph with onnxruntime by itself"
         )
-    found = json.loads(done.stdout)
+    logits = json.loads(done.stdout)
     tokens = f" of {TOKENS} tokens" if any("sequence" in axes for _, axes in fed.values()) else ""
     wanted = [ROWS, *((TOKENS,) if len(shape) == 3 else ()), shape[-1]]
-    if found["shape"] != wanted or found["type"] not in ("float32", "float16"):
+    if logits["shape"] != wanted or logits["type"] not in ("float32", "float16"):
         raise ExportError(
-            f"{graph}: the logits of {ROWS} rows{tokens} are {found['type']} {found['shape']}, and this "
+            f"{graph}: the logits of {ROWS} rows{tokens} are {logits['type']} {logits['shape']}, and this "
             f"model and task have floats {wanted}",
-            fix="name a graph that was made of this model, with dynamic axes",
+            fix="name a graph that was made from this model, with dynamic axes",
         )
-    return found["disabled_optimizers"]
+    return logits["disabled_optimizers"]
 
 
 def _sizes(file: Path) -> dict[str, Any]:
-    """sizes.json, with the weights that `inspect` finds as its layers."""
-    found = contents(file)
+    """Content of sizes.json; its layers are the integer weights that `inspect` lists."""
+    content = contents(file)
     layers = [
         {"weights": math.prod(weight["shape"])}
         | {key: weight[key] for key in ("name", "stored_bits", "information_bits", "bytes")}
-        for weight in found["weights"]
+        for weight in content["weights"]
         if weight["stored"].upper() in INTEGERS
     ]
-    totals = found["totals"]
+    totals = content["totals"]
     return {
         "layers": layers,
         "initializer_bytes": totals["weights"] + totals["float"] + totals["other"],

@@ -102,12 +102,12 @@ def test_a_graph_of_another_tool_is_measured_built_and_gated(project: Callable[.
     rows = {row["stage"]: row for row in read_json(run.path / "parity.json")["rows"]}
     measured = [name for name, row in rows.items() if row["status"] == "measured"]
     assert measured == ["float", "onnx"] and len(rows) == 5
-    assert rows["folded"]["reason"] == "the graph was made elsewhere"
+    assert rows["folded"]["reason"] == "the graph is external"
     assert rows["onnx"]["distance"]["to"] == "float"
     build = read_json(run.path / "engine" / "build.json")
     assert build["status"] == "built" and build["onnx"]["sha256"] == sha256_file(made.folder / "theirs.onnx")
     certificate = read_json(run.path / "certificate.json")
-    assert certificate["complete"] is False and certificate["reason"] == "the graph was made elsewhere"
+    assert certificate["complete"] is False and certificate["reason"] == "the graph is external"
     verdict = read_json(run.path / "verdict.json")
     assert {goal["metric"] for goal in verdict["goals"]} == {"float.test.perplexity", "test.perplexity"}
     assert (run.path / "tokenizer.json").is_file() and read_json(run.path / "lint.json")["findings"] == []
@@ -305,7 +305,7 @@ def test_a_graph_that_was_changed_in_the_run_is_refused(done: Run, tmp_path: Pat
     with (run / "model.onnx").open("ab") as file:
         file.write(b"\0\0")
     refused = cli("verify", run)
-    assert refused.code == 5 and "model.onnx is not the file that was taken in" in refused.stderr
+    assert refused.code == 5 and "model.onnx is not the imported graph" in refused.stderr
 
 
 def test_a_run_of_it_is_compared_and_continues_a_text(done: Run, tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_two_blocks_of_a_whole_graph_are_refused(project: Callable[..., Project]
 
 def test_layers_cannot_be_compared_without_a_folded_model(done: Run) -> None:
     refused = cli("verify", done.path, "--layers")
-    assert refused.code == 2 and "the graph was made elsewhere" in refused.stderr
+    assert refused.code == 2 and "the graph is external" in refused.stderr
 
 
 def test_a_recipe_that_extends_another_finds_its_graph(

@@ -1,1 +1,1 @@
-"""Rules that a graph must keep for a TensorRT engine in the asked precision."""
+"""The linter: rules for graphs that TensorRT builds in the requested precision."""

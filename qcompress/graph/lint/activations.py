@@ -1,4 +1,4 @@
-"""What the linter's rules look for in a graph: one generator for each rule, no judgement. No torch."""
+"""Linter checks of activations, scales, types and the whole graph: one generator per rule. No torch."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from qcompress.graph.view import DEQUANTIZE, FLOATS, QUANTIZE, Shape, View, attr
 from qcompress.schema.targets import Target
 
 FORMATS_KEY = "qcompress.formats"
-"""Key of an ONNX file's metadata that says how its layers are quantized, as JSON."""
+"""Metadata key of an ONNX file for the formats of its layers, as JSON."""
 
 OPSETS = (21, 25)
-"""First opset with int4, and the last one that TensorRT 11 documents."""
+"""First opset with int4, and last opset that TensorRT 11 documents."""
 
 MATMULS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 CODE_MOVES = (*MOVES, "Concat", "Slice", "Split", "Clip")
-"""Operators that may stand between QuantizeLinear and DequantizeLinear: a key-value cache, narrower codes."""
+"""Operators allowed between QuantizeLinear and DequantizeLinear, for key-value caches and narrower codes."""
 
 TAKEN = ("INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1")
 """Types that TensorRT quantizes to."""
 
 OWN_RULES = ("UINT8", "INT32")
-"""Types with a rule of their own."""
+"""Types that separate rules check."""
 
 INTEGER_OPERATORS = ("MatMulInteger", "ConvInteger", "QGemm", "MatMulNBits", "GatherBlockQuantized")
-"""Operators of ONNX and ONNX Runtime that read or make codes, besides QLinear... and DynamicQuantize..."""
+"""Operators of ONNX and ONNX Runtime on codes, besides QLinear... and DynamicQuantize..."""
 
 
 class Broken(NamedTuple):
-    """One place where a graph breaks a rule: the layer, and what was found there."""
+    """One violation of a rule: the layer, and a description of the value found."""
 
     layer: str
     found: str
@@ -58,7 +58,7 @@ class Broken(NamedTuple):
 
 
 def _judged(view: View, index: int, judge: Callable[[np.ndarray], str]) -> Iterator[Broken]:
-    """Parameters in which `judge` finds something. It looks at a stored tensor once, whoever reads it."""
+    """Violations that `judge` reports on scales or zero points; each stored tensor is judged once."""
     known: dict[str, str] = {}
     for node, name in parameters(view, index):
         if name not in known:
@@ -116,8 +116,8 @@ def scale_types(view: View, target: Target) -> Iterator[Broken]:
             index = next((index for index in (0, 1) if sources[index]), None)
             if index is not None:
                 mine, other = FLOATS[kinds[index]], FLOATS[kinds[1 - index]]
-                found = f"{mine} scale, and {node_name(node)} computes with {other}"
-                yield Broken(layer_name(view, sources[index]), found)
+                text = f"{mine} scale, and {node_name(node)} computes with {other}"
+                yield Broken(layer_name(view, sources[index]), text)
 
 
 def scale_shapes(view: View, target: Target) -> Iterator[Broken]:
@@ -129,20 +129,20 @@ def scale_shapes(view: View, target: Target) -> Iterator[Broken]:
         block = attribute(node, "block_size", 0)
         if not (_fits_blocks(scale, shape, axis, block) if block else _fits_channels(scale, shape, axis)):
             blocks = f", blocks of {block}" if block else ""
-            found = f"scale {list(scale)} for {list(shape)}, axis {axis}{blocks}"
-            yield Broken(layer_name(view, node), found)
+            text = f"scale {list(scale)} for {list(shape)}, axis {axis}{blocks}"
+            yield Broken(layer_name(view, node), text)
 
 
 def _fits_channels(scale: Shape, shape: Shape, axis: int) -> bool:
-    """One scale for everything, or one for each index of the axis; a length that is not known fits."""
+    """True for one scale per tensor or one per index of the axis; unknown lengths fit."""
     if scale in ((), (1,)):
         return True
     return len(scale) == 1 and axis in range(len(shape)) and _same(shape[axis], scale[0])
 
 
 def _fits_blocks(scale: Shape, shape: Shape, axis: int, block: int) -> bool:
-    """As many scales along the axis as blocks (rounded up: a remainder is another rule's), elsewhere as many
-    as values.
+    """True if the scales have the shape of the tensor with the axis divided by `block`, rounded up: another
+    rule reports remainders.
     """
     if len(scale) != len(shape) or axis not in range(len(shape)):
         return False
@@ -152,6 +152,7 @@ def _fits_blocks(scale: Shape, shape: Shape, axis: int, block: int) -> bool:
 
 
 def _same(size: int | str | None, count: int | str | None) -> bool:
+    """True if two lengths are equal or `size` is unknown."""
     return not isinstance(size, int) or size == count
 
 
@@ -182,7 +183,7 @@ def integer_biases(view: View, target: Target) -> Iterator[Broken]:
 def other_integers(view: View, target: Target) -> Iterator[Broken]:
     for node in view.named(QUANTIZE, DEQUANTIZE):
         kind, constant = code_type(view, node), operand(node, 0) in view.fixed
-        # Behind a QuantizeLinear, it is that which is reported.
+        # behind a QuantizeLinear only that node is reported
         follows = node.op_type == DEQUANTIZE and not constant and operand(node, 0) in view.producers
         unsigned_weight = kind == "UINT8" and constant
         if kind == "INT2" and constant and 2 in target.weight_bits:
@@ -205,7 +206,7 @@ def int4_activations(view: View, target: Target) -> Iterator[Broken]:
 
 
 def compute_types(view: View, target: Target) -> Iterator[Broken]:
-    """One finding for a type: every matmul of a model shares it."""
+    """One violation per type, since all matmuls of a model share it."""
     for kind, word in FLOATS.items():
         if word in target.compute:
             continue
@@ -263,9 +264,7 @@ def lost_quantization(view: View, target: Target) -> Iterator[Broken]:
 
 
 def _says_quantized(formats: object) -> bool:
-    """Whether any value, however deep, is an integer format: `int8`, `ternary`, `w8a8`, or a mapping with
-    `bits`.
-    """
+    """True if any nested value is an integer format: `int8`, `ternary`, `w8a8`, or a mapping with `bits`."""
     if isinstance(formats, dict):
         return isinstance(formats.get("bits"), int) or any(map(_says_quantized, formats.values()))
     if isinstance(formats, list):

@@ -1,4 +1,4 @@
-"""What the linter's rules look for in convolutions; as `checks.py`. No torch."""
+"""Linter checks of convolutions: one generator per rule. No torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from qcompress.graph.view import View, attribute, operand
 from qcompress.schema.targets import Target
 
 OUTPUTS = {"Conv": 0, "ConvTranspose": 1}
-"""Axis of a weight's output channels."""
+"""Axis of the output channels in a weight, by operator."""
 
 
 def _kernels(view: View) -> Iterator[tuple[NodeProto, NodeProto]]:
-    """Convolutions with the DequantizeLinear of their stored weight."""
+    """Convolutions with a quantized stored weight, and the DequantizeLinear of that weight."""
     for node in view.named(*OUTPUTS):
         source = dequantizer_of(view, operand(node, 1))
         if source is not None and operand(source, 0) in view.fixed:

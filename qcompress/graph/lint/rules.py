@@ -1,13 +1,13 @@
-"""What TensorRT refuses, silently changes or runs slowly: the table of the linter's rules. No torch.
+"""Table of the linter's rules: graphs that TensorRT refuses, silently changes or runs slowly. No torch.
 
-A rule may be stricter than TensorRT-RTX, which builds graphs that TensorRT's documents forbid. `evidence`
-says where a rule comes from, and the tests hold the real parser and builder to it:
+A rule may be stricter than TensorRT-RTX, which builds some graphs that TensorRT's documents forbid.
+`evidence` is the source of a rule; the tests check it with the real parser and builder:
 
     parser     the ONNX parser refuses the graph
-    builder    the parser takes it, the builder refuses it
-    checker    onnx.checker refuses it, TensorRT-RTX takes it
-    behaviour  TensorRT-RTX takes it and makes something else or something slow of it
-    documents  TensorRT's documents forbid it, TensorRT-RTX takes it
+    builder    the parser accepts the graph, the builder refuses it
+    checker    onnx.checker refuses the graph, TensorRT-RTX accepts it
+    behaviour  TensorRT-RTX builds an engine that is slow or computes other results
+    documents  TensorRT's documents forbid the graph, TensorRT-RTX accepts it
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qcompress.schema.targets import Target
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that a graph must not do, or had better not."""
+    """One rule of the linter; `check` yields its violations."""
 
     id: str
     consequence: Literal["refused", "changed", "slow"]
@@ -37,32 +37,32 @@ class Rule:
 RULES: tuple[Rule, ...] = (
     Rule(
         "graph-empty", "refused", "builder",
-        "a graph has an output, and the file says which opset its operators are of",
+        "a graph has an output, and the file declares the opset of its operators",
         "export the model again",
         soundness.empty_graphs,
     ),
     Rule(
         "value-missing", "refused", "parser",
-        "what a node reads is made by another one, or is an input or a constant",
-        "export the model again; something has removed a node or a tensor and not its readers",
+        "a node reads only graph inputs, constants and outputs of other nodes",
+        soundness.STRUCTURE[soundness.missing_values],
         soundness.missing_values,
     ),
     Rule(
         "value-twice", "refused", "parser",
-        "every name of a graph is made once",
-        "give the results of different nodes different names",
+        "a graph produces every name once",
+        soundness.STRUCTURE[soundness.repeated_values],
         soundness.repeated_values,
     ),
     Rule(
         "node-order", "refused", "parser",
-        "nodes are sorted: what a node reads was made before, and nothing goes in circles",
-        "sort the nodes; no loop can be written without Loop or Scan",
+        "nodes are sorted topologically, without cycles",
+        soundness.STRUCTURE[soundness.unsorted_nodes],
         soundness.unsorted_nodes,
     ),
     Rule(
         "tensor-data", "refused", "parser",
-        "a stored tensor has as many values as its shape says",
-        "copy the file and its data again, or export the model again",
+        "the data of a stored tensor fit its shape",
+        soundness.STRUCTURE[soundness.broken_tensors],
         soundness.broken_tensors,
     ),
     Rule(
@@ -73,7 +73,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "operator-operands", "refused", "parser",
-        "every operator has the inputs and outputs that it needs",
+        "every operator has its required inputs and outputs",
         "export the model again",
         soundness.operands_out_of_number,
     ),
@@ -85,45 +85,45 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "zero-point-not-constant", "refused", "builder",
-        "a zero point must be known when the engine is built",
+        "a zero point is constant, so that the engine can be built",
         "store the zero point as an initializer, or leave it out",
         activations.moving_zero_points,
     ),
     Rule(
         "scale-not-constant", "refused", "documents",
-        "a scale must be known when the engine is built",
+        "a scale is constant, so that the engine can be built",
         "make dynamic quantization static: calibrate, and store the scale as an initializer",
         activations.moving_scales,
     ),
     Rule(
         "scale-not-positive", "refused", "parser",
-        "every scale is above 0; the parser of TensorRT-RTX 1.7 does not look at those of blocks",
-        "give dead channels a small positive scale, and project learned scales to a floor; quantize 4-bit "
-        "weights with nvidia-modelopt, where ONNX Runtime has made negative scales",
+        "every scale is above 0; the parser of TensorRT-RTX 1.7 does not check block scales",
+        "give dead channels a small positive scale, and limit learned scales from below; if ONNX Runtime's "
+        "4-bit quantizer wrote negative scales, quantize with nvidia-modelopt",
         activations.scales_not_positive,
     ),
     Rule(
         "scale-not-finite", "changed", "behaviour",
-        "an infinite scale makes NaN of every value",
+        "an infinite scale turns every value into NaN",
         "find the overflow: a scale beyond 65504 does not fit into fp16",
         activations.scales_not_finite,
     ),
     Rule(
         "scale-type", "refused", "parser",
-        "a scale has the type of the float tensor it belongs to",
+        "a scale has the type of its float tensor",
         "store the scale in the compute type of the graph",
         activations.scale_types,
     ),
     Rule(
         "scale-shape", "refused", "parser",
-        "scales are one for the tensor, one for each index of the axis, or one for each block",
-        "set `axis` and `block_size` to what the scales were made for",
+        "there is one scale per tensor, per index of the axis, or per block",
+        "set `axis` and `block_size` to those with which the scales were computed",
         activations.scale_shapes,
     ),
     Rule(
         "uint8-activation", "changed", "behaviour",
         "TensorRT computes uint8 as int8: codes above 127 are clipped",
-        "quantize to int8, also what is never negative",
+        "quantize to int8, also activations that are never negative",
         activations.unsigned_activations,
     ),
     Rule(
@@ -134,7 +134,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "integer-type", "refused", "parser",
-        "of the integers TensorRT takes int8, and int4 for weights; ONNX Runtime takes int2 for weights too",
+        "TensorRT supports int8, and int4 for weights; ONNX Runtime also supports int2 for weights",
         "store the codes as int8 or int4; narrower codes fit into either",
         activations.other_integers,
     ),
@@ -146,27 +146,27 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "int4-activation", "refused", "documents",
-        "int4 is a type of weights only",
+        "int4 is for weights only",
         "quantize activations to int8",
         activations.int4_activations,
     ),
     Rule(
         "int4-opset", "refused", "checker",
-        "int4 and blocks come with opset 21, int2 with opset 25",
+        "int4 and blocks need opset 21, int2 needs opset 25",
         "export with that opset",
         weights.int4_opset,
     ),
     Rule(
         "int4-target", "refused", "builder",
-        "the target has no int4",
-        "store 4-bit codes as int8, or name a target from SM80 on",
+        "the target does not support int4",
+        "store 4-bit codes as int8, or choose a target with SM80 or newer",
         weights.int4_target,
     ),
     Rule(
         "block-remainder", "refused", "parser",
-        "the axis divides into whole blocks; where the number of scales divides it, TensorRT takes blocks of "
-        "another size than the graph says",
-        "choose a block that divides the input features",
+        "the block size divides the axis; otherwise TensorRT may derive another block size from the number "
+        "of scales",
+        "choose a block size that divides the input features",
         weights.uneven_blocks,
     ),
     Rule(
@@ -177,52 +177,52 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "int4-per-channel", "slow", "behaviour",
-        "int4 without blocks is dequantized apart from the matmul",
+        "int4 without blocks is dequantized in a separate kernel before the matmul",
         "use blocks of 128 or 64",
         weights.int4_channels,
     ),
     Rule(
         "int4-weight-int8-activation", "slow", "behaviour",
-        "int4 weights are computed in float: quantizing the activation beside them costs time and accuracy",
+        "matmuls of int4 weights run in float: quantizing their activation costs time and accuracy",
         "keep the activation in float, or store 4-bit codes as int8 for an int8 matmul",
         weights.int4_products,
     ),
     Rule(
         "int4-blocks-int8-activation", "refused", "builder",
-        "TensorRT-RTX 1.7 cannot multiply several int4 blocks with an int8 activation of rank 3",
+        "TensorRT-RTX 1.7 cannot multiply several int4 blocks by an int8 activation of rank 3",
         "keep the activation in float, or store 4-bit codes as int8 for an int8 matmul",
         weights.int4_block_products,
     ),
     Rule(
         "conv-int4", "refused", "builder",
-        "a convolution's weight is int8: int4 is for matmuls alone",
+        "a convolution's weight is int8: int4 is for matmuls only",
         "store the codes as int8: `{bits: 4, container: int8}`",
         convolutions.int4_kernels,
     ),
     Rule(
         "conv-blocks", "refused", "parser",
-        "a convolution's weight has a scale for each output channel, and no blocks",
+        "a convolution's weight has one scale per output channel, without blocks",
         "drop `block`",
         convolutions.blocked_kernels,
     ),
     Rule(
         "conv-axis", "slow", "documents",
-        "the scales of a convolution's weight are its output channels': no other axis can be scaled behind "
-        "an integer sum",
+        "the scales of a convolution's weight lie along its output channels: an integer sum cannot be scaled "
+        "along another axis",
         "quantize the weight of Conv along axis 0, of ConvTranspose along axis 1",
         convolutions.kernels_by_other_axes,
     ),
     Rule(
         "conv-float-input", "slow", "documents",
-        "an int8 convolution needs an int8 input: TensorRT has weight-only kernels for matmuls alone",
+        "an int8 convolution needs an int8 input: TensorRT has weight-only kernels for matmuls only",
         "quantize the input too, or keep the convolution float",
         convolutions.kernels_alone,
     ),
     Rule(
         "constant-reader", "refused", "builder",
         "a stored integer tensor is read by DequantizeLinear only",
-        "put DequantizeLinear directly behind the tensor, and Gather or Transpose behind that; leave out a "
-        "Clip of stored codes",
+        "put DequantizeLinear directly behind the tensor, then Gather or Transpose; remove a Clip of stored "
+        "codes",
         activations.constant_readers,
     ),
     Rule(
@@ -233,26 +233,26 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "quantizer-alone", "refused", "parser",
-        "what QuantizeLinear makes is read by DequantizeLinear: integer operators are not TensorRT's way",
+        "only DequantizeLinear reads the output of QuantizeLinear: TensorRT has no integer operators",
         "write Q/DQ pairs in front of float operators",
         activations.lone_quantizers,
     ),
     Rule(
         "integer-operator", "refused", "parser",
-        "TensorRT has no operators on codes, neither ONNX's nor ONNX Runtime's",
-        "write Q/DQ pairs in front of float operators; ONNX Runtime's tools do with `QuantFormat.QDQ`",
+        "TensorRT does not support the integer operators of ONNX and ONNX Runtime",
+        "write Q/DQ pairs in front of float operators; in ONNX Runtime's tools set `QuantFormat.QDQ`",
         activations.integer_operators,
     ),
     Rule(
         "quantization-lost", "changed", "behaviour",
-        "the file says that it is quantized, and its graph is float",
+        "a file whose metadata names integer formats has Q/DQ nodes",
         "export again; an optimizer may have folded the DequantizeLinear nodes",
         activations.lost_quantization,
     ),
     Rule(
         "compute-type", "refused", "builder",
-        "the target has no matmul of this float type",
-        "export with `format.compute: fp16`, which every target computes in",
+        "the target supports the float type of the matmuls",
+        "export with `format.compute: fp16`, which every target supports",
         activations.compute_types,
     ),
     Rule(
@@ -263,9 +263,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "opset-old", "slow", "documents",
-        "before opset 21 there is neither int4 nor a scale for each block; older graphs run with int8 alone",
+        "before opset 21 there is neither int4 nor block scales; older graphs run with int8 only",
         "export with opset 21",
         activations.old_opset,
     ),
 )  # fmt: skip
-"""Every rule, in the order in which findings are shown."""
+"""All rules, in the order in which findings are shown."""

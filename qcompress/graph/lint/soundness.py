@@ -1,7 +1,7 @@
-"""What makes a file no ONNX graph at all: one generator for each rule of the linter. No torch.
+"""Linter checks of the structure of a graph: one generator per rule. No torch.
 
-These look at each graph by itself, the main one and those of If, Loop and Scan: a name is made once in a
-graph, and read in it and in those inside it.
+They check each graph separately: the main graph and the subgraphs of If, Loop and Scan. A graph produces each
+name once; the graph itself and its subgraphs may read it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from qcompress.schema.targets import Target
 
 
 def _made(graph: GraphProto, wires: Iterable[Wire]) -> Iterator[str]:
-    """Names that a graph makes, before its nodes and by them; an input's value may be stored, too."""
+    """Names that a graph produces: inputs, initializers and node outputs. An input may also have an
+    initializer.
+    """
     inputs = [value.name for value in graph.input]
     yield from inputs
     known = set(inputs)
@@ -83,13 +85,13 @@ def unknown_opsets(view: View, target: Target) -> Iterator[Broken]:
 
 def broken_tensors(view: View, target: Target) -> Iterator[Broken]:
     for name, tensor in stored_tensors(view.graphs):
-        if found := misfit(tensor, view.file.parent):
-            yield Broken(name, found)
+        if problem := misfit(tensor, view.file.parent):
+            yield Broken(name, problem)
 
 
 @functools.cache
 def _schema(op: str, opset: int) -> onnx.defs.OpSchema | None:
-    """The definition of an operator of ONNX, None if the opset has none."""
+    """Definition of an ONNX operator at an opset, None if the opset does not have it."""
     newest = min(opset, onnx.defs.onnx_opset_version())
     if newest < 1 or not onnx.defs.has(op, newest, ""):
         return None
@@ -97,7 +99,7 @@ def _schema(op: str, opset: int) -> onnx.defs.OpSchema | None:
 
 
 def unknown_operators(view: View, target: Target) -> Iterator[Broken]:
-    """Operators that ONNX does not have at the graph's opset; other domains are not judged."""
+    """Operators that ONNX lacks at the graph's opset; other domains are not checked."""
     unknown = {op for op in view.operators if view.opset > 0 and _schema(op, view.opset) is None}
     for node in view.named(*sorted(unknown)):
         if node.domain in DOMAINS:
@@ -105,7 +107,7 @@ def unknown_operators(view: View, target: Target) -> Iterator[Broken]:
 
 
 def operands_out_of_number(view: View, target: Target) -> Iterator[Broken]:
-    """More or fewer inputs and outputs than the operator has."""
+    """Nodes with a wrong number of inputs or outputs, or with an empty required one."""
     known: dict[tuple[str, tuple[bool, ...], tuple[bool, ...]], list[str]] = {}
     for wire in itertools.chain(*view.wires):
         if wire.node.domain not in DOMAINS:
@@ -114,14 +116,14 @@ def operands_out_of_number(view: View, target: Target) -> Iterator[Broken]:
         if form not in known:
             schema = _schema(form[0], view.opset)
             known[form] = [] if schema is None else list(_unfit(schema, form[0], *form[1:]))
-        for found in known[form]:
-            yield Broken(node_name(wire.node), found)
+        for problem in known[form]:
+            yield Broken(node_name(wire.node), problem)
 
 
 def _unfit(
     schema: onnx.defs.OpSchema, op: str, inputs: tuple[bool, ...], outputs: tuple[bool, ...]
 ) -> Iterator[str]:
-    """Operands that an operator must not have so; each is True if it has a name."""
+    """Describe wrong operands of an operator; `inputs` and `outputs` are True for operands with a name."""
     if not schema.min_input <= len(inputs) <= schema.max_input:
         yield f"{len(inputs)} inputs of {op}"
     elif not schema.min_output <= len(outputs) <= schema.max_output:
@@ -136,20 +138,20 @@ def _unfit(
             yield f"{word} {needed[0]} of {op} is empty"
 
 
-STRUCTURE: tuple[tuple[Callable[[View, Target | None], Iterator[Broken]], str], ...] = (
-    (unknown_opsets, "export the model again, for an opset that this version of onnx knows"),
-    (missing_values, "export the model again; something has removed a node or a tensor and not its readers"),
-    (repeated_values, "give the results of different nodes different names"),
-    (unsorted_nodes, "sort the nodes; no loop can be written without Loop or Scan"),
-    (broken_tensors, "copy the file and its data again, or export the model again"),
-)
-"""The rules without which a file is not a graph at all, and their fixes."""
+STRUCTURE: dict[Callable[[View, Target | None], Iterator[Broken]], str] = {
+    unknown_opsets: "export the model again, for an opset that this version of onnx knows",
+    missing_values: "export the model again; a tool removed a node or a tensor and kept its readers",
+    repeated_values: "give the outputs of different nodes different names",
+    unsorted_nodes: "sort the nodes topologically; write loops with Loop or Scan",
+    broken_tensors: "copy the file and its data again, or export the model again",
+}
+"""Checks that every valid graph passes, with their fixes."""
 
 
 def demand_sound(view: View) -> None:
-    """Raise ExportError for a file that is not a graph: circles, missing and repeated values, tensors whose
-    data do not fit.
+    """Raise ExportError for an invalid graph: unknown opset, cycles, missing or repeated values, or tensors
+    whose data do not fit their shapes.
     """
-    for check, fix in STRUCTURE:
+    for check, fix in STRUCTURE.items():
         for broken in check(view, None):
             raise ExportError(f"{view.file}: {broken.layer}: {broken.found}", fix=fix)

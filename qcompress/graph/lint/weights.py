@@ -1,4 +1,4 @@
-"""What the linter's rules look for in weights: int4, blocks, and their readers; as `checks.py`. No torch."""
+"""Linter checks of weights: int4, blocks and readers; one generator per rule. No torch."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def int4_opset(view: View, target: Target) -> Iterator[Broken]:
 
 
 def int4_target(view: View, target: Target) -> Iterator[Broken]:
-    """One finding: the type is what the device lacks."""
+    """One violation per graph, since the device lacks the type."""
     layers = [layer_name(view, node) for node in weights_of(view) if code_type(view, node) == "INT4"]
     if layers and 4 not in target.weight_bits:
         yield Broken(layers[0], f"int4 codes (weights: {len(layers)})")
 
 
 def _blocked(view: View, node: NodeProto) -> tuple[int, int] | None:
-    """Length of the axis that is cut into blocks, and their size; None without blocks or a known length."""
+    """Length of the blocked axis and the block size; None without blocks or with unknown length."""
     block, place = attribute(node, "block_size", 0), axis_of(view, node)
     if not block or place is None or place[0] not in range(len(place[1])):
         return None
@@ -67,7 +67,9 @@ def int4_channels(view: View, target: Target) -> Iterator[Broken]:
 
 
 def _int4_products(view: View) -> Iterator[tuple[NodeProto, NodeProto, NodeProto]]:
-    """Matmuls of an int4 weight with an int8 activation: the matmul, the weight, the activation."""
+    """Matmuls of an int4 weight and an int8 activation: matmul, and DequantizeLinear of weight and
+    activation.
+    """
     if not any(code_type(view, node) == "INT4" for node in weights_of(view)):
         return
     for node in view.named("MatMul", "Gemm"):
@@ -94,7 +96,7 @@ def int4_block_products(view: View, target: Target) -> Iterator[Broken]:
 
 
 def _rank(view: View, matmul: NodeProto, activation: NodeProto) -> int | None:
-    """Rank of a matmul's input, from any of the tensors between the float one and the matmul."""
+    """Rank of a matmul's activation, from the first known shape between the float tensor and the matmul."""
     quantizer = view.producers.get(operand(activation, 0))
     names = [operand(matmul, 0), operand(activation, 0)]
     names += [operand(quantizer, 0)] if quantizer is not None else []

@@ -29,7 +29,7 @@ from qcompress.encodings import CODES, ENCODINGS, encoding_of
 from qcompress.errors import ExportError
 from qcompress.graph.certificate.points import certify_all
 from qcompress.graph.keep_fp32 import keep_fp32, require_operators
-from qcompress.graph.lint.lint import lint
+from qcompress.graph.lint.lint import lint, refuse_errors
 from qcompress.graph.optimizer import optimize
 from qcompress.graph.sizes import measure_sizes
 from qcompress.models import FAMILIES, graph_signature
@@ -111,12 +111,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
             f"the ONNX file differs from the folded model: {broken or certificate['float_copies']}",
             fix="this is a defect of the exporter: please report it with certificate.json",
         )
-    errors = [finding for finding in findings if finding.severity == "error"]
-    if errors:
-        lines = "\n".join(f"  {finding}" for finding in errors)
-        raise ExportError(
-            f"{target} would refuse or change this graph:\n{lines}", fix="see the fix of each line"
-        )
+    refuse_errors(findings, target, "this graph")
 
 
 def _trace(folded: FoldedModel, family: str, dtype: torch.dtype, options: Export) -> torch.onnx.ONNXProgram:
