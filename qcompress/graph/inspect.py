@@ -1,19 +1,17 @@
-"""What an ONNX file stores: bits, granularity and bytes of every weight, ours or not. No torch.
+"""Listing of the weights in an ONNX file of any origin: bits, granularity and bytes. No torch.
 
 A *weight* is a constant that a matmul, a convolution or Gather reads: through DequantizeLinear, as floats, as
-codes where the operator itself decodes them (ONNX Runtime's own format), or as indices into a table of
-vectors.
-Information bits are counted from the codes that are there: as many as number all values between the smallest
-and the largest code, so that 2-bit codes in an int4 tensor have 4 stored bits and 2 of information.
-Everything that is stored is counted once: a tied table for its first reader, a scale that two layers share
-for the first of them.
+codes that the operator decodes (ONNX Runtime's operators), or as indices into a codebook. Information bits =
+ceil(log2(max_code - min_code + 1)); three levels count as log2(3). For example, 2-bit codes in an int4 tensor
+have 4 stored bits and 2 information bits. Each stored tensor is counted once: a tied table for its first
+reader, a shared scale for its first layer.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,8 @@ from qcompress.graph.tensors import BITS, stored_bytes, type_word
 from qcompress.graph.view import DEQUANTIZE, FLOATS, QUANTIZE, View, attribute, operand, read, result
 
 ENDINGS = re.compile(r"(\.codes|\.assignments|_quantized|(_DQ)?_[qQ]\d|_i4)$")
-"""What tools add to the name of a weight when they store its codes: qcompress, ONNX Runtime's quantizers of 8
-and of 4 bits, nvidia-modelopt.
+"""Suffixes that tools add to the name of a quantized weight: qcompress, ONNX Runtime's 8-bit and 4-bit
+quantizers, nvidia-modelopt.
 """
 
 INTEGERS = ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
@@ -41,7 +39,7 @@ DECODERS = {
     "QLinearMatMul": (3, 4, 5), "QLinearConv": (3, 4, 5), "QGemm": (3, 4, 5), "MatMulInteger": (1, 3),
     "ConvInteger": (1, 3), "MatMulNBits": (1, 2, 3), "GatherBlockQuantized": (0, 2, 3),
 }  # fmt: skip
-"""Operators that read codes: positions of the codes, and of their scales and zero points."""
+"""Operators that read codes: input positions of the codes, and of their scales and zero points."""
 
 
 @dataclass(frozen=True)
@@ -50,31 +48,29 @@ class Weight:
 
     name: str
     readers: tuple[str, ...]
-    """Operators that compute with it."""
+    """Operators that compute with the weight."""
     shape: tuple[int, ...]
     stored: str
-    """Element type of the file."""
+    """Element type in the file."""
     stored_bits: float
     information_bits: float
-    """Bits that number every code between the smallest and the largest, log2(3) for three of them; as stored
-    for floats.
-    """
+    """ceil(log2(max_code - min_code + 1)), log2(3) for three levels; `stored_bits` for floats."""
     granularity: str
-    """`tensor`, `channel`, `block N`, `vectors of N` of a codebook, or empty for a float weight."""
+    """`tensor`, `channel`, `block N`, `vectors of N` for a codebook, or empty for a float weight."""
     input: str
-    """Type in which its other operand comes: int8, float; empty for a table."""
+    """Type of the other operand: int8 or float, empty for a table."""
     bytes: int
-    """Codes, scales and zero points."""
+    """Bytes of codes, scales and zero points."""
     share: float
-    """Of the file and its data."""
+    """Fraction of the file and its external data."""
 
 
 def contents(file: Path) -> dict[str, Any]:
-    """The weights in the order in which the graph reads them, and totals in bytes: {"weights": [...],
-    "totals": {"weights", "float", "other", "graph", "file"}, "nodes": {operator: count}}.
+    """List the weights in the order in which the graph reads them, and totals in bytes: {"weights": [...],
+    "totals": {"weights", "float", "other", "graph", "file", "elements"}, "nodes": {operator: count}}.
 
-    `float` are float tensors that are no weights (biases, norms), `other` index and shape constants, `graph`
-    what is left of the file: nodes and names.
+    `float`: float tensors that are not weights (biases, norms); `other`: index and shape constants; `graph`:
+    the rest of the file, which holds nodes and names; `elements`: number of weights.
     """
     view = read(file)
     demand_sound(view)
@@ -84,7 +80,7 @@ def contents(file: Path) -> dict[str, Any]:
     counted: set[str] = set()
     books = lookups(view)
     weights = [
-        _looked_up(view, books[name], counted, size)
+        _codebook(view, books[name], counted, size)
         if name in books
         else _weight(view, name, nodes, counted, size)
         for name, nodes in _stored(view).items()
@@ -110,38 +106,39 @@ def contents(file: Path) -> dict[str, Any]:
 
 
 def _stored(view: View) -> dict[str, list[NodeProto]]:
-    """For each stored weight the nodes that read it: its DequantizeLinear nodes, or what computes with its
+    """Map each stored weight to its readers: DequantizeLinear nodes, or the operators that compute with its
     floats or codes.
     """
-    found: dict[str, list[NodeProto]] = {}
+    weights: dict[str, list[NodeProto]] = {}
     decoders = {id(node) for node in weights_of(view)}
     for node in view.nodes:
-        if id(node) in decoders:
-            name = view.root(operand(node, 0))
+        if id(node) in decoders or node.op_type in DECODERS:
+            name = view.root(operand(node, DECODERS.get(node.op_type, (0,))[0]))
             if name in view.constants and len(view.constants[name].dims) > 1:
-                found.setdefault(name, []).append(node)
-        elif node.op_type in DECODERS:
-            name = view.root(operand(node, DECODERS[node.op_type][0]))
-            if name in view.constants and len(view.constants[name].dims) > 1:
-                found.setdefault(name, []).append(node)
+                weights.setdefault(name, []).append(node)
         elif node.op_type in READERS:
             for index in (0, 1):
                 name = view.root(operand(node, index)) if operand(node, index) in view.fixed else ""
                 tensor = view.constants.get(name)
                 is_weight = tensor is not None and len(tensor.dims) > 1 and tensor.data_type in FLOATS
-                if is_weight and (name not in found or found[name][0].op_type in READERS):
-                    found.setdefault(name, []).append(node)
-    return found
+                if is_weight and (name not in weights or weights[name][0].op_type in READERS):
+                    weights.setdefault(name, []).append(node)
+    return weights
+
+
+def _count(view: View, parts: Iterable[str], counted: set[str]) -> int:
+    """Bytes of the stored tensors among `parts` that are not yet in `counted`; adds them to it."""
+    fresh = {part for part in parts if part in view.constants} - counted
+    counted |= fresh
+    return sum(stored_bytes(view.constants[part]) for part in fresh)
 
 
 def _weight(view: View, name: str, nodes: list[NodeProto], counted: set[str], size: int) -> Weight:
+    """List a weight with its readers `nodes`; `size`: bytes of the file and its external data."""
     first, readers = nodes[0], nodes
     if first.op_type == DEQUANTIZE:
         readers = [reader for node in nodes for reader in users_of(view, result(node), MOVES)]
-    parts = [name, *(part for node in nodes for part in _parameters(view, node))]
-    fresh = [part for part in dict.fromkeys(parts) if part in view.constants and part not in counted]
-    counted.update(fresh)
-    own = sum(stored_bytes(view.constants[part]) for part in fresh)
+    own = _count(view, [name, *(part for node in nodes for part in _parameters(view, node))], counted)
     stored, bits = _bits(view, first, name)
     return Weight(
         name=_short(name),
@@ -157,10 +154,9 @@ def _weight(view: View, name: str, nodes: list[NodeProto], counted: set[str], si
     )
 
 
-def _looked_up(view: View, book: Lookup, counted: set[str], size: int) -> Weight:
-    fresh = [part for part in dict.fromkeys(book.parts) if part not in counted]
-    counted.update(fresh)
-    own = sum(stored_bytes(view.constants[part]) for part in fresh)
+def _codebook(view: View, book: Lookup, counted: set[str], size: int) -> Weight:
+    """List a codebook weight; `size`: bytes of the file and its external data."""
+    own = _count(view, book.parts, counted)
     bits = BITS.get(_word(view, book.indices), 8) / book.block
     table = FLOATS.get(view.constants[book.table].data_type, _word(view, book.table).lower())
     return Weight(
@@ -178,7 +174,7 @@ def _looked_up(view: View, book: Lookup, counted: set[str], size: int) -> Weight
 
 
 def _parameters(view: View, node: NodeProto) -> Iterator[str]:
-    """Scales, zero points and bounds of codes on the way from a stored weight to the node that reads it."""
+    """Names of scales, zero points and Clip bounds on the path from a stored weight to its reader `node`."""
     yield from (operand(node, index) for index in DECODERS.get(node.op_type, ())[1:])
     for before in _way(view, node) if node.op_type == DEQUANTIZE else ():
         if before.op_type in (DEQUANTIZE, QUANTIZE, "Clip"):
@@ -186,8 +182,8 @@ def _parameters(view: View, node: NodeProto) -> Iterator[str]:
 
 
 def _way(view: View, node: NodeProto | None) -> Iterator[NodeProto]:
-    """A DequantizeLinear and the nodes before it, back to the stored tensor."""
-    for _ in view.nodes:  # a malformed graph may go in circles
+    """DequantizeLinear and its predecessors along the first input, back to the stored tensor."""
+    for _ in view.nodes:  # a malformed graph may have cycles
         if node is not None:
             view.steps.take()
             yield node
@@ -196,13 +192,13 @@ def _way(view: View, node: NodeProto | None) -> Iterator[NodeProto]:
 
 
 def _packed(view: View, node: NodeProto, name: str) -> int:
-    """Bits of one code of those that ONNX Runtime packs into bytes by itself, 0 of what ONNX packs."""
+    """Bits of one code if ONNX Runtime's operator unpacks it from bytes, else 0."""
     is_packed = node.op_type in ("MatMulNBits", "GatherBlockQuantized")
     return attribute(node, "bits", 4) if is_packed and BITS.get(_word(view, name)) == 8 else 0
 
 
 def _shape(view: View, node: NodeProto, name: str) -> tuple[int, ...]:
-    """As the operator computes with it: packed codes are as long again."""
+    """Logical shape of a weight; codes packed into bytes are unpacked."""
     *outer, last = view.constants[name].dims
     if node.op_type == "MatMulNBits":
         return attribute(node, "K", 0), attribute(node, "N", 0)
@@ -218,7 +214,7 @@ def _short(name: str) -> str:
 
 
 def _bits(view: View, node: NodeProto, name: str) -> tuple[str, float]:
-    """Element type as stored, and bits of information."""
+    """Stored element type, and information bits."""
     kind = _word(view, name)
     if bits := _packed(view, node, name):
         return kind.lower(), bits
@@ -239,7 +235,7 @@ def _information(codes: np.ndarray) -> float:
 
 
 def _bounds(view: View, node: NodeProto) -> float | None:
-    """Bits of the codes that a Clip lets through before they are decoded, None without one."""
+    """Information bits of the codes behind a Clip in front of DequantizeLinear, None without a Clip."""
     for before in _way(view, node):
         if before.op_type == "Clip":
             ends = [view.values(operand(before, index)) for index in (1, 2)]
@@ -259,7 +255,7 @@ def _granularity(view: View, node: NodeProto) -> str:
 
 
 def _input(view: View, readers: list[NodeProto]) -> str:
-    """Type of the codes that the other operand is, or is decoded from; float if there are none."""
+    """Code type of the other operand of `readers`; float if it has no codes."""
     kinds = set()
     for node in readers:
         if "Gather" in node.op_type or node.op_type not in (*READERS, *DECODERS):
@@ -277,11 +273,11 @@ def _code_word(view: View, name: str) -> str:
     return word.lower() if source is not None or word in INTEGERS else "float"
 
 
-def summary(found: dict[str, Any]) -> str:
-    """Totals in words."""
-    totals = found["totals"]
+def summary(content: dict[str, Any]) -> str:
+    """One-sentence summary of the totals of `contents`."""
+    totals = content["totals"]
     bits = 8 * totals["weights"] / max(totals["elements"], 1)
-    pairs = found["nodes"].get(QUANTIZE, 0)
+    pairs = content["nodes"].get(QUANTIZE, 0)
     return (
         f"{totals['file']:,} bytes: weights {totals['weights']:,} ({bits:.2f} bits each, with scales), "
         f"other floats {totals['float']:,}, other tensors {totals['other']:,}, graph {totals['graph']:,}; "
