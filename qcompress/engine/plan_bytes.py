@@ -1,10 +1,10 @@
-"""How many bytes an engine of quantized weights may have. No torch.
+"""Size limit of an engine with quantized weights. No torch.
 
-TensorRT stores a tensor once for each node that uses it, so a table shared by an embedding and a head counts
-twice, and adds kernels and tables: some 10 MB for a transformer, 27 MB for a detector of 83 convolutions. An
-engine beyond the limit is searched for float copies of the weights (`plan_content.py`). It is refused where
-they break the limit, and told of where the size has another cause. Small engines pass: the check says
-something from some 50 MB of weights on.
+TensorRT stores a tensor once per node that uses it, so a table shared by an embedding and a head counts
+twice. It adds kernels and tables: about 10 MB for a transformer, 27 MB for a detector of 83 convolutions. An
+engine above the limit is searched for float copies of the weights (`plan_content.py`). It is refused if the
+copies exceed the limit; otherwise a warning gives its size. The check is effective from about 50 MB of
+weights on; small engines pass.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from qcompress.graph.tensors import bytes_as, type_word
 from qcompress.graph.view import DEQUANTIZE, QUANTIZE, View, operand, read, result
 
 PERCENT = 110
+"""Limit in percent of the predicted bytes."""
+
 CONSTANT = 12 * 2**20
+"""Bytes added to the limit for kernels and tables."""
+
 LEAN_RUNTIME = 64 * 2**20
-"""Room for what a version-compatible plan carries; nowhere measured yet."""
+"""Bytes added to the limit for the lean runtime in a version-compatible plan; an estimate, not measured."""
 
 WIDE = "INT32"
-"""How an engine stores indices into a codebook, whatever the file does: as its Gather takes them."""
+"""Type in which an engine stores codebook indices, for every type in the file: the input type of Gather."""
 
 
 def predicted_bytes(file: Path | View) -> int:
-    """Bytes of a file's tensors, each as often as nodes use it: what its engine stores."""
+    """Predict the bytes that an engine stores: the file's tensors, each once per node that uses it."""
     view = file if isinstance(file, View) else read(file)
     wide = {book.indices for book in lookups(view).values()}
     return sum(
@@ -40,7 +44,7 @@ def predicted_bytes(file: Path | View) -> int:
 
 
 def _engine_type(view: View, name: str, tensor: TensorProto) -> str:
-    """The builder rounds a float weight that nothing but QuantizeLinear reads, and stores its codes."""
+    """Element type in the engine; a float tensor that only QuantizeLinear reads is stored as codes."""
     kinds = {
         code_type(view, node) if node.op_type == QUANTIZE and operand(node, 0) == name else ""
         for node in view.readers.get(name, [])
@@ -49,7 +53,7 @@ def _engine_type(view: View, name: str, tensor: TensorProto) -> str:
 
 
 def _uses(view: View, name: str) -> int:
-    """Nodes that compute with a tensor; one behind its Q/DQ nodes counts for itself."""
+    """Number of nodes that compute with a tensor, directly or behind its Q/DQ nodes; at least 1."""
     names, users = {name}, view.readers.get(name, [])
     for op in (QUANTIZE, DEQUANTIZE):
         coders = {
@@ -65,30 +69,29 @@ def _uses(view: View, name: str) -> int:
 
 
 def limit_bytes(predicted: int, *, lean_runtime: bool = False) -> int:
-    """Largest engine for so many predicted bytes that is not searched for float weights; a version-compatible
-    one carries a runtime.
+    """Size limit above which an engine is searched for float weights; `lean_runtime`: the plan is
+    version-compatible and contains a runtime.
     """
     return predicted * PERCENT // 100 + CONSTANT + (LEAN_RUNTIME if lean_runtime else 0)
 
 
 def check_plan(plan: Path, predicted: int, view: View, *, lean_runtime: bool = False) -> tuple[int, str]:
-    """Bytes of an engine of the graph `view`, and a warning where they are beyond the limit, or no text.
+    """Return the bytes of an engine of the graph `view`, and a warning if they are above the limit, else "".
 
-    Raises ExportError where float copies of the quantized weights lie in the engine and are alone enough to
-    break the limit.
+    Raises ExportError if the engine contains float copies of quantized weights that alone exceed the limit.
     """
     size, limit = plan.stat().st_size, limit_bytes(predicted, lean_runtime=lean_runtime)
     if size <= limit:
         return size, ""
     copies = float_copies(plan, view)
-    said = f"{plan.name} has {size:,} bytes where the integer weights predict {predicted:,} (limit {limit:,})"
-    held = f"{len(copies)} quantized weights lie in it as floats, {sum(copies.values()):,} bytes more"
+    text = f"{plan.name} has {size:,} bytes where the integer weights predict {predicted:,} (limit {limit:,})"
+    floats = f"{len(copies)} quantized weights lie in it as floats, {sum(copies.values()):,} bytes more"
     if predicted + sum(copies.values()) > limit:
         largest = max(copies, key=copies.__getitem__)
         raise ExportError(
-            f"{said}: the engine holds float weights; {held}, {largest} the largest",
-            fix="run `qcompress lint` on the model; look for weights whose DequantizeLinear feeds no matmul",
+            f"{text}: the engine holds float weights; {floats}, {largest} the largest",
+            fix="run `qcompress lint` on the model; find weights whose DequantizeLinear feeds no matmul",
         )
     if copies:
-        return size, f"{said}; {held}; the rest is not weights"
-    return size, f"{said}; no float copy of a quantized weight is in it: kernels and tables take the rest"
+        return size, f"{text}; {floats}; the rest is not weights"
+    return size, f"{text}; no float copy of a quantized weight is in it: kernels and tables take the rest"

@@ -1,15 +1,15 @@
-"""Float copies of quantized weights inside a serialized engine. No torch.
+"""Search for float copies of quantized weights inside a serialized engine. No torch.
 
-TensorRT may decode integer weights when it builds, and store them as floats: the engine runs, and the
-compression is lost. The size alone does not show it, since kernels take megabytes as well. A float copy of
-a weight is looked for by its values: codes * scale are known exactly, and a copy holds each of them as often
-as the weight does, in whatever order its layout has.
+TensorRT may decode integer weights at build time and store them as floats: the engine runs, but the
+compression is lost. The engine's size does not prove it, since kernels take megabytes too. The search
+compares values: codes * scale is known exactly, and a copy holds each value as often as the weight does, in
+any layout.
 
-    fp32         single values, so that no order matters
-    fp16, bf16   pairs of neighbours along one of the axes: 16 bits alone occur everywhere
+    fp32         single values, independent of the layout
+    fp16, bf16   pairs of neighbours along one axis, since single 16-bit words occur everywhere
 
-A sample of the values of each weight is counted in the plan, at every offset of a byte, each at most as often
-as in the weight; a weight half of whose sample is there has a copy.
+A sample of the values of each weight is counted in the plan at every byte offset, each value at most as often
+as in the weight. A weight has a copy if half of its sample is found.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from qcompress.graph.qdq import weights_of
 from qcompress.graph.view import DEQUANTIZE, QUANTIZE, View, attribute, operand
 
 SAMPLE = 1024
-"""Values, or pairs, of a weight that are looked for."""
+"""Number of values, or pairs, of a weight that are searched for."""
 
 PORTION = 2**20
-"""Most elements of a weight that are decoded."""
+"""Maximum number of elements of a weight that are decoded."""
 
 LEAST = 256
-"""Smallest weight that is looked for: a few equal words prove nothing."""
+"""Elements of the smallest weight that is searched for: a few equal words are not evidence."""
 
 SHARE = 0.5
+"""Fraction of the sample that a float copy contains."""
+
 CHUNK = 2**24
 """Bytes of a plan that are searched at once."""
 
@@ -44,38 +46,40 @@ HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 @dataclass(frozen=True)
 class _Form:
-    """One way in which a weight may lie in the plan as floats."""
+    """One float representation of a weight, with a sample of its words."""
 
     weight: str
     words: np.ndarray
     """Sampled words, uint32, sorted."""
     times: np.ndarray
-    """How often each occurs in the weight."""
+    """Occurrences of each word in the weight."""
     more_bytes: int
-    """What this form of the whole weight takes beyond its integers."""
+    """Bytes that this representation takes beyond the weight's integers."""
 
 
 def float_copies(plan: Path, view: View) -> dict[str, int]:
-    """Quantized weights that lie in the plan as floats, with the bytes each takes beyond its integers."""
+    """Find quantized weights that the plan stores as floats; returns the bytes beyond the integers, by
+    weight.
+    """
     forms = [form for name, values, stored in _weights(view) for form in _forms(name, values, stored)]
     if not forms:
         return {}
     counts = _counted(plan, np.unique(np.concatenate([form.words for form in forms])))
-    found: dict[str, int] = {}
+    copies: dict[str, int] = {}
     for form in forms:
         if np.minimum(counts(form.words), form.times).sum() >= SHARE * form.times.sum():
-            found[form.weight] = max(found.get(form.weight, 0), form.more_bytes)
-    return found
+            copies[form.weight] = max(copies.get(form.weight, 0), form.more_bytes)
+    return copies
 
 
 # Weights ------------------------------------------------------------------------------------------
 
 
 def _weights(view: View) -> Iterator[tuple[str, np.ndarray, tuple[int, float]]]:
-    """Name, decoded values (a portion of large ones), and count of elements with their stored bits."""
+    """Name, decoded values (a portion of a large weight), element count and stored bits."""
     tables = lookups(view)
     for book in tables.values():
-        if (values := _looked_up(view, book)) is not None:
+        if (values := _codebook_values(view, book)) is not None:
             yield book.indices, values, (int(np.prod(book.shape)), book.information_bits)
     own = {part for book in tables.values() for part in book.parts}
     for node in weights_of(view):
@@ -89,12 +93,13 @@ def _weights(view: View) -> Iterator[tuple[str, np.ndarray, tuple[int, float]]]:
 
 
 def _values(view: View, name: str) -> np.ndarray:
+    """Values of a stored tensor, empty if there is none of this name."""
     values = view.values(name)
     return np.zeros(0, np.float32) if values is None else values
 
 
 def _decoded(view: View, node: NodeProto, quantize: NodeProto | None) -> Iterator[np.ndarray]:
-    """Values behind a DequantizeLinear; of a float weight in front of the pair, that weight too."""
+    """Output values of a DequantizeLinear; for a float weight with a Q/DQ pair, also the float weight."""
     scale = _values(view, operand(node, 1))
     zero = _values(view, operand(node, 2)) if operand(node, 2) else np.zeros(1, np.int32)
     if not scale.size:
@@ -112,7 +117,7 @@ def _decoded(view: View, node: NodeProto, quantize: NodeProto | None) -> Iterato
 
 
 def _spread(part: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
-    """Scales or zero points with one for each element."""
+    """Expand scales or zero points to one per element."""
     if part.size == 1:
         return np.broadcast_to(part.reshape([1] * len(shape)), shape)
     if block:
@@ -122,8 +127,8 @@ def _spread(part: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> 
     return np.broadcast_to(part.reshape(sizes), shape)
 
 
-def _looked_up(view: View, book: Lookup) -> np.ndarray | None:
-    """Vectors of a table in the order of the indices, [a, b, block]."""
+def _codebook_values(view: View, book: Lookup) -> np.ndarray | None:
+    """Decoded vectors of a codebook in the order of the indices, [a, b, block]; None without stored data."""
     table, indices = _values(view, book.table), _values(view, book.indices)
     for node in view.readers.get(book.table, []):
         if node.op_type == DEQUANTIZE:
@@ -135,7 +140,7 @@ def _looked_up(view: View, book: Lookup) -> np.ndarray | None:
 
 
 def _forms(name: str, values: np.ndarray, stored: tuple[int, float]) -> Iterator[_Form]:
-    """The words of a weight in every float type and order."""
+    """Representations of a weight in every float type and pair axis."""
     count, bits = stored
     if count < LEAST:
         return
@@ -151,6 +156,7 @@ def _forms(name: str, values: np.ndarray, stored: tuple[int, float]) -> Iterator
 
 
 def _form(name: str, words: np.ndarray, more_bytes: int) -> Iterator[_Form]:
+    """Sample the words of one representation; nothing for too few words."""
     if words.size >= LEAST // 2:
         chosen = np.unique(words[:: max(1, words.size // SAMPLE)])
         words, times = np.unique(words[np.isin(words, chosen)], return_counts=True)
@@ -158,7 +164,9 @@ def _form(name: str, words: np.ndarray, more_bytes: int) -> Iterator[_Form]:
 
 
 def _ordinary(row: np.ndarray, half: np.dtype) -> np.ndarray:
-    """Pairs of two normal numbers: others look like small integers, which are everywhere in a plan."""
+    """Mask of the pairs of two normal numbers: other pairs look like small integers, which are common in a
+    plan.
+    """
     normal = np.abs(row.astype(np.float32)) >= float(ml_dtypes.finfo(half).tiny)
     return normal[: row.size // 2 * 2].reshape(-1, 2).all(1)
 
@@ -167,9 +175,9 @@ def _ordinary(row: np.ndarray, half: np.dtype) -> np.ndarray:
 
 
 def _counted(plan: Path, wanted: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """How often sorted words occur in the plan, as a function of some of them."""
+    """Count the sorted words `wanted` in the plan; returns a function from words to counts."""
     counts = np.zeros(len(wanted), np.int64)
-    # most words of a plan begin with 16 bits that no wanted word begins with
+    # the upper 16 bits of most words of a plan differ from those of all wanted words
     beginnings = np.zeros(2**16, bool)
     beginnings[wanted >> 16] = True
     data = np.memmap(plan, np.uint8, "r") if plan.stat().st_size else np.empty(0, np.uint8)

@@ -1,1 +1,1 @@
-"""An ONNX graph: one view of it, Q/DQ pairs, sizes, lint, certificate, graphs made elsewhere. No torch."""
+"""ONNX graphs: view, Q/DQ pairs, sizes, lint, certificate, and external graphs. No torch."""

@@ -1,6 +1,6 @@
-"""A child process that writes an ONNX file anew, with its functions in the places of their calls.
+"""Child process that inlines the functions of an ONNX file and writes the result.
 
-The inliner is native code, and a file of unknown origin may end its process: this one, and not the caller's.
+The inliner is native code that a file of unknown origin may crash; a separate process protects the caller.
 `python -m qcompress.graph.inline FROM TO MIB`; no torch.
 """
 
@@ -15,6 +15,7 @@ from qcompress.system.memory import limit_memory
 
 
 def main(arguments: list[str]) -> None:
+    """Inline FROM into TO with at most MIB of memory."""
     source, result, mib = arguments
     limit_memory(int(mib))
     model = onnx.load(source, format="protobuf", load_external_data=False)

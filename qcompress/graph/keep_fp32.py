@@ -1,7 +1,7 @@
-"""Operators of a half-precision graph that compute in fp32: a Cast before, a Cast behind, parameters in fp32.
+"""Conversion of operators in a half-precision graph to fp32: Cast before and behind, parameters in fp32.
 
-Sums of squares and of exponentials are what overflows or loses most in fp16; everything between two such
-operators, matmuls above all, stays in the compute type.
+Sums of squares (norms) and of exponentials (softmax) overflow or lose precision in fp16. All other operators,
+mainly matmuls, stay in the compute type.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import onnx_ir as ir
 from qcompress.errors import ExportError
 
 OPERATORS = {"norm": "LayerNormalization", "softmax": "Softmax"}
-"""What `export.keep_fp32` names, in ONNX."""
+"""ONNX operators by their names in `export.keep_fp32`."""
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def require_operators(model: ir.Model, kinds: Collection[str]) -> None:
-    """Refuse a kind that the graph has in no half precision: keeping it in fp32 would do nothing."""
+    """Raise ExportError for a kind without half-precision operators: keeping it would have no effect."""
     there = {node.op_type for node in model.graph if any(one and one.dtype in HALVES for one in node.inputs)}
     for kind in kinds:
         if OPERATORS[kind] not in there:
@@ -34,10 +34,10 @@ def require_operators(model: ir.Model, kinds: Collection[str]) -> None:
 
 
 def keep_fp32(model: ir.Model, kinds: Collection[str], parameters: Mapping[str, np.ndarray]) -> int:
-    """Let every operator of these kinds compute in fp32; returns how many did not.
+    """Convert all half-precision operators of these kinds to fp32; returns their number.
 
-    `parameters` are the fp32 values of the model's float tensors, by the names of its initializers: a norm
-    gets those of the initializer that it reads.
+    `parameters`: fp32 values of the model's float tensors, by initializer name. A norm's scale and bias get
+    these values and not their half-precision ones.
     """
     wanted = {OPERATORS[kind] for kind in kinds}
     nodes = [node for node in model.graph if node.op_type in wanted and node.inputs[0].dtype in HALVES]
@@ -54,6 +54,7 @@ def keep_fp32(model: ir.Model, kinds: Collection[str], parameters: Mapping[str, 
 
 
 def _cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
+    """Build a Cast of `value` whose output is called `name`."""
     node = ir.node("Cast", [value], attributes={"to": to}, name=f"{name}/Cast")
     node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, to, value.shape
     return node
@@ -62,8 +63,8 @@ def _cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
 def _widened(
     model: ir.Model, value: ir.Value, nodes: Sequence[ir.Node], parameters: Mapping[str, np.ndarray]
 ) -> ir.Value:
-    """A parameter in fp32. The exporter stores equal tensors once, so another kind of node may read it too:
-    that one keeps its own.
+    """Return a parameter as fp32. It is converted in place, or copied if other nodes than `nodes` read it,
+    since the exporter stores equal tensors once.
     """
     array = parameters.get(value.name, value.const_value.numpy()).astype(np.float32)
     wide, name = value, value.name
@@ -78,7 +79,7 @@ def _widened(
 
 
 def _narrow_again(model: ir.Model, node: ir.Node, half: ir.DataType) -> None:
-    """A Cast behind, which takes the name that readers know."""
+    """Insert a Cast to `half` behind a node; the Cast's output gets the name of the node's output."""
     output = node.outputs[0]
     name, output.name, output.dtype = output.name, f"{output.name}/fp32", ir.DataType.FLOAT
     users = list(output.uses())

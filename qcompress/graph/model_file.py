@@ -1,8 +1,7 @@
-"""Reads an ONNX file of unknown origin into a message of bounded size. No torch.
+"""Reader of ONNX files of unknown origin, with bounded memory. No torch.
 
-A file is refused before it is parsed where it is not a regular file, too large for the format, or cut short.
-Functions are put in the places of their calls only where the result is of a believable size. External data
-are taken from the file's own folder only.
+Files that are not regular, too large for the format or truncated are refused before parsing. Functions are
+inlined only if the result has a plausible size. External data must be inside the file's folder.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from qcompress.system.memory import bounded
 from qcompress.system.untrusted_file import demand_file, misfit_of
 
 LARGEST_FILE = 2**31 - 1
-"""Most bytes of a protobuf message."""
+"""Maximum bytes of a protobuf message."""
 
 PARSED_MIB = 256
-"""Memory for the message of a small file."""
+"""Memory limit for parsing a small file."""
 
 MOST_FIELDS = 1_000_000
-"""Most nodes, tensors and declared values of a graph that are read."""
+"""Maximum number of nodes, tensors and declared values of a graph."""
 
 MOST_NODES, MOST_BYTES = 500_000, 2**26
-"""Most nodes and bytes that the functions of a file may become in the places of their calls."""
+"""Maximum nodes and bytes of a graph after its functions are inlined."""
 
 INLINER_MIB, INLINER_S = 1024, 120
-"""Memory of the process that inlines functions, beside that of the file itself."""
+"""Memory (in addition to the file's size) and time limit of the process that inlines functions."""
 
 ENDLESS = 10**15
-"""Where counting ends."""
+"""Upper bound of node and byte counts."""
 
 GRAPH = 7
 """Number of the field `graph` in ModelProto."""
@@ -49,17 +48,17 @@ AGAIN = "export it again, and copy it whole"
 
 
 def load(file: Path) -> ModelProto:
-    """The model without its external data, its functions in the places of their calls."""
+    """Load a model without its external data, with its functions inlined."""
     demand_file(file, ExportError, limit=LARGEST_FILE, fix="name an ONNX file")
     model = _parsed(file, file)
     if not model.graph.node:
-        raise ExportError(f"{file} holds no graph", fix="name an ONNX file that an exporter has finished")
+        raise ExportError(f"{file} holds no graph", fix="name an ONNX file with at least one node")
     return _inlined(file, model) if model.functions else model
 
 
 def _parsed(file: Path, shown: Path) -> ModelProto:
-    """The message in a file. The memory that it may take is bounded by the file's size: a message of two
-    bytes takes a hundred when it is parsed.
+    """Parse a file; messages name it `shown`. Memory is limited in proportion to the file's size, since two
+    bytes can become a hundred when they are parsed.
     """
     allowance = PARSED_MIB * 2**20 + 3 * file.stat().st_size
     try:
@@ -69,7 +68,7 @@ def _parsed(file: Path, shown: Path) -> ModelProto:
     except (DecodeError, OSError, MemoryError) as error:
         if isinstance(error, MemoryError) or "alloc" in str(error):
             raise ExportError(
-                f"{shown} takes more than {allowance >> 20:,} MiB of memory when it is parsed, and has "
+                f"{shown} needs more than {allowance >> 20:,} MiB of memory to parse, and has "
                 f"{file.stat().st_size:,} bytes",
                 fix="do not trust this file; export the model again",
             ) from None
@@ -80,8 +79,8 @@ def _parsed(file: Path, shown: Path) -> ModelProto:
 
 
 def _scan(file: Path, shown: Path) -> None:
-    """Walk the fields of the model and of its graph without reading their content. A field that ends beyond
-    the file and a graph of more fields than are read are refused; parsing would take the memory first.
+    """Walk the fields of the model and its graph without reading their content. Refuses a field that ends
+    beyond the file and a graph with too many fields, before parsing allocates memory.
     """
     if not file.stat().st_size:
         raise ExportError(f"{shown} is empty", fix=AGAIN)
@@ -121,7 +120,7 @@ def _fields(content: mmap.mmap, place: int, end: int) -> Iterator[tuple[int, int
 
 
 def _varint(content: mmap.mmap, place: int, end: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and the place behind it."""
+    """Decode a protobuf varint; returns the number and the position behind it."""
     value = 0
     for shift in range(0, 70, 7):
         if place >= end:
@@ -142,14 +141,14 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class _Size:
-    """Size of a function in the place of one call."""
+    """Size of a function after inlining one call."""
 
     nodes: int
     bytes: int
 
 
 def _inlined(file: Path, model: ModelProto) -> ModelProto:
-    """The model with its functions in the places of their calls; made by a process of its own."""
+    """Inline the functions of a model in a child process. Raises ExportError if that fails."""
     _bound_expansion(file, model)
     with tempfile.TemporaryDirectory(prefix="qcompress-inline-") as folder:
         result = Path(folder) / "model.onnx"
@@ -166,13 +165,13 @@ def _inlined(file: Path, model: ModelProto) -> ModelProto:
         except subprocess.TimeoutExpired:
             reason = f"not done after {INLINER_S} s"
     raise ExportError(
-        f"{file}: its functions cannot be put in the places of their calls ({reason})",
+        f"{file}: its functions cannot be inlined ({reason})",
         fix="export the model without functions",
     )
 
 
 def _bound_expansion(file: Path, model: ModelProto) -> None:
-    """Refuse functions that call themselves, and those whose calls would become too large a graph."""
+    """Raise ExportError for functions that call themselves or whose inlining makes the graph too large."""
     functions = {_key(function): function for function in model.functions}
     sizes: dict[Key, _Size] = {}
     for key in _callees_first(file, functions):
@@ -181,23 +180,25 @@ def _bound_expansion(file: Path, model: ModelProto) -> None:
     if whole.nodes > MOST_NODES or whole.bytes > MOST_BYTES + 4 * model.ByteSize():
         size = f"{_about(whole.nodes)} nodes and {_about(whole.bytes)} bytes"
         raise ExportError(
-            f"{file}: its functions become {size} in the places of their calls, and at most "
-            f"{MOST_NODES:,} nodes and {MOST_BYTES:,} bytes are read",
+            f"{file}: its functions become {size} when inlined, and the limit is {MOST_NODES:,} nodes and "
+            f"{MOST_BYTES:,} bytes",
             fix="export the model without functions",
         )
 
 
 def _about(count: int) -> str:
+    """Format a count that may have reached its upper bound."""
     return f"{count:,}" if count < ENDLESS else "more than 10^15"
 
 
 def _key(function: FunctionProto | NodeProto) -> Key:
+    """Key of a function, or of the function that a node calls."""
     name = function.name if isinstance(function, FunctionProto) else function.op_type
     return function.domain, name, function.overload
 
 
 def _expanded(nodes: Iterator[NodeProto], own: int, sizes: Mapping[Key, _Size]) -> _Size:
-    """Nodes and bytes of `nodes`, subgraphs too, when every call of a sized function is its body."""
+    """Size of `nodes` and their subgraphs after inlining the functions in `sizes`; `own`: their bytes."""
     count, size = 0, own
     for node in _all_nodes(nodes):
         called = sizes.get(_key(node))
@@ -207,6 +208,7 @@ def _expanded(nodes: Iterator[NodeProto], own: int, sizes: Mapping[Key, _Size]) 
 
 
 def _all_nodes(nodes: Iterator[NodeProto]) -> Iterator[NodeProto]:
+    """Nodes, including those of subgraphs."""
     for node in nodes:
         yield node
         for item in node.attribute:
@@ -215,7 +217,7 @@ def _all_nodes(nodes: Iterator[NodeProto]) -> Iterator[NodeProto]:
 
 
 def _callees_first(file: Path, functions: Mapping[Key, FunctionProto]) -> list[Key]:
-    """The functions, each after those that it calls. Raises ExportError for a circle of calls."""
+    """Functions in topological order, callees first. Raises ExportError for recursive calls."""
     order: list[Key] = []
     state: dict[Key, str] = {}
     for first in functions:
@@ -243,13 +245,13 @@ def _callees_first(file: Path, functions: Mapping[Key, FunctionProto]) -> list[K
 
 
 def subgraphs(item: AttributeProto) -> tuple[GraphProto, ...]:
-    """The graphs that an attribute holds, whatever type it claims."""
+    """Graphs that an attribute holds; its declared type is ignored."""
     own = (item.g,) if item.HasField("g") else ()
     return (*own, *item.graphs) if item.graphs else own
 
 
 def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
-    """A graph, and those inside its nodes."""
+    """Yield a graph and its subgraphs."""
     yield graph
     for node in graph.node:
         for item in node.attribute:
@@ -258,7 +260,7 @@ def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def stored_tensors(graphs: tuple[GraphProto, ...]) -> Iterator[tuple[str, TensorProto]]:
-    """Every stored tensor with a name to call it by: those of attributes and of sparse tensors, too."""
+    """Yield all stored tensors with a name for messages, including those of attributes and sparse tensors."""
     for graph in graphs:
         yield from ((tensor.name, tensor) for tensor in graph.initializer)
         for sparse in graph.sparse_initializer:
@@ -274,8 +276,9 @@ def stored_tensors(graphs: tuple[GraphProto, ...]) -> Iterator[tuple[str, Tensor
 
 
 def data_files(file: Path, graphs: tuple[GraphProto, ...]) -> tuple[Path, ...]:
-    """Where external data lie. Every place is checked, also of tensors that are not read here: TensorRT reads
-    external data itself.
+    """Paths of the external data. The locations of all tensors are checked, including tensors that are not
+    read here, because TensorRT reads external data itself. Raises ExportError for a location outside the
+    file's folder or a missing file.
     """
     folder, locations = file.parent.resolve(), {}
     for name, tensor in stored_tensors(graphs):
@@ -287,17 +290,17 @@ def data_files(file: Path, graphs: tuple[GraphProto, ...]) -> tuple[Path, ...]:
                 f"{file}: the data of tensor {name!r} lie outside the model's folder, at {location!r}",
                 fix="do not trust this file; export the model again with its data beside it",
             )
-        if found := misfit_of(folder / location):
-            found = found.replace("does not exist", "is missing")
+        if problem := misfit_of(folder / location):
+            problem = problem.replace("does not exist", "is missing")
             raise ExportError(
-                f"{file}: {location}, with the data of tensor {name!r}, {found}",
-                fix=f"copy {location} beside {file.name}" if found == "is missing" else AGAIN,
+                f"{file}: {location}, with the data of tensor {name!r}, {problem}",
+                fix=f"copy {location} beside {file.name}" if problem == "is missing" else AGAIN,
             )
     return tuple(file.parent / location for location in sorted(locations))
 
 
 def _inside(folder: Path, location: str) -> bool:
-    """True for the name of a file inside the folder; links are followed."""
+    """True if `location` is a path inside the folder; links are followed."""
     path = PurePath(location)
     if not location or path.is_absolute() or ".." in path.parts:
         return False
@@ -305,6 +308,6 @@ def _inside(folder: Path, location: str) -> bool:
         (folder / location).stat()
     except FileNotFoundError:
         pass
-    except (OSError, ValueError):  # too long, a circle of links, or with a zero byte
+    except (OSError, ValueError):  # name too long, cyclic links, or a zero byte
         return False
     return (folder / location).resolve().is_relative_to(folder)

@@ -1,10 +1,10 @@
-"""The exporter's graph optimizer, with what the model stores kept apart.
+"""The exporter's graph optimizer, without merging the stored tensors of the model.
 
-`torch.onnx.export(optimize=True)` ends with a pass that stores equal tensors of at most 1,024 elements once,
-and one that merges equal nodes. Two small layers with equal weights become one there: one name, one decoder,
-even one matmul. These are its passes in its order, but for tensors that the folded model stores by name:
-codes, scales of weights, tables, biases and norms keep an initializer each. Constants of the exporter and
-scales of activations are still shared, and with them the Q/DQ pair in front of several readers.
+`torch.onnx.export(optimize=True)` ends with a pass that merges equal tensors of at most 1,024 elements, and a
+pass that merges equal nodes. These would merge two small layers with equal weights: their names, decoders and
+even matmuls. This module runs the passes in the exporter's order, but tensors that the folded model stores by
+name (codes, weight scales, tables, biases, norms) keep separate initializers. Constants and activation scales
+are still merged, and so is the Q/DQ pair in front of several readers.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from onnxscript import optimizer, rewriter
 from onnxscript.rewriter import onnx_fusions
 
 ROUNDS = 2
-"""How often constants are folded and patterns rewritten, as in `onnxscript.optimizer.optimize_ir`."""
+"""Number of rounds of constant folding and rewriting, as in `onnxscript.optimizer.optimize_ir`."""
 
 
 def optimize(model: ir.Model, is_stored: Callable[[str], bool]) -> None:
-    """Optimize in place; initializers whose name `is_stored` stay apart."""
+    """Optimize a model in place; initializers for which `is_stored(name)` is True are not merged."""
     common.InlinePass()(model)
     for _ in range(ROUNDS):
         optimizer.fold_constants(model, onnx_shape_inference=True)
@@ -37,7 +37,7 @@ def optimize(model: ir.Model, is_stored: Callable[[str], bool]) -> None:
 
 
 def _share_constants(model: ir.Model, is_stored: Callable[[str], bool]) -> None:
-    """Store equal tensors once, in the order of the initializers, but for those that are stored by name."""
+    """Merge equal initializers except stored ones; the order of the initializers is kept."""
     initializers = model.graph.initializers
     order = list(initializers)
     apart = {name: initializers.pop(name) for name in order if is_stored(name)}

@@ -1,7 +1,7 @@
-"""The Q/DQ nodes of a view, in the words of the linter. No torch.
+"""Q/DQ nodes of a view: weights, activations and their parameters. No torch.
 
-An *activation* is what QuantizeLinear makes of a tensor that is not constant, a *weight* what
-DequantizeLinear makes of one that is. The *parameters* of either are its scale and its zero point.
+An *activation* is the output of QuantizeLinear on a tensor that is not constant, a *weight* the output of
+DequantizeLinear on a constant. The *parameters* of either are its scale and its zero point.
 """
 
 from __future__ import annotations
@@ -14,37 +14,40 @@ from qcompress.graph.tensors import type_word
 from qcompress.graph.view import DEQUANTIZE, QUANTIZE, Shape, View, attribute, operand, result
 
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")
-"""Operators that carry a tensor along as it is."""
+"""Operators that move the elements of a tensor without changing their values."""
 
 SCALE, ZERO_POINT = 1, 2
 """Positions of the parameters among a node's inputs."""
 
 
 def node_name(node: NodeProto) -> str:
+    """Name of a node; if it has none, of its output or its operator."""
     return node.name or result(node) or node.op_type
 
 
 def layer_name(view: View, node: NodeProto) -> str:
-    """A weight is known by the name of its stored tensor, an activation by the node that rounds it."""
+    """Name for messages of a Q or DQ node: the stored tensor of a weight, the node of an activation."""
     return view.root(operand(node, 0)) if operand(node, 0) in view.fixed else node_name(node)
 
 
 def weights_of(view: View) -> Iterator[NodeProto]:
+    """DequantizeLinear nodes of constants."""
     return (node for node in view.named(DEQUANTIZE) if operand(node, 0) in view.fixed)
 
 
 def activations_of(view: View) -> Iterator[NodeProto]:
+    """QuantizeLinear nodes of tensors that are not constant."""
     return (node for node in view.named(QUANTIZE) if operand(node, 0) not in view.fixed)
 
 
 def code_type(view: View, node: NodeProto) -> str:
-    """Type of the codes that QuantizeLinear makes or DequantizeLinear reads, empty if unknown."""
+    """Type of the codes that QuantizeLinear writes or DequantizeLinear reads, empty if unknown."""
     kind = view.types.get(result(node) if node.op_type == QUANTIZE else operand(node, 0))
     return type_word(kind) if kind else ""
 
 
 def axis_of(view: View, node: NodeProto) -> tuple[int, Shape] | None:
-    """Axis counted from the front, and shape of the input; None if its rank is unknown."""
+    """Nonnegative axis and input shape of a Q or DQ node; None if the rank is unknown."""
     shape = view.shape(operand(node, 0))
     if shape is None:
         return None
@@ -53,7 +56,7 @@ def axis_of(view: View, node: NodeProto) -> tuple[int, Shape] | None:
 
 
 def dequantizer_of(view: View, name: str) -> NodeProto | None:
-    """The DequantizeLinear that a tensor comes from, if only moves lie between."""
+    """DequantizeLinear that produces a tensor, directly or through MOVES, else None."""
     passed: dict[str, None] = {}
     while name not in view.sources:
         passed[name] = None
@@ -62,7 +65,7 @@ def dequantizer_of(view: View, name: str) -> NodeProto | None:
             view.sources[name] = node if node is not None and node.op_type == DEQUANTIZE else None
             break
         name = operand(node, 0)
-        if name in passed:  # a malformed graph may go in circles
+        if name in passed:  # a malformed graph may have cycles
             view.sources[name] = None
             break
     view.sources.update(dict.fromkeys(passed, view.sources[name]))
@@ -70,7 +73,7 @@ def dequantizer_of(view: View, name: str) -> NodeProto | None:
 
 
 def users_of(view: View, name: str, through: tuple[str, ...]) -> Iterator[NodeProto]:
-    """Nodes that use a tensor, directly or after operators of `through`."""
+    """Nodes that read a tensor, directly or through operators of `through`."""
     queue, seen = [name], {name}
     while queue:
         for node in view.readers.get(queue.pop(), []):
@@ -84,8 +87,8 @@ def users_of(view: View, name: str, through: tuple[str, ...]) -> Iterator[NodePr
 
 
 def parameters(view: View, index: int) -> Iterator[tuple[NodeProto, str]]:
-    """Quantizers with the name of their scale or zero point; a DequantizeLinear that only undoes a
-    QuantizeLinear with the same parameter is left out.
+    """Q and DQ nodes with the name of their scale or zero point (`index`). Skips a DequantizeLinear whose
+    QuantizeLinear has the same parameter.
     """
     for node in view.named(QUANTIZE, DEQUANTIZE):
         before = view.producers.get(operand(node, 0))

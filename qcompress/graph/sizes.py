@@ -1,6 +1,4 @@
-"""What a model weighs: bits as stored, bits of information, bytes of each layer. No torch. MiB are 2**20
-bytes.
-"""
+"""Content of sizes.json: stored bits, information bits and bytes of each layer. No torch."""
 
 from __future__ import annotations
 
@@ -14,14 +12,14 @@ from qcompress.graph.tensors import stored_bytes
 from qcompress.models.plan import LayerPlan
 
 INITIALIZERS = (*PARTS, "zero")
-"""Names of a weight's initializers, after its own."""
+"""Names of a weight's initializers after `<layer>.weight.`."""
 
 
 def measure_sizes(
     file: Path, plan: tuple[LayerPlan, ...], raised: dict[str, dict[str, int]]
 ) -> dict[str, Any]:
-    """Bytes of each quantized layer (codes and scales), of the float rest, and of the file. `raised`: counts
-    by layer of the scales that fold raised for int32 biases, from folded.json.
+    """Measure the bytes of each quantized layer (codes and scales), of all initializers, and of the file.
+    `raised`: per-layer counts of the scales that fold raised for int32 biases, from folded.json.
     """
     graph = onnx.load(str(file), load_external_data=False).graph
     stored = {tensor.name: stored_bytes(tensor) for tensor in graph.initializer}

@@ -1,4 +1,4 @@
-"""Stored tensors of an ONNX file: their sizes, and whether their data fit their shapes. No torch."""
+"""Stored tensors of an ONNX file: byte counts, and a check of data against shapes. No torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ BITS = {
     "BOOL": 8, "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT8E4M3FN": 8, "FLOAT8E4M3FNUZ": 8,
     "FLOAT8E5M2": 8, "FLOAT8E5M2FNUZ": 8, "FLOAT8E8M0": 8, "FLOAT4E2M1": 4,
 }  # fmt: skip
-"""Bits of one element as ONNX packs it."""
+"""Bits of one element in ONNX's packing, by type."""
 
 FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 
 
 def type_word(kind: int) -> str:
-    """An element type in the words of ONNX: INT8."""
+    """ONNX name of an element type, such as INT8."""
     return _WORDS.get(kind, f"type {kind}")
 
 
@@ -27,17 +27,17 @@ _WORDS = {value: word for word, value in TensorProto.DataType.items()}
 
 
 def stored_bytes(tensor: TensorProto) -> int:
-    """Bytes of a tensor, sub-byte types packed; 0 for types without a fixed size."""
+    """Bytes of a tensor, with sub-byte types packed; 0 for types without a fixed size."""
     return bytes_as(tensor, type_word(tensor.data_type))
 
 
 def bytes_as(tensor: TensorProto, word: str) -> int:
-    """Bytes of a tensor if its elements had another type."""
+    """Bytes of a tensor if its elements had the type `word`."""
     return -(-math.prod(tensor.dims) * BITS.get(word, 0) // 8)
 
 
 def misfit(tensor: TensorProto, folder: Path) -> str:
-    """The contradiction between a tensor's shape and its data, empty without one. Reads no external data."""
+    """Describe a mismatch of a tensor's shape and data, empty if they fit. Does not read external data."""
     if type_word(tensor.data_type) not in (*BITS, "STRING"):
         return f"element {type_word(tensor.data_type).lower()}"
     if any(length < 0 for length in tensor.dims):
@@ -46,15 +46,15 @@ def misfit(tensor: TensorProto, folder: Path) -> str:
     if tensor.data_location == TensorProto.EXTERNAL:
         return _misplaced(tensor, folder, needed)
     if tensor.HasField("raw_data"):
-        found = len(tensor.raw_data)
+        stored = len(tensor.raw_data)
         return (
             ""
-            if found == needed
-            else f"{found:,} bytes for shape {list(tensor.dims)}, which takes {needed:,}"
+            if stored == needed
+            else f"{stored:,} bytes for shape {list(tensor.dims)}, which takes {needed:,}"
         )
     values, wanted = sum(len(getattr(tensor, field)) for field in FIELDS), math.prod(tensor.dims)
     if BITS.get(type_word(tensor.data_type), 8) < 8:
-        wanted = needed  # two or four to a number
+        wanted = needed  # two or four codes per number
     wanted *= 2 if type_word(tensor.data_type).startswith("COMPLEX") else 1
     return "" if values == wanted else f"{values:,} values for shape {list(tensor.dims)}"
 
@@ -65,6 +65,7 @@ def location_of(tensor: TensorProto) -> str:
 
 
 def _misplaced(tensor: TensorProto, folder: Path, needed: int) -> str:
+    """Describe a wrong offset or length of external data, empty if they fit."""
     entries = {item.key: item.value for item in tensor.external_data}
     size = (folder / location_of(tensor)).stat().st_size
     try:

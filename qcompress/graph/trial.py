@@ -1,9 +1,9 @@
-"""A child process that runs an ONNX file once in ONNX Runtime.
+"""Child process that runs an ONNX file once in ONNX Runtime.
 
-A graph of unknown origin may end the process that first runs it: this one, and not the caller's.
-`python -m qcompress.graph.trial FILE INPUTS MIB`, where INPUTS is a JSON object: for each input its type
-and its axes, names (batch, sequence) or sizes. Writes one JSON object: shape and type of `logits` for 2 rows
-of 5 tokens. No torch.
+A graph of unknown origin may crash the process that runs it; a separate process protects the caller. `python
+-m qcompress.graph.trial FILE INPUTS MIB`, where INPUTS is a JSON object: for each input its type and its
+axes, names (batch, sequence) or sizes. Writes one JSON object: shape and type of `logits` for 2 rows of 5
+tokens, and the disabled optimizers. No torch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from qcompress.system.memory import limit_memory
 ROWS, TOKENS = 2, 5
 
 PROPAGATION = "QDQPropagationTransformer"
-"""Of ONNX Runtime 1.31. From opset 21 on it makes invalid nodes of int8 that a Reshape or a Transpose reads:
-what onnxruntime's own quantizer writes for a Gemm, for one.
+"""Optimizer of ONNX Runtime 1.31. From opset 21 on it writes invalid nodes if Reshape or Transpose reads
+int8, as in graphs that onnxruntime's quantizer writes for Gemm.
 """
 
 
 def main(arguments: list[str]) -> None:
+    """Run FILE on INPUTS with at most MIB of memory, and print the JSON object."""
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 

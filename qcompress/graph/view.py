@@ -1,7 +1,7 @@
-"""A read-only view of an ONNX file: what is constant, who reads what, and of which type it is. No torch.
+"""Read-only view of an ONNX file: constants, producers, readers and types. No torch.
 
-Tensors are read on demand (a linter needs scales, not weights). Subgraphs and functions are looked into as
-well: `nodes` holds the nodes of all of them. `model_file.py` reads the file.
+Tensors are read on demand (the linter needs scales, not weights). `nodes` includes the nodes of subgraphs and
+of inlined functions. `model_file.py` reads the file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qcompress.graph.tensors import misfit
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 DOMAINS = ("", "ai.onnx")
 RUNTIME = "com.microsoft"
-"""Domain of ONNX Runtime's own operators."""
+"""Operator domain of ONNX Runtime."""
 CODER_DOMAINS = (*DOMAINS, RUNTIME)
 """Domains of QuantizeLinear and DequantizeLinear."""
 
@@ -34,23 +34,23 @@ FLOATS = {
     TensorProto.FLOAT16: "fp16",
     TensorProto.BFLOAT16: "bf16",
 }
-"""Types that a model computes in."""
+"""Compute types of a model."""
 
 MOST_NAMES = 4_000_000
-"""Most inputs and outputs of all nodes together."""
+"""Maximum number of inputs and outputs of all nodes together."""
 
 Shape = tuple[int | str | None, ...]
-"""Dimensions as numbers and names, None for one that has neither."""
+"""Dimensions as sizes or names, None for an unknown one."""
 
 UNTYPED = (
     "Shape", "Size", "ArgMax", "ArgMin", "Equal", "Less", "Greater", "And", "Or", "Not", "IsNaN",
     "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
 )  # fmt: skip
-"""Operators whose output does not have the type of an input."""
+"""Operators whose output type is not that of an input."""
 
 
 class Wire(NamedTuple):
-    """A node with its names, which are slow to ask a message for."""
+    """A node with copies of its input and output names, which are slow to read from the protobuf message."""
 
     node: NodeProto
     inputs: tuple[str, ...]
@@ -58,13 +58,13 @@ class Wire(NamedTuple):
 
 
 class Steps:
-    """Bounds the walks through a graph: a hostile one makes each of them long."""
+    """Budget for all walks through a graph; a malicious graph can make each walk very long."""
 
     def __init__(self, file: Path, nodes: int) -> None:
         self._file, self._left = file, 1_000_000 + 10 * nodes
 
     def take(self, count: int = 1) -> None:
-        """Raise ExportError where all walks together are longer than those of any model."""
+        """Use `count` steps. Raises ExportError when the budget is spent."""
         self._left -= count
         if self._left < 0:
             raise ExportError(
@@ -75,51 +75,52 @@ class Steps:
 
 @dataclass(frozen=True)
 class View:
-    """An ONNX model. Made by `read`."""
+    """View of an ONNX model, made by `read`."""
 
     file: Path
     data_files: tuple[Path, ...]
-    """Files with external data."""
+    """Paths of the external data."""
     opset: int
     inputs: tuple[ValueInfoProto, ...]
     outputs: frozenset[str]
     graphs: tuple[GraphProto, ...]
-    """The main graph, and those inside its nodes."""
+    """The main graph and its subgraphs."""
     wires: tuple[tuple[Wire, ...], ...]
-    """Nodes of each graph."""
+    """Nodes of each graph in `graphs`."""
     nodes: tuple[NodeProto, ...]
-    """Of all graphs."""
+    """Nodes of all graphs."""
     constants: dict[str, TensorProto]
-    """Initializers, and the values of Constant nodes, by name."""
+    """Initializers and values of Constant nodes, by name."""
     producers: dict[str, NodeProto]
     readers: dict[str, list[NodeProto]]
-    """Nodes that read a tensor, once for each input that does."""
+    """Nodes that read a tensor, once per input that does."""
     metadata: dict[str, str]
     declared: dict[str, ValueInfoProto]
     fixed: set[str] = field(default_factory=set)
-    """Constants, and what is computed from constants alone: what a parser can know when it builds."""
+    """Names of constants and of values computed from constants only, which are known at build time."""
     types: dict[str, int] = field(default_factory=dict)
-    """Element types as far as they are known; a missing one may be anything."""
+    """Known element types by value name; others are unknown."""
     operators: dict[str, list[tuple[int, NodeProto]]] = field(default_factory=dict)
-    """Nodes of ONNX's own operators with their places in `nodes`, by operator."""
+    """Nodes of standard ONNX operators with their positions in `nodes`, by operator."""
     roots: dict[str, str] = field(default_factory=dict)
-    """Results of `root`, by name."""
+    """Cache of `root`."""
     sources: dict[str, NodeProto | None] = field(default_factory=dict)
-    """Results of `quantizers.dequantizer_of`, by name."""
+    """Cache of `qdq.dequantizer_of`."""
     steps: Steps = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", Steps(self.file, len(self.nodes)))
 
     def named(self, *ops: str) -> Iterator[NodeProto]:
-        """Nodes of these operators of ONNX itself. ONNX Runtime writes QuantizeLinear and DequantizeLinear in
-        its own domain for opsets that lack a type; TensorRT reads them as ONNX's.
+        """Nodes of these standard ONNX operators, in the order of `nodes`. QuantizeLinear and
+        DequantizeLinear of ONNX Runtime's domain, which it writes for types that an opset lacks, are
+        included: TensorRT reads them too.
         """
-        found = (self.operators.get(op, []) for op in dict.fromkeys(ops))
-        return (node for _, node in heapq.merge(*found, key=_place))
+        groups = (self.operators.get(op, []) for op in dict.fromkeys(ops))
+        return (node for _, node in heapq.merge(*groups, key=_place))
 
     def root(self, name: str) -> str:
-        """The stored tensor at the start of a chain of first inputs, or where the chain ends."""
+        """Follow first inputs back to a stored tensor; returns its name, or the last name of the chain."""
         seen: dict[str, None] = {}
         while name in self.producers and name not in self.constants and name not in seen:
             if name in self.roots:
@@ -131,20 +132,20 @@ class View:
         return name
 
     def shape(self, name: str) -> Shape | None:
-        """Shape of a tensor, None if not even its rank is known."""
+        """Shape of a tensor, None if its rank is unknown."""
         if name in self.constants:
             return tuple(self.constants[name].dims)
         value = self.declared.get(name)
         return dimensions(value) if value is not None else None
 
     def values(self, name: str) -> np.ndarray | None:
-        """The stored tensor as numbers, None if there is none of that name."""
+        """Values of a stored tensor, None if it does not exist. Raises ExportError for damaged data."""
         tensor = self.constants.get(name)
         if tensor is None:
             return None
-        if found := misfit(tensor, self.file.parent):  # before memory is taken for what it claims
+        if problem := misfit(tensor, self.file.parent):  # before memory is allocated for the claimed shape
             raise ExportError(
-                f"{self.file}: tensor {name!r} cannot be read ({found})",
+                f"{self.file}: tensor {name!r} cannot be read ({problem})",
                 fix="copy the file and its data again, or export the model again",
             )
         try:
@@ -161,14 +162,14 @@ def _place(entry: tuple[int, NodeProto]) -> int:
 
 
 def _copy(tensor: TensorProto) -> TensorProto:
-    """External data is loaded into the message: into one of its own, or the view would keep it all."""
+    """Copy a tensor message: onnx loads external data into the message, and the view must not keep them."""
     copy = TensorProto()
     copy.CopyFrom(tensor)
     return copy
 
 
 def dimensions(value: ValueInfoProto) -> Shape | None:
-    """Dimensions of a declared tensor, as `View.shape` gives them."""
+    """Shape of a declared tensor, None if its rank is unknown."""
     kind = value.type.tensor_type
     if not kind.HasField("shape"):
         return None
@@ -178,24 +179,24 @@ def dimensions(value: ValueInfoProto) -> Shape | None:
 
 
 def operand(node: NodeProto, index: int) -> str:
-    """Name of a node's input, empty where it has none."""
+    """Name of a node's input, empty if it has none at `index`."""
     return node.input[index] if index < len(node.input) else ""
 
 
 def result(node: NodeProto) -> str:
-    """Name of a node's first output, empty where it has none."""
+    """Name of a node's first output, empty without outputs."""
     return node.output[0] if node.output else ""
 
 
 def attribute(node: NodeProto, name: str, default: int) -> int:
-    """An integer attribute of a node."""
+    """Value of an integer attribute of a node."""
     return next((item.i for item in node.attribute if item.name == name), default)
 
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Python's collector of garbage is off: it would go through the nodes of a large graph again and again
-    while they are read.
+    """Disable Python's garbage collector, which would traverse the nodes of a large graph repeatedly while
+    they are read.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -217,7 +218,7 @@ def read(file: Path) -> View:
     everything = [wire for graph in wires for wire in graph]
     if sum(len(wire.inputs) + len(wire.outputs) for wire in everything) > MOST_NAMES:
         raise ExportError(
-            f"{file}: its nodes read and make more than {MOST_NAMES:,} values",
+            f"{file}: its nodes have more than {MOST_NAMES:,} inputs and outputs",
             fix="name a model of one graph",
         )
     constants, declared = {}, {}
@@ -258,6 +259,7 @@ def read(file: Path) -> View:
 
 
 def _fixed(view: View) -> set[str]:
+    """Names of constants and of values computed from constants only."""
     fixed = set(view.constants)
     for graph in view.wires:
         for _, inputs, outputs in graph:
@@ -267,7 +269,9 @@ def _fixed(view: View) -> set[str]:
 
 
 def _types(view: View) -> dict[str, int]:
-    """Element types, by following the graph in its order: a declared type wins, an unknown operator stops."""
+    """Infer element types in graph order: a declared type has priority; outputs of unknown operators stay
+    unknown.
+    """
     types = {name: tensor.data_type for name, tensor in view.constants.items()}
     for name, value in view.declared.items():
         if value.type.tensor_type.elem_type:

@@ -49,8 +49,8 @@ def certify_all(
 
 
 def _certify_point(graph: Graph, tensors: Any, item: PointPlan, value: str | None) -> dict[str, Any]:
-    """Compare the Q/DQ pair at a point with the folded scale; `value`: input of the operation, None if not
-    found.
+    """Compare the Q/DQ pair at a point with the folded scale; `value`: input of the operation, or None if
+    the operation is missing.
     """
     reasons: list[str] = []
     pair = _pair(graph, value or "")
