@@ -68,6 +68,8 @@ def int4_channels(view: View, target: Target) -> Iterator[Broken]:
 
 def _int4_products(view: View) -> Iterator[tuple[NodeProto, NodeProto, NodeProto]]:
     """Matmuls of an int4 weight with an int8 activation: the matmul, the weight, the activation."""
+    if not any(code_type(view, node) == "INT4" for node in weights_of(view)):
+        return
     for node in view.named("MatMul", "Gemm"):
         sources = [dequantizer_of(view, operand(node, index)) for index in (0, 1)]
         if all(sources) and operand(sources[0], 0) not in view.fixed and operand(sources[1], 0) in view.fixed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -266,8 +267,6 @@ def test_a_stdout_that_is_full(words: list[str], project: Project) -> None:
 
 
 def attacked_into(stdout: str, *words: str) -> subprocess.CompletedProcess[str]:
-    import sys
-
     from lines import environment
 
     with open(stdout, "w") as stream:
@@ -278,8 +277,6 @@ def attacked_into(stdout: str, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_reader_that_has_gone(project: Project) -> None:
     """`| head` is not an error of the machine."""
-    import sys
-
     from lines import environment
 
     command = f"{sys.executable} -m qcompress schema | head -1"
@@ -291,10 +288,10 @@ def test_a_reader_that_has_gone(project: Project) -> None:
 @pytest.mark.parametrize("where", ["gone", "gone/below"])
 def test_a_current_folder_that_has_gone(where: str, project: Project, tmp_path: Path) -> None:
     (tmp_path / where).mkdir(parents=True)
-    script = (
-        f"cd {tmp_path / where} && rm -r {tmp_path / 'gone'} && exec python -m qcompress baseline promote"
-    )
     from lines import environment
+
+    gone = f"cd {tmp_path / where} && rm -r {tmp_path / 'gone'}"
+    script = f"{gone} && exec {sys.executable} -m qcompress baseline promote"
 
     done = subprocess.run(["bash", "-c", f"{script} {project.latest} --out here/b.json"], text=True,
                           capture_output=True, env=environment())  # fmt: skip
