@@ -228,8 +228,8 @@ def _build(
         return "refused", {"stage": "build", "errors": [_error(text) for text in texts]}
     try:
         _write(Path(spec["plan"]), plan)
-    except OSError as error:  # a full disk, most often
-        return "unwritten", {"errno": error.errno, "file": spec["plan"]}
+    except OSError as fault:  # a full disk, most often
+        return "unwritten", {"errno": fault.errno, "file": spec["plan"]}
     timed = None
     if file is not None:
         try:

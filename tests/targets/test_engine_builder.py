@@ -35,8 +35,8 @@ HOLDERS = {
 """Variables of builder.py that hold objects of TensorRT, and their classes."""
 
 OTHERS = {
-    "around", "backend", "channel", "errors", "file", "importlib", "json", "os", "partial", "path", "phase",
-    "phases", "re", "resource", "self", "severity", "shapes", "status", "sys",
+    "around", "backend", "channel", "errors", "fault", "file", "importlib", "json", "os", "partial", "path",
+    "phase", "phases", "re", "resource", "self", "severity", "shapes", "status", "sys",
 }  # fmt: skip
 """Variables that hold anything else, or (`severity`) an enumeration that Python itself reads."""
 
