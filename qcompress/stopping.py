@@ -7,6 +7,7 @@ and, some 30 s later, SIGKILL. A second one ends the process at once, with the s
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -47,6 +48,7 @@ class Stoppable:
     """
 
     def __enter__(self) -> None:
+        atexit.register(_leave)  # registered first, called last
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _stop)
@@ -95,3 +97,12 @@ def _stop(number: int, frame: FrameType | None) -> None:
     if _state.first is not None:
         tell(at_once=True)
     os._exit(128 + (_state.first or number))
+
+
+def _leave() -> None:
+    """Ignore signals from here on: the interpreter restores the system's handlers while it shuts down, and a
+    finished command would end by the signal and not with its exit code.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, signal.SIG_IGN)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lines import Project, environment, finished, make_project, start
+from lines import Project, environment, finished, make_project, python, start
 
 pytestmark = [
     pytest.mark.attack("signals: exit code and last words"),
@@ -181,3 +181,23 @@ def _databases(project: Project, process: subprocess.Popen[str]) -> list[Path]:
                 pass
         time.sleep(0.05)
     raise AssertionError("the tracker never began")
+
+
+LATE = """
+import os, signal, sys
+from qcompress.stopping import Stoppable
+class Late:
+    def __init__(self):
+        self.kill, self.pid, self.number = os.kill, os.getpid(), int(sys.argv[1])
+    def __del__(self):
+        self.kill(self.pid, self.number)
+late = Late()
+with Stoppable():
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_interpreter_shuts_down_leaves_the_exit_code(number: int) -> None:
+    ended = python(LATE, str(int(number)))
+    assert (ended.code, ended.stdout.strip()) == (0, "done"), ended
