@@ -26,10 +26,10 @@ from qcompress.schema.data import FILES
 from qcompress.schema.recipe import CausalLm, Recipe, TextData
 from qcompress.schema.tasks import AGREEMENT
 from qcompress.tasks import TASKS
+from qcompress.tasks.columns import ColumnError
 from qcompress.tasks.examples import Examined
 from qcompress.tasks.labels import TwoReadingsError, labels_of, spelling
 from qcompress.tasks.padded import first, spread
-from qcompress.tasks.table import ColumnError
 
 ROWS = 50_000
 """Number of rows of each file that `check` reads."""

@@ -11,8 +11,9 @@ from typing import Any
 from qcompress.errors import UsageError
 from qcompress.schema.data import Columns
 from qcompress.schema.recipe import TextData
+from qcompress.tasks.columns import missing_column
 from qcompress.tasks.images import array_header, opened_archive, read_array
-from qcompress.tasks.table import Slices, missing_column, named_cells
+from qcompress.tasks.table import Slices, named_cells
 from qcompress.tasks.text import open_dataset
 
 

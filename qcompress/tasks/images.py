@@ -30,8 +30,8 @@ from qcompress.models.architecture import PIXELS
 from qcompress.schema.data import Augment
 from qcompress.schema.recipe import TextData
 from qcompress.system.untrusted_file import demand_file, unpacked_limit
+from qcompress.tasks.columns import columns_in
 from qcompress.tasks.examples import LABELS, Batch
-from qcompress.tasks.table import columns_in
 from qcompress.tasks.text import open_dataset
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")

@@ -17,8 +17,9 @@ from qcompress.errors import UsageError
 from qcompress.schema.glue import GLUE
 from qcompress.schema.recipe import SequenceClassification, TextData, TokenClassification
 from qcompress.tasks import sequence_classification, token_classification
+from qcompress.tasks.columns import ColumnError
 from qcompress.tasks.labels import Labels
-from qcompress.tasks.table import ColumnError, Wanted, read_table, read_whole
+from qcompress.tasks.table import Wanted, read_table, read_whole
 from qcompress.tasks.text import fingerprint
 
 ROWS = [
