@@ -273,7 +273,10 @@ IDLE = [
     ({"export": {"graph": "theirs.onnx", "keep_fp32": ["norm"]}}, "export.keep_fp32: has no effect"),
     ({"export": {"graph": "nothing.onnx"}}, "export.graph: 'nothing.onnx' does not exist"),
     ({"export": {"graph": "model"}}, "export.graph: 'model' is not a file"),
-    ({"verify": {"require": ["float", "folded", "onnx"]}}, "requires the row `folded`, and a graph made"),
+    (
+        {"verify": {"require": ["float", "folded", "onnx"]}},
+        "requires the row `folded`, and an external graph",
+    ),
 ]
 
 

@@ -161,7 +161,7 @@ def test_a_weight_that_is_kept_notices_that_its_batch_norm_turned() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"padding": 1, "padding_mode": "reflect"}, "only zeros survive"),
+    [({"padding": 1, "padding_mode": "reflect"}, "only padding with zeros is supported"),
      ({"padding": "same"}, "not equal on both sides")],
 )  # fmt: skip
 def test_padding_that_rounding_would_change_is_refused(options: dict, said: str) -> None:
