@@ -1,8 +1,8 @@
 """Import of an external graph: an ONNX file that another tool made from a run's float model, in place of our
 export.
 
-An external graph is linted, measured, built and gated like an exported one. It has no certificate, because
-there is no folded model to compare it with; the row `onnx` is compared with the row `float`.
+An external graph is linted, measured, built and gated like an exported one. It has no certificate:
+certification needs a folded model. The row `onnx` is compared with the row `float`.
 """
 
 from __future__ import annotations

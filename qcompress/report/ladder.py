@@ -65,7 +65,7 @@ def _beside(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def cost_of_static(report: dict[str, Any]) -> list[str]:
     """One line on the change of the main metrics due to static in place of dynamic ranges: trained - dynamic,
-    signed. Empty list if there is no dynamic row.
+    signed. Empty list without a dynamic row.
     """
     metrics = order_metrics(report["rows"], report.get("sets", []), report.get("main", {}))
     for row in report["rows"]:

@@ -108,7 +108,7 @@ class Workspace:
         except `checkpoint*` at the top and interrupted writes (`*.tmp`), which are removed.
 
         `place` copies content into the run: {file, folder or glob: destination}; a destination ending in `/`
-        is a folder. Missing files are skipped; files that were placed once and are no longer made are
+        is a folder. Missing files are skipped. Files of an earlier run that `make` no longer leaves are
         removed.
         """
         inside(stage)

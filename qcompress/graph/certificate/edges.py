@@ -135,7 +135,7 @@ class Pair(NamedTuple):
 
 
 def input_pair(graph: Graph, value: str) -> Pair | None:
-    """Q/DQ pair whose DequantizeLinear produces a value, None if there is no such pair."""
+    """Q/DQ pair whose DequantizeLinear produces a value, None without one."""
     decoder = graph.producer.get(value)
     if decoder is None or decoder.op_type != "DequantizeLinear":
         return None
