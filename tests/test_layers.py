@@ -70,7 +70,7 @@ DOORS: dict[str, str] = {
 """Rooms that may import a heavy package; each of them does."""
 
 CALLED_BY_NAME = {
-    "importlib.import_module": {"engine.builder"},
+    "importlib.import_module": {"engine.build_engine"},
     "__import__": {"engine.probe_kit.engine_runners"},
 }
 """TensorRT is imported by name, because there are two of it; nothing else is."""

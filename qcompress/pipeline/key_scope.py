@@ -88,7 +88,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
 """Stages whose artifacts a stage reads."""
 
 HIDDEN_CODE: dict[str, tuple[str, ...]] = {
-    "build": ("qcompress.engine.builder",),
+    "build": ("qcompress.engine.build_engine",),
     "verify": (
         "qcompress.engine.probe_kit.measure_engine",
         "qcompress.engine.probe_kit.engine_runners",

@@ -32,7 +32,8 @@ from qcompress.schema.data import FILES
 from qcompress.schema.recipe import STAGES, Recipe
 from qcompress.system.distributed import announced
 from qcompress.system.fingerprint import code_digest, stage_key
-from qcompress.system.host import describe_host, device_kind, threads
+from qcompress.system.gpu import device_kind
+from qcompress.system.host import describe_host, threads
 from qcompress.system.placed import read_placed
 from qcompress.system.workspace import Step
 from qcompress.tasks import TASKS

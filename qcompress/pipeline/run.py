@@ -37,7 +37,8 @@ from qcompress.system.artifacts import (
 )
 from qcompress.system.distributed import Processes, join
 from qcompress.system.fingerprint import stage_key
-from qcompress.system.host import describe_host, device_kind
+from qcompress.system.gpu import device_kind
+from qcompress.system.host import describe_host
 from qcompress.system.memory import Allocations, demand_libraries, stage_bytes
 from qcompress.system.placed import forget, record
 from qcompress.system.reporter import Reporter

@@ -16,8 +16,8 @@ from qcompress.quant.codebook import is_codebook
 from qcompress.quant.types import COMPUTE
 from qcompress.system.artifacts import write_json
 from qcompress.system.tensor_file import save_tensors
-from qcompress.training.loop import Training
 from qcompress.training.methods.protocols import Adapter
+from qcompress.training.state import Training
 
 
 @torch.no_grad()

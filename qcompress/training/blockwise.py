@@ -15,24 +15,22 @@ from torch import Tensor, nn
 
 from qcompress.system.reporter import Bar
 from qcompress.tasks.examples import inputs_of
+from qcompress.training.batches import batch_rows, in_order, to_device
 from qcompress.training.checkpoint import Position, moving
 from qcompress.training.loop import (
-    Training,
     advance,
-    batch_rows,
     groups_of,
-    in_order,
     log_update,
     optimizer_of,
     refuse_nan,
     reseed,
     set_rates,
     taps_of,
-    to_device,
 )
 from qcompress.training.methods.protocols import Moment, Phase
 from qcompress.training.observer import real_tokens
 from qcompress.training.recording import log_scales
+from qcompress.training.state import Training
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from qcompress.schema.recipe import Recipe
 from qcompress.system.reporter import Reporter
 from qcompress.tasks import TASKS
 from qcompress.tasks.examples import Batch, Examples
-from qcompress.training.loop import in_order, to_device
+from qcompress.training.batches import in_order, to_device
 from qcompress.training.observer import observe
 
 LOGITS = 2**26

@@ -6,66 +6,29 @@ checkpoint bit for bit, and special-case no method.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from qcompress.errors import ModelError
-from qcompress.models.architecture import Architecture
 from qcompress.models.prepare import Prepared
 from qcompress.quant.codebook import is_codebook
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.learned_scale import unit_of
 from qcompress.schema.rates import peak_rates, rate_factor
-from qcompress.schema.recipe import Recipe
 from qcompress.system.distributed import Processes
-from qcompress.system.reporter import Reporter
-from qcompress.tasks.examples import Batch, Examples
-from qcompress.training.checkpoint import Checkpoints, Position, moving, restore
-from qcompress.training.history import History
+from qcompress.tasks.examples import Batch
+from qcompress.training.batches import batch_rows, to_device
+from qcompress.training.checkpoint import Position, moving, restore
 from qcompress.training.layerdrop import layer_drop
-from qcompress.training.methods.protocols import Group, Moment, Objective, Phase, Report, Stepper
-from qcompress.training.parameter_roles import ParameterRole
+from qcompress.training.methods.protocols import Group, Moment, Phase, Report
 from qcompress.training.recording import LossRecorder, log_scales
-
-
-@dataclass
-class Training:
-    """State of a training run: everything that a loop needs, and the facts it reports (`facts`)."""
-
-    recipe: Recipe
-    architecture: Architecture
-    prepared: Prepared
-    objective: Objective
-    stepper: Stepper
-    accelerator: Accelerator
-    processes: Processes
-    checkpoints: Checkpoints
-    reporter: Reporter
-    history: History
-    train_data: Examples | None
-    calibration_data: Examples | None
-    reference: Callable[[], nn.Module]
-    moving: set[str]
-    roles: dict[str, ParameterRole]
-    """Role of each parameter of the prepared model, by name."""
-    facts: list[dict[str, object]]
-    recent: list[float]
-
-    def save(self, position: Position, optimizer: torch.optim.Optimizer | None) -> None:
-        """Write a checkpoint, in the first process only. `optimizer` None: the next phase or block has not
-        started.
-        """
-        if self.processes.first:
-            model, kept = self.prepared.model, self.stepper.state_dict() if optimizer is not None else {}
-            self.checkpoints.save(position, model, self.moving, optimizer, self.facts, self.recent, kept)
+from qcompress.training.state import Training
 
 
 def reseed(processes: Processes, *where: int) -> None:
@@ -76,56 +39,6 @@ def reseed(processes: Processes, *where: int) -> None:
 
 def _seed(*where: int) -> int:
     return int(np.random.SeedSequence(where).generate_state(1, np.uint64)[0])
-
-
-BUCKET = 32
-"""Number of batches that are sorted by length together."""
-
-
-def batch_rows(lengths: np.ndarray, size: int, step: int, seed: int) -> list[int]:
-    """Indices of the examples of update `step`: shuffled epochs, one after another without a gap.
-
-    Where examples differ in length, those of `BUCKET` batches are sorted by length to limit padding, and
-    these batches are shuffled again.
-    """
-    count = len(lengths)
-    places = range(step * size, (step + 1) * size)
-    order = {epoch: _epoch(lengths, size, seed, epoch) for epoch in {place // count for place in places}}
-    return [int(order[place // count][place % count]) for place in places]
-
-
-@functools.lru_cache(maxsize=4)
-def _cached_epoch(lengths: bytes, dtype: str, size: int, seed: int, epoch: int) -> np.ndarray:
-    counts = np.frombuffer(lengths, dtype)
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(counts))
-    if len(counts) == 0 or counts.min() == counts.max():
-        return order
-    for start in range(0, len(order), BUCKET * size):
-        piece = order[start : start + BUCKET * size]
-        piece = piece[np.argsort(counts[piece], kind="stable")]
-        whole = len(piece) // size * size
-        batches = piece[:whole].reshape(-1, size)
-        order[start : start + len(piece)] = np.concatenate(
-            [batches[random.permutation(len(batches))].ravel(), piece[whole:]]
-        )
-    return order
-
-
-def _epoch(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of the examples in one epoch."""
-    return _cached_epoch(lengths.tobytes(), lengths.dtype.str, size, seed, epoch)
-
-
-def in_order(examples: Examples, size: int) -> Iterator[Batch]:
-    """Batches of all examples in order."""
-    for start in range(0, len(examples), size):
-        yield examples.batch(range(start, min(start + size, len(examples))))
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy of a batch on the device."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def groups_of(training: Training, phase: Phase, scope: str = "") -> list[Group]:

@@ -15,7 +15,7 @@ from qcompress.training.history import Scale
 from qcompress.training.methods.protocols import Objective
 
 if TYPE_CHECKING:
-    from qcompress.training.loop import Training
+    from qcompress.training.state import Training
 
 DIGITS = 6
 """Digits of a recorded scale."""

@@ -27,11 +27,12 @@ from qcompress.schema.axes import PHASES
 from qcompress.schema.method_options import PlainStepper, Saq, Squat
 from qcompress.system.distributed import Processes
 from qcompress.tasks import causal_lm
-from qcompress.training.loop import Training, groups_of, optimizer_of, reseed, taps_of
+from qcompress.training.loop import groups_of, optimizer_of, reseed, taps_of
 from qcompress.training.methods import STEPPERS
 from qcompress.training.methods.protocols import Moment, Phase
 from qcompress.training.observer import observe
 from qcompress.training.parameter_roles import parameter_roles
+from qcompress.training.state import Training
 
 ROUNDS = 20
 LIMITS = {"saq": 2.05, "squat fused": 2.05, "saq every 5": 1.25}

@@ -20,7 +20,7 @@ import onnx
 import pytest
 from graphs import GPT2_SMALL, Shape, decoder, linear, save
 
-from qcompress.engine import run_builder
+from qcompress.engine import build_process
 from qcompress.engine.plan_bytes import check_plan, limit_bytes, predicted_bytes
 from qcompress.engine.plan_content import float_copies
 from qcompress.errors import ExportError, MachineError, UsageError
@@ -151,7 +151,7 @@ def children() -> list[int]:
         except OSError:
             continue
         parent = re.search(r"PPid:\s+(\d+)", status)
-        if b"qcompress.engine.builder" in line and parent and int(parent[1]) == os.getpid():
+        if b"qcompress.engine.build_engine" in line and parent and int(parent[1]) == os.getpid():
             alive.append(int(entry.name))
     return alive
 
@@ -372,7 +372,7 @@ def test_a_flood_of_messages_is_kept_short(monkeypatch: pytest.MonkeyPatch, tmp_
     flood = "[logger.log(Severity, f'message {i}') for i in range(3000)]; raise TypeError('end')"
     fake(monkeypatch, tmp_path, "tensorrt_rtx", alive_until(flood))
     spec = {"backend": "tensorrt_rtx", "versions": [["1", "2"]], "memory_mib": 512, "onnx": "model.onnx"}
-    outcome = run_builder.run_builder(spec, 60)
+    outcome = build_process.run_builder(spec, 60)
     assert [message["text"] for message in outcome.messages] == [f"message {i}" for i in range(2800, 3000)]
 
 

@@ -1,7 +1,7 @@
 """A child process that asks the real TensorRT-RTX: does it parse this graph, does it build it?
 
 `python ask_tensorrt.py SM FILE...` prints one JSON object for each file: {"file", "parsed", "bytes" of the
-engine or null, "messages"}. Shares no code with qcompress.engine.builder.
+engine or null, "messages"}. Shares no code with qcompress.engine.build_engine.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ def without_dropout(source: Path, out: Path) -> Path:
 def batches(line: tiny.Line, steps: int) -> list[torch.Tensor]:
     """The token ids that training sees."""
     from qcompress.tasks import TASKS
-    from qcompress.training.loop import batch_rows
+    from qcompress.training.batches import batch_rows
 
     task = TASKS["causal-lm"]
     reader = task.reader(line.float_model.path)

@@ -473,7 +473,7 @@ def test_every_stage_has_its_own_code_and_no_report(text_file: Path) -> None:
             "graph/sizes.py",
             "models/prepare.py",
         },
-        "build": {"engine/run_builder.py", "errors.py"},
+        "build": {"engine/build_process.py", "errors.py"},
         "verify": {
             "parity/measure.py",
             "schema/goals.py",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from lines import environment, make_project
 
-from qcompress.system import filesystem, host
+from qcompress.system import filesystem, gpu, host
 
 WITHOUT = """
 import ctypes, os
@@ -57,7 +57,7 @@ def test_threads_are_the_processors_of_the_machine(elsewhere: str, monkeypatch: 
 
 
 def test_there_is_no_gpu_without_a_driver(elsewhere: str) -> None:
-    assert host.cuda_devices() == [] and host.device_kind("auto") == "cpu"
+    assert gpu.cuda_devices() == [] and gpu.device_kind("auto") == "cpu"
     assert host.describe_host()["gpu"] == {"sm": []}
 
 
@@ -74,15 +74,15 @@ def test_the_driver_has_its_name_on_windows(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", library)
-    assert host.cuda_devices() == []
+    assert gpu.cuda_devices() == []
     monkeypatch.setattr(sys, "platform", "win32")
-    assert host.cuda_devices() == []
+    assert gpu.cuda_devices() == []
     assert asked == ["libcuda.so.1", "nvcuda.dll"]
 
 
 def test_a_library_without_the_drivers_functions_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    assert host.cuda_devices() == []
+    assert gpu.cuda_devices() == []
 
 
 def test_a_whole_run_without_what_only_linux_has(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:

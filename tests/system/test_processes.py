@@ -25,7 +25,7 @@ from qcompress.quant.affine import Grid
 from qcompress.quant.ranges import start_scale, weight_ratio
 from qcompress.system.distributed import Processes, join
 from qcompress.tasks import causal_lm
-from qcompress.training.loop import batch_rows
+from qcompress.training.batches import batch_rows
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "qcompress"],

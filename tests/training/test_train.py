@@ -24,7 +24,7 @@ from qcompress.quant.quantizers import LsqActivation, LsqWeight
 from qcompress.schema.recipe import TextData
 from qcompress.tasks import TASKS
 from qcompress.training.artifact import snap
-from qcompress.training.loop import batch_rows
+from qcompress.training.batches import batch_rows
 from qcompress.training.methods import STEPPERS
 from qcompress.training.methods.plain import OneUpdate
 from qcompress.training.observer import observe

@@ -18,7 +18,8 @@ from qcompress.system.artifacts import FloatModel, TrainedModel
 from qcompress.system.digests import SEAL, read_sealed, write_sealed
 from qcompress.system.filesystem import make_folder
 from qcompress.system.fingerprint import code_digest, stage_key
-from qcompress.system.host import device_kind, threads
+from qcompress.system.gpu import device_kind
+from qcompress.system.host import threads
 from qcompress.system.reporter import Reporter
 from qcompress.system.workspace import Step
 from qcompress.tasks.text import fingerprint

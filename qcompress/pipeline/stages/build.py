@@ -12,9 +12,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from qcompress.engine.build_process import Progress, run_builder
 from qcompress.engine.plan_bytes import check_plan, limit_bytes, predicted_bytes
 from qcompress.engine.profiles import profile_shapes
-from qcompress.engine.run_builder import Progress, run_builder
 from qcompress.errors import ExportError, MachineError, UsageError
 from qcompress.graph.lint.soundness import demand_sound
 from qcompress.graph.view import View, dimensions, read

@@ -41,13 +41,14 @@ from qcompress.training.calibration import Calibration, observe_all
 from qcompress.training.checkpoint import Checkpoints, Position, moving
 from qcompress.training.distributions import keep_channels, save_distributions
 from qcompress.training.history import History
-from qcompress.training.loop import Training, run_model_phase, settle
+from qcompress.training.loop import run_model_phase, settle
 from qcompress.training.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
 from qcompress.training.methods.protocols import Adapter, FittedAdapter, Phase, Scene
 from qcompress.training.movement import movement_note
 from qcompress.training.observer import make_static
 from qcompress.training.parameter_roles import ParameterRole, parameter_roles
 from qcompress.training.recording import learned
+from qcompress.training.state import Training
 
 ALONE = Processes()
 

@@ -12,12 +12,12 @@ import pytest
 from graphs import linear, save
 from tensorrt_api import NAMES
 
-from qcompress.engine import builder
-from qcompress.engine.builder import Phases
+from qcompress.engine import build_engine
+from qcompress.engine.build_engine import Phases
 from qcompress.schema.targets import TARGETS
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
-TREE = ast.parse(Path(builder.__file__).read_text(encoding="utf-8"))
+TREE = ast.parse(Path(build_engine.__file__).read_text(encoding="utf-8"))
 
 HOLDERS = {
     "trt": "module",
@@ -32,7 +32,7 @@ HOLDERS = {
     "flag": "BuilderFlag",
     "flags": "NetworkDefinitionCreationFlag",
 }
-"""Variables of builder.py that hold objects of TensorRT, and their classes."""
+"""Variables of build_engine.py that hold objects of TensorRT, and their classes."""
 
 OTHERS = {
     "around", "backend", "channel", "errors", "fault", "file", "importlib", "json", "os", "partial", "path",
@@ -106,8 +106,8 @@ def test_tensorrt_rtx_knows_the_compute_capability_of_every_rtx_target() -> None
 
 
 def test_there_is_a_backend_for_every_target() -> None:
-    assert set(builder.BACKENDS) == {target.backend for target in TARGETS.values()} - {None}
-    assert [name for name, backend in builder.BACKENDS.items() if backend.cross] == ["tensorrt_rtx"]
+    assert set(build_engine.BACKENDS) == {target.backend for target in TARGETS.values()} - {None}
+    assert [name for name, backend in build_engine.BACKENDS.items() if backend.cross] == ["tensorrt_rtx"]
 
 
 # Progress -----------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def run_builder(folder: Path, **changes: object) -> tuple[list[dict], subprocess
         **changes,
     }
     (folder / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-m", "qcompress.engine.builder", str(folder / "spec.json")]
+    command = [sys.executable, "-m", "qcompress.engine.build_engine", str(folder / "spec.json")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return [json.loads(line) for line in run.stdout.splitlines()], run
 
@@ -252,7 +252,7 @@ def test_memory_is_limited_beyond_what_is_in_use(taken_mib: int, fits: bool) -> 
 def test_native_prints_do_not_disturb_the_events(tmp_path: Path) -> None:
     code = (
         "import os\n"
-        "from qcompress.engine.builder import Channel\n"
+        "from qcompress.engine.build_engine import Channel\n"
         "channel = Channel()\n"
         "os.write(1, b'printed by a library')\n"
         "print('printed by Python', flush=True)\n"

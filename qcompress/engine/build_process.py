@@ -77,7 +77,7 @@ def run_builder(spec: dict[str, Any], timeout_s: int, progress: Progress | None 
 def _run(file: Path, stderr: BinaryIO, timeout_s: int, progress: Progress | None) -> Outcome:
     outcome = Outcome()
     process = subprocess.Popen(
-        command("qcompress.engine.builder", str(file)),
+        command("qcompress.engine.build_engine", str(file)),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=stderr,

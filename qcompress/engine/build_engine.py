@@ -1,4 +1,4 @@
-"""A child process that builds one engine: `python -m qcompress.engine.builder SPEC.json`.
+"""A child process that builds one engine: `python -m qcompress.engine.build_engine SPEC.json`.
 
 TensorRT's parser and builder are native code that can crash on a file of unknown origin; the parent reads the
 messages that this process wrote before. One process, one engine, one logger (TensorRT ignores a second one).
