@@ -32,7 +32,7 @@ class LayerPlan:
     @property
     def block(self) -> int | None:
         """Input channels that share a weight scale, None for one scale per output channel."""
-        return self.weights.block if isinstance(self.weights, WeightFormat) else None
+        return self.weights and self.weights.scale_block
 
     @property
     def integers(self) -> bool:
@@ -86,12 +86,12 @@ def _plan_layer(recipe: Recipe, layer: Layer) -> LayerPlan:
     if layer.kind == "embedding" or weights is None:
         activations = None
     quantizers = recipe.quantizer
-    quantizer = getattr(quantizers, layer.section)
+    key = (weights and weights.quantizer_key) or layer.section
     return LayerPlan(
         layer=layer,
         weights=weights,
         activations=activations and activations.settled(layer.nonnegative),
-        weight_quantizer=quantizers.codebook if isinstance(weights, CodebookFormat) else quantizer,
+        weight_quantizer=getattr(quantizers, key),
         activation_quantizer=quantizers.activations,
         noise=quantizers.noise,
     )

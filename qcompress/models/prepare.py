@@ -9,7 +9,7 @@ Train, fold, export and the runners build their models here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,10 +28,7 @@ from qcompress.models.plan import (
     rounded,
     site_from_json,
 )
-from qcompress.quant.affine import Grid
 from qcompress.quant.batchnorm import statistics
-from qcompress.quant.codebook import PARTS as CODEBOOK
-from qcompress.quant.codebook import CodebookWeight, FrozenCodebook
 from qcompress.quant.conv import Geometry, QuantizedConv
 from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, Rounding
 from qcompress.quant.folded_conv import FoldedConv
@@ -47,13 +44,12 @@ from qcompress.quant.learned_scale import PARAMETRIZATIONS, LearnedScale
 from qcompress.quant.noise import QuantNoise
 from qcompress.quant.quantizers import (
     ACTIVATION_QUANTIZERS,
-    WEIGHT_QUANTIZERS,
     FrozenActivation,
-    FrozenWeight,
 )
 from qcompress.quant.ranges import Statistics
+from qcompress.quant.weight_formats import quantizers_of
+from qcompress.quant.weight_quantizer import CodedWeight
 from qcompress.schema.custom import class_of
-from qcompress.schema.formats import CodebookFormat
 from qcompress.system.artifacts import FloatModel, FoldedModel, TrainedModel, read_json
 
 QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedTied | QuantizedConv
@@ -133,11 +129,8 @@ def quantize(
     linear_axis = FAMILIES[family].LINEAR_AXIS
 
     def weight_quantizer(item: LayerPlan, weight: Tensor, axis: int) -> nn.Module:
-        if isinstance(item.weights, CodebookFormat):
-            estimates = item.noise is not None and item.noise.form == "round"
-            return CodebookWeight(item.weight_quantizer, item.weights, axis, weight.shape, estimates)
-        kind = class_of("quantizer", item.weight_quantizer.name, WEIGHT_QUANTIZERS)
-        return kind(item.weight_quantizer, _grid(item, axis), item.weights.bounds, weight.shape)
+        maker = quantizers_of(item.weights)
+        return maker.trainable(item.weight_quantizer, item.weights, axis, weight.shape, item.noise)
 
     def input_quantizer(item: LayerPlan) -> nn.Module | None:
         if item.activations is None:
@@ -153,8 +146,7 @@ def quantize(
     for item in plan:
         layer = prepared.layers.get(item.name)
         if item.noise is not None and isinstance(layer, QuantizedWeight):
-            own = item.weights.block if isinstance(item.weights, CodebookFormat) else 1
-            layer.noise = QuantNoise(item.noise, item.noise.block or own, layer.channel_axis)
+            layer.noise = QuantNoise(item.noise, item.noise.block or item.weights.vector, layer.channel_axis)
     return _round(prepared, points, point_quantizer)
 
 
@@ -172,9 +164,13 @@ def open_points(model: nn.Module, family: str, points: tuple[PointPlan, ...]) ->
     FAMILIES[family].install_points(model, {item.name: nn.Identity() for item in rounded(points)})
 
 
-def _grid(item: LayerPlan, axis: int) -> Grid:
-    """Scale grid of a layer's weight during training; `axis`: axis of the output channels."""
-    return Grid(axis, item.block, item.weights.granularity)
+def frozen_weight(item: LayerPlan, tensors: Mapping[str, Tensor], axis: int) -> CodedWeight:
+    """Build a layer's weight quantizer from the tensors of trained.safetensors; `axis`: axis of the output
+    channels.
+    """
+    maker = quantizers_of(item.weights)
+    parts = {part: tensors.get(f"{item.name}.weight.{part}") for part in maker.parts}
+    return maker.frozen(parts, item.weights, axis)
 
 
 def _install(model, family, plan, linear_axis, weight_quantizer, input_quantizer) -> Prepared:
@@ -240,12 +236,7 @@ def rebuild(float_model: FloatModel, trained: TrainedModel) -> Prepared:
             own[name].copy_(tensors[name])
 
     def weight_quantizer(item: LayerPlan, weight: Tensor, axis: int) -> nn.Module:
-        if isinstance(item.weights, CodebookFormat):
-            parts = (tensors.get(f"{item.name}.weight.{part}") for part in CODEBOOK)
-            return FrozenCodebook(*parts, axis)
-        scale = tensors[f"{item.name}.weight.scale"]
-        threshold = tensors.get(f"{item.name}.weight.threshold")
-        return FrozenWeight(scale, _grid(item, axis), item.weights.bounds, threshold)
+        return frozen_weight(item, tensors, axis)
 
     def input_quantizer(item: LayerPlan) -> nn.Module | None:
         if item.activations is None:

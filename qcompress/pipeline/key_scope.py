@@ -43,7 +43,6 @@ from typing import Any
 
 from qcompress.schema.axes import PHASES
 from qcompress.schema.custom import active
-from qcompress.schema.formats import CodebookFormat
 from qcompress.schema.rates import peak_rates
 from qcompress.schema.recipe import STAGES, Recipe
 
@@ -245,8 +244,8 @@ def versions_of(stage: str, recipe: Recipe) -> dict[str, str]:
     weights = [form.weights, form.embeddings, *(exception.weights for exception in form.layers.values())]
     if stage == "train" and recipe.adapter.name in BY_MODELOPT:
         packages.append("nvidia-modelopt")
-    if stage == "train" and any(isinstance(weight, CodebookFormat) for weight in weights):
-        packages.append("faiss-cpu")
+    if stage == "train":
+        packages += sorted({package for weight in weights if weight for package in weight.packages})
     versions = {}
     for package in packages:
         try:

@@ -10,7 +10,7 @@ target can refuse them by name.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -35,6 +35,11 @@ class Options(BaseModel):
 
 class WeightFormat(Options):
     """Storage format of a weight."""
+
+    quantizer_key: ClassVar[str | None] = None
+    """Key of `quantizer` with the options of its quantizer; None: the key of the layer's role."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Packages that its training uses beside torch; their versions are part of the cache key."""
 
     bits: Literal[8, 4, 3, 2] = 8
     """Bits of one code."""
@@ -61,6 +66,16 @@ class WeightFormat(Options):
         if self.block and self.granularity == "tensor":
             raise ValueError("one scale for the whole tensor leaves no blocks: drop `block` or `granularity`")
         return self
+
+    @property
+    def vector(self) -> int:
+        """Consecutive input channels that are coded together: each weight has a code of its own."""
+        return 1
+
+    @property
+    def scale_block(self) -> int | None:
+        """Input channels that share a scale; None: one scale per output channel or per tensor."""
+        return self.block
 
     @property
     def stored_bits(self) -> int:
@@ -99,6 +114,11 @@ class CodebookFormat(Options):
     that it saves bytes on disk and in an engine, but no time.
     """
 
+    quantizer_key: ClassVar[str | None] = "codebook"
+    """Key of `quantizer` with the options of its quantizer."""
+    packages: ClassVar[tuple[str, ...]] = ("faiss-cpu",)
+    """Packages that its training uses beside torch; their versions are part of the cache key."""
+
     codebook: Literal["gather", "decode-int8"] = "gather"
     """gather: indices and table in the file; decode-int8: the file has the decoded weight as int8 codes with
     one scale for the tensor, as in the table, which an int8 GEMM accepts.
@@ -129,6 +149,16 @@ class CodebookFormat(Options):
     def stored_bits(self) -> float:
         """Bits per weight in the file, without the table."""
         return 8 if self.codebook == "decode-int8" else 8 / self.block
+
+    @property
+    def vector(self) -> int:
+        """Consecutive input channels that are coded together."""
+        return self.block
+
+    @property
+    def scale_block(self) -> None:
+        """None: a codebook has no scales of blocks."""
+        return None
 
     @property
     def bounds(self) -> tuple[int, int]:

@@ -22,14 +22,9 @@ from torch import Tensor
 
 from qcompress.models.architecture import Site
 from qcompress.models.plan import LayerPlan
-from qcompress.models.prepare import Prepared
-from qcompress.quant.affine import Grid
-from qcompress.quant.codebook import PARTS as CODEBOOK
-from qcompress.quant.codebook import FrozenCodebook
+from qcompress.models.prepare import Prepared, frozen_weight
 from qcompress.quant.layers import QuantizedWeight
-from qcompress.quant.quantizers import FrozenWeight
 from qcompress.quant.ranges import Statistics
-from qcompress.schema.formats import CodebookFormat
 from qcompress.system.artifacts import read_json, write_json
 
 NAME = "distributions.json"
@@ -85,14 +80,9 @@ def save_distributions(prepared: Prepared, tensors: Mapping[str, Tensor], out: P
 
 def _both(layer: QuantizedWeight, item: LayerPlan, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Trained weight of a layer, and the deployed weight that replaces it."""
-    weight, axis = layer.coded_weight().float(), layer.channel_axis
-    parts = (*CODEBOOK, "threshold")
-    stored = {part: tensors.get(f"{item.name}.weight.{part}") for part in parts}
-    stored = {part: None if tensor is None else tensor.to(weight.device) for part, tensor in stored.items()}
-    if isinstance(item.weights, CodebookFormat):
-        return weight, FrozenCodebook(*(stored[part] for part in CODEBOOK), axis)(weight)
-    grid = Grid(axis, item.block, item.weights.granularity)
-    return weight, FrozenWeight(stored["scale"], grid, item.weights.bounds, stored["threshold"])(weight)
+    weight = layer.coded_weight().float()
+    frozen = frozen_weight(item, tensors, layer.channel_axis).to(weight.device)
+    return weight, frozen(weight)
 
 
 def _noise(name: str, weight: Tensor, deployed: Tensor) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def _noise(recipe: Recipe, document: Document, plan: tuple[LayerPlan, ...]) -> N
         document.report(key, message, "use `schedule: plain`, or write `quantizer: {noise: none}`")
         return
     for item in plan:
-        vectors = item.weights.block if isinstance(item.weights, CodebookFormat) else 1
+        vectors = item.weights.vector if item.weights else 1
         if item.weights and noise.block and noise.block % vectors:
             message = f"blocks of {noise.block} cut the vectors of {vectors} channels of {item.name} in two"
             document.report(key, message, "drop `noise.block`, or write a multiple of the vectors' length")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from qcompress.models.plan import LayerPlan
-from qcompress.schema.formats import CodebookFormat
 from qcompress.schema.targets import BLOCKS, Refusal, Target, find_target
 
 
@@ -117,7 +116,7 @@ def _refuse_kernels(target: Target, plan: tuple[LayerPlan, ...]) -> Iterator[Ref
     def key(layer: LayerPlan) -> str | None:
         if layer.layer.kind != "conv" or layer.weights is None:
             return None
-        if isinstance(layer.weights, CodebookFormat):  # floats in the graph, or int8 codes with equal scales
+        if not layer.integers:  # its decoded weight is float in the graph
             return None
         if layer.block:
             return _key(layer, "block")
