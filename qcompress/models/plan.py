@@ -9,7 +9,7 @@ from typing import Any, Literal
 from qcompress.encodings import encoding_of
 from qcompress.models.architecture import Architecture, Layer, Point, Site
 from qcompress.schema.formats import ActivationFormat, CodebookFormat, WeightFormat
-from qcompress.schema.quantizers import Codebook, Dynamic, Lsq, MinMax, Noise, Ternary
+from qcompress.schema.quantizers import ActivationQuantizer, Codebook, MinMax, Noise, WeightQuantizer
 from qcompress.schema.recipe import Recipe
 
 
@@ -20,8 +20,8 @@ class LayerPlan:
     layer: Layer
     weights: WeightFormat | CodebookFormat | None
     activations: ActivationFormat | None
-    weight_quantizer: MinMax | Lsq | Ternary | Codebook = MinMax()
-    activation_quantizer: MinMax | Lsq | Dynamic = MinMax()
+    weight_quantizer: WeightQuantizer | Codebook = MinMax()
+    activation_quantizer: ActivationQuantizer = MinMax()
     noise: Noise | None = None
 
     @property
@@ -46,7 +46,7 @@ class PointPlan:
 
     point: Point
     activations: ActivationFormat | None
-    activation_quantizer: MinMax | Lsq = MinMax()
+    activation_quantizer: ActivationQuantizer = MinMax()
 
     @property
     def name(self) -> str:

@@ -22,7 +22,7 @@ from qcompress.schema.method_options import (
     TeacherIntervention,
     TwoStep,
 )
-from qcompress.schema.quantizers import Codebook, Dynamic, Lsq, MinMax, Quantizers, Ternary, named, quantizers
+from qcompress.schema.quantizers import QUANTIZERS, Quantizers, named, quantizers
 
 
 class PhaseDefaults(Options):
@@ -81,7 +81,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """Axes of each method: a paper is a row of this table. Axes written in the recipe override it."""
 
 AXES: dict[str, tuple[type[Options], ...]] = {
-    "quantizer": (MinMax, Lsq, Ternary, Dynamic, Codebook),
+    "quantizer": QUANTIZERS,
     "adapter": (NoAdapter, QuadapterOptions, SmoothQuantOptions, AwqOptions),
     "objective": (TaskObjective, Distillation, TeacherIntervention),
     "stepper": (PlainStepper, Saq, Squat),

@@ -121,6 +121,9 @@ class Noise(Options):
         return self
 
 
+QUANTIZERS: tuple[type[Options], ...] = (MinMax, Lsq, Ternary, Dynamic, Codebook)
+"""Options of every quantizer, in the order in which lists show them."""
+
 WeightQuantizer = Annotated[MinMax | Lsq | Ternary, Field(discriminator="name"), BeforeValidator(named)]
 ActivationQuantizer = Annotated[MinMax | Lsq | Dynamic, Field(discriminator="name"), BeforeValidator(named)]
 
