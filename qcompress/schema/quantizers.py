@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -17,7 +17,18 @@ def named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-class MinMax(Options):
+class QuantizerOptions(Options):
+    """Base of the options of a quantizer."""
+
+    short_form: ClassVar[tuple[str, ...]] = ("weights", "activations")
+    """Keys of `quantizer` that its name alone sets."""
+    companions: ClassVar[dict[str, str]] = {}
+    """Quantizers that its name alone sets at further keys."""
+    weights_only: ClassVar[tuple[str, ...]] = ("renew",)
+    """Options that the short form does not give to `activations`: their ranges are not chosen again."""
+
+
+class MinMax(QuantizerOptions):
     """Range from observed values; nothing is learned."""
 
     name: Literal["minmax"] = "minmax"
@@ -44,7 +55,7 @@ class MinMax(Options):
         return {key: value for key, value in spell(self).items() if (key, value) != ("renew", None)}
 
 
-class Lsq(Options):
+class Lsq(QuantizerOptions):
     """Learned step size (LSQ, arXiv:1902.08153)."""
 
     name: Literal["lsq"] = "lsq"
@@ -56,10 +67,13 @@ class Lsq(Options):
     """Smallest scale after an update, as a fraction of the starting scale."""
 
 
-class Ternary(Options):
+class Ternary(QuantizerOptions):
     """Ternary weights (TWN, arXiv:1605.04711): -a, 0, a with a threshold at 0.7 of the mean magnitude. As
     TernaryBERT (arXiv:2009.12812) and Teacher Intervention (arXiv:2302.11812) use it.
     """
+
+    short_form: ClassVar[tuple[str, ...]] = ("weights", "embeddings")
+    companions: ClassVar[dict[str, str]] = {"activations": "dynamic"}
 
     name: Literal["ternary"] = "ternary"
     threshold: float = Field(default=0.7, gt=0, lt=1)
@@ -68,20 +82,24 @@ class Ternary(Options):
     """Weights are clamped to [-clip, clip] first; no gradient passes outside."""
 
 
-class Dynamic(Options):
+class Dynamic(QuantizerOptions):
     """Range of the current tensor while training (TernaryBERT, arXiv:2009.12812); deployed is a static range,
     observed on the calibration data after training. The ladder shows both.
     """
+
+    short_form: ClassVar[tuple[str, ...]] = ("activations",)
 
     name: Literal["dynamic"] = "dynamic"
     clip: float | None = Field(default=2.5, gt=0)
     """Activations are clamped to [-clip, clip] first; no gradient passes outside. none: no clamping."""
 
 
-class Codebook(Options):
+class Codebook(QuantizerOptions):
     """k-means codebooks (product quantization; iPQ of Quant-Noise, arXiv:2004.07320, after arXiv:1907.05686).
     Used for every weight whose *format* is a codebook; the other quantizers serve the integer weights.
     """
+
+    short_form: ClassVar[tuple[str, ...]] = ("codebook",)
 
     name: Literal["codebook"] = "codebook"
     iterations: int = Field(default=15, ge=1)
@@ -121,7 +139,7 @@ class Noise(Options):
         return self
 
 
-QUANTIZERS: tuple[type[Options], ...] = (MinMax, Lsq, Ternary, Dynamic, Codebook)
+QUANTIZERS: tuple[type[QuantizerOptions], ...] = (MinMax, Lsq, Ternary, Dynamic, Codebook)
 """Options of every quantizer, in the order in which lists show them."""
 
 WeightQuantizer = Annotated[MinMax | Lsq | Ternary, Field(discriminator="name"), BeforeValidator(named)]
@@ -141,7 +159,7 @@ class Quantizers(Options):
     weights: WeightQuantizer = MinMax()
     activations: ActivationQuantizer = MinMax()
     embeddings: WeightQuantizer = MinMax()
-    codebook: Codebook = Codebook()
+    codebook: Annotated[Codebook, BeforeValidator(named)] = Codebook()
     """Quantizer of weights and tables whose format is a codebook, in place of `weights` and `embeddings`."""
     noise: Annotated[Noise | None, BeforeValidator(_noise)] = None
     """Quant-Noise around the quantizers of weights and tables; none: all weights are rounded."""
@@ -164,7 +182,7 @@ ROLES = ("weights", "activations", "embeddings")
 def quantizers(value: object) -> object:
     """Expand a short form: `quantizer: lsq` is lsq for weights and activations, and minmax for the embedding
     tables; ternary and dynamic belong together, as in TernaryBERT, tables included. `noise` may be beside a
-    name.
+    name. Each class declares the keys (`short_form`, `companions`); a custom quantizer has the base's.
 
     >>> quantizers({"name": "lsq", "noise": 0.5})
     {'weights': {'name': 'lsq'}, 'activations': {'name': 'lsq'}, 'noise': 0.5}
@@ -176,13 +194,9 @@ def quantizers(value: object) -> object:
         noise_option = {"noise": value["noise"]}
         value = {key: option for key, option in value.items() if key != "noise"}
     name = value if isinstance(value, str) else value["name"]
-    if name == "ternary":
-        return {"weights": value, "activations": "dynamic", "embeddings": value, **noise_option}
-    if name == "dynamic":
-        return {"activations": value, **noise_option}
-    if name == "codebook":
-        return {"codebook": named(value), **noise_option}
-    activations = value
-    if isinstance(value, dict):  # ranges of activations are not chosen again
-        activations = {key: option for key, option in value.items() if key != "renew"}
-    return {"weights": value, "activations": activations, **noise_option}
+    options = next((one for one in QUANTIZERS if one.model_fields["name"].default == name), QuantizerOptions)
+    chosen: dict[str, object] = dict.fromkeys(options.short_form, value)
+    if "weights" in chosen and "activations" in chosen and isinstance(value, dict):
+        without = options.weights_only
+        chosen["activations"] = {key: option for key, option in value.items() if key not in without}
+    return {**chosen, **options.companions, **noise_option}
