@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from once import once, shared_root
 from tiny import Line, make_checkpoint, make_recipe, start_line, write_text
 
 
@@ -36,38 +37,51 @@ def _edited_runs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what all workers read; see `once`."""
+    return shared_root(tmp_path_factory) / "shared"
+
+
+@pytest.fixture(scope="session")
+def text_file(session_folder: Path) -> Path:
     """A UTF-8 text file of about 25,000 characters."""
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        write_text(folder / "text.txt")
+
+    return once(session_folder / "text", make) / "text.txt"
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+def tiny_model(session_folder: Path, text_file: Path) -> Path:
     """A checkpoint of a tiny GPT-2 with its tokenizer. Read only: copy it before changing it."""
-    return make_checkpoint(tmp_path_factory.mktemp("tiny"), text_file)
+    return once(session_folder / "tiny", lambda folder: make_checkpoint(folder, text_file))
 
 
 @pytest.fixture(scope="session")
-def without_dropout(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+def without_dropout(session_folder: Path, tiny_model: Path) -> Path:
     """The same without dropout. Read only."""
-    folder = tmp_path_factory.mktemp("calm") / "model"
-    shutil.copytree(tiny_model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+
+    def make(folder: Path) -> None:
+        shutil.copytree(tiny_model, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return once(session_folder / "calm", make)
 
 
 @pytest.fixture(scope="session")
-def untied_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+def untied_model(session_folder: Path, text_file: Path) -> Path:
     """The same with a head of its own. Read only."""
-    return make_checkpoint(tmp_path_factory.mktemp("untied"), text_file, tied=False)
+    return once(session_folder / "untied", lambda folder: make_checkpoint(folder, text_file, tied=False))
 
 
 @pytest.fixture(scope="session")
-def outlier_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+def outlier_model(session_folder: Path, text_file: Path) -> Path:
     """The same function as `tiny_model`, one channel of every rescaled norm 40 times as large. Read only."""
-    return make_checkpoint(tmp_path_factory.mktemp("outlier"), text_file, outliers=40.0)
+    return once(session_folder / "outlier", lambda folder: make_checkpoint(folder, text_file, outliers=40.0))
 
 
 @pytest.fixture

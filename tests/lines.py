@@ -21,6 +21,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import yaml
+from once import once
 from tiny import make_recipe, start_line
 from typer.testing import CliRunner
 
@@ -146,9 +147,11 @@ def make_project(folder: Path, checkpoint: Path, text: Path, **sections: Any) ->
 @functools.cache
 def finished(model: Path, text: Path) -> Project:
     """A project with one finished run, the same for all tests. Read only: take a `copy` to change it."""
-    project = make_project(model.parent / f"{model.name}-project", model, text)
-    assert project.run().verdict == "accept"
-    return project
+
+    def make(folder: Path) -> None:
+        assert make_project(folder, model, text).run().verdict == "accept"
+
+    return Project(once(model.parent / f"{model.name}-project", make))
 
 
 # Exported graphs ----------------------------------------------------------------------------------
@@ -262,7 +265,11 @@ class Exported:
 @functools.cache
 def exported(kind: Kind, model: Path, text: Path) -> Exported:
     """A checkpoint (tied as `kind` says), quantized with observed ranges, folded and exported. Read only."""
-    folder = model.parent / f"{model.name}-{kind}"
+    folder = once(model.parent / f"{model.name}-{kind}", functools.partial(_export, kind, model, text))
+    return Exported(kind, FoldedModel(folder / "fold"), folder / "export")
+
+
+def _export(kind: Kind, model: Path, text: Path, folder: Path) -> None:
     form = CODEBOOKS if kind.format == "codebook" else FORMATS[kind.format]
     sections = {"format": form, "method": "ptq", **METHODS.get(kind.format, {})}
     if kind.format == "float":
@@ -274,7 +281,6 @@ def exported(kind: Kind, model: Path, text: Path) -> Exported:
     target = "cpu" if kind.format in ONNX_ONLY else "rtx-ada"
     (folder / "export").mkdir()
     export(line.folded, options, target, keys.provenance(recipe), folder / "export")
-    return Exported(kind, line.folded, folder / "export")
 
 
 # Processes ----------------------------------------------------------------------------------------

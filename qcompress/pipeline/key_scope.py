@@ -241,11 +241,12 @@ def versions_of(stage: str, recipe: Recipe) -> dict[str, str]:
     if stage in ("train", "verify"):
         packages.append(READERS.get(recipe.task.name, "tokenizers"))
     form = recipe.format
-    weights = [form.weights, form.embeddings, *(exception.weights for exception in form.layers.values())]
+    exceptions = [one.weights for one in form.layers.values() if one.weights != "inherit"]
+    weights = [weight for weight in (form.weights, form.embeddings, *exceptions) if weight is not None]
     if stage == "train" and recipe.adapter.name in BY_MODELOPT:
         packages.append("nvidia-modelopt")
     if stage == "train":
-        packages += sorted({package for weight in weights if weight for package in weight.packages})
+        packages += sorted({package for weight in weights for package in weight.packages})
     versions = {}
     for package in packages:
         try:

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from lines import plain_session
+from once import once
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, Line, make_recipe, start_line, token_ids
@@ -64,7 +65,7 @@ FORMATS: dict[str, Any] = {
 
 @functools.cache
 def checkpoint(family: str, task: str, text: Path) -> Path:
-    return save_encoder(text.parent / f"{family}-{task}", text, family, task)
+    return once(text.parent / f"{family}-{task}", lambda folder: save_encoder(folder, text, family, task))
 
 
 @pytest.fixture
