@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -104,3 +105,22 @@ def assets() -> Path:
     if not directory:
         pytest.skip("QCOMPRESS_ASSETS does not name a directory of real models and texts")
     return Path(directory)
+
+
+def pytest_collection_finish() -> None:
+    """Imported modules and collected tests stay, so that no collection of garbage needs to visit them. Fold,
+    train and verify collect garbage after each model, which would take longer than the tests of a tiny one.
+    """
+    _freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The modules that the tests of a file imported stay, too."""
+    if nextitem is not None and nextitem.path != item.path:
+        _freeze()
+
+
+def _freeze() -> None:
+    gc.collect()
+    gc.freeze()

@@ -19,8 +19,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, l
 
 from qcompress.models import describe
 from qcompress.models.architecture import Architecture
+from qcompress.models.folded import assemble
 from qcompress.models.plan import LayerPlan, plan_layers
-from qcompress.models.prepare import assemble, rebuild
+from qcompress.models.rebuild import rebuild
 from qcompress.pipeline.stages.fold import fold
 from qcompress.pipeline.stages.load import fingerprint, load
 from qcompress.pipeline.stages.train import train

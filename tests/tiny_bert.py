@@ -33,8 +33,9 @@ from transformers import (
 
 from qcompress.models import FAMILIES, describe, load_tokenizer
 from qcompress.models.architecture import Architecture, Head
+from qcompress.models.folded import assemble
 from qcompress.models.plan import LayerPlan, PointPlan, plan_layers, plan_points
-from qcompress.models.prepare import assemble, rebuild
+from qcompress.models.rebuild import rebuild
 from qcompress.pipeline.stages.fold import fold
 from qcompress.pipeline.stages.load import fingerprint, load
 from qcompress.pipeline.stages.train import train

@@ -26,8 +26,9 @@ from transformers import (
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Architecture
 from qcompress.models.cifar_net import CifarResNet
+from qcompress.models.folded import assemble
 from qcompress.models.plan import LayerPlan, PointPlan, plan_layers, plan_points
-from qcompress.models.prepare import assemble, rebuild
+from qcompress.models.rebuild import rebuild
 from qcompress.parity.runners import open_session
 from qcompress.pipeline.stages.fold import fold
 from qcompress.pipeline.stages.load import fingerprint, load

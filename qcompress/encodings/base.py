@@ -39,8 +39,6 @@ class Encoding(Protocol):
     name: str
     parts: tuple[str, ...]
     """Tensor names in folded.safetensors after `<layer>.weight.`; the integers come first."""
-    integers: bool
-    """True if weight = code * scale: batch norms fold into the scales, and runtimes multiply the codes."""
 
     def holds(self, form: Form) -> bool:
         """True if this encoding stores weights of `form`."""

@@ -36,7 +36,6 @@ class GatheredCodebook:
 
     name = "codebook"
     parts = ("assignments", "centroids", "scale")
-    integers = False
 
     def holds(self, form: Form) -> bool:
         """True for codebook formats with `codebook: gather`."""

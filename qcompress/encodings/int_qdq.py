@@ -34,7 +34,6 @@ class IntegerQdq:
 
     name = "int-qdq"
     parts = ("codes", "scale")
-    integers = True
 
     def holds(self, form: Form) -> bool:
         """True for integer formats and for codebook formats with `codebook: decode-int8`."""

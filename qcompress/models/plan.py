@@ -6,7 +6,6 @@ import fnmatch
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from qcompress.encodings import encoding_of
 from qcompress.models.architecture import Architecture, Layer, Point, Site
 from qcompress.schema.formats import ActivationFormat, CodebookFormat, WeightFormat
 from qcompress.schema.quantizers import ActivationQuantizer, Codebook, MinMax, Noise, WeightQuantizer
@@ -37,7 +36,7 @@ class LayerPlan:
     @property
     def integers(self) -> bool:
         """True for a weight that is stored as multiples of a scale."""
-        return self.weights is not None and encoding_of(self.weights).integers
+        return self.weights is not None and self.weights.integers
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,10 @@ from qcompress.errors import ContractError, UsageError
 from qcompress.graph.certificate.edges import Graph
 from qcompress.graph.certificate.layers import matmul_inputs, with_outputs
 from qcompress.graph.certificate.points import point_inputs
+from qcompress.models.folded import assemble
 from qcompress.models.plan import plans_from_json, points_from_json, rounded
-from qcompress.models.prepare import assemble, rebuild, replace_module
+from qcompress.models.prepare import replace_module
+from qcompress.models.rebuild import rebuild
 from qcompress.parity.distance import Distance
 from qcompress.parity.forced_codes import NOISE, TIE, Held, Inputs, Place
 from qcompress.parity.inputs import Artifacts, evaluation_samples

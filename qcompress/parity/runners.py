@@ -21,8 +21,10 @@ from torch import nn
 from qcompress.errors import ContractError, MachineError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import PAST
+from qcompress.models.folded import assemble
 from qcompress.models.plan import rounded
-from qcompress.models.prepare import assemble, rebuild, replace_module
+from qcompress.models.prepare import replace_module
+from qcompress.models.rebuild import rebuild
 from qcompress.quant.dynamic import DynamicActivation
 from qcompress.schema.quantizers import Dynamic, Lsq, MinMax
 from qcompress.system.artifacts import FloatModel, FoldedModel, TrainedModel, disabled_optimizers, read_json

@@ -30,7 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES
-from qcompress.models.prepare import Prepared, rebuild, replace_module
+from qcompress.models.prepare import Prepared, replace_module
+from qcompress.models.rebuild import rebuild
 from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, Tap, tapped
 from qcompress.schema.method_options import Sharpness
 from qcompress.schema.recipe import Recipe

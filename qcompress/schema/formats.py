@@ -68,6 +68,11 @@ class WeightFormat(Options):
         return self
 
     @property
+    def integers(self) -> bool:
+        """True if weight = code * scale: batch norms fold into the scale, and runtimes multiply the codes."""
+        return True
+
+    @property
     def vector(self) -> int:
         """Consecutive input channels that are coded together: each weight has a code of its own."""
         return 1
@@ -149,6 +154,11 @@ class CodebookFormat(Options):
     def stored_bits(self) -> float:
         """Bits per weight in the file, without the table."""
         return 8 if self.codebook == "decode-int8" else 8 / self.block
+
+    @property
+    def integers(self) -> bool:
+        """True if the decoded weight is stored as integers times a scale."""
+        return self.codebook == "decode-int8"
 
     @property
     def vector(self) -> int:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from qcompress.models.architecture import Site
 from qcompress.models.plan import LayerPlan
-from qcompress.models.prepare import Prepared, frozen_weight
+from qcompress.models.prepare import Prepared
+from qcompress.models.rebuild import frozen_weight
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
 from qcompress.system.artifacts import read_json, write_json

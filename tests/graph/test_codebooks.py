@@ -21,7 +21,7 @@ from tiny import Line, token_ids
 
 from qcompress.graph.certificate.layers import certify
 from qcompress.graph.inspect import contents
-from qcompress.models.prepare import assemble
+from qcompress.models.folded import assemble
 from qcompress.pipeline.stages.build import build_file
 from qcompress.schema.recipe import Build
 from qcompress.system.artifacts import read_json

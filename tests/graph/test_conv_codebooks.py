@@ -19,7 +19,7 @@ from torch import nn
 
 from qcompress.graph.certificate.edges import Graph
 from qcompress.graph.certificate.layers import certify, matmul_inputs
-from qcompress.models.prepare import rebuild
+from qcompress.models.rebuild import rebuild
 from qcompress.pipeline.stages.build import build_file
 from qcompress.pipeline.stages.export import export
 from qcompress.quant.batchnorm import gain_and_bias

@@ -17,7 +17,9 @@ from tiny_nets import CLASSIFIERS, KINDS, STEMS, Done, net_line, pixels, save_im
 from torch import nn
 
 from qcompress.graph.lint.lint import lint
-from qcompress.models.prepare import assemble, rebuild, replace_module
+from qcompress.models.folded import assemble
+from qcompress.models.prepare import replace_module
+from qcompress.models.rebuild import rebuild
 from qcompress.parity.fold_flips import count_flips
 from qcompress.parity.runners import REWRITERS
 from qcompress.pipeline.stages.export import export

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qcompress.errors import ModelError
 from qcompress.models import FAMILIES, describe, gpt2, load_tokenizer
-from qcompress.models.prepare import assemble, rebuild
+from qcompress.models.folded import assemble
+from qcompress.models.rebuild import rebuild
 from qcompress.parity.runners import float_runner
 
 KINDS: dict[str, dict[str, Any]] = {

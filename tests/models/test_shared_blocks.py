@@ -21,8 +21,9 @@ from qcompress import api
 from qcompress.graph.certificate.edges import Graph
 from qcompress.graph.certificate.layers import certify, matmul_inputs
 from qcompress.models import describe, gpt2
+from qcompress.models.folded import assemble
 from qcompress.models.plan import plan_layers, plans_from_json
-from qcompress.models.prepare import assemble, rebuild
+from qcompress.models.rebuild import rebuild
 from qcompress.pipeline import keys
 from qcompress.pipeline.stages.build import build_file
 from qcompress.pipeline.stages.export import export

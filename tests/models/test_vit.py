@@ -36,8 +36,8 @@ from qcompress.errors import ModelError
 from qcompress.models import FAMILIES, describe, first_blocks, vit
 from qcompress.models.architecture import OPERANDS, Head
 from qcompress.models.attention import open_attention
+from qcompress.models.folded import assemble
 from qcompress.models.plan import rounded
-from qcompress.models.prepare import assemble
 from qcompress.parity.layerwise import TIE, follow
 from qcompress.pipeline.smoke import shorten
 from qcompress.pipeline.stages.build import build_file

@@ -24,8 +24,8 @@ from qcompress.errors import UsageError
 from qcompress.graph.certificate.points import certify_all
 from qcompress.models import FAMILIES
 from qcompress.models.cache import Cached
+from qcompress.models.folded import assemble
 from qcompress.models.plan import plan_points, rounded
-from qcompress.models.prepare import assemble
 from qcompress.parity.generate import Generator
 from qcompress.parity.layerwise import TIE, follow
 from qcompress.parity.runners import OnnxRunner

@@ -20,7 +20,7 @@ from tiny import VOCABULARY, WIDTH, make_recipe, start_line, token_ids
 
 from qcompress.errors import ExportError
 from qcompress.graph.certificate.layers import certify
-from qcompress.models.prepare import assemble
+from qcompress.models.folded import assemble
 from qcompress.parity.layerwise import TIE, follow
 from qcompress.pipeline.keys import provenance
 from qcompress.pipeline.stages.build import build_file

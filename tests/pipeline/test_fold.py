@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qcompress.errors import ContractError, ExportError
 from qcompress.models import FAMILIES
-from qcompress.models.prepare import assemble, rebuild
+from qcompress.models.folded import assemble
+from qcompress.models.rebuild import rebuild
 from qcompress.pipeline.stages.fold import check_compute, check_scale, fold
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.system.artifacts import FoldedModel, TrainedModel

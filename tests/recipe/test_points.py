@@ -36,8 +36,9 @@ from qcompress.errors import ContractError
 from qcompress.graph.certificate.points import certify_all
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import OPERANDS
+from qcompress.models.folded import assemble
 from qcompress.models.plan import PointPlan, plan_points, points_from_json, points_to_json, rounded
-from qcompress.models.prepare import assemble, open_points, quantize
+from qcompress.models.prepare import open_points, quantize
 from qcompress.parity.layerwise import TIE, follow
 from qcompress.pipeline.keys import provenance
 from qcompress.pipeline.stages.build import build_file

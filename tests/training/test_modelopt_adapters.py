@@ -22,8 +22,9 @@ from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
 from qcompress.errors import MachineError, ModelError
 from qcompress.models import load_tokenizer
+from qcompress.models.folded import assemble
 from qcompress.models.plan import plan_sites
-from qcompress.models.prepare import assemble, quantize
+from qcompress.models.prepare import quantize
 from qcompress.quant.layers import FixedScale, QuantizedWeight
 from qcompress.tasks import TASKS
 from qcompress.training.methods import ADAPTERS

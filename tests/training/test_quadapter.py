@@ -18,7 +18,8 @@ from transformers import GPT2LMHeadModel
 import qcompress.pipeline.stages.train
 from qcompress.models import load_tokenizer
 from qcompress.models.plan import plan_sites
-from qcompress.models.prepare import Prepared, initialise, quantize, rebuild
+from qcompress.models.prepare import Prepared, initialise, quantize
+from qcompress.models.rebuild import rebuild
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
 from qcompress.schema.adapters import QuadapterOptions

@@ -19,7 +19,8 @@ from transformers import GPT2LMHeadModel
 import qcompress.pipeline.stages.train
 from qcompress.errors import ContractError, MachineError, ModelError, UsageError
 from qcompress.models import load_tokenizer
-from qcompress.models.prepare import quantize, rebuild
+from qcompress.models.prepare import quantize
+from qcompress.models.rebuild import rebuild
 from qcompress.quant.quantizers import LsqActivation, LsqWeight
 from qcompress.schema.recipe import TextData
 from qcompress.tasks import TASKS

@@ -152,7 +152,7 @@ class _Ready:
 
 
 def _prepare(resolved: Resolved, steps: Mapping[str, Step], sampling: Sampling) -> _Ready:
-    from qcompress.models.prepare import rebuild
+    from qcompress.models.rebuild import rebuild
     from qcompress.parity.inputs import Artifacts, evaluation_samples
     from qcompress.tasks import TASKS
 

@@ -34,9 +34,9 @@ from qcompress.graph.optimizer import optimize
 from qcompress.graph.sizes import measure_sizes
 from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.checkpoint_files import read_config
+from qcompress.models.folded import assemble
 from qcompress.models.layer_selection import lent_prefixes
 from qcompress.models.plan import LayerPlan, plans_from_json, points_from_json, sharers
-from qcompress.models.prepare import assemble
 from qcompress.quant.types import COMPUTE
 from qcompress.schema.recipe import Export
 from qcompress.schema.targets import TARGETS

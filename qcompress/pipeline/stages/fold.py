@@ -21,7 +21,8 @@ from torch import Tensor
 from qcompress.encodings import CODES, encoding_of
 from qcompress.errors import ContractError, ExportError
 from qcompress.models.plan import plans_to_json, points_to_json
-from qcompress.models.prepare import Prepared, QuantizedLayer, own_tensors, rebuild
+from qcompress.models.prepare import Prepared, QuantizedLayer, own_tensors
+from qcompress.models.rebuild import rebuild
 from qcompress.quant.batchnorm import fold_batch_norm, gain_and_bias
 from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.int32_bias import least_scales, raise_scales
@@ -92,7 +93,7 @@ def _fold_norms(prepared: Prepared, tensors: dict[str, Tensor], compute: torch.d
     zeroed, plans = 0, {item.name: item for item in prepared.plan}
     for name, layer in prepared.layers.items():
         if isinstance(layer, QuantizedConv) and layer.norm is not None:
-            if not encoding_of(plans[name].weights).integers:
+            if not plans[name].integers:
                 gain, bias = gain_and_bias(layer.bias, layer.norm)
                 tensors |= {f"{name}.gain": gain, f"{name}.bias": bias}
                 continue

@@ -31,8 +31,9 @@ from qcompress.engine.local_run import why_not
 from qcompress.engine.probe import KIT_BYTES, write_probe
 from qcompress.errors import ContractError
 from qcompress.graph.view import read
+from qcompress.models.folded import assemble
 from qcompress.models.plan import plans_from_json, points_from_json, rounded
-from qcompress.models.prepare import assemble, rebuild
+from qcompress.models.rebuild import rebuild
 from qcompress.parity.fold_flips import count_flips
 from qcompress.parity.gpu import engine_here, provider_rows
 from qcompress.parity.inputs import Artifacts, evaluation_samples
