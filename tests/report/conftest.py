@@ -13,7 +13,7 @@ from qcompress.report.html import charts
 
 @pytest.fixture(scope="package", autouse=True)
 def _equal_charts_once() -> Iterator[None]:
-    """Most of a page's time goes into charts, and the pages of one run repeat them: a chart of equal arguments
+    """Charts take most of a page's time, and pages of one run repeat them: a chart of equal arguments
     is drawn once.
     """
     drawn: dict[str, str] = {}
