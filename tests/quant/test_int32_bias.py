@@ -90,12 +90,12 @@ def quotients(tensors: dict[str, torch.Tensor]) -> np.ndarray:
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("kind", ["basic", "cifar"])
-@pytest.mark.parametrize("change", PLANTED.values(), ids=PLANTED)
-def test_the_default_session_computes_what_the_graph_says(
-    tmp_path: Path, kind: str, change: Callable[[dict[str, torch.Tensor]], None]
-) -> None:
-    line = planted(tmp_path, kind, change)
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [*(("basic", change) for change in PLANTED), ("cifar", "gamma 1e-12"), ("cifar", "tiny linear weights")],
+)
+def test_the_default_session_computes_what_the_graph_says(tmp_path: Path, kind: str, change: str) -> None:
+    line = planted(tmp_path, kind, PLANTED[change])
     assert quotients(load_file(line.folded.path / "folded.safetensors")).max() <= LIMIT * (1 + 1e-6)
     out = tmp_path / "export"
     out.mkdir()
