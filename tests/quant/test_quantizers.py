@@ -60,7 +60,7 @@ def test_every_quantizer_of_the_axis_has_a_class_for_each_role_that_a_recipe_may
                 assert name not in table
             else:
                 assert name in table
-        assert refused == len(names) - len(table) == 1
+        assert refused == len(names) - len(table) >= 1
     assert set(WEIGHT_QUANTIZERS) & set(ACTIVATION_QUANTIZERS) == set(OPTIONS)
 
 

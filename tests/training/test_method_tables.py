@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def encoder_with(choice: dict[str, str], folder: Path, source: Path, text: Path)
 
 
 def test_there_are_as_many_combinations_as_the_tables_say() -> None:
-    assert (len(COMBINATIONS), len(LEGAL)) == (900, 156)
+    assert len(COMBINATIONS) == math.prod(map(len, NAMES.values())) >= 900
+    assert len(LEGAL) >= 156
 
 
 def pairs_of(choice: dict[str, str]) -> set[tuple[tuple[str, str], ...]]:
