@@ -30,9 +30,8 @@ from qcompress.models.architecture import (
     token_inputs,
 )
 from qcompress.models.config_checks import check_config, check_leftover
-from qcompress.models.finite import demand_finite
 from qcompress.models.layer_selection import Depth, lacking, share_parameters
-from qcompress.models.loading import reading, stock_config, stock_model
+from qcompress.models.loading import complete, reading, stock_config, stock_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -182,18 +181,13 @@ def load_float(source: Path, directory: Path | None = None) -> GPT2LMHeadModel:
     model, loading_info = stock_model(
         "GPT2LMHeadModel", source, directory or source, config, attn_implementation="eager"
     )
-    if missing := lacking(loading_info["missing_keys"], model, DEPTH):
-        raise ModelError(
-            f"{source}: the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)",
-            fix="take config.json and model.safetensors from the same checkpoint",
-        )
+    complete(model, source, directory or source, lacking(loading_info["missing_keys"], model, DEPTH))
     if model.config.tie_word_embeddings and model.lm_head.weight is not model.transformer.wte.weight:
         raise ModelError(
             f"{source}: config.json ties lm_head to wte, and the checkpoint's lm_head has other values",
             fix="set tie_word_embeddings to false in config.json",
         )
     model.config.use_cache = False
-    demand_finite(model, source)
     share_parameters(model, DEPTH)
     return model.eval()
 

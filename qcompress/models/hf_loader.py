@@ -5,7 +5,6 @@ Torch and transformers are imported inside the functions: the table of families 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,8 @@ from qcompress.errors import ModelError
 from qcompress.models.architecture import OPERANDS
 from qcompress.models.checkpoint_files import read_config
 from qcompress.models.encoder import CLASSES, Encoder
-from qcompress.models.finite import demand_finite
 from qcompress.models.layer_selection import Depth, lacking, share_parameters
-from qcompress.models.loading import draw_weights, reading, stock_config, stock_model
+from qcompress.models.loading import complete, reading, stock_config, stock_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,27 +58,18 @@ def load_model(
     """Load the stock model of a task in fp32, in evaluation mode, from safetensors in a local directory.
 
     `directory` is the load stage's folder: its config.json names the task, and its float.json the seed of a
-    new head. transformers initializes missing tensors at random; missing tensors raise ModelError, except
-    those of the new head and those that blocks share (located by `depth`).
+    new head. Missing tensors raise ModelError, except those of the new head and those that blocks share
+    (located by `depth`).
     """
     folder = directory or source
     config, _ = maker.of(folder)
-    file = folder / "float.json"
-    new = json.loads(file.read_text(encoding="utf-8")).get("new_head") if file.is_file() else None
     model, loading_info = stock_model(
         config.architectures[0], source, folder, config, attn_implementation="eager"
     )
-    missing = sorted(set(loading_info["missing_keys"]) - set(new["tensors"] if new else ()))
+    missing = loading_info["missing_keys"]
     if depth is not None:
         missing = lacking(missing, model, depth)
-    if missing:
-        raise ModelError(
-            f"{source}: the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)",
-            fix="take config.json and model.safetensors from the same checkpoint",
-        )
-    if new:
-        draw_weights(model, new["tensors"], new["seed"], model.config.initializer_range)
-    demand_finite(model, source)
+    complete(model, source, folder, missing, model.config.initializer_range)
     if depth is not None:
         share_parameters(model, depth)
     return model.eval()

@@ -11,6 +11,8 @@ checkpoint (`reading`). Torch and transformers are imported inside the functions
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import ModelError, QcompressError
 from qcompress.models.checkpoint_files import read_config, weight_files
+from qcompress.models.finite import demand_finite
 from qcompress.system.artifacts import read_json
 from qcompress.system.digests import digest_of
 
@@ -113,6 +116,28 @@ def stock_model(
             )
     finally:
         logging.set_verbosity(verbosity)
+
+
+def complete(
+    model: nn.Module, source: Path, directory: Path, missing: Iterable[str], spread: float = 0.0
+) -> None:
+    """Accept a loaded model: draw its new head and check its values.
+
+    `directory` is the load stage's folder, whose float.json records the tensors and the seed of a new head.
+    transformers initializes missing tensors at random. Raises ModelError for `missing` tensors of the
+    checkpoint that are not the new head's, and for values that are not finite. `spread`: standard deviation
+    of the new head's weights.
+    """
+    file = directory / "float.json"
+    new = json.loads(file.read_text(encoding="utf-8")).get("new_head") if file.is_file() else None
+    if absent := sorted(set(missing) - set(new["tensors"] if new else ())):
+        raise ModelError(
+            f"{source}: the checkpoint lacks {', '.join(absent[:3])} ({len(absent)} tensors in all)",
+            fix="take config.json and model.safetensors from the same checkpoint",
+        )
+    if new:
+        draw_weights(model, new["tensors"], new["seed"], spread)
+    demand_finite(model, source)
 
 
 def draw_weights(model: nn.Module, names: list[str], seed: int, spread: float) -> None:

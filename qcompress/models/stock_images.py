@@ -5,17 +5,15 @@ Torch and transformers are imported inside the functions: the table of families 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qcompress.errors import ModelError
 from qcompress.models.checkpoint_files import read_config
 from qcompress.models.convnet import COUNTED, ConvNet
-from qcompress.models.finite import demand_finite
-from qcompress.models.loading import draw_weights, hashed_files, reading, stock_config, stock_model
+from qcompress.models.loading import complete, hashed_files, reading, stock_config, stock_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,20 +34,9 @@ class _Images:
     def tie(self, model: nn.Module) -> None:
         """No-op: no tensors are shared."""
 
-    def _new(self, place: Path) -> dict[str, Any] | None:
-        """The load stage's record of classifier tensors that the checkpoint lacks."""
-        file = place / "float.json"
-        return json.loads(file.read_text(encoding="utf-8")).get("new_head") if file.is_file() else None
-
-    def _refuse_missing(self, source: Path, missing: set[str], new: dict[str, Any] | None) -> None:
-        lacking = sorted(
-            name for name in missing - set(new["tensors"] if new else ()) if not name.endswith(COUNTED)
-        )
-        if lacking:
-            raise ModelError(
-                f"{source}: the checkpoint lacks {', '.join(lacking[:3])} ({len(lacking)} tensors in all)",
-                fix="take config.json and model.safetensors from the same checkpoint",
-            )
+    def _complete(self, model: nn.Module, source: Path, folder: Path, missing: Iterable[str]) -> None:
+        """See `loading.complete`; a batch norm's count of batches may be missing."""
+        complete(model, source, folder, (name for name in missing if not name.endswith(COUNTED)), SPREAD)
 
 
 @dataclass(frozen=True)
@@ -60,16 +47,11 @@ class StockImages(_Images):
         """Load the stock model in fp32, in evaluation mode, from safetensors in a local directory.
 
         `directory` is the load stage's folder: its config.json has the labels, and its float.json the seed of
-        a new classifier. transformers initializes missing tensors at random; other missing tensors raise
-        ModelError.
+        a new classifier. Other missing tensors raise ModelError.
         """
         folder = directory or source
-        new = self._new(folder)
         model, loading_info = stock_model(self.net.title, source, folder, stock_config(folder))
-        self._refuse_missing(source, set(loading_info["missing_keys"]), new)
-        if new:
-            draw_weights(model, new["tensors"], new["seed"], SPREAD)
-        demand_finite(model, source)
+        self._complete(model, source, folder, loading_info["missing_keys"])
         return _pooled(model.eval())
 
     def empty(self, directory: Path) -> PreTrainedModel:
@@ -108,7 +90,7 @@ class OwnImages(_Images):
         from safetensors.torch import load_file
 
         folder = directory or source
-        model, new = self._made(folder), self._new(folder)
+        model = self._made(folder)
         with reading(source, "safetensors cannot read it"):
             files = [load_file(file) for file in hashed_files(source, folder)]
         tensors = {name: value for file in files for name, value in file.items()}
@@ -122,10 +104,7 @@ class OwnImages(_Images):
                 f"which a {self.net.family} of this depth does not have",
                 fix="write the depth of the checkpoint into config.json",
             )
-        self._refuse_missing(source, set(missing), new)
-        if new:
-            draw_weights(model, new["tensors"], new["seed"], SPREAD)
-        demand_finite(model, source)
+        self._complete(model, source, folder, missing)
         return model.eval()
 
     def empty(self, directory: Path) -> nn.Module:
