@@ -25,7 +25,7 @@ from qcompress.models.architecture import Architecture
 from qcompress.models.checkpoint_files import read_config
 from qcompress.models.plan import LayerPlan, PointPlan, plan_points, plan_sites, rounded
 from qcompress.models.prepare import Prepared, initialise, open_points, quantize
-from qcompress.quant.batchnorm import BatchNorm
+from qcompress.quant.batchnorm import BATCH_NORMS
 from qcompress.quant.codebook import is_codebook
 from qcompress.schema.custom import class_of
 from qcompress.schema.formats import CodebookFormat
@@ -194,7 +194,7 @@ def _judge_norms(model: nn.Module, processes: Processes, reporter: Reporter) -> 
     """Refuse batch norms in several processes, where each would have statistics of its own share; warn if
     their momentum is so high that folding uses the last batch's statistics.
     """
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     if norms and processes.size > 1:
         raise MachineError(
             f"the model has {len(norms)} batch norms: each process would have statistics of its own share",
