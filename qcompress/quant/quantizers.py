@@ -50,22 +50,21 @@ class MinMaxWeight(CodedWeight):
         return start_scale(self.grid.largest(weight), self.ratio, self.bounds)
 
     def forward(self, weight: Tensor) -> Tensor:
-        self._renew(weight)
         scale = self.grid.align(self.scale_of(weight))
         return self.grid.join(fake_quantize(self.grid.divide(weight), scale, self.bounds))
 
     def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
         """Quantized rows; see `CodedWeight.of_rows`."""
-        self._renew(weight)
         selected = F.embedding(rows, weight)
         scale = start_scale(self.grid.largest(selected), self.ratio[rows], self.bounds)
         return fake_quantize(selected, self.grid.align(scale), self.bounds)
 
-    def _renew(self, weight: Tensor) -> None:
-        """Choose the ratio again when it is due: in the first pass of an update, once."""
+    @torch.no_grad()
+    def refresh(self, weight: Callable[[], Tensor]) -> None:
+        """Choose the ratio again every `renew` updates."""
         every = self.options.renew
         if every is not None and int(self.age) // every > int(self.renewed):
-            self.init(weight.detach())
+            self.init(weight())
             self.renewed.fill_(int(self.age) // every)
 
     def advance(self) -> None:

@@ -21,7 +21,7 @@ from qcompress.errors import ModelError
 from qcompress.models.architecture import Architecture
 from qcompress.models.prepare import Prepared
 from qcompress.quant.codebook import is_codebook
-from qcompress.quant.layers import QuantizedWeight
+from qcompress.quant.layers import QuantizedWeight, refresh
 from qcompress.quant.learned_scale import unit_of
 from qcompress.schema.rates import peak_rates, rate_factor
 from qcompress.schema.recipe import Recipe
@@ -241,6 +241,7 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
                 step: int = step, batch: Batch = batch, recorder: LossRecorder | None = recorder
             ) -> Tensor:
                 reseed(training.processes, recipe.seed, start.phase, 0, step)
+                refresh(training.prepared.layers.values())
                 draw(recipe.seed, start.phase, step)
                 loss = training.objective.loss(batch, step / phase.steps)
                 return recorder.record(loss) if recorder else loss
