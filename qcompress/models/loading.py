@@ -98,8 +98,8 @@ def stock_model(
     from transformers import logging
 
     maker = getattr(transformers, named)
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings list tensors of other heads, and of shared blocks
     try:
         with ExitStack() as stack, reading(source, "transformers cannot make a model from it"):
@@ -113,6 +113,8 @@ def stock_model(
             )
     finally:
         logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def draw_weights(model: nn.Module, names: list[str], seed: int, spread: float) -> None:

@@ -29,6 +29,7 @@ from qcompress.system.distributed import Processes
 from qcompress.system.reporter import Reporter
 from qcompress.tasks.examples import Batch, Examples
 from qcompress.training.checkpoint import Checkpoints, Position, moving, restore
+from qcompress.training.generators import seed_generators
 from qcompress.training.history import History
 from qcompress.training.layerdrop import layer_drop
 from qcompress.training.methods.protocols import Group, Moment, Objective, Phase, Report, Stepper
@@ -71,7 +72,7 @@ class Training:
 def reseed(processes: Processes, *where: int) -> None:
     """Seed torch's generators from (seed, phase, block, step) and the process's rank."""
     where = (*where, processes.rank) if processes.rank else where
-    torch.manual_seed(_seed(*where))
+    seed_generators(_seed(*where))
 
 
 def _seed(*where: int) -> int:
@@ -285,7 +286,7 @@ def settle(training: Training, names: Iterable[str], phase: int) -> None:
     names = [name for name in names if not prepared.layers[name].weight_quantizer.settled]
     if not names:
         return
-    torch.manual_seed(_seed(training.recipe.seed, phase))
+    seed_generators(_seed(training.recipe.seed, phase))
     with training.reporter.bar("k-means", len(names)) as bar:
         for name in names:
             layer = prepared.layers[name]

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from qcompress.errors import ContractError, MachineError
@@ -30,6 +29,7 @@ from qcompress.quant.codebook import is_codebook
 from qcompress.schema.custom import class_of
 from qcompress.schema.formats import CodebookFormat
 from qcompress.schema.recipe import Recipe
+from qcompress.system.accelerate_state import separate_accelerator
 from qcompress.system.artifacts import FloatModel
 from qcompress.system.distributed import Processes
 from qcompress.system.reporter import Reporter
@@ -40,6 +40,7 @@ from qcompress.training.blockwise import run_block_phase
 from qcompress.training.calibration import Calibration, observe_all
 from qcompress.training.checkpoint import Checkpoints, Position, moving
 from qcompress.training.distributions import keep_channels, save_distributions
+from qcompress.training.generators import restored_generators, seed_generators
 from qcompress.training.history import History
 from qcompress.training.loop import Training, run_model_phase, settle
 from qcompress.training.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
@@ -70,9 +71,20 @@ def train(
 ) -> None:
     """Train a model with the recipe's method, resuming from the checkpoint in `out` if there is one.
 
-    With several `processes`, each calls this with equal arguments; the first one writes.
+    With several `processes`, each calls this with equal arguments; the first one writes. Torch's generators
+    and accelerate's settings are the caller's again afterwards.
     """
-    accelerator = _accelerator(recipe, processes)
+    with separate_accelerator(several=processes.size > 1):
+        accelerator = _accelerator(recipe, processes)
+        with restored_generators(accelerator.device):
+            _train(float_model, recipe, base, architecture, plan, out, reporter, accelerator, processes)
+
+
+def _train(
+    float_model: FloatModel, recipe: Recipe, base: Path, architecture: Architecture,
+    plan: tuple[LayerPlan, ...], out: Path, reporter: Reporter, accelerator: Accelerator,
+    processes: Processes,
+) -> None:  # fmt: skip
     phases = SCHEDULES[recipe.schedule.name](recipe.schedule, recipe.train).phases(architecture, plan)
     points = plan_points(recipe, architecture)
     adapter = class_of("adapter", recipe.adapter.name, ADAPTERS)(recipe.adapter)
@@ -136,7 +148,7 @@ def _set_up(
         keep_channels(sites, statistics, out)
     prepared.model.to(accelerator.device)
     if not resuming:
-        torch.manual_seed(recipe.seed)  # k-means draws its initial centroids
+        seed_generators(recipe.seed)  # k-means draws its initial centroids
         initialise(prepared, statistics, _later(plan, phases), recipe.train.optimizer)
 
     trained = {role for phase in phases for role in phase.roles}
@@ -232,8 +244,6 @@ def _accelerator(recipe: Recipe, processes: Processes) -> Accelerator:
             "train.mixed_precision is fp16, and it needs a CUDA device",
             fix="set train.mixed_precision: bf16, or no",
         )
-    # accelerate keeps one state a process, and refuses a second run with another precision or device
-    AcceleratorState._reset_state(reset_partial_state=processes.size == 1)
     return Accelerator(cpu=cpu, mixed_precision=recipe.train.mixed_precision)
 
 
