@@ -26,7 +26,8 @@ int8, as in graphs that onnxruntime's quantizer writes for Gemm.
 def main(arguments: list[str]) -> None:
     """Run FILE on INPUTS with at most MIB of memory, and print the JSON object."""
     import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+    from qcompress.graph.ort_errors import Fail
 
     file, inputs, mib = arguments
     limit_memory(int(mib))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from qcompress.errors import MachineError, ModelError
-from qcompress.models import bert, cifar_resnet, distilbert, efficientnet, gpt2, resnet, roberta, vit
+from qcompress.models import bert, cifar_resnet, distilbert, efficientnet, gpt2, resnet, roberta, vit  # noqa: F401
 from qcompress.models.architecture import (
     CAUSAL_LM,
     PIXELS,
@@ -29,20 +29,12 @@ from qcompress.models.layer_selection import (
     with_shared,
 )
 from qcompress.models.loading import reading
+from qcompress.schema.families import Family
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-FAMILIES = {
-    "gpt2": gpt2,
-    "bert": bert,
-    "roberta": roberta,
-    "distilbert": distilbert,
-    "vit": vit,
-    "resnet": resnet,
-    "cifar-resnet": cifar_resnet,
-    "efficientnet": efficientnet,
-}
+FAMILIES: dict[str, ModuleType] = {name: globals()[name.replace("-", "_")] for name in get_args(Family)}
 """Family name -> module with `describe`, `task_config`, `load_float`, `empty`, `tie`, `graph_inputs`,
 `signature`, `install_points`, and the constants LINEAR_AXIS, CAUSAL, INPUTS, TASKS. DEPTH locates its blocks;
 it is None if they have several shapes, and then `shorten` makes a small model.

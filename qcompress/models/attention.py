@@ -28,6 +28,9 @@ from qcompress.errors import ModelError
 from qcompress.models.architecture import OPERANDS
 
 NAME = "qcompress"
+"""Name of the attention function. It stays registered, because transformers offers no way to withdraw a mask
+function; models that do not ask for it are not affected.
+"""
 
 
 class Probe(Protocol):
@@ -43,14 +46,24 @@ class Probe(Protocol):
         """Receives the weighted values, [batch, heads, tokens, width]; its return value replaces them."""
 
 
-def open_attention(model: nn.Module) -> None:
-    """Make every attention of a transformers model run through `attend`, without changing its results."""
+def open_attention(model: nn.Module) -> str:
+    """Make every attention of a transformers model run through `attend`, without changing its results.
+    Returns the implementation that the model had before. Raises ModelError if another function has the name.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if ALL_ATTENTION_FUNCTIONS.get(NAME, attend) is not attend:
+        raise ModelError(
+            f"transformers' AttentionInterface has another function with the name {NAME!r}",
+            fix="register that function with another name",
+        )
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, eager_mask)
+    before = model.config._attn_implementation  # transformers has no public name for it
     model.set_attn_implementation(NAME)
+    return before
 
 
 IGNORED = frozenset({

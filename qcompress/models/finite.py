@@ -19,7 +19,8 @@ def demand_finite(model: nn.Module, source: Path) -> None:
     negative. Checkpoint tensors of other heads, which the model does not have, are not checked.
     """
     import torch
-    from torch.nn.modules.batchnorm import _BatchNorm
+
+    from qcompress.quant.batchnorm import BATCH_NORMS
 
     broken = [
         (name, tensor, ~tensor.isfinite())
@@ -29,7 +30,7 @@ def demand_finite(model: nn.Module, source: Path) -> None:
     variances = {
         f"{name}.running_var": norm.running_var
         for name, norm in model.named_modules()
-        if isinstance(norm, _BatchNorm) and norm.running_var is not None
+        if isinstance(norm, BATCH_NORMS) and norm.running_var is not None
     }
     broken += [(name, tensor, tensor < 0) for name, tensor in variances.items() if bool((tensor < 0).any())]
     if broken:

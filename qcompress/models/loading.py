@@ -101,8 +101,8 @@ def stock_model(
     from transformers import logging
 
     maker = getattr(transformers, named)
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings list tensors of other heads, and of shared blocks
     try:
         with ExitStack() as stack, reading(source, "transformers cannot make a model from it"):
@@ -116,6 +116,8 @@ def stock_model(
             )
     finally:
         logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def complete(

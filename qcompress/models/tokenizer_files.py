@@ -119,8 +119,7 @@ def _encoder(files: TokenizerFiles) -> Any:
     elif (files.directory / "vocab.txt").is_file():
         config = _object(files.directory / "tokenizer_config.json")
         lower = config.get("do_lower_case", True) is not False
-        wordpiece = tokenizers.BertWordPieceTokenizer(str(files.directory / "vocab.txt"), lowercase=lower)
-        tokenizer = wordpiece._tokenizer
+        tokenizer = tokenizers.BertWordPieceTokenizer(str(files.directory / "vocab.txt"), lowercase=lower)
     else:
         vocabulary, merges = (str(files.directory / name) for name in ("vocab.json", "merges.txt"))
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocabulary, merges))

@@ -19,8 +19,9 @@ from typing import Any
 from qcompress.engine.local_run import measure
 from qcompress.engine.probe import EngineMeasurement, read_measurement
 from qcompress.errors import MachineError
+from qcompress.graph.ort_errors import ORT_ERRORS
 from qcompress.parity.measure import Measured, Results, Samples, measure_row
-from qcompress.parity.runners import ORT_ERRORS, OnnxRunner, assigned_nodes, graph_inputs_of, usable_providers
+from qcompress.parity.runners import OnnxRunner, assigned_nodes, graph_inputs_of, usable_providers
 from qcompress.parity.sample_results import (
     fields_of,
     known_in,

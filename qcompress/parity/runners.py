@@ -15,7 +15,6 @@ from typing import Protocol
 import numpy as np
 import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as native
 from torch import nn
 
 from qcompress.errors import ContractError, MachineError
@@ -57,13 +56,6 @@ ties. TensorRT keeps such a bias in float.
 
 
 CPU = "CPUExecutionProvider"
-
-ORT_ERRORS = (
-    native.Fail, native.EPFail, native.EngineError, native.InvalidGraph, native.NotImplemented,
-    native.RuntimeException, native.InvalidArgument, native.NotFound, native.DeviceReset, RuntimeError,
-    ValueError, OSError,
-)  # fmt: skip
-"""Errors that ONNX Runtime raises if a provider cannot load or run a graph; they share no base class."""
 
 
 def open_session(

@@ -107,6 +107,16 @@ def to_ternary(x: Tensor, threshold: Tensor) -> Tensor:
     return (x > threshold).to(torch.int8) - (x < -threshold).to(torch.int8)
 
 
+def straight_through(upstream: Tensor, x: Tensor, clip: float) -> Tensor:
+    """Gradient with respect to x, of x's shape: `upstream` where |x| < clip, and 0 elsewhere.
+
+    >>> straight_through(torch.ones(4), torch.tensor([-3.0, -2.5, 2.4, 2.5]), 2.5)
+    tensor([0., 0., 1., 0.])
+    """
+    compared = x.to(torch.promote_types(x.dtype, torch.float32))  # a clip has no exact value in bf16
+    return upstream.masked_fill(compared.abs() >= clip, 0)
+
+
 def fake_quantize(x: Tensor, scale: Tensor, bounds: tuple[int, int], slope: float = 1.0) -> Tensor:
     """Quantize x with `scale` and dequantize it; differentiable in x and in scale.
 

@@ -28,7 +28,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-BatchNorm = nn.modules.batchnorm._NormBase
+BATCH_NORMS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
+"""Norms over a batch or an image, which may keep running statistics."""
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Buffers of a batch norm."""
@@ -90,7 +94,7 @@ def gain_and_bias(bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]
 def statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Buffers of all batch norms of a model, by name."""
     for name, module in model.named_modules():
-        if isinstance(module, BatchNorm) and module.track_running_stats:
+        if isinstance(module, BATCH_NORMS) and module.track_running_stats:
             for buffer in STATISTICS:
                 tensor = getattr(module, buffer, None)
                 if tensor is not None:

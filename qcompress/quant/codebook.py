@@ -12,12 +12,14 @@ out].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qcompress.errors import ContractError
 from qcompress.quant.affine import Grid, fake_quantize
 from qcompress.quant.kmeans import Clusters, kmeans
 from qcompress.quant.ranges import TINY
@@ -140,29 +142,37 @@ class CodebookWeight(_Decoded):
     def forward(self, weight: Tensor) -> Tensor:
         if bool(self.settled):
             return self.decoded(self.assignments)
-        if not self.estimates or (self.training and self.waiting):
+        if not self._is_estimated():
             return weight
-        self._estimate(weight)
-        return weight + (self.decoded(self.assignments) - weight).detach()
+        return weight + (self._estimate(self.assignments) - weight).detach()
 
     def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
         """Rows of the weight (`CodedWeight.of_rows`)."""
         if bool(self.settled):
             return self.decoded(self.assignments[rows])
         picked = F.embedding(rows, weight)
-        if not self.estimates or (self.training and self.waiting):
+        if not self._is_estimated():
             return picked
-        self._estimate(weight)
-        return picked + (self.decoded(self.assignments[rows]) - picked).detach()
+        return picked + (self._estimate(self.assignments[rows]) - picked).detach()
+
+    def _is_estimated(self) -> bool:
+        """True if noise rounds the weight to an estimated codebook before `settle`."""
+        return self.estimates and not (self.training and self.waiting)
+
+    def _estimate(self, assignments: Tensor) -> Tensor:
+        """Weight of these indices. Raises ContractError before the first `refresh`."""
+        if int(self.estimated) < 0:
+            raise ContractError("a codebook has no estimate yet", fix="call refresh before the pass")
+        return self.decoded(assignments)
 
     @torch.no_grad()
-    def _estimate(self, weight: Tensor) -> None:
-        """Recompute the codebook of the current weight every `renew` updates. Does not use torch's generator,
-        because a forward pass may be repeated.
+    def refresh(self, weight: Callable[[], Tensor]) -> None:
+        """Recompute the codebook of the current weight every `renew` updates, before `settle`. Draws nothing
+        from torch's generator, because a pass may be repeated.
         """
         due = int(self.age) // self.options.renew
-        if int(self.estimated) != due:
-            self._cluster(weight, seed=due)
+        if self._is_estimated() and not bool(self.settled) and int(self.estimated) != due:
+            self._cluster(weight(), seed=due)
             self.estimated.fill_(due)
 
     @torch.no_grad()

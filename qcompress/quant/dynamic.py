@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.errors import ContractError
+from qcompress.quant.affine import straight_through
 from qcompress.quant.ranges import Statistics, start_scale
 from qcompress.schema.quantizers import Dynamic
 
@@ -77,5 +78,5 @@ class _RoundToRange(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.clip is not None:
             (x,) = ctx.saved_tensors
-            upstream = torch.ops.aten.hardtanh_backward(upstream, x, -ctx.clip, ctx.clip)
+            upstream = straight_through(upstream, x, ctx.clip)
         return upstream, None, None, None, None

@@ -8,7 +8,7 @@ layer that computes it: training uses the fused form that is deployed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.quant.noise import QuantNoise
+from qcompress.quant.weight_quantizer import CodedWeight
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, channel_axis: int) -> Tensor:
@@ -205,6 +206,12 @@ class QuantizedWeight(nn.Module):
         """All tensors from which the quantized weight is computed."""
         return (*self.parameters(), *self.buffers())
 
+    def refresh(self) -> None:
+        """Renew buffers of the quantizer that follow the weight, unless noise replaces the quantizer."""
+        quantizer = self.weight_quantizer
+        if isinstance(quantizer, CodedWeight) and (not self._is_noisy() or self.noise.rounds):
+            quantizer.refresh(self.coded_weight)
+
     def forget(self) -> None:
         """Clear the cached quantized weight: an update changes weights, and fused optimizers do so without
         incrementing their versions.
@@ -223,6 +230,16 @@ class QuantizedWeight(nn.Module):
     def codes(self) -> tuple[Tensor, Tensor]:
         """Codes of the weight (int8, the weight's shape) and their scale, in the grid's shape."""
         return self.weight_quantizer.codes_of(self.coded_weight())
+
+
+def refresh(layers: Iterable[nn.Module]) -> None:
+    """Renew what the quantizers of these layers derive from their weights. Training calls it before each
+    pass, because a forward pass writes to no parameter and to no buffer.
+    """
+    for layer in layers:
+        owner = layer.owner if isinstance(layer, QuantizedTied) else layer
+        if isinstance(owner, QuantizedWeight):
+            owner.refresh()
 
 
 class QuantizedLinear(QuantizedWeight):

@@ -31,6 +31,11 @@ class QuantNoise:
         self.p, self.zero = options.p, options.form == "zero"
         self.block, self.axis = block, 1 - channel_axis
 
+    @property
+    def rounds(self) -> bool:
+        """True if `__call__` may call its `rounded`."""
+        return self.p == 1 or (self.p > 0 and not self.zero)
+
     def __call__(self, weight: Tensor, rounded: Callable[[], Tensor]) -> Tensor:
         """psi(weight), [in, out] or [out, in]; `rounded` computes phi(weight) and is called only if
         needed.

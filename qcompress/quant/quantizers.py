@@ -8,6 +8,7 @@ threshold, and an activation quantizer's scale; the frozen forms below hold noth
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,27 @@ from qcompress.schema.quantizers import Lsq, MinMax
 
 ChannelScale = Callable[[], Tensor]
 """Returns the current rescaling of an activation's channels, [channels]."""
+
+
+class Quantizer(Protocol):
+    """Differentiable rounding of one tensor during training, an nn.Module.
+
+    Constructed with (options, grid, bounds, shape) for a weight, which also needs the methods of
+    `CodedWeight`, and with (options, bounds, channels) for an activation. A quantizer with parameters
+    declares the role of each in `parameter_roles`, by its name in `named_parameters()`.
+    """
+
+    def init(self, seen: Tensor | Statistics) -> None:
+        """Choose the initial scale, from the weight itself or from an activation's calibration statistics."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Round x to the grid, differentiably; writes to no parameter and to no buffer."""
+
+    def advance(self) -> None:
+        """Restore the scale's valid range; called after each update."""
+
+    def scale_of(self, *weight: Tensor) -> Tensor:
+        """Scale to deploy; called when training has ended."""
 
 
 class MinMaxWeight(CodedWeight):
@@ -50,22 +72,21 @@ class MinMaxWeight(CodedWeight):
         return start_scale(self.grid.largest(weight), self.ratio, self.bounds)
 
     def forward(self, weight: Tensor) -> Tensor:
-        self._renew(weight)
         scale = self.grid.align(self.scale_of(weight))
         return self.grid.join(fake_quantize(self.grid.divide(weight), scale, self.bounds))
 
     def of_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
         """Quantized rows; see `CodedWeight.of_rows`."""
-        self._renew(weight)
         selected = F.embedding(rows, weight)
         scale = start_scale(self.grid.largest(selected), self.ratio[rows], self.bounds)
         return fake_quantize(selected, self.grid.align(scale), self.bounds)
 
-    def _renew(self, weight: Tensor) -> None:
-        """Choose the ratio again when it is due: in the first pass of an update, once."""
+    @torch.no_grad()
+    def refresh(self, weight: Callable[[], Tensor]) -> None:
+        """Choose the ratio again every `renew` updates."""
         every = self.options.renew
         if every is not None and int(self.age) // every > int(self.renewed):
-            self.init(weight.detach())
+            self.init(weight())
             self.renewed.fill_(int(self.age) // every)
 
     def advance(self) -> None:
@@ -208,12 +229,12 @@ class FrozenActivation(nn.Module):
         return fake_quantize(x, self.scale, self.bounds)
 
 
-WEIGHT_QUANTIZERS: dict[str, type[nn.Module]] = {
+WEIGHT_QUANTIZERS: dict[str, type[Quantizer]] = {
     "minmax": MinMaxWeight,
     "lsq": LsqWeight,
     "ternary": TernaryWeight,
 }
-ACTIVATION_QUANTIZERS: dict[str, type[nn.Module]] = {
+ACTIVATION_QUANTIZERS: dict[str, type[Quantizer]] = {
     "minmax": MinMaxActivation,
     "lsq": LsqActivation,
     "dynamic": DynamicActivation,

@@ -12,13 +12,11 @@ embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompress.quant.affine import Grid
+from qcompress.quant.affine import Grid, straight_through, to_ternary
 from qcompress.quant.ranges import TINY
 from qcompress.quant.weight_quantizer import CodedWeight
 from qcompress.schema.quantizers import Ternary
@@ -59,19 +57,11 @@ class TernaryWeight(CodedWeight):
     def _measure(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         grid, magnitude = self.grid, weight.abs().clamp_(max=self.options.clip)
         threshold = self.options.threshold * grid.mean(magnitude)
-        kept = grid.join(_where(torch.gt, grid.divide(magnitude), grid.align(threshold)))
+        kept = grid.join(grid.divide(magnitude) > grid.align(threshold)).to(weight.dtype)
         count = grid.sum(kept)
         # a row of zeros has count 0, and 0 / 0 would be NaN
         scale = grid.sum(kept.mul_(magnitude)) / count.clamp_min(1)
         return threshold, scale.clamp_min(TINY)
-
-
-def _where(compares: Callable[..., Tensor], x: Tensor, threshold: Tensor) -> Tensor:
-    """1.0 where x compares with the threshold, which broadcasts against x, and 0.0 elsewhere.
-
-    Written as floats at once: booleans, and what reads them, cost five times as much on a CPU.
-    """
-    return compares(x, threshold, out=torch.empty_like(x))
 
 
 class _Ternary(torch.autograd.Function):
@@ -79,9 +69,9 @@ class _Ternary(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, threshold: Tensor, clip: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.clip = clip
-        return _where(torch.gt, x, threshold).sub_(_where(torch.lt, x, -threshold)).mul_(scale)
+        return to_ternary(x, threshold).to(x.dtype) * scale
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(upstream, x, -ctx.clip, ctx.clip), None, None, None
+        return straight_through(upstream, x, ctx.clip), None, None, None

@@ -5,6 +5,8 @@ Training, its artifact and folding share this implementation, so that their inte
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +30,11 @@ class CodedWeight(nn.Module):
         of the whole weight, without quantizing other rows.
         """
         return F.embedding(rows, self(weight))
+
+    def refresh(self, weight: Callable[[], Tensor]) -> None:
+        """Renew buffers that follow the weight, if they are due; called before each pass, because `forward`
+        writes to no buffer. `weight` computes the weight that the quantizer receives.
+        """
 
     @property
     def takes_noise(self) -> bool:

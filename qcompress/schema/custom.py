@@ -3,9 +3,10 @@
     class Mine(CodedWeight): ...
     qcompress.run("recipe.yaml", quantizers={"mine": Mine})     # quantizer: {weights: mine, activations: lsq}
 
-A class implements its axis's protocol (`methods/protocols.py`) and is constructed like the built-in ones:
+A class implements its axis's protocol (`Quantizer` of `quant/quantizers.py`, the others are in
+`methods/protocols.py`) and is constructed like the built-in ones:
 
-    quantizers   of a weight (with `codes_of`, best a CodedWeight of `quant/weight_quantizer.py`):
+    quantizers   of a weight (with `codes_of`, `parts` and `of_rows`, as a CodedWeight has):
                  cls(options, grid, bounds, shape); of an activation: cls(options, bounds, channels)
     adapters     cls(options)
     objectives   cls(options, task_loss), with task_loss(logits, batch)
@@ -51,7 +52,13 @@ PROTOCOLS: dict[str, tuple[str, ...]] = {
     "objective": ("attach", "begin", "loss", "detach"),
     "stepper": ("attach", "step", "state_dict", "load_state_dict"),
 }
-"""Methods that a class must have, by axis."""
+"""Methods that a class must have, by axis: those of its protocol."""
+
+OF_WEIGHTS = ("codes_of", "parts", "of_rows")
+"""Methods that a quantizer of weights must have besides, which `CodedWeight` has."""
+
+PROTOCOL_FILES = {"quantizer": "qcompress/quant/quantizers.py"}
+OTHER_PROTOCOLS = "qcompress/training/methods/protocols.py"
 
 DEFAULTS = {"adapter": NoAdapter(), "objective": TaskObjective(), "stepper": PlainStepper()}
 
@@ -153,7 +160,13 @@ def _check(axis: str, name: str, kind: object) -> None:
     if missing:
         raise UsageError(
             f"{what} ({kind.__name__}) has no {', '.join(missing)}",
-            fix=f"implement the protocol {axis.capitalize()} of qcompress/training/methods/protocols.py",
+            fix=f"implement the protocol {axis.capitalize()} of {PROTOCOL_FILES.get(axis, OTHER_PROTOCOLS)}",
+        )
+    lacking = [method for method in OF_WEIGHTS if not callable(getattr(kind, method, None))]
+    if axis == "quantizer" and 0 < len(lacking) < len(OF_WEIGHTS):
+        raise UsageError(
+            f"{what} ({kind.__name__}) has some methods of a weight's quantizer and no {', '.join(lacking)}",
+            fix="derive it from qcompress.quant.weight_quantizer.CodedWeight",
         )
     options = getattr(kind, "Options", Options)
     if not (isinstance(options, type) and issubclass(options, Options)):

@@ -18,6 +18,7 @@ from qcompress.schema.data import Data
 from qcompress.schema.data import TextData as TextData
 from qcompress.schema.export import Build, Export
 from qcompress.schema.export import Profile as Profile  # re-exported: this module has all sections
+from qcompress.schema.families import Family
 from qcompress.schema.formats import (
     ACTIVATION_WORDS,
     FORMAT_PRESETS,
@@ -107,7 +108,7 @@ def _picked(value: object) -> object:
 class Model(Options):
     """Source of the float model."""
 
-    family: Literal["gpt2", "bert", "roberta", "distilbert", "vit", "resnet", "cifar-resnet", "efficientnet"]
+    family: Family
     """Architecture; `qcompress list models`."""
     source: str | None = None
     """A directory (relative to the recipe) in transformers' layout with safetensors weights, or a hub id."""

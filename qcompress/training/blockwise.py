@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qcompress.quant.layers import refresh
 from qcompress.system.reporter import Bar
 from qcompress.tasks.examples import inputs_of
 from qcompress.training.batches import batch_rows, in_order, to_device
@@ -131,6 +132,7 @@ def _fit_block(
 
         def closure(step: int = step, rows: list[int] = rows) -> Tensor:
             reseed(training.processes, recipe.seed, phase_index, index, step)
+            refresh(block.modules())
             x, rest, real = inputs.of(rows)
             return _squares(_output(block(x, **rest)), outputs[rows], real).mean()
 
@@ -164,6 +166,7 @@ def _snapshot(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _error(block: nn.Module, inputs: _Sequences, outputs: Tensor, size: int) -> float:
     """Mean squared error of a block over all calibration data."""
+    refresh(block.modules())
     total, count = 0.0, 0
     for start in range(0, len(inputs), size):
         rows = slice(start, start + size)

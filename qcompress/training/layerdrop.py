@@ -28,7 +28,8 @@ STREAM = 2
 @contextmanager
 def layer_drop(model: nn.Module, architecture: Architecture, p: float) -> Iterator[Draw]:
     """Context manager in which passes in training mode skip blocks. Yields `Draw`, which depends only on its
-    integers: both passes of an update skip the same blocks in every process.
+    integers: both passes of an update skip the same blocks in every process. Each block has its own `forward`
+    again afterwards, also after an error.
     """
     if p == 0:
         yield lambda *where: None
@@ -44,13 +45,16 @@ def layer_drop(model: nn.Module, architecture: Architecture, p: float) -> Iterat
             left_out.update(chunk if value < p else ())
 
     blocks = {name: model.get_submodule(name) for name in architecture.blocks}
+    before = {name: vars(block).get("forward") for name, block in blocks.items()}
     try:
         for name, block in blocks.items():
             block.forward = _skipping(name, block, block.forward, left_out)
         yield draw
     finally:
-        for block in blocks.values():
-            block.__dict__.pop("forward", None)
+        for name, block in blocks.items():
+            vars(block).pop("forward", None)
+            if before[name] is not None:
+                block.forward = before[name]
 
 
 def _skipping(

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from qcompress.errors import ModelError
 from qcompress.models.prepare import Prepared
 from qcompress.quant.codebook import is_codebook
-from qcompress.quant.layers import QuantizedWeight
+from qcompress.quant.layers import QuantizedWeight, refresh
 from qcompress.quant.learned_scale import unit_of
 from qcompress.schema.rates import peak_rates, rate_factor
 from qcompress.system.distributed import Processes
 from qcompress.tasks.examples import Batch
 from qcompress.training.batches import batch_rows, to_device
 from qcompress.training.checkpoint import Position, moving, restore
+from qcompress.training.generators import seed_generators
 from qcompress.training.layerdrop import layer_drop
 from qcompress.training.methods.protocols import Group, Moment, Phase, Report
 from qcompress.training.recording import LossRecorder, log_scales
@@ -34,7 +35,7 @@ from qcompress.training.state import Training
 def reseed(processes: Processes, *where: int) -> None:
     """Seed torch's generators from (seed, phase, block, step) and the process's rank."""
     where = (*where, processes.rank) if processes.rank else where
-    torch.manual_seed(_seed(*where))
+    seed_generators(_seed(*where))
 
 
 def _seed(*where: int) -> int:
@@ -154,6 +155,7 @@ def run_model_phase(training: Training, phase: Phase, start: Position, moments: 
                 step: int = step, batch: Batch = batch, recorder: LossRecorder | None = recorder
             ) -> Tensor:
                 reseed(training.processes, recipe.seed, start.phase, 0, step)
+                refresh(training.prepared.layers.values())
                 draw(recipe.seed, start.phase, step)
                 loss = training.objective.loss(batch, step / phase.steps)
                 return recorder.record(loss) if recorder else loss
@@ -197,7 +199,7 @@ def settle(training: Training, names: Iterable[str], phase: int) -> None:
     names = [name for name in names if not prepared.layers[name].weight_quantizer.settled]
     if not names:
         return
-    torch.manual_seed(_seed(training.recipe.seed, phase))
+    seed_generators(_seed(training.recipe.seed, phase))
     with training.reporter.bar("k-means", len(names)) as bar:
         for name in names:
             layer = prepared.layers[name]

@@ -17,6 +17,7 @@ from qcompress.models.attention import token_vectors
 from qcompress.models.plan import LayerPlan, PointPlan, rounded
 from qcompress.models.prepare import Prepared, replace_module
 from qcompress.quant.dynamic import DynamicActivation
+from qcompress.quant.layers import refresh
 from qcompress.quant.quantizers import FrozenActivation
 from qcompress.quant.ranges import Statistics
 from qcompress.tasks.examples import Batch, inputs_of
@@ -149,6 +150,7 @@ def make_static(prepared: Prepared, batches: Iterable[Batch]) -> dict[str, dict[
     handles = [quantizer.register_forward_pre_hook(watch(name)) for name, quantizer in dynamic.items()]
     training = prepared.model.training
     prepared.model.eval()
+    refresh(prepared.layers.values())
     try:
         for batch in batches:
             real[0] = real_tokens(batch)

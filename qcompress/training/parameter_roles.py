@@ -24,11 +24,12 @@ from torch import nn
 from qcompress.errors import UsageError
 from qcompress.models.architecture import Layer
 from qcompress.models.prepare import Prepared
+from qcompress.quant.batchnorm import BATCH_NORMS
 from qcompress.quant.layers import RescaledNorm
 from qcompress.schema.method_options import Role
 
 ROLES: tuple[str, ...] = get_args(Role)
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, RescaledNorm)
+NORMS = (nn.LayerNorm, nn.GroupNorm, *BATCH_NORMS, RescaledNorm)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,10 @@ import torch
 from tiny import make_model, token_ids
 from tiny_bert import BLOCKS, HEADS, WIDTH, make_encoder, token_inputs
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qcompress.errors import ModelError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import OPERANDS
 from qcompress.models.attention import open_attention, token_vectors
@@ -212,4 +215,36 @@ def test_token_vectors_leave_padding_out() -> None:
 def test_without_probes_and_points_no_model_uses_it(tiny_model: Path) -> None:
     model = FAMILIES["gpt2"].load_float(tiny_model)
     FAMILIES["gpt2"].install_points(model, {})
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_model_of_the_caller_and_the_callers_own_functions_are_not_affected(family: str) -> None:
+    inputs = inputs_of(family, "right")
+    theirs, ours = make(family).eval(), make(family).eval()
+    before = {}
+    for name in ("eager", "sdpa"):
+        theirs.set_attn_implementation(name)
+        before[name] = logits(theirs, inputs)
+    functions, masks = dict(ALL_ATTENTION_FUNCTIONS.items()), dict(ALL_MASK_ATTENTION_FUNCTIONS.items())
+    assert open_attention(ours) == "eager"
+    logits(ours, inputs)
+    assert theirs.config._attn_implementation == "sdpa"
+    for name, expected in before.items():
+        theirs.set_attn_implementation(name)
+        assert torch.equal(logits(theirs, inputs), expected)
+    added = [
+        {name for name, function in table.items() if kept.get(name) is not function}
+        for kept, table in ((functions, ALL_ATTENTION_FUNCTIONS), (masks, ALL_MASK_ATTENTION_FUNCTIONS))
+    ]
+    assert all(names <= {"qcompress"} for names in added)
+
+
+def test_a_function_of_the_caller_with_our_name_is_not_replaced() -> None:
+    model, theirs = make("bert"), lambda *arguments, **keywords: None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS, "qcompress", theirs)
+        with pytest.raises(ModelError, match="another function with the name 'qcompress'"):
+            open_attention(model)
+        assert ALL_ATTENTION_FUNCTIONS["qcompress"] is theirs
     assert model.config._attn_implementation == "eager"

@@ -6,11 +6,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from qcompress.quant.affine import Grid, fake_quantize, to_codes, to_ternary
+from qcompress.quant.affine import Grid, fake_quantize, straight_through, to_codes, to_ternary
 
 INT8, INT4, INT2 = (-128, 127), (-8, 7), (-2, 1)
 LAYOUTS = {
@@ -269,6 +270,24 @@ def test_only_wanted_gradients_are_computed() -> None:
     x.requires_grad_()
     fake_quantize(x, torch.tensor(0.1), INT8).sum().backward()
     assert torch.equal(x.grad, torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("clip", [2.5, 2.3])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_clipped_gradient_is_that_of_torchs_hardtanh_to_the_last_bit(
+    kind: torch.dtype, clip: float
+) -> None:
+    """Zero on both bounds. bfloat16 has no 2.3: its neighbour 2.296875 lies inside, as hardtanh has it."""
+    random = torch.Generator().manual_seed(5)
+    x, upstream = (torch.randn(1003, generator=random).mul(2).to(kind) for _ in range(2))
+    x[:6] = torch.tensor([clip, -clip, 0.0, -0.0, torch.inf, -torch.inf], dtype=kind)
+    upstream[:3] = torch.tensor([torch.nan, torch.inf, -0.0]).to(kind)
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(F.hardtanh(x, -clip, clip), x, upstream)
+    gradient = straight_through(upstream, x.detach(), clip)
+    assert torch.equal(gradient.view(torch.uint8), expected.view(torch.uint8))
+    passes = (gradient[:2] != 0).tolist()
+    assert passes == [False, False] or (kind, clip) == (torch.bfloat16, 2.3)
 
 
 def test_a_nan_stays_a_nan_so_that_the_loss_shows_it() -> None:

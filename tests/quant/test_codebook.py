@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qcompress.errors import ContractError
 from qcompress.quant.codebook import TABLE, CodebookWeight, FrozenCodebook, to_vectors
 from qcompress.quant.folded_codebook import FoldedCodebook
 from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear
@@ -96,6 +97,7 @@ def test_noise_rounds_blocks_to_their_centroids_until_the_weight_settles() -> No
     quantizer = book(0, settled=False, estimates=True, renew=3)
     layer = QuantizedLinear(nn.Parameter(weight_of(0)), None, 0, quantizer, None).train()
     layer.noise = QuantNoise(Noise(p=0.5), BLOCK, 0)
+    layer.refresh()
     torch.manual_seed(1)
     found = layer.quantized_weight()
     decoded, latent = quantizer.decoded(quantizer.assignments), layer.weight
@@ -115,13 +117,15 @@ def test_estimates_are_renewed_every_so_many_updates_and_a_repeated_pass_changes
     quantizer = book(0, settled=False, estimates=True, renew=3)
     weight = weight_of(0)
     state = torch.random.get_rng_state()
-    quantizer(weight)
+    with pytest.raises(ContractError, match="no estimate yet"):
+        quantizer(weight)
+    quantizer.refresh(lambda: weight)
     first = quantizer.centroids.detach().clone()
-    quantizer(weight * 2)
+    quantizer.refresh(lambda: weight * 2)
     assert torch.equal(quantizer.centroids, first) and torch.equal(torch.random.get_rng_state(), state)
     for _ in range(3):
         quantizer.advance()
-    quantizer(weight * 2)
+    quantizer.refresh(lambda: weight * 2)
     assert not torch.equal(quantizer.centroids, first)
 
 
@@ -151,6 +155,8 @@ def test_a_layer_that_waits_for_its_turn_trains_as_the_float_that_it_is() -> Non
     quantizer = book(0, settled=False, estimates=True)
     layer = QuantizedLinear(nn.Parameter(weight_of(0)), None, 0, quantizer, None).train()
     layer.noise, layer.noisy, quantizer.waiting = QuantNoise(Noise(p=0.5), BLOCK, 0), False, True
-    assert torch.equal(layer.quantized_weight(), layer.weight)
+    layer.refresh()
+    assert torch.equal(layer.quantized_weight(), layer.weight) and int(quantizer.estimated) == -1
     quantizer.waiting = False
+    layer.refresh()
     assert not torch.equal(layer.quantized_weight(), layer.weight)

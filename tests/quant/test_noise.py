@@ -193,8 +193,8 @@ def test_ranges_by_least_squares_are_chosen_again_every_so_many_updates() -> Non
     heavy[:, 0] = 12.0  # an outlier, which least squares clips
     ratios = []
     for _ in range(5):
-        quantizer(heavy)
-        quantizer(weight)  # a second pass of the same update, at another point
+        quantizer.refresh(lambda: heavy)
+        quantizer.refresh(lambda: weight)  # a second pass of the same update, at another point
         ratios.append(quantizer.ratio.clone())
         quantizer.advance()
     fresh = MinMaxWeight(MinMax(range="mse"), Grid(0), BOUNDS, weight.shape)

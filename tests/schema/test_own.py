@@ -232,6 +232,12 @@ def test_a_helper_in_another_file_and_a_base_in_this_package_are_in_the_key(
     assert train() == ("train", False, "code: custom own_helper changed")
 
 
+class Codes:
+    """Half a quantizer of weights."""
+
+    init = __call__ = advance = scale_of = codes_of = lambda self: None
+
+
 def test_without_the_class_the_name_is_a_mistake_of_the_recipe(project: Project) -> None:
     with pytest.raises(RecipeError, match="power-of-two"):
         project.run()
@@ -258,9 +264,10 @@ def test_mistakes_in_its_options_are_found_like_all_others(project: Project) -> 
         ({"steppers": {"Sign Step": SignStep}}, "not a valid name in a recipe"),
         ({"steppers": {"sign": SignStep(None)}}, "must be a class"),
         ({"steppers": {"sign": HalfTheLoss}}, r"has no step, state_dict, load_state_dict"),
+        ({"quantizers": {"codes": Codes}}, r"and no parts, of_rows"),
         ({"objectives": {"half": type("Bad", (HalfTheLoss,), {"Options": dict})}}, "not a section of a"),
     ],
-    ids=["taken", "name", "instance", "protocol", "options"],
+    ids=["taken", "name", "instance", "protocol", "weights", "options"],
 )
 def test_a_class_that_cannot_be_used_is_refused_before_anything_runs(
     classes: dict[str, Any], message: str, tmp_path: Path

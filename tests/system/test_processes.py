@@ -147,7 +147,8 @@ def batches(project: Project) -> list[Tensor]:
 
 
 class ByHand:
-    """Sharpness-aware updates of a stock GPT-2: LSQ's formulas on leaves of its own, and plain SGD.
+    """Sharpness-aware updates of a stock GPT-2: LSQ's formulas on leaves of its own, and plain SGD on weights
+    and on the scales themselves.
 
     Scales start where the library's do, to the last bit: a weight that is rounded the other way would count.
     """
@@ -155,27 +156,26 @@ class ByHand:
     def __init__(self, checkpoint: Path, weights_only: bool, unperturbed_scales: bool) -> None:
         self.model = GPT2LMHeadModel.from_pretrained(checkpoint, attn_implementation="eager").eval()
         self.values = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
-        self.starts, self.ratios = {}, {}
+        self.starts = {}
         for name, weight in self.values.items():
             if name.endswith(("attn.c_attn.weight", "attn.c_proj.weight")):
-                ratio = weight_ratio(weight, Grid(1), (-8, 7), "lsq", 100.0)
+                ratio = weight_ratio(weight, Grid(1), (-8, 7), "mse", 100.0)
                 self.starts[name] = start_scale(weight.abs().amax(0), ratio, (-8, 7))
-                self.ratios[name] = torch.ones_like(self.starts[name])
+        self.scales = {name: start.clone() for name, start in self.starts.items()}
         shifted = [name for name in self.values if ".bias" in name or ".ln_" in name]
         assert len(self.starts) == 4 and len(shifted) == 18 and len(self.values) == 28
         self.ball = [*self.starts] if weights_only else [*self.starts, *shifted]
         self.unperturbed_scales = unperturbed_scales
 
     def quotient(self, name: str) -> Tensor:
-        return self.values[name] / (self.starts[name] * self.ratios[name])
+        return self.values[name] / self.scales[name]
 
     def gradients(self, ids: Tensor, eps: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the loss, by the rounded weights and by all that is not rounded, at eps from where they are."""
         leaves = {}
         for name, value in self.values.items():
             if name in self.starts:
-                scale = self.starts[name] * self.ratios[name]
-                value = self.quotient(name).round().clamp(-8, 7) * scale
+                value = self.quotient(name).round().clamp(-8, 7) * self.scales[name]
             leaves[name] = (value + eps.get(name, 0.0)).requires_grad_()
         logits = torch.func.functional_call(self.model, leaves, (ids,)).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -184,7 +184,7 @@ class ByHand:
     def update(self, shares: list[Tensor]) -> None:
         """Each share of the batch has an eps and a gradient of its own; the mean of the gradients moves."""
         totals = {name: torch.zeros_like(value) for name, value in self.values.items()}
-        scales = {name: torch.zeros_like(start) for name, start in self.starts.items()}
+        slopes = {name: torch.zeros_like(scale) for name, scale in self.scales.items()}
         for ids in shares:
             first = self.gradients(ids, {})
             norm = sum(first[name].double().square().sum() for name in self.ball).sqrt().float()
@@ -195,16 +195,17 @@ class ByHand:
                     inside = (v > -8) & (v < 7)
                     heard = (first if self.unperturbed_scales else second)[name]
                     terms = heard * torch.where(inside, v.round() - v, v.clamp(-8, 7))
-                    scales[name] += terms.sum(0) * self.starts[name] / (len(v) * 7) ** 0.5 / len(shares)
+                    slopes[name] += terms.sum(0) / (len(v) * 7) ** 0.5 / len(shares)
                     gradient = gradient * inside
                 totals[name] += gradient / len(shares)
         for name, total in totals.items():
             self.values[name] -= RATES["weight"] * total
-        for name, total in scales.items():
-            self.ratios[name] -= RATES["scale"] * total
+        for name, total in slopes.items():
+            self.scales[name] -= RATES["scale"] * total
+            assert bool((self.scales[name] > self.starts[name] / 2).all())  # far from any floor
 
     def result(self) -> dict[str, Tensor]:
-        return self.values | {f"{name}.scale": self.starts[name] * self.ratios[name] for name in self.starts}
+        return self.values | {f"{name}.scale": scale for name, scale in self.scales.items()}
 
 
 def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -242,7 +243,9 @@ def test_each_of_two_processes_perturbs_by_itself_and_the_mean_of_their_gradient
     assert furthest(expected[1], expected[2]) > 1e-3
     start = load_file(without_dropout / "model.safetensors")
     moved = [float((value - start[name]).abs().max()) for name, value in made.values.items()]
-    assert min(moved) > 1e-3 and all(bool((ratio != 1).any()) for ratio in made.ratios.values())
+    assert min(moved) > 1e-3 and all(
+        bool((made.scales[name] != value).any()) for name, value in made.starts.items()
+    )
 
 
 # Interruptions ------------------------------------------------------------------------------------------

@@ -137,3 +137,21 @@ def test_training_with_it_is_repeatable_and_is_not_training_without(
     assert first.keys() == plain.keys() and all(torch.equal(first[name], again[name]) for name in first)
     name = "transformer.h.1.mlp.c_fc.weight"
     assert not torch.equal(first[name], plain[name])
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+def test_after_an_error_every_block_has_its_forward_again(source: Path, wrapped: bool) -> None:
+    """That of its class, or the one that the caller has put before it."""
+    architecture, model = describe("gpt2", source), without_dropout(source).train()
+    first, *others = model.transformer.h
+    own = first.forward
+    if wrapped:
+        first.forward = wrapper = lambda *arguments, **keywords: own(*arguments, **keywords)
+    with pytest.raises(ZeroDivisionError), layer_drop(model, architecture, 0.5) as draw:
+        draw(0)
+        logits(model)
+        assert all("forward" in vars(block) for block in (first, *others))
+        raise ZeroDivisionError
+    assert not any("forward" in vars(block) for block in others)
+    assert vars(first).get("forward") is (wrapper if wrapped else None)
+    assert all(block.forward.__func__ is type(block).forward for block in others)

@@ -14,10 +14,13 @@ from tiny import Line, token_ids
 from tiny_bert import encoder_line, save_encoder, token_inputs
 
 from qcompress.quant.codebook import CodebookWeight
-from qcompress.quant.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+from qcompress.quant.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, Quantizer
+from qcompress.quant.weight_quantizer import CodedWeight
 from qcompress.schema.axes import AXES, ILLEGAL, METHODS, PHASES
+from qcompress.schema.custom import OF_WEIGHTS, PROTOCOLS
 from qcompress.schema.recipe import Train
 from qcompress.training.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
+from qcompress.training.methods.protocols import Adapter, Objective, Stepper
 
 TABLES = {
     "adapter": ADAPTERS,
@@ -48,6 +51,19 @@ def test_every_axis_value_has_the_class_that_does_its_work_and_no_class_is_unrea
     assert set(TABLES) == set(AXES)
     for axis, names in NAMES.items():
         assert set(TABLES[axis]) == set(names), axis
+
+
+def test_registration_asks_for_the_methods_of_each_protocol_and_every_class_has_them() -> None:
+    protocols = {"quantizer": Quantizer, "adapter": Adapter, "objective": Objective, "stepper": Stepper}
+    assert PROTOCOLS.keys() == protocols.keys()
+    for axis, protocol in protocols.items():
+        methods = {name for name in vars(protocol) if name == "__call__" or not name.startswith("_")}
+        assert set(PROTOCOLS[axis]) == methods, axis
+        for kind in TABLES[axis].values():
+            assert all(callable(getattr(kind, name)) for name in methods), kind
+    weights = {*WEIGHT_QUANTIZERS.values(), CodebookWeight}
+    assert all(issubclass(kind, CodedWeight) for kind in weights)
+    assert all(callable(getattr(CodedWeight, name)) for name in OF_WEIGHTS)
 
 
 def test_every_schedule_makes_the_phases_that_the_table_of_phases_promises(

@@ -13,7 +13,8 @@ import sys
 def main(arguments: list[str]) -> None:
     """Open the file and print the result as JSON."""
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+    from qcompress.graph.ort_errors import ORT_ERRORS
 
     file, level = arguments
     levels = onnxruntime.GraphOptimizationLevel
@@ -28,10 +29,7 @@ def main(arguments: list[str]) -> None:
     why = ""
     try:
         onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except (
-        native.Fail, native.InvalidGraph, native.NotImplemented, native.RuntimeException,
-        native.InvalidArgument, native.InvalidProtobuf, native.NoSuchFile, RuntimeError, ValueError,
-    ) as error:  # fmt: skip
+    except ORT_ERRORS as error:
         why = " ".join(str(error).split())
     print(json.dumps({"version": onnxruntime.__version__, "why": why}))
 

@@ -8,6 +8,7 @@ only.
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 from collections.abc import Callable, Mapping
@@ -16,20 +17,21 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from qcompress.errors import ContractError, MachineError
 from qcompress.models import FAMILIES
-from qcompress.models.architecture import Architecture
+from qcompress.models.architecture import Architecture, Site
 from qcompress.models.checkpoint_files import read_config
 from qcompress.models.plan import LayerPlan, PointPlan, plan_points, plan_sites, rounded
 from qcompress.models.prepare import Prepared, initialise, open_points, quantize
-from qcompress.quant.batchnorm import BatchNorm
+from qcompress.quant.batchnorm import BATCH_NORMS
 from qcompress.quant.codebook import is_codebook
+from qcompress.quant.ranges import Statistics
 from qcompress.schema.custom import class_of
 from qcompress.schema.formats import CodebookFormat
 from qcompress.schema.recipe import Recipe
+from qcompress.system.accelerate_state import separate_accelerator
 from qcompress.system.artifacts import FloatModel
 from qcompress.system.distributed import Processes
 from qcompress.system.reporter import Reporter
@@ -40,10 +42,11 @@ from qcompress.training.blockwise import run_block_phase
 from qcompress.training.calibration import Calibration, observe_all
 from qcompress.training.checkpoint import Checkpoints, Position, moving
 from qcompress.training.distributions import keep_channels, save_distributions
+from qcompress.training.generators import restored_generators, seed_generators
 from qcompress.training.history import History
 from qcompress.training.loop import run_model_phase, settle
 from qcompress.training.methods import ADAPTERS, OBJECTIVES, SCHEDULES, STEPPERS
-from qcompress.training.methods.protocols import Adapter, FittedAdapter, Phase, Scene
+from qcompress.training.methods.protocols import Adapter, FittedAdapter, Objective, Phase, Scene
 from qcompress.training.movement import movement_note
 from qcompress.training.observer import make_static
 from qcompress.training.parameter_roles import ParameterRole, parameter_roles
@@ -71,99 +74,157 @@ def train(
 ) -> None:
     """Train a model with the recipe's method, resuming from the checkpoint in `out` if there is one.
 
-    With several `processes`, each calls this with equal arguments; the first one writes.
+    With several `processes`, each calls this with equal arguments; the first one writes. Torch's generators
+    and accelerate's settings are the caller's again afterwards.
     """
-    accelerator = _accelerator(recipe, processes)
-    phases = SCHEDULES[recipe.schedule.name](recipe.schedule, recipe.train).phases(architecture, plan)
-    points = plan_points(recipe, architecture)
-    adapter = class_of("adapter", recipe.adapter.name, ADAPTERS)(recipe.adapter)
-    fitted = isinstance(adapter, FittedAdapter)
-    data = _read(float_model, recipe, base, phases, plan, points, fitted)
-    for name, part in (("training", data.train), ("calibration", data.calibration)):
-        for note in part.notes if part is not None else ():
-            reporter.say(f"train: {name} data: {note}")
-    calibration = Calibration(recipe, read_config(float_model.path), data.calibration, accelerator.device)
-    training, float_names, frozen = _set_up(
-        float_model, recipe, architecture, plan, points, phases, data, calibration, adapter, out, reporter,
-        accelerator, processes,
-    )  # fmt: skip
+    with separate_accelerator(several=processes.size > 1):
+        accelerator = _accelerator(recipe, processes)
+        with restored_generators(accelerator.device):
+            _train(_Job(float_model, recipe, base, architecture, plan, out, reporter, processes, accelerator))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Arguments of the stage, and what follows from the recipe alone."""
+
+    float_model: FloatModel
+    recipe: Recipe
+    base: Path
+    architecture: Architecture
+    plan: tuple[LayerPlan, ...]
+    out: Path
+    reporter: Reporter
+    processes: Processes
+    accelerator: Accelerator
+
+    @functools.cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """Phases of the recipe's schedule."""
+        recipe = self.recipe
+        schedule = SCHEDULES[recipe.schedule.name](recipe.schedule, recipe.train)
+        return schedule.phases(self.architecture, self.plan)
+
+    @functools.cached_property
+    def points(self) -> tuple[PointPlan, ...]:
+        """Quantization points of the recipe."""
+        return plan_points(self.recipe, self.architecture)
+
+    @functools.cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Rescaling sites of the recipe."""
+        return plan_sites(self.recipe, self.architecture, self.plan)
+
+    @property
+    def frozen(self) -> bool:
+        """True if no phase trains a parameter of the float model."""
+        return not {role for phase in self.phases for role in phase.roles} & {"weight", "other"}
+
+    @property
+    def updates(self) -> bool:
+        """True if a phase makes updates."""
+        return any(phase.steps for phase in self.phases)
+
+
+def _train(job: _Job) -> None:
+    adapter = class_of("adapter", job.recipe.adapter.name, ADAPTERS)(job.recipe.adapter)
+    data = _read(job, fitted=isinstance(adapter, FittedAdapter))
+    config = read_config(job.float_model.path)
+    calibration = Calibration(job.recipe, config, data.calibration, job.accelerator.device)
+    training, float_names = _set_up(job, data, calibration, adapter)
     prepared = training.prepared
-    before = frozen_digest(prepared.model, training.roles) if frozen else None
-    _run(training, phases)
-    note = movement_note(prepared) if any(phase.steps for phase in phases) else None
+    before = frozen_digest(prepared.model, training.roles) if job.frozen else None
+    _run(training, job.phases)
+    note = movement_note(prepared) if job.updates else None
     if note is not None:
-        reporter.say(f"train: {note}")
-    if frozen and frozen_digest(prepared.model, training.roles) != before:
+        job.reporter.say(f"train: {note}")
+    if job.frozen and frozen_digest(prepared.model, training.roles) != before:
         raise ContractError("a phase that trains only scales and adapters has changed a weight")
     ranges = make_static(prepared, calibration.batches())
-    if processes.first:
-        tensors = save_trained(training, adapter, float_names, frozen, before, ranges, out)
-        save_distributions(prepared, tensors, out)
-    processes.agree(None)  # the other processes return after everything is written
+    if job.processes.first:
+        tensors = save_trained(training, adapter, float_names, job.frozen, before, ranges, job.out)
+        save_distributions(prepared, tensors, job.out)
+    job.processes.agree(None)  # the other processes return after everything is written
 
 
-def _set_up(
-    float_model: FloatModel, recipe: Recipe, architecture: Architecture, plan: tuple[LayerPlan, ...],
-    points: tuple[PointPlan, ...], phases: tuple[Phase, ...], data: _Data, calibration: Calibration,
-    adapter: Adapter, out: Path, reporter: Reporter, accelerator: Accelerator, processes: Processes,
-) -> tuple[Training, set[str], bool]:  # fmt: skip
-    """Prepare training: the model with its quantizers and adapter, the names of the float model's tensors,
-    and whether every weight stays frozen.
+def _set_up(job: _Job, data: _Data, calibration: Calibration, adapter: Adapter) -> tuple[Training, set[str]]:
+    """Prepare training: the model with its quantizers and adapter, and the names of the float model's
+    tensors.
     """
-    family, sites = FAMILIES[architecture.family], plan_sites(recipe, architecture, plan)
-    checkpoints = Checkpoints(out, recipe.train.checkpoint_every_s)
-    if processes.first:
-        checkpoints.drop_damaged(reporter.say)
-    resuming = processes.agree(checkpoints.file.is_file())
-    reference = _reference(float_model, architecture, accelerator)
+    checkpoints = Checkpoints(job.out, job.recipe.train.checkpoint_every_s)
+    if job.processes.first:
+        checkpoints.drop_damaged(job.reporter.say)
+    resuming = job.processes.agree(checkpoints.file.is_file())
+    reference = _reference(job)
     if isinstance(adapter, FittedAdapter) and not resuming:
-        reporter.say(f"train: {recipe.adapter.name}: {len(sites)} rescalings")
-        adapter.fit(reference(), plan, sites, calibration.unpadded)
-        gc.collect()  # the consumed model has reference cycles
-    model = family.load_float(float_model.source, float_model.path).to(accelerator.device)
+        _fit(job, adapter, reference, calibration)
+    model = _load_float(job)
     float_names = set(model.state_dict())
-    if any(phase.steps for phase in phases):
-        _judge_norms(model, processes, reporter)
-
-    statistics = {}
-    if data.calibration is not None and not resuming:
-        open_points(model, architecture.family, points)
-        statistics = observe_all(model, plan, points, calibration, reporter)
-    prepared = quantize(model, architecture.family, plan, points)
-    adapter.attach(prepared, sites, statistics)
-    roles = parameter_roles(prepared, architecture.layers, float_names)
-    _report_untrained(roles, phases, reporter)
-    if sites and not resuming and processes.first:
-        keep_channels(sites, statistics, out)
-    prepared.model.to(accelerator.device)
+    statistics = _observe(job, model, calibration) if data.calibration is not None and not resuming else {}
+    prepared = quantize(model, job.architecture.family, job.plan, job.points)
+    adapter.attach(prepared, job.sites, statistics)
+    roles = parameter_roles(prepared, job.architecture.layers, float_names)
+    _report_untrained(roles, job.phases, job.reporter)
+    prepared.model.to(job.accelerator.device)
     if not resuming:
-        torch.manual_seed(recipe.seed)  # k-means draws its initial centroids
-        initialise(prepared, statistics, _later(plan, phases), recipe.train.optimizer)
-
-    trained = {role for phase in phases for role in phase.roles}
-    frozen = not trained & {"weight", "other"}
+        _initialise(job, prepared, statistics)
     training = Training(
-        recipe=recipe,
-        architecture=architecture,
+        recipe=job.recipe,
+        architecture=job.architecture,
         prepared=prepared,
-        objective=class_of("objective", recipe.objective.name, OBJECTIVES)(
-            recipe.objective, TASKS[recipe.task.name].loss
-        ),
-        stepper=class_of("stepper", recipe.stepper.name, STEPPERS)(recipe.stepper),
-        accelerator=accelerator,
-        processes=processes,
+        objective=_objective(job.recipe),
+        stepper=class_of("stepper", job.recipe.stepper.name, STEPPERS)(job.recipe.stepper),
+        accelerator=job.accelerator,
+        processes=job.processes,
         checkpoints=checkpoints,
-        reporter=reporter,
-        history=_history(out, phases, prepared, architecture, reporter, processes),
+        reporter=job.reporter,
+        history=_history(job, prepared),
         train_data=data.train,
         calibration_data=data.calibration,
         reference=reference,
-        moving=set(prepared.model.state_dict()) - (float_names if frozen else set()),
+        moving=set(prepared.model.state_dict()) - (float_names if job.frozen else set()),
         roles=roles,
         facts=[],
         recent=[],
     )
-    return training, float_names, frozen
+    return training, float_names
+
+
+def _fit(
+    job: _Job, adapter: FittedAdapter, reference: Callable[[], nn.Module], calibration: Calibration
+) -> None:
+    """Let the adapter choose its scales on the float model."""
+    job.reporter.say(f"train: {job.recipe.adapter.name}: {len(job.sites)} rescalings")
+    adapter.fit(reference(), job.plan, job.sites, calibration.unpadded)
+    gc.collect()  # the consumed model has reference cycles
+
+
+def _load_float(job: _Job) -> nn.Module:
+    """Load the float model that will be trained, on the training device."""
+    family = FAMILIES[job.architecture.family]
+    model = family.load_float(job.float_model.source, job.float_model.path).to(job.accelerator.device)
+    if job.updates:
+        _judge_norms(model, job.processes, job.reporter)
+    return model
+
+
+def _observe(job: _Job, model: nn.Module, calibration: Calibration) -> dict[str, Statistics]:
+    """Statistics of the float model's activations, by layer or point."""
+    open_points(model, job.architecture.family, job.points)
+    return observe_all(model, job.plan, job.points, calibration, job.reporter)
+
+
+def _initialise(job: _Job, prepared: Prepared, statistics: dict[str, Statistics]) -> None:
+    """Set the initial scales and codebooks; the first process keeps the channel magnitudes for the report."""
+    if job.sites and job.processes.first:
+        keep_channels(job.sites, statistics, job.out)
+    seed_generators(job.recipe.seed)  # k-means draws its initial centroids
+    initialise(prepared, statistics, _later(job.plan, job.phases), job.recipe.train.optimizer)
+
+
+def _objective(recipe: Recipe) -> Objective:
+    """The recipe's objective on the loss of its task."""
+    kind = class_of("objective", recipe.objective.name, OBJECTIVES)
+    return kind(recipe.objective, TASKS[recipe.task.name].loss)
 
 
 def _report_untrained(
@@ -180,22 +241,19 @@ def _report_untrained(
         )
 
 
-def _history(
-    out: Path, phases: tuple[Phase, ...], prepared: Prepared, architecture: Architecture, reporter: Reporter,
-    processes: Processes,
-) -> History:  # fmt: skip
+def _history(job: _Job, prepared: Prepared) -> History:
     """Training log, which the first process writes."""
-    blocks = len(architecture.blocks)
-    updates = [(phase.name, phase.steps * (blocks if phase.scope == "blocks" else 1)) for phase in phases]
+    blocks = len(job.architecture.blocks)
+    updates = [(item.name, item.steps * (blocks if item.scope == "blocks" else 1)) for item in job.phases]
     scales = sum(1 for _ in learned(prepared))
-    return History(out if processes.first else None, updates, scales, reporter)
+    return History(job.out if job.processes.first else None, updates, scales, job.reporter)
 
 
 def _judge_norms(model: nn.Module, processes: Processes, reporter: Reporter) -> None:
     """Refuse batch norms in several processes, where each would have statistics of its own share; warn if
     their momentum is so high that folding uses the last batch's statistics.
     """
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     if norms and processes.size > 1:
         raise MachineError(
             f"the model has {len(norms)} batch norms: each process would have statistics of its own share",
@@ -233,49 +291,40 @@ def _accelerator(recipe: Recipe, processes: Processes) -> Accelerator:
             "train.mixed_precision is fp16, and it needs a CUDA device",
             fix="set train.mixed_precision: bf16, or no",
         )
-    # accelerate keeps one state a process, and refuses a second run with another precision or device
-    AcceleratorState._reset_state(reset_partial_state=processes.size == 1)
     return Accelerator(cpu=cpu, mixed_precision=recipe.train.mixed_precision)
 
 
-def _read(
-    float_model: FloatModel,
-    recipe: Recipe,
-    base: Path,
-    phases: tuple[Phase, ...],
-    plan: tuple[LayerPlan, ...],
-    points: tuple[PointPlan, ...],
-    fitted: bool,
-) -> _Data:
+def _read(job: _Job, fitted: bool) -> _Data:
     """Read the data that the phases and a `fitted` adapter need; calibration falls back to training data."""
-    task = TASKS[recipe.task.name]
-    reader = task.reader(float_model.path)
-    options = task.settled(recipe.task, read_config(float_model.path))
-    section = recipe.data
+    recipe, path = job.recipe, job.float_model.path
+    task, section = TASKS[recipe.task.name], recipe.data
+    reader, options = task.reader(path), task.settled(recipe.task, read_config(path))
 
-    def examples(data) -> Examples | None:
-        return None if data is None else task.examples(data, base, reader, options)
+    def examples(name: str, source) -> Examples | None:
+        part = None if source is None else task.examples(source, job.base, reader, options)
+        for note in part.notes if part is not None else ():
+            job.reporter.say(f"train: {name} data: {note}")
+        return part
 
-    trains = any(phase.scope == "model" and phase.steps for phase in phases)
-    calibrates = any(item.weights and item.activations for item in plan) or bool(rounded(points))
-    calibrates |= fitted or any(phase.scope == "blocks" and phase.steps for phase in phases)
+    trains = any(phase.scope == "model" and phase.steps for phase in job.phases)
+    calibrates = any(item.weights and item.activations for item in job.plan) or bool(rounded(job.points))
+    calibrates |= fitted or any(phase.scope == "blocks" and phase.steps for phase in job.phases)
     data = _Data(
-        train=examples(section.train) if trains else None,
-        calibration=examples(section.calibration or section.train) if calibrates else None,
+        train=examples("training", section.train) if trains else None,
+        calibration=examples("calibration", section.calibration or section.train) if calibrates else None,
     )
     if (trains and data.train is None) or (calibrates and data.calibration is None):
         raise ContractError("the recipe was accepted without the data that its schedule needs")
     return data
 
 
-def _reference(
-    float_model: FloatModel, architecture: Architecture, accelerator: Accelerator
-) -> Callable[[], nn.Module]:
+def _reference(job: _Job) -> Callable[[], nn.Module]:
     """Loader of the stock float model, for schedules that need it."""
+    float_model, device = job.float_model, job.accelerator.device
 
     def load() -> nn.Module:
-        model = FAMILIES[architecture.family].load_float(float_model.source, float_model.path)
-        return model.requires_grad_(False).to(accelerator.device)
+        model = FAMILIES[job.architecture.family].load_float(float_model.source, float_model.path)
+        return model.requires_grad_(False).to(device)
 
     return load
 

@@ -59,8 +59,7 @@ class Watch:
         for name in (architecture.embeddings, *architecture.blocks):
             self._hook(name, lambda module, arguments, output: self._hidden(output))
         if attentions:
-            self._implementation = model.config._attn_implementation  # restored by `remove`
-            open_attention(model)
+            self._implementation = open_attention(model)  # restored by `remove`
             for index, attention in enumerate(architecture.attentions):
                 self._attention(index, attention)
 

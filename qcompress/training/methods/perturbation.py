@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.errors import ModelError
+from qcompress.quant.batchnorm import BATCH_NORMS
 from qcompress.quant.layers import Place, QuantizedEmbedding, QuantizedWeight, Tap, tapped
 from qcompress.training.methods.protocols import Group, Moment
 
@@ -231,9 +232,7 @@ def fixed_statistics(model: nn.Module | None) -> Iterator[None]:
     norms = [
         module
         for module in modules
-        if isinstance(module, nn.modules.batchnorm._NormBase)
-        and module.training
-        and module.track_running_stats
+        if isinstance(module, BATCH_NORMS) and module.training and module.track_running_stats
     ]
     try:
         for norm in norms:

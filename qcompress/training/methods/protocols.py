@@ -1,4 +1,5 @@
-"""Protocols of the five axes of a method. `methods/__init__.py` lists the classes that implement them.
+"""Protocols of the five axes of a method; that of quantizers is `Quantizer` of `quant/quantizers.py`.
+`methods/__init__.py` lists the classes that implement them.
 
 Life of a training run: adapters are attached and initialised from statistics of the float model, quantizers
 are initialised on the rescaled weights, then the schedule's phases run one after another, each with its own
@@ -8,7 +9,7 @@ one dropout mask, and a resumed run equals an uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -20,35 +21,10 @@ from qcompress.models.plan import LayerPlan
 from qcompress.models.prepare import Prepared
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
-from qcompress.schema.method_options import Role
 from qcompress.tasks.examples import Batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-class Quantizer(Protocol):
-    """Differentiable rounding of one tensor during training. Constructed from its options, its grid and
-    its bounds.
-    """
-
-    bounds: tuple[int, int]
-    parameter_roles: Mapping[str, Role]
-    """Role of each of its parameters, by the name in `named_parameters()`; not needed without parameters."""
-
-    def init(self, seen: Tensor | Statistics) -> None:
-        """Choose the initial scale, from the weight itself or from an activation's calibration statistics."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Round x to the grid, differentiably."""
-
-    def advance(self) -> None:
-        """Restore the scale's valid range; called after each update."""
-
-    def scale_of(self, *weight: Tensor) -> Tensor:
-        """Scale to deploy; called when training has ended. A weight's quantizer is a `CodedWeight`
-        (`quant/weight_quantizer.py`), which also defines its codes.
-        """
 
 
 class Adapter(Protocol):
