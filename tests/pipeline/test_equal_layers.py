@@ -72,15 +72,19 @@ def as_initialised(weights: Weights) -> None:
             tensor.fill_(1.0 if "LayerNorm.weight" in name else 0.0)
 
 
+def several(weights: Weights) -> None:
+    as_initialised(weights)
+    tables(weights)
+    equal(VALUE, layer(1, "attention.self.value"))(weights)
+
+
 QUERY, KEY, VALUE = (layer(0, f"attention.self.{name}") for name in ("query", "key", "value"))
 PLANTED: dict[str, Callable[[Weights], None]] = {
     "query, key and value": equal(QUERY, KEY, VALUE),
-    "values of two blocks": equal(VALUE, layer(1, "attention.self.value")),
+    "layers of two blocks, tables, norms and biases": several,
     "two blocks": blocks,
     "zeros": zeros,
-    "tables": tables,
     "a symmetric weight and its transpose": transposed,
-    "norms and biases": as_initialised,
 }
 FORMATS: dict[str, Any] = {
     "w8a8": "w8a8",

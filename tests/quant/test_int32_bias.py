@@ -30,12 +30,16 @@ from qcompress.system.artifacts import read_json
 LIMIT = 2.0**30
 
 
-def norms(tensors: dict[str, torch.Tensor], gamma: float) -> None:
-    """Every third channel of every batch norm nearly (or wholly) switched off, with a shift that stays."""
+def norms(tensors: dict[str, torch.Tensor], *gammas: float) -> None:
+    """Channels of every batch norm nearly (or wholly) switched off, with a shift that stays: one third with
+    one gamma, one sixth with each of several.
+    """
     for name in [name for name in tensors if name.endswith("running_mean")]:
         owner = name.removesuffix(".running_mean")
-        tensors[f"{owner}.weight"][::3] = gamma
-        tensors[f"{owner}.bias"][::3] = torch.linspace(-1, 1, len(tensors[f"{owner}.bias"][::3])) + 0.1
+        for place, gamma in enumerate(gammas):
+            some = slice(place, None, 3 if len(gammas) == 1 else 6)
+            tensors[f"{owner}.weight"][some] = gamma
+            tensors[f"{owner}.bias"][some] = torch.linspace(-1, 1, len(tensors[f"{owner}.bias"][some])) + 0.1
 
 
 def classifier(tensors: dict[str, torch.Tensor], weight: float, bias: float) -> None:
@@ -47,9 +51,7 @@ def classifier(tensors: dict[str, torch.Tensor], weight: float, bias: float) -> 
 
 PLANTED: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
     "gamma 1e-12": lambda tensors: norms(tensors, 1e-12),
-    "gamma 1e-6": lambda tensors: norms(tensors, 1e-6),
-    "gamma -1e-9": lambda tensors: norms(tensors, -1e-9),
-    "gamma 0": lambda tensors: norms(tensors, 0.0),
+    "gamma 1e-6, -1e-9 and 0": lambda tensors: norms(tensors, 1e-6, -1e-9, 0.0),
     "tiny linear weights": lambda tensors: classifier(tensors, 1e-12, 2.0),
     "no linear weights": lambda tensors: classifier(tensors, 0.0, 200.0),
 }
@@ -92,7 +94,11 @@ def quotients(tensors: dict[str, torch.Tensor]) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("kind", "change"),
-    [*(("basic", change) for change in PLANTED), ("cifar", "gamma 1e-12"), ("cifar", "tiny linear weights")],
+    [
+        *(("basic", change) for change in PLANTED),
+        ("cifar", "gamma 1e-12"),
+        ("cifar", "gamma 1e-6, -1e-9 and 0"),
+    ],
 )
 def test_the_default_session_computes_what_the_graph_says(tmp_path: Path, kind: str, change: str) -> None:
     line = planted(tmp_path, kind, PLANTED[change])
