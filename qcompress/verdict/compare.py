@@ -233,12 +233,16 @@ def _draw(
 ) -> dict[Cell, np.ndarray]:
     """Bootstrap replicates of the metric of every run on common draws, [draws] each."""
     drawn: dict[Cell, np.ndarray] = {}
-    for cell, run in cells.items():
-        name, short = chosen[run.task]
-        columns, samples = run.columns(name), len(run.samples[name]["ids"])
-        if short in REPLICATES and _gives(run, name, short):
-            counts = draw_counts(samples, DRAWS, tasks.index(run.task))
-            drawn[cell] = REPLICATES[short](columns, counts)
+    for number, task in enumerate(tasks):
+        counts: dict[int, np.ndarray] = {}  # by number of samples; those of one task at a time are in memory
+        for cell, run in cells.items():
+            name, short = chosen[run.task]
+            if run.task != task or short not in REPLICATES or not _gives(run, name, short):
+                continue
+            samples = len(run.samples[name]["ids"])
+            if samples not in counts:
+                counts[samples] = draw_counts(samples, DRAWS, number)
+            drawn[cell] = REPLICATES[short](run.columns(name), counts[samples])
     return drawn
 
 

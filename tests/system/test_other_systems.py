@@ -87,7 +87,8 @@ def test_a_library_without_the_drivers_functions_is_no_driver(monkeypatch: pytes
 
 def test_a_whole_run_without_what_only_linux_has(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     """In a process of its own. sys.platform stays Linux's: numpy and torch ask it for their binaries."""
-    project = make_project(tmp_path / "p", tiny_model, text_file)
+    untrained = {"method": "ptq", "train": {"device": "cpu", "batch_size": 4}, "build": {"target": "cpu"}}
+    project = make_project(tmp_path / "p", tiny_model, text_file, **untrained)
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, *project.command()],
         env=environment(), capture_output=True, text=True, timeout=300,
