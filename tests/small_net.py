@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from qcompress.quant.affine import Grid
@@ -151,7 +150,6 @@ def wrap(
     """`loss_scale`: that of fp16, which needs no GPU; the arithmetic stays fp32. `mixed_precision` of the
     Accelerator must say fp16.
     """
-    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     if loss_scale is not None:
         accelerator.native_amp = True

@@ -103,7 +103,7 @@ def test_batch_norms_are_all_public_classes_of_torch_that_keep_statistics() -> N
 
 
 def norm_buffers(kind: type[nn.Module]) -> set[str]:
-    """Names of a norm's buffers; empty for what is no norm of four channels."""
+    """Names of a norm's buffers; empty for other modules."""
     if "Norm" not in kind.__name__ or kind.__name__ in ("GroupNorm", "LocalResponseNorm"):
         return set()
     return {name for name, _ in kind(4, track_running_stats=True).named_buffers()} if takes(kind) else set()

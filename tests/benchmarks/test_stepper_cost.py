@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from tiny import make_recipe
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, logging
@@ -59,7 +58,6 @@ def training(folder: Path, text: Path, batch: dict[str, Tensor], method: str = "
     statistics = observe(model, plan, [batch], batch["input_ids"].numel())
     prepared = quantize(model, "gpt2", plan)
     initialise(prepared, statistics)
-    AcceleratorState._reset_state(reset_partial_state=True)
     return Training(
         recipe=recipe, architecture=architecture, prepared=prepared, objective=None, stepper=None,
         accelerator=Accelerator(cpu=True), processes=Processes(), checkpoints=None, reporter=None,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from qcompress.schema.method_options import PlainStepper
@@ -21,7 +20,6 @@ START = {"weight": [3.0, 4.0], "scale": [300.0, 400.0], "other": [0.003, 0.004]}
 
 @pytest.fixture
 def accelerator() -> Accelerator:
-    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=True)
 
 
