@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import Tensor, dtype, nn
 
-    from qcompress.graph.certificate.edges import Graph
+    from qcompress.graph.view import View
     from qcompress.models.architecture import Layer
     from qcompress.models.plan import LayerPlan
     from qcompress.quant.layers import QuantizedWeight
@@ -63,10 +63,10 @@ class Encoding(Protocol):
     def lower(self, model: ir.Model) -> None:
         """Replace this encoding's placeholder nodes by ONNX nodes, in place."""
 
-    def certify(self, graph: Graph, tensors: Any, item: LayerPlan) -> Certified:
+    def certify(self, view: View, tensors: Any, item: LayerPlan) -> Certified:
         """Compare a weight in a graph with `tensors`, the content of folded.safetensors."""
 
-    def sources(self, graph: Graph, owner: str) -> list[str]:
+    def sources(self, view: View, owner: str) -> list[str]:
         """Return the graph values that hold the weight of layer `owner`, decoded for a matmul."""
 
     def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qcompress.encodings.base import Certified, Form, is_turned
-from qcompress.encodings.walk import first_difference, matmuls, same, zero_is_zero
+from qcompress.encodings.walk import (
+    DEQUANTIZE,
+    first_difference,
+    matmuls,
+    operand,
+    readers_of,
+    result,
+    same,
+    zero_is_zero,
+)
 from qcompress.errors import ContractError
 from qcompress.schema.formats import WeightFormat
 
@@ -23,7 +32,7 @@ if TYPE_CHECKING:
     from onnx import NodeProto
     from torch import Tensor, dtype, nn
 
-    from qcompress.graph.certificate.edges import Graph
+    from qcompress.graph.view import View
     from qcompress.models.architecture import Layer
     from qcompress.models.plan import LayerPlan
     from qcompress.quant.layers import QuantizedWeight
@@ -79,36 +88,32 @@ class IntegerQdq:
     def lower(self, model: ir.Model) -> None:
         """No change: the exporter writes DequantizeLinear directly."""
 
-    def certify(self, graph: Graph, tensors: Any, item: LayerPlan) -> Certified:
+    def certify(self, view: View, tensors: Any, item: LayerPlan) -> Certified:
         """Compare codes, their type, scales, axis and block, and check the readers of the codes."""
-        from onnx import TensorProto
-
         owner = item.layer.tied_to or item.name
         codes_name = f"{owner}.weight.codes"
         reasons: list[str] = []
-        codes, wanted = graph.array(codes_name), tensors.get_tensor(codes_name)
+        codes, wanted = view.initializer(codes_name), tensors.get_tensor(codes_name)
         codes_equal = codes is not None and same(codes.astype(np.int8), wanted)
         if codes is None:
             reasons.append(f"no initializer {codes_name}")
         elif not codes_equal:
             reasons.append(first_difference(codes.astype(np.int8), wanted, "codes"))
         else:
-            stored = TensorProto.DataType.Name(graph.initializers[codes_name].data_type)
+            stored = view.word(codes_name)
             if stored != f"INT{item.weights.stored_bits}":
                 reasons.append(f"codes are stored as {stored}")
-        readers = graph.readers.get(codes_name, [])
-        decoders = [node for node in readers if node.op_type == "DequantizeLinear"]
-        if not decoders or len(decoders) != len(readers):
+        decoders = readers_of(view, codes_name, DEQUANTIZE)
+        if not decoders or len(decoders) != len(view.readers[codes_name]):
             reasons.append("codes must be read by DequantizeLinear and by nothing else")
-        wrong_scales = _wrong_scales(graph, decoders, tensors.get_tensor(f"{owner}.weight.scale"))
-        reasons += wrong_scales + _wrong_layout(decoders, item) + _unread(graph, decoders, item)
-        sources = [node.output[0] for node in decoders]
+        wrong_scales = _wrong_scales(view, decoders, tensors.get_tensor(f"{owner}.weight.scale"))
+        reasons += wrong_scales + _wrong_layout(decoders, item) + _unread(view, decoders, item)
+        sources = [result(node) for node in decoders]
         return Certified(codes_equal, bool(decoders) and not wrong_scales, sources, reasons)
 
-    def sources(self, graph: Graph, owner: str) -> list[str]:
+    def sources(self, view: View, owner: str) -> list[str]:
         """Return the outputs of the DequantizeLinear nodes."""
-        readers = graph.readers.get(f"{owner}.weight.codes", [])
-        return [node.output[0] for node in readers if node.op_type == "DequantizeLinear"]
+        return [result(node) for node in readers_of(view, f"{owner}.weight.codes", DEQUANTIZE)]
 
     def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:
         """Bytes of codes and scales. Zero points are not counted: layers of equal shape share them."""
@@ -118,31 +123,31 @@ class IntegerQdq:
         return layer.weights * form.stored_bits // 8 + layer.weights // block * float_bytes
 
 
-def _wrong_scales(graph: Graph, decoders: list[NodeProto], reference: np.ndarray) -> list[str]:
+def _wrong_scales(view: View, decoders: list[NodeProto], reference: np.ndarray) -> list[str]:
     """Reasons why scales or zero points are wrong; all decoders of a tied table are checked."""
     reasons = []
     for node in decoders:
-        scale = graph.array(node.input[1])
+        scale = view.initializer(operand(node, 1))
         if scale is None:
-            reasons.append(f"{node.name}: no initializer {node.input[1]}")
+            reasons.append(f"{node.name}: no initializer {operand(node, 1)}")
         elif not same(scale, reference.astype(scale.dtype)):
             reasons.append(first_difference(scale, reference.astype(scale.dtype), "scale"))
-        if not zero_is_zero(graph, node):
+        if not zero_is_zero(view, node):
             reasons.append(f"{node.name}: the zero point is not 0")
     return reasons
 
 
-def _unread(graph: Graph, decoders: list[NodeProto], item: LayerPlan) -> list[str]:
+def _unread(view: View, decoders: list[NodeProto], item: LayerPlan) -> list[str]:
     """Reason why the decoded codes do not reach their layer, for example because it reads a float copy."""
     if not decoders:
         return []
-    outputs = [node.output[0] for node in decoders]
+    outputs = [result(node) for node in decoders]
     if item.layer.kind == "embedding":
-        readers = [node for name in outputs for node in graph.readers.get(name, [])]
-        read = any(node.op_type == "Gather" and node.input[0] in outputs for node in readers)
+        readers = [node for name in outputs for node in readers_of(view, name, "Gather")]
+        read = any(operand(node, 0) in outputs for node in readers)
         return [] if read else ["the decoded codes reach no Gather"]
     wanted = "Conv" if item.layer.kind == "conv" else "MatMul"
-    return [] if any(matmuls(graph, name) for name in outputs) else [f"the decoded codes reach no {wanted}"]
+    return [] if any(matmuls(view, name) for name in outputs) else [f"the decoded codes reach no {wanted}"]
 
 
 def _wrong_layout(decoders: list[NodeProto], item: LayerPlan) -> list[str]:

@@ -16,9 +16,9 @@ from onnx import TensorProto
 from qcompress.engine.plan_content import float_copies
 from qcompress.errors import ExportError
 from qcompress.graph.codebooks import lookups
-from qcompress.graph.qdq import code_type
+from qcompress.graph.qdq import code_type, result
 from qcompress.graph.tensors import bytes_as, type_word
-from qcompress.graph.view import DEQUANTIZE, QUANTIZE, View, operand, read, result
+from qcompress.graph.view import DEQUANTIZE, QUANTIZE, View, operand, read
 
 PERCENT = 110
 """Limit in percent of the predicted bytes."""

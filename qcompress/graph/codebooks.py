@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from onnx import NodeProto
 
-from qcompress.graph.qdq import MOVES, users_of
+from qcompress.encodings.walk import DEQUANTIZE, MOVES, attribute, operand, result, users_of
 from qcompress.graph.tensors import type_word
-from qcompress.graph.view import DEQUANTIZE, View, attribute, operand, result
+from qcompress.graph.view import View
 
 NARROW = ("UINT8", "INT8", "UINT16", "INT16")
 """Types of stored indices; Gather accepts none of them, hence the Cast."""
@@ -85,7 +85,7 @@ def _ends(view: View, gather: NodeProto, by_rows: bool) -> tuple[str, ...]:
     """Operators that compute with a decoded weight, directly or behind MOVES."""
     if by_rows:
         return ("Gather",)
-    return tuple(dict.fromkeys(reader.op_type for reader in users_of(view, result(gather), MOVES)))
+    return tuple(dict.fromkeys(reader.op_type for reader, _ in users_of(view, result(gather), MOVES)))
 
 
 def _shape(view: View, gather: NodeProto, indices: str, block: int) -> tuple[int, ...]:

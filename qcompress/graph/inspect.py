@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
+from qcompress.encodings.walk import DEQUANTIZE, MOVES, QUANTIZE, attribute, operand, result, users_of
 from qcompress.graph.codebooks import Lookup, lookups
 from qcompress.graph.lint.activations import MATMULS
 from qcompress.graph.lint.soundness import demand_sound
-from qcompress.graph.qdq import MOVES, code_type, dequantizer_of, users_of, weights_of
+from qcompress.graph.qdq import code_type, dequantizer_of, weights_of
 from qcompress.graph.tensors import BITS, stored_bytes, type_word
-from qcompress.graph.view import DEQUANTIZE, FLOATS, QUANTIZE, View, attribute, operand, read, result
+from qcompress.graph.view import FLOATS, View, read
 
 ENDINGS = re.compile(r"(\.codes|\.assignments|_quantized|(_DQ)?_[qQ]\d|_i4)$")
 """Suffixes that tools add to the name of a quantized weight: qcompress, ONNX Runtime's 8-bit and 4-bit
@@ -137,7 +138,7 @@ def _weight(view: View, name: str, nodes: list[NodeProto], counted: set[str], si
     """List a weight with its readers `nodes`; `size`: bytes of the file and its external data."""
     first, readers = nodes[0], nodes
     if first.op_type == DEQUANTIZE:
-        readers = [reader for node in nodes for reader in users_of(view, result(node), MOVES)]
+        readers = [reader for node in nodes for reader, _ in users_of(view, result(node), MOVES)]
     own = _count(view, [name, *(part for node in nodes for part in _parameters(view, node))], counted)
     stored, bits = _bits(view, first, name)
     return Weight(

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qcompress.encodings import CODES, ENCODINGS, PARTS, encoding_of
-from qcompress.graph.certificate.edges import Graph
 from qcompress.graph.certificate.layers import with_outputs
 from qcompress.graph.tensors import stored_bytes
+from qcompress.graph.view import read
 from qcompress.models.plan import LayerPlan
 from qcompress.quant.types import COMPUTE
 from qcompress.schema.formats import WEIGHT_WORDS, CodebookFormat, WeightFormat
@@ -87,7 +87,7 @@ def test_torch_decodes_what_onnx_runtime_decodes(graph: Exported, tmp_path: Path
     """Bit for bit, each weight that a matmul or a convolution reads."""
     compute = COMPUTE[graph.kind.compute]
     stored = load_file(graph.folded.path / "folded.safetensors")
-    view = Graph.read(graph.file)
+    view = read(graph.file)
     wanted = {}
     for item in weights(graph):
         encoding = encoding_of(item.weights)
@@ -118,13 +118,13 @@ def test_predicted_bytes_are_those_of_the_file(graph: Exported) -> None:
 
 
 def test_a_changed_bit_of_each_part_breaks_the_certificate_of_its_weight(graph: Exported) -> None:
-    view, changed = Graph.read(graph.file), 0
+    view, changed = read(graph.file), 0
     with safe_open(graph.folded.path / "folded.safetensors", framework="np") as tensors:
         for item in weights(graph):
             encoding = encoding_of(item.weights)
             assert encoding.certify(view, tensors, item).reasons == []
             for part in encoding.parts:
-                tensor = view.initializers.get(f"{item.name}.weight.{part}")
+                tensor = view.constants.get(f"{item.name}.weight.{part}")
                 if tensor is None:
                     continue
                 raw = bytearray(tensor.raw_data or numpy_helper.to_array(tensor).tobytes())

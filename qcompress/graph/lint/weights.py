@@ -6,18 +6,17 @@ from collections.abc import Iterator
 
 from onnx import NodeProto
 
+from qcompress.encodings.walk import DEQUANTIZE, MOVES, QUANTIZE, attribute, operand, result, users_of
 from qcompress.graph.lint.activations import MATMULS, OPSETS, TAKEN, Broken
 from qcompress.graph.qdq import (
-    MOVES,
     axis_of,
     code_type,
     dequantizer_of,
     layer_name,
     node_name,
-    users_of,
     weights_of,
 )
-from qcompress.graph.view import DEQUANTIZE, QUANTIZE, View, attribute, operand, result
+from qcompress.graph.view import View
 from qcompress.schema.formats import INT2_OPSET
 from qcompress.schema.targets import BLOCKS, Target
 
@@ -107,6 +106,6 @@ def weight_readers(view: View, target: Target) -> Iterator[Broken]:
     for node in weights_of(view):
         if code_type(view, node) not in TAKEN:
             continue
-        for reader in users_of(view, result(node), MOVES):
+        for reader, _ in users_of(view, result(node), MOVES):
             if reader.op_type not in (*MATMULS, "Gather"):
                 yield Broken(layer_name(view, node), f"read by {reader.op_type} {node_name(reader)}")
