@@ -10,14 +10,18 @@ the indices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.encodings.base import Certified, Form, is_turned
+from qcompress.encodings.base import Certified, Form, Stored, is_turned, rows_of
 from qcompress.encodings.walk import (
     DEQUANTIZE,
+    MOVES,
+    attribute,
     first_difference,
     is_a,
     matmuls,
@@ -25,6 +29,7 @@ from qcompress.encodings.walk import (
     readers_of,
     result,
     same,
+    users_of,
     zero_is_zero,
 )
 from qcompress.errors import ContractError
@@ -98,10 +103,108 @@ class GatheredCodebook:
         """Return the outputs of the Reshape nodes behind the look-ups."""
         return looked_up(view, owner)
 
+    def find(self, view: View) -> Iterator[Stored]:
+        """Yield each Gather from a constant table with two axes, whose indices are a constant of narrow
+        integers behind a Cast, or rows of such a constant.
+        """
+        for gather in view.named("Gather"):
+            decoder = view.producers.get(operand(gather, 0))
+            decoder = decoder if is_a(decoder, DEQUANTIZE) else None
+            table = operand(gather if decoder is None else decoder, 0)
+            indices, by_rows = _indices(view, operand(gather, 1))
+            dims = view.constants[table].dims if table in view.constants else ()
+            if indices and len(dims) == 2 and dims[1]:
+                first = gather if decoder is None else decoder
+                yield StoredIndices(view, indices, table, first, gather, by_rows)
+
     def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:
         """Bytes of the indices and the table."""
         table = form.centroids * form.block * (1 if form.table == "int8" else float_bytes)
         return int(layer.weights * form.stored_bits / 8) + table
+
+
+NARROW = ("UINT8", "INT8", "UINT16", "INT16")
+"""Types of stored indices; Gather accepts none of them, hence the Cast."""
+
+
+def _indices(view: View, name: str) -> tuple[str, bool]:
+    """Name of the constant behind indices (empty if there is none), and True if they are rows of it."""
+    maker, by_rows = view.producers.get(name), False
+    if is_a(maker, "Gather"):
+        maker, by_rows = view.producers.get(operand(maker, 0)), True
+    name = operand(maker, 0) if is_a(maker, "Cast") else ""
+    tensor = view.constants.get(name)
+    is_narrow = tensor is not None and len(tensor.dims) == 2 and view.word(name) in NARROW
+    return (name, by_rows) if is_narrow else ("", False)
+
+
+@dataclass(frozen=True)
+class StoredIndices(Stored):
+    """Constant indices that a Gather looks up in a table."""
+
+    gather: NodeProto = field(repr=False)
+    """The look-up in the table."""
+    by_rows: bool
+    """True if another Gather selects rows of the indices first, as for an embedding."""
+
+    indices = True
+
+    @property
+    def block(self) -> int:
+        """Length of the vectors."""
+        return self.view.constants[self.source].dims[1]
+
+    @property
+    def granularity(self) -> str:
+        """`vectors of N`."""
+        return f"vectors of {self.block}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Vectors lie along the axis that a Transpose moves to the front, else along the last axis."""
+        first, second = self.view.constants[self.name].dims
+        readers = self.view.readers.get(result(self.gather), [])
+        is_turned = any(node.op_type == "Transpose" for node in readers)
+        if is_turned and attribute(self.gather, "axis", 0) == 0:
+            return first * self.block, second
+        return first, second * self.block
+
+    @property
+    def stored_as(self) -> str:
+        """Types of indices and table."""
+        return f"{self.view.label(self.name)} into {self.view.label(self.source)}"
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits of an index per weight."""
+        bits = self.view.bits(self.name) / self.block
+        return int(bits) if bits == int(bits) else bits
+
+    def parts(self) -> Iterator[str]:
+        """Yield indices, table, and the scale and zero point of the table."""
+        yield from (self.name, self.source)
+        if self.node is not self.gather:
+            yield from self.node.input[1:]
+
+    def readers(self) -> Iterator[NodeProto]:
+        """Yield the nodes that read looked-up vectors; for rows, the Gather itself."""
+        if self.by_rows:
+            return iter([self.gather])
+        return (node for node, _ in users_of(self.view, result(self.gather), MOVES))
+
+    def information_bits(self) -> float:
+        """log2(centroids) bits per index."""
+        return math.log2(max(self.view.constants[self.source].dims[0], 2)) / self.block
+
+    def decoded(self, most: int) -> Iterator[np.ndarray]:
+        """Yield the vectors in the order of the indices, [a, b, block]."""
+        table, indices = self.view.values(self.source), self.view.values(self.name)
+        if self.node is not self.gather:
+            scale = self.view.values(operand(self.node, 1))
+            table = None if scale is None else table.astype(scale.dtype) * scale  # as the graph rounds it
+        if table is not None and table.size and indices.size:
+            rows = rows_of(most, indices[:1].size * table.shape[1])
+            yield table.astype(np.float32)[indices[:rows].astype(np.int64)]
 
 
 def _is_stored(view: View, tensors: Any, name: str, reasons: list[str]) -> bool:

@@ -8,20 +8,27 @@ this encoding: each index is replaced by the int8 codes of its centroid, and all
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.encodings.base import Certified, Form, is_turned
+from qcompress.encodings.base import Certified, Form, Stored, is_turned, level_bits, rows_of
 from qcompress.encodings.walk import (
     DEQUANTIZE,
+    MOVES,
+    QUANTIZE,
+    attribute,
     first_difference,
     matmuls,
     operand,
+    pair_of,
     readers_of,
     result,
     same,
+    users_of,
+    way_to,
     zero_is_zero,
 )
 from qcompress.errors import ContractError
@@ -36,6 +43,10 @@ if TYPE_CHECKING:
     from qcompress.models.architecture import Layer
     from qcompress.models.plan import LayerPlan
     from qcompress.quant.layers import QuantizedWeight
+
+
+INTEGERS = ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
+"""Types of integer codes."""
 
 
 class IntegerQdq:
@@ -115,12 +126,119 @@ class IntegerQdq:
         """Return the outputs of the DequantizeLinear nodes."""
         return [result(node) for node in readers_of(view, f"{owner}.weight.codes", DEQUANTIZE)]
 
+    def find(self, view: View) -> Iterator[Stored]:
+        """Yield the constants behind DequantizeLinear, directly or computed from a stored tensor."""
+        for node in view.named(DEQUANTIZE):
+            if operand(node, 0) in view.fixed:
+                name = view.root(operand(node, 0))
+                yield StoredIntegers(view, name, name, node)
+
     def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:
         """Bytes of codes and scales. Zero points are not counted: layers of equal shape share them."""
         if not isinstance(form, WeightFormat):  # a codebook with `decode-int8`
             return layer.weights + float_bytes * layer.out_features
         block = form.block or layer.in_features
         return layer.weights * form.stored_bits // 8 + layer.weights // block * float_bytes
+
+
+class StoredIntegers(Stored):
+    """A constant that DequantizeLinear decodes."""
+
+    integers = True
+
+    @property
+    def code_type(self) -> str:
+        """Type that DequantizeLinear reads."""
+        return self.view.word(operand(self.node, 0))
+
+    @property
+    def block(self) -> int:
+        """Attribute `block_size`."""
+        return attribute(self.node, "block_size", 0)
+
+    @property
+    def granularity(self) -> str:
+        """`tensor`, `channel` or `block N`, from the shape of the scale."""
+        if self.block:
+            return f"block {self.block}"
+        scale = self.view.shape(operand(self.node, 1))
+        if scale is None or not all(isinstance(length, int) for length in scale):
+            return ""
+        return "tensor" if math.prod(scale) == 1 else "channel"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored tensor."""
+        return tuple(self.view.constants[self.name].dims)
+
+    def parts(self) -> Iterator[str]:
+        """Yield the stored tensor, and the scales, zero points and Clip bounds that decode it."""
+        yield self.name
+        for node in way_to(self.view, self.node):
+            if node.op_type in (DEQUANTIZE, QUANTIZE, "Clip"):
+                yield from node.input[1:]
+
+    def readers(self) -> Iterator[NodeProto]:
+        """Yield the nodes that read the output of DequantizeLinear."""
+        return (node for node, _ in users_of(self.view, result(self.node), MOVES))
+
+    def information_bits(self) -> float:
+        """Bits of the range of the codes. For a weight that the graph quantizes: of the bounds of its Clip,
+        else of the codes' type.
+        """
+        if not self.view.is_float(self.name):
+            return code_bits(self.view, self.name)
+        clip = next((node for node in way_to(self.view, self.node) if node.op_type == "Clip"), None)
+        if clip is not None:
+            ends = [self.view.values(operand(clip, index)) for index in (1, 2)]
+            if all(end is not None and end.size == 1 and end.dtype != object for end in ends):
+                return _range_bits(np.array(ends))
+        return self.view.bits(operand(self.node, 0)) or self.view.bits(self.name)
+
+    def decoded(self, most: int) -> Iterator[np.ndarray]:
+        """Yield codes * scale; a weight behind a Clip or a Transpose is not decoded."""
+        view, node = self.view, self.node
+        pair = pair_of(view, node)
+        first = node if pair is None else pair.quantize
+        scale, stored = view.values(operand(node, 1)), view.values(self.name)
+        is_direct = operand(first, 0) == self.name and (pair is None or pair.clip is None)
+        zero = view.values(operand(node, 2)) if operand(node, 2) else np.zeros(1, np.int32)
+        if not is_direct or stored is None or any(part is None or not part.size for part in (scale, zero)):
+            return
+        axis, rows = attribute(node, "axis", 1), rows_of(most, stored[:1].size)
+        scale, zero = (_spread(part, stored.shape, axis, self.block)[:rows] for part in (scale, zero))
+        stored = stored[:rows]
+        if pair is not None:
+            yield stored.astype(np.float32)
+            stored = np.clip(np.rint(stored.astype(np.float32) / scale.astype(np.float32)) + zero, -128, 255)
+        difference = stored.astype(np.float32) - zero.astype(np.float32)
+        yield (difference.astype(scale.dtype) * scale).astype(np.float32)
+
+
+def code_bits(view: View, name: str) -> float:
+    """Information bits of the codes of an initializer: ceil(log2(max - min + 1)), log2(3) for three levels.
+    Those of the type for other types than INTEGERS, and for an empty tensor.
+    """
+    if view.word(name) not in INTEGERS:
+        return view.bits(name)
+    codes = view.values(name)
+    return _range_bits(codes) if codes.size else view.bits(name)
+
+
+def _range_bits(codes: np.ndarray) -> float:
+    codes = codes.astype(np.int16)  # the types of four bits have no minimum
+    return level_bits(int(codes.max()) - int(codes.min()) + 1)
+
+
+def _spread(part: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
+    """Expand scales or zero points to one per element."""
+    if part.size == 1:
+        return np.broadcast_to(part.reshape([1] * len(shape)), shape)
+    if block:
+        return part.repeat(block, axis)
+    sizes = [1] * len(shape)
+    sizes[axis] = -1
+    return np.broadcast_to(part.reshape(sizes), shape)
 
 
 def _wrong_scales(view: View, decoders: list[NodeProto], reference: np.ndarray) -> list[str]:

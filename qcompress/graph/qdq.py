@@ -1,8 +1,8 @@
 """Q/DQ nodes of a view: their codes, axes and parameters. No torch.
 
-An *activation* is the output of QuantizeLinear on a tensor that is not constant, a *weight* the output of
-DequantizeLinear on a constant. The *parameters* of a node are its scale and its zero point.
-`encodings/walk.py` has the walk from a DequantizeLinear to its QuantizeLinear.
+An *activation* is the output of QuantizeLinear on a tensor that is not constant. The *parameters* of a node
+are its scale and its zero point. `encodings/walk.py` has the walk from a DequantizeLinear to its
+QuantizeLinear, and `weights.py` lists weights.
 """
 
 from __future__ import annotations
@@ -35,11 +35,6 @@ def node_name(node: NodeProto) -> str:
 def layer_name(view: View, node: NodeProto) -> str:
     """Name for messages of a Q or DQ node: the stored tensor of a weight, the node of an activation."""
     return view.root(operand(node, 0)) if operand(node, 0) in view.fixed else node_name(node)
-
-
-def weights_of(view: View) -> Iterator[NodeProto]:
-    """DequantizeLinear nodes of constants."""
-    return (node for node in view.named(DEQUANTIZE) if operand(node, 0) in view.fixed)
 
 
 def activations_of(view: View) -> Iterator[NodeProto]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import onnx
@@ -29,7 +29,10 @@ from qcompress.encodings.walk import (
 )
 from qcompress.errors import ExportError
 from qcompress.graph.model_file import data_files, graphs_of, load
-from qcompress.graph.tensors import misfit, type_word
+from qcompress.graph.tensors import BITS, misfit, type_word
+
+if TYPE_CHECKING:
+    from qcompress.encodings.base import Stored
 
 FLOATS = {
     TensorProto.FLOAT: "fp32",
@@ -110,6 +113,8 @@ class View:
     """Cache of `root`."""
     sources: dict[str, NodeProto | None] = field(default_factory=dict)
     """Cache of `qdq.dequantizer_of`."""
+    weights: dict[str, tuple[Stored, ...]] = field(default_factory=dict)
+    """Cache of `weights.find_weights`, by encoding."""
     steps: Steps = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,6 +146,18 @@ class View:
         """ONNX word of a value's element type, such as INT8; empty if unknown."""
         kind = self.types.get(name)
         return type_word(kind) if kind else ""
+
+    def bits(self, name: str) -> int:
+        """Bits of one element of a value, 0 if unknown."""
+        return BITS.get(self.word(name), 0)
+
+    def is_float(self, name: str) -> bool:
+        """True if a value has one of the compute types."""
+        return self.types.get(name) in FLOATS
+
+    def label(self, name: str) -> str:
+        """Element type of a value for a listing, such as `fp32` or `int8`."""
+        return FLOATS.get(self.types.get(name), self.word(name).lower())
 
     def shape(self, name: str) -> Shape | None:
         """Shape of a tensor, None if its rank is unknown."""

@@ -21,6 +21,7 @@ from qcompress.encodings import CODES, ENCODINGS, PARTS, encoding_of
 from qcompress.graph.certificate.layers import with_outputs
 from qcompress.graph.tensors import stored_bytes
 from qcompress.graph.view import read
+from qcompress.graph.weights import stored_weights
 from qcompress.models.plan import LayerPlan
 from qcompress.quant.types import COMPUTE
 from qcompress.schema.formats import WEIGHT_WORDS, CodebookFormat, WeightFormat
@@ -134,6 +135,40 @@ def test_a_changed_bit_of_each_part_breaks_the_certificate_of_its_weight(graph: 
                 tensor.raw_data = before
                 changed += 1
     assert changed > 10
+
+
+def test_each_weight_is_found_in_the_graph_by_its_encoding_and_by_no_other(graph: Exported) -> None:
+    view = read(graph.file)
+    found = {weight.name: weight for weight in stored_weights(view)}
+    wanted = {f"{item.name}.weight.{encoding_of(item.weights).parts[0]}": item for item in weights(graph)}
+    assert found.keys() == wanted.keys()
+    for name, item in wanted.items():
+        weight, encoding = found[name], encoding_of(item.weights)
+        assert name in {other.name for other in encoding.find(view)}
+        assert weight.integers is encoding.integers and weight.stored_bits == item.weights.stored_bits
+        expanded = encoding.integers and isinstance(item.weights, CodebookFormat)  # decode-int8
+        known = weight.stored_bits if expanded else item.weights.information_bits
+        assert 0 < weight.information_bits() <= known
+        assert sorted(weight.shape) == sorted((item.layer.in_features, item.layer.out_features))
+        parts = {part for part in weight.parts() if part in view.constants}
+        own = {f"{item.name}.weight.{part}" for part in encoding.parts} & view.constants.keys()
+        # two layers may share a scale, and int8 weights have a zero point
+        assert f"{item.name}.weight.{encoding.parts[0]}" in own and len(parts - own) <= 2
+        operators = {node.op_type for node in weight.readers()}
+        assert operators and operators <= {"MatMul", "Gather"}
+
+
+def test_a_found_weight_is_decoded_as_torch_decodes_it(graph: Exported) -> None:
+    """The same values in any order: vectors of a codebook are in the order of the indices."""
+    stored = load_file(graph.folded.path / "folded.safetensors")
+    found = {weight.name: weight for weight in stored_weights(read(graph.file))}
+    for item in weights(graph):
+        encoding = encoding_of(item.weights)
+        parts = {part: stored.get(f"{item.name}.weight.{part}") for part in encoding.parts}
+        decoded = encoding.decoder(parts, item, COMPUTE[graph.kind.compute]).decoded().float().numpy()
+        (values,) = found[f"{item.name}.weight.{encoding.parts[0]}"].decoded(2**30)
+        assert values.dtype == np.float32
+        np.testing.assert_array_equal(np.sort(values, None), np.sort(decoded, None), err_msg=item.name)
 
 
 def test_a_decoder_has_no_parameters_and_follows_the_compute_type(graph: Exported) -> None:
