@@ -12,7 +12,7 @@ from qcompress.encodings.codebook import GatheredCodebook
 from qcompress.encodings.int_qdq import IntegerQdq
 from qcompress.schema.formats import CodebookFormat, WeightFormat
 
-__all__ = ["CODES", "ENCODINGS", "PARTS", "Certified", "Encoding", "encoding_of"]
+__all__ = ["CODES", "ENCODINGS", "Certified", "Encoding", "encoding_of"]
 
 ENCODINGS: tuple[Encoding, ...] = (IntegerQdq(), GatheredCodebook())
 """All encodings; each weight format belongs to exactly one. In a graph, a tensor that two encodings find
@@ -21,9 +21,6 @@ belongs to the later one: DequantizeLinear also decodes the int8 table of a code
 
 CODES: tuple[str, ...] = tuple(encoding.parts[0] for encoding in ENCODINGS)
 """Names of the integer tensors: the first part of each encoding."""
-
-PARTS: tuple[str, ...] = tuple(dict.fromkeys(part for encoding in ENCODINGS for part in encoding.parts))
-"""Names of all parts; a weight's tensor is called `<layer>.weight.<part>`."""
 
 
 def encoding_of(form: WeightFormat | CodebookFormat) -> Encoding:

@@ -124,6 +124,8 @@ class Encoding(Protocol):
     name: str
     parts: tuple[str, ...]
     """Tensor names in folded.safetensors after `<layer>.weight.`; the integers come first."""
+    initializers: tuple[str, ...]
+    """Names of the initializers in model.onnx after `<layer>.weight.`; a part may be absent."""
     integers: bool
     """True if weight = code * scale: batch norms fold into the scales, and runtimes multiply the codes."""
 

@@ -51,6 +51,7 @@ class GatheredCodebook:
 
     name = "codebook"
     parts = ("assignments", "centroids", "scale")
+    initializers = parts
     integers = False
 
     def holds(self, form: Form) -> bool:

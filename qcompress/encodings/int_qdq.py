@@ -54,6 +54,7 @@ class IntegerQdq:
 
     name = "int-qdq"
     parts = ("codes", "scale")
+    initializers = (*parts, "zero")
     integers = True
 
     def holds(self, form: Form) -> bool:
