@@ -36,7 +36,7 @@ class Certified:
     """One sentence per difference; empty for a weight that passed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """One decoding of a weight, as an encoding finds it in a graph of any origin: a weight that two nodes
     decode is found twice. `information_bits` and `decoded` read tensors, everything else does not.

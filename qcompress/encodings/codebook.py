@@ -139,7 +139,7 @@ def _indices(view: View, name: str) -> tuple[str, bool]:
     return (name, by_rows) if is_narrow else ("", False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredIndices(Stored):
     """Constant indices that a Gather looks up in a table."""
 

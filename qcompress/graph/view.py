@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -30,9 +30,6 @@ from qcompress.encodings.walk import (
 from qcompress.errors import ExportError
 from qcompress.graph.model_file import data_files, graphs_of, load
 from qcompress.graph.tensors import BITS, misfit, type_word
-
-if TYPE_CHECKING:
-    from qcompress.encodings.base import Stored
 
 FLOATS = {
     TensorProto.FLOAT: "fp32",
@@ -113,8 +110,6 @@ class View:
     """Cache of `root`."""
     sources: dict[str, NodeProto | None] = field(default_factory=dict)
     """Cache of `qdq.dequantizer_of`."""
-    weights: dict[str, tuple[Stored, ...]] = field(default_factory=dict)
-    """Cache of `weights.find_weights`, by encoding."""
     steps: Steps = field(init=False)
 
     def __post_init__(self) -> None:

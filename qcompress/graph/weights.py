@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcompress.encodings import ENCODINGS, Encoding
+from qcompress.encodings import ENCODINGS
 from qcompress.encodings.base import Stored
 from qcompress.graph.view import View
 
@@ -11,7 +11,7 @@ def find_weights(view: View) -> list[Stored]:
     """All weights that any encoding finds, each encoding's in the order of the nodes. A weight that is a part
     of another one is included: DequantizeLinear decodes the int8 table of a codebook.
     """
-    return [stored for encoding in ENCODINGS for stored in _found(view, encoding)]
+    return [stored for encoding in ENCODINGS for stored in encoding.find(view)]
 
 
 def stored_weights(view: View) -> list[Stored]:
@@ -19,11 +19,5 @@ def stored_weights(view: View) -> list[Stored]:
     weights: list[Stored] = []
     for encoding in reversed(ENCODINGS):
         claimed = {part for stored in weights for part in stored.parts()}
-        weights += [stored for stored in _found(view, encoding) if stored.name not in claimed]
+        weights += [stored for stored in encoding.find(view) if stored.name not in claimed]
     return weights
-
-
-def _found(view: View, encoding: Encoding) -> tuple[Stored, ...]:
-    if encoding.name not in view.weights:
-        view.weights[encoding.name] = tuple(encoding.find(view))
-    return view.weights[encoding.name]

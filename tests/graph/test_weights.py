@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -230,6 +232,19 @@ def test_floats_that_the_graph_also_quantizes_are_listed_by_their_first_reader(
         assert shown == (("Gather", "DequantizeLinear", "MatMul"), 32, "", 64 * 32 * 4 + 5)
     else:
         assert shown == (("MatMul",), 8, "tensor", 64 * 32 * 4 + 5)
+
+
+def test_a_view_is_freed_with_its_last_weight(tmp_path: Path) -> None:
+    """It holds the whole file: a weight that the view refers to would keep it until the next collection."""
+    gc.disable()
+    try:
+        view = read(codebook(tmp_path))
+        weights, alive = [*find_weights(view), *stored_weights(view)], weakref.ref(view)
+        assert len(weights) == 5
+        del view, weights
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_scale_of_two_weights_is_counted_for_the_first(tmp_path: Path) -> None:
