@@ -1,8 +1,8 @@
 """Encodings: the ways in which a weight is stored in folded.safetensors and in model.onnx.
 
-Each encoding is one class and one entry of `ENCODINGS`. Fold, export, the certificate, the byte counts and
-the recipe rules call the encoding of a weight's format and do not switch on formats themselves. Torch and
-onnx are imported inside the functions that need them.
+Each encoding is one class and one entry of `ENCODINGS`. Fold, export, the certificate, the byte counts, the
+linter, `inspect` and the recipe rules call encodings and do not switch on formats themselves. Torch and onnx
+are imported inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from qcompress.encodings.codebook import GatheredCodebook
 from qcompress.encodings.int_qdq import IntegerQdq
 from qcompress.schema.formats import CodebookFormat, WeightFormat
 
-__all__ = ["CODES", "ENCODINGS", "PARTS", "Certified", "Encoding", "encoding_of"]
+__all__ = ["CODES", "ENCODINGS", "Certified", "Encoding", "encoding_of"]
 
 ENCODINGS: tuple[Encoding, ...] = (IntegerQdq(), GatheredCodebook())
-"""All encodings; each weight format belongs to exactly one."""
+"""All encodings; each weight format belongs to exactly one. In a graph, a tensor that two encodings find
+belongs to the later one: DequantizeLinear also decodes the int8 table of a codebook.
+"""
 
 CODES: tuple[str, ...] = tuple(encoding.parts[0] for encoding in ENCODINGS)
 """Names of the integer tensors: the first part of each encoding."""
-
-PARTS: tuple[str, ...] = tuple(dict.fromkeys(part for encoding in ENCODINGS for part in encoding.parts))
-"""Names of all parts; a weight's tensor is called `<layer>.weight.<part>`."""
 
 
 def encoding_of(form: WeightFormat | CodebookFormat) -> Encoding:

@@ -8,13 +8,29 @@ this encoding: each index is replaced by the int8 codes of its centroid, and all
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.encodings.base import Certified, Form, is_turned
-from qcompress.encodings.walk import first_difference, matmuls, same, zero_is_zero
+from qcompress.encodings.base import Certified, Form, Stored, is_turned, level_bits, rows_of
+from qcompress.encodings.walk import (
+    DEQUANTIZE,
+    MOVES,
+    QUANTIZE,
+    attribute,
+    first_difference,
+    matmuls,
+    operand,
+    pair_of,
+    readers_of,
+    result,
+    same,
+    users_of,
+    way_to,
+    zero_is_zero,
+)
 from qcompress.errors import ContractError
 from qcompress.schema.formats import WeightFormat
 
@@ -23,10 +39,14 @@ if TYPE_CHECKING:
     from onnx import NodeProto
     from torch import Tensor, dtype, nn
 
-    from qcompress.graph.certificate.edges import Graph
+    from qcompress.graph.view import View
     from qcompress.models.architecture import Layer
     from qcompress.models.plan import LayerPlan
     from qcompress.quant.layers import QuantizedWeight
+
+
+INTEGERS = ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
+"""Types of integer codes."""
 
 
 class IntegerQdq:
@@ -34,6 +54,7 @@ class IntegerQdq:
 
     name = "int-qdq"
     parts = ("codes", "scale")
+    initializers = (*parts, "zero")
 
     def holds(self, form: Form) -> bool:
         """True for integer formats and for codebook formats with `codebook: decode-int8`."""
@@ -78,36 +99,39 @@ class IntegerQdq:
     def lower(self, model: ir.Model) -> None:
         """No change: the exporter writes DequantizeLinear directly."""
 
-    def certify(self, graph: Graph, tensors: Any, item: LayerPlan) -> Certified:
+    def certify(self, view: View, tensors: Any, item: LayerPlan) -> Certified:
         """Compare codes, their type, scales, axis and block, and check the readers of the codes."""
-        from onnx import TensorProto
-
         owner = item.layer.tied_to or item.name
         codes_name = f"{owner}.weight.codes"
         reasons: list[str] = []
-        codes, wanted = graph.array(codes_name), tensors.get_tensor(codes_name)
+        codes, wanted = view.initializer(codes_name), tensors.get_tensor(codes_name)
         codes_equal = codes is not None and same(codes.astype(np.int8), wanted)
         if codes is None:
             reasons.append(f"no initializer {codes_name}")
         elif not codes_equal:
             reasons.append(first_difference(codes.astype(np.int8), wanted, "codes"))
         else:
-            stored = TensorProto.DataType.Name(graph.initializers[codes_name].data_type)
+            stored = view.word(codes_name)
             if stored != f"INT{item.weights.stored_bits}":
                 reasons.append(f"codes are stored as {stored}")
-        readers = graph.readers.get(codes_name, [])
-        decoders = [node for node in readers if node.op_type == "DequantizeLinear"]
-        if not decoders or len(decoders) != len(readers):
+        decoders = readers_of(view, codes_name, DEQUANTIZE)
+        if not decoders or len(decoders) != len(view.readers[codes_name]):
             reasons.append("codes must be read by DequantizeLinear and by nothing else")
-        wrong_scales = _wrong_scales(graph, decoders, tensors.get_tensor(f"{owner}.weight.scale"))
-        reasons += wrong_scales + _wrong_layout(decoders, item) + _unread(graph, decoders, item)
-        sources = [node.output[0] for node in decoders]
+        wrong_scales = _wrong_scales(view, decoders, tensors.get_tensor(f"{owner}.weight.scale"))
+        reasons += wrong_scales + _wrong_layout(decoders, item) + _unread(view, decoders, item)
+        sources = [result(node) for node in decoders]
         return Certified(codes_equal, bool(decoders) and not wrong_scales, sources, reasons)
 
-    def sources(self, graph: Graph, owner: str) -> list[str]:
+    def sources(self, view: View, owner: str) -> list[str]:
         """Return the outputs of the DequantizeLinear nodes."""
-        readers = graph.readers.get(f"{owner}.weight.codes", [])
-        return [node.output[0] for node in readers if node.op_type == "DequantizeLinear"]
+        return [result(node) for node in readers_of(view, f"{owner}.weight.codes", DEQUANTIZE)]
+
+    def find(self, view: View) -> Iterator[Stored]:
+        """Yield the constants behind DequantizeLinear, directly or computed from a stored tensor."""
+        for node in view.named(DEQUANTIZE):
+            if operand(node, 0) in view.fixed:
+                name = view.root(operand(node, 0))
+                yield StoredIntegers(view, name, name, node)
 
     def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:
         """Bytes of codes and scales. Zero points are not counted: layers of equal shape share them."""
@@ -117,31 +141,131 @@ class IntegerQdq:
         return layer.weights * form.stored_bits // 8 + layer.weights // block * float_bytes
 
 
-def _wrong_scales(graph: Graph, decoders: list[NodeProto], reference: np.ndarray) -> list[str]:
+class StoredIntegers(Stored):
+    """A constant that DequantizeLinear decodes."""
+
+    integers = True
+
+    @property
+    def code_type(self) -> str:
+        """Type that DequantizeLinear reads."""
+        return self.view.word(operand(self.node, 0))
+
+    @property
+    def block(self) -> int:
+        """Attribute `block_size`."""
+        return attribute(self.node, "block_size", 0)
+
+    @property
+    def granularity(self) -> str:
+        """`tensor`, `channel` or `block N`, from the shape of the scale."""
+        if self.block:
+            return f"block {self.block}"
+        scale = self.view.shape(operand(self.node, 1))
+        if scale is None or not all(isinstance(length, int) for length in scale):
+            return ""
+        return "tensor" if math.prod(scale) == 1 else "channel"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored tensor."""
+        return tuple(self.view.constants[self.name].dims)
+
+    def parts(self) -> Iterator[str]:
+        """Yield the stored tensor, and the scales, zero points and Clip bounds that decode it."""
+        yield self.name
+        for node in way_to(self.view, self.node):
+            if node.op_type in (DEQUANTIZE, QUANTIZE, "Clip"):
+                yield from node.input[1:]
+
+    def readers(self) -> Iterator[NodeProto]:
+        """Yield the nodes that read the output of DequantizeLinear."""
+        return (node for node, _ in users_of(self.view, result(self.node), MOVES))
+
+    def information_bits(self) -> float:
+        """Bits of the range of the codes. For a weight that the graph quantizes: of the bounds of its Clip,
+        else of the codes' type.
+        """
+        if not self.view.is_float(self.name):
+            return code_bits(self.view, self.name)
+        clip = next((node for node in way_to(self.view, self.node) if node.op_type == "Clip"), None)
+        if clip is not None:
+            ends = [self.view.values(operand(clip, index)) for index in (1, 2)]
+            if all(end is not None and end.size == 1 and end.dtype != object for end in ends):
+                return _range_bits(np.array(ends))
+        return self.view.bits(operand(self.node, 0)) or self.view.bits(self.name)
+
+    def decoded(self, most: int) -> Iterator[np.ndarray]:
+        """Yield codes * scale; a weight behind a Clip or a Transpose is not decoded."""
+        view, node = self.view, self.node
+        pair = pair_of(view, node)
+        first = node if pair is None else pair.quantize
+        scale, stored = view.values(operand(node, 1)), view.values(self.name)
+        is_direct = operand(first, 0) == self.name and (pair is None or pair.clip is None)
+        zero = view.values(operand(node, 2)) if operand(node, 2) else np.zeros(1, np.int32)
+        if not is_direct or stored is None or any(part is None or not part.size for part in (scale, zero)):
+            return
+        axis, rows = attribute(node, "axis", 1), rows_of(most, stored[:1].size)
+        scale, zero = (_spread(part, stored.shape, axis, self.block)[:rows] for part in (scale, zero))
+        stored = stored[:rows]
+        if pair is not None:
+            yield stored.astype(np.float32)
+            stored = np.clip(np.rint(stored.astype(np.float32) / scale.astype(np.float32)) + zero, -128, 255)
+        difference = stored.astype(np.float32) - zero.astype(np.float32)
+        yield (difference.astype(scale.dtype) * scale).astype(np.float32)
+
+
+def code_bits(view: View, name: str) -> float:
+    """Information bits of the codes of an initializer: ceil(log2(max - min + 1)), log2(3) for three levels.
+    Those of the type for other types than INTEGERS, and for an empty tensor.
+    """
+    if view.word(name) not in INTEGERS:
+        return view.bits(name)
+    codes = view.values(name)
+    return _range_bits(codes) if codes.size else view.bits(name)
+
+
+def _range_bits(codes: np.ndarray) -> float:
+    codes = codes.astype(np.int16)  # the types of four bits have no minimum
+    return level_bits(int(codes.max()) - int(codes.min()) + 1)
+
+
+def _spread(part: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
+    """Expand scales or zero points to one per element."""
+    if part.size == 1:
+        return np.broadcast_to(part.reshape([1] * len(shape)), shape)
+    if block:
+        return part.repeat(block, axis)
+    sizes = [1] * len(shape)
+    sizes[axis] = -1
+    return np.broadcast_to(part.reshape(sizes), shape)
+
+
+def _wrong_scales(view: View, decoders: list[NodeProto], reference: np.ndarray) -> list[str]:
     """Reasons why scales or zero points are wrong; all decoders of a tied table are checked."""
     reasons = []
     for node in decoders:
-        scale = graph.array(node.input[1])
+        scale = view.initializer(operand(node, 1))
         if scale is None:
-            reasons.append(f"{node.name}: no initializer {node.input[1]}")
+            reasons.append(f"{node.name}: no initializer {operand(node, 1)}")
         elif not same(scale, reference.astype(scale.dtype)):
             reasons.append(first_difference(scale, reference.astype(scale.dtype), "scale"))
-        if not zero_is_zero(graph, node):
+        if not zero_is_zero(view, node):
             reasons.append(f"{node.name}: the zero point is not 0")
     return reasons
 
 
-def _unread(graph: Graph, decoders: list[NodeProto], item: LayerPlan) -> list[str]:
+def _unread(view: View, decoders: list[NodeProto], item: LayerPlan) -> list[str]:
     """Reason why the decoded codes do not reach their layer, for example because it reads a float copy."""
     if not decoders:
         return []
-    outputs = [node.output[0] for node in decoders]
+    outputs = [result(node) for node in decoders]
     if item.layer.kind == "embedding":
-        readers = [node for name in outputs for node in graph.readers.get(name, [])]
-        read = any(node.op_type == "Gather" and node.input[0] in outputs for node in readers)
+        readers = [node for name in outputs for node in readers_of(view, name, "Gather")]
+        read = any(operand(node, 0) in outputs for node in readers)
         return [] if read else ["the decoded codes reach no Gather"]
     wanted = "Conv" if item.layer.kind == "conv" else "MatMul"
-    return [] if any(matmuls(graph, name) for name in outputs) else [f"the decoded codes reach no {wanted}"]
+    return [] if any(matmuls(view, name) for name in outputs) else [f"the decoded codes reach no {wanted}"]
 
 
 def _wrong_layout(decoders: list[NodeProto], item: LayerPlan) -> list[str]:

@@ -1,15 +1,130 @@
-"""Comparison of stored tensors, and the matmuls that read a decoded weight. No torch."""
+"""Steps along the edges of an ONNX graph, and comparison of stored tensors. No torch.
+
+The functions are given a `View` of the graph; `graph/view.py` reads it from a file.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
     from onnx import NodeProto
 
-    from qcompress.graph.certificate.edges import Graph
+    from qcompress.graph.view import View
+
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+DOMAINS = ("", "ai.onnx")
+RUNTIME = "com.microsoft"
+"""Operator domain of ONNX Runtime."""
+CODER_DOMAINS = (*DOMAINS, RUNTIME)
+"""Domains of QuantizeLinear and DequantizeLinear."""
+
+MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")
+"""Operators that move the elements of a tensor without changing their values."""
+
+
+def is_standard(op: str, domain: str) -> bool:
+    """True for a standard ONNX operator. QuantizeLinear and DequantizeLinear of ONNX Runtime's domain, which
+    it writes for types that an opset lacks, are included: TensorRT reads them too.
+    """
+    return domain in (CODER_DOMAINS if op in (QUANTIZE, DEQUANTIZE) else DOMAINS)
+
+
+def is_a(node: NodeProto | None, *ops: str) -> bool:
+    """True if a node is one of these standard ONNX operators; False without a node."""
+    return node is not None and node.op_type in ops and is_standard(node.op_type, node.domain)
+
+
+def operand(node: NodeProto, index: int) -> str:
+    """Name of a node's input, empty if it has none at `index`."""
+    return node.input[index] if index < len(node.input) else ""
+
+
+def result(node: NodeProto) -> str:
+    """Name of a node's first output, empty without outputs."""
+    return node.output[0] if node.output else ""
+
+
+def attribute(node: NodeProto, name: str, default: int) -> int:
+    """Value of an integer attribute of a node."""
+    return next((item.i for item in node.attribute if item.name == name), default)
+
+
+def readers_of(view: View, name: str, *ops: str) -> list[NodeProto]:
+    """Nodes of these standard operators that read a tensor, once per input that does."""
+    return [node for node in view.readers.get(name, []) if is_a(node, *ops)]
+
+
+def users_of(view: View, name: str, through: tuple[str, ...]) -> Iterator[tuple[NodeProto, str]]:
+    """Nodes that read a tensor, directly or through operators of `through`, each with the value it reads."""
+    queue, seen = [name], {name}
+    while queue:
+        value = queue.pop()
+        for node in view.readers.get(value, []):
+            view.steps.take()
+            if node.op_type in through:
+                fresh = set(node.output) - seen
+                queue += fresh
+                seen |= fresh
+            else:
+                yield node, value
+
+
+def way_to(view: View, node: NodeProto | None) -> Iterator[NodeProto]:
+    """A node and those before it along the first input, back to the stored tensor or the graph's input."""
+    for _ in view.nodes:  # a malformed graph may have cycles
+        if node is not None:
+            view.steps.take()
+            yield node
+            name = operand(node, 0)
+            node = None if name in view.constants else view.producers.get(name)
+
+
+class Pair(NamedTuple):
+    """The Q/DQ nodes that quantize a tensor."""
+
+    quantize: NodeProto
+    dequantize: NodeProto
+    clip: NodeProto | None
+    """Clip between the two nodes, for bounds narrower than the codes' type."""
+
+
+def pair_of(view: View, decoder: NodeProto | None, *, cached: bool = False) -> Pair | None:
+    """Q/DQ pair of a DequantizeLinear, None for another node or without a QuantizeLinear in front of it. Only
+    Clip may lie between the two.
+
+    With `cached`, Concat may append the codes to those of earlier tokens, which are a graph input, and a
+    Transpose may follow, as for the keys of a key-value cache.
+    """
+    if not is_a(decoder, DEQUANTIZE):
+        return None
+    node = view.producers.get(operand(decoder, 0))
+    if cached and is_a(node, "Transpose"):
+        node = view.producers.get(operand(node, 0))
+    if cached and is_a(node, "Concat"):
+        past = [name for name in node.input if name not in view.producers]
+        from_input = len(past) == 1 and past[0] not in view.constants
+        node = view.producers.get(node.input[-1]) if from_input else None
+    clip = node if is_a(node, "Clip") else None
+    quantize = node if clip is None else view.producers.get(operand(clip, 0))
+    return Pair(quantize, decoder, clip) if is_a(quantize, QUANTIZE) else None
+
+
+def matmuls(view: View, value: str) -> list[tuple[NodeProto, str]]:
+    """Matmuls and convolutions that read a value directly or after Transpose, with their input's name."""
+    users = users_of(view, value, ("Transpose",))
+    return [(node, name) for node, name in users if is_a(node, "MatMul", "Gemm", "Conv")]
+
+
+def zero_is_zero(view: View, node: NodeProto) -> bool:
+    """True if the zero point of a Q or DQ node is absent or all zeros."""
+    if not operand(node, 2):
+        return True
+    zero = view.initializer(operand(node, 2))
+    return zero is not None and not np.any(zero.astype(np.float64))  # a cast to int8 would make 256 a 0
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -24,22 +139,3 @@ def first_difference(actual: np.ndarray, expected: np.ndarray, what: str) -> str
     where = np.argwhere(actual != expected)
     place = tuple(int(index) for index in where[0])
     return f"{what}: {len(where)} differ, first at {list(place)}: {actual[place]}, expected {expected[place]}"
-
-
-def zero_is_zero(graph: Graph, node: NodeProto) -> bool:
-    """True if the zero point of a Q or DQ node is absent or all zeros."""
-    if len(node.input) < 3 or not node.input[2]:
-        return True
-    zero = graph.array(node.input[2])
-    return zero is not None and not np.any(zero.astype(np.int8))
-
-
-def matmuls(graph: Graph, value: str) -> list[tuple[NodeProto, str]]:
-    """Matmuls and convolutions that read a value directly or after Transpose, with their input's name."""
-    readers = []
-    for node in graph.readers.get(value, []):
-        if node.op_type in ("MatMul", "Gemm", "Conv"):
-            readers.append((node, value))
-        elif node.op_type == "Transpose":
-            readers += matmuls(graph, node.output[0])
-    return readers

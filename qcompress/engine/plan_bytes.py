@@ -15,10 +15,10 @@ from onnx import TensorProto
 
 from qcompress.engine.plan_content import float_copies
 from qcompress.errors import ExportError
-from qcompress.graph.codebooks import lookups
-from qcompress.graph.qdq import code_type
+from qcompress.graph.qdq import code_type, result
 from qcompress.graph.tensors import bytes_as, type_word
-from qcompress.graph.view import DEQUANTIZE, QUANTIZE, View, operand, read, result
+from qcompress.graph.view import DEQUANTIZE, QUANTIZE, View, operand, read
+from qcompress.graph.weights import stored_weights
 
 PERCENT = 110
 """Limit in percent of the predicted bytes."""
@@ -36,7 +36,7 @@ WIDE = "INT32"
 def predicted_bytes(file: Path | View) -> int:
     """Predict the bytes that an engine stores: the file's tensors, each once per node that uses it."""
     view = file if isinstance(file, View) else read(file)
-    wide = {book.indices for book in lookups(view).values()}
+    wide = {weight.name for weight in stored_weights(view) if weight.indices}
     return sum(
         bytes_as(tensor, WIDE if name in wide else _engine_type(view, name, tensor)) * _uses(view, name)
         for name, tensor in view.constants.items()

@@ -14,17 +14,16 @@ as in the weight. A weight has a copy if half of its sample is found.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from onnx import NodeProto
 
-from qcompress.graph.codebooks import Lookup, lookups
-from qcompress.graph.qdq import weights_of
-from qcompress.graph.view import DEQUANTIZE, QUANTIZE, View, attribute, operand
+from qcompress.graph.view import View
+from qcompress.graph.weights import stored_weights
 
 SAMPLE = 1024
 """Number of values, or pairs, of a weight that are searched for."""
@@ -77,66 +76,11 @@ def float_copies(plan: Path, view: View) -> dict[str, int]:
 
 def _weights(view: View) -> Iterator[tuple[str, np.ndarray, tuple[int, float]]]:
     """Name, decoded values (a portion of a large weight), element count and stored bits."""
-    tables = lookups(view)
-    for book in tables.values():
-        if (values := _codebook_values(view, book)) is not None:
-            yield book.indices, values, (int(np.prod(book.shape)), book.information_bits)
-    own = {part for book in tables.values() for part in book.parts}
-    for node in weights_of(view):
-        source = view.producers.get(operand(node, 0))
-        rounded = source is not None and source.op_type == QUANTIZE
-        name = operand(source, 0) if rounded else operand(node, 0)
-        if name in view.constants and name not in own and len(view.constants[name].dims) >= 2:
-            count = int(np.prod(view.constants[name].dims))
-            for values in _decoded(view, node, source if rounded else None):
-                yield name, values, (count, 4 if "4" in str(_values(view, name).dtype) else 8)
-
-
-def _values(view: View, name: str) -> np.ndarray:
-    """Values of a stored tensor, empty if there is none of this name."""
-    values = view.values(name)
-    return np.zeros(0, np.float32) if values is None else values
-
-
-def _decoded(view: View, node: NodeProto, quantize: NodeProto | None) -> Iterator[np.ndarray]:
-    """Output values of a DequantizeLinear; for a float weight with a Q/DQ pair, also the float weight."""
-    scale = _values(view, operand(node, 1))
-    zero = _values(view, operand(node, 2)) if operand(node, 2) else np.zeros(1, np.int32)
-    if not scale.size:
-        return
-    axis, block = attribute(node, "axis", 1), attribute(node, "block_size", 0)
-    stored = _values(view, operand(quantize or node, 0))
-    rows = max(1, PORTION // max(1, stored[:1].size))
-    scale, zero = (_spread(part, stored.shape, axis, block)[:rows] for part in (scale, zero))
-    stored = stored[:rows]
-    if quantize is not None:
-        yield stored.astype(np.float32)
-        stored = np.clip(np.rint(stored.astype(np.float32) / scale.astype(np.float32)) + zero, -128, 255)
-    difference = stored.astype(np.float32) - zero.astype(np.float32)
-    yield (difference.astype(scale.dtype) * scale).astype(np.float32)
-
-
-def _spread(part: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
-    """Expand scales or zero points to one per element."""
-    if part.size == 1:
-        return np.broadcast_to(part.reshape([1] * len(shape)), shape)
-    if block:
-        return part.repeat(block, axis)
-    sizes = [1] * len(shape)
-    sizes[axis] = -1
-    return np.broadcast_to(part.reshape(sizes), shape)
-
-
-def _codebook_values(view: View, book: Lookup) -> np.ndarray | None:
-    """Decoded vectors of a codebook in the order of the indices, [a, b, block]; None without stored data."""
-    table, indices = _values(view, book.table), _values(view, book.indices)
-    for node in view.readers.get(book.table, []):
-        if node.op_type == DEQUANTIZE:
-            table = table.astype(np.float32) * _values(view, operand(node, 1)).astype(np.float32)
-    if not table.size or not indices.size:
-        return None
-    rows = max(1, PORTION // max(1, indices[:1].size * table.shape[1]))
-    return table.astype(np.float32)[indices[:rows].astype(np.int64)]
+    for weight in stored_weights(view):
+        if weight.name in view.constants and len(view.constants[weight.name].dims) >= 2:
+            bits = weight.information_bits() if weight.indices else 4 if weight.stored_bits == 4 else 8
+            for values in weight.decoded(PORTION):
+                yield weight.name, values, (math.prod(weight.shape), bits)
 
 
 def _forms(name: str, values: np.ndarray, stored: tuple[int, float]) -> Iterator[_Form]:

@@ -1,7 +1,8 @@
-"""Q/DQ nodes of a view: weights, activations and their parameters. No torch.
+"""Q/DQ nodes of a view: their codes, axes and parameters. No torch.
 
-An *activation* is the output of QuantizeLinear on a tensor that is not constant, a *weight* the output of
-DequantizeLinear on a constant. The *parameters* of either are its scale and its zero point.
+An *activation* is the output of QuantizeLinear on a tensor that is not constant. The *parameters* of a node
+are its scale and its zero point. `encodings/walk.py` has the walk from a DequantizeLinear to its
+QuantizeLinear, and `weights.py` lists weights.
 """
 
 from __future__ import annotations
@@ -10,11 +11,17 @@ from collections.abc import Iterator
 
 from onnx import NodeProto
 
-from qcompress.graph.tensors import type_word
-from qcompress.graph.view import DEQUANTIZE, QUANTIZE, Shape, View, attribute, operand, result
-
-MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")
-"""Operators that move the elements of a tensor without changing their values."""
+from qcompress.encodings.walk import (
+    DEQUANTIZE,
+    MOVES,
+    QUANTIZE,
+    attribute,
+    is_a,
+    operand,
+    pair_of,
+    result,
+)
+from qcompress.graph.view import Shape, View
 
 SCALE, ZERO_POINT = 1, 2
 """Positions of the parameters among a node's inputs."""
@@ -30,11 +37,6 @@ def layer_name(view: View, node: NodeProto) -> str:
     return view.root(operand(node, 0)) if operand(node, 0) in view.fixed else node_name(node)
 
 
-def weights_of(view: View) -> Iterator[NodeProto]:
-    """DequantizeLinear nodes of constants."""
-    return (node for node in view.named(DEQUANTIZE) if operand(node, 0) in view.fixed)
-
-
 def activations_of(view: View) -> Iterator[NodeProto]:
     """QuantizeLinear nodes of tensors that are not constant."""
     return (node for node in view.named(QUANTIZE) if operand(node, 0) not in view.fixed)
@@ -42,8 +44,7 @@ def activations_of(view: View) -> Iterator[NodeProto]:
 
 def code_type(view: View, node: NodeProto) -> str:
     """Type of the codes that QuantizeLinear writes or DequantizeLinear reads, empty if unknown."""
-    kind = view.types.get(result(node) if node.op_type == QUANTIZE else operand(node, 0))
-    return type_word(kind) if kind else ""
+    return view.word(result(node) if node.op_type == QUANTIZE else operand(node, 0))
 
 
 def axis_of(view: View, node: NodeProto) -> tuple[int, Shape] | None:
@@ -62,7 +63,7 @@ def dequantizer_of(view: View, name: str) -> NodeProto | None:
         passed[name] = None
         node = view.producers.get(name)
         if node is None or node.op_type not in MOVES:
-            view.sources[name] = node if node is not None and node.op_type == DEQUANTIZE else None
+            view.sources[name] = node if is_a(node, DEQUANTIZE) else None
             break
         name = operand(node, 0)
         if name in passed:  # a malformed graph may have cycles
@@ -72,26 +73,14 @@ def dequantizer_of(view: View, name: str) -> NodeProto | None:
     return view.sources[name]
 
 
-def users_of(view: View, name: str, through: tuple[str, ...]) -> Iterator[NodeProto]:
-    """Nodes that read a tensor, directly or through operators of `through`."""
-    queue, seen = [name], {name}
-    while queue:
-        for node in view.readers.get(queue.pop(), []):
-            view.steps.take()
-            if node.op_type in through:
-                fresh = set(node.output) - seen
-                queue += fresh
-                seen |= fresh
-            else:
-                yield node
-
-
 def parameters(view: View, index: int) -> Iterator[tuple[NodeProto, str]]:
     """Q and DQ nodes with the name of their scale or zero point (`index`). Skips a DequantizeLinear whose
     QuantizeLinear has the same parameter.
     """
     for node in view.named(QUANTIZE, DEQUANTIZE):
-        before = view.producers.get(operand(node, 0))
-        undoes = node.op_type == DEQUANTIZE and before is not None and before.op_type == QUANTIZE
-        if operand(node, index) and not (undoes and operand(before, index) == operand(node, index)):
+        pair = pair_of(view, node)
+        is_known = (
+            pair is not None and pair.clip is None and operand(pair.quantize, index) == operand(node, index)
+        )
+        if operand(node, index) and not is_known:
             yield node, operand(node, index)

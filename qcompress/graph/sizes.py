@@ -5,29 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnx
-
-from qcompress.encodings import PARTS
+from qcompress.encodings import encoding_of
 from qcompress.graph.tensors import stored_bytes
+from qcompress.graph.view import read
 from qcompress.models.plan import LayerPlan
-
-INITIALIZERS = (*PARTS, "zero")
-"""Names of a weight's initializers after `<layer>.weight.`."""
 
 
 def measure_sizes(
     file: Path, plan: tuple[LayerPlan, ...], raised: dict[str, dict[str, int]]
 ) -> dict[str, Any]:
-    """Measure the bytes of each quantized layer (codes and scales), of all initializers, and of the file.
-    `raised`: per-layer counts of the scales that fold raised for int32 biases, from folded.json.
+    """Measure the bytes of each quantized layer (all that its encoding stores), of all initializers and of
+    the file. `raised`: per-layer counts of the scales that fold raised for int32 biases, from folded.json.
     """
-    graph = onnx.load(str(file), load_external_data=False).graph
-    stored = {tensor.name: stored_bytes(tensor) for tensor in graph.initializer}
+    view = read(file)
+    stored = {
+        name: stored_bytes(view.constants[name]) for name in view.constants.keys() - view.producers.keys()
+    }
     layers = []
     for item in plan:
         if item.weights is None or item.layer.tied_to:
             continue
-        size = sum(stored.get(f"{item.name}.weight.{part}", 0) for part in INITIALIZERS)
+        parts = encoding_of(item.weights).initializers
+        size = sum(stored.get(f"{item.name}.weight.{part}", 0) for part in parts)
         layers.append(
             {
                 "name": item.name,

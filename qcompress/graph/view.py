@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,16 +19,17 @@ import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto
 
+from qcompress.encodings.walk import (
+    DEQUANTIZE,
+    DOMAINS,
+    QUANTIZE,
+    attribute,
+    is_standard,
+    operand,
+)
 from qcompress.errors import ExportError
 from qcompress.graph.model_file import data_files, graphs_of, load
-from qcompress.graph.tensors import misfit
-
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-DOMAINS = ("", "ai.onnx")
-RUNTIME = "com.microsoft"
-"""Operator domain of ONNX Runtime."""
-CODER_DOMAINS = (*DOMAINS, RUNTIME)
-"""Domains of QuantizeLinear and DequantizeLinear."""
+from qcompress.graph.tensors import BITS, misfit, type_word
 
 FLOATS = {
     TensorProto.FLOAT: "fp32",
@@ -75,7 +77,9 @@ class Steps:
 
 @dataclass(frozen=True)
 class View:
-    """View of an ONNX model, made by `read`."""
+    """View of an ONNX model, made by `read`. If the main graph and a subgraph use one name, it belongs to the
+    tensor or node of the main graph.
+    """
 
     file: Path
     data_files: tuple[Path, ...]
@@ -112,10 +116,7 @@ class View:
         object.__setattr__(self, "steps", Steps(self.file, len(self.nodes)))
 
     def named(self, *ops: str) -> Iterator[NodeProto]:
-        """Nodes of these standard ONNX operators, in the order of `nodes`. QuantizeLinear and
-        DequantizeLinear of ONNX Runtime's domain, which it writes for types that an opset lacks, are
-        included: TensorRT reads them too.
-        """
+        """Nodes of these standard ONNX operators (`walk.is_standard`), in the order of `nodes`."""
         groups = (self.operators.get(op, []) for op in dict.fromkeys(ops))
         return (node for _, node in heapq.merge(*groups, key=_place))
 
@@ -131,12 +132,40 @@ class View:
         self.roots.update(dict.fromkeys(seen, name))
         return name
 
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Positions in `nodes`, by the id of the node."""
+        return {id(node): place for place, node in enumerate(self.nodes)}
+
+    def word(self, name: str) -> str:
+        """ONNX word of a value's element type, such as INT8; empty if unknown."""
+        kind = self.types.get(name)
+        return type_word(kind) if kind else ""
+
+    def bits(self, name: str) -> int:
+        """Bits of one element of a value, 0 if unknown."""
+        return BITS.get(self.word(name), 0)
+
+    def is_float(self, name: str) -> bool:
+        """True if a value has one of the compute types."""
+        return self.types.get(name) in FLOATS
+
+    def label(self, name: str) -> str:
+        """Element type of a value for a listing, such as `fp32` or `int8`."""
+        return FLOATS.get(self.types.get(name), self.word(name).lower())
+
     def shape(self, name: str) -> Shape | None:
         """Shape of a tensor, None if its rank is unknown."""
         if name in self.constants:
             return tuple(self.constants[name].dims)
         value = self.declared.get(name)
         return dimensions(value) if value is not None else None
+
+    def initializer(self, name: str) -> np.ndarray | None:
+        """Values of an initializer; None for any other value, also for the output of a Constant node and for
+        an omitted input. Raises ExportError for damaged data.
+        """
+        return self.values(name) if name and name not in self.producers else None
 
     def values(self, name: str) -> np.ndarray | None:
         """Values of a stored tensor, None if it does not exist. Raises ExportError for damaged data."""
@@ -149,7 +178,7 @@ class View:
                 fix="copy the file and its data again, or export the model again",
             )
         try:
-            return onnx.numpy_helper.to_array(_copy(tensor), str(self.file.parent))
+            return onnx.numpy_helper.to_array(_unlinked(tensor), str(self.file.parent))
         except (ValueError, TypeError, KeyError, OSError, onnx.checker.ValidationError) as error:
             raise ExportError(
                 f"{self.file}: tensor {name!r} cannot be read ({error})",
@@ -161,8 +190,12 @@ def _place(entry: tuple[int, NodeProto]) -> int:
     return entry[0]
 
 
-def _copy(tensor: TensorProto) -> TensorProto:
-    """Copy a tensor message: onnx loads external data into the message, and the view must not keep them."""
+def _unlinked(tensor: TensorProto) -> TensorProto:
+    """Copy a tensor message with external data: onnx loads them into the message, and the view must not keep
+    them.
+    """
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return tensor
     copy = TensorProto()
     copy.CopyFrom(tensor)
     return copy
@@ -176,21 +209,6 @@ def dimensions(value: ValueInfoProto) -> Shape | None:
     return tuple(
         dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in kind.shape.dim
     )
-
-
-def operand(node: NodeProto, index: int) -> str:
-    """Name of a node's input, empty if it has none at `index`."""
-    return node.input[index] if index < len(node.input) else ""
-
-
-def result(node: NodeProto) -> str:
-    """Name of a node's first output, empty without outputs."""
-    return node.output[0] if node.output else ""
-
-
-def attribute(node: NodeProto, name: str, default: int) -> int:
-    """Value of an integer attribute of a node."""
-    return next((item.i for item in node.attribute if item.name == name), default)
 
 
 @contextmanager
@@ -222,8 +240,9 @@ def read(file: Path) -> View:
             fix="name a model of one graph",
         )
     constants, declared = {}, {}
-    for graph in graphs:
+    for graph in (*graphs, graphs[0]):
         constants |= {tensor.name: tensor for tensor in graph.initializer}
+    for graph in graphs:
         declared |= {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
     operators: dict[str, list[tuple[int, NodeProto]]] = {}
     readers: dict[str, list[NodeProto]] = {}
@@ -233,7 +252,7 @@ def read(file: Path) -> View:
             for item in node.attribute:
                 if item.name == "value":
                     constants[outputs[0]] = item.t
-        if node.domain in (CODER_DOMAINS if op in (QUANTIZE, DEQUANTIZE) else DOMAINS):
+        if is_standard(op, node.domain):
             operators.setdefault(op, []).append((place, node))
         for name in filter(None, inputs):
             readers.setdefault(name, []).append(node)
@@ -247,7 +266,7 @@ def read(file: Path) -> View:
         wires=wires,
         nodes=tuple(wire.node for wire in everything),
         constants=constants,
-        producers={name: wire.node for wire in everything for name in wire.outputs if name},
+        producers={name: wire.node for wire in (*everything, *wires[0]) for name in wire.outputs if name},
         readers=readers,
         metadata={item.key: item.value for item in model.metadata_props},
         declared=declared,

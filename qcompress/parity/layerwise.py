@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.errors import ContractError, UsageError
-from qcompress.graph.certificate.edges import Graph
 from qcompress.graph.certificate.layers import matmul_inputs, with_outputs
 from qcompress.graph.certificate.points import point_inputs
+from qcompress.graph.view import read
 from qcompress.models.folded import assemble
 from qcompress.models.plan import plans_from_json, points_from_json, rounded
 from qcompress.models.prepare import replace_module
@@ -130,10 +130,10 @@ def follow(
     without a Q/DQ pair in the graph.
     """
     facts = read_json(folded.path / "folded.json")
-    graph = Graph.read(onnx.file)
+    view = read(onnx.file)
     plan, points = plans_from_json(facts["plan"]), points_from_json(facts.get("points", []))
-    values = {name: (*pair, False) for name, pair in matmul_inputs(graph, plan).items()}
-    values |= point_inputs(graph, points)
+    values = {name: (*pair, False) for name, pair in matmul_inputs(view, plan).items()}
+    values |= point_inputs(view, points)
     wanted = [item.name for item in plan if item.weights and item.activations]
     wanted += [item.name for item in rounded(points)]
     if lost := [name for name in wanted if name not in values or values[name][1] is None]:

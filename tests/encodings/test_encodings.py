@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qcompress.encodings import CODES, ENCODINGS, PARTS, encoding_of
-from qcompress.graph.certificate.edges import Graph
+from qcompress.encodings import CODES, ENCODINGS, encoding_of
 from qcompress.graph.certificate.layers import with_outputs
 from qcompress.graph.tensors import stored_bytes
+from qcompress.graph.view import read
+from qcompress.graph.weights import stored_weights
 from qcompress.models.plan import LayerPlan
 from qcompress.quant.types import COMPUTE
 from qcompress.schema.formats import WEIGHT_WORDS, CodebookFormat, WeightFormat
@@ -70,7 +71,7 @@ def test_every_format_has_one_encoding_and_every_encoding_a_format() -> None:
 def test_names_of_tensors_tell_encodings_apart() -> None:
     names = [encoding.name for encoding in ENCODINGS]
     assert len(set(names)) == len(names) and len(set(CODES)) == len(CODES) == len(ENCODINGS)
-    assert set(CODES) <= set(PARTS)
+    assert all(set(encoding.parts) <= set(encoding.initializers) for encoding in ENCODINGS)
 
 
 def test_the_folded_file_has_the_parts_of_each_weight_and_no_others(graph: Exported) -> None:
@@ -87,7 +88,7 @@ def test_torch_decodes_what_onnx_runtime_decodes(graph: Exported, tmp_path: Path
     """Bit for bit, each weight that a matmul or a convolution reads."""
     compute = COMPUTE[graph.kind.compute]
     stored = load_file(graph.folded.path / "folded.safetensors")
-    view = Graph.read(graph.file)
+    view = read(graph.file)
     wanted = {}
     for item in weights(graph):
         encoding = encoding_of(item.weights)
@@ -118,13 +119,13 @@ def test_predicted_bytes_are_those_of_the_file(graph: Exported) -> None:
 
 
 def test_a_changed_bit_of_each_part_breaks_the_certificate_of_its_weight(graph: Exported) -> None:
-    view, changed = Graph.read(graph.file), 0
+    view, changed = read(graph.file), 0
     with safe_open(graph.folded.path / "folded.safetensors", framework="np") as tensors:
         for item in weights(graph):
             encoding = encoding_of(item.weights)
             assert encoding.certify(view, tensors, item).reasons == []
             for part in encoding.parts:
-                tensor = view.initializers.get(f"{item.name}.weight.{part}")
+                tensor = view.constants.get(f"{item.name}.weight.{part}")
                 if tensor is None:
                     continue
                 raw = bytearray(tensor.raw_data or numpy_helper.to_array(tensor).tobytes())
@@ -134,6 +135,40 @@ def test_a_changed_bit_of_each_part_breaks_the_certificate_of_its_weight(graph: 
                 tensor.raw_data = before
                 changed += 1
     assert changed > 10
+
+
+def test_each_weight_is_found_in_the_graph_by_its_encoding_and_by_no_other(graph: Exported) -> None:
+    view = read(graph.file)
+    found = {weight.name: weight for weight in stored_weights(view)}
+    wanted = {f"{item.name}.weight.{encoding_of(item.weights).parts[0]}": item for item in weights(graph)}
+    assert found.keys() == wanted.keys()
+    for name, item in wanted.items():
+        weight, encoding = found[name], encoding_of(item.weights)
+        assert name in {other.name for other in encoding.find(view)}
+        assert weight.integers is encoding.integers and weight.stored_bits == item.weights.stored_bits
+        expanded = encoding.integers and isinstance(item.weights, CodebookFormat)  # decode-int8
+        known = weight.stored_bits if expanded else item.weights.information_bits
+        assert 0 < weight.information_bits() <= known
+        assert sorted(weight.shape) == sorted((item.layer.in_features, item.layer.out_features))
+        parts = {part for part in weight.parts() if part in view.constants}
+        own = {f"{item.name}.weight.{part}" for part in encoding.parts} & view.constants.keys()
+        # two layers may share a scale, and int8 weights have a zero point
+        assert f"{item.name}.weight.{encoding.parts[0]}" in own and len(parts - own) <= 2
+        operators = {node.op_type for node in weight.readers()}
+        assert operators and operators <= {"MatMul", "Gather"}
+
+
+def test_a_found_weight_is_decoded_as_torch_decodes_it(graph: Exported) -> None:
+    """The same values in any order: vectors of a codebook are in the order of the indices."""
+    stored = load_file(graph.folded.path / "folded.safetensors")
+    found = {weight.name: weight for weight in stored_weights(read(graph.file))}
+    for item in weights(graph):
+        encoding = encoding_of(item.weights)
+        parts = {part: stored.get(f"{item.name}.weight.{part}") for part in encoding.parts}
+        decoded = encoding.decoder(parts, item, COMPUTE[graph.kind.compute]).decoded().float().numpy()
+        (values,) = found[f"{item.name}.weight.{encoding.parts[0]}"].decoded(2**30)
+        assert values.dtype == np.float32
+        np.testing.assert_array_equal(np.sort(values, None), np.sort(decoded, None), err_msg=item.name)
 
 
 def test_a_decoder_has_no_parameters_and_follows_the_compute_type(graph: Exported) -> None:

@@ -13,7 +13,10 @@ import pytest
 from lines import QUICK, Exported, exported
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from qcompress.errors import ExportError
 from qcompress.graph.certificate.layers import certify
+from qcompress.graph.certificate.points import KINDS
+from qcompress.graph.view import read
 
 C_ATTN, C_PROJ = "transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"
 BLOCKED, NARROW, WEIGHT_ONLY = (
@@ -375,6 +378,184 @@ def test_an_embedding_that_looks_up_a_float_copy_is_found(
     # an untied float head of the same shape would hide the copy; here both are quantized
     found = broken(bypass, copies=["copy"])
     assert found == {TABLE: "the decoded codes reach no Gather"}
+
+
+# Files that no exporter writes ---------------------------------------------------------------------
+
+
+def subgraph(cut: Graph, nodes: list[NodeProto], tensors: list[TensorProto]) -> None:
+    """Append an If whose branches hold these nodes and tensors."""
+    condition = cut.put("condition", np.array(True))
+    result = helper.make_tensor_value_info("branch", TensorProto.FLOAT, None)
+    inner = [*nodes, helper.make_node("Identity", ["branch.value"], ["branch"])]
+    held = [*tensors, numpy_helper.from_array(np.float32(0), "branch.value")]
+    branch = helper.make_graph(inner, "branch", [], [result], held)
+    cut.model.graph.node.append(
+        helper.make_node("If", [condition], ["chosen"], then_branch=branch, else_branch=branch)
+    )
+
+
+@pytest.mark.parametrize("part", ["codes", "scale"])
+def test_a_tensor_of_a_subgraph_does_not_stand_for_that_of_the_graph(
+    part: str, broken: Callable[..., dict[str, str]]
+) -> None:
+    """Both have one name, and the graph's was changed."""
+
+    def shadow(cut: Graph) -> None:
+        name = f"{C_PROJ}.weight.{part}"
+        sound = numpy_helper.from_array(cut.array(name), name)
+        subgraph(cut, [], [sound])
+        changed = cut.array(name).copy()
+        changed.flat[3] += 1
+        cut.put(name, changed)
+
+    refused = broken(shadow)
+    assert refused.keys() == {C_PROJ} and f"{part}: 1 differ" in refused[C_PROJ]
+
+
+def test_a_node_of_a_subgraph_that_reads_the_codes_is_found(broken: Callable[..., dict[str, str]]) -> None:
+    def read(cut: Graph) -> None:
+        subgraph(cut, [helper.make_node("Cast", [f"{C_PROJ}.weight.codes"], ["c"], to=TensorProto.FLOAT)], [])
+
+    assert "read by DequantizeLinear and by nothing else" in broken(read)[C_PROJ]
+
+
+OTHER_DOMAIN = {
+    "weight/DequantizeLinear": "read by DequantizeLinear and by nothing else",
+    "input/QuantizeLinear": "0 Q/DQ pairs in front of the matmul",
+    "input/DequantizeLinear": "0 Q/DQ pairs in front of the matmul",
+    "MatMul": "the decoded codes reach no MatMul",
+}
+
+
+@pytest.mark.parametrize("which", OTHER_DOMAIN)
+def test_an_operator_of_another_domain_is_not_that_of_onnx(
+    which: str, broken: Callable[..., dict[str, str]]
+) -> None:
+    """It may compute anything."""
+
+    def change(cut: Graph) -> None:
+        (matmul,) = cut.readers(cut.decoded(C_PROJ))
+        node = matmul if which == "MatMul" else cut.node(f"{C_PROJ}.{which}")
+        node.domain = "ours"
+        cut.model.opset_import.append(helper.make_opsetid("ours", 1))
+
+    refused = broken(change)
+    assert refused.keys() == {C_PROJ} and OTHER_DOMAIN[which] in refused[C_PROJ]
+
+
+def test_codes_of_a_constant_node_are_found(broken: Callable[..., dict[str, str]]) -> None:
+    """The certificate compares initializers only."""
+
+    def convert(cut: Graph) -> None:
+        name = f"{C_PROJ}.weight.codes"
+        value = numpy_helper.from_array(cut.array(name))
+        cut.drop(name)
+        cut.model.graph.node.insert(0, helper.make_node("Constant", [], [name], value=value))
+
+    refused = broken(convert)
+    assert refused.keys() == {C_PROJ} and f"no initializer {C_PROJ}.weight.codes" in refused[C_PROJ]
+
+
+def test_a_float_copy_in_a_constant_node_is_found(broken: Callable[..., dict[str, str]]) -> None:
+    def bypass(cut: Graph) -> None:
+        cut.reread(cut.decoded(BLOCKED), float_copy(cut, BLOCKED))
+        value = numpy_helper.from_array(cut.array("copy"))
+        cut.drop("copy")
+        cut.model.graph.node.insert(0, helper.make_node("Constant", [], ["copy"], value=value))
+
+    refused = broken(bypass, copies=["copy"])
+    assert refused.keys() == {BLOCKED} and "the decoded codes reach no MatMul" in refused[BLOCKED]
+
+
+def test_an_omitted_bound_is_not_the_tensor_without_a_name(broken: Callable[..., dict[str, str]]) -> None:
+    """An empty input name is no input: the Clip has no upper bound."""
+
+    def omit(cut: Graph) -> None:
+        quantize = cut.node(f"{C_ATTN}.input/QuantizeLinear")
+        (clip,) = [node for node in cut.readers(quantize.output[0]) if node.op_type == "Clip"]
+        cut.put("", cut.array(clip.input[2]))
+        clip.input[2] = ""
+
+    assert broken(omit) == {C_ATTN: "the input's scale, zero point or bounds differ"}
+
+
+@pytest.mark.parametrize("between", ["Transpose", "Concat", "Identity"])
+def test_an_operator_between_the_two_nodes_of_an_input_is_found(
+    between: str, broken: Callable[..., dict[str, str]]
+) -> None:
+    """Only the codes of attention may be moved, and appended to those of earlier tokens."""
+
+    def insert(cut: Graph) -> None:
+        quantize = cut.node(f"{C_PROJ}.input/QuantizeLinear")
+        decode = cut.node(f"{C_PROJ}.input/DequantizeLinear")
+        inputs = ["past", quantize.output[0]] if between == "Concat" else [quantize.output[0]]
+        node = helper.make_node(between, inputs, ["moved"], **({"axis": 1} if between == "Concat" else {}))
+        cut.model.graph.node.insert(list(cut.model.graph.node).index(decode), node)
+        decode.input[0] = "moved"
+
+    assert broken(insert) == {C_PROJ: "0 Q/DQ pairs in front of the matmul, 1 expected"}
+
+
+def test_a_zero_point_that_is_zero_in_eight_bits_is_found(broken: Callable[..., dict[str, str]]) -> None:
+    def shift(cut: Graph) -> None:
+        node = cut.node(f"{C_PROJ}.weight/DequantizeLinear")
+        node.input[2] = cut.put("shifted", np.full(cut.array(node.input[2]).shape, 256, np.int32))
+
+    assert "the zero point is not 0" in broken(shift)[C_PROJ]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_decoder_without_its_inputs_is_found(count: int, broken: Callable[..., dict[str, str]]) -> None:
+    def cut_off(cut: Graph) -> None:
+        del cut.node(f"{C_PROJ}.input/DequantizeLinear").input[count:]
+
+    expected = "bounds differ" if count else "0 Q/DQ pairs"
+    assert expected in broken(cut_off)[C_PROJ]
+
+
+def test_a_circle_behind_the_decoded_codes_ends(broken: Callable[..., dict[str, str]]) -> None:
+    def turn(cut: Graph) -> None:
+        decoded = cut.decoded(C_PROJ)
+        cut.reread(decoded, "other")
+        cut.model.graph.node.append(helper.make_node("Transpose", [decoded], ["turned"]))
+        cut.model.graph.node.append(helper.make_node("Transpose", ["turned"], [decoded]))
+
+    assert "reach no MatMul" in broken(turn)[C_PROJ]
+
+
+def test_data_outside_the_folder_are_not_read(graph: Exported, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = onnx.load(str(graph.file))
+    tensor = next(one for one in model.graph.initializer if one.name == f"{C_PROJ}.weight.codes")
+    (tmp_path / "secret").write_bytes(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret")
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match="lie outside the model's folder"):
+        certify(folder / "model.onnx", graph.folded.path, graph.plan)
+
+
+@pytest.mark.parametrize("cut", ["", "before", "after"])
+def test_a_matmul_of_attention_without_its_second_input_is_refused(cut: str, tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["q", "k"], ["scores"], name="before"),
+        helper.make_node("Softmax", ["scores"], ["shares"]),
+        helper.make_node("MatMul", ["shares", "v"], ["y"], name="after"),
+    ]
+    for node in nodes:
+        if node.name == cut:
+            del node.input[1:]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 2]) for name in ("q", "k", "v", "y")]
+    model = helper.make_model(helper.make_graph(nodes, "attention", values[:3], values[3:]))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    if cut:
+        with pytest.raises(ExportError, match="a matmul beside Softmax has one input"):
+            KINDS["attention"](read(tmp_path / "model.onnx"))
+    else:
+        assert KINDS["attention"](read(tmp_path / "model.onnx")) == ["q", "k", "shares", "v"]
 
 
 # What the helpers of these tests rest on ----------------------------------------------------------

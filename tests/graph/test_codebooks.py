@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from lines import BOOK, Exported, Kind, exported, plain_session
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
 from tiny import Line, token_ids
@@ -160,6 +160,26 @@ def other_table(model: ModelProto, name: str) -> None:
             node.input[0] = "transformer.h.1.attn.c_attn.weight.centroids"
 
 
+def another_reader(model: ModelProto, name: str) -> None:
+    model.graph.node.append(helper.make_node("Identity", [f"{name}.weight.assignments"], ["indices"]))
+
+
+def negated_table(model: ModelProto, name: str) -> None:
+    """The look-ups read -table."""
+    table = f"{name}.weight.centroids"
+    for node in model.graph.node:
+        if node.op_type == "Gather" and node.input[0] == table:
+            node.input[0] = "negated"
+    model.graph.node.insert(0, helper.make_node("Neg", [table], ["negated"]))
+
+
+def divided_table(model: ModelProto, name: str) -> None:
+    """Another operator than DequantizeLinear reads the codes and the scale."""
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] == f"{name}.weight.centroids":
+            node.op_type = "Div"
+
+
 FAULTS: dict[str, tuple[Callable[[ModelProto, str], None], str, str]] = {
     "another index": (
         change("assignments", lambda a: np.roll(a, 1)),
@@ -170,6 +190,9 @@ FAULTS: dict[str, tuple[Callable[[ModelProto, str], None], str, str]] = {
     "another table": (other_table, "transformer.h.0.attn.c_attn", "reach no operation"),
     "a decoded copy": (decode, "transformer.h.0.attn.c_attn", "reach no operation"),
     "another scale": (change("scale", lambda a: a * 2), "transformer.h.0.mlp.c_proj", "not decoded with"),
+    "another reader": (another_reader, "transformer.h.0.attn.c_attn", "read by Cast and by nothing else"),
+    "a negated table": (negated_table, "transformer.h.0.attn.c_attn", "reach no operation"),
+    "a divided table": (divided_table, "transformer.h.0.mlp.c_proj", "not decoded with"),
     "another code": (change("centroids", lambda a: a + 1), "transformer.wpe", "differ"),
 }
 

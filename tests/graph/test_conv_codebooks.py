@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from tiny_nets import Done, net_line, pixels, save_images
 from torch import nn
 
-from qcompress.graph.certificate.edges import Graph
 from qcompress.graph.certificate.layers import certify, matmul_inputs
+from qcompress.graph.view import read
 from qcompress.models.rebuild import rebuild
 from qcompress.pipeline.stages.build import build_file
 from qcompress.pipeline.stages.export import export
@@ -138,7 +138,7 @@ def test_the_graph_is_certified_and_computes_what_was_folded(done: Done) -> None
     shapes = {item.layer.shape for item in done.line.plan if item.layer.kind == "conv"}
     floats = [tensor for tensor in stored.values() if tensor.data_type in (1, 10)]
     assert not [tensor.name for tensor in floats if tuple(tensor.dims) in shapes]
-    inputs = matmul_inputs(Graph.read(done.file), done.line.plan)
+    inputs = matmul_inputs(read(done.file), done.line.plan)
     assert set(done.books) <= set(inputs)
 
 

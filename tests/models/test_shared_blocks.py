@@ -18,8 +18,8 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 
 from qcompress import api
-from qcompress.graph.certificate.edges import Graph
 from qcompress.graph.certificate.layers import certify, matmul_inputs
+from qcompress.graph.view import read
 from qcompress.models import describe, gpt2
 from qcompress.models.folded import assemble
 from qcompress.models.plan import plan_layers, plans_from_json
@@ -143,7 +143,7 @@ def test_onnxruntime_computes_the_folded_model(made: Made) -> None:
 
 
 def test_each_place_has_its_own_rounding_in_the_graph(made: Made) -> None:
-    inputs = matmul_inputs(Graph.read(made.file), made.plan)
+    inputs = matmul_inputs(read(made.file), made.plan)
     linear = [item.name for item in made.plan if item.layer.kind != "embedding"]
     floats = made.line.recipe.format.is_float
     assert list(inputs) == linear[:-1] if floats else linear  # a float head reads the table turned around

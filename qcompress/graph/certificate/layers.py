@@ -11,34 +11,44 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx import TensorProto
 from safetensors import safe_open
 
 from qcompress.encodings import encoding_of
-from qcompress.graph.certificate.edges import FLOATS, Graph, Use, input_pair, own_matmuls, uses_of, verdict
+from qcompress.encodings.walk import DEQUANTIZE, QUANTIZE, is_a, operand, pair_of
+from qcompress.graph.certificate.edges import Use, own_matmuls, uses_of, verdict
+from qcompress.graph.view import View, read
 from qcompress.models.plan import LayerPlan
+
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
 def certify(file: Path, folded: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
     """Compare an ONNX file with folded.safetensors in `folded`. `complete` is True only if every layer passed
     and the file has no float copy of a quantized weight.
     """
-    graph, uses = Graph.read(file), uses_of(plan)
+    return certify_view(read(file), folded, plan)
+
+
+def certify_view(view: View, folded: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
+    """Compare a graph with folded.safetensors in `folded`, as `certify` does."""
+    uses = uses_of(plan)
     with safe_open(folded / "folded.safetensors", framework="np") as tensors:
-        layers = [_certify(graph, tensors, item, uses.get(item.name, Use())) for item in plan if item.weights]
-        copies = _float_copies(graph, plan)
+        layers = [_certify(view, tensors, item, uses.get(item.name, Use())) for item in plan if item.weights]
+        copies = _float_copies(view, plan)
     expected = sum(1 for item in plan if item.weights)
     complete = len(layers) == expected and all(layer["passed"] for layer in layers) and not copies
     return {"layers": layers, "float_copies": copies, "expected": expected, "complete": complete}
 
 
-def _certify(graph: Graph, tensors: Any, item: LayerPlan, use: Use) -> dict[str, Any]:
+def _certify(view: View, tensors: Any, item: LayerPlan, use: Use) -> dict[str, Any]:
     """Certify one layer: its weight through the encoding, and the Q/DQ pair of its input."""
-    weight = encoding_of(item.weights).certify(graph, tensors, item)
+    weight = encoding_of(item.weights).certify(view, tensors, item)
     equal = weight.codes_equal, weight.scales_equal
-    return verdict(graph, weight.sources, tensors, item, use, *equal, weight.reasons)
+    return verdict(view, weight.sources, tensors, item, use, *equal, weight.reasons)
 
 
-def matmul_inputs(graph: Graph, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[str, str | None]]:
+def matmul_inputs(view: View, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[str, str | None]]:
     """Map each layer to the names of its matmul's float input and of that input's codes (None: not
     quantized).
 
@@ -53,12 +63,14 @@ def matmul_inputs(graph: Graph, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[
             continue
         owner = item.layer.tied_to or item.name
         rounded = item.weights is not None
-        sources = encoding_of(item.weights).sources(graph, owner) if rounded else [f"{owner}.weight"]
-        for matmul, own in own_matmuls(graph, sources, uses[item.name]):
+        sources = encoding_of(item.weights).sources(view, owner) if rounded else [f"{owner}.weight"]
+        for matmul, own in own_matmuls(view, sources, uses[item.name]):
             value = next(name for name in matmul.input[:2] if name != own)
-            pair = input_pair(graph, value)
-            inputs[item.name] = (pair.quantize.input[0], pair.dequantize.input[0]) if pair else (value, None)
-            places[item.name] = graph.order[matmul.output[0]]
+            pair = pair_of(view, view.producers.get(value))
+            inputs[item.name] = (
+                (operand(pair.quantize, 0), operand(pair.dequantize, 0)) if pair else (value, None)
+            )
+            places[item.name] = view.places[id(matmul)]
     return {name: inputs[name] for name in sorted(inputs, key=places.__getitem__)}
 
 
@@ -70,24 +82,23 @@ def with_outputs(file: Path, names: list[str]) -> bytes:
     return model.SerializeToString()
 
 
-def _float_copies(graph: Graph, plan: tuple[LayerPlan, ...]) -> list[str]:
-    """Float initializers with the shape of a quantized weight: decoded copies or unquantized weights."""
+def _float_copies(view: View, plan: tuple[LayerPlan, ...]) -> list[str]:
+    """Float constants with the shape of a quantized weight: decoded copies or unquantized weights."""
     shapes = {item.layer.shape for item in plan if item.weights}
     kept = {item.layer.shape for item in plan if not item.weights}
     shapes = {*shapes, *(shape[::-1] for shape in shapes)} - kept - {shape[::-1] for shape in kept}
     return sorted(
         name
-        for name, tensor in graph.initializers.items()
-        if tensor.data_type in FLOATS and tuple(tensor.dims) in shapes and not _is_scale(graph, name)
+        for name, tensor in view.constants.items()
+        if tensor.data_type in FLOATS and tuple(tensor.dims) in shapes and not _is_scale(view, name)
     )
 
 
-def _is_scale(graph: Graph, name: str) -> bool:
+def _is_scale(view: View, name: str) -> bool:
     """True if only Q/DQ nodes read a tensor, as a scale; block scales [in // block, out] may have a weight's
     shape.
     """
-    readers = graph.readers.get(name, [])
+    readers = view.readers.get(name, [])
     return bool(readers) and all(
-        node.op_type in ("QuantizeLinear", "DequantizeLinear") and list(node.input).index(name) == 1
-        for node in readers
+        is_a(node, QUANTIZE, DEQUANTIZE) and list(node.input).index(name) == 1 for node in readers
     )

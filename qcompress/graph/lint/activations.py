@@ -10,8 +10,16 @@ from typing import NamedTuple
 import numpy as np
 from onnx import TensorProto
 
-from qcompress.graph.qdq import (
+from qcompress.encodings.walk import (
+    DEQUANTIZE,
     MOVES,
+    QUANTIZE,
+    attribute,
+    operand,
+    result,
+    users_of,
+)
+from qcompress.graph.qdq import (
     SCALE,
     ZERO_POINT,
     activations_of,
@@ -21,10 +29,9 @@ from qcompress.graph.qdq import (
     layer_name,
     node_name,
     parameters,
-    users_of,
 )
 from qcompress.graph.tensors import type_word
-from qcompress.graph.view import DEQUANTIZE, FLOATS, QUANTIZE, Shape, View, attribute, operand, result
+from qcompress.graph.view import FLOATS, Shape, View
 from qcompress.schema.targets import Target
 
 FORMATS_KEY = "qcompress.formats"
@@ -242,7 +249,7 @@ def constant_readers(view: View, target: Target) -> Iterator[Broken]:
 
 def lone_quantizers(view: View, target: Target) -> Iterator[Broken]:
     for node in view.named(QUANTIZE):
-        for reader in users_of(view, result(node), CODE_MOVES):
+        for reader, _ in users_of(view, result(node), CODE_MOVES):
             if reader.op_type != DEQUANTIZE:
                 yield Broken(node_name(node), f"codes read by {reader.op_type} {node_name(reader)}")
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from onnx import NodeProto
 
+from qcompress.encodings.walk import attribute, operand
 from qcompress.graph.lint.activations import Broken
 from qcompress.graph.qdq import axis_of, code_type, dequantizer_of, layer_name
-from qcompress.graph.view import View, attribute, operand
+from qcompress.graph.view import View
 from qcompress.schema.targets import Target
 
 OUTPUTS = {"Conv": 0, "ConvTranspose": 1}

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 import onnx
 from onnx import GraphProto
 
+from qcompress.encodings.walk import DOMAINS
 from qcompress.errors import ExportError
 from qcompress.graph.lint.activations import Broken
 from qcompress.graph.model_file import stored_tensors
 from qcompress.graph.qdq import node_name
 from qcompress.graph.tensors import misfit
-from qcompress.graph.view import DOMAINS, View, Wire
+from qcompress.graph.view import View, Wire
 from qcompress.schema.targets import Target
 
 

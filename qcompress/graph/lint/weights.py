@@ -6,18 +6,11 @@ from collections.abc import Iterator
 
 from onnx import NodeProto
 
+from qcompress.encodings.walk import DEQUANTIZE, QUANTIZE, attribute, operand
 from qcompress.graph.lint.activations import MATMULS, OPSETS, TAKEN, Broken
-from qcompress.graph.qdq import (
-    MOVES,
-    axis_of,
-    code_type,
-    dequantizer_of,
-    layer_name,
-    node_name,
-    users_of,
-    weights_of,
-)
-from qcompress.graph.view import DEQUANTIZE, QUANTIZE, View, attribute, operand, result
+from qcompress.graph.qdq import axis_of, code_type, dequantizer_of, layer_name, node_name
+from qcompress.graph.view import View
+from qcompress.graph.weights import find_weights
 from qcompress.schema.formats import INT2_OPSET
 from qcompress.schema.targets import BLOCKS, Target
 
@@ -33,7 +26,7 @@ def int4_opset(view: View, target: Target) -> Iterator[Broken]:
 
 def int4_target(view: View, target: Target) -> Iterator[Broken]:
     """One violation per graph, since the device lacks the type."""
-    layers = [layer_name(view, node) for node in weights_of(view) if code_type(view, node) == "INT4"]
+    layers = [weight.name for weight in find_weights(view) if weight.code_type == "INT4"]
     if layers and 4 not in target.weight_bits:
         yield Broken(layers[0], f"int4 codes (weights: {len(layers)})")
 
@@ -54,23 +47,22 @@ def uneven_blocks(view: View, target: Target) -> Iterator[Broken]:
 
 
 def odd_blocks(view: View, target: Target) -> Iterator[Broken]:
-    for node in weights_of(view):
-        block = attribute(node, "block_size", 0)
-        if block and block not in BLOCKS:
-            yield Broken(layer_name(view, node), f"blocks of {block}")
+    for weight in find_weights(view):
+        if weight.integers and weight.block and weight.block not in BLOCKS:
+            yield Broken(weight.name, f"blocks of {weight.block}")
 
 
 def int4_channels(view: View, target: Target) -> Iterator[Broken]:
-    for node in weights_of(view):
-        if code_type(view, node) == "INT4" and not attribute(node, "block_size", 0):
-            yield Broken(layer_name(view, node), "int4 without blocks")
+    for weight in find_weights(view):
+        if weight.code_type == "INT4" and not weight.block:
+            yield Broken(weight.name, "int4 without blocks")
 
 
 def _int4_products(view: View) -> Iterator[tuple[NodeProto, NodeProto, NodeProto]]:
     """Matmuls of an int4 weight and an int8 activation: matmul, and DequantizeLinear of weight and
     activation.
     """
-    if not any(code_type(view, node) == "INT4" for node in weights_of(view)):
+    if not any(weight.code_type == "INT4" for weight in find_weights(view)):
         return
     for node in view.named("MatMul", "Gemm"):
         sources = [dequantizer_of(view, operand(node, index)) for index in (0, 1)]
@@ -104,9 +96,8 @@ def _rank(view: View, matmul: NodeProto, activation: NodeProto) -> int | None:
 
 
 def weight_readers(view: View, target: Target) -> Iterator[Broken]:
-    for node in weights_of(view):
-        if code_type(view, node) not in TAKEN:
-            continue
-        for reader in users_of(view, result(node), MOVES):
-            if reader.op_type not in (*MATMULS, "Gather"):
-                yield Broken(layer_name(view, node), f"read by {reader.op_type} {node_name(reader)}")
+    for weight in find_weights(view):
+        if weight.integers and weight.code_type in TAKEN:
+            for reader in weight.readers():
+                if reader.op_type not in (*MATMULS, "Gather"):
+                    yield Broken(weight.name, f"read by {reader.op_type} {node_name(reader)}")
