@@ -135,6 +135,16 @@ ONLY_MEASURED: tuple[tuple[str, str], ...] = (
 )
 """Imports that compute the results of an evaluation set, which the stages before verify do not have."""
 
+NOT_BUILT: tuple[tuple[str, str], ...] = (
+    ("qcompress.encodings.base", "qcompress.quant.layers"),
+    ("qcompress.encodings.int_qdq", "qcompress.quant.affine"),
+    ("qcompress.encodings.int_qdq", "qcompress.quant.folded"),
+    ("qcompress.encodings.int_qdq", "qcompress.quant.folded_conv"),
+    ("qcompress.encodings.codebook", "qcompress.quant.folded_codebook"),
+    ("qcompress.encodings.codebook", "qcompress.encodings.lookup_nodes"),
+)
+"""Imports by which encodings fold, decode and export a weight. build only finds weights in a graph."""
+
 METHOD_MODULES: dict[str, dict[str, str]] = {
     "adapter": {"quadapter": "quadapter", "smoothquant": "smoothquant", "awq": "awq"},
     "objective": {"distillation": "distillation", "teacher-intervention": "teacher_intervention"},
@@ -185,7 +195,8 @@ def unselected(recipe: Recipe, stage: str) -> set[tuple[str, str]]:
         others = {module.__name__ for key, module in table.items() if key != name}
         edges |= {(f"qcompress.{package}", module) for module in others}
     measured = ONLY_MEASURED if stage in STAGES[: STAGES.index("verify")] else ()
-    return edges | set(ONLY_CHECKED.get(stage, ())) | set(measured)
+    built = NOT_BUILT if stage == "build" else ()
+    return edges | set(ONLY_CHECKED.get(stage, ())) | set(measured) | set(built)
 
 
 def scope_of(recipe: Recipe, stage: str) -> dict[str, Any]:

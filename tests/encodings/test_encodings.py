@@ -145,8 +145,8 @@ def test_each_weight_is_found_in_the_graph_by_its_encoding_and_by_no_other(graph
     for name, item in wanted.items():
         weight, encoding = found[name], encoding_of(item.weights)
         assert name in {other.name for other in encoding.find(view)}
-        assert weight.integers is encoding.integers and weight.stored_bits == item.weights.stored_bits
-        expanded = encoding.integers and isinstance(item.weights, CodebookFormat)  # decode-int8
+        assert weight.integers is item.integers and weight.stored_bits == item.weights.stored_bits
+        expanded = item.integers and isinstance(item.weights, CodebookFormat)  # decode-int8
         known = weight.stored_bits if expanded else item.weights.information_bits
         assert 0 < weight.information_bits() <= known
         assert sorted(weight.shape) == sorted((item.layer.in_features, item.layer.out_features))

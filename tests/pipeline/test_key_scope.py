@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -21,6 +22,7 @@ from qcompress.pipeline import keys
 from qcompress.pipeline.key_scope import (
     METHOD_MODULES,
     NO_RESULT,
+    NOT_BUILT,
     NOT_CAUGHT,
     ONLY_CHECKED,
     ONLY_MEASURED,
@@ -43,11 +45,17 @@ def code_of(recipe: Recipe, stage: str) -> set[str]:
 
 
 @pytest.fixture
-def plan(tiny_model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., keys.Plan]:
+def own_text(text_file: Path, tmp_path: Path) -> Path:
+    """A copy of the text: recipes are written beside it."""
+    return Path(shutil.copy(text_file, tmp_path))
+
+
+@pytest.fixture
+def plan(tiny_model: Path, own_text: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., keys.Plan]:
     monkeypatch.setattr(keys, "demand_trackers", lambda names: None)
 
     def make(*changes: Change, **sections: Any) -> keys.Plan:
-        recipe = make_recipe(text_file, **sections).model_dump(mode="json", by_alias=True)
+        recipe = make_recipe(own_text, **sections).model_dump(mode="json", by_alias=True)
         recipe["build"]["profiles"] = [{"sequence": [1, 16, 32]}]
         for dotted, value in changes:
             *above, last = dotted.split(".")
@@ -56,15 +64,15 @@ def plan(tiny_model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> 
                 section = section[key]
             section[last] = value
         recipe["model"] = {"family": "gpt2", "source": str(tiny_model)}
-        file = text_file.parent / "scope.yaml"
+        file = own_text.parent / "scope.yaml"
         file.write_text(yaml.safe_dump(recipe))
         return keys.prepare(load_recipe(file))
 
     return make
 
 
-def test_what_must_re_run_each_stage_does(plan: Callable[..., keys.Plan], text_file: Path) -> None:
-    (text_file.parent / "other.txt").write_text("another text " * 400)
+def test_what_must_re_run_each_stage_does(plan: Callable[..., keys.Plan], own_text: Path) -> None:
+    (own_text.parent / "other.txt").write_text("another text " * 400)
     changes: dict[str, list[Change]] = {
         "train": [
             ("train.lr", {"weight": 0.5}),
@@ -120,9 +128,9 @@ def test_what_must_re_run_each_stage_does(plan: Callable[..., keys.Plan], text_f
     assert first != second
 
 
-def test_what_must_not_re_run_a_stage_does_not(plan: Callable[..., keys.Plan], text_file: Path) -> None:
-    (text_file.parent / "deep").mkdir(exist_ok=True)
-    (text_file.parent / "deep" / "renamed.txt").write_bytes(text_file.read_bytes())
+def test_what_must_not_re_run_a_stage_does_not(plan: Callable[..., keys.Plan], own_text: Path) -> None:
+    (own_text.parent / "deep").mkdir(exist_ok=True)
+    (own_text.parent / "deep" / "renamed.txt").write_bytes(own_text.read_bytes())
     judged: list[Change] = [
         ("gate.recovery", {"test.perplexity": {"threshold": 5}}),
         ("gate.regression", {"test.perplexity": {"threshold": 5}}),
@@ -492,6 +500,26 @@ def test_every_stage_has_its_own_code_and_no_report(text_file: Path) -> None:
         assert files | {f"pipeline/stages/{stage}.py"} <= code, stage
         assert not [file for file in code if outside.fullmatch(file.removesuffix(".py"))], stage
     assert not {"schema/goals.py", "errors.py"} & (code_of(recipe, "fold") | code_of(recipe, "load"))
+
+
+def test_only_methods_that_build_does_not_call_import_what_its_key_leaves_out() -> None:
+    """Inside functions that fold, decode or export a weight, and in no other place of the encodings."""
+    for importer, imported in NOT_BUILT:
+        file = PACKAGE / f"{importer.removeprefix('qcompress.').replace('.', '/')}.py"
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        inside = {
+            function.name
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef)
+            for node in ast.walk(function)
+            if isinstance(node, ast.ImportFrom) and node.module == imported
+        }
+        assert inside and inside <= {"fold", "decoder", "lower", "is_turned"}, (importer, imported, inside)
+    recipe = make_recipe(Path("text.txt"))
+    assert "encodings/int_qdq.py" in code_of(recipe, "build")
+    assert not [
+        file for file in code_of(recipe, "build") if file.startswith("quant/") and "__init__" not in file
+    ]
 
 
 def test_the_table_of_the_documents_is_what_the_keys_cover(text_file: Path) -> None:
