@@ -10,7 +10,7 @@ from __future__ import annotations
 from qcompress.encodings.base import Certified, Encoding
 from qcompress.encodings.codebook import GatheredCodebook
 from qcompress.encodings.int_qdq import IntegerQdq
-from qcompress.schema.formats import CodebookFormat, WeightFormat
+from qcompress.schema.formats import AnyWeightFormat
 
 __all__ = ["CODES", "ENCODINGS", "Certified", "Encoding", "encoding_of"]
 
@@ -23,10 +23,11 @@ CODES: tuple[str, ...] = tuple(encoding.parts[0] for encoding in ENCODINGS)
 """Names of the integer tensors: the first part of each encoding."""
 
 
-def encoding_of(form: WeightFormat | CodebookFormat) -> Encoding:
+def encoding_of(form: AnyWeightFormat) -> Encoding:
     """Return the encoding of a weight format.
 
-    >>> encoding_of(WeightFormat(bits=4, block=32)).name, encoding_of(CodebookFormat()).name
+    >>> from qcompress.schema.formats import WEIGHT_WORDS
+    >>> encoding_of(WEIGHT_WORDS["int4"]).name, encoding_of(WEIGHT_WORDS["codebook"]).name
     ('int-qdq', 'codebook')
     """
     (encoding,) = [encoding for encoding in ENCODINGS if encoding.holds(form)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qcompress.schema.formats import CodebookFormat, WeightFormat
+from qcompress.schema.formats import AnyWeightFormat
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from qcompress.models.architecture import Layer
     from qcompress.models.plan import LayerPlan
     from qcompress.quant.layers import QuantizedWeight
-
-Form = WeightFormat | CodebookFormat
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class Encoding(Protocol):
     initializers: tuple[str, ...]
     """Names of the initializers in model.onnx after `<layer>.weight.`; a part may be absent."""
 
-    def holds(self, form: Form) -> bool:
+    def holds(self, form: AnyWeightFormat) -> bool:
         """True if this encoding stores weights of `form`."""
 
     def fold(self, layer: QuantizedWeight, item: LayerPlan) -> dict[str, Tensor]:
@@ -142,7 +140,7 @@ class Encoding(Protocol):
         the same values as a runtime; the exporter writes the ONNX nodes.
         """
 
-    def pack(self, initializers: Mapping[str, ir.Value], owner: str, form: Form) -> None:
+    def pack(self, initializers: Mapping[str, ir.Value], owner: str, form: AnyWeightFormat) -> None:
         """Convert the initializers of a weight to their types in the ONNX file, in place."""
 
     def lower(self, model: ir.Model) -> None:
@@ -159,7 +157,7 @@ class Encoding(Protocol):
         Weights are recognised by structure, not by name.
         """
 
-    def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:
+    def stored_bytes(self, layer: Layer, form: AnyWeightFormat, float_bytes: int) -> int:
         """Bytes of a weight in the ONNX file; `float_bytes`: bytes per element of the compute type."""
 
 

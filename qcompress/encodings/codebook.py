@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.encodings.base import Certified, Form, Stored, is_turned, rows_of
+from qcompress.encodings.base import Certified, Stored, is_turned, rows_of
 from qcompress.encodings.walk import (
     DEQUANTIZE,
     MOVES,
@@ -33,7 +33,7 @@ from qcompress.encodings.walk import (
     zero_is_zero,
 )
 from qcompress.errors import ContractError
-from qcompress.schema.formats import CodebookFormat
+from qcompress.schema.formats import AnyWeightFormat, CodebookFormat
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -53,7 +53,7 @@ class GatheredCodebook:
     parts = ("assignments", "centroids", "scale")
     initializers = parts
 
-    def holds(self, form: Form) -> bool:
+    def holds(self, form: AnyWeightFormat) -> bool:
         """True for codebook formats with `codebook: gather`."""
         return isinstance(form, CodebookFormat) and form.codebook == "gather"
 
@@ -80,7 +80,7 @@ class GatheredCodebook:
         kernel = item.layer.shape if item.layer.kind == "conv" else None
         return FoldedCodebook(parts["assignments"], centroids, scale, axis, kernel)
 
-    def pack(self, initializers: Mapping[str, ir.Value], owner: str, form: Form) -> None:
+    def pack(self, initializers: Mapping[str, ir.Value], owner: str, form: AnyWeightFormat) -> None:
         """No change: indices are uint8 in both files."""
 
     def lower(self, model: ir.Model) -> None:
@@ -117,7 +117,7 @@ class GatheredCodebook:
                 first = gather if decoder is None else decoder
                 yield StoredIndices(view, indices, table, first, gather, by_rows)
 
-    def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:
+    def stored_bytes(self, layer: Layer, form: AnyWeightFormat, float_bytes: int) -> int:
         """Bytes of the indices and the table."""
         table = form.centroids * form.block * (1 if form.table == "int8" else float_bytes)
         return int(layer.weights * form.stored_bits / 8) + table

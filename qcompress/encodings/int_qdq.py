@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.encodings.base import Certified, Form, Stored, is_turned, level_bits, rows_of
+from qcompress.encodings.base import Certified, Stored, is_turned, level_bits, rows_of
 from qcompress.encodings.walk import (
     DEQUANTIZE,
     MOVES,
@@ -32,7 +32,7 @@ from qcompress.encodings.walk import (
     zero_is_zero,
 )
 from qcompress.errors import ContractError
-from qcompress.schema.formats import WeightFormat
+from qcompress.schema.formats import AnyWeightFormat, WeightFormat
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,7 +56,7 @@ class IntegerQdq:
     parts = ("codes", "scale")
     initializers = (*parts, "zero")
 
-    def holds(self, form: Form) -> bool:
+    def holds(self, form: AnyWeightFormat) -> bool:
         """True for integer formats and for codebook formats with `codebook: decode-int8`."""
         return isinstance(form, WeightFormat) or form.codebook == "decode-int8"
 
@@ -83,7 +83,7 @@ class IntegerQdq:
         axis = 0 if item.layer.kind == "embedding" else 1
         return FoldedWeight(codes, scale, Grid(axis, item.block), item.weights.stored_bits)
 
-    def pack(self, initializers: Mapping[str, ir.Value], owner: str, form: Form) -> None:
+    def pack(self, initializers: Mapping[str, ir.Value], owner: str, form: AnyWeightFormat) -> None:
         """Pack the codes to int4 or int2 if the format's container is that narrow."""
         import ml_dtypes
         import onnx_ir as ir
@@ -133,7 +133,7 @@ class IntegerQdq:
                 name = view.root(operand(node, 0))
                 yield StoredIntegers(view, name, name, node)
 
-    def stored_bytes(self, layer: Layer, form: Form, float_bytes: int) -> int:
+    def stored_bytes(self, layer: Layer, form: AnyWeightFormat, float_bytes: int) -> int:
         """Bytes of codes and scales. Zero points are not counted: layers of equal shape share them."""
         if not isinstance(form, WeightFormat):  # a codebook with `decode-int8`
             return layer.weights + float_bytes * layer.out_features

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qcompress.models.architecture import Architecture, Layer, Point, Site
-from qcompress.schema.formats import ActivationFormat, CodebookFormat, WeightFormat
+from qcompress.schema.formats import ActivationFormat, AnyWeightFormat, weight_format_class
 from qcompress.schema.quantizers import ActivationQuantizer, Codebook, MinMax, Noise, WeightQuantizer
 from qcompress.schema.recipe import Recipe
 
@@ -17,7 +17,7 @@ class LayerPlan:
     """One layer with its formats and quantizers; None means float."""
 
     layer: Layer
-    weights: WeightFormat | CodebookFormat | None
+    weights: AnyWeightFormat | None
     activations: ActivationFormat | None
     weight_quantizer: WeightQuantizer | Codebook = MinMax()
     activation_quantizer: ActivationQuantizer = MinMax()
@@ -210,10 +210,10 @@ def plans_from_json(values: list[dict[str, object]]) -> tuple[LayerPlan, ...]:
     )
 
 
-def _weights(value: dict[str, object] | None) -> WeightFormat | CodebookFormat | None:
+def _weights(value: dict[str, object] | None) -> AnyWeightFormat | None:
     if not value:
         return None
-    return CodebookFormat(**value) if "codebook" in value else WeightFormat(**value)
+    return weight_format_class(value)(**value)
 
 
 def _layer(value: dict[str, Any]) -> Layer:

@@ -17,7 +17,7 @@ from qcompress.quant.codebook import PARTS, CodebookWeight, FrozenCodebook
 from qcompress.quant.quantizers import WEIGHT_QUANTIZERS, FrozenWeight
 from qcompress.quant.weight_quantizer import CodedWeight
 from qcompress.schema.custom import class_of
-from qcompress.schema.formats import CodebookFormat, WeightFormat
+from qcompress.schema.formats import AnyWeightFormat, CodebookFormat, WeightFormat
 from qcompress.schema.quantizers import Codebook, Noise, WeightQuantizer
 
 
@@ -28,14 +28,12 @@ class FormatQuantizers(Protocol):
     """Tensors of a quantizer in trained.safetensors, called `<layer>.weight.<part>`."""
 
     def trainable(
-        self, options: WeightQuantizer | Codebook, form: WeightFormat | CodebookFormat, axis: int,
+        self, options: WeightQuantizer | Codebook, form: AnyWeightFormat, axis: int,
         shape: torch.Size, noise: Noise | None,
     ) -> CodedWeight:  # fmt: skip
         """Build the trainable quantizer of a weight [shape], whose output channels lie along `axis`."""
 
-    def frozen(
-        self, parts: Mapping[str, Tensor | None], form: WeightFormat | CodebookFormat, axis: int
-    ) -> CodedWeight:
+    def frozen(self, parts: Mapping[str, Tensor | None], form: AnyWeightFormat, axis: int) -> CodedWeight:
         """Build the quantizer after training from its tensors by part; absent parts are None."""
 
 
@@ -73,12 +71,12 @@ def _grid(form: WeightFormat, axis: int) -> Grid:
     return Grid(axis, form.scale_block, form.granularity)
 
 
-FORMAT_QUANTIZERS: dict[type[WeightFormat | CodebookFormat], FormatQuantizers] = {
+FORMAT_QUANTIZERS: dict[type[AnyWeightFormat], FormatQuantizers] = {
     WeightFormat: IntegerQuantizers(),
     CodebookFormat: CodebookQuantizers(),
 }
 
 
-def quantizers_of(form: WeightFormat | CodebookFormat) -> FormatQuantizers:
+def quantizers_of(form: AnyWeightFormat) -> FormatQuantizers:
     """Return the quantizers of a format's kind."""
     return FORMAT_QUANTIZERS[type(form)]

@@ -10,6 +10,7 @@ target can refuse them by name.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
 from pydantic import (
@@ -36,6 +37,10 @@ class Options(BaseModel):
 class WeightFormat(Options):
     """Storage format of a weight."""
 
+    chosen_by: ClassVar[str] = "bits"
+    """Key that chooses this class over the format below it, such as a preset's."""
+    own_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of a mapping that is this class and no other; none: every other mapping is."""
     quantizer_key: ClassVar[str | None] = None
     """Key of `quantizer` with the options of its quantizer; None: the key of the layer's role."""
     packages: ClassVar[tuple[str, ...]] = ()
@@ -119,6 +124,10 @@ class CodebookFormat(Options):
     that it saves bytes on disk and in an engine, but no time.
     """
 
+    chosen_by: ClassVar[str] = "codebook"
+    """Key that chooses this class over the format below it."""
+    own_keys: ClassVar[tuple[str, ...]] = ("codebook", "centroids", "table")
+    """Keys of a mapping that is this class and no other."""
     quantizer_key: ClassVar[str | None] = "codebook"
     """Key of `quantizer` with the options of its quantizer."""
     packages: ClassVar[tuple[str, ...]] = ("faiss-cpu",)
@@ -180,6 +189,20 @@ class CodebookFormat(Options):
         return name + (" decoded to int8" if self.codebook == "decode-int8" else "")
 
 
+AnyWeightFormat = WeightFormat | CodebookFormat
+WEIGHT_FORMATS: tuple[type[AnyWeightFormat], ...] = (WeightFormat, CodebookFormat)
+"""Classes of weight formats; a mapping without keys of another one is the first."""
+
+
+def weight_format_class(keys: Collection[str]) -> type[AnyWeightFormat]:
+    """Class of weight format of a mapping with these keys.
+
+    >>> weight_format_class({"bits", "block"}).__name__, weight_format_class({"table"}).__name__
+    ('WeightFormat', 'CodebookFormat')
+    """
+    return next((one for one in WEIGHT_FORMATS if set(one.own_keys) & set(keys)), WEIGHT_FORMATS[0])
+
+
 class ActivationFormat(Options):
     """Rounding of the input of a layer."""
 
@@ -234,7 +257,7 @@ class ActivationFormat(Options):
                 + ("" if self.symmetric else " asymmetric"))  # fmt: skip
 
 
-WEIGHT_WORDS: dict[str, WeightFormat | CodebookFormat | None] = {
+WEIGHT_WORDS: dict[str, AnyWeightFormat | None] = {
     "float": None,
     "int8": WeightFormat(bits=8),
     "int4": WeightFormat(bits=4, block=128),
@@ -288,13 +311,14 @@ def as_mapping(key: str, value: object) -> object:
 
 
 def over_preset(key: str, preset: object, written: object) -> object:
-    """Merge the recipe's value of `format.<key>` over a preset's: without `bits` or `codebook` it changes
-    options of the preset's value.
+    """Merge the recipe's value of `format.<key>` over a preset's: without a key such as `bits` or
+    `codebook` that chooses a class, it changes options of the preset's value.
 
     >>> over_preset("weights", {"bits": 4, "block": 128}, {"block": 64})
     {'bits': 4, 'block': 64}
     """
     below = as_mapping(key, preset)
-    if isinstance(written, dict) and isinstance(below, dict) and not written.keys() & {"bits", "codebook"}:
+    choosers = {one.chosen_by for one in WEIGHT_FORMATS}
+    if isinstance(written, dict) and isinstance(below, dict) and not written.keys() & choosers:
         return {**below, **written}
     return written

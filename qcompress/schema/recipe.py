@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from contextvars import ContextVar
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_serializer, model_validator
 
@@ -22,12 +22,12 @@ from qcompress.schema.families import Family
 from qcompress.schema.formats import (
     ACTIVATION_WORDS,
     FORMAT_PRESETS,
+    WEIGHT_FORMATS,
     WEIGHT_WORDS,
     ActivationFormat,
-    CodebookFormat,
     Options,
-    WeightFormat,
     over_preset,
+    weight_format_class,
 )
 from qcompress.schema.goals import Gate
 from qcompress.schema.method_options import (
@@ -79,18 +79,12 @@ def _weight_kind(value: object) -> str:
     """Kind of weight format that a value is meant to be."""
     if value is None:
         return "float"
-    if not isinstance(value, (dict, Options)):
-        return "WeightFormat"
-    keys = set(value if isinstance(value, dict) else type(value).model_fields)
-    return "CodebookFormat" if {"codebook", "centroids", "table"} & keys else "WeightFormat"
+    fields = type(value).model_fields if isinstance(value, Options) else value
+    return weight_format_class(fields if isinstance(fields, dict) else ()).__name__
 
 
-Stored = Annotated[
-    Annotated[WeightFormat, Tag("WeightFormat")]
-    | Annotated[CodebookFormat, Tag("CodebookFormat")]
-    | Annotated[None, Tag("float")],
-    Discriminator(_weight_kind),
-]
+_TAGGED = tuple(Annotated[one, Tag(one.__name__)] for one in WEIGHT_FORMATS)
+Stored = Annotated[Union[(*_TAGGED, Annotated[None, Tag("float")])], Discriminator(_weight_kind)]  # noqa: UP007
 Weights = Annotated[Stored, _word(WEIGHT_WORDS, "{bits: 4, block: 64}")]
 Activations = Annotated[ActivationFormat | None, _word(ACTIVATION_WORDS, "{bits: 8}")]
 

@@ -13,13 +13,13 @@ from qcompress.models.architecture import Layer
 from qcompress.models.plan import LayerPlan, sharers
 from qcompress.recipe.load import Resolved
 from qcompress.schema.adapters import NoAdapter
-from qcompress.schema.formats import WEIGHT_WORDS, CodebookFormat, WeightFormat
+from qcompress.schema.formats import WEIGHT_WORDS, AnyWeightFormat, WeightFormat
 from qcompress.schema.goals import Gate
 from qcompress.schema.method_options import Calibrate, PlainStepper, TaskObjective
 from qcompress.schema.quantizers import Quantizers
 from qcompress.schema.recipe import LayerFormat, Train, Verify
 
-Form = WeightFormat | CodebookFormat | None
+Form = AnyWeightFormat | None
 """Format of a weight; None is float."""
 
 PATTERN = re.compile(r"int(8|4|3|2)(?:-(?:g(32|64|128)|(channel)))?")
