@@ -55,7 +55,7 @@ class GatheredCodebook:
 
     def holds(self, form: AnyWeightFormat) -> bool:
         """True for codebook formats with `codebook: gather`."""
-        return isinstance(form, CodebookFormat) and form.codebook == "gather"
+        return isinstance(form, CodebookFormat) and not form.integers
 
     def fold(self, layer: QuantizedWeight, item: LayerPlan) -> dict[str, Tensor]:
         """Return indices, the table or its int8 codes, and the scale [] of an int8 table."""

@@ -32,7 +32,7 @@ from qcompress.encodings.walk import (
     zero_is_zero,
 )
 from qcompress.errors import ContractError
-from qcompress.schema.formats import AnyWeightFormat, WeightFormat
+from qcompress.schema.formats import AnyWeightFormat
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -58,7 +58,7 @@ class IntegerQdq:
 
     def holds(self, form: AnyWeightFormat) -> bool:
         """True for integer formats and for codebook formats with `codebook: decode-int8`."""
-        return isinstance(form, WeightFormat) or form.codebook == "decode-int8"
+        return form.integers
 
     def fold(self, layer: QuantizedWeight, item: LayerPlan) -> dict[str, Tensor]:
         """Return `codes` int8 and `scale` fp32 of shape [out], [rows], or [in / block, out]."""
@@ -135,9 +135,7 @@ class IntegerQdq:
 
     def stored_bytes(self, layer: Layer, form: AnyWeightFormat, float_bytes: int) -> int:
         """Bytes of codes and scales. Zero points are not counted: layers of equal shape share them."""
-        if not isinstance(form, WeightFormat):  # a codebook with `decode-int8`
-            return layer.weights + float_bytes * layer.out_features
-        block = form.block or layer.in_features
+        block = form.scale_block or layer.in_features
         return layer.weights * form.stored_bits // 8 + layer.weights // block * float_bytes
 
 
