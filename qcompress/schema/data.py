@@ -57,13 +57,6 @@ class Augment(Options):
     """
 
 
-COLUMNS = {
-    "sequence-classification": ("text", "pair", "label"),
-    "token-classification": ("tokens", "tags"),
-    "image-classification": ("image", "label"),
-}
-"""Keys of `columns` that each task reads."""
-
 FILES = ("text", "table", "npz")
 """Data sources that are lists of files."""
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -23,6 +23,11 @@ from qcompress.schema.quantizers import named
 
 class CausalLm(Options):
     """Next-token prediction. Metrics: perplexity, token_accuracy."""
+
+    sources: ClassVar[tuple[str, ...]] = ("text", "dataset")
+    """Keys of `data` that may name its examples."""
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Keys of `columns` that it reads, the input first."""
 
     name: Literal["causal-lm"] = "causal-lm"
     context: int = Field(default=1024, ge=2)
@@ -82,6 +87,11 @@ class SequenceClassification(Labelled):
     """One answer to each text, or pair of texts. Metrics: accuracy, f1 and mcc (single), f1_micro, f1_macro
     and accuracy (multi), spearman and pearson (regression).
     """
+
+    sources: ClassVar[tuple[str, ...]] = ("text", "table", "dataset")
+    """Keys of `data` that may name its examples."""
+    columns: ClassVar[tuple[str, ...]] = ("text", "pair", "label")
+    """Keys of `columns` that it reads, the input first."""
 
     name: Literal["sequence-classification"] = "sequence-classification"
     glue: Literal["cola", "sst2", "mrpc", "stsb", "rte", "qnli", "qqp", "mnli", "wnli"] | None = None
@@ -148,6 +158,11 @@ class TokenClassification(Labelled):
     `O`).
     """
 
+    sources: ClassVar[tuple[str, ...]] = ("text", "table", "dataset")
+    """Keys of `data` that may name its examples."""
+    columns: ClassVar[tuple[str, ...]] = ("tokens", "tags")
+    """Keys of `columns` that it reads, the input first."""
+
     name: Literal["token-classification"] = "token-classification"
     labels: list[str] | None = Field(default=None, min_length=2)
     """Names of the tags; none: those of the checkpoint's config.json."""
@@ -208,6 +223,11 @@ Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 class ImageClassification(Labelled):
     """One label for each image. Metrics: accuracy, top5_accuracy (of five labels and more), cross_entropy."""
+
+    sources: ClassVar[tuple[str, ...]] = ("npz", "folder", "dataset")
+    """Keys of `data` that may name its examples."""
+    columns: ClassVar[tuple[str, ...]] = ("image", "label")
+    """Keys of `columns` that it reads, the input first."""
 
     name: Literal["image-classification"] = "image-classification"
     labels: list[str] | None = Field(default=None, min_length=2)

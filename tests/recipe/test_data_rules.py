@@ -12,8 +12,8 @@ from jsonschema import Draft202012Validator
 
 from qcompress.recipe.json_schema import recipe_schema
 from qcompress.recipe.load import load_recipe
-from qcompress.recipe.rules.data import ORIGINS
-from qcompress.schema.data import COLUMNS, Columns
+from qcompress.schema.data import Columns
+from qcompress.schema.tasks import CausalLm, ImageClassification, SequenceClassification, TokenClassification
 from qcompress.tasks import TASKS
 
 GOOD = """\
@@ -42,6 +42,7 @@ data:
 format: w8a8
 """
 
+TASK_OPTIONS = (CausalLm, SequenceClassification, TokenClassification, ImageClassification)
 COLUMNS_OF_TRAIN = Columns(text="sentence", label="stars")
 
 ONE_MISTAKE = {
@@ -130,7 +131,7 @@ def test_the_good_recipe_is_good(folder: Path) -> None:
     recipe = load_recipe(write(folder, GOOD), ()).recipe
     assert recipe.task.labels == ["neg", "pos"]
     assert recipe.data.train.columns == COLUMNS_OF_TRAIN
-    assert set(Columns.model_fields) == {column for columns in COLUMNS.values() for column in columns}
+    assert set(Columns.model_fields) == {column for task in TASK_OPTIONS for column in task.columns}
 
 
 @pytest.mark.parametrize("what", [what for what, (_, expected) in ONE_MISTAKE.items() if expected])
@@ -245,7 +246,7 @@ def photos(folder: Path) -> Path:
 def test_a_recipe_of_images_is_good_and_moves_with_its_files(photos: Path) -> None:
     recipe = load_recipe(write(photos, IMAGES), ()).recipe
     assert recipe.task.context is None and recipe.task.within(8) == recipe.task
-    assert set(ORIGINS) == set(TASKS) and {*COLUMNS, "causal-lm"} == set(TASKS)
+    assert {task.model_fields["name"].default for task in TASK_OPTIONS} == set(TASKS)
     write(photos, IMAGES, "base.yaml")
     (photos / "sub").mkdir()
     data = load_recipe(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qcompress.recipe.yaml_file import Document, Key, dotted
-from qcompress.schema.data import COLUMNS, FILES, SUFFIXES
+from qcompress.schema.data import FILES, SUFFIXES
 from qcompress.schema.recipe import CausalLm, ImageClassification, Recipe, TextData
 
 FORMATS: tuple[Key, ...] = tuple(
@@ -25,14 +25,6 @@ FORMATS: tuple[Key, ...] = tuple(
 )
 """Keys that determine which tensors are quantized."""
 
-ORIGINS: dict[str, tuple[str, ...]] = {
-    "causal-lm": ("text", "dataset"),
-    "sequence-classification": ("text", "table", "dataset"),
-    "token-classification": ("text", "table", "dataset"),
-    "image-classification": ("npz", "folder", "dataset"),
-}
-"""Allowed data sources of each task."""
-
 LOCAL = ("/", "./", "../")
 """Prefixes of a dataset name that must be a directory."""
 
@@ -43,7 +35,7 @@ def judge_origins(recipe: Recipe, document: Document) -> None:
     """
     if not document.sound(("task", "name")):
         return
-    task = recipe.task.name
+    task = recipe.task
     for section, data in sections_of(recipe):
         for key, message, fix in _misplaced(recipe, section, data):
             if document.present((*section, key)):
@@ -51,7 +43,7 @@ def judge_origins(recipe: Recipe, document: Document) -> None:
                 document.tainted.add((*section, key))
         for index, name in enumerate(data.table or ()):
             key = (*section, "table", index)
-            if "table" in ORIGINS[task] and not name.endswith(SUFFIXES) and document.sound(key):
+            if "table" in task.sources and not name.endswith(SUFFIXES) and document.sound(key):
                 message = f"{name} ends in none of {', '.join(SUFFIXES)}, so it is not known how to read it"
                 document.report(key, message, "rename it, or write it as one of these")
 
@@ -59,10 +51,10 @@ def judge_origins(recipe: Recipe, document: Document) -> None:
 def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[str, str, str]]:
     """Keys of a data section that the task cannot use: key, message, fix."""
     task = recipe.task
-    if data.augment is not None and not (section == ("data", "train") and "folder" in ORIGINS[task.name]):
+    if data.augment is not None and not (section == ("data", "train") and "folder" in task.sources):
         yield "augment", "varies the images of `data.train` alone", "drop it"
     given = [key for key in (*FILES, "folder") if getattr(data, key) is not None]
-    strange = [key for key in given if key not in ORIGINS[task.name]]
+    strange = [key for key in given if key not in task.sources]
     if strange:
         owner = {"npz": "image-classification", "folder": "image-classification"}.get(strange[0])
         owner = owner or ("a task of text" if isinstance(task, ImageClassification) else "a classification")
@@ -80,12 +72,12 @@ def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[s
     if data.text is not None and section == ("data", "train"):
         message = f"has no labels, and {task.name} trains on them"
         yield "text", message, "write `table: [FILE, ...]` (.tsv, .csv, .jsonl, .parquet) with `columns:`"
-    role = COLUMNS[task.name][0]
+    role = task.columns[0]
     if data.column != TextData.model_fields["column"].default:  # which a dumped recipe spells out
         yield "column", "belongs to causal-lm", f"write `columns: {{{role}: {data.column}}}`"
     for name, column in (data.columns.model_dump() if data.columns else {}).items():
-        if column is not None and name not in COLUMNS[task.name]:
-            message = f"names the column `{name}`, and {task.name} reads {', '.join(COLUMNS[task.name])}"
+        if column is not None and name not in task.columns:
+            message = f"names the column `{name}`, and {task.name} reads {', '.join(task.columns)}"
             yield "columns", message, f"drop `{name}`"
 
 
