@@ -192,14 +192,18 @@ def _forked(pytest_main: Callable[[list[str]], int], request: dict[str, Any]) ->
         finally:
             os._exit(code)
     end = time.monotonic() + request["timeout_s"]
-    while time.monotonic() < end:
-        process, status = os.waitpid(child, os.WNOHANG)
-        if process:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+    try:
+        while time.monotonic() < end:
+            process, status = os.waitpid(child, os.WNOHANG)
+            if process:
+                child = 0
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        return None
+    finally:  # the time is up, or someone stops the script
+        if child:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def failing_files(copy: Copy, files: Sequence[str]) -> dict[str, str]:
