@@ -86,6 +86,12 @@ def test_a_shuffled_copy_in_fp32_is_found(tmp_path: Path) -> None:
     assert set(float_copies(plan_of(tmp_path, copy.tobytes()), view)) == {"weight.codes"}
 
 
+def test_one_value_of_a_weight_many_times_is_no_copy(tmp_path: Path) -> None:
+    view, weight = view_of(tmp_path)
+    values = weight.ravel()[np.flatnonzero(weight)[:3]]
+    assert float_copies(plan_of(tmp_path, values.repeat(weight.size).tobytes()), view) == {}
+
+
 @pytest.mark.parametrize("compute", ["fp32", "fp16"])
 @pytest.mark.parametrize(("bits", "block"), [(8, None), (4, 32)])
 def test_integers_scales_and_kernels_are_no_copy(
