@@ -129,7 +129,8 @@ class Copy:
         )  # fmt: skip
 
     def close(self) -> None:
-        """End the process that is forked."""
+        """End the process that is forked, and a test that still runs."""
+        self._server.terminate()
         self._server.communicate()
 
     def check_import(self) -> None:
@@ -183,6 +184,7 @@ def _forked(pytest_main: Callable[[list[str]], int], request: dict[str, Any]) ->
         code = 3
         try:
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream, descriptor in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
                 os.dup2(descriptor, stream)
@@ -342,6 +344,7 @@ def main(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is running is ended as well
     if sys.argv[1:2] == [SERVE]:
         serve(sys.argv[2:])
     else:
