@@ -354,6 +354,21 @@ def test_a_float_copy_beside_codes_that_nobody_uses_is_found(
     assert found.keys() == {layer} and "the decoded codes reach no MatMul" in found[layer]
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_float_copy_fails_a_file_whose_layers_all_pass(
+    turned: bool, broken: Callable[..., dict[str, str]]
+) -> None:
+    def add(cut: Graph) -> None:
+        float_copy(cut, BLOCKED)
+        (tensor,) = [one for one in cut.model.graph.initializer if one.name == "copy"]
+        array = numpy_helper.to_array(tensor)
+        assert array.shape[0] != array.shape[1]
+        array = np.ascontiguousarray(array.T) if turned else array
+        tensor.CopyFrom(numpy_helper.from_array(array, "copy"))
+
+    assert broken(add, copies=["copy"]) == {}
+
+
 def test_a_float_copy_with_the_shape_of_a_float_layer_is_found(
     broken: Callable[..., dict[str, str]],
 ) -> None:

@@ -261,6 +261,7 @@ def watch(seen: list[dict[str, bool]], indices: dict[str, torch.Tensor]) -> Any:
             indices.update({name: quantizers[name].assignments.clone() for name in phase.quantizes})
         noisy = {layer.noisy for layer in training.prepared.layers.values()}
         assert noisy == {phase.name == "finetune"}
+        assert {quantizer.waiting for quantizer in quantizers.values()} == {phase.name != "finetune"}
         return original(training, phase, scope)
 
     patch = pytest.MonkeyPatch()

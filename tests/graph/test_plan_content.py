@@ -11,6 +11,7 @@ import pytest
 from graphs import Graph, dequantize_weight, linear, save, tensor_value
 from onnx import TensorProto
 
+from qcompress.engine import plan_content
 from qcompress.engine.plan_bytes import check_plan
 from qcompress.engine.plan_content import float_copies
 from qcompress.errors import ExportError
@@ -85,6 +86,12 @@ def test_a_shuffled_copy_in_fp32_is_found(tmp_path: Path) -> None:
     assert set(float_copies(plan_of(tmp_path, copy.tobytes()), view)) == {"weight.codes"}
 
 
+def test_one_value_of_a_weight_many_times_is_no_copy(tmp_path: Path) -> None:
+    view, weight = view_of(tmp_path)
+    values = weight.ravel()[np.flatnonzero(weight)[:3]]
+    assert float_copies(plan_of(tmp_path, values.repeat(weight.size).tobytes()), view) == {}
+
+
 @pytest.mark.parametrize("compute", ["fp32", "fp16"])
 @pytest.mark.parametrize(("bits", "block"), [(8, None), (4, 32)])
 def test_integers_scales_and_kernels_are_no_copy(
@@ -100,6 +107,17 @@ def test_integers_scales_and_kernels_are_no_copy(
         float_copies(plan_of(tmp_path, *parts, other.tobytes(), other.astype(np.float16).tobytes()), view)
         == {}
     )
+
+
+def test_a_word_across_two_pieces_of_a_plan_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = read(save(linear(8, shape=(64, 64)), tmp_path / "model.onnx"))
+    stored = arrays(view.file)
+    copy = stored["weight.codes"].astype(np.float32) * stored["weight.scale"].astype(np.float32)
+    plan = tmp_path / "model.plan"
+    plan.write_bytes(b"odd" + copy.tobytes())
+    assert float_copies(plan, view) == {"weight.codes": 3 * 64 * 64}
+    monkeypatch.setattr(plan_content, "CHUNK", 4)
+    assert float_copies(plan, view) == {"weight.codes": 3 * 64 * 64}
 
 
 def test_a_part_of_a_copy_is_no_copy(tmp_path: Path) -> None:

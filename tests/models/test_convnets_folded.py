@@ -176,6 +176,14 @@ def test_unsigned_codes_are_those_behind_a_relu(made) -> None:
     points = made("cifar", "w4a4").line.points
     assert {item.activations.bounds for item in points if item.name.endswith("skip_point")} == {(0, 15)}
     assert {item.activations.bounds for item in points if item.name.endswith("branch_point")} == {(-8, 7)}
+    # of ResNet's skips those through a convolution can be negative
+    skips = [item for item in made("basic", "w4a4").line.points if item.name.endswith("skip_point")]
+    names = [item.name for item in made("basic", "w4a4").line.plan]
+    projected = {name.partition(".shortcut.")[0] for name in names if ".shortcut." in name}
+    assert 0 < len(projected) < len(skips)
+    for item in skips:
+        signed = item.name.removesuffix(".skip_point") in projected
+        assert item.activations.bounds == ((-8, 7) if signed else (0, 15)), item.name
     assert {item.activations.bounds for item in made("cifar", "w8a8").line.plan} == {(-128, 127)}
     assert {str(item.activations) for item in made("efficientnet", "w8a8").line.plan} == {"int8"}
 

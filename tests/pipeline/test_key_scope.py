@@ -547,6 +547,14 @@ def test_the_table_of_the_documents_is_what_the_keys_cover(text_file: Path) -> N
     assert not any("yes" in told[room] for room in ("cli", "report"))
 
 
+def test_code_that_a_stage_starts_or_copies_is_in_its_key(plan: Callable[..., keys.Plan]) -> None:
+    """No import leads there: the builder is a process, and the scripts of the probe kit are copied."""
+    code = {stage: keys.parts(plan(), stage, {})["code"].keys() for stage in ("build", "verify")}
+    kit = {path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "engine/probe_kit").glob("*.py")}
+    assert len(kit) == 3 and kit <= code["verify"]
+    assert "engine/build_engine.py" in code["build"]
+
+
 def test_the_table_of_methods_names_the_module_of_each_class() -> None:
     tables = {
         "adapter": methods.ADAPTERS,

@@ -25,6 +25,7 @@ GEOMETRIES = {
     "groups": {"kernel_size": 3, "groups": 2},
     "depthwise": {"kernel_size": 5, "groups": 8, "padding": "same"},
     "dilated": {"kernel_size": 3, "dilation": 2, "padding": "same"},
+    "same": {"kernel_size": (3, 5), "padding": "same"},
 }
 each_geometry = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 

@@ -355,16 +355,27 @@ def test_a_theta_beyond_its_bound_returns_and_can_move_again() -> None:
     assert torch.equal(scale.theta.grad, torch.ones(2))
 
 
+@pytest.mark.parametrize("bounds", [(-8, 7), (0, 15), (-128, 127)])
+def test_a_folded_activation_has_the_bounds_of_the_trained_one(bounds: tuple[int, int]) -> None:
+    x, scale = torch.linspace(-40.0, 40.0, 81), torch.tensor(0.3)
+    folded = Rounding(scale, bounds)
+    codes = torch.from_numpy(np.clip(np.rint(x.numpy() / np.float32(0.3)), *bounds))
+    assert torch.equal(folded.codes(x), codes.to(torch.int8))
+    assert torch.equal(folded(x), codes * scale)
+    assert torch.equal(FrozenActivation(scale, bounds)(x), folded(x))
+
+
 # What an int8 GEMM computes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inputs", [1, 1024, 1025, 3072])
-@pytest.mark.parametrize("extreme", [True, False])
-def test_integer_sums_are_exact_however_long_they_are(inputs: int, extreme: bool) -> None:
+@pytest.mark.parametrize("kind", ["extreme", "any", "large"])
+def test_integer_sums_are_exact_however_long_they_are(inputs: int, kind: str) -> None:
+    """Sums of large codes lie beyond 2**24, where fp32 rounds each addition in an order of its own."""
     random = np.random.default_rng(inputs)
-    x = np.full((2, 3, inputs), 127) if extreme else random.integers(-128, 128, (2, 3, inputs))
-    codes = np.full((inputs, 5), 127) if extreme else random.integers(-128, 128, (inputs, 5))
-    if extreme:
+    low = {"extreme": 127, "any": -128, "large": 96}[kind]
+    x, codes = (random.integers(low, 128, shape) for shape in ((2, 3, inputs), (inputs, 5)))
+    if kind == "extreme":
         codes[0, 1] = 126  # sums of odd products, beyond 2**24: adding them in fp32 rounds at every step
     rounding = Rounding(torch.tensor(1.0))
     found = integer_matmul(

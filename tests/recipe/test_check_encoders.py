@@ -88,6 +88,7 @@ def test_a_good_encoder_recipe_has_points_and_patterns_may_name_them(made: Path)
     ("method", "accepted"),
     [
         ("ptq", False),
+        ("quadapter", False),
         ("lsq", True),
         ("float", True),
         ("lsq\ntrain: {phases: {finetune: {steps: 0}}}", False),

@@ -195,7 +195,7 @@ LAID_OVER = {
         {"weights": {"bits": 8}},
     ),
     "another source": (
-        "model: {family: gpt2, source: a/b, revision: x}",
+        "model: {family: gpt2, source: a/b, revision: x, blocks: [0]}",
         "model: {source: c/d}",
         "model",
         {"family": "gpt2", "source": "c/d"},
@@ -283,6 +283,18 @@ def test_paths_of_an_extended_file_are_relative_to_that_file(folder: Path) -> No
         for name, path in zip(named, ("model", "train.txt", "set"), strict=True):
             assert not os.path.isabs(name)
             assert (resolved.base / name).resolve() == folder / path
+
+
+def test_a_run_and_a_timing_cache_of_an_extended_file_are_relative_to_that_file(folder: Path) -> None:
+    (folder / "a").mkdir()
+    (folder / "runs" / "first").mkdir(parents=True)
+    text = edited(
+        "source: model", "run: runs/first", edited("{target: rtx-ada,", "{target: l4, timing_cache: t,")
+    )
+    write(folder, text, "base.yaml")
+    resolved = load_recipe(write(folder, "extends: ../base.yaml\n", "a/child.yaml"))
+    assert resolved.base == folder / "a"
+    assert (resolved.recipe.model.run, resolved.recipe.build.timing_cache) == ("../runs/first", "../t")
 
 
 def test_paths_hold_where_a_link_stands_between_two_files(folder: Path) -> None:

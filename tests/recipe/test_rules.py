@@ -179,6 +179,34 @@ def test_no_training_data_is_needed_without_steps_on_it(folder: Path) -> None:
     assert len(mistakes(file, "data.train=", "train.phases=")) == 1  # the schedule has 300 steps of its own
 
 
+PHASES = {
+    "lsq": ("w8a8", ["finetune"]),
+    "teacher-intervention": ("ternary-a8", ["intervention", "finetune"]),
+    "ipq": ("ipq", ["finetune", "ffn", "embeddings", "attention"]),
+}
+
+
+@pytest.mark.parametrize("method", PHASES)
+def test_training_data_is_needed_by_each_phase_that_makes_an_update(method: str, folder: Path) -> None:
+    form, phases = PHASES[method]
+    file = write(folder)
+    for phase in phases:
+        steps = ", ".join(f"{name}: {{steps: {5 * (name == phase)}}}" for name in phases)
+        chosen = [f"method={method}", f"format={form}", "train=", f"train.phases={{{steps}}}"]
+        assert mistakes(file, *chosen) == []
+        (reported,) = mistakes(file, *chosen, "data.train=")
+        assert re.match(
+            rf"recipe\.yaml:5: data\.train: is missing: the phase {phase} trains 5 steps", reported
+        )
+
+
+def test_no_block_is_left_out_where_a_teacher_intervenes(folder: Path) -> None:
+    taught = ["method=teacher-intervention", "format=ternary-a8", "train="]
+    assert mistakes(write(folder), *taught) == []
+    (reported,) = mistakes(write(folder), *taught, "train.layer_drop=0.1")
+    assert re.match(r"--set: train\.layer_drop: .*`objective: teacher-intervention` compares each", reported)
+
+
 def test_a_float_format_is_one_that_leaves_every_weight_float(folder: Path) -> None:
     float_run = ["method=float", "train=", "format="]
     file = write(folder)

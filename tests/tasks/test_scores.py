@@ -22,6 +22,13 @@ def test_scores_of_two_labels_are_the_hand_worked_ones() -> None:
     assert list(metrics) == ["accuracy", "f1", "mcc"]
 
 
+def test_mcc_where_labels_and_answers_have_other_shares() -> None:
+    # 1 true positive, 2 false negatives, 5 true negatives; Cohen's kappa would be 0.385
+    metrics = scores(("mcc", "f1"), [1, 1, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0])
+    assert metrics["mcc"] == pytest.approx((1 * 5 - 0 * 2) / math.sqrt(1 * 3 * 5 * 7))
+    assert metrics["f1"] == pytest.approx(2 * 1 / (2 * 1 + 0 + 2))
+
+
 def test_scores_of_three_labels_average_over_the_labels() -> None:
     labels, answers = [0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 2, 0]
     # f1 of each label: 2*1/(2+1+1), 2*2/(4+1+0), 2*1/(2+0+1)

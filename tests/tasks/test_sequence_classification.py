@@ -87,6 +87,8 @@ def test_a_pair_has_token_types_and_what_is_too_long_is_cut_and_counted(tmp_path
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0, 0]]
     assert [sample.cut for sample in sample_list] == [True, False]
     assert notes(sample_list) == ["1 of 2 examples are cut at 8 tokens"] and notes(sample_list[1:]) == []
+    exact = samples(data, tmp_path, word_tokenizer(), task(context=5), None)
+    assert [(sample.cut, sample.length) for sample in exact] == [(True, 5), (False, 5)]
 
 
 def test_padding_changes_no_logit(tmp_path: Path) -> None:

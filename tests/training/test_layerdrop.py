@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,21 @@ def test_blocks_that_share_their_weights_go_together(source: Path) -> None:
     h = "transformer.h."
     assert chunks_of(architecture) == [(f"{h}0", f"{h}2"), (f"{h}1",), (f"{h}3",)]
     assert chunks_of(describe("gpt2", source)) == [(f"{h}{number}",) for number in range(BLOCKS)]
+
+
+def test_each_update_of_a_training_has_a_draw_of_its_own(
+    line: Callable[..., Any], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, ...]] = []
+
+    @contextmanager
+    def watched(*arguments: Any) -> Iterator[Callable[..., None]]:
+        with layer_drop(*arguments) as draw:
+            yield lambda *where: (drawn.append(where), draw(*where))
+
+    monkeypatch.setattr("qcompress.training.loop.layer_drop", watched)
+    line(name="drawn", steps=4, source=source, method="lsq", train={"layer_drop": 0.5}).train()
+    assert len(drawn) == len(set(drawn)) == 4
 
 
 @pytest.mark.parametrize("stepper", ["plain", "saq"])

@@ -206,6 +206,26 @@ def test_a_scale_is_never_pushed_below_half_its_value() -> None:
     assert any(second[name] == first[name] / 2 for name in names)
 
 
+def test_a_scale_follows_its_own_gradient_and_not_that_of_its_parameter() -> None:
+    """With s = unit * ratio, dL/ds is the gradient of the ratio divided by the unit."""
+    made = small(activations=True)
+    names = [name for name, _ in made.net.named_parameters() if name.endswith("input_quantizer.ratio")]
+    for factor, name in enumerate(names, 1):  # other units, equal scales
+        quantizer = made.net.get_submodule(name.removesuffix(".ratio"))
+        quantizer.unit.mul_(factor)
+        quantizer.ratio.data.div_(factor)
+    units = [unit_of(made.net, name) for name in names]
+    made.loss(0).backward()
+    gradients = [made.net.get_parameter(name).grad / unit for name, unit in zip(names, units, strict=True)]
+    norm = torch.stack(gradients).norm()
+    made.net.zero_grad()
+    made.watch = seen
+    made.run(saq(ball=["activation-scale"], rho=1e-3), 1)
+    found = moves(made)
+    for name, gradient in zip(names, gradients, strict=True):
+        torch.testing.assert_close(found[f"*{name}"], 1e-3 * gradient / norm, rtol=1e-3, atol=1e-7)
+
+
 def test_a_tied_head_is_perturbed_with_its_table_by_the_gradient_of_both_uses() -> None:
     torch.manual_seed(0)
     made = wrap(Tied(), ("weight", "scale", "other"))

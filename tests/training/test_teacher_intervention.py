@@ -27,7 +27,7 @@ from qcompress.schema.method_options import Distillation, TeacherIntervention, T
 from qcompress.schema.recipe import Train
 from qcompress.training.methods import SCHEDULES
 from qcompress.training.methods.activation_taps import Watch
-from qcompress.training.methods.distillation import DistillationLoss, prediction_loss
+from qcompress.training.methods.distillation import DistillationLoss, prediction_loss, scores_loss
 from qcompress.training.methods.protocols import Scene
 from qcompress.training.methods.teacher_intervention import INTERVENTION, Intervention, mode_at
 
@@ -392,6 +392,12 @@ def test_padding_tokens_do_not_count_in_a_taggers_prediction() -> None:
     found = prediction_loss(said, taught, {"attention_mask": mask}, 1.0, None)
     kept = mask.bool()
     assert float(found) == pytest.approx(float(prediction_loss(said[kept], taught[kept], {}, 1.0, None)))
+
+
+def test_masked_scores_count_as_0_whatever_a_mask_adds_to_them() -> None:
+    """A mask of -10000 leaves differences between two models, which no probability shows."""
+    said, taught = torch.tensor([[1.0, -9998.0, 5.0]]), torch.tensor([[3.0, -10001.0, 5.0]])
+    assert float(scores_loss([said], [taught])) == pytest.approx((4 + 0 + 0) / 3)
 
 
 def test_the_teacher_runs_once_for_each_batch(intervene: Callable[..., Made]) -> None:

@@ -166,7 +166,7 @@ def test_every_replicate_is_tested() -> None:
     assert REPLICATES.keys() == {
         "perplexity", "token_accuracy", "accuracy", "f1", "mcc", "pearson", "spearman", "top5_accuracy",
         "cross_entropy",
-        # tests/regression/test_loss_statistics.py
+        # tests/verdict/test_loss_statistics.py
         "f1_macro", "f1_micro", "span_f1", "agreement",
     }  # fmt: skip
 

@@ -275,10 +275,12 @@ def test_a_range_that_is_not_a_number_is_anomalous() -> None:
         ("test.perplexity", {"max-degradation": 1.5}, 31.5, 31.5001),
         ("test.perplexity", {"percent-max-degradation": 10}, 33.0, 33.0001),
         ("test.perplexity", {"max-degradation": 0}, 30.0, 30.0001),
+        ("test.perplexity", {"min-recovery": 0.8}, 37.5, 37.5001),
         ("test.token_accuracy", {"threshold": 0.4}, 0.4, 0.3999),
         ("test.token_accuracy", {"max-degradation": 0.25}, 0.25, 0.2499),
         ("test.token_accuracy", {"percent-max-degradation": 50}, 0.25, 0.2499),
         ("test.token_accuracy", {"max-degradation": 0}, 0.5, 0.4999),
+        ("test.token_accuracy", {"min-recovery": 0.5}, 0.25, 0.2499),
     ],
 )
 def test_a_recovery_goal_holds_at_its_limit_and_breaks_just_beyond(

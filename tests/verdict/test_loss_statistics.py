@@ -296,6 +296,9 @@ def test_f1_of_drawn_samples_is_scikit_learns(average: str, several: bool) -> No
     shape = (60, 3) if several else (60,)
     label, answer = (random.integers(0, 2 if several else 4, shape).tolist() for _ in range(2))
     counts = draw_counts(60, 20, task=0)
+    if not several:
+        label[0] = answer[0] = 4
+        assert 0 < (counts[:, 0] == 0).sum() < 20  # some draws have no sample of this label
     replicates = REPLICATES[f"f1_{average}"]({"label": label, "prediction": answer}, counts)
     for draw, row in enumerate(counts):
         truth, given = repeated(label, row), repeated(answer, row)
