@@ -182,7 +182,7 @@ def test_no_training_data_is_needed_without_steps_on_it(folder: Path) -> None:
 PHASES = {
     "lsq": ("w8a8", ["finetune"]),
     "teacher-intervention": ("ternary-a8", ["intervention", "finetune"]),
-    "ipq": ("ipq", ["finetune", "ffn", "embeddings", "attention"]),
+    "ipq": ("ipq", ["finetune", "ffn", "embeddings", "attention", "rest"]),
 }
 
 

@@ -31,7 +31,9 @@ from qcompress.schema.tasks import AGREEMENT
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
 """Pattern of names that become part of a path or of a metric's name."""
 
-TASK_LOSS_PHASES = ("finetune", "intervention", "ffn", "embeddings", "attention")
+TASK_LOSS_PHASES = tuple(
+    dict.fromkeys(name for phases in PHASES.values() for name in phases if name != "calibrate")
+)
 """Phases that train with the task's loss on the training data; other phases use the calibration data."""
 
 
