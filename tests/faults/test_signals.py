@@ -43,7 +43,10 @@ def project(tmp_path: Path, tiny_model: Path, text_file: Path) -> Project:
     return make_project(tmp_path / "project", tiny_model, text_file)
 
 
-@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_while_training(project: Project, number: int) -> None:
     process = start(project.command())
     wait_for(project, "train/*.partial/checkpoint.safetensors", process)

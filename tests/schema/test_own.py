@@ -186,7 +186,7 @@ def test_the_same_class_reuses_every_stage_and_another_source_does_not(project: 
         patch.syspath_prepend(project.folder)
         import elsewhere
 
-        again = project.run(**{**OWN, "steppers": {"sign": elsewhere.Same}})
+        again = project.run(**{**OWN, "steppers": {"sign": elsewhere.Same}}, until="train")
     assert not {step.stage: step.reused for step in again.steps}["train"]
 
 
@@ -212,7 +212,7 @@ def test_a_helper_in_another_file_and_a_base_in_this_package_are_in_the_key(
 
     overrides = ["stepper=own-saq"]
     classes = {**OWN, "steppers": {"own-saq": own_saq.Mine}}
-    made = project.run(*overrides, **classes)
+    made = project.run(*overrides, until="train", **classes)
     assert "training/methods/saq.py" in made.steps[1].parts["code"]
     assert "training/methods/squat.py" not in made.steps[1].parts["code"]
 

@@ -85,13 +85,17 @@ def test_a_library_without_the_drivers_functions_is_no_driver(monkeypatch: pytes
     assert gpu.cuda_devices() == []
 
 
-def test_a_whole_run_without_what_only_linux_has(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("until", ["fold", pytest.param("", marks=pytest.mark.slow)])
+def test_a_run_without_what_only_linux_has(
+    tiny_model: Path, text_file: Path, tmp_path: Path, until: str
+) -> None:
     """In a process of its own. sys.platform stays Linux's: numpy and torch ask it for their binaries."""
     untrained = {"method": "ptq", "train": {"device": "cpu", "batch_size": 4}, "build": {"target": "cpu"}}
     project = make_project(tmp_path / "p", tiny_model, text_file, **untrained)
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, *project.command()],
+        [sys.executable, "-c", WITHOUT, *project.command(*("--until", until)[: 2 * bool(until)])],
         env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "accept" in done.stdout
+    assert ("accept" in done.stdout) is (not until)
+    assert (project.cache / "fold").is_dir()
