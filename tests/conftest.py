@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,16 @@ from tiny import Line, make_checkpoint, make_recipe, start_line, write_text
 def _one_thread() -> None:
     """Tensors this small gain nothing from threads, and on a busy machine threads wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_collection() -> Iterator[None]:
+    """Stages collect garbage to free a model before the next one; those of tests are tiny."""
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in ("train", "fold", "verify"):
+            nothing = SimpleNamespace(collect=lambda: 0)
+            patch.setattr(f"qcompress.pipeline.stages.{stage}.gc", nothing)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,9 @@ def code_digest(
     as (importer, imported), that are not followed, such as those of the methods that a recipe does not
     select; imports of those modules by others still count. `package` is the folder to walk.
     """
+    modules = _modules_of(package)
     for module in [*roots, *leave_out, *(module for edge in unused for module in edge)]:
-        if _find(package, module) is None:
+        if module not in modules:
             raise ContractError(
                 f"code_digest was asked about {module}, and {package} holds no such module",
                 fix="correct the module's name where the stage lists its code",
@@ -69,7 +71,7 @@ def code_digest(
             continue
         walked[module] = whole
         queue.extend((parent, False, module) for parent in _parents(module))
-        path = _find(package, module)
+        path = modules.get(module)
         if path is None:
             raise ContractError(
                 f"{importer} imports {module}, and {package} holds no such module",
@@ -81,8 +83,8 @@ def code_digest(
         digests[path.relative_to(package).as_posix()] = code.digest
         for imported in code.imports:
             if whole or not imported.lazy:
-                modules = _modules(package, imported)
-                queue.extend((name, full, module) for name, full in modules if (module, name) not in unused)
+                names = _imported(modules, imported)
+                queue.extend((name, full, module) for name, full in names if (module, name) not in unused)
     return dict(sorted(digests.items()))
 
 
@@ -125,7 +127,9 @@ def tree_digest(tree: ast.AST) -> str:
 
 def is_module(name: str) -> bool:
     """True if this package has a module of this name."""
-    return _find(PACKAGE, name) is not None
+    root, _, rest = name.partition(".")
+    place = PACKAGE.joinpath(*rest.split(".")) if rest else PACKAGE
+    return root == PACKAGE.name and (place.is_dir() or place.with_name(f"{place.name}.py").is_file())
 
 
 def _tree_text(node: object) -> str:
@@ -189,9 +193,9 @@ def _imports(node: ast.Import | ast.ImportFrom, here: str, lazy: bool) -> Iterat
             yield _Import(base, alias.name, lazy)
 
 
-def _modules(package: Path, imported: _Import) -> Iterator[tuple[str, bool]]:
+def _imported(modules: Mapping[str, Path], imported: _Import) -> Iterator[tuple[str, bool]]:
     """Modules that an import needs, each with True if imports inside its functions count."""
-    if imported.name is not None and _find(package, f"{imported.base}.{imported.name}") is not None:
+    if imported.name is not None and f"{imported.base}.{imported.name}" in modules:
         yield f"{imported.base}.{imported.name}", True
     else:
         yield imported.base, True
@@ -204,16 +208,20 @@ def _parents(module: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-def _find(package: Path, module: str) -> Path | None:
-    """File of a module, folder of a package without `__init__`, or None."""
-    root, _, rest = module.partition(".")
-    if root != package.name:
-        return None
-    place = package.joinpath(*rest.split(".")) if rest else package
-    for path in (place / "__init__.py", place.with_name(place.name + ".py")):
-        if path.is_file() and path.is_relative_to(package):
-            return path
-    return place if place.is_dir() else None
+def _modules_of(package: Path) -> dict[str, Path]:
+    """File of each module of a package by its full name; for a folder without `__init__`, the folder."""
+    modules: dict[str, Path] = {}
+    for folder, _, files in os.walk(package, followlinks=True):
+        place = Path(folder)
+        parts = (package.name, *place.relative_to(package).parts)
+        name = ".".join(parts)
+        sources = [file for file in files if file.endswith(".py")]
+        modules |= {f"{name}.{file[:-3]}": place / file for file in sources}
+        if "__init__.py" in sources:
+            modules[name] = place / "__init__.py"
+        else:
+            modules.setdefault(name, place)
+    return modules
 
 
 # Keys ---------------------------------------------------------------------------------------------

@@ -277,3 +277,20 @@ def test_changes_are_told_in_the_order_code_values_versions() -> None:
 def test_what_json_cannot_say_exactly_is_refused_with_its_place(value: object, words: str) -> None:
     with pytest.raises(ContractError, match=words):
         stage_key("fold", {"recipe": "r", "values": value})
+
+
+def test_a_module_is_its_package_its_file_or_a_folder_in_this_order(tmp_path: Path) -> None:
+    folder = tmp_path / "qcompress"
+    for name, text in {
+        "__init__.py": "",
+        "both/__init__.py": "A = 1\n",
+        "both.py": "A = 2\n",
+        "file.py": "A = 3\n",
+        "file/data.py": "A = 4\n",
+        "root.py": "from qcompress import both, file\nfrom qcompress.file import data\n",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    assert list(code_digest(["qcompress.root"], package=folder)) == [
+        "__init__.py", "both/__init__.py", "file.py", "file/data.py", "root.py",
+    ]  # fmt: skip
