@@ -113,6 +113,15 @@ def test_formats_and_patterns_say_which_points_are_rounded(encoder: Callable[...
     assert len(names(off)) == 8
 
 
+def test_keys_and_values_have_the_format_of_the_cache_and_the_others_that_of_attention(
+    line: Callable[..., Line],
+) -> None:
+    made = line(format={"preset": "w8a8", "attention": "int8", "cache": "int4"})
+    points = plan_points(made.recipe, made.architecture)
+    bits = {item.name.rpartition(".")[2]: item.activations.bits for item in points}
+    assert bits == {"query_point": 8, "key_point": 4, "value_point": 4, "probability_point": 8}
+
+
 def test_points_survive_their_file(encoder: Callable[..., EncoderLine]) -> None:
     points = encoder(format=FORMATS["some"]).points
     again = points_from_json(points_to_json(points))
