@@ -248,6 +248,26 @@ def test_one_set_after_another_becomes_codebooks_and_indices_stay(line: Callable
     assert made.facts()["codebooks"].keys() == {*ffn, *tables, *attention}
 
 
+def test_centroids_train_in_each_phase_that_makes_codebooks(
+    line: Callable[..., Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """iPQ of Quant-Noise (arXiv:2004.07320, section 3.3) finetunes centroids after each set of layers."""
+    from qcompress.training import loop
+
+    original, trained = loop.groups_of, {}
+
+    def groups_of(training: Any, phase: Any, scope: str = "") -> Any:
+        groups = original(training, phase, scope)
+        trained[phase.name] = {group.role: group.lr > 0 and len(group.parameters) for group in groups}
+        return groups
+
+    monkeypatch.setattr(loop, "groups_of", groups_of)
+    line(**STAGED).train()
+    assert {name: roles.get("centroid") for name, roles in trained.items()} == {
+        "finetune": None, "ffn": 10, "embeddings": 10, "attention": 10,
+    }  # fmt: skip
+
+
 def watch(seen: list[dict[str, bool]], indices: dict[str, torch.Tensor]) -> Any:
     """Looks at every phase as it begins, after its codebooks were made."""
     from qcompress.training import loop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import tiny
 import torch
 from lines import make_project, plain_session
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2LMHeadModel
 
@@ -108,6 +109,34 @@ def test_training_keeps_the_weights_shared_and_folding_keeps_the_function(made: 
     scales = [name for name in stored if name.endswith("attn.c_attn.input.scale")]
     assert len(scales) == (BLOCKS if "w8a8" in str(made.file) else 0)
     assert len({float(stored[name]) for name in scales}) == len(scales)
+
+
+def test_a_shared_bias_fits_int32_at_the_smallest_input_scale_of_its_blocks(
+    source: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """A channel of tiny weights behind a bias: int32 needs a scale for the smallest input scale."""
+    changed = tmp_path / "model"
+    shutil.copytree(source, changed)
+    tensors = load_file(changed / "model.safetensors")
+    layer = "mlp.c_fc"
+    owners = sorted(set(SHARED))
+    for owner in owners:
+        tensors[f"transformer.h.{owner}.{layer}.weight"][:, 3] *= 1e-9
+        tensors[f"transformer.h.{owner}.{layer}.bias"][3] = 1.0
+    save_file(tensors, changed / "model.safetensors", {"format": "pt"})
+    line = (
+        shared_line(tmp_path, changed, text_file, tiny.make_recipe(text_file, format="w8a8")).train().fold()
+    )
+    stored = load_file(line.folded.path / "folded.safetensors")
+    spread = 1.0
+    for owner in owners:
+        users = [number for number, other in enumerate(SHARED) if other == owner]
+        inputs = [float(stored[f"transformer.h.{number}.{layer}.input.scale"]) for number in users]
+        name = f"transformer.h.{owner}.{layer}"
+        products = stored[f"{name}.weight.scale"].double() * min(inputs)
+        assert (stored[f"{name}.bias"].double().abs() / products).max() <= 2**30 * (1 + 1e-6)
+        spread = max(spread, max(inputs) / min(inputs))
+    assert spread > 1.01  # so that another block's input scale would not do
 
 
 def test_the_file_holds_what_is_shared_once_under_the_first_name(made: Made) -> None:
