@@ -37,7 +37,7 @@ from qcompress.parity.sample_results import read_samples
 file, begin = Path(sys.argv[1]), time.monotonic()
 try:
     if sys.argv[2] == "images":
-        for one in images.read_pictures(TextData(npz=[file.name]), file.parent, {}).found: one.open()
+        for one in images.read_pictures(TextData(npz=[file.name]), file.parent, {}).pictures: one.open()
     elif sys.argv[2] == "image":
         images.open_image(file)
     elif sys.argv[2] == "samples":
