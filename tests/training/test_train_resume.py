@@ -94,7 +94,9 @@ def child(made: Line, moment: Moment | None, resuming: bool) -> None:
         def refuse(*arguments: object) -> None:
             raise AssertionError("a resumed run observes no ranges again")
 
-        qcompress.pipeline.stages.train.observe = qcompress.pipeline.stages.train.initialise = refuse
+        for name in ("observe_all", "initialise"):
+            assert hasattr(qcompress.pipeline.stages.train, name)
+            setattr(qcompress.pipeline.stages.train, name, refuse)
     made.train()
 
 
