@@ -17,7 +17,7 @@ def measure_sizes(
     """Measure the bytes of each quantized layer (all that its encoding stores), of all initializers and of
     the file. `raised`: per-layer counts of the scales that fold raised for int32 biases, from folded.json.
     """
-    view = read(file)
+    view = read(file, separated=True)
     stored = {
         name: stored_bytes(view.constants[name]) for name in view.constants.keys() - view.producers.keys()
     }

@@ -28,6 +28,7 @@ from qcompress.encodings.walk import (
     operand,
 )
 from qcompress.errors import ExportError
+from qcompress.graph.joined import Columns, separate
 from qcompress.graph.model_file import data_files, graphs_of, load
 from qcompress.graph.tensors import BITS, misfit, type_word
 
@@ -110,6 +111,8 @@ class View:
     """Cache of `root`."""
     sources: dict[str, NodeProto | None] = field(default_factory=dict)
     """Cache of `qdq.dequantizer_of`."""
+    columns: dict[str, Columns] = field(default_factory=dict)
+    """Constants that are columns of a joined weight, for `read(file, separated=True)`."""
     steps: Steps = field(init=False)
 
     def __post_init__(self) -> None:
@@ -169,9 +172,13 @@ class View:
 
     def values(self, name: str) -> np.ndarray | None:
         """Values of a stored tensor, None if it does not exist. Raises ExportError for damaged data."""
+        if name in self.columns:
+            return self.columns[name].of(self._array(name, self.columns[name].tensor))
         tensor = self.constants.get(name)
-        if tensor is None:
-            return None
+        return None if tensor is None else self._array(name, tensor)
+
+    def _array(self, name: str, tensor: TensorProto) -> np.ndarray:
+        """Values of a tensor; messages call it `name`."""
         if problem := misfit(tensor, self.file.parent):  # before memory is allocated for the claimed shape
             raise ExportError(
                 f"{self.file}: tensor {name!r} cannot be read ({problem})",
@@ -226,9 +233,12 @@ def _without_collector() -> Iterator[None]:
 
 
 @_without_collector()
-def read(file: Path) -> View:
-    """Open an ONNX file, without its external data."""
+def read(file: Path, *, separated: bool = False) -> View:
+    """Open an ONNX file, without its external data. `separated`: matmuls that `export` joined are shown as
+    those of their layers.
+    """
     model = load(file)
+    columns = separate(model) if separated else {}
     graphs = tuple(graphs_of(model.graph))
     wires = tuple(
         tuple(Wire(node, tuple(node.input), tuple(node.output)) for node in graph.node) for graph in graphs
@@ -271,6 +281,7 @@ def read(file: Path) -> View:
         metadata={item.key: item.value for item in model.metadata_props},
         declared=declared,
         operators=operators,
+        columns=columns,
     )
     view.fixed.update(_fixed(view))
     view.types.update(_types(view))

@@ -130,7 +130,7 @@ def follow(
     without a Q/DQ pair in the graph.
     """
     facts = read_json(folded.path / "folded.json")
-    view = read(onnx.file)
+    view = read(onnx.file, separated=True)
     plan, points = plans_from_json(facts["plan"]), points_from_json(facts.get("points", []))
     values = {name: (*pair, False) for name, pair in matmul_inputs(view, plan).items()}
     values |= point_inputs(view, points)

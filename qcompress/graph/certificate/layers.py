@@ -27,7 +27,7 @@ def certify(file: Path, folded: Path, plan: tuple[LayerPlan, ...]) -> dict[str, 
     """Compare an ONNX file with folded.safetensors in `folded`. `complete` is True only if every layer passed
     and the file has no float copy of a quantized weight.
     """
-    return certify_view(read(file), folded, plan)
+    return certify_view(read(file, separated=True), folded, plan)
 
 
 def certify_view(view: View, folded: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def certify_all(
     """Make the certificate of layers and points. `complete` is True only if all of them passed; `files` holds
     the digests of the graph and of its external data.
     """
-    view = read(file)
+    view = read(file, separated=True)
     certificate = certify_view(view, folded, plan)
     with safe_open(folded / "folded.safetensors", framework="np") as tensors:
         values = _values(view, points)

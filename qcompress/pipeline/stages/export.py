@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from qcompress.encodings import CODES, ENCODINGS, encoding_of
 from qcompress.errors import ExportError
 from qcompress.graph.certificate.points import certify_all
+from qcompress.graph.join_matmuls import join_matmuls
 from qcompress.graph.keep_fp32 import keep_fp32, require_operators
 from qcompress.graph.lint.lint import lint, refuse_errors
 from qcompress.graph.optimizer import optimize
@@ -78,6 +79,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     for item in plan:
         if item.weights is not None and not item.layer.tied_to:
             encoding_of(item.weights).pack(model.graph.initializers, item.name, item.weights)
+    join_matmuls(model)
     if options.keep_fp32:
         require_operators(model, options.keep_fp32)
         keep_fp32(model, options.keep_fp32, load_file(folded.path / "folded.safetensors"))
