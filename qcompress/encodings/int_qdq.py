@@ -2,6 +2,9 @@
 
     weight = codes * scale        codes int8 in folded.safetensors; int8, int4 or int2 in the file
 
+Graphs for ONNX Runtime look up a table's rows as codes and decode these (`walk.Lookup`); TensorRT takes only
+the decoded table in front of the Gather.
+
 Narrow codes may be stored in a wider type (`container`). A codebook with `codebook: decode-int8` also uses
 this encoding: each index is replaced by the int8 codes of its centroid, and all channels have equal scales.
 """
@@ -19,8 +22,12 @@ from qcompress.encodings.walk import (
     DEQUANTIZE,
     MOVES,
     QUANTIZE,
+    Lookup,
     attribute,
     first_difference,
+    is_a,
+    lookup_of,
+    lookups_of,
     matmuls,
     operand,
     pair_of,
@@ -114,24 +121,36 @@ class IntegerQdq:
             stored = view.word(codes_name)
             if stored != f"INT{item.weights.stored_bits}":
                 reasons.append(f"codes are stored as {stored}")
-        decoders = readers_of(view, codes_name, DEQUANTIZE)
-        if not decoders or len(decoders) != len(view.readers[codes_name]):
+        decoders, lookups = readers_of(view, codes_name, DEQUANTIZE), lookups_of(view, codes_name)
+        reads = len(decoders) + len(lookups)
+        if not reads or reads != len(view.readers[codes_name]) or _is_shared(view, lookups):
             reasons.append("codes must be read by DequantizeLinear and by nothing else")
-        wrong_scales = _wrong_scales(view, decoders, tensors.get_tensor(f"{owner}.weight.scale"))
-        reasons += wrong_scales + _wrong_layout(decoders, item) + _unread(view, decoders, item)
+        scales = [(node, operand(node, 1)) for node in decoders]
+        scales += [(lookup.decoder, lookup.scale) for lookup in lookups]
+        wrong_scales = _wrong_scales(view, scales, tensors.get_tensor(f"{owner}.weight.scale"))
+        reasons += wrong_scales + _wrong_layout(decoders, item) + _unread(view, decoders, lookups, item)
+        reasons += _wrong_blocks(lookups, item)
         sources = [result(node) for node in decoders]
-        return Certified(codes_equal, bool(decoders) and not wrong_scales, sources, reasons)
+        return Certified(codes_equal, bool(reads) and not wrong_scales, sources, reasons)
 
     def sources(self, view: View, owner: str) -> list[str]:
         """Return the outputs of the DequantizeLinear nodes."""
         return [result(node) for node in readers_of(view, f"{owner}.weight.codes", DEQUANTIZE)]
 
     def find(self, view: View) -> Iterator[Stored]:
-        """Yield the constants behind DequantizeLinear, directly or computed from a stored tensor."""
+        """Yield the constants behind DequantizeLinear, directly or computed from a stored tensor, and the
+        tables whose rows are decoded behind a Gather.
+        """
         for node in view.named(DEQUANTIZE):
             if operand(node, 0) in view.fixed:
                 name = view.root(operand(node, 0))
                 yield StoredIntegers(view, name, name, node)
+            elif (lookup := lookup_of(view, node)) and view.word(lookup.codes) in INTEGERS:
+                yield StoredRows(view, lookup.codes, lookup.codes, node)
+        for node in view.nodes:
+            lookup = lookup_of(view, node) if node.op_type == "GatherBlockQuantized" else None
+            if lookup and lookup.codes in view.constants:
+                yield StoredRows(view, lookup.codes, lookup.codes, node)
 
     def stored_bytes(self, layer: Layer, form: AnyWeightFormat, float_bytes: int) -> int:
         """Bytes of codes and scales. Zero points are not counted: layers of equal shape share them."""
@@ -213,6 +232,52 @@ class StoredIntegers(Stored):
         yield (difference.astype(scale.dtype) * scale).astype(np.float32)
 
 
+class StoredRows(StoredIntegers):
+    """A table whose rows are looked up as codes and decoded behind the Gather."""
+
+    @property
+    def _lookup(self) -> Lookup:
+        return lookup_of(self.view, self.node)
+
+    @property
+    def code_type(self) -> str:
+        """Type of the table."""
+        return self.view.word(self.name)
+
+    @property
+    def block(self) -> int:
+        """Attribute `block_size`, 0 for one scale per row."""
+        block = self._lookup.block
+        return 0 if block == self.shape[-1] else block
+
+    @property
+    def granularity(self) -> str:
+        """`channel` (a row) or `block N`."""
+        return f"block {self.block}" if self.block else "channel"
+
+    def parts(self) -> Iterator[str]:
+        """Yield the codes and the scales."""
+        yield from filter(None, (self.name, self._lookup.scale))
+
+    def readers(self) -> Iterator[NodeProto]:
+        """Yield the Gather of the codes; GatherBlockQuantized decodes them itself."""
+        gather = self.view.producers.get(operand(self.node, 0))
+        yield from () if gather is None else (gather,)
+
+    def information_bits(self) -> float:
+        """Bits of the range of the codes."""
+        return code_bits(self.view, self.name)
+
+    def decoded(self, most: int) -> Iterator[np.ndarray]:
+        """Yield codes * scale."""
+        codes, scale = self.view.values(self.name), self.view.values(self._lookup.scale)
+        if codes is None or scale is None or not scale.size:
+            return
+        rows = rows_of(most, codes[:1].size)
+        spread = _spread(scale, codes.shape, 1 if scale.ndim == 2 else 0, self.block)[:rows]
+        yield (codes[:rows].astype(spread.dtype) * spread).astype(np.float32)
+
+
 def code_bits(view: View, name: str) -> float:
     """Information bits of the codes of an initializer: ceil(log2(max - min + 1)), log2(3) for three levels.
     Those of the type for other types than INTEGERS, and for an empty tensor.
@@ -239,31 +304,49 @@ def _spread(part: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> 
     return np.broadcast_to(part.reshape(sizes), shape)
 
 
-def _wrong_scales(view: View, decoders: list[NodeProto], reference: np.ndarray) -> list[str]:
-    """Reasons why scales or zero points are wrong; all decoders of a tied table are checked."""
+def _wrong_scales(view: View, decoders: list[tuple[NodeProto, str]], reference: np.ndarray) -> list[str]:
+    """Reasons why scales or zero points are wrong; all decoders of a tied table are checked. `decoders`:
+    nodes with the names of their stored scales.
+    """
     reasons = []
-    for node in decoders:
-        scale = view.initializer(operand(node, 1))
+    for node, name in decoders:
+        scale = view.initializer(name)
         if scale is None:
-            reasons.append(f"{node.name}: no initializer {operand(node, 1)}")
+            reasons.append(f"{node.name}: no initializer {name}")
         elif not same(scale, reference.astype(scale.dtype)):
             reasons.append(first_difference(scale, reference.astype(scale.dtype), "scale"))
-        if not zero_is_zero(view, node):
+        if is_a(node, DEQUANTIZE) and not zero_is_zero(view, node):
             reasons.append(f"{node.name}: the zero point is not 0")
     return reasons
 
 
-def _unread(view: View, decoders: list[NodeProto], item: LayerPlan) -> list[str]:
+def _is_shared(view: View, lookups: list[Lookup]) -> bool:
+    """True if another node than the decoder reads the rows that a lookup gathers."""
+    gathered = [operand(lookup.decoder, 0) for lookup in lookups if is_a(lookup.decoder, DEQUANTIZE)]
+    return any(len(view.readers[name]) != 1 for name in gathered)
+
+
+def _unread(view: View, decoders: list[NodeProto], lookups: list[Lookup], item: LayerPlan) -> list[str]:
     """Reason why the decoded codes do not reach their layer, for example because it reads a float copy."""
-    if not decoders:
-        return []
     outputs = [result(node) for node in decoders]
     if item.layer.kind == "embedding":
         readers = [node for name in outputs for node in readers_of(view, name, "Gather")]
-        read = any(operand(node, 0) in outputs for node in readers)
-        return [] if read else ["the decoded codes reach no Gather"]
+        read = bool(lookups) or any(operand(node, 0) in outputs for node in readers)
+        return [] if read or not decoders else ["the decoded codes reach no Gather"]
+    if not decoders:
+        return ["the codes are looked up and reach no matmul"] if lookups else []
     wanted = "Conv" if item.layer.kind == "conv" else "MatMul"
     return [] if any(matmuls(view, name) for name in outputs) else [f"the decoded codes reach no {wanted}"]
+
+
+def _wrong_blocks(lookups: list[Lookup], item: LayerPlan) -> list[str]:
+    """Reasons why the block size of a lookup is wrong."""
+    block = item.block or item.layer.shape[-1]
+    return [
+        f"{lookup.decoder.name} has block {lookup.block}, expected {block}"
+        for lookup in lookups
+        if lookup.block != block
+    ]
 
 
 def _wrong_layout(decoders: list[NodeProto], item: LayerPlan) -> list[str]:

@@ -113,6 +113,49 @@ def pair_of(view: View, decoder: NodeProto | None, *, cached: bool = False) -> P
     return Pair(quantize, decoder, clip) if is_a(quantize, QUANTIZE) else None
 
 
+class Lookup(NamedTuple):
+    """Rows of a table that are looked up as codes and decoded behind the Gather."""
+
+    codes: str
+    """Stored codes, [rows, width]."""
+    scale: str
+    """Stored scales, [rows] or [rows, width / block]; empty if they are not looked up with the same ids."""
+    decoder: NodeProto
+    """DequantizeLinear of the rows, or GatherBlockQuantized."""
+
+    @property
+    def block(self) -> int:
+        """Attribute `block_size`: the width of the table, if a row has one scale."""
+        return attribute(self.decoder, "block_size", 0)
+
+
+def lookup_of(view: View, node: NodeProto | None) -> Lookup | None:
+    """Lookup that ends in a node, None for other nodes."""
+    if node is None:
+        return None
+    if node.op_type == "GatherBlockQuantized" and node.domain == RUNTIME:
+        axes = attribute(node, "gather_axis", 0), attribute(node, "quantize_axis", 1)
+        is_plain = axes == (0, 1) and not operand(node, 3)
+        return Lookup(operand(node, 0), operand(node, 2) if is_plain else "", node)
+    rows = view.producers.get(operand(node, 0)) if is_a(node, DEQUANTIZE) else None
+    if not (is_a(rows, "Gather") and operand(rows, 0) in view.constants and attribute(rows, "axis", 0) == 0):
+        return None
+    scales = view.producers.get(operand(node, 1))
+    if is_a(scales, "Unsqueeze"):
+        scales = view.producers.get(operand(scales, 0))
+    together = is_a(scales, "Gather") and attribute(scales, "axis", 0) == 0
+    is_plain = together and operand(scales, 1) == operand(rows, 1) and attribute(node, "axis", 1) == -1
+    return Lookup(operand(rows, 0), operand(scales, 0) if is_plain else "", node)
+
+
+def lookups_of(view: View, codes: str) -> list[Lookup]:
+    """All lookups of rows of a stored tensor."""
+    rows = [result(node) for node in readers_of(view, codes, "Gather") if operand(node, 0) == codes]
+    ends = [node for name in rows for node in readers_of(view, name, DEQUANTIZE)]
+    ends += [node for node in view.readers.get(codes, []) if node.op_type == "GatherBlockQuantized"]
+    return [lookup for node in ends if (lookup := lookup_of(view, node)) and lookup.codes == codes]
+
+
 def matmuls(view: View, value: str) -> list[tuple[NodeProto, str]]:
     """Matmuls and convolutions that read a value directly or after Transpose, with their input's name."""
     users = users_of(view, value, ("Transpose",))

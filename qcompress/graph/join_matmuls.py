@@ -118,7 +118,7 @@ def _join(model: ir.Model, group: Sequence[Product], decoder: ir.Node | None) ->
         joined = _initializer(model, f"{name}.bias", biases)
         nodes.append(ir.node("Add", [matmul.outputs[0], joined], name=f"{name}/Add"))
     widths = np.array([one.decoder.inputs[0].shape[1] for one in group], np.int64)
-    sizes = _constant(model, f"{name}.columns", widths)
+    sizes = constant(model, f"{name}.columns", widths)
     split = ir.node(
         "Split", [nodes[-1].outputs[0], sizes], attributes={"axis": -1}, num_outputs=len(group),
         name=f"{name}/Split",
@@ -165,10 +165,10 @@ def _initializer(model: ir.Model, name: str, values: Sequence[ir.Value]) -> ir.V
     if name in model.graph.initializers:
         return model.graph.initializers[name]
     array = np.concatenate([value.const_value.numpy() for value in values], axis=-1)
-    return _constant(model, name, array, values[0].dtype)
+    return constant(model, name, array, values[0].dtype)
 
 
-def _constant(model: ir.Model, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+def constant(model: ir.Model, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
     """Initializer of an array, one with that name if it exists."""
     if name in model.graph.initializers:
         return model.graph.initializers[name]

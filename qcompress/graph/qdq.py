@@ -17,6 +17,7 @@ from qcompress.encodings.walk import (
     QUANTIZE,
     attribute,
     is_a,
+    lookup_of,
     operand,
     pair_of,
     result,
@@ -74,8 +75,8 @@ def dequantizer_of(view: View, name: str) -> NodeProto | None:
 
 
 def parameters(view: View, index: int) -> Iterator[tuple[NodeProto, str]]:
-    """Q and DQ nodes with the name of their scale or zero point (`index`). Skips a DequantizeLinear whose
-    QuantizeLinear has the same parameter.
+    """Q and DQ nodes with the name of their scale or zero point (`index`); for rows that are looked up as
+    codes, with the stored scale. Skips a DequantizeLinear whose QuantizeLinear has the same parameter.
     """
     for node in view.named(QUANTIZE, DEQUANTIZE):
         pair = pair_of(view, node)
@@ -83,4 +84,5 @@ def parameters(view: View, index: int) -> Iterator[tuple[NodeProto, str]]:
             pair is not None and pair.clip is None and operand(pair.quantize, index) == operand(node, index)
         )
         if operand(node, index) and not is_known:
-            yield node, operand(node, index)
+            lookup = lookup_of(view, node) if index == SCALE else None
+            yield node, (lookup and lookup.scale) or operand(node, index)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 from safetensors import safe_open
 
 from qcompress.encodings import encoding_of
-from qcompress.encodings.walk import DEQUANTIZE, QUANTIZE, is_a, operand, pair_of
+from qcompress.encodings.walk import DEQUANTIZE, QUANTIZE, is_a, lookup_of, operand, pair_of, result
 from qcompress.graph.certificate.edges import Use, own_matmuls, uses_of, verdict
 from qcompress.graph.view import View, read
 from qcompress.models.plan import LayerPlan
@@ -95,10 +95,18 @@ def _float_copies(view: View, plan: tuple[LayerPlan, ...]) -> list[str]:
 
 
 def _is_scale(view: View, name: str) -> bool:
-    """True if only Q/DQ nodes read a tensor, as a scale; block scales [in // block, out] may have a weight's
-    shape.
+    """True if only Q/DQ nodes read a tensor, as a scale, or rows of it; block scales [in // block, out] may
+    have a weight's shape.
     """
     readers = view.readers.get(name, [])
-    return bool(readers) and all(
-        is_a(node, QUANTIZE, DEQUANTIZE) and list(node.input).index(name) == 1 for node in readers
-    )
+    return bool(readers) and all(_reads_scale(view, node, name) for node in readers)
+
+
+def _reads_scale(view: View, node: NodeProto, name: str) -> bool:
+    """True if a node reads a tensor as a scale."""
+    if is_a(node, "Gather"):
+        behind = view.readers.get(result(node), [])
+        return bool(behind) and all(_reads_scale(view, one, result(node)) for one in behind)
+    if lookup := lookup_of(view, node):
+        return name in (lookup.scale, operand(node, 1))
+    return is_a(node, QUANTIZE, DEQUANTIZE) and operand(node, 1) == name

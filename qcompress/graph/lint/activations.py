@@ -15,6 +15,8 @@ from qcompress.encodings.walk import (
     MOVES,
     QUANTIZE,
     attribute,
+    lookup_of,
+    lookups_of,
     operand,
     result,
     users_of,
@@ -243,7 +245,10 @@ def constant_readers(view: View, target: Target) -> Iterator[Broken]:
             continue
         for node in view.readers.get(name, []):
             is_parameter = node.op_type in (QUANTIZE, DEQUANTIZE, "Clip") and operand(node, 0) != name
-            if node.op_type != DEQUANTIZE and not is_parameter:
+            looked_up = target.backend is None and any(
+                one.decoder is node or node.op_type == "Gather" for one in lookups_of(view, name)
+            )
+            if node.op_type != DEQUANTIZE and not is_parameter and not looked_up:
                 yield Broken(name, f"read by {node.op_type} {node_name(node)}")
 
 
@@ -257,6 +262,8 @@ def lone_quantizers(view: View, target: Target) -> Iterator[Broken]:
 def integer_operators(view: View, target: Target) -> Iterator[Broken]:
     for node in view.nodes:
         op = node.op_type
+        if target.backend is None and lookup_of(view, node):
+            continue
         if op in INTEGER_OPERATORS or op.startswith(("QLinear", "DynamicQuantize")):
             yield Broken(node_name(node), op)
 

@@ -222,7 +222,7 @@ RULES: tuple[Rule, ...] = (
         "constant-reader", "refused", "builder",
         "a stored integer tensor is read by DequantizeLinear only",
         "put DequantizeLinear directly behind the tensor, then Gather or Transpose; remove a Clip of stored "
-        "codes",
+        "codes; export again if the graph was made for `build.target: cpu`",
         activations.constant_readers,
     ),
     Rule(

@@ -31,6 +31,7 @@ from qcompress.graph.certificate.points import certify_all
 from qcompress.graph.join_matmuls import join_matmuls
 from qcompress.graph.keep_fp32 import keep_fp32, require_operators
 from qcompress.graph.lint.lint import lint, refuse_errors
+from qcompress.graph.onnxruntime_forms import adapt
 from qcompress.graph.optimizer import optimize
 from qcompress.graph.sizes import measure_sizes
 from qcompress.models import FAMILIES, graph_signature
@@ -80,6 +81,8 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
         if item.weights is not None and not item.layer.tied_to:
             encoding_of(item.weights).pack(model.graph.initializers, item.name, item.weights)
     join_matmuls(model)
+    if TARGETS[target].backend is None:
+        adapt(model)
     if options.keep_fp32:
         require_operators(model, options.keep_fp32)
         keep_fp32(model, options.keep_fp32, load_file(folded.path / "folded.safetensors"))
