@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from qcompress.quant.layers import QuantizedWeight
 
 
+LOOKUPS = (DEQUANTIZE, "Mul", "GatherBlockQuantized")
+"""Operators at the end of a lookup."""
+
 INTEGERS = ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
 """Types of integer codes."""
 
@@ -123,7 +126,7 @@ class IntegerQdq:
                 reasons.append(f"codes are stored as {stored}")
         decoders, lookups = readers_of(view, codes_name, DEQUANTIZE), lookups_of(view, codes_name)
         reads = len(decoders) + len(lookups)
-        if not reads or reads != len(view.readers[codes_name]) or _is_shared(view, lookups):
+        if not reads or reads != len(view.readers[codes_name]) or _is_shared(view, codes_name):
             reasons.append("codes must be read by DequantizeLinear and by nothing else")
         scales = [(node, operand(node, 1)) for node in decoders]
         scales += [(lookup.decoder, lookup.scale) for lookup in lookups]
@@ -145,11 +148,9 @@ class IntegerQdq:
             if operand(node, 0) in view.fixed:
                 name = view.root(operand(node, 0))
                 yield StoredIntegers(view, name, name, node)
-            elif (lookup := lookup_of(view, node)) and view.word(lookup.codes) in INTEGERS:
-                yield StoredRows(view, lookup.codes, lookup.codes, node)
         for node in view.nodes:
-            lookup = lookup_of(view, node) if node.op_type == "GatherBlockQuantized" else None
-            if lookup and lookup.codes in view.constants:
+            lookup = lookup_of(view, node) if node.op_type in LOOKUPS else None
+            if lookup and lookup.codes in view.constants and view.word(lookup.codes) in INTEGERS:
                 yield StoredRows(view, lookup.codes, lookup.codes, node)
 
     def stored_bytes(self, layer: Layer, form: AnyWeightFormat, float_bytes: int) -> int:
@@ -247,8 +248,7 @@ class StoredRows(StoredIntegers):
     @property
     def block(self) -> int:
         """Attribute `block_size`, 0 for one scale per row."""
-        block = self._lookup.block
-        return 0 if block == self.shape[-1] else block
+        return self._lookup.block
 
     @property
     def granularity(self) -> str:
@@ -261,8 +261,7 @@ class StoredRows(StoredIntegers):
 
     def readers(self) -> Iterator[NodeProto]:
         """Yield the Gather of the codes; GatherBlockQuantized decodes them itself."""
-        gather = self.view.producers.get(operand(self.node, 0))
-        yield from () if gather is None else (gather,)
+        yield from readers_of(self.view, self.name, "Gather")
 
     def information_bits(self) -> float:
         """Bits of the range of the codes."""
@@ -320,10 +319,10 @@ def _wrong_scales(view: View, decoders: list[tuple[NodeProto, str]], reference: 
     return reasons
 
 
-def _is_shared(view: View, lookups: list[Lookup]) -> bool:
-    """True if another node than the decoder reads the rows that a lookup gathers."""
-    gathered = [operand(lookup.decoder, 0) for lookup in lookups if is_a(lookup.decoder, DEQUANTIZE)]
-    return any(len(view.readers[name]) != 1 for name in gathered)
+def _is_shared(view: View, codes: str) -> bool:
+    """True if the rows that a Gather takes from the codes have several readers, such as a float copy."""
+    gathers = readers_of(view, codes, "Gather")
+    return any(len(view.readers.get(result(node), [])) != 1 for node in gathers)
 
 
 def _unread(view: View, decoders: list[NodeProto], lookups: list[Lookup], item: LayerPlan) -> list[str]:
@@ -341,7 +340,7 @@ def _unread(view: View, decoders: list[NodeProto], lookups: list[Lookup], item: 
 
 def _wrong_blocks(lookups: list[Lookup], item: LayerPlan) -> list[str]:
     """Reasons why the block size of a lookup is wrong."""
-    block = item.block or item.layer.shape[-1]
+    block = item.block or 0
     return [
         f"{lookup.decoder.name} has block {lookup.block}, expected {block}"
         for lookup in lookups

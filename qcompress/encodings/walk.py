@@ -114,45 +114,60 @@ def pair_of(view: View, decoder: NodeProto | None, *, cached: bool = False) -> P
 
 
 class Lookup(NamedTuple):
-    """Rows of a table that are looked up as codes and decoded behind the Gather."""
+    """Rows of a table that are looked up as codes and decoded behind the Gather, in one of three forms:
+
+    Gather(codes), Gather(scale) -> Cast(codes) * Unsqueeze(scale)      one scale for a row
+    Gather(codes), Gather(scale) -> DequantizeLinear                    blocks
+    GatherBlockQuantized(codes, scale)                                  blocks of int4
+    """
 
     codes: str
     """Stored codes, [rows, width]."""
     scale: str
     """Stored scales, [rows] or [rows, width / block]; empty if they are not looked up with the same ids."""
     decoder: NodeProto
-    """DequantizeLinear of the rows, or GatherBlockQuantized."""
+    """Node whose output are the decoded rows: Mul, DequantizeLinear or GatherBlockQuantized."""
 
     @property
     def block(self) -> int:
-        """Attribute `block_size`: the width of the table, if a row has one scale."""
+        """Attribute `block_size`, 0 for one scale for a row."""
         return attribute(self.decoder, "block_size", 0)
 
 
 def lookup_of(view: View, node: NodeProto | None) -> Lookup | None:
     """Lookup that ends in a node, None for other nodes."""
-    if node is None:
+    if node is None or len(node.input) < 2:
         return None
     if node.op_type == "GatherBlockQuantized" and node.domain == RUNTIME:
         axes = attribute(node, "gather_axis", 0), attribute(node, "quantize_axis", 1)
         is_plain = axes == (0, 1) and not operand(node, 3)
         return Lookup(operand(node, 0), operand(node, 2) if is_plain else "", node)
-    rows = view.producers.get(operand(node, 0)) if is_a(node, DEQUANTIZE) else None
-    if not (is_a(rows, "Gather") and operand(rows, 0) in view.constants and attribute(rows, "axis", 0) == 0):
-        return None
-    scales = view.producers.get(operand(node, 1))
+    if is_a(node, "Mul"):
+        ways = [(view.producers.get(operand(node, i)), operand(node, 1 - i)) for i in (0, 1)]
+        cast, other = next(((one, name) for one, name in ways if is_a(one, "Cast")), (None, ""))
+        return _gathered(view, node, operand(cast, 0), other) if cast is not None else None
+    is_plain = is_a(node, DEQUANTIZE) and attribute(node, "axis", 1) == -1
+    return _gathered(view, node, operand(node, 0), operand(node, 1)) if is_plain else None
+
+
+def _gathered(view: View, node: NodeProto, codes: str, scale: str) -> Lookup | None:
+    """Lookup of gathered codes [..., width] and of scales, None if the codes are not rows of a constant."""
+    rows, scales = view.producers.get(codes), view.producers.get(scale)
     if is_a(scales, "Unsqueeze"):
         scales = view.producers.get(operand(scales, 0))
-    together = is_a(scales, "Gather") and attribute(scales, "axis", 0) == 0
-    is_plain = together and operand(scales, 1) == operand(rows, 1) and attribute(node, "axis", 1) == -1
-    return Lookup(operand(rows, 0), operand(scales, 0) if is_plain else "", node)
+    if not (is_a(rows, "Gather") and operand(rows, 0) in view.constants and attribute(rows, "axis", 0) == 0):
+        return None
+    is_together = is_a(scales, "Gather") and operand(scales, 1) == operand(rows, 1)
+    is_together = is_together and attribute(scales, "axis", 0) == 0
+    return Lookup(operand(rows, 0), operand(scales, 0) if is_together else "", node)
 
 
 def lookups_of(view: View, codes: str) -> list[Lookup]:
     """All lookups of rows of a stored tensor."""
-    rows = [result(node) for node in readers_of(view, codes, "Gather") if operand(node, 0) == codes]
-    ends = [node for name in rows for node in readers_of(view, name, DEQUANTIZE)]
-    ends += [node for node in view.readers.get(codes, []) if node.op_type == "GatherBlockQuantized"]
+    ends = [node for node in view.readers.get(codes, []) if node.op_type == "GatherBlockQuantized"]
+    for gather in readers_of(view, codes, "Gather"):
+        for node in readers_of(view, result(gather), DEQUANTIZE, "Cast"):
+            ends += readers_of(view, result(node), "Mul") if node.op_type == "Cast" else [node]
     return [lookup for node in ends if (lookup := lookup_of(view, node)) and lookup.codes == codes]
 
 

@@ -21,8 +21,9 @@ def look_up_codes(model: ir.Model) -> list[str]:
     each run, in place. Returns the names of the tables.
 
         DequantizeLinear(codes, scale) -> Gather        before
-        Gather(codes), Gather(scale) -> DequantizeLinear        int8, [rows] or [rows, width / block] scales
-        GatherBlockQuantized(codes, scale)      int4 in blocks: Gather takes no int4
+        Gather(codes), Gather(scale) -> Cast(codes) * scale     int8, a scale for each row
+        Gather(codes), Gather(scale) -> DequantizeLinear        int8 in blocks
+        GatherBlockQuantized(codes, scale)                      int4 in blocks: Gather takes no int4
 
     A row has the same values in each form. Tables of int4 or int2 codes with other blocks are left as they
     are.
@@ -70,28 +71,29 @@ def _is_power(decoder: ir.Node) -> bool:
 
 
 def _gathered(model: ir.Model, layer: str, gather: ir.Node, decoder: ir.Node) -> list[ir.Node]:
-    """Gather of codes and of scales, and DequantizeLinear of the rows in blocks."""
+    """Gather of codes and of scales, and the nodes that decode the rows, the last of which yields them."""
     (codes, scale), ids = decoder.inputs, gather.inputs[1]
-    rows = ir.node("Gather", [codes, ids], attributes={"axis": 0}, name=f"{layer}.weight/Gather")
-    scales = ir.node("Gather", [scale, ids], attributes={"axis": 0}, name=f"{layer}.weight.scale/Gather")
+    name = f"{layer}.weight.rows"
+    rows = ir.node("Gather", [codes, ids], attributes={"axis": 0}, name=f"{name}/Gather")
+    scales = ir.node("Gather", [scale, ids], attributes={"axis": 0}, name=f"{name}.scale/Gather")
     nodes = [rows, scales]
-    block = codes.shape[1]
     if "block_size" in decoder.attributes:
-        block = decoder.attributes["block_size"].value
+        attributes = {"axis": -1, "block_size": decoder.attributes["block_size"].value}
+        inputs = [rows.outputs[0], scales.outputs[0]]
+        nodes.append(
+            ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{name}/DequantizeLinear")
+        )
     else:
         last = constant(model, "last_axis", np.array([-1], np.int64))
-        nodes.append(ir.node("Unsqueeze", [scales.outputs[0], last], name=f"{layer}.weight.scale/Unsqueeze"))
+        to = {"to": scale.dtype}
+        cast = ir.node("Cast", [rows.outputs[0]], attributes=to, name=f"{name}/Cast")
+        spread = ir.node("Unsqueeze", [scales.outputs[0], last], name=f"{name}.scale/Unsqueeze")
+        product = ir.node("Mul", [cast.outputs[0], spread.outputs[0]], name=f"{name}/Mul")
+        nodes += [cast, spread, product]
     for node in nodes:
         node.outputs[0].name = f"{node.name}_output"
-        node.outputs[0].dtype = node.inputs[0].dtype
-    inputs = [rows.outputs[0], nodes[-1].outputs[0]]
-    attributes = {"axis": -1, "block_size": block}
-    return [
-        *nodes,
-        ir.node(
-            "DequantizeLinear", inputs, attributes=attributes, name=f"{layer}.weight.rows/DequantizeLinear"
-        ),
-    ]
+        node.outputs[0].dtype = codes.dtype if node is rows else scale.dtype
+    return nodes
 
 
 def _block_gather(model: ir.Model, layer: str, gather: ir.Node, decoder: ir.Node) -> ir.Node:
@@ -101,7 +103,7 @@ def _block_gather(model: ir.Model, layer: str, gather: ir.Node, decoder: ir.Node
     attributes = {
         "gather_axis": 0, "quantize_axis": 1, "block_size": decoder.attributes["block_size"].value
     }  # fmt: skip
-    name = f"{layer}.weight/GatherBlockQuantized"
+    name = f"{layer}.weight.rows/GatherBlockQuantized"
     inputs = [codes, gather.inputs[1], scale]
     return ir.node("GatherBlockQuantized", inputs, attributes=attributes, domain=RUNTIME, name=name)
 
