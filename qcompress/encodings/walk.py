@@ -114,11 +114,11 @@ def pair_of(view: View, decoder: NodeProto | None, *, cached: bool = False) -> P
 
 
 class Lookup(NamedTuple):
-    """Rows of a table that are looked up as codes and decoded behind the Gather, in one of three forms:
+    """Rows of a table that are looked up as codes and decoded behind the Gather, in one of three forms.
 
-    Gather(codes), Gather(scale) -> Cast(codes) * Unsqueeze(scale)      one scale for a row
-    Gather(codes), Gather(scale) -> DequantizeLinear                    blocks
-    GatherBlockQuantized(codes, scale)                                  blocks of int4
+    - one scale for a row: Gather(codes), Gather(scale) -> Cast(codes) * Unsqueeze(scale)
+    - blocks: Gather(codes), Gather(scale) -> DequantizeLinear
+    - blocks of int4: GatherBlockQuantized(codes, scale)
     """
 
     codes: str

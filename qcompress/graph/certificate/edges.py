@@ -51,7 +51,8 @@ def input_pairs(view: View, sources: list[str], tensors: Any, item: LayerPlan, u
         pairs += 1
         if item.activations:
             reference = tensors.get_tensor(f"{item.name}.input.scale")
-            equal &= not differences(view, pair, reference, item.activations.bounds)
+            bounds = item.activations.bounds
+            equal &= not differences(view, pair, reference, bounds, item.layer.nonnegative)
     return pairs, equal
 
 
@@ -77,9 +78,18 @@ def verdict(
     }
 
 
-def differences(view: View, pair: Pair, scale: np.ndarray, bounds: tuple[int, int]) -> list[str]:
-    """Describe how the Q/DQ pair of an activation differs from the folded scale and bounds."""
-    reasons = [] if _bounds_fit(view, pair.clip, bounds) else ["the bounds of its codes differ"]
+def differences(
+    view: View, pair: Pair, scale: np.ndarray, bounds: tuple[int, int], nonnegative: bool = False
+) -> list[str]:
+    """Describe how the Q/DQ pair of an activation differs from the folded scale and bounds. The codes of an
+    activation that is never negative may be limited at 0, in place of the Relu in front of the pair.
+    """
+    known = [bounds, (0, bounds[1])] if nonnegative else [bounds]
+    reasons = (
+        []
+        if any(_bounds_fit(view, pair.clip, ends) for ends in known)
+        else ["the bounds of its codes differ"]
+    )
     for node in (pair.quantize, pair.dequantize):
         stored = view.initializer(operand(node, 1))
         if stored is None or not same(stored, scale.astype(stored.dtype)):

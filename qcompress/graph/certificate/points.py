@@ -65,7 +65,8 @@ def _certify_point(view: View, tensors: Any, item: PointPlan, value: str | None)
         )
     elif wanted:
         reference = tensors.get_tensor(f"{item.name}.scale")
-        reasons += differences(view, pair, reference, item.activations.bounds)
+        bounds = item.activations.bounds
+        reasons += differences(view, pair, reference, bounds, item.point.nonnegative)
     return {"name": item.name, "rounded": wanted, "passed": not reasons, "reasons": reasons}
 
 

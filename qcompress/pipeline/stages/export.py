@@ -38,7 +38,7 @@ from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.checkpoint_files import read_config
 from qcompress.models.folded import assemble
 from qcompress.models.layer_selection import lent_prefixes
-from qcompress.models.plan import LayerPlan, plans_from_json, points_from_json, sharers
+from qcompress.models.plan import LayerPlan, PointPlan, plans_from_json, points_from_json, sharers
 from qcompress.quant.types import COMPUTE
 from qcompress.schema.recipe import Export
 from qcompress.schema.targets import TARGETS
@@ -71,6 +71,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     """
     facts = read_json(folded.path / "folded.json")
     plan = plans_from_json(facts["plan"])
+    points = points_from_json(facts.get("points", []))
     program = _trace(folded, facts["family"], COMPUTE[facts["compute"]], options)
     model, stored = program.model, _Stored.of(folded, facts["family"], plan)
     optimize(model, lambda name: stored.is_apart(name.removeprefix(PREFIX)))
@@ -82,7 +83,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
             encoding_of(item.weights).pack(model.graph.initializers, item.name, item.weights)
     join_matmuls(model)
     if TARGETS[target].backend is None:
-        adapt(model)
+        adapt(model, _nonnegative(plan, points))
     if options.keep_fp32:
         require_operators(model, options.keep_fp32)
         keep_fp32(model, options.keep_fp32, load_file(folded.path / "folded.safetensors"))
@@ -102,7 +103,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     onnx.checker.check_model(str(file), full_check=True)
 
     write_json(out / "sizes.json", measure_sizes(file, plan, facts["raised"]))
-    certificate = certify_all(file, folded.path, plan, points_from_json(facts.get("points", [])))
+    certificate = certify_all(file, folded.path, plan, points)
     write_json(out / "certificate.json", certificate)
     findings = lint(file, TARGETS[target])
     write_json(out / "lint.json", {"target": target, "findings": [asdict(finding) for finding in findings]})
@@ -248,6 +249,12 @@ def _reader(node: ir.Node, layers: dict[ir.Node, str]) -> str | None:
         if user in layers:
             return layers[user]
     return None
+
+
+def _nonnegative(plan: tuple[LayerPlan, ...], points: tuple[PointPlan, ...]) -> set[str]:
+    """Names of the Q/DQ pairs of values that are never negative."""
+    names = {f"{item.name}.input" for item in plan if item.layer.nonnegative}
+    return names | {item.name for item in points if item.point.nonnegative}
 
 
 def _layers_of_matmuls(model: ir.Model, plan: tuple[LayerPlan, ...]) -> dict[ir.Node, str]:
