@@ -55,24 +55,19 @@ def join_matmuls(model: ir.Model) -> list[str]:
         if product is not None:
             groups.setdefault((node.inputs[0], *product.form), []).append(product)
     together = [group for group in groups.values() if len(group) > 1 and _apart(group)]
-    with_others = Counter(
-        (tuple(one.layer for one in group), one.layer) for group in together for one in group
-    )
-    made: dict[tuple[str, ...], ir.Node] = {}
+    uses = Counter(tuple(one.layer for one in group) for group in together)
+    made: dict[tuple[str, ...], list[ir.Node]] = {}
     for group in together:
         key = tuple(one.layer for one in group)
-        if (
-            all(with_others[key, one.layer] == len(one.decoder.outputs[0].uses()) for one in group)
-            or key in made
-        ):
-            made[key] = _join(model, group, made.get(key))
+        if key in made or all(len(one.decoder.outputs[0].uses()) == uses[key] for one in group):
+            made.setdefault(key, []).append(_join(model, group, made.get(key, [])))
     return [joined_name(layers) for layers in made]
 
 
 def _product(node: ir.Node) -> Product | None:
     """The matmul of a layer whose weight DequantizeLinear decodes from initializers, None for other nodes."""
     decoder = node.inputs[1].producer() if node.op_type == "MatMul" else None
-    if decoder is None or decoder.op_type != "DequantizeLinear" or len(decoder.outputs[0].uses()) < 1:
+    if decoder is None or decoder.op_type != "DequantizeLinear":
         return None
     codes = decoder.inputs[0]
     layer, _, part = (codes.name or "").rpartition(".weight.")
@@ -102,37 +97,38 @@ def _apart(group: Sequence[Product]) -> bool:
     return len(set(names)) == len(names) and not any(one.output.is_graph_output() for one in group)
 
 
-def _join(model: ir.Model, group: Sequence[Product], decoder: ir.Node | None) -> ir.Node:
-    """Replace the matmuls of a group by one; `decoder`: the joined weight's, if another group has made it.
-    Returns it.
+def _join(model: ir.Model, group: Sequence[Product], earlier: Sequence[ir.Node]) -> ir.Node:
+    """Replace the matmuls of a group by one; `earlier`: matmuls of the same joined weight. Returns the
+    new one.
     """
     name, first = joined_name([one.layer for one in group]), group[0].matmul
-    if decoder is None:
+    ending = f"_{len(earlier) + 1}" if earlier else ""
+    if earlier:
+        decoder = earlier[0].inputs[1].producer()
+    else:
         decoder = _joined_decoder(model, name, group)
         model.graph.insert_before(first, decoder)
-    matmul = ir.node("MatMul", [first.inputs[0], decoder.outputs[0]], name=f"{name}/MatMul")
+    matmul = ir.node("MatMul", [first.inputs[0], decoder.outputs[0]], name=f"{name}/MatMul{ending}")
     nodes = [matmul]
     outputs = [one.output for one in group]
     if group[0].bias is not None:
         biases = [next(value for value in one.bias.inputs if value.is_initializer()) for one in group]
         joined = _initializer(model, f"{name}.bias", biases)
-        nodes.append(ir.node("Add", [matmul.outputs[0], joined], name=f"{name}/Add"))
+        nodes.append(ir.node("Add", [matmul.outputs[0], joined], name=f"{name}/Add{ending}"))
     widths = np.array([one.decoder.inputs[0].shape[1] for one in group], np.int64)
     sizes = constant(model, f"{name}.columns", widths)
     split = ir.node(
         "Split", [nodes[-1].outputs[0], sizes], attributes={"axis": -1}, num_outputs=len(group),
-        name=f"{name}/Split",
+        name=f"{name}/Split{ending}",
     )  # fmt: skip
     for node in nodes:
         value = node.outputs[0]
-        value.name, value.dtype = f"{node.name}_output", outputs[0].dtype
+        value.name, value.dtype = f"{node.name}_output", decoder.inputs[1].dtype
         if outputs[0].shape is not None:
             value.shape = ir.Shape([*outputs[0].shape[:-1], int(widths.sum())])
     model.graph.insert_before(first, [*nodes, split])
     for value, new in zip(outputs, split.outputs, strict=True):
-        new.name, new.dtype, new.shape = value.name, value.dtype, value.shape
-        value.name = f"{value.name}/separate"
-        value.replace_all_uses_with(new)
+        replace_value(value, new)
     old = [node for one in group for node in (one.bias, one.matmul) if node is not None]
     unread = [value for node in (*old, *(one.decoder for one in group)) for value in node.inputs]
     model.graph.remove(old, safe=True)
@@ -141,7 +137,7 @@ def _join(model: ir.Model, group: Sequence[Product], decoder: ir.Node | None) ->
     for value in unread:
         if not value.uses() and model.graph.initializers.get(value.name) is value:
             del model.graph.initializers[value.name]
-    return decoder
+    return matmul
 
 
 def _joined_decoder(model: ir.Model, name: str, group: Sequence[Product]) -> ir.Node:
@@ -176,3 +172,10 @@ def constant(model: ir.Model, name: str, array: np.ndarray, dtype: ir.DataType |
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
     model.graph.initializers[name] = value
     return value
+
+
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` have the name, type, shape and readers of `old`."""
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    old.name = f"{old.name}/replaced"
+    old.replace_all_uses_with(new, replace_graph_outputs=True)

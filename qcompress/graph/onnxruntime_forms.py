@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompress.encodings.walk import RUNTIME
-from qcompress.graph.join_matmuls import constant
+from qcompress.graph.join_matmuls import constant, replace_value
 
 LEAST_BLOCK = 16
 """Smallest block size of GatherBlockQuantized; the others are its multiples by powers of two."""
@@ -51,10 +51,7 @@ def look_up_codes(model: ir.Model) -> list[str]:
         else:
             continue
         model.graph.insert_before(gather, nodes)
-        old, new = gather.outputs[0], nodes[-1].outputs[0]
-        new.name, new.dtype, new.shape = old.name, old.dtype, old.shape
-        old.name = f"{old.name}/decoded"
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        replace_value(gather.outputs[0], nodes[-1].outputs[0])
         model.graph.remove(gather, safe=True)
         if not decoder.outputs[0].uses():
             model.graph.remove(decoder, safe=True)
@@ -138,22 +135,15 @@ def keep_three_axes(model: ir.Model) -> int:
         first = constant(model, "first_axis", np.array([0], np.int64))
         x, y = quantize.inputs[0], add.outputs[0]
         before = ir.node("Unsqueeze", [x, first], name=f"{quantize.name}/Unsqueeze")
-        before.outputs[0].name, before.outputs[0].dtype = f"{x.name}/{quantize.name}", x.dtype
+        before.outputs[0].name, before.outputs[0].type = f"{before.name}_output", x.type
         model.graph.insert_before(quantize, before)
         quantize.replace_input_with(0, before.outputs[0])
-        chain = [before, *_between(quantize, matmul), matmul, add]
-        for node in chain:
-            if node.outputs[0].shape is not None or node is before:
-                shape = x.shape if node is before else node.outputs[0].shape
-                node.outputs[0].shape = None if shape is None else ir.Shape([1, *shape])
         behind = ir.node("Squeeze", [y, first], name=f"{add.name}/Squeeze")
         model.graph.insert_after(add, behind)
-        squeezed = behind.outputs[0]
-        name, y.name = y.name, f"{y.name}/three_axes"
-        squeezed.name, squeezed.dtype = name, y.dtype
-        squeezed.shape = None if y.shape is None else ir.Shape(list(y.shape)[1:])
-        y.replace_all_uses_with(squeezed, replace_graph_outputs=True)
+        replace_value(y, behind.outputs[0])
         behind.replace_input_with(0, y)
+        for node in (*_between(quantize, matmul), matmul, add):
+            node.outputs[0].shape = None  # of two axes
         done += 1
     return done
 
@@ -244,7 +234,7 @@ def quantize_before_pooling(model: ir.Model) -> int:
         quantize = ir.node("QuantizeLinear", [x, scale, zero], name=f"{name}/QuantizeLinear")
         codes = quantize.outputs[0]
         decode = ir.node("DequantizeLinear", [codes, scale, zero], name=f"{name}/DequantizeLinear")
-        for node, dtype in ((quantize, zero.dtype), (decode, x.dtype)):
+        for node, dtype in ((quantize, zero.dtype), (decode, scale.dtype)):
             node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_output", dtype
         model.graph.insert_before(pool, [quantize, decode])
         pool.replace_input_with(0, decode.outputs[0])
@@ -308,7 +298,7 @@ def _replace_clip(model: ir.Model, quantize: ir.Node, top: int) -> None:
     low, high, scale = (np.float32(end.numpy().item()) for end in ends)
     if low == 0 and np.rint(high / scale) >= top:
         relu = ir.node("Relu", [clip.inputs[0]], name=clip.name)
-        relu.outputs[0].name, relu.outputs[0].dtype = f"{clip.outputs[0].name}/relu", clip.outputs[0].dtype
+        relu.outputs[0].name, relu.outputs[0].type = f"{clip.outputs[0].name}/relu", clip.outputs[0].type
         model.graph.insert_before(clip, relu)
         quantize.replace_input_with(0, relu.outputs[0])
         model.graph.remove(clip, safe=True)
