@@ -248,7 +248,8 @@ class StoredRows(StoredIntegers):
     @property
     def block(self) -> int:
         """Attribute `block_size`, 0 for one scale per row."""
-        return self._lookup.block
+        block = self._lookup.block
+        return 0 if block == self.shape[-1] else block
 
     @property
     def granularity(self) -> str:
@@ -340,11 +341,12 @@ def _unread(view: View, decoders: list[NodeProto], lookups: list[Lookup], item: 
 
 def _wrong_blocks(lookups: list[Lookup], item: LayerPlan) -> list[str]:
     """Reasons why the block size of a lookup is wrong."""
-    block = item.block or 0
+    width = item.layer.shape[-1]
+    block = item.block or width
     return [
         f"{lookup.decoder.name} has block {lookup.block}, expected {block}"
         for lookup in lookups
-        if lookup.block != block
+        if (lookup.block or width) != block
     ]
 
 

@@ -116,8 +116,8 @@ def pair_of(view: View, decoder: NodeProto | None, *, cached: bool = False) -> P
 class Lookup(NamedTuple):
     """Rows of a table that are looked up as codes and decoded behind the Gather, in one of three forms.
 
-    - one scale for a row: Gather(codes), Gather(scale) -> Cast(codes) * Unsqueeze(scale)
-    - blocks: Gather(codes), Gather(scale) -> DequantizeLinear
+    - one fp32 scale for a row: Gather(codes), Gather(scale) -> Cast(codes) * Unsqueeze(scale)
+    - blocks, one of them for a row in fp16: Gather(codes), Gather(scale) -> DequantizeLinear
     - blocks of int4: GatherBlockQuantized(codes, scale)
     """
 
@@ -130,7 +130,7 @@ class Lookup(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Attribute `block_size`, 0 for one scale for a row."""
+        """Attribute `block_size`, 0 for Cast and Mul."""
         return attribute(self.decoder, "block_size", 0)
 
 

@@ -23,8 +23,8 @@ def look_up_codes(model: ir.Model) -> list[str]:
     each run, in place. Returns the names of the tables.
 
         DequantizeLinear(codes, scale) -> Gather        before
-        Gather(codes), Gather(scale) -> Cast(codes) * scale     int8, a scale for each row
-        Gather(codes), Gather(scale) -> DequantizeLinear        int8 in blocks
+        Gather(codes), Gather(scale) -> Cast(codes) * scale     int8, an fp32 scale for each row
+        Gather(codes), Gather(scale) -> DequantizeLinear        int8 in blocks, fp16
         GatherBlockQuantized(codes, scale)                      int4 in blocks: Gather takes no int4
 
     A row has the same values in each form. Tables of int4 or int2 codes with other blocks are left as they
@@ -44,9 +44,7 @@ def look_up_codes(model: ir.Model) -> list[str]:
             continue
         if codes.dtype in (ir.DataType.INT8, ir.DataType.UINT8):
             nodes = _gathered(model, layer, gather, decoder)
-        elif (
-            codes.dtype == ir.DataType.INT4 and blocked and _is_power(decoder.attributes["block_size"].value)
-        ):
+        elif codes.dtype == ir.DataType.INT4 and blocked and _is_power(decoder):
             nodes = [_block_gather(model, layer, gather, decoder)]
         else:
             continue
@@ -75,20 +73,23 @@ def _gathered(model: ir.Model, layer: str, gather: ir.Node, decoder: ir.Node) ->
     name = f"{layer}.weight.rows"
     rows = ir.node("Gather", [codes, ids], attributes={"axis": 0}, name=f"{name}/Gather")
     scales = ir.node("Gather", [scale, ids], attributes={"axis": 0}, name=f"{name}.scale/Gather")
-    nodes = [rows, scales]
-    if "block_size" in decoder.attributes:
-        attributes = {"axis": -1, "block_size": decoder.attributes["block_size"].value}
-        inputs = [rows.outputs[0], scales.outputs[0]]
-        nodes.append(
-            ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{name}/DequantizeLinear")
-        )
-    else:
+    nodes, values = [rows, scales], scales
+    if "block_size" not in decoder.attributes:
         last = constant(model, "last_axis", np.array([-1], np.int64))
+        values = ir.node("Unsqueeze", [scales.outputs[0], last], name=f"{name}.scale/Unsqueeze")
+        nodes.append(values)
+    if len(nodes) == 3 and scale.dtype == ir.DataType.FLOAT:
         to = {"to": scale.dtype}
         cast = ir.node("Cast", [rows.outputs[0]], attributes=to, name=f"{name}/Cast")
-        spread = ir.node("Unsqueeze", [scales.outputs[0], last], name=f"{name}.scale/Unsqueeze")
-        product = ir.node("Mul", [cast.outputs[0], spread.outputs[0]], name=f"{name}/Mul")
-        nodes += [cast, spread, product]
+        inputs = [cast.outputs[0], values.outputs[0]]
+        nodes += [cast, ir.node("Mul", inputs, name=f"{name}/Mul")]
+    else:
+        block = (
+            decoder.attributes["block_size"].value if "block_size" in decoder.attributes else codes.shape[1]
+        )
+        inputs, attributes = [rows.outputs[0], values.outputs[0]], {"axis": -1, "block_size": block}
+        operator = "DequantizeLinear"
+        nodes.append(ir.node(operator, inputs, attributes=attributes, name=f"{name}/{operator}"))
     for node in nodes:
         node.outputs[0].name = f"{node.name}_output"
         node.outputs[0].dtype = codes.dtype if node is rows else scale.dtype

@@ -1,0 +1,287 @@
+"""Forms for ONNX Runtime: the same bits as before without its optimizations, and the kernels with them.
+
+The graphs are made node by node. Kernels are those of the optimized graph that a session writes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from graphs import Graph, codes, dequantize_weight, tensor_value
+from lines import plain_session
+from onnx import TensorProto, helper
+
+from qcompress.encodings.int_qdq import IntegerQdq
+from qcompress.encodings.walk import lookups_of
+from qcompress.graph import onnxruntime_forms as forms
+from qcompress.graph.lint.lint import lint
+from qcompress.graph.view import read
+from qcompress.schema.targets import TARGETS
+
+ROWS, WIDTH = 40, 64
+Inputs = dict[str, np.ndarray]
+
+
+def saved(before: onnx.ModelProto, folder: Path, change: Callable[[ir.Model], object]) -> tuple[Path, Path]:
+    """The file of a graph, and that of the changed graph."""
+    graph = ir.from_proto(before)
+    change(graph)
+    onnx.save(before, folder / "before.onnx")
+    ir.save(graph, folder / "after.onnx")
+    onnx.checker.check_model(str(folder / "after.onnx"), full_check=True)
+    return folder / "before.onnx", folder / "after.onnx"
+
+
+def assert_same_bits(before: Path, after: Path, inputs: Inputs) -> None:
+    old, new = (plain_session(file).run(None, inputs) for file in (before, after))
+    for one, other in zip(old, new, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+def kernels(file: Path) -> Counter[str]:
+    """Operators of the optimized graph, by name."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(file.with_suffix(".optimized.onnx"))
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def rules(file: Path, target: str) -> set[str]:
+    return {finding.rule for finding in lint(file, TARGETS[target]) if finding.severity == "error"}
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+def table(bits: int, block: int, head: bool = False, compute: int = TensorProto.FLOAT) -> onnx.ModelProto:
+    """Gather of a decoded table; with `head`, the table is that of the output's matmul too."""
+    graph = Graph()
+    kind = TensorProto.INT8 if bits == 8 else TensorProto.INT4
+    graph.tensor("wte.weight.codes", codes("wte", (ROWS, WIDTH), bits), kind)
+    shape = (ROWS, WIDTH // block) if block else (ROWS,)
+    scale = np.random.default_rng(1).uniform(0.001, 0.01, shape)
+    graph.tensor("wte.weight.scale", scale, compute)
+    attributes = {"axis": 1, "block_size": block} if block else {"axis": 0}
+    decoded = graph.node("DequantizeLinear", ["wte.weight.codes", "wte.weight.scale"], "dq", **attributes)
+    rows = graph.node("Gather", [decoded, "ids"], "rows")
+    if head:
+        turned = graph.node("Transpose", [decoded], "turned", perm=[1, 0])
+        graph.node("MatMul", [pair(graph, rows), turned], "y")
+    else:
+        graph.node("Mul", [rows, rows], "y")
+    outputs = [tensor_value("y", compute, "batch", "tokens", ROWS if head else WIDTH)]
+    return graph.model([tensor_value("ids", TensorProto.INT64, "batch", "tokens")], outputs)
+
+
+def pair(graph: Graph, source: str, name: str = "", scale: float = 0.05) -> str:
+    name = name or f"{source}.input"
+    graph.tensor(f"{name}.scale", np.float32(scale))
+    graph.tensor(f"{name}.zero", np.int8(0), TensorProto.INT8)
+    parts = [f"{name}.scale", f"{name}.zero"]
+    q = graph.node("QuantizeLinear", [source, *parts], f"{name}/QuantizeLinear")
+    return graph.node("DequantizeLinear", [q, *parts], f"{name}/DequantizeLinear")
+
+
+IDS = {"ids": np.array([[0, 39, 7], [7, 0, 21]])}
+
+
+@pytest.mark.parametrize(
+    ("bits", "block", "compute", "kernel"),
+    [
+        (8, 0, TensorProto.FLOAT, "Cast"),
+        (8, 0, TensorProto.FLOAT16, "DequantizeLinear"),
+        (8, 16, TensorProto.FLOAT, "DequantizeLinear"),
+        (4, 32, TensorProto.FLOAT, "GatherBlockQuantized"),
+    ],
+)
+def test_rows_are_looked_up_as_codes_with_the_same_bits(
+    tmp_path: Path, bits: int, block: int, compute: int, kernel: str
+) -> None:
+    before, after = saved(table(bits, block, compute=compute), tmp_path, forms.look_up_codes)
+    if bits == 8:
+        assert_same_bits(before, after, IDS)
+    else:  # the plain session has no kernel for int4 in blocks of a table but its own
+        old, new = (onnxruntime.InferenceSession(str(file)).run(None, IDS) for file in (before, after))
+        assert old[0].tobytes() == new[0].tobytes()
+    view = read(after)
+    (lookup,) = lookups_of(view, "wte.weight.codes")
+    assert lookup.scale == "wte.weight.scale" and lookup.block in (block, WIDTH if not block else block)
+    assert kernel in {node.op_type for node in view.nodes}
+    (stored,) = [one for one in IntegerQdq().find(view) if one.name == "wte.weight.codes"]
+    assert stored.shape == (ROWS, WIDTH) and stored.block == block and set(stored.parts()) == {
+        "wte.weight.codes", "wte.weight.scale"
+    }  # fmt: skip
+    (values,) = stored.decoded(10**9)
+    whole = np.concatenate([values[IDS["ids"]]])
+    np.testing.assert_array_equal((whole * whole).astype(np.float16), _run(after).astype(np.float16))
+    assert rules(after, "cpu") == set() and "constant-reader" in rules(after, "rtx-ada")
+
+
+def _run(file: Path) -> np.ndarray:
+    return onnxruntime.InferenceSession(str(file)).run(None, IDS)[0]
+
+
+def test_int4_rows_without_blocks_stay_decoded(tmp_path: Path) -> None:
+    model = table(4, 0)
+    graph = ir.from_proto(model)
+    assert forms.look_up_codes(graph) == [] and forms.look_up_codes(ir.from_proto(table(4, 8))) == []
+    assert [node.op_type for node in graph.graph] == ["DequantizeLinear", "Gather", "Mul"]
+
+
+def test_a_tied_table_is_looked_up_and_its_head_multiplies_codes(tmp_path: Path) -> None:
+    before, after = saved(table(8, 0, head=True), tmp_path, forms.look_up_codes)
+    assert_same_bits(before, after, IDS)
+    assert kernels(before)["DequantizeLinear"] == 1  # of the whole table
+    assert kernels(after)["DequantizeLinear"] == 0 and kernels(after)["MatMulIntegerToFloat"] == 1
+
+
+def test_scales_of_other_rows_are_no_lookup_of_the_table(tmp_path: Path) -> None:
+    _, after = saved(table(8, 0), tmp_path, forms.look_up_codes)
+    model = onnx.load(after)
+    (scales,) = [node for node in model.graph.node if node.name == "wte.weight.rows.scale/Gather"]
+    model.graph.input.append(tensor_value("others", TensorProto.INT64, "batch", "tokens"))
+    scales.input[1] = "others"
+    onnx.save(model, after)
+    (lookup,) = lookups_of(read(after), "wte.weight.codes")
+    assert lookup.scale == ""
+
+
+# Matmuls ------------------------------------------------------------------------------------------
+
+
+def matmul(batch: bool = False, gelu: bool = False) -> onnx.ModelProto:
+    """x [batch, in] or [batch, tokens, in], a quantized matmul, its bias and an activation."""
+    graph = Graph()
+    weight = dequantize_weight(graph, "fc.weight", (WIDTH, 32))
+    y = graph.node("MatMul", [pair(graph, "x"), weight], "product")
+    graph.tensor("fc.bias", np.random.default_rng(2).standard_normal(32))
+    y = graph.node("Add", [y, "fc.bias"], "sum")
+    graph.nodes.append(helper.make_node("Gelu" if gelu else "Tanh", [y], ["y"], name="y"))
+    axes = ("batch", "tokens") if batch else ("batch",)
+    model = graph.model(
+        [tensor_value("x", TensorProto.FLOAT, *axes, WIDTH)],
+        [tensor_value("y", TensorProto.FLOAT, *axes, 32)],
+    )
+    return onnx.shape_inference.infer_shapes(model)
+
+
+X = {"x": np.random.default_rng(3).standard_normal((5, WIDTH)).astype(np.float32)}
+
+
+def test_a_matmul_of_two_axes_becomes_an_integer_kernel(tmp_path: Path) -> None:
+    before, after = saved(matmul(), tmp_path, forms.keep_three_axes)
+    assert_same_bits(before, after, X)
+    assert kernels(before)["MatMulIntegerToFloat"] == 0  # Gemm with the bias
+    assert kernels(after)["MatMulIntegerToFloat"] == 1 and kernels(after)["Gemm"] == 0
+    assert forms.keep_three_axes(ir.from_proto(matmul(batch=True))) == 0
+
+
+def test_zero_points_go_and_the_bias_stays_out_of_gelu(tmp_path: Path) -> None:
+    before, after = saved(matmul(batch=True, gelu=True), tmp_path, forms.lighten_products)
+    assert_same_bits(before, after, {"x": X["x"][None]})
+    assert kernels(before)["BiasGelu"] == 1
+    assert kernels(after)["Gelu"] == 1 and kernels(after)["MatMulIntegerToFloat"] == 1
+    view = read(after)
+    assert "fc.weight.zero" not in view.constants and view.shape("fc.bias") == (1, 32)
+
+
+def test_forgotten_shapes_keep_the_sum_out_of_the_norm(tmp_path: Path) -> None:
+    graph = Graph()
+    graph.node("Add", ["x", "skip"], "sum")
+    for name in ("weight", "bias"):
+        graph.tensor(f"norm.{name}", np.ones(WIDTH))
+    graph.node("Relu", ["sum"], "again")
+    graph.node("Add", ["again", "skip"], "second")
+    graph.node("LayerNormalization", ["second", "norm.weight", "norm.bias"], "y", axis=-1)
+    axes = "batch", "tokens", WIDTH
+    inputs = [tensor_value(name, TensorProto.FLOAT, *axes) for name in ("x", "skip")]
+    model = onnx.shape_inference.infer_shapes(
+        graph.model(inputs, [tensor_value("y", TensorProto.FLOAT, *axes)])
+    )
+    graph = ir.from_proto(model)
+    forms.forget_shapes(graph)
+    assert all(value.shape is None for node in graph.graph for value in node.outputs if value.name != "y")
+    assert graph.graph.outputs[0].shape is not None
+
+
+# Convolutions -------------------------------------------------------------------------------------
+
+
+def convolutions(activation: str, bits: int = 8, pool: bool = False, scale: float = 0.05) -> onnx.ModelProto:
+    """Two convolutions with an activation between them."""
+    graph = Graph()
+    x = pair(graph, "x", "first.input")
+    x = convolution(graph, "first", x)
+    limits = [graph.tensor("low", np.float32(0)), graph.tensor("six", np.float32(6))]
+    if activation:
+        x = graph.node(activation, [x, *(limits if activation == "Clip" else [])], "activated")
+    if pool:
+        x = graph.node("MaxPool", [x], "pooled", kernel_shape=[2, 2], strides=[2, 2])
+    second = pair(graph, x, "second.input", scale)
+    if bits < 8:
+        ends = [graph.tensor(f"end_{end}", np.int8(end), TensorProto.INT8) for end in (0, 2**bits - 1)]
+        clip = graph.node("Clip", ["second.input/QuantizeLinear", *ends], "second.input/Clip")
+        graph.nodes[-2].input[0] = clip
+        graph.nodes[-2], graph.nodes[-1] = graph.nodes[-1], graph.nodes[-2]
+    graph.node("QuantizeLinear", [convolution(graph, "second", second), "first.input.scale"], "codes")
+    graph.nodes[-1].input.append("first.input.zero")
+    graph.node("DequantizeLinear", ["codes", "first.input.scale", "first.input.zero"], "y")
+    inputs = [tensor_value("x", TensorProto.FLOAT, "batch", 8, 8, 8)]
+    return graph.model(inputs, [tensor_value("y", TensorProto.FLOAT, "batch", 8, "height", "width")])
+
+
+def convolution(graph: Graph, layer: str, x: str) -> str:
+    graph.tensor(f"{layer}.codes", codes(layer, (8, 8, 3, 3)), TensorProto.INT8)
+    graph.tensor(f"{layer}.scale", np.full(8, 0.01))
+    graph.tensor(f"{layer}.zero", np.zeros(8), TensorProto.INT8)
+    parts = [f"{layer}.codes", f"{layer}.scale", f"{layer}.zero"]
+    weight = graph.node("DequantizeLinear", parts, f"{layer}.dq", axis=0)
+    graph.tensor(f"{layer}.bias", np.random.default_rng(4).standard_normal(8))
+    return graph.node("Conv", [x, weight, f"{layer}.bias"], f"{layer}.conv", pads=[1, 1, 1, 1])
+
+
+IMAGES = {"x": 3 * np.random.default_rng(6).standard_normal((2, 8, 8, 8)).astype(np.float32)}
+
+
+def unsigned(model: ir.Model) -> None:
+    forms.quantize_before_pooling(model)
+    assert forms.store_unsigned(model, {"second.input"}) >= 1
+
+
+@pytest.mark.parametrize(
+    ("activation", "bits", "pool", "scale", "fused"),
+    [
+        ("Relu", 8, False, 0.05, 2),
+        ("Relu", 4, False, 0.4, 2),
+        ("Relu", 8, True, 0.05, 2),
+        ("Clip", 8, False, 6 / 127, 2),
+        ("Clip", 8, False, 0.1, 1),  # code 60 is 6: the Clip cuts below the largest code and stays
+    ],
+)
+def test_a_convolution_with_an_activation_is_fused_with_the_same_codes(
+    tmp_path: Path, activation: str, bits: int, pool: bool, scale: float, fused: int
+) -> None:
+    before, after = saved(convolutions(activation, bits, pool, scale), tmp_path, unsigned)
+    assert_same_bits(before, after, IMAGES)
+    # the second convolution has no activation behind it, but a Clip of int8 codes before it
+    assert kernels(before)["QLinearConv"] == (1 if bits == 8 else 0)
+    assert kernels(after)["QLinearConv"] == fused
+    view = read(after)
+    clip = next(node for node in view.nodes if node.name == "second.input/Clip")
+    ends = [int(view.values(name)) for name in clip.input[1:]]
+    assert ends == [0, 2**bits - 1 if bits < 8 else 127]
+    assert rules(after, "cpu") == set()
+
+
+def test_pairs_of_values_of_any_sign_are_left_alone() -> None:
+    model = ir.from_proto(convolutions(""))
+    assert forms.store_unsigned(model, {"another.input"}) == 0
+    assert all(node.op_type != "Clip" for node in model.graph)
