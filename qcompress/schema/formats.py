@@ -27,11 +27,16 @@ INT2_OPSET = 25
 
 
 class Options(BaseModel):
-    """Base of every section of a recipe: frozen, strict, unknown keys refused, docstrings become help."""
+    """Base of every section of a recipe: frozen, strict, unknown keys refused, docstrings become help.
+
+    pydantic builds the validator of a class when it first validates, so that a command which reads no recipe
+    builds none. Defaults and tables of this package are made by `model_construct`, which does not validate.
+    """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False,
+        defer_build=True,
+    )  # fmt: skip
 
 
 class WeightFormat(Options):
@@ -259,21 +264,21 @@ class ActivationFormat(Options):
 
 WEIGHT_WORDS: dict[str, AnyWeightFormat | None] = {
     "float": None,
-    "int8": WeightFormat(bits=8),
-    "int4": WeightFormat(bits=4, block=128),
-    "int3": WeightFormat(bits=3),
-    "int2": WeightFormat(bits=2),
-    "ternary": WeightFormat(bits=2, ternary=True),
-    "codebook": CodebookFormat(),
+    "int8": WeightFormat.model_construct(bits=8),
+    "int4": WeightFormat.model_construct(bits=4, block=128),
+    "int3": WeightFormat.model_construct(bits=3),
+    "int2": WeightFormat.model_construct(bits=2),
+    "ternary": WeightFormat.model_construct(bits=2, ternary=True),
+    "codebook": CodebookFormat.model_construct(),
 }
 """Short forms of `format.weights` and `format.embeddings`."""
 
 ACTIVATION_WORDS: dict[str, ActivationFormat | None] = {
     "float": None,
-    "int8": ActivationFormat(bits=8),
-    "int4": ActivationFormat(bits=4),
-    "int3": ActivationFormat(bits=3),
-    "int2": ActivationFormat(bits=2),
+    "int8": ActivationFormat.model_construct(bits=8),
+    "int4": ActivationFormat.model_construct(bits=4),
+    "int3": ActivationFormat.model_construct(bits=3),
+    "int2": ActivationFormat.model_construct(bits=2),
 }
 """Short forms of `format.activations`, `format.attention`, `format.cache` and `format.residual`."""
 
