@@ -1,14 +1,20 @@
 """Entry point of the `qcompress` command and of `python -m qcompress`."""
 
+import gc
 import shlex
 import sys
 
 from qcompress.system.stopping import Stoppable, resume_with
 
+BRIEF = ("--help", "check", "list", "show")
+"""Commands that end before garbage counts; collections would search the imported modules again and again."""
+
 
 def main() -> None:
     """Run a command. Signal handlers are installed before other modules are imported."""
     with Stoppable():
+        if sys.argv[1:2] and sys.argv[1] in BRIEF:
+            gc.disable()
         if sys.argv[1:2] == ["run"]:
             resume_with(shlex.join(["qcompress", *sys.argv[1:]]))
         from qcompress.cli.main import main as run

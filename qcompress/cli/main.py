@@ -183,7 +183,7 @@ def check(
                     {"mistakes": [{name: getattr(item, name) for name in fields} for item in mistakes]}
                 )
             raise RecipeError(mistakes)
-        reuse = pipeline.reuse(keys.prepare(resolved, whole=False), cache or out / ".cache")
+        reuse = pipeline.reuse(keys.prepare(resolved, report=report), cache or out / ".cache")
         if as_json:
             print_json(check_json(resolved, report, reuse))
         else:
