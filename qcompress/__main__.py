@@ -1,5 +1,6 @@
 """Entry point of the `qcompress` command and of `python -m qcompress`."""
 
+import atexit
 import gc
 import shlex
 import sys
@@ -7,7 +8,9 @@ import sys
 from qcompress.system.stopping import Stoppable, resume_with
 
 BRIEF = ("--help", "check", "list", "show")
-"""Commands that end before garbage counts; collections would search the imported modules again and again."""
+"""Commands that end before garbage counts: collections, the last one at exit, would only search the imported
+modules.
+"""
 
 
 def main() -> None:
@@ -15,6 +18,7 @@ def main() -> None:
     with Stoppable():
         if sys.argv[1:2] and sys.argv[1] in BRIEF:
             gc.disable()
+            atexit.register(gc.freeze)
         if sys.argv[1:2] == ["run"]:
             resume_with(shlex.join(["qcompress", *sys.argv[1:]]))
         from qcompress.cli.main import main as run

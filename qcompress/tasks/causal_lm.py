@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qcompress.errors import UsageError
 from qcompress.models import load_tokenizer as reader
 from qcompress.models.architecture import CAUSAL_LM, Head
@@ -27,7 +29,6 @@ from qcompress.tasks.table import Slices
 from qcompress.tasks.text import demand_encoder_memory, read_text
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 __all__ = ["processor", "reader"]  # part of a task's interface, common to all text tasks
@@ -54,8 +55,6 @@ class Sequences:
     @property
     def lengths(self) -> np.ndarray:
         """The context length, once for each sequence."""
-        import numpy as np
-
         return np.full(len(self.ids), self.ids.shape[1])
 
     @property
@@ -82,8 +81,6 @@ def settled(task: CausalLm, config: dict[str, Any]) -> CausalLm:
 
 def tokenize(data: TextData, base: Path, tokenizer: Any) -> np.ndarray:
     """Token ids of the whole text, int64 [tokens], without special tokens."""
-    import numpy as np
-
     text = read_text(data, base)
     demand_encoder_memory([text], tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
@@ -178,8 +175,6 @@ def length(window: Window) -> int:
 
 def collate(batch: list[Window]) -> dict[str, np.ndarray]:
     """Ids and mask, int64 [batch, longest]; shorter windows are padded on the right with token 0, mask 0."""
-    import numpy as np
-
     longest = max(len(window.ids) for window in batch)
     ids = np.zeros((len(batch), longest), np.int64)
     mask = np.zeros((len(batch), longest), np.int64)
@@ -209,8 +204,6 @@ def measure(batch: list[Window], logits: np.ndarray) -> list[dict[str, float]]:
 
 def kit(inputs: dict[str, np.ndarray], batch: list[Window]) -> dict[str, np.ndarray]:
     """Arrays of a probe kit, int32: `ids` [samples, longest], `length` and `first` [samples]."""
-    import numpy as np
-
     return {
         "ids": collate(batch)["input_ids"].astype(np.int32),
         "length": np.array([len(window.ids) for window in batch], np.int32),

@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qcompress.models import FAMILIES, graph_signature, load_processor
 from qcompress.models.architecture import Head
 from qcompress.models.checkpoint_files import read_config
@@ -26,15 +28,15 @@ from qcompress.schema.tasks import AGREEMENT
 from qcompress.tasks import padded
 from qcompress.tasks.examples import Batch, Examined
 from qcompress.tasks.image_slices import image_slices
+from qcompress.tasks.images import ImageExamples, ImageSample, Picture, Reader, collate, read_pictures, shaped
 from qcompress.tasks.labels import MISSING, dataset_names, labels_of, named_outputs, settle
 from qcompress.tasks.scores import agreement, cross_entropy, scores
 from qcompress.tasks.table import Slices
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-    from qcompress.tasks.images import ImageExamples, ImageSample, Picture, Reader
+__all__ = ["collate"]  # part of a task's interface
 
 KNOWN = ("label",)
 """Fields of a result that do not depend on the model."""
@@ -45,8 +47,6 @@ BEST = 5
 
 def reader(directory: Path) -> Reader:
     """Image processor of a checkpoint."""
-    from qcompress.tasks.images import Reader
-
     config = read_config(directory) if (directory / "config.json").is_file() else {}
     family = FAMILIES.get(config.get("model_type", ""))
     size = tuple(graph_signature(family, directory)[0].axes[2:]) if family else None
@@ -86,8 +86,6 @@ def settled(task: ImageClassification, config: dict[str, Any]) -> ImageClassific
 
 def examples(data: TextData, base: Path, reader: Reader, task: ImageClassification) -> ImageExamples:
     """Images for training or calibration; with a limit spread evenly over the data."""
-    from qcompress.tasks.images import ImageExamples, shaped
-
     pictures = padded.spread(_read(data, base, task), data.limit)
     return ImageExamples(shaped(pictures, reader), data.augment)
 
@@ -96,8 +94,6 @@ def samples(
     data: TextData, base: Path, reader: Reader, task: ImageClassification, limit: int | None
 ) -> list[ImageSample]:
     """Evaluation samples in the order of the data, at most `limit` and `data.limit` of them."""
-    from qcompress.tasks.images import shaped
-
     return shaped(padded.first(_read(data, base, task), limit, data.limit), reader)
 
 
@@ -114,8 +110,6 @@ def examine(data: TextData, base: Path, task: ImageClassification, most: int | N
 
 def label_cells(data: TextData, base: Path, task: ImageClassification, most: int | None) -> list[Any]:
     """Labels as written in the data; empty for a folder (its names are label names) and without labels."""
-    from qcompress.tasks.images import read_pictures
-
     if data.folder is not None:
         return []
     columns = {role: name for role, name in (data.columns or Columns()).model_dump().items() if name}
@@ -134,13 +128,6 @@ def loss(logits: Tensor, batch: Batch) -> Tensor:
 def logits_of(task: ImageClassification, config: dict[str, Any]) -> tuple[int, int]:
     """One position, and an output for each label; `config` is the model's config.json."""
     return 1, len(labels_of(task).names or named_outputs(config))
-
-
-def collate(samples: Sequence[ImageSample]) -> dict[str, np.ndarray]:
-    """Model inputs, fp32 [batch, 3, height, width]."""
-    from qcompress.tasks import images
-
-    return images.collate(samples)
 
 
 def length(sample: ImageSample) -> int:
@@ -166,8 +153,6 @@ def results(
 
 
 def _result(known: Mapping[str, Any], logits: np.ndarray) -> dict[str, Any]:
-    import numpy as np
-
     scored, label = logits.astype(np.float64), known.get("label")
     finite = bool(np.isfinite(scored).all())
     result = {**known, "prediction": int(scored.argmax()) if finite else None}
@@ -182,8 +167,6 @@ def _result(known: Mapping[str, Any], logits: np.ndarray) -> dict[str, Any]:
 
 def kit(inputs: Mapping[str, np.ndarray], samples: Sequence[ImageSample]) -> dict[str, np.ndarray]:
     """Arrays of a probe kit: the graph's inputs as `input.<name>`, fp32, and `length` [samples] of ones."""
-    import numpy as np
-
     return {
         "length": np.ones(len(samples), np.int32),
         **{f"input.{name}": array for name, array in inputs.items()},
@@ -219,8 +202,6 @@ def metrics(
 
 def _read(data: TextData, base: Path, task: ImageClassification) -> list[Picture]:
     """Images, unopened, with labels as indices of the model's outputs; without labels if all are missing."""
-    from qcompress.tasks.images import read_pictures
-
     columns = {role: name for role, name in (data.columns or Columns()).model_dump().items() if name}
     read = read_pictures(data, base, columns)
     written = [picture.label for picture in read.pictures]

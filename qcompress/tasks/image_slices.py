@@ -12,6 +12,7 @@ from qcompress.errors import UsageError
 from qcompress.schema.data import Columns
 from qcompress.schema.recipe import TextData
 from qcompress.tasks.columns import missing_column
+from qcompress.tasks.images import array_header, opened_archive, read_array
 from qcompress.tasks.table import Slices, named_cells
 from qcompress.tasks.text import open_dataset
 
@@ -29,8 +30,6 @@ def image_slices(data: TextData, base: Path) -> Slices:
 
 
 def _archive(file: Path, data: TextData, images: str) -> Slices:
-    from qcompress.tasks.images import array_header, opened_archive, read_array
-
     columns: dict[str, list[Any]] = {}
     with opened_archive(file) as archive:
         wanted = data.slices or []

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qcompress.errors import UsageError
 from qcompress.tasks.examples import LABELS, Batch
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 
@@ -51,8 +52,6 @@ class PaddedExamples:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, [examples]."""
-        import numpy as np
-
         return np.array([sample.length for sample in self.samples], np.int64)
 
     @property
@@ -86,8 +85,6 @@ def processor(task: object) -> None:
 
 def collate(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
     """Model inputs, int64 [batch, longest of the batch], padded on the right."""
-    import numpy as np
-
     longest = max(sample.length for sample in samples)
     inputs = {}
     for name, fill in samples[0].padding.items():
@@ -135,8 +132,6 @@ def first(samples: list[Sample], *limits: int | None) -> list[Sample]:
 
 def kit(inputs: Mapping[str, np.ndarray], samples: Sequence[Sample]) -> dict[str, np.ndarray]:
     """Arrays of a probe kit: `length` [samples], and the graph's inputs as `input.<name>`, all int32."""
-    import numpy as np
-
     lengths = np.array([sample.length for sample in samples], np.int32)
     return {"length": lengths, **{f"input.{name}": array.astype(np.int32) for name, array in inputs.items()}}
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 
 def scores(names: Sequence[str], labels: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
@@ -69,12 +68,9 @@ def agreement(reference: Sequence[Any], answers: Sequence[Any]) -> float:
 def cross_entropy(logits: np.ndarray, label: int) -> float:
     """-log softmax(logits)[label]; logits fp64 [labels].
 
-    >>> import numpy as np
     >>> round(cross_entropy(np.array([0.0, 0.0]), 1), 6)
     0.693147
     """
-    import numpy as np
-
     top = logits.max()
     return float(np.log(np.exp(logits - top).sum()) + top - logits[label])
 

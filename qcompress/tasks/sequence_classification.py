@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qcompress.errors import UsageError
 from qcompress.models import load_tokenizer as reader
 from qcompress.models.architecture import Head
@@ -33,7 +35,6 @@ from qcompress.tasks.table import Slices, Table, Wanted, demand_text, read_table
 from qcompress.tasks.text import demand_encoder_memory, read_lines
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 __all__ = [
@@ -124,8 +125,6 @@ def label_cells(data: TextData, base: Path, task: SequenceClassification, most: 
 
 def label_array(samples: Sequence[Sample], longest: int) -> np.ndarray:
     """Label array of samples: int64 [batch], fp32 [batch, labels] or, for a regression, fp32 [batch]."""
-    import numpy as np
-
     labels = [sample.known["label"] for sample in samples]
     return np.array(labels, np.int64 if isinstance(labels[0], int) else np.float32)
 
@@ -165,8 +164,6 @@ def results(
 
 
 def _result(known: Mapping[str, Any], logits: np.ndarray, kind: str) -> dict[str, Any]:
-    import numpy as np
-
     label, scored = known.get("label"), logits.astype(np.float64)
     finite, error = bool(np.isfinite(scored).all()), math.nan
     answer: Any = None
@@ -185,8 +182,6 @@ def _result(known: Mapping[str, Any], logits: np.ndarray, kind: str) -> dict[str
 
 def _binary_cross_entropy(logits: np.ndarray, label: np.ndarray) -> float:
     """Mean of log(1 + exp(-x)) for labels 1 and log(1 + exp(x)) for labels 0."""
-    import numpy as np
-
     return float(np.logaddexp(0, np.where(label == 1, -logits, logits)).mean())
 
 
@@ -302,8 +297,6 @@ def _several(cell: Any, place: str) -> list[Any]:
 
 
 def _tokenize(rows: list[dict[str, Any]], tokenizer: Any, task: SequenceClassification) -> list[Sample]:
-    import numpy as np
-
     fills, result = padded.padding_of(tokenizer), []
     for start in range(0, len(rows), AT_ONCE):
         chunk = rows[start : start + AT_ONCE]

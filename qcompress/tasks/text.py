@@ -118,8 +118,7 @@ def open_text(file: Path, longest: int = -1) -> Iterator[str]:
     """
     try:
         with demand_file(file).open(encoding=UTF8, newline="") as stream:
-            lines = stream if longest < 0 else iter(lambda: stream.readline(longest), "")
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: stream.readline(longest), ""), 1):
                 if len(line) == longest:
                     raise UsageError(
                         f"{file.name}:{number} has more than {longest - 1:,} characters",

@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qcompress.errors import UsageError
 from qcompress.models import load_tokenizer as reader
 from qcompress.models.architecture import Head
@@ -41,7 +43,6 @@ from qcompress.tasks.table import Slices, Table, Wanted, demand_text, read_table
 from qcompress.tasks.text import demand_encoder_memory, read_lines
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 __all__ = [
@@ -103,8 +104,6 @@ def label_cells(data: TextData, base: Path, task: TokenClassification, most: int
 
 def label_array(samples: Sequence[Sample], longest: int) -> np.ndarray:
     """Label array of samples, int64 [batch, longest], -100 at ignored positions."""
-    import numpy as np
-
     labels = np.full((len(samples), longest), IGNORED, np.int64)
     for row, sample in enumerate(samples):
         labels[row, sample.known["positions"]] = sample.known["label"]
@@ -142,8 +141,6 @@ def results(
 
 
 def _result(known: Mapping[str, Any], logits: np.ndarray) -> dict[str, Any]:
-    import numpy as np
-
     scored = logits[list(known["positions"])].astype(np.float64)
     finite = bool(np.isfinite(scored).all())
     result = {**known, "prediction": scored.argmax(-1).tolist() if finite else None}
@@ -154,8 +151,6 @@ def _result(known: Mapping[str, Any], logits: np.ndarray) -> dict[str, Any]:
 
 def _cross_entropy(logits: np.ndarray, labels: Sequence[int]) -> float:
     """Sum of -log softmax(logits)[label] over the words; logits [words, labels]."""
-    import numpy as np
-
     if not len(labels):
         return 0.0
     top = logits.max(axis=-1, keepdims=True)
@@ -255,8 +250,6 @@ def _is_ignored(tag: Any) -> bool:
 
 
 def _tokenize(rows: list[dict[str, Any]], tokenizer: Any, task: TokenClassification) -> list[Sample]:
-    import numpy as np
-
     fills = padded.padding_of(tokenizer)
     if not tokenizer.is_fast:
         what = "this tokenizer cannot map tokens to words"
