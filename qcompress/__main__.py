@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import shlex
 import sys
 
@@ -12,11 +13,14 @@ BRIEF = ("--help", "check", "list", "show")
 modules.
 """
 
+COMPLETION = "_QCOMPRESS_COMPLETE"
+"""Variable that a shell sets to ask for completions."""
+
 
 def main() -> None:
     """Run a command. Signal handlers are installed before other modules are imported."""
     with Stoppable():
-        if sys.argv[1:2] and sys.argv[1] in BRIEF:
+        if sys.argv[1:2] and sys.argv[1] in BRIEF or COMPLETION in os.environ:
             gc.disable()
             atexit.register(gc.freeze)
         if sys.argv[1:2] == ["run"]:

@@ -7,7 +7,7 @@ import os
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import qcompress
 
@@ -97,10 +97,9 @@ def _models() -> list[tuple[str, str]]:
 
 
 def _tasks() -> list[tuple[str, str]]:
-    from qcompress.recipe.messages import sections_of
     from qcompress.schema.tasks import Task
 
-    options = sections_of(Task)
+    options = get_args(get_args(Task)[0])
     return [(item.model_fields["name"].default, _first_paragraph(item)) for item in options]
 
 
