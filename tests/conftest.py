@@ -37,7 +37,7 @@ def _no_collection() -> Iterator[None]:
 def _no_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page at the end of a run takes seconds, and many tests run a line; tests/report makes it."""
     if request.path.parent.name != "report":
-        monkeypatch.setattr("qcompress.cli.main.write_beside", lambda folder, say: None)
+        monkeypatch.setattr("qcompress.report.html.subprocess_writer.write_beside", lambda folder, say: None)
 
 
 @pytest.fixture(scope="session", autouse=True)

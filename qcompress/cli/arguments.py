@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
-from qcompress.cli.completion import words
-from qcompress.schema.export import Build
-from qcompress.schema.targets import TARGETS
+from qcompress.cli.completion import compatibilities, targets
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 OnnxFile = Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)]
@@ -19,7 +17,7 @@ TargetName = Annotated[
         "--target",
         help="A device; `qcompress list targets`.",
         show_default=False,
-        autocompletion=words(TARGETS),
+        autocompletion=targets,
     ),
 ]
 RunFolder = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
@@ -36,10 +34,9 @@ Profiles = Annotated[
 VersionCompatible = Annotated[
     bool, typer.Option("--version-compatible", help="For later versions of TensorRT too.")
 ]
-LEVELS = get_args(Build.model_fields["hardware_compatibility"].annotation)
 HardwareLevel = Annotated[
     str,
-    typer.Option(help="none, ampere-plus or same-compute-capability.", autocompletion=words(LEVELS)),
+    typer.Option(help="none, ampere-plus or same-compute-capability.", autocompletion=compatibilities),
 ]
 TimingCache = Annotated[
     Path | None, typer.Option(help="File with the builder's timings: read, and updated.", show_default=False)

@@ -1,18 +1,13 @@
 """The commands `bundle` and `doctor`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qcompress.cli.arguments import AsJson, RunFolder
-from qcompress.cli.doctor import diagnose
 from qcompress.cli.terminal import console, errors, print_json
 from qcompress.errors import UsageError
-from qcompress.report.bundle_table import print_bundle, print_examined, print_machine
-from qcompress.verdict.run_directory import load
 
 
 def bundle(
@@ -32,7 +27,9 @@ def bundle(
 ) -> None:
     """Write a run as a Triton model repository; a run that was not accepted is refused."""
     with errors():
-        from qcompress.cli.bundle.triton import bundle as write  # onnx takes its time
+        from qcompress.cli.bundle.triton import bundle as write
+        from qcompress.report.bundle_table import print_bundle
+        from qcompress.verdict.run_directory import load
 
         if kind != "triton":
             raise UsageError(f"unknown format {kind!r}", fix="pass --format triton")
@@ -53,10 +50,14 @@ def doctor(
 ) -> None:
     """Show what each job needs and what this machine lacks, or why a bundle would not load on it."""
     with errors():
+        from qcompress.report.bundle_table import print_examined, print_machine
+
         if folder is None:
+            from qcompress.cli.doctor import diagnose
+
             document = diagnose()
         else:
-            from qcompress.cli.bundle.examine import examine  # onnx takes its time
+            from qcompress.cli.bundle.examine import examine
 
             if not folder.is_dir():
                 what = "is a file, and a bundle is a folder" if folder.exists() else "does not exist"

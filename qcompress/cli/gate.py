@@ -1,26 +1,18 @@
 """The commands `gate` and `baseline promote`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qcompress import api
 from qcompress.cli.arguments import AsJson, RunFolder
 from qcompress.cli.completion import words
 from qcompress.cli.terminal import console, errors, print_json, refresh_report, report_run
 from qcompress.errors import UsageError
-from qcompress.report.ci_formats import annotations, code_quality, step_summary
-from qcompress.report.gate_table import print_gate
-from qcompress.schema.recipe import ROWS
+from qcompress.schema.stages import ROWS
 from qcompress.system import strict_json
-from qcompress.system.places import append_whole, demand_place, write_named
 from qcompress.system.printable import command, say
-from qcompress.verdict.judge import exit_code
-from qcompress.verdict.junit import junit
 
 baseline = typer.Typer(
     name="baseline",
@@ -55,6 +47,13 @@ def gate(
 ) -> None:
     """Judge a run by the goals of its recipe, or against a baseline by the baseline's goals."""
     with errors():
+        from qcompress import api
+        from qcompress.report.ci_formats import code_quality
+        from qcompress.report.gate_table import print_gate
+        from qcompress.system.places import demand_place, write_named
+        from qcompress.verdict.judge import exit_code
+        from qcompress.verdict.junit import junit
+
         summary = os.environ.get("GITHUB_STEP_SUMMARY") if github else None
         for file in (junit_file, code_quality_file, Path(summary) if summary else None):
             if file is not None:
@@ -85,6 +84,9 @@ def gate(
 
 def _write_github(verdict: dict[str, Any], name: str, recipe_file: str, as_json: bool) -> None:
     """Print annotations to the stream without JSON (GitHub reads both), and append the step summary."""
+    from qcompress.report.ci_formats import annotations, step_summary
+    from qcompress.system.places import append_whole
+
     for line in annotations(verdict, recipe_file):
         command(line, stderr=as_json)
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
@@ -111,6 +113,8 @@ def promote(
     run.
     """
     with errors():
+        from qcompress import api
+
         snapshot = api.promote(folder, out, row=row, force=force)
         say(f"{snapshot.recipe}, row {snapshot.row}: {out}, {out.stat().st_size / 1000:.0f} kB")
         if not snapshot.goals.regression:

@@ -1,26 +1,19 @@
 """The commands `init` and `schema`."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qcompress.cli.arguments import AsJson
-from qcompress.cli.completion import words
-from qcompress.cli.init.options import InitOptions
-from qcompress.cli.init.start import InitResult, begin
-from qcompress.cli.init.write import flow
+from qcompress.cli.completion import formats, methods, readings, targets
 from qcompress.cli.terminal import errors, print_json
-from qcompress.recipe.json_schema import recipe_schema
-from qcompress.schema.axes import METHODS
-from qcompress.schema.formats import FORMAT_PRESETS
-from qcompress.schema.targets import TARGETS
-from qcompress.schema.tasks import READINGS
 from qcompress.system.printable import say
+
+if TYPE_CHECKING:
+    from qcompress.cli.init.start import InitResult
 
 OPTIONAL = {"show_default": False}
 
@@ -33,7 +26,7 @@ def init(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="A device; `qcompress list targets`.", autocompletion=words(TARGETS), **OPTIONAL),
+        typer.Option(help="A device; `qcompress list targets`.", autocompletion=targets, **OPTIONAL),
     ] = None,
     out: Annotated[Path, typer.Option(help="The recipe to write.", dir_okay=False)] = Path("recipe.yaml"),
     text_column: Annotated[str | None, typer.Option(help="Column of the text.", **OPTIONAL)] = None,
@@ -45,18 +38,18 @@ def init(
         str | None,
         typer.Option(
             help="Content of the column of labels: names, or indices in the model's order.",
-            autocompletion=words(READINGS),
+            autocompletion=readings,
             **OPTIONAL,
         ),
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="`qcompress list methods`.", autocompletion=words(METHODS), **OPTIONAL),
+        typer.Option(help="`qcompress list methods`.", autocompletion=methods, **OPTIONAL),
     ] = None,
     form: Annotated[
         str | None,
         typer.Option(
-            "--format", help="A preset such as w8a8.", autocompletion=words(FORMAT_PRESETS), **OPTIONAL
+            "--format", help="A preset such as w8a8.", autocompletion=formats, **OPTIONAL
         ),  # fmt: skip
     ] = None,
     with_schema: Annotated[
@@ -66,6 +59,10 @@ def init(
 ) -> None:
     """Write a first recipe for a model and a data file; asks for missing options at a terminal."""
     with errors():
+        from qcompress.cli.init.options import InitOptions
+        from qcompress.cli.init.start import begin
+        from qcompress.schema.targets import TARGETS
+
         asks = is_terminal()
         try:
             if asks:
@@ -94,7 +91,9 @@ def _ask(question: str, words: list[str]) -> str:
     return Prompt.ask(question, choices=words, default=words[0], console=Screen(stderr=True))
 
 
-def _report(result: InitResult, as_json: bool) -> None:
+def _report(result: "InitResult", as_json: bool) -> None:
+    from qcompress.cli.init.write import flow
+
     files = {what: str(file) for what, file in result.files.items()}
     if as_json:
         print_json({"files": files, "found": result.found, "chosen": result.chosen, "why": result.why,
@@ -113,4 +112,6 @@ def _report(result: InitResult, as_json: bool) -> None:
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     with errors():
+        from qcompress.recipe.json_schema import recipe_schema
+
         print(json.dumps(recipe_schema(), indent=1, ensure_ascii=False))  # keys stay in a recipe's order

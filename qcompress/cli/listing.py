@@ -6,17 +6,13 @@ import inspect
 import os
 import textwrap
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import qcompress
-from qcompress.models import FAMILIES
-from qcompress.recipe.messages import sections_of
-from qcompress.schema.axes import AXES, METHODS
-from qcompress.schema.formats import ACTIVATION_WORDS, FORMAT_PRESETS, WEIGHT_WORDS
-from qcompress.schema.recipe import Task
-from qcompress.schema.targets import TARGETS, Target, lacks
+
+if TYPE_CHECKING:
+    from qcompress.schema.targets import Target
 
 WIDTH = 80
 """Largest width of a list, in columns."""
@@ -41,15 +37,17 @@ ABOUT_METHODS: dict[str, str] = {
     "(arXiv:2111.12273).",
     "squat": "Learned step sizes; sharpness of the weights and the task's loss in turn (arXiv:2210.07171).",
 }
-"""Description of each method."""
+"""Description of each method, in the order of `METHODS`."""
 
 
 def _methods() -> list[tuple[str, str]]:
-    return [(name, ABOUT_METHODS[name]) for name in METHODS]
+    return list(ABOUT_METHODS.items())
 
 
 def _formats() -> list[tuple[str, str]]:
     """Presets of `format`, and the values of `format.weights` and `format.activations`."""
+    from qcompress.schema.formats import ACTIVATION_WORDS, FORMAT_PRESETS, WEIGHT_WORDS
+
     presets = [(name, _about_preset(preset)) for name, preset in FORMAT_PRESETS.items()]
     words = [
         ("weights", "Words of `format.weights` and `format.embeddings`: " + ", ".join(WEIGHT_WORDS)),
@@ -83,6 +81,8 @@ def _bits(word: str) -> str:
 
 
 def _axes() -> list[tuple[str, str]]:
+    from qcompress.schema.axes import AXES
+
     return [
         (f"{axis}: {options.model_fields['name'].default}", _first_paragraph(options))
         for axis, values in AXES.items()
@@ -91,11 +91,15 @@ def _axes() -> list[tuple[str, str]]:
 
 
 def _models() -> list[tuple[str, str]]:
+    from qcompress.models import FAMILIES
+
     return [(name, _first_paragraph(module)) for name, module in FAMILIES.items()]
 
 
 def _tasks() -> list[tuple[str, str]]:
-    options = sections_of(Task)
+    from qcompress.schema.tasks import Task
+
+    options = get_args(get_args(Task)[0])
     return [(item.model_fields["name"].default, _first_paragraph(item)) for item in options]
 
 
@@ -103,10 +107,16 @@ def _targets() -> list[tuple[str, str]]:
     """Description of each device, and whether this machine builds for it or the command that does so on the
     device.
     """
+    from qcompress.schema.targets import TARGETS
+
     return [(name, f"{target.note} {_builder(target)}") for name, target in TARGETS.items()]
 
 
 def _builder(target: Target) -> str:
+    from importlib.util import find_spec
+
+    from qcompress.schema.targets import lacks
+
     if target.backend is None:
         return "There is nothing to build."
     types = [*target.compute, *(f"int{bits}" for bits in target.weight_bits)]

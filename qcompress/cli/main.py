@@ -6,18 +6,15 @@ directory is in use by another run; 130, 143 or 129 interrupted. Results go to s
 stderr.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qcompress import api
-from qcompress.cli import deploy, gate, init_command, onnx_file, sensitivity
+from qcompress.cli import deploy, gate, init_command, sensitivity
 from qcompress.cli import report as cli_report
 from qcompress.cli.arguments import (
     AsJson,
@@ -37,22 +34,11 @@ from qcompress.cli.completion import words
 from qcompress.cli.listing import LISTS, lines
 from qcompress.cli.terminal import console, errors, print_json, refresh_report, report_run
 from qcompress.errors import ExportError, RecipeError, UsageError
-from qcompress.pipeline import keys
-from qcompress.pipeline import run as pipeline
-from qcompress.pipeline.stages.load import locate
-from qcompress.recipe.check import all_mistakes
-from qcompress.report.check_table import check_json, print_check
-from qcompress.report.compare_table import print_comparison
-from qcompress.report.html.subprocess_writer import write_beside
-from qcompress.report.inspect_table import print_contents
-from qcompress.report.layers import print_layers
-from qcompress.report.sarif import sarif
-from qcompress.report.seeds import seeds_table
-from qcompress.report.show_table import print_run, summary
-from qcompress.schema.recipe import ROWS, STAGES
+from qcompress.schema.stages import ROWS, STAGES
 from qcompress.system.printable import Guard, say, show_block
-from qcompress.system.reporter import Reporter
-from qcompress.verdict.judge import exit_code
+
+if TYPE_CHECKING:
+    from qcompress.pipeline.run import Run
 
 app = typer.Typer(
     name="qcompress",
@@ -107,6 +93,12 @@ def run(
 ) -> None:
     """Run a recipe, from the float model to a verdict. Finished stages are reused, killed ones resumed."""
     with errors(resume=shlex.join(["qcompress", *sys.argv[1:]])):
+        from qcompress import api
+        from qcompress.report.html.subprocess_writer import write_beside
+        from qcompress.report.show_table import print_run, summary
+        from qcompress.system.reporter import Reporter
+        from qcompress.verdict.judge import exit_code
+
         for stage in (until, *(keep or ())):
             if stage not in STAGES:
                 raise UsageError(f"unknown stage {stage!r}", fix=f"choose one of {', '.join(STAGES)}")
@@ -132,6 +124,11 @@ def run(
 
 
 def _run_seeds(recipe: Path, out: Path, seeds: str, options: dict[str, Any], as_json: bool) -> None:
+    from qcompress import api
+    from qcompress.report.html.subprocess_writer import write_beside
+    from qcompress.report.seeds import seeds_table
+    from qcompress.verdict.judge import exit_code
+
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
@@ -151,7 +148,7 @@ def _run_seeds(recipe: Path, out: Path, seeds: str, options: dict[str, Any], as_
     raise typer.Exit(exit_code(summary_of_seeds["verdict"]))
 
 
-def _finish_early(result: pipeline.Run, as_json: bool) -> None:
+def _finish_early(result: "Run", as_json: bool) -> None:
     stages = {step.stage: {"path": str(step.path), "reused": step.reused} for step in result.steps}
     if as_json:
         print_json({"path": str(result.path), "verdict": result.verdict, "stages": stages})
@@ -169,6 +166,12 @@ def check(
 ) -> None:
     """Check a recipe against its model and its target, in seconds and without training."""
     with errors():
+        from qcompress.pipeline import keys
+        from qcompress.pipeline import run as pipeline
+        from qcompress.pipeline.stages.load import locate
+        from qcompress.recipe.check import all_mistakes
+        from qcompress.report.check_table import check_json, print_check
+
         resolved, report, mistakes = all_mistakes(recipe, overrides or ())
         if not mistakes and resolved is not None and report is None:
             directory = locate(resolved.recipe.model, resolved.base)
@@ -180,7 +183,7 @@ def check(
                     {"mistakes": [{name: getattr(item, name) for name in fields} for item in mistakes]}
                 )
             raise RecipeError(mistakes)
-        reuse = pipeline.reuse(keys.prepare(resolved, whole=False), cache or out / ".cache")
+        reuse = pipeline.reuse(keys.prepare(resolved, report=report), cache or out / ".cache")
         if as_json:
             print_json(check_json(resolved, report, reuse))
         else:
@@ -191,7 +194,10 @@ def check(
 def show(folder: RunFolder, as_json: AsJson = False) -> None:
     """Show a run's ladder and verdict."""
     with errors():
-        loaded = api.load(folder)
+        from qcompress.report.show_table import print_run, summary
+        from qcompress.verdict.run_directory import load
+
+        loaded = load(folder)
         if as_json:
             print_json(summary(loaded))
         else:
@@ -214,6 +220,9 @@ def compare(
 ) -> None:
     """Compare arms: mean, spread, paired differences with intervals, detectable differences, and cost."""
     with errors():
+        from qcompress import api
+        from qcompress.report.compare_table import print_comparison
+
         comparison = api.compare(runs, row=row, metric=metric, baseline=baseline)
         if as_json:
             print_json(comparison)
@@ -232,6 +241,11 @@ def verify(
 ) -> None:
     """Measure a run again from its files, or import a measurement made on the device."""
     with errors():
+        from qcompress import api
+        from qcompress.report.layers import print_layers
+        from qcompress.system.reporter import Reporter
+        from qcompress.verdict.judge import exit_code
+
         if layers:
             if engine is not None:
                 raise UsageError(
@@ -257,6 +271,9 @@ def lint(
 ) -> None:
     """List what TensorRT would refuse or silently change in an ONNX file, without building it."""
     with errors():
+        from qcompress.cli import onnx_file
+        from qcompress.report.sarif import sarif
+
         if as_json and as_sarif:
             raise UsageError("--json and --sarif are two documents", fix="drop one of the two")
         findings = onnx_file.lint(model, target)
@@ -276,6 +293,9 @@ def lint(
 def inspect(model: OnnxFile, as_json: AsJson = False) -> None:
     """List what an ONNX file stores: bits, scales and bytes of every weight."""
     with errors():
+        from qcompress.cli import onnx_file
+        from qcompress.report.inspect_table import print_contents
+
         contents = onnx_file.inspect(model)
         if as_json:
             print_json(contents)
@@ -295,6 +315,9 @@ def build(
 ) -> None:
     """Build an engine from any ONNX file with explicit Q/DQ; exit code 6 if this machine cannot."""
     with errors():
+        from qcompress.cli import onnx_file
+        from qcompress.system.reporter import Reporter
+
         options = {"version_compatible": version_compatible, "hardware_compatibility": hardware_compatibility}
         options |= {"timing_cache": None if timing_cache is None else str(timing_cache)}
         record = onnx_file.build(model, target, out, profiles, options, Reporter())
@@ -316,8 +339,9 @@ def predict(
     """Continue a text with the run's ONNX file, greedily, or classify it, or an image."""
     with errors():
         from qcompress.cli.predict import answer
+        from qcompress.verdict.run_directory import load
 
-        print(show_block(answer(api.load(folder), text, pair, tokens)))
+        print(show_block(answer(load(folder), text, pair, tokens)))
 
 
 @app.command("list")

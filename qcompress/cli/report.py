@@ -1,13 +1,10 @@
 """The command `report`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qcompress import api
 from qcompress.cli.arguments import AsJson
 from qcompress.cli.terminal import errors, print_json
 from qcompress.system.printable import say
@@ -26,6 +23,8 @@ def report(
 ) -> None:
     """Write report.html: one self-contained file about a run, or about several runs in comparison."""
     with errors():
+        from qcompress import api
+
         file = api.report(runs, out)
         size = file.stat().st_size
         if as_json:

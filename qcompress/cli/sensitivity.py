@@ -1,17 +1,12 @@
 """The command `sensitivity`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qcompress import api
 from qcompress.cli.arguments import AsJson, Cache, Out, RecipeFile, Set
 from qcompress.cli.terminal import console, errors, print_json
-from qcompress.report.sensitivity_table import print_sensitivity
-from qcompress.system.reporter import Reporter
 
 
 def sensitivity(
@@ -64,6 +59,10 @@ def sensitivity(
 ) -> None:
     """Measure the cost of rounding each layer, and choose the format of each for a budget."""
     with errors():
+        from qcompress import api
+        from qcompress.report.sensitivity_table import print_sensitivity
+        from qcompress.system.reporter import Reporter
+
         document = api.sensitivity(
             recipe, out, cache=cache, overrides=overrides or (), formats=formats or ("int8", "int4"),
             samples=samples, fresh=fresh, seed=seed, max_bytes=max_bytes, max_cost=max_cost,

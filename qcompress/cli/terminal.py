@@ -7,19 +7,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from qcompress.errors import QcompressError, package_missing
-from qcompress.report.html.subprocess_writer import write_beside
-from qcompress.report.show_table import print_run, summary
 from qcompress.system import stopping, strict_json
-from qcompress.system.memory import AllocationError, Allocations
-from qcompress.system.places import place_errors
 from qcompress.system.printable import flushed, guarded, json_text, say
-from qcompress.system.screen import Screen
-from qcompress.verdict.judge import exit_code
-from qcompress.verdict.run_directory import load
+
+if TYPE_CHECKING:
+    from qcompress.system.screen import Screen
 
 LOG_COLUMNS = 200
 """Width of output to a file or a pipe."""
@@ -35,6 +32,9 @@ def errors(resume: str = "") -> Iterator[None]:
 
 @contextmanager
 def _exit_on_error(resume: str) -> Iterator[None]:
+    from qcompress.system.memory import AllocationError, Allocations
+    from qcompress.system.places import place_errors
+
     try:
         with _packages(), Allocations("this command"), place_errors(), flushed():
             yield
@@ -59,6 +59,10 @@ def _packages() -> Iterator[None]:
 
 def report_run(folder: Path, verdict: str, as_json: bool) -> None:
     """Print a run from disk and exit with its verdict's exit code."""
+    from qcompress.report.show_table import print_run, summary
+    from qcompress.verdict.judge import exit_code
+    from qcompress.verdict.run_directory import load
+
     refresh_report(folder)
     loaded = load(folder)
     if as_json:
@@ -71,11 +75,15 @@ def report_run(folder: Path, verdict: str, as_json: bool) -> None:
 def refresh_report(folder: Path) -> None:
     """Rewrite the run's report.html, if it has one, after the run has changed."""
     if (folder / "report.html").is_file():
+        from qcompress.report.html.subprocess_writer import write_beside
+
         write_beside(folder, lambda line: say(line, stderr=True))
 
 
 def console() -> Screen:
     """Console on stdout; unless it is a terminal, wide enough for all digits of a table."""
+    from qcompress.system.screen import Screen
+
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Screen(width=None if known else LOG_COLUMNS)
 

@@ -2,7 +2,8 @@
 export.
 
 An external graph is linted, measured, built and gated like an exported one. It has no certificate:
-certification needs a folded model. The row `onnx` is compared with the row `float`.
+certification needs a folded model. The row `onnx` is compared with the row `float`. Functions import onnx:
+every run imports this module, and few have an external graph.
 """
 
 from __future__ import annotations
@@ -16,21 +17,19 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import onnx
+from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import ExportError
-from qcompress.graph.inspect import INTEGERS, contents
-from qcompress.graph.lint.lint import lint, refuse_errors
-from qcompress.graph.tensors import type_word
-from qcompress.graph.trial import ROWS, TOKENS
-from qcompress.graph.view import View, dimensions, read
 from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.architecture import Input
 from qcompress.schema.targets import find_target
 from qcompress.system.artifacts import graph_digests, read_object, sha256_file, write_json
 from qcompress.system.child_process import command, environment
+
+if TYPE_CHECKING:
+    from onnx import ValueInfoProto
+
+    from qcompress.graph.view import View
 
 TRIAL_MIB, TRIAL_S = 16384, 600
 """Memory and time limit of the process that runs an external graph for the first time."""
@@ -45,15 +44,14 @@ TAKEN = {"int64": ("int64", "int32"), "float32": ("float32", "float16")}
 MASK = "attention_mask"
 """The only input that may also have type bool."""
 
-TYPES = {
-    onnx.TensorProto.INT64: "int64", onnx.TensorProto.INT32: "int32", onnx.TensorProto.BOOL: "bool",
-    onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16",
-}  # fmt: skip
-"""numpy names of the supported input types."""
+TYPES = {"INT64": "int64", "INT32": "int32", "BOOL": "bool", "FLOAT": "float32", "FLOAT16": "float16"}
+"""numpy names of the supported input types, by ONNX's names."""
 
 
 def files_of(graph: Path) -> dict[str, str]:
     """Digests of an ONNX file and its external data, by path relative to the file's folder."""
+    from qcompress.graph.view import read
+
     view = read(graph)
     files = (view.file, *view.data_files)
     return {os.path.relpath(file, graph.parent): sha256_file(file) for file in files}
@@ -82,6 +80,11 @@ def adopt(
     vocabulary) or (rows, labels), None for sizes that depend on the inputs. Raises ExportError for other
     inputs or outputs, for a graph that the target refuses, and for one that ONNX Runtime cannot run.
     """
+    import onnx
+
+    from qcompress.graph.lint.lint import lint, refuse_errors
+    from qcompress.graph.view import read
+
     view = read(graph)
     signature = graph_signature(FAMILIES[family], checkpoint)
     _check_signature(view, family, signature)
@@ -128,13 +131,16 @@ def _check_signature(view: View, family: str, signature: tuple[Input, ...]) -> N
         )
 
 
-def _check_input(view: View, family: str, value: onnx.ValueInfoProto, wanted: Input) -> None:
+def _check_input(view: View, family: str, value: ValueInfoProto, wanted: Input) -> None:
     """Raise ExportError for an input of a wrong type, a wrong rank or a fixed size."""
-    kind = value.type.tensor_type.elem_type
+    from qcompress.graph.tensors import type_word
+    from qcompress.graph.view import dimensions
+
+    kind = type_word(value.type.tensor_type.elem_type)
     taken = (*TAKEN[wanted.element], *(("bool",) if value.name == MASK else ()))
     if TYPES.get(kind) not in taken:
         raise ExportError(
-            f"{view.file}: the input {value.name} is {type_word(kind).lower()}, and a {family} model's can "
+            f"{view.file}: the input {value.name} is {kind.lower()}, and a {family} model's can "
             f"be {' or '.join(taken)}",
             fix=f"export the graph with an input of {wanted.element}, and cast inside of it",
         )
@@ -157,12 +163,17 @@ def _check_input(view: View, family: str, value: onnx.ValueInfoProto, wanted: In
 
 def _fed(view: View, signature: tuple[Input, ...]) -> dict[str, tuple[str, list[str | int]]]:
     """Type and axes of each graph input, by name."""
+    from qcompress.graph.tensors import type_word
+
     axes = {item.name: list(item.axes) for item in signature}
-    return {value.name: (TYPES[value.type.tensor_type.elem_type], axes[value.name]) for value in view.inputs}
+    types = {value.name: TYPES[type_word(value.type.tensor_type.elem_type)] for value in view.inputs}
+    return {name: (kind, axes[name]) for name, kind in types.items()}
 
 
 def _try(graph: Path, fed: dict[str, tuple[str, list[str | int]]], shape: Sequence[int | None]) -> list[str]:
     """Run the graph once in a child process, which may crash; returns the optimizers to disable."""
+    from qcompress.graph.trial import ROWS, TOKENS
+
     words = command("qcompress.graph.trial", str(graph.resolve()), json.dumps(fed), str(TRIAL_MIB))
     try:
         # in an empty folder, or Python would import modules from the folder of the graph
@@ -192,6 +203,8 @@ def _try(graph: Path, fed: dict[str, tuple[str, list[str | int]]], shape: Sequen
 
 def _sizes(file: Path) -> dict[str, Any]:
     """Content of sizes.json; its layers are the integer weights that `inspect` lists."""
+    from qcompress.graph.inspect import INTEGERS, contents
+
     content = contents(file)
     layers = [
         {"weights": math.prod(weight["shape"])}

@@ -56,14 +56,15 @@ class Plan:
         return self.resolved.recipe
 
 
-def prepare(resolved: Resolved, *, whole: bool = True) -> Plan:
+def prepare(resolved: Resolved, *, whole: bool = True, report: Report | None = None) -> Plan:
     """Locate the checkpoint, and check the recipe against it and its data. No torch.
 
-    `whole`: check all rows of the data, as a run requires, and not only the first of each file.
+    `whole`: check all rows of the data, as a run requires, and not only the first of each file. `report`: the
+    result of a check of this recipe, which is not repeated.
     """
     demand_trackers(resolved.recipe.tracking)
     directory = locate(resolved.recipe.model, resolved.base)
-    report = check_model(resolved, directory, whole=whole)  # before gigabytes are hashed
+    report = report or check_model(resolved, directory, whole=whole)  # before gigabytes are hashed
     digests = fingerprint(directory)
     if resolved.recipe.model.run is not None:
         _check_source(directory, digests)

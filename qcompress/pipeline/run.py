@@ -42,7 +42,7 @@ from qcompress.system.host import describe_host
 from qcompress.system.memory import Allocations, demand_libraries, stage_bytes
 from qcompress.system.placed import forget, record
 from qcompress.system.reporter import Reporter
-from qcompress.system.workspace import Step, Workspace, point_latest, would_reuse
+from qcompress.system.workspace import NEVER, Step, Workspace, has_entries, point_latest, would_reuse
 from qcompress.tasks import TASKS
 from qcompress.training import history
 
@@ -320,6 +320,9 @@ def reuse(plan: Plan, cache: Path) -> list[tuple[str, bool, str]]:
         missing = [name for name in inputs_of(plan.recipe, stage) if name not in steps]
         if missing:
             stages.append((stage, False, f"{missing[0]} runs again"))
+            continue
+        if not has_entries(cache, stage):
+            stages.append((stage, False, NEVER))
             continue
         key_parts = parts(plan, stage, steps)
         reused, reason = would_reuse(cache, stage, key_parts)

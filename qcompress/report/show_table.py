@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def summary(loaded: LoadedRun) -> dict[str, object]:
     """JSON document of a run."""
     return {
-        "recipe": loaded.recipe.name,
+        "recipe": loaded.name,
         "path": str(loaded.path),
         "verdict": loaded.verdict,
         "parity": loaded.parity,
@@ -37,4 +37,4 @@ def print_run(console: Console, loaded: LoadedRun) -> None:
     notes = [f"not measured: {', '.join(rows)}"] if rows else []
     notes = ["all stages ran; a smoke run is not judged", *notes] if loaded.smoke else notes
     note = f"  ({'; '.join(notes)})" if notes else ""
-    say(f"{loaded.verdict['verdict']}  {loaded.recipe.name}  {loaded.path}{note}")
+    say(f"{loaded.verdict['verdict']}  {loaded.name}  {loaded.path}{note}")

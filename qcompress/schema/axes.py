@@ -5,6 +5,7 @@ The options of each value are in `method_options.py`; `methods/` has the class t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from qcompress.schema.adapters import AwqOptions, NoAdapter, QuadapterOptions, SmoothQuantOptions
@@ -25,7 +26,8 @@ from qcompress.schema.method_options import (
 from qcompress.schema.quantizers import QUANTIZERS, Quantizers, named, quantizers
 
 
-class PhaseDefaults(Options):
+@dataclass(frozen=True)
+class PhaseDefaults:
     """Default steps of a phase, and the roles that it trains."""
 
     steps: int

@@ -69,7 +69,7 @@ class Build(Options):
     """A device; `qcompress list targets`."""
     here: Literal["auto", "required", "never"] = "auto"
     """auto: build if this machine can, otherwise defer; required: fail (exit code 6) if it cannot."""
-    profiles: list[Profile] = Field(default=[Profile()], min_length=1)
+    profiles: list[Profile] = Field(default=[Profile.model_construct()], min_length=1)
     """Optimization profiles."""
     version_compatible: bool = False
     """The plan also runs on later versions of TensorRT, perhaps slower. It contains code, a lean runtime, so

@@ -9,29 +9,73 @@ target can refuse them by name.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
+import textwrap
 from collections.abc import Collection
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
+
+if TYPE_CHECKING:
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema
 
 INT2_OPSET = 25
 """First ONNX opset with int2."""
 
 
 class Options(BaseModel):
-    """Base of every section of a recipe: frozen, strict, unknown keys refused, docstrings become help."""
+    """Base of every section of a recipe: frozen, strict, unknown keys refused, docstrings become help.
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    pydantic builds the validator of a class when it first validates, so that a command which reads no recipe
+    builds none. Defaults and tables of this package are made by `model_construct`, which does not validate.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, text in field_help(cls).items():
+            properties[cls.model_fields[name].alias or name]["description"] = text
+        return schema
+
+
+def field_help(section: type[Options]) -> dict[str, str]:
+    """Docstring below each field of a section, by field. pydantic's `use_attribute_docstrings` would read the
+    source whenever the class is imported.
+    """
+    texts: dict[str, str] = {}
+    for kind in section.__mro__:
+        if issubclass(kind, Options):
+            body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
+            texts = _docstrings(body) | texts
+    return {name: texts[name] for name in section.model_fields if name in texts}
+
+
+def _docstrings(body: list[ast.stmt]) -> dict[str, str]:
+    """Strings that follow an annotated name, by name."""
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 class WeightFormat(Options):
@@ -259,21 +303,21 @@ class ActivationFormat(Options):
 
 WEIGHT_WORDS: dict[str, AnyWeightFormat | None] = {
     "float": None,
-    "int8": WeightFormat(bits=8),
-    "int4": WeightFormat(bits=4, block=128),
-    "int3": WeightFormat(bits=3),
-    "int2": WeightFormat(bits=2),
-    "ternary": WeightFormat(bits=2, ternary=True),
-    "codebook": CodebookFormat(),
+    "int8": WeightFormat.model_construct(bits=8),
+    "int4": WeightFormat.model_construct(bits=4, block=128),
+    "int3": WeightFormat.model_construct(bits=3),
+    "int2": WeightFormat.model_construct(bits=2),
+    "ternary": WeightFormat.model_construct(bits=2, ternary=True),
+    "codebook": CodebookFormat.model_construct(),
 }
 """Short forms of `format.weights` and `format.embeddings`."""
 
 ACTIVATION_WORDS: dict[str, ActivationFormat | None] = {
     "float": None,
-    "int8": ActivationFormat(bits=8),
-    "int4": ActivationFormat(bits=4),
-    "int3": ActivationFormat(bits=3),
-    "int2": ActivationFormat(bits=2),
+    "int8": ActivationFormat.model_construct(bits=8),
+    "int4": ActivationFormat.model_construct(bits=4),
+    "int3": ActivationFormat.model_construct(bits=3),
+    "int2": ActivationFormat.model_construct(bits=2),
 }
 """Short forms of `format.activations`, `format.attention`, `format.cache` and `format.residual`."""
 

@@ -156,10 +156,10 @@ def _noise(value: object) -> object:
 class Quantizers(Options):
     """One quantizer for each role."""
 
-    weights: WeightQuantizer = MinMax()
-    activations: ActivationQuantizer = MinMax()
-    embeddings: WeightQuantizer = MinMax()
-    codebook: Annotated[Codebook, BeforeValidator(named)] = Codebook()
+    weights: WeightQuantizer = MinMax.model_construct()
+    activations: ActivationQuantizer = MinMax.model_construct()
+    embeddings: WeightQuantizer = MinMax.model_construct()
+    codebook: Annotated[Codebook, BeforeValidator(named)] = Codebook.model_construct()
     """Quantizer of weights and tables whose format is a codebook, in place of `weights` and `embeddings`."""
     noise: Annotated[Noise | None, BeforeValidator(_noise)] = None
     """Quant-Noise around the quantizers of weights and tables; none: all weights are rounded."""

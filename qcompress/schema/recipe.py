@@ -41,6 +41,10 @@ from qcompress.schema.method_options import (
     TaskObjective,
 )
 from qcompress.schema.quantizers import Quantizers, quantizers
+from qcompress.schema.stages import ROWS as ROWS
+from qcompress.schema.stages import STAGES as STAGES
+from qcompress.schema.stages import Row
+from qcompress.schema.stages import Stage as Stage
 from qcompress.schema.tasks import CausalLm as CausalLm
 from qcompress.schema.tasks import ImageClassification as ImageClassification
 from qcompress.schema.tasks import SequenceClassification as SequenceClassification
@@ -49,12 +53,6 @@ from qcompress.schema.tasks import TokenClassification as TokenClassification
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 """Pattern of a model on a hub, organisation/name."""
-
-Stage = Literal["load", "train", "fold", "export", "build", "verify", "gate"]
-STAGES: tuple[str, ...] = ("load", "train", "fold", "export", "build", "verify", "gate")
-
-Row = Literal["float", "trained", "folded", "onnx", "engine"]
-ROWS: tuple[str, ...] = ("float", "trained", "folded", "onnx", "engine")
 
 
 def _word(words: dict[str, Any], default: str) -> BeforeValidator:
@@ -299,19 +297,19 @@ class Recipe(Options):
     model: Model
     task: Task
     data: Data
-    format: Format = Format()
+    format: Format = Format.model_construct()
     method: str = "ptq"
     """A preset of the five axes; `qcompress list methods`."""
-    quantizer: Annotated[Quantizers, BeforeValidator(quantizers)] = Quantizers()
-    adapter: Adapter = NoAdapter()
-    objective: Objective = TaskObjective()
-    stepper: Stepper = PlainStepper()
-    schedule: Schedule = Calibrate()
-    train: Train = Train()
-    export: Export = Export()
-    build: Build = Build()
-    verify: Verify = Verify()
-    gate: Gate = Gate()
+    quantizer: Annotated[Quantizers, BeforeValidator(quantizers)] = Quantizers.model_construct()
+    adapter: Adapter = NoAdapter.model_construct()
+    objective: Objective = TaskObjective.model_construct()
+    stepper: Stepper = PlainStepper.model_construct()
+    schedule: Schedule = Calibrate.model_construct()
+    train: Train = Train.model_construct()
+    export: Export = Export.model_construct()
+    build: Build = Build.model_construct()
+    verify: Verify = Verify.model_construct()
+    gate: Gate = Gate.model_construct()
     tracking: Annotated[list[Tracker], BeforeValidator(_several)] = []
     """Trackers of accelerate that receive the records of log.jsonl: tensorboard, mlflow, wandb, or several of
     them. They affect neither the numbers of a run nor the reuse of stages.

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qcompress.errors import UsageError
-from qcompress.schema.recipe import Build
 from qcompress.system.gpu import compute_capability
+
+if TYPE_CHECKING:
+    from qcompress.schema.export import Build
 
 AMPERE = 80
 """SM of the first Ampere GPUs."""

@@ -14,15 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-
 from qcompress.system import strict_json
 from qcompress.system.filesystem import writes_to
 from qcompress.system.screen import Screen
@@ -136,6 +127,15 @@ class Reporter:
             yield from self._plain(title, total, done)
 
     def _rich(self, title: str, total: int, done: int) -> Iterator[Bar]:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),

@@ -183,6 +183,18 @@ class Workspace:
         return False
 
 
+NEVER = "never finished for this recipe"
+"""Reason why a stage runs."""
+
+
+def has_entries(cache: Path, stage: str) -> bool:
+    """True if the cache has any entry of a stage, finished or not. Without one, no key is needed to tell that
+    the stage runs.
+    """
+    with machine_errors(cache / stage):
+        return (cache / stage).is_dir()
+
+
 def would_reuse(
     cache: Path, stage: str, parts: Mapping[str, object], *, whole: bool = False
 ) -> tuple[bool, str]:
@@ -209,7 +221,7 @@ def would_reuse(
         if manifest and manifest["parts"].get("recipe") == parts.get("recipe")
     ]
     if not same:
-        return False, "never finished for this recipe"
+        return False, NEVER
     changes = differences(max(same, key=lambda manifest: manifest["created"])["parts"], parts)
     more = [f"and {len(changes) - 4} more"] if len(changes) > 4 else []
     return False, ", ".join([*changes[:4], *more]) or "the form of the key changed"

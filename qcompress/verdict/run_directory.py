@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcompress.errors import IncomparableError, UsageError
-from qcompress.recipe.load import read
-from qcompress.recipe.validate import validate
-from qcompress.schema import custom
-from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import read_object, sha256_file
+from qcompress.system.placed import read_placed
 from qcompress.system.workspace import damage, followed, manifest_of
-from qcompress.tasks import TASKS
 from qcompress.verdict.run_files import AGAIN, check_files, read_shaped
+
+if TYPE_CHECKING:
+    from qcompress.schema.recipe import Recipe
+
+RECIPE = "recipe.resolved.yaml"
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,21 @@ class LoadedRun:
     """A run directory: path, recipe, manifest, report and verdict."""
 
     path: Path
-    recipe: Recipe
     manifest: dict[str, Any]
     parity: dict[str, Any]
     verdict: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the recipe."""
+        return self.manifest["recipe"]
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """Resolved recipe, read when it is first asked for. Raises IncomparableError if it is not a recipe of
+        this version.
+        """
+        return _recipe(self.path / RECIPE, self.manifest)
 
     @property
     def smoke(self) -> bool:
@@ -45,6 +58,8 @@ class LoadedRun:
     @property
     def labels(self) -> tuple[str, ...] | None:
         """Names of the model's outputs, in order; None if they have no names."""
+        from qcompress.tasks import TASKS
+
         task, config = self.recipe.task, self.path / "config.json"
         if config.is_file():
             task = TASKS[task.name].settled(task, read_object(config))
@@ -74,30 +89,37 @@ class LoadedRun:
 
 
 def load(path: str | os.PathLike[str]) -> LoadedRun:
-    """Open a run directory. Raises UsageError if it is not a finished run."""
+    """Open a run directory. Raises UsageError if it is not a finished run, IncomparableError if one of its
+    files was changed. The recipe is read when it is asked for; if its digest was not recorded, at once.
+    """
     folder = followed(Path(path))
     if not folder.is_dir():
         what = "is a file, and a run is a directory" if folder.exists() else "does not exist"
         raise UsageError(f"{folder} {what}", fix="name the run directory that `qcompress run` printed")
-    for name in ("recipe.resolved.yaml", "manifest.json", "parity.json", "verdict.json"):
+    for name in (RECIPE, "manifest.json", "parity.json", "verdict.json"):
         if not (folder / name).is_file():
             raise UsageError(
                 f"{folder} is not a finished run: {name} is missing",
                 fix="name the run directory that `qcompress run` printed, or let the run finish",
             )
     check_files(folder)
-    manifest = read_shaped(folder / "manifest.json")
-    return LoadedRun(
+    run = LoadedRun(
         path=folder,
-        recipe=_recipe(folder / "recipe.resolved.yaml", manifest),
-        manifest=manifest,
+        manifest=read_shaped(folder / "manifest.json"),
         parity=read_shaped(folder / "parity.json"),
         verdict=read_shaped(folder / "verdict.json"),
     )
+    if RECIPE not in read_placed(folder):
+        _ = run.recipe  # refuses a file that the run may not have written
+    return run
 
 
 def _recipe(file: Path, manifest: Mapping[str, Any]) -> Recipe:
     """Read the resolved recipe; only its structure is checked, because its data may be gone."""
+    from qcompress.recipe.load import read
+    from qcompress.recipe.validate import validate
+    from qcompress.schema import custom
+
     with custom.recorded(manifest.get("own", {})):
         document = read(file)
         recipe = validate(document)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qcompress.errors import IncomparableError
-from qcompress.parity.sample_results import read_samples
 from qcompress.system.artifacts import read_json, read_object
 from qcompress.system.digests import Seen, differs, prefix_digest
 from qcompress.system.placed import read_placed, record
@@ -34,7 +33,7 @@ READERS = ("config.json", "preprocessor_config.json", "tokenizer*.json", "specia
 class _Shape(BaseModel):
     """Keys of a file that every reader relies on."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
 
 
 class _Manifest(_Shape):
@@ -109,6 +108,8 @@ def read_run_samples(file: Path) -> dict[str, dict[str, Any]]:
     """Read the sets of samples.json.gz. Raises IncomparableError if the file is damaged or is not such a
     file.
     """
+    from qcompress.parity.sample_results import read_samples
+
     try:
         return read_samples(file)
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -244,6 +245,32 @@ def test_five_mistakes_are_named_at_once_each_with_its_line(shared: Project) -> 
 
 
 # show, gate, verify -------------------------------------------------------------------------------
+
+
+def test_check_reads_the_data_once_and_no_code_for_an_empty_cache(
+    shared: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its key would tell nothing of a stage without an entry, and takes longer than the rest of the check."""
+    calls = []
+    monkeypatch.setattr("qcompress.recipe.check.judge_data", lambda *_, **__: calls.append("data") or ())
+    monkeypatch.setattr("qcompress.pipeline.keys.code_digest", lambda *arguments: calls.append("code") or {})
+    done = cli("check", shared.recipe, "--cache", tmp_path / "none")
+    assert done.code == 0 and calls == ["data"]
+    assert "load     runs: never finished for this recipe" in done.stdout
+    cli("check", shared.recipe, "--cache", shared.cache)
+    assert calls == ["data", "data", "code"]
+
+
+def test_show_reads_the_recipe_of_a_run_without_recorded_digests_alone(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(run, bare, ignore=shutil.ignore_patterns(".placed.json"))
+    (bare / "recipe.resolved.yaml").write_text("name: 7\n")
+    done = cli("show", bare)
+    assert done.code == 4 and "is not the recipe of a run" in done.stderr
+    monkeypatch.setattr("qcompress.recipe.validate.validate", lambda document: pytest.fail("it was read"))
+    assert cli("show", run).stdout.splitlines()[-1].startswith(f"accept  {NAME}")
 
 
 def test_show_is_what_run_showed(shared: Project, run: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import typer
 from lines import cli, python
@@ -66,16 +69,45 @@ def test_the_script_for_a_shell_is_shown(shell: str, how: str, monkeypatch: pyte
     assert done.code == 0 and how in done.stdout and f"_QCOMPRESS_COMPLETE=complete_{shell}" in done.stdout
 
 
-HELP = """
-import sys
+HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "datasets", "tensorrt_rtx", "pyarrow", "scipy",
+         "sklearn", "matplotlib", "jinja2"}  # fmt: skip
+"""Packages that none of these commands imports."""
+
+OF_RECIPES = {"numpy", "yaml", "qcompress.schema.recipe", "qcompress.pipeline.run"}
+"""Modules with which a recipe is read."""
+
+STARTED = """
+import json, sys
 from qcompress.cli.main import app
-try:
-    app(["--help"])
-finally:
-    heavy = {"torch", "transformers", "onnxruntime", "datasets", "tokenizers", "pyarrow", "scipy"}
-    print("imported:", sorted(heavy & set(sys.modules)))
+from qcompress.schema.stages import STAGES
+
+def sections(kind):
+    return [kind, *(section for below in kind.__subclasses__() for section in sections(below))]
+
+for line in json.loads(sys.argv[1]):
+    try:
+        app(line.split())
+    except SystemExit:
+        pass
+    formats = sys.modules.get("qcompress.schema.formats")
+    known = sections(formats.Options) if formats else []
+    built = sorted(section.__name__ for section in known if section.__pydantic_complete__)
+    print("MODULES", json.dumps([sorted(sys.modules), built]))
 """
 
+LINES = ("--help", "list methods", "list targets", "show nowhere", "list axes", "list tasks", "list models",
+         "check recipes/quickstart.yaml")  # fmt: skip
 
-def test_help_imports_nothing_heavy() -> None:
-    assert python(HELP).stdout.splitlines()[-1] == "imported: []"
+
+def test_a_command_imports_no_more_than_it_needs() -> None:
+    """One process runs the commands in turn, so that each list of modules contains the ones before."""
+    done = python(STARTED, json.dumps(LINES), folder=Path(__file__).parents[2])
+    reports = [json.loads(line[8:]) for line in done.stdout.splitlines() if line.startswith("MODULES ")]
+    assert len(reports) == len(LINES), done.stderr
+    for line, (modules, built) in zip(LINES, reports, strict=True):
+        banned = HEAVY if line.startswith("check") else HEAVY | OF_RECIPES
+        assert banned & set(modules) == set(), line
+        if LINES.index(line) < LINES.index("list axes"):
+            assert {"qcompress.schema.formats", "qcompress.models"} & set(modules) == set(), line
+        assert line.startswith("check") or built == [], line
+    assert "Recipe" in reports[-1][1] and "quickstart: gpt2" in done.stdout

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from good_recipe import GOOD, edited, mistakes, prepare, write
 from jsonschema import Draft202012Validator
 from lines import cli
+from pydantic import Field
 
 from qcompress.recipe.json_schema import recipe_schema
 from qcompress.recipe.validate import WORDS
 from qcompress.recipe.yaml_file import parse_yaml, read_yaml
 from qcompress.schema.axes import AXES, METHODS
-from qcompress.schema.formats import FORMAT_PRESETS
+from qcompress.schema.formats import FORMAT_PRESETS, Options
 from qcompress.schema.recipe import TRACKERS, Recipe
 from qcompress.schema.targets import TARGETS
 
@@ -140,6 +141,36 @@ def test_words_are_offered_with_their_help_and_default() -> None:
     assert form["weights"]["default"] == "float" and "Linear layers" in form["weights"]["description"]
     assert SCHEMA["properties"]["method"]["anyOf"] == [{"enum": list(METHODS)}]
     assert "saq: lsq, saq, plain" in SCHEMA["properties"]["method"]["description"]
+
+
+class Documented(Options):
+    """A section."""
+
+    first: int = 1
+    """One."""
+    second: int = Field(default=2, alias="the-second")
+    """Two:
+    on two lines.
+    """
+    third: int = 3
+    fourth: ClassVar[int] = 4
+    """No field."""
+
+
+class Longer(Documented):
+    """A section over another one."""
+
+    first: int = 11
+    fifth: Documented | None = None
+    """Five."""
+
+
+def test_the_docstring_below_a_field_is_its_description() -> None:
+    properties = Longer.model_json_schema()["properties"]
+    texts = {name: field.get("description") for name, field in properties.items()}
+    assert texts == {
+        "first": "One.", "the-second": "Two:\non two lines.", "third": None, "fifth": "Five.",
+    }  # fmt: skip
 
 
 def test_the_command_prints_the_schema_alone() -> None:

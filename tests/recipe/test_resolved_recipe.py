@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_it_loads_as_the_same_recipe_with_the_same_keys_and_no_default_changes_i
         monkeypatch.setitem(recipe.LEARNING_RATES, role, 123.0)
     for phases in PHASES.values():
         for name, phase in phases.items():
-            monkeypatch.setitem(phases, name, phase.model_copy(update={"steps": 77}))
+            monkeypatch.setitem(phases, name, replace(phase, steps=77))
     after = keys.prepare(load_recipe(again))
     assert after.recipe == before.recipe
     assert keys.run_key(after) == keys.run_key(before)
