@@ -113,7 +113,7 @@ def test_rows_are_looked_up_as_codes_with_the_same_bits(
         assert old[0].tobytes() == new[0].tobytes()
     view = read(after)
     (lookup,) = lookups_of(view, "wte.weight.codes")
-    assert lookup.scale == "wte.weight.scale" and lookup.block in (block, WIDTH if not block else block)
+    assert lookup.scale == "wte.weight.scale" and lookup.block in (block, block or WIDTH)
     assert kernel in {node.op_type for node in view.nodes}
     (stored,) = [one for one in IntegerQdq().find(view) if one.name == "wte.weight.codes"]
     assert stored.shape == (ROWS, WIDTH) and stored.block == block and set(stored.parts()) == {
