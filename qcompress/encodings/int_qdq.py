@@ -24,6 +24,7 @@ from qcompress.encodings.walk import (
     QUANTIZE,
     Lookup,
     attribute,
+    decoders_of,
     first_difference,
     is_a,
     lookup_of,
@@ -124,21 +125,21 @@ class IntegerQdq:
             stored = view.word(codes_name)
             if stored != f"INT{item.weights.stored_bits}":
                 reasons.append(f"codes are stored as {stored}")
-        decoders, lookups = readers_of(view, codes_name, DEQUANTIZE), lookups_of(view, codes_name)
+        decoders, lookups = decoders_of(view, codes_name), lookups_of(view, codes_name)
         reads = len(decoders) + len(lookups)
         if not reads or reads != len(view.readers[codes_name]) or _is_shared(view, codes_name):
             reasons.append("codes must be read by DequantizeLinear and by nothing else")
         scales = [(node, operand(node, 1)) for node in decoders]
         scales += [(lookup.decoder, lookup.scale) for lookup in lookups]
         wrong_scales = _wrong_scales(view, scales, tensors.get_tensor(f"{owner}.weight.scale"))
-        reasons += wrong_scales + _wrong_layout(decoders, item) + _unread(view, decoders, lookups, item)
+        reasons += wrong_scales + _wrong_layout(view, decoders, item) + _unread(view, decoders, lookups, item)
         reasons += _wrong_blocks(lookups, item)
         sources = [result(node) for node in decoders]
         return Certified(codes_equal, bool(reads) and not wrong_scales, sources, reasons)
 
     def sources(self, view: View, owner: str) -> list[str]:
         """Return the outputs of the DequantizeLinear nodes."""
-        return [result(node) for node in readers_of(view, f"{owner}.weight.codes", DEQUANTIZE)]
+        return [result(node) for node in decoders_of(view, f"{owner}.weight.codes")]
 
     def find(self, view: View) -> Iterator[Stored]:
         """Yield the constants behind DequantizeLinear, directly or computed from a stored tensor, and the
@@ -321,8 +322,8 @@ def _wrong_scales(view: View, decoders: list[tuple[NodeProto, str]], reference: 
 
 
 def _is_shared(view: View, codes: str) -> bool:
-    """True if the rows that a Gather takes from the codes have several readers, such as a float copy."""
-    gathers = readers_of(view, codes, "Gather")
+    """True if gathered rows of the codes, or the transposed codes, have several readers, such as a copy."""
+    gathers = readers_of(view, codes, "Gather", "Transpose")
     return any(len(view.readers.get(result(node), [])) != 1 for node in gathers)
 
 
@@ -350,7 +351,7 @@ def _wrong_blocks(lookups: list[Lookup], item: LayerPlan) -> list[str]:
     ]
 
 
-def _wrong_layout(decoders: list[NodeProto], item: LayerPlan) -> list[str]:
+def _wrong_layout(view: View, decoders: list[NodeProto], item: LayerPlan) -> list[str]:
     """Reasons why the axis or the block size of a decoder is wrong."""
     tied_head = item.layer.kind == "head" and item.layer.tied_to is not None
     table = item.layer.kind in ("embedding", "conv") or tied_head
@@ -359,6 +360,8 @@ def _wrong_layout(decoders: list[NodeProto], item: LayerPlan) -> list[str]:
     reasons = []
     for node in decoders:
         values = {attribute.name: attribute.i for attribute in node.attribute}
-        if values.get("axis", 1) != axis or values.get("block_size", 0) != (item.block or 0):
-            reasons.append(f"{node.name} has {values}, expected axis {axis}, block {item.block}")
+        behind_transpose = is_a(view.producers.get(operand(node, 0)), "Transpose")
+        wanted = 1 - axis if behind_transpose else axis
+        if values.get("axis", 1) != wanted or values.get("block_size", 0) != (item.block or 0):
+            reasons.append(f"{node.name} has {values}, expected axis {wanted}, block {item.block}")
     return reasons

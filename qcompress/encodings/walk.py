@@ -171,6 +171,12 @@ def lookups_of(view: View, codes: str) -> list[Lookup]:
     return [lookup for node in ends if (lookup := lookup_of(view, node)) and lookup.codes == codes]
 
 
+def decoders_of(view: View, codes: str) -> list[NodeProto]:
+    """DequantizeLinear nodes that decode a stored tensor as a whole, directly or behind a Transpose of it."""
+    turned = [result(node) for node in readers_of(view, codes, "Transpose")]
+    return [node for name in (codes, *turned) for node in readers_of(view, name, DEQUANTIZE)]
+
+
 def matmuls(view: View, value: str) -> list[tuple[NodeProto, str]]:
     """Matmuls and convolutions that read a value directly or after Transpose, with their input's name."""
     users = users_of(view, value, ("Transpose",))

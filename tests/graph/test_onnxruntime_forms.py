@@ -285,3 +285,25 @@ def test_pairs_of_values_of_any_sign_are_left_alone() -> None:
     model = ir.from_proto(convolutions(""))
     assert forms.store_unsigned(model, {"another.input"}) == 0
     assert all(node.op_type != "Clip" for node in model.graph)
+
+
+def test_a_tied_head_with_a_float_input_multiplies_codes(tmp_path: Path) -> None:
+    graph = Graph()
+    graph.tensor("wte.weight.codes", codes("wte", (ROWS, WIDTH)), TensorProto.INT8)
+    graph.tensor("wte.weight.scale", np.random.default_rng(1).uniform(0.001, 0.01, ROWS))
+    decoded = graph.node("DequantizeLinear", ["wte.weight.codes", "wte.weight.scale"], "dq", axis=0)
+    rows = graph.node("Gather", [decoded, "ids"], "rows")
+    turned = graph.node("Transpose", [decoded], "turned", perm=[1, 0])
+    graph.node("MatMul", [graph.node("Tanh", [rows], "tanh"), turned], "y")
+    outputs = [tensor_value("y", TensorProto.FLOAT, "batch", "tokens", ROWS)]
+    model = graph.model([tensor_value("ids", TensorProto.INT64, "batch", "tokens")], outputs)
+
+    def both(model: ir.Model) -> None:
+        forms.look_up_codes(model)
+        assert forms.turn_codes(model) == 1
+
+    before, after = saved(model, tmp_path, both)
+    assert_same_bits(before, after, IDS)
+    assert kernels(before)["MatMulNBits"] == 0 and kernels(before)["DequantizeLinear"] >= 1
+    assert kernels(after)["MatMulNBits"] == 1 and kernels(after)["DequantizeLinear"] == 0
+    assert rules(after, "cpu") == set()

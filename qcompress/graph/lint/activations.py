@@ -245,8 +245,8 @@ def constant_readers(view: View, target: Target) -> Iterator[Broken]:
             continue
         for node in view.readers.get(name, []):
             is_parameter = node.op_type in (QUANTIZE, DEQUANTIZE, "Clip") and operand(node, 0) != name
-            is_looked_up = target.backend is None and lookups_of(view, name)
-            if node.op_type != DEQUANTIZE and not is_parameter and not is_looked_up:
+            for_runtime = target.backend is None and (lookups_of(view, name) or node.op_type == "Transpose")
+            if node.op_type != DEQUANTIZE and not is_parameter and not for_runtime:
                 yield Broken(name, f"read by {node.op_type} {node_name(node)}")
 
 
