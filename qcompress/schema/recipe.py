@@ -233,6 +233,10 @@ class Train(Options):
     weights, so that `model.blocks: every-other` can drop blocks afterwards."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of accelerate."""
+    compile: bool = False
+    """Compile the model's forward and backward passes with torch.compile. The first updates are slow. Needs
+    Triton on a GPU and a C++ compiler on a CPU.
+    """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of training and of the torch rows of the ladder."""
     checkpoint_every_s: int = Field(default=60, ge=1)

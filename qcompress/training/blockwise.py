@@ -18,6 +18,7 @@ from qcompress.system.reporter import Bar
 from qcompress.tasks.examples import inputs_of
 from qcompress.training.batches import batch_rows, in_order, to_device
 from qcompress.training.checkpoint import Position, moving
+from qcompress.training.compiled import compiled
 from qcompress.training.loop import (
     advance,
     groups_of,
@@ -124,6 +125,7 @@ def _fit_block(
         return error, error
     optimizer = optimizer_of(training, groups)
     taps = taps_of(training.prepared, f"{name}.")
+    run = compiled(block, recipe.train)
     before = best = training.processes.agree(_error(block, inputs, outputs, size))
     kept = _snapshot(training.prepared.model, names)
     for step in range(phase.steps):
@@ -134,7 +136,7 @@ def _fit_block(
             reseed(training.processes, recipe.seed, phase_index, index, step)
             refresh(block.modules())
             x, rest, real = inputs.of(rows)
-            return _squares(_output(block(x, **rest)), outputs[rows], real).mean()
+            return _squares(_output(run(x, **rest)), outputs[rows], real).mean()
 
         set_rates(training, optimizer, groups, step, phase.steps)
         moment = Moment(recipe.seed, phase_index, index, step)

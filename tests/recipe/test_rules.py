@@ -4,6 +4,17 @@ from pathlib import Path
 import pytest
 from good_recipe import GOOD, edited, mistakes, prepare, write
 
+TRAINED = """\
+method: quadapter
+train:
+  batch_size: 4
+  lr: {adapter: 1.0e-3, scale: 2e-4}
+  phases:
+    calibrate: {steps: 2}
+    finetune: {steps: 3, lr: {scale: 1e-5}}
+"""
+"""Method and training of the good recipe."""
+
 ONE_MISTAKE = {
     "an illegal combination": (
         ("method: quadapter", "method: quadapter\nadapter: none"),
@@ -70,6 +81,21 @@ ONE_MISTAKE = {
         ),
         r":22: train\.layer_drop: .*`objective: distillation` compares each of them",
     ),
+    "compiled without an update": (
+        (TRAINED, "method: smoothquant\ntrain:\n  compile: true\n"),
+        r":21: train\.compile: .*the schedule `calibrate` makes none",
+    ),
+    "compiled with blocks left out": (
+        (TRAINED, "method: lsq\ntrain:\n  compile: true\n  layer_drop: 0.1\n"),
+        r":21: train\.compile: .*`layer_drop` makes another graph at each update",
+    ),
+    **{
+        f"compiled with a {axis} inside the graph: {name}": (
+            (TRAINED, f"method: lsq\n{axis}: {name}\ntrain:\n  compile: true\n"),
+            rf":22: train\.compile: .*`{axis}: {name}` reads .* inside it",
+        )
+        for axis, name in (("objective", "distillation"), ("stepper", "saq"), ("stepper", "squat"))
+    },
     "a cache of fixed lengths": (
         ("{opset: 21, dynamic: [batch,", "{cache: true, dynamic: [batch,"),
         r":26: export\.dynamic: .*other lengths, and past is fixed",
@@ -200,9 +226,11 @@ def test_training_data_is_needed_by_each_phase_that_makes_an_update(method: str,
         )
 
 
-def test_no_block_is_left_out_where_a_teacher_intervenes(folder: Path) -> None:
+def test_no_block_is_left_out_and_nothing_compiled_where_a_teacher_intervenes(folder: Path) -> None:
     taught = ["method=teacher-intervention", "format=ternary-a8", "train="]
     assert mistakes(write(folder), *taught) == []
+    (reported,) = mistakes(write(folder), *taught, "train.compile=true")
+    assert re.match(r"--set: train\.compile: .*`objective: teacher-intervention` reads activations", reported)
     (reported,) = mistakes(write(folder), *taught, "train.layer_drop=0.1")
     assert re.match(r"--set: train\.layer_drop: .*`objective: teacher-intervention` compares each", reported)
 

@@ -41,6 +41,7 @@ from qcompress.training.artifact import save_trained
 from qcompress.training.blockwise import run_block_phase
 from qcompress.training.calibration import Calibration, observe_all
 from qcompress.training.checkpoint import Checkpoints, Position, moving
+from qcompress.training.compiled import compiled, require_compiler
 from qcompress.training.distributions import keep_channels, save_distributions
 from qcompress.training.generators import restored_generators, seed_generators
 from qcompress.training.history import History
@@ -79,6 +80,7 @@ def train(
     """
     with separate_accelerator(several=processes.size > 1):
         accelerator = _accelerator(recipe, processes)
+        require_compiler(recipe.train, accelerator.device)
         with restored_generators(accelerator.device):
             _train(_Job(float_model, recipe, base, architecture, plan, out, reporter, processes, accelerator))
 
@@ -362,7 +364,7 @@ def _run(training: Training, phases: tuple[Phase, ...]) -> None:
     # in evaluation mode accelerate adds autocast but no wrapper that averages gradients: steppers average
     # themselves, because the pass that computes a perturbation must not
     wrapped = training.accelerator.prepare_model(training.prepared.model, evaluation_mode=True)
-    training.objective.attach(wrapped, scene)
+    training.objective.attach(compiled(wrapped, training.recipe.train), scene)
     training.stepper.attach(wrapped)
     for index, phase in enumerate(phases):
         if index < position.phase or phase.steps == 0:

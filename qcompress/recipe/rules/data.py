@@ -157,7 +157,7 @@ IDLE: tuple[Key, ...] = (
     ("stepper",),
     ("schedule",),
     *FORMATS,
-    *(("train", key) for key in ("batch_size", "lr", "phases", "optimizer", "layer_drop")),
+    *(("train", key) for key in ("batch_size", "lr", "phases", "optimizer", "layer_drop", "compile")),
     *(("data", key) for key in ("train", "calibration")),
     *(("export", key) for key in ("opset", "cache", "dynamic", "keep_fp32")),
     ("verify", "sharpness"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from qcompress.recipe.messages import choose, describe_value, nearest
@@ -22,10 +21,11 @@ from qcompress.recipe.rules.data import (
     judge_origins,
 )
 from qcompress.recipe.rules.slices import judge_slices
+from qcompress.recipe.rules.training import judge_training
 from qcompress.recipe.yaml_file import Document, Key
 from qcompress.schema.axes import AXES, ILLEGAL, PHASES
 from qcompress.schema.goals import METRICS, RESOURCES, ParityGoal
-from qcompress.schema.recipe import HUB_ID, CausalLm, Format, Profile, Recipe, Role
+from qcompress.schema.recipe import HUB_ID, CausalLm, Format, Profile, Recipe
 from qcompress.schema.tasks import AGREEMENT
 
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
@@ -46,9 +46,7 @@ def judge(recipe: Recipe, document: Document, base: Path) -> None:
     else:
         _axes(recipe, document)
         _float(recipe, document)
-        _phases(recipe, document)
-        _roles(recipe, document)
-        _layer_drop(recipe, document)
+        judge_training(recipe, document)
         _training_data(recipe, document)
         _calibration_data(recipe, document)
     _evaluation_sets(recipe, document)
@@ -92,7 +90,7 @@ def quantizes_activations(number_format: Format) -> bool:
     return any(value not in (None, "inherit") for value in [*formats, *exceptions])
 
 
-# Method and training ------------------------------------------------------------------------------
+# Method -------------------------------------------------------------------------------------------
 
 
 def _axes(recipe: Recipe, document: Document) -> None:
@@ -117,55 +115,6 @@ def _float(recipe: Recipe, document: Document) -> None:
     if recipe.method != "float" and not quantizes(recipe.format):
         message = f"`method: {recipe.method}` quantizes, and the format leaves every weight float"
         document.report(("format",), message, "write a format such as `format: w8a8`, or `method: float`")
-
-
-def _phases(recipe: Recipe, document: Document) -> None:
-    if not document.sound(("schedule",)):
-        return
-    schedule, train = recipe.schedule.name, recipe.train
-    known = list(PHASES[schedule])
-    if not known and (train.phases or train.lr):
-        key: Key = ("train", "phases" if train.phases else "lr")
-        if document.present(key):
-            message = (
-                f"sets {', '.join(train.phases or train.lr)}, and the schedule `{schedule}` trains nothing"
-            )
-            document.report(key, message, "drop it, or choose a method that trains")
-        return
-    for name in train.phases:
-        if name not in known and document.present(("train", "phases")):
-            message = f"the schedule `{schedule}` has no such phase, only {', '.join(known)}"
-            document.report(("train", "phases", name), message, choose(name, known))
-
-
-def _roles(recipe: Recipe, document: Document) -> None:
-    phases = PHASES[recipe.schedule.name]
-    if not phases or not document.sound(("schedule",)):
-        return
-    trained = sorted({role for phase in phases.values() for role in phase.roles})
-    _rates(("train", "lr"), recipe.train.lr, trained, document)
-    for name, options in recipe.train.phases.items():
-        if name in phases:
-            _rates(("train", "phases", name, "lr"), options.lr, phases[name].roles, document)
-
-
-def _layer_drop(recipe: Recipe, document: Document) -> None:
-    key: Key = ("train", "layer_drop")
-    if recipe.train.layer_drop == 0 or not document.sound(key, ("schedule",), ("objective",), ("method",)):
-        return
-    if not any("weight" in phase.roles for phase in PHASES[recipe.schedule.name].values()):
-        message = f"leaves out blocks while weights train, and `{recipe.schedule.name}` trains none"
-        document.report(key, message, "drop it, or choose a method that trains weights")
-    elif recipe.objective.name in ("distillation", "teacher-intervention"):
-        message = f"leaves out blocks, and `objective: {recipe.objective.name}` compares each of them"
-        document.report(key, message, "drop it, or train with `objective: task`")
-
-
-def _rates(key: Key, rates: dict[Role, float], trained: Sequence[str], document: Document) -> None:
-    for role in rates:
-        if role not in trained and document.sound((*key, role)):
-            fix = f"drop it; {', '.join(trained)} can have a learning rate here"
-            document.report((*key, role), "nothing of this role is trained here", fix)
 
 
 # Data ---------------------------------------------------------------------------------------------
