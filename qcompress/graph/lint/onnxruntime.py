@@ -25,6 +25,7 @@ from qcompress.encodings.walk import (
     operand,
     pair_of,
     result,
+    same,
 )
 from qcompress.graph.lint.activations import MATMULS, Broken
 from qcompress.graph.qdq import code_type, dequantizer_of, layer_name, node_name
@@ -91,12 +92,13 @@ def obstacles(view: View, product: Product) -> dict[str, str]:
     if gemm.bias and not (quantized and not attribute(node, "transB", 0)):
         how = "" if node.op_type == "Gemm" else ": MatMul and Add of rank 2 become Gemm"
         reasons[BIAS] = f"Gemm with a float bias is not fused{how}"
-    # Gemm alone multiplies int8 inputs as they are
-    if pair is not None and code_type(view, source) == "INT8" and not _is_plain_gemm(gemm, node, quantized):
-        if not operand(pair.quantize, 2):
+    if pair is not None and code_type(view, source) == "INT8":
+        # Gemm without a bias multiplies int8 inputs as they are, with the zero point of DequantizeLinear
+        plain = node.op_type == "Gemm" and not gemm.bias and not quantized
+        if not operand(pair.quantize, 2) and not (plain and operand(source, 2)):
             reasons[NO_ZERO_POINT] = "QuantizeLinear of the input has no zero point"
         readers = pair_readers(view, pair)
-        if len(readers) > 1:
+        if len(readers) > 1 and not plain:
             reasons[SHARED] = f"{len(readers)} nodes read one Q/DQ pair"
     return reasons
 
@@ -139,10 +141,6 @@ def gemm_of(view: View, node: NodeProto) -> Gemm:
     return Gemm(False, result(node))
 
 
-def _is_plain_gemm(gemm: Gemm, node: NodeProto, quantized: bool) -> bool:
-    return node.op_type == "Gemm" and not gemm.bias and not quantized
-
-
 def _rank(view: View, node: NodeProto) -> int | None:
     """Rank of a matmul's activation, from the first known shape around it; None if unknown."""
     source = dequantizer_of(view, operand(node, 0))
@@ -166,12 +164,12 @@ def _behind(view: View, name: str) -> str:
 
 
 def pair_readers(view: View, pair: Pair) -> list[str]:
-    """Nodes that read the decoded values of a pair, and graph outputs. Q/DQ nodes of one tensor with one
-    scale and one zero point are one pair: ONNX Runtime merges them.
+    """Nodes that read the decoded values of a pair, and graph outputs. Q/DQ nodes of one tensor with equal
+    scales and one stored zero point are one pair: ONNX Runtime merges them.
     """
     readers: list[str] = []
     for node in view.readers.get(operand(pair.quantize, 0), []):
-        if is_a(node, QUANTIZE) and list(node.input[1:]) == list(pair.quantize.input[1:]):
+        if is_a(node, QUANTIZE) and _has_scale_of(view, node, pair.quantize):
             for user in view.readers.get(result(node), []):
                 names = list(user.output) if is_a(user, DEQUANTIZE) else [result(node)]
                 view.steps.take(len(names))
@@ -181,6 +179,17 @@ def pair_readers(view: View, pair: Pair) -> list[str]:
                     readers += [f"{reader.op_type} {node_name(reader)}" for reader in nodes]
                     readers += [f"the output {name}"] if name in view.outputs else []
     return list(dict.fromkeys(readers))
+
+
+def _has_scale_of(view: View, node: NodeProto, other: NodeProto) -> bool:
+    """True if two QuantizeLinear nodes have equal scales and the same zero point. ONNX Runtime stores equal
+    floats once, but not equal integers.
+    """
+    if operand(node, 2) != operand(other, 2):
+        return False
+    scales = [view.values(operand(item, 1)) for item in (node, other)]
+    equal = all(scale is not None and scale.size == 1 for scale in scales) and same(*scales)
+    return equal or operand(node, 1) == operand(other, 1)
 
 
 # Rules --------------------------------------------------------------------------------------------

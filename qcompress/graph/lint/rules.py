@@ -281,7 +281,7 @@ RULES: tuple[Rule, ...] = (
         onnxruntime.SHARED, "slow", "runtime",
         "ONNX Runtime on x86 fuses an int8 Q/DQ pair into an integer matmul only if one node reads the pair",
         "join the weights of the layers that read the pair (query, key and value; gate and up) into one "
-        "matmul; give any other reader a Q/DQ pair with a scale of its own",
+        "matmul; give any other reader a Q/DQ pair with a stored zero point of its own",
         onnxruntime.shared_pairs,
     ),
     Rule(
