@@ -196,13 +196,10 @@ def _has_scale_of(view: View, node: NodeProto, other: NodeProto) -> bool:
 
 
 def decoded_tables(view: View, target: Target) -> Iterator[Broken]:
-    if target.backend is not None:
-        return
-    for weight in stored_weights(view):
-        if not weight.integers or not any(reader.op_type == "Gather" for reader in weight.readers()):
-            continue
+    weights = () if target.backend is not None else stored_weights(view)
+    for weight in weights:
         data = {operand(reader, 0) for reader in weight.readers() if is_a(reader, "Gather")}
-        if any(dequantizer_of(view, name) is weight.node for name in data):
+        if weight.integers and any(dequantizer_of(view, name) is weight.node for name in data):
             size = math.prod(weight.shape) * (view.bits(result(weight.node)) or 32) // 8
             yield Broken(weight.name, f"{size:,} bytes decoded in each run")
 
