@@ -19,10 +19,12 @@ from onnx import helper
 
 from qcompress.graph import kernels as module
 from qcompress.graph.kernels import kernels, layers_of
+from qcompress.graph.lint.lint import lint
 from qcompress.graph.sizes import measure_sizes
 from qcompress.models.architecture import Layer
 from qcompress.models.plan import LayerPlan
 from qcompress.schema.formats import WeightFormat
+from qcompress.schema.targets import TARGETS
 from qcompress.system.artifacts import read_json
 
 x86 = pytest.mark.skipif(
@@ -181,6 +183,22 @@ def test_a_weight_only_kernel_tells_bits_and_accuracy_level(tmp_path: Path) -> N
         "MatMulNBits: weights of 4 bits, inputs rounded to int8 by blocks in each run (accuracy level 4)"
     )
     assert (answer["integer"], answer["weight_only"], answer["decoded_bytes"]) == (0, 1, 0)
+
+
+def test_an_int4_table_is_looked_up_by_an_operator_of_onnx_runtime(tmp_path: Path) -> None:
+    """Gather takes no int4. The operator is sound for ONNX Runtime alone."""
+    graph = Graph()
+    graph.tensor("wte.weight.codes", np.arange(100 * WIDTH).reshape(100, WIDTH) % 15 - 7, T.INT4)
+    graph.tensor("wte.weight.scale", np.full((100, WIDTH // 32), 0.01))
+    inputs = ["wte.weight.codes", "x", "wte.weight.scale"]
+    sizes = {"gather_axis": 0, "quantize_axis": 1, "block_size": 32}
+    graph.node("GatherBlockQuantized", inputs, "y", domain="com.microsoft", **sizes)
+    made = model(graph, "y", kind=T.INT64)
+    made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    layer = asked(made, (planned("wte", "embedding", 100),), tmp_path)["layers"]["wte"]
+    assert (layer["operator"], layer["form"], layer["reason"]) == ("GatherBlockQuantized", "codes", None)
+    assert lint(tmp_path / "model.onnx", TARGETS["cpu"]) == []
+    assert {item.rule for item in lint(tmp_path / "model.onnx", TARGETS["a100"])} >= {"integer-operator"}
 
 
 def convolved(behind: bool) -> onnx.ModelProto:

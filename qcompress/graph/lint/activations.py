@@ -252,8 +252,11 @@ def new_opset(view: View, target: Target) -> Iterator[Broken]:
 
 
 def constant_readers(view: View, target: Target) -> Iterator[Broken]:
-    """For ONNX Runtime, Gather may look up codes, and Transpose may move them: it does so once, at load."""
-    allowed = (DEQUANTIZE, *(("Gather", "Transpose") if target.backend is None else ()))
+    """ONNX Runtime looks up codes, and moves them once, when it opens the graph."""
+    allowed = (
+        DEQUANTIZE,
+        *(("Gather", "GatherBlockQuantized", "Transpose") if target.backend is None else ()),
+    )
     for name, tensor in view.constants.items():
         if type_word(tensor.data_type) not in ("INT8", "INT4", "INT2"):
             continue
