@@ -19,7 +19,6 @@ from onnx import NodeProto
 
 from qcompress.encodings import CODES, encoding_of
 from qcompress.encodings.walk import DEQUANTIZE, MOVES, attribute, is_a, operand, result, way_to
-from qcompress.errors import QcompressError
 from qcompress.graph.lint.onnxruntime import obstacles, product_of
 from qcompress.graph.view import View, read
 from qcompress.models.plan import LayerPlan
@@ -83,8 +82,8 @@ def owners(view: View) -> dict[str, str]:
 def kernels(file: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
     """Kernels of the plan's quantized layers, by runtime: {"onnxruntime": {...}, "engine": {...}}.
 
-    `read` is False, with a `reason`, if a runtime was not asked or refused the file; this never raises for
-    that. Otherwise `layers` has name, operator, form (one of FORMS), reason and decoded_bytes of each layer,
+    `read` is False, with a `reason`, if a runtime was not asked, refused the file or found no room for the
+    rewritten graph. Raises ExportError only for a graph that `view.read` refuses. Otherwise `layers` has name, operator, form (one of FORMS), reason and decoded_bytes of each layer,
     and the rest are counts: `integer` of `products` (matmuls and convolutions), `codes` of `tables`, and the
     bytes of weights that are decoded to floats in each run or copied as floats.
     """
@@ -96,8 +95,8 @@ def kernels(file: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
             answer["version"] = version
             if not reason:
                 layers = list(_layers(read(file), read(Path(folder) / FILE), plan))
-    except (OSError, QcompressError) as error:
-        reason = f"the optimized graph cannot be written or read: {error}"
+    except OSError as error:
+        reason = f"the optimized graph cannot be written: {error}"
     answer |= {"read": not reason, "reason": reason or None} | ({} if reason else _counts(layers))
     return {"onnxruntime": answer, "engine": {"read": False, "reason": NO_ENGINE}}
 
