@@ -83,9 +83,10 @@ def kernels(file: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
     """Kernels of the plan's quantized layers, by runtime: {"onnxruntime": {...}, "engine": {...}}.
 
     `read` is False, with a `reason`, if a runtime was not asked, refused the file or found no room for the
-    rewritten graph. Raises ExportError only for a graph that `view.read` refuses. Otherwise `layers` has name, operator, form (one of FORMS), reason and decoded_bytes of each layer,
-    and the rest are counts: `integer` of `products` (matmuls and convolutions), `codes` of `tables`, and the
-    bytes of weights that are decoded to floats in each run or copied as floats.
+    rewritten graph. Raises ExportError only for a graph that `view.read` refuses. Otherwise `layers` has
+    name, operator, form (one of FORMS), reason and decoded_bytes of each layer, and the rest are counts:
+    `integer` of `products` (matmuls and convolutions), `codes` of `tables`, and the bytes of weights that are
+    decoded to floats in each run or copied as floats.
     """
     answer: dict[str, Any] = {"machine": platform.machine(), "provider": "CPUExecutionProvider"}
     reason, layers = "", []
@@ -96,7 +97,7 @@ def kernels(file: Path, plan: tuple[LayerPlan, ...]) -> dict[str, Any]:
             if not reason:
                 layers = list(_layers(read(file), read(Path(folder) / FILE), plan))
     except OSError as error:
-        reason = f"the optimized graph cannot be written: {error}"
+        reason = f"the optimized graph cannot be written: {error.strerror or error}"
     answer |= {"read": not reason, "reason": reason or None} | ({} if reason else _counts(layers))
     return {"onnxruntime": answer, "engine": {"read": False, "reason": NO_ENGINE}}
 
@@ -121,7 +122,8 @@ def _optimize(file: Path, optimized: Path) -> tuple[str | None, str]:
     try:
         onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except ORT_ERRORS as error:
-        return onnxruntime.__version__, f"ONNX Runtime refuses the graph: {str(error)[:300]}"
+        text = str(error).replace(f"{file.parent}/", "")
+        return onnxruntime.__version__, f"ONNX Runtime refuses the graph: {text[:300]}"
     return onnxruntime.__version__, ""
 
 
