@@ -104,6 +104,23 @@ def test_gemm_without_a_bias_takes_int8_as_it_is(tmp_path: Path) -> None:
 
 
 @x86
+@pytest.mark.parametrize("rule", ["gemm-float-bias", "pair-shared"])
+def test_a_product_that_is_float_anyway_breaks_no_rule_of_fusion(rule: str, tmp_path: Path) -> None:
+    """Clip lies between QuantizeLinear and DequantizeLinear: no pair of its own and no rank 3 would help."""
+    model = biased()() if rule == "gemm-float-bias" else readers_of_one_pair("MatMul", "MatMul")()
+    assert found(model, tmp_path) == [rule]
+    place = next(index for index, node in enumerate(model.graph.node) if node.op_type == "DequantizeLinear")
+    model.graph.node[place].input[0] = "clipped"
+    model.graph.node.insert(place, helper.make_node("Clip", ["x.q", "low", "high"], ["clipped"], name="clip"))
+    bounds = {"low": np.int8(-8), "high": np.int8(7)}
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.array(value), name) for name, value in bounds.items()
+    )
+    assert found(model, tmp_path) == []
+    assert not {node.op_type for node in executed(model, tmp_path)} & INTEGER
+
+
+@x86
 def test_equal_pairs_of_one_tensor_are_one_pair(tmp_path: Path) -> None:
     """ONNX Runtime merges them, also if the scale is stored twice; it does not merge two zero points."""
     model = readers_of_one_pair("MatMul", "MatMul")()

@@ -204,11 +204,17 @@ def decoded_tables(view: View, target: Target) -> Iterator[Broken]:
             yield Broken(weight.name, f"{size:,} bytes decoded in each run")
 
 
+def _reported(view: View, product: Product) -> set[str]:
+    """Rules that a product breaks; none if it would be computed in float for another reason as well."""
+    reasons = obstacles(view, product).keys()
+    return set(reasons) if reasons <= {BIAS, NO_ZERO_POINT, SHARED} else set()
+
+
 def shared_pairs(view: View, target: Target) -> Iterator[Broken]:
     """One violation per pair."""
     known: set[str] = set()
     for product in () if target.backend is not None else products(view):
-        if obstacles(view, product).keys() == {SHARED}:
+        if SHARED in _reported(view, product):
             pair = pair_of(view, dequantizer_of(view, product.activation))
             readers = pair_readers(view, pair)
             if readers[0] not in known:
@@ -218,7 +224,7 @@ def shared_pairs(view: View, target: Target) -> Iterator[Broken]:
 
 def pairs_without_zero_point(view: View, target: Target) -> Iterator[Broken]:
     for product in () if target.backend is not None else products(view):
-        if NO_ZERO_POINT in obstacles(view, product):
+        if NO_ZERO_POINT in _reported(view, product):
             pair = pair_of(view, dequantizer_of(view, product.activation))
             reader = f"{product.node.op_type} {node_name(product.node)}"
             yield Broken(node_name(pair.quantize), f"int8 without a zero point, read by {reader}")
@@ -226,7 +232,7 @@ def pairs_without_zero_point(view: View, target: Target) -> Iterator[Broken]:
 
 def float_biases(view: View, target: Target) -> Iterator[Broken]:
     for product in () if target.backend is not None else products(view):
-        if BIAS in obstacles(view, product):
+        if BIAS in _reported(view, product):
             how = "" if product.node.op_type == "Gemm" else " of rank 2, Add"
             text = f"{product.node.op_type}{how} with a float bias at {node_name(product.node)}"
             yield Broken(layer_name(view, product.weight), text)
