@@ -104,11 +104,18 @@ def test_gemm_without_a_bias_takes_int8_as_it_is(tmp_path: Path) -> None:
 
 
 @x86
-@pytest.mark.parametrize("rule", ["gemm-float-bias", "pair-shared"])
-def test_a_product_that_is_float_anyway_breaks_no_rule_of_fusion(rule: str, tmp_path: Path) -> None:
-    """Clip lies between QuantizeLinear and DequantizeLinear: no pair of its own and no rank 3 would help."""
-    model = biased()() if rule == "gemm-float-bias" else readers_of_one_pair("MatMul", "MatMul")()
-    assert found(model, tmp_path) == [rule]
+def test_convolutions_without_quantize_linear_behind_them_may_share_a_pair(tmp_path: Path) -> None:
+    """They are float with pairs of their own as well."""
+    model = readers_of_one_pair("Conv", "Conv")()
+    assert found(model, tmp_path) == []
+    assert not {node.op_type for node in executed(model, tmp_path)} & INTEGER
+
+
+@x86
+def test_a_product_that_is_float_anyway_breaks_no_rule_of_fusion(tmp_path: Path) -> None:
+    """Clip lies between QuantizeLinear and DequantizeLinear: rank 3 would not help."""
+    model = biased()()
+    assert found(model, tmp_path) == ["gemm-float-bias"]
     place = next(index for index, node in enumerate(model.graph.node) if node.op_type == "DequantizeLinear")
     model.graph.node[place].input[0] = "clipped"
     model.graph.node.insert(place, helper.make_node("Clip", ["x.q", "low", "high"], ["clipped"], name="clip"))
