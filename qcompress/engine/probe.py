@@ -137,7 +137,8 @@ def read_measurement(file: Path, probe: Path, onnx: Path) -> EngineMeasurement:
                 f"{file} has {len(measurement[name])} samples under {name!r}, the probe has {count}",
                 fix="copy probe/ of this run to the device and measure again",
             )
-    names = ("versions", "machine", "seconds", "measured", "file_sha256", "speed", "consistency", "device")
+    names = ("versions", "machine", "seconds", "measured", "file_sha256", "speed", "consistency", "device",
+             "kernels")  # fmt: skip
     kept = {key: measurement.get(key) for key in names}
     samples = logits = None
     if facts["per_sample"] == "nll":

@@ -1,4 +1,4 @@
-"""Content of sizes.json: stored bits, information bits and bytes of each layer. No torch."""
+"""Content of sizes.json: stored bits, information bits, bytes and kernels of each layer. No torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompress.encodings import encoding_of
+from qcompress.graph.kernels import kernels, layers_of, owners
 from qcompress.graph.tensors import stored_bytes
 from qcompress.graph.view import read
 from qcompress.models.plan import LayerPlan
@@ -15,18 +16,23 @@ def measure_sizes(
     file: Path, plan: tuple[LayerPlan, ...], raised: dict[str, dict[str, int]]
 ) -> dict[str, Any]:
     """Measure the bytes of each quantized layer (all that its encoding stores), of all initializers and of
-    the file. `raised`: per-layer counts of the scales that fold raised for int32 biases, from folded.json.
+    the file, and ask ONNX Runtime for the kernels of the layers. `raised`: per-layer counts of the scales
+    that fold raised for int32 biases, from folded.json.
     """
     view = read(file, separated=True)
     stored = {
         name: stored_bytes(view.constants[name]) for name in view.constants.keys() - view.producers.keys()
     }
+    owner_of, weights = owners(view), {item.name: item.layer.weights for item in plan}
     layers = []
     for item in plan:
         if item.weights is None or item.layer.tied_to:
             continue
         parts = encoding_of(item.weights).initializers
-        size = sum(stored.get(f"{item.name}.weight.{part}", 0) for part in parts)
+        owner = owner_of.get(item.name, item.name)
+        size = sum(stored.get(f"{owner}.weight.{part}", 0) for part in parts)
+        # layers with joined weights have their columns of each tensor
+        size = size * item.layer.weights // sum(weights[name] for name in layers_of(owner))
         layers.append(
             {
                 "name": item.name,
@@ -47,4 +53,5 @@ def measure_sizes(
         "file_bytes": file.stat().st_size + (data.stat().st_size if data.is_file() else 0),
         "float_layer_bytes": floats,
         "raised_scales": sum(counts["scales"] for counts in raised.values()),
+        "kernels": kernels(file, plan),
     }

@@ -86,6 +86,57 @@ def ties(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def kernels(sizes: Any) -> list[str]:
+    """Lines on the kernels of the quantized layers in ONNX Runtime, from sizes.json: the counts, then one
+    line for each reason why layers do not run on integers. Empty without quantized layers, and for a file of
+    an older version.
+    """
+    runtimes = sizes.get("kernels") if isinstance(sizes, dict) else None
+    answer = runtimes.get("onnxruntime") if isinstance(runtimes, dict) else None
+    if not isinstance(answer, dict):
+        return []
+    if not answer.get("read"):
+        return [f"kernels in ONNX Runtime: not known: {answer.get('reason')}"]
+    layers = answer["layers"]
+    if not layers:
+        return []
+    parts = [f"{answer['integer']} of {answer['products']} quantized layers run as integer kernels"]
+    if answer["weight_only"]:
+        parts.append(f"{answer['weight_only']} as weight-only kernels")
+    if answer["tables"]:
+        parts.append(f"{answer['codes']} of {answer['tables']} tables are looked up as codes")
+    parts.append(f"{answer['decoded_bytes']:,} bytes of weights are decoded in each run")
+    if answer["constant_bytes"]:
+        parts.append(f"{answer['constant_bytes']:,} bytes are held as floats")
+    by_reason: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers:
+        if layer["reason"]:
+            by_reason.setdefault(layer["reason"], []).append(layer)
+    lines = [f"in ONNX Runtime {answer['version']} on {answer['machine']}: {', '.join(parts)}"]
+    for reason, group in by_reason.items():
+        size = sum(layer["decoded_bytes"] for layer in group)
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        lines.append(f"  {group[0]['name']}{more}: {reason}" + (f" ({size:,} bytes)" if size else ""))
+    return lines
+
+
+def engine_kernels(report: dict[str, Any]) -> list[str]:
+    """One line on the layers of the measured engine that read integers, from its inspector. Empty list if no
+    engine was measured, or on a device with an older probe kit.
+    """
+    lines = []
+    for row in report["rows"]:
+        measured_on = row.get("measured_on")
+        answer = measured_on.get("kernels") if isinstance(measured_on, dict) else None
+        if not isinstance(answer, dict):
+            continue
+        if isinstance(answer.get("integer"), int):
+            lines.append(f"in the engine: {answer['integer']} of {answer.get('layers')} layers read integers")
+        else:
+            lines.append(f"kernels of the engine: not known: {answer.get('reason')}")
+    return lines
+
+
 def order_metrics(rows: list[dict[str, Any]], sets: list[str], main: dict[str, list[str]]) -> list[str]:
     """Main metrics of each evaluation set, in the recipe's order (JSON objects are sorted by name).
 

@@ -237,3 +237,58 @@ def test_an_engine_takes_its_file_and_one_context(monkeypatch: pytest.MonkeyPatc
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H200\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     assert engine_speed.gpu() == "NVIDIA H200"
+
+
+# The engine inspector ------------------------------------------------------------------------------
+
+DETAILED = """{"Layers": [
+  {"Name": "h.0.attn", "LayerType": "gemm", "Inputs": [{"Name": "q", "Format/Datatype": "Int8"}]},
+  {"Name": "h.0.norm", "Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP32"}]},
+  {"Name": "h.0.mlp", "Inputs": [{"Format/Datatype": "FP32"}, {"Format/Datatype": "Row major Int8 format"}]},
+  {"Name": "h.1.mlp", "Inputs": [{"Format/Datatype": "Half"}, {"Format/Datatype": "INT4"}]},
+  {"Name": "noop"}
+], "Bindings": ["input_ids", "logits"]}"""
+
+
+def inspected(text: str) -> SimpleNamespace:
+    """A runner whose engine inspector answers with `text`."""
+
+    def information(form: str) -> str:
+        assert form == "json"
+        return text
+
+    engine = SimpleNamespace(
+        create_engine_inspector=lambda: SimpleNamespace(get_engine_information=information)
+    )
+    return SimpleNamespace(
+        engine=engine, trt=SimpleNamespace(LayerInformationFormat=SimpleNamespace(JSON="json"))
+    )
+
+
+def test_the_inspector_counts_the_layers_that_read_integers(script: Any) -> None:
+    answer = script.engine_speed.kernels(inspected(DETAILED), {})
+    assert answer == {"layers": 5, "integer": 3, "names": ["h.0.attn", "h.0.mlp", "h.1.mlp"]}
+
+
+def test_an_engine_without_detailed_profiling_tells_names_only(script: Any) -> None:
+    answer = script.engine_speed.kernels(inspected('{"Layers": ["a + b", "c"], "Bindings": []}'), {})
+    assert (answer["layers"], answer["integer"], answer["names"]) == (2, None, [])
+    assert answer["reason"].startswith("built without detailed profiling")
+
+
+def test_an_inspector_that_fails_is_a_reason(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = runner(script, monkeypatch, tmp_path)  # the played engine has no inspector
+    assert "create_engine_inspector" in script.beside(made, INPUTS)["kernels"]["reason"]
+    monkeypatch.setattr(script.engine_speed, "speed", lambda runner, inputs: [])
+    made.engine.create_engine_inspector = inspected("").engine.create_engine_inspector
+    made.trt.LayerInformationFormat = SimpleNamespace(JSON="json")
+    assert script.beside(made, INPUTS)["kernels"]["reason"].startswith("JSONDecodeError")
+
+
+def test_the_inspector_has_the_names_of_the_installed_tensorrt() -> None:
+    rtx = pytest.importorskip("tensorrt_rtx")
+    assert rtx.LayerInformationFormat.JSON is not None
+    assert callable(rtx.EngineInspector.get_engine_information)
+    assert callable(rtx.ICudaEngine.create_engine_inspector)

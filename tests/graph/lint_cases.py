@@ -285,6 +285,111 @@ def bf16() -> onnx.ModelProto:
     return linear(compute="bf16", opset=22)
 
 
+def looked_up(graph: Graph, form: str, bits: int = 8) -> None:
+    """A table [128, 64] decoded in front of Gather, or rows of codes and scales decoded behind it."""
+    graph.tensor("table.codes", codes("table", (128, 64), bits), {8: T.INT8, 4: T.INT4}[bits])
+    graph.tensor("table.scale", np.full(128, 0.01))
+    if form == "decoded":
+        table = graph.node("DequantizeLinear", ["table.codes", "table.scale"], "table.dq", axis=0)
+        graph.node("Gather", [table, "x"], "y")
+        return
+    rows = graph.node("Gather", ["table.codes", "x"], "rows.codes")
+    scales = graph.node("Gather", ["table.scale", "x"], "rows.scale")
+    scales = graph.node("Unsqueeze", [scales, graph.tensor("last", np.int64([-1]), T.INT64)], "row.scale")
+    graph.node("DequantizeLinear", [rows, scales], "y", axis=2, block_size=64)
+
+
+def table(form: str) -> Make:
+    """x int64 [batch, sequence] -> y [batch, sequence, 64]."""
+
+    def make() -> onnx.ModelProto:
+        graph = Graph()
+        looked_up(graph, form)
+        shape = "batch", "sequence"
+        return graph.model([tensor_value("x", T.INT64, *shape)], [tensor_value("y", T.FLOAT, *shape, 64)])
+
+    return make
+
+
+def readers_of_one_pair(*ops: str, reader: str = "", kind: int = T.INT8, behind: bool = False) -> Make:
+    """x [batch, 8, 128] through one Q/DQ pair into products with a weight each; `reader`: one more reader of
+    the pair; `behind`: Q/DQ pairs behind the products.
+    """
+
+    def make() -> onnx.ModelProto:
+        graph, ends = Graph(), []
+        pair = quantize_activation(graph, "x")
+        if kind != T.INT8:
+            graph.tensors.pop()
+            graph.tensor("x.input.zero", np.uint8(128), kind)
+        size = ("batch", 128, 8, 8) if "Conv" in ops else ("batch", 8, 128)
+        for index, op in enumerate(ops):
+            name = f"w{index}"
+            if op == "Conv":
+                graph.tensor(f"{name}.codes", codes(name, (128, 128, 1, 1)), T.INT8)
+                graph.tensor(f"{name}.scale", np.full(128, 0.01))
+                stored = [f"{name}.codes", f"{name}.scale"]
+                weight = graph.node("DequantizeLinear", stored, f"{name}.dq", axis=0)
+            else:
+                weight = dequantize_weight(graph, name, (128, 128))
+            product = graph.node(op, [pair, weight], f"y{index}")
+            ends.append(quantize_activation(graph, product) if behind else product)
+        if reader:
+            ends.append(graph.node(reader, [pair, pair] if reader == "Add" else [pair], "r"))
+        outputs = [tensor_value(end, T.FLOAT, *size) for end in ends]
+        return graph.model([tensor_value("x", T.FLOAT, *size)], outputs)
+
+    return make
+
+
+def joined(graph: Graph) -> None:
+    """Three layers as one matmul, whose columns a Split takes apart."""
+    weight = dequantize_weight(graph, "a+b+c", (128, 192))
+    product = graph.node("MatMul", [quantize_activation(graph, "x"), weight], "product")
+    sizes = graph.tensor("sizes", np.int64([64, 64, 64]), T.INT64)
+    graph.nodes.append(helper.make_node("Split", [product, sizes], ["a", "b", "c"], name="split", axis=-1))
+    graph.node("Add", [graph.node("Add", ["a", "b"], "ab"), "c"], "y")
+
+
+def biased(
+    op: str = "MatMul",
+    rank: int = 2,
+    behind: str = "",
+    bias: tuple[int, ...] = (64,),
+    activations: bool = True,
+) -> Make:
+    """x [batch, (8,) 128] through a product with a float bias, and `behind`: Tanh, Q, or Tanh and Q."""
+
+    def make() -> onnx.ModelProto:
+        graph = Graph()
+        source = quantize_activation(graph, "x") if activations else "x"
+        inputs = [source, dequantize_weight(graph, "weight", (128, 64))]
+        stored = graph.tensor("bias", np.arange(np.prod(bias)).reshape(bias))
+        if op == "Gemm":
+            end = graph.node("Gemm", [*inputs, stored], "product")
+        else:
+            end = graph.node("Add", [graph.node("MatMul", inputs, "product"), stored], "sum")
+        end = graph.node("Tanh", [end], "tanh") if "Tanh" in behind else end
+        end = quantize_activation(graph, end) if "Q" in behind else end
+        graph.node("Identity", [end], "y")
+        shape = ("batch", 8) if rank == 3 else ("batch",)
+        ends = [tensor_value(name, T.FLOAT, *shape, width) for name, width in (("x", 128), ("y", 64))]
+        return graph.model(ends[:1], ends[1:])
+
+    return make
+
+
+def float_weight(op: str, behind: bool = False) -> Make:
+    """x [batch, 128] through a Q/DQ pair into a product with a float weight."""
+
+    def build(graph: Graph) -> None:
+        weight = graph.tensor("weight", codes("weight", (128, 64)) * 0.01)
+        end = graph.node(op, [quantize_activation(graph, "x"), weight], "product")
+        graph.node("Identity", [quantize_activation(graph, end) if behind else end], "y")
+
+    return small(build)
+
+
 FORMATS = '{"weight": {"weights": {"bits": 8, "block": null}, "activations": null}}'
 FLOAT_FORMATS = '{"weight": {"weights": null, "activations": null}}'
 WEIGHT, CODES, Q = "weight", "weight.codes", "x.q"
@@ -376,6 +481,28 @@ CASES: tuple[Case, ...] = (
     Case("compute-type", "bf16 on a T4", bf16, "y", "bf16", None, "t4"),
     Case("opset-new", "26", lambda: linear(opset=26), "(graph)", "opset 26"),
     Case("opset-old", "20", lambda: linear(opset=20), "(graph)", "opset 20"),
+    Case("table-decoded", "rows of a table", table("decoded"), "table.codes",
+         "^32,768 bytes decoded in each run$", None, "cpu"),
+    Case("pair-shared", "three matmuls", readers_of_one_pair("MatMul", "MatMul", "MatMul"), Q,
+         "^read by MatMul y0, MatMul y1, MatMul y2$", None, "cpu"),
+    Case("pair-shared", "a residual", readers_of_one_pair("MatMul", reader="Add"), Q,
+         "^read by MatMul y0, Add r$", None, "cpu"),
+    Case("pair-shared", "two convolutions", readers_of_one_pair("Conv", "Conv", behind=True), Q,
+         "^read by Conv y0, Conv y1$", None, "cpu"),
+    Case("pair-no-zero-point", "int8", no_zero_point(output_dtype=T.INT8), Q,
+         "^int8 without a zero point, read by MatMul y$", None, "cpu"),
+    Case("gemm-float-bias", "MatMul and Add of rank 2", biased(), CODES,
+         "^MatMul of rank 2, Add with a float bias at product$", None, "cpu"),
+    Case("gemm-float-bias", "Tanh in front of QuantizeLinear", biased(behind="Tanh Q"), CODES,
+         "^MatMul of rank 2, Add with a float bias at product$", None, "cpu"),
+    Case("gemm-float-bias", "Gemm", biased("Gemm"), CODES,
+         "^Gemm with a float bias at product$", None, "cpu"),
+    Case("pair-one-sided", "float weight", float_weight("MatMul"), WEIGHT,
+         "^float weight, int8 input of MatMul product$", None, "cpu"),
+    Case("pair-one-sided", "float weight of Gemm", float_weight("Gemm"), WEIGHT,
+         "^float weight, int8 input of Gemm product$", None, "cpu"),
+    Case("pair-one-sided", "float input", biased(behind="Q", activations=False), CODES,
+         "^integer weight, float input, QuantizeLinear directly behind MatMul product$", None, "cpu"),
 )  # fmt: skip
 """The first case of a rule shows where the rule comes from; `refused_by` is what was measured."""
 
@@ -411,5 +538,10 @@ SOUND: dict[str, tuple[Make, str]] = {
     "compute-type": (bf16, "rtx-ampere"),
     "opset-new": (lambda: linear(opset=25), "rtx-ampere"),
     "opset-old": (lambda: linear(opset=21), "rtx-ampere"),
+    "table-decoded": (table("decoded"), "rtx-ampere"),
+    "pair-shared": (small(joined), "cpu"),
+    "pair-no-zero-point": (linear, "cpu"),
+    "gemm-float-bias": (biased(behind="Q"), "cpu"),
+    "pair-one-sided": (float_weight("Gemm", behind=True), "cpu"),
 }
 """For each rule a graph that comes close to breaking it, and breaks none; with its target."""

@@ -152,8 +152,12 @@ def test_the_graph_is_certified_and_computes_what_was_folded(kind: str, name: st
 
 @each_case
 def test_no_target_refuses_the_graph(kind: str, name: str, made) -> None:
-    for target in ("rtx-ada", "a100", "cpu"):
-        assert lint(made(kind, name).file, TARGETS[target]) == []
+    done = made(kind, name)
+    for target in ("rtx-ada", "a100"):
+        assert lint(done.file, TARGETS[target]) == []
+    warned = {(item.rule, item.layer) for item in lint(done.file, TARGETS["cpu"])}
+    classifier = done.line.plan[-1].name  # a matmul of rank 2 with a float bias
+    assert warned <= {("gemm-float-bias", f"{classifier}.weight.codes")}
 
 
 def test_sizes_count_the_convolutions(made) -> None:

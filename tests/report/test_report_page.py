@@ -103,6 +103,17 @@ def test_the_page_has_every_metric_goal_layer_and_stage(page: Page, run: Path) -
     assert wanted <= shown
 
 
+def test_the_kernels_of_the_layers_are_counted_and_listed(page: Page, run: Path) -> None:
+    answer = json.loads((run / "sizes.json").read_text())["kernels"]["onnxruntime"]
+    counts = f"{answer['integer']} of {answer['products']} quantized layers run as integer kernels"
+    assert answer["products"] == 9 and counts in page.section("ladder").text
+    listed = page.section("layers").text
+    assert "Kernels in ONNX Runtime" in listed and "why not on integers" in listed
+    shown = {cell.attributes.get("data-from") for cell in page.section("layers").all("data")}
+    pointer = "sizes.json#/kernels/onnxruntime/layers/{}/decoded_bytes"
+    assert {pointer.format(place) for place in range(len(answer["layers"]))} <= shown
+
+
 def test_rows_that_were_not_measured_say_why(page: Page, run: Path) -> None:
     engine = json.loads((run / "parity.json").read_text())["rows"][-1]
     assert engine["status"] == "not-run"

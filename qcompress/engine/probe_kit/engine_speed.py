@@ -1,9 +1,10 @@
-"""Speed, self-consistency and device of an engine, for measure_engine.py: latency and throughput of each
-profile. Needs numpy; accepts any runner with the methods of TensorRTRunner.
+"""Speed, self-consistency, device and kernels of an engine, for measure_engine.py: latency and throughput of
+each profile. Needs numpy; accepts any runner with the methods of TensorRTRunner.
 """
 
 from __future__ import annotations
 
+import json
 import pathlib
 import subprocess
 import time
@@ -103,6 +104,33 @@ def device(runner, inputs):
     if context is None:
         context = engine.device_memory_size
     return {"gpu": gpu(), "memory_bytes": int(runner.plan_bytes + context)}
+
+
+INTEGERS = ("int8", "int4")
+"""Words for integers in the data types of an engine's tensors."""
+
+
+def kernels(runner, inputs):
+    """Count the layers of the engine that read integers, as its inspector lists them: `layers`, `integer`,
+    and the names of these layers. An engine that was built without detailed profiling lists names only; then
+    `integer` is None, with a reason. Source: TensorRT's documentation of IEngineInspector.
+    """
+    inspector = runner.engine.create_engine_inspector()
+    text = inspector.get_engine_information(runner.trt.LayerInformationFormat.JSON)
+    layers = json.loads(text).get("Layers", [])
+    if not all(isinstance(layer, dict) for layer in layers):
+        reason = (
+            "built without detailed profiling: the inspector lists the names of the layers, not their types"
+        )
+        return {"layers": len(layers), "integer": None, "names": [], "reason": reason}
+    names = [str(layer.get("Name")) for layer in layers if _reads_integers(layer)]
+    return {"layers": len(layers), "integer": len(names), "names": names}
+
+
+def _reads_integers(layer):
+    """True if an input of the layer is int8 or int4, such as `Int8` or `Row major Int8 format`."""
+    words = [str(tensor.get("Format/Datatype", "")) for tensor in layer.get("Inputs", [])]
+    return any(kind in word.lower() for word in words for kind in INTEGERS)
 
 
 BOARD = pathlib.Path("/proc/device-tree/model")

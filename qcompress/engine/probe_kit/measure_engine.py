@@ -173,11 +173,11 @@ def run_logits(runner, inputs, reference, positions, limit):
 
 
 def beside(runner, inputs):
-    """Speed, self-consistency and device of an engine. They are optional: a failure is recorded as a
+    """Speed, self-consistency, device and kernels of an engine. They are optional: a failure is recorded as a
     reason.
     """
     measurements = {}
-    for name in ("consistency", "speed", "device"):
+    for name in ("consistency", "speed", "device", "kernels"):
         try:
             measurements[name] = getattr(engine_speed, name)(runner, inputs)
         except (RuntimeError, ValueError, OSError, AttributeError, MemoryError) as error:

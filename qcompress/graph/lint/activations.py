@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 
 from qcompress.encodings.walk import (
     DEQUANTIZE,
     MOVES,
     QUANTIZE,
     attribute,
-    lookup_of,
-    lookups_of,
+    is_a,
     operand,
     result,
     users_of,
+    way_to,
 )
 from qcompress.graph.qdq import (
     SCALE,
@@ -93,8 +93,20 @@ def moving_zero_points(view: View, target: Target) -> Iterator[Broken]:
 
 def moving_scales(view: View, target: Target) -> Iterator[Broken]:
     for node, name in parameters(view, SCALE):
-        if name not in view.fixed:
+        if name not in view.fixed and not (target.backend is None and _is_row(view, node, name)):
             yield Broken(layer_name(view, node), f"scale {name!r} is known at run time only")
+
+
+def _is_row(view: View, node: NodeProto, scale: str) -> bool:
+    """True for the DequantizeLinear of table rows: Gather looks up its codes and scales in stored tensors."""
+    makers = (_maker(view, name) for name in (operand(node, 0), scale))
+    return all(is_a(maker, "Gather") and operand(maker, 0) in view.fixed for maker in makers)
+
+
+def _maker(view: View, name: str) -> NodeProto | None:
+    """Node that computes a value, in front of MOVES."""
+    way = way_to(view, view.producers.get(name))
+    return next((node for node in way if node.op_type not in MOVES), None)
 
 
 def scales_not_positive(view: View, target: Target) -> Iterator[Broken]:
@@ -240,13 +252,17 @@ def new_opset(view: View, target: Target) -> Iterator[Broken]:
 
 
 def constant_readers(view: View, target: Target) -> Iterator[Broken]:
+    """ONNX Runtime looks up codes, and moves them once, when it opens the graph."""
+    allowed = (
+        DEQUANTIZE,
+        *(("Gather", "GatherBlockQuantized", "Transpose") if target.backend is None else ()),
+    )
     for name, tensor in view.constants.items():
         if type_word(tensor.data_type) not in ("INT8", "INT4", "INT2"):
             continue
         for node in view.readers.get(name, []):
             is_parameter = node.op_type in (QUANTIZE, DEQUANTIZE, "Clip") and operand(node, 0) != name
-            for_runtime = target.backend is None and (lookups_of(view, name) or node.op_type == "Transpose")
-            if node.op_type != DEQUANTIZE and not is_parameter and not for_runtime:
+            if node.op_type not in allowed and not is_parameter:
                 yield Broken(name, f"read by {node.op_type} {node_name(node)}")
 
 
@@ -260,8 +276,8 @@ def lone_quantizers(view: View, target: Target) -> Iterator[Broken]:
 def integer_operators(view: View, target: Target) -> Iterator[Broken]:
     for node in view.nodes:
         op = node.op_type
-        if target.backend is None and lookup_of(view, node):
-            continue
+        if op == "GatherBlockQuantized" and target.backend is None:
+            continue  # ONNX Runtime has no other operator that looks up int4 codes
         if op in INTEGER_OPERATORS or op.startswith(("QLinear", "DynamicQuantize")):
             yield Broken(node_name(node), op)
 

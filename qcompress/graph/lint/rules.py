@@ -1,4 +1,5 @@
-"""Table of the linter's rules: graphs that TensorRT refuses, silently changes or runs slowly. No torch.
+"""Table of the linter's rules: graphs that TensorRT refuses, silently changes or runs slowly, and graphs that
+ONNX Runtime runs slowly. No torch.
 
 A rule may be stricter than TensorRT-RTX, which builds some graphs that TensorRT's documents forbid.
 `evidence` is the source of a rule; the tests check it with the real parser and builder:
@@ -8,6 +9,8 @@ A rule may be stricter than TensorRT-RTX, which builds some graphs that TensorRT
     checker    onnx.checker refuses the graph, TensorRT-RTX accepts it
     behaviour  TensorRT-RTX builds an engine that is slow or computes other results
     documents  TensorRT's documents forbid the graph, TensorRT-RTX accepts it
+    runtime    ONNX Runtime 1.31 computes in float; checked with its optimized graph, for targets without an
+               engine
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from qcompress.graph.lint import activations, convolutions, soundness, weights
+from qcompress.graph.lint import activations, convolutions, onnxruntime, soundness, weights
 from qcompress.graph.lint.activations import Broken
 from qcompress.graph.view import View
 from qcompress.schema.targets import Target
@@ -28,7 +31,7 @@ class Rule:
 
     id: str
     consequence: Literal["refused", "changed", "slow"]
-    evidence: Literal["parser", "builder", "checker", "behaviour", "documents"]
+    evidence: Literal["parser", "builder", "checker", "behaviour", "documents", "runtime"]
     summary: str
     fix: str
     check: Callable[[View, Target], Iterator[Broken]]
@@ -266,6 +269,39 @@ RULES: tuple[Rule, ...] = (
         "before opset 21 there is neither int4 nor block scales; older graphs run with int8 only",
         "export with opset 21",
         activations.old_opset,
+    ),
+    Rule(
+        "table-decoded", "slow", "runtime",
+        "ONNX Runtime decodes the whole table in each run if DequantizeLinear lies in front of Gather",
+        "look up rows of the int8 codes and of their scales with Gather, and put DequantizeLinear behind it; "
+        "an int4 table needs GatherBlockQuantized",
+        onnxruntime.decoded_tables,
+    ),
+    Rule(
+        onnxruntime.SHARED, "slow", "runtime",
+        "ONNX Runtime on x86 fuses an int8 Q/DQ pair into an integer matmul only if one node reads the pair",
+        "join the weights of the layers that read the pair (query, key and value; gate and up) into one "
+        "matmul; give any other reader a Q/DQ pair with a stored zero point of its own",
+        onnxruntime.shared_pairs,
+    ),
+    Rule(
+        onnxruntime.NO_ZERO_POINT, "slow", "runtime",
+        "ONNX Runtime on x86 fuses an int8 activation only if its QuantizeLinear has a zero point",
+        "store the zero point 0 as an int8 initializer",
+        onnxruntime.pairs_without_zero_point,
+    ),
+    Rule(
+        onnxruntime.BIAS, "slow", "runtime",
+        "ONNX Runtime does not fuse Gemm with a float bias; MatMul of rank 2 and Add become such a Gemm",
+        "keep a third axis in front of the matmul (Unsqueeze, and Squeeze behind it), or put QuantizeLinear "
+        "directly behind the bias",
+        onnxruntime.float_biases,
+    ),
+    Rule(
+        "pair-one-sided", "slow", "runtime",
+        "ONNX Runtime multiplies integers only if both operands are quantized",
+        "quantize both operands or neither",
+        onnxruntime.lone_operands,
     ),
 )  # fmt: skip
 """All rules, in the order in which findings are shown."""

@@ -11,7 +11,15 @@ from qcompress.report.html import charts
 from qcompress.report.html.evidence import Evidence
 from qcompress.report.html.figures import Figure, computed
 from qcompress.report.html.parts import Cell, Chart, Section, Table, table
-from qcompress.report.ladder import BESIDE, HELD, cost_of_static, order_metrics, ties
+from qcompress.report.ladder import (
+    BESIDE,
+    HELD,
+    cost_of_static,
+    engine_kernels,
+    kernels,
+    order_metrics,
+    ties,
+)
 from qcompress.schema.goals import METRICS, Goal
 from qcompress.verdict.baseline.statistics import Loss, loss_of
 from qcompress.verdict.measured import Measured, measured
@@ -58,6 +66,9 @@ def ladder(run: Evidence) -> Section:
         if entry.get("status", "measured") != "measured"
     ]
     lines += [*cost_of_static(report), *ties(report)]
+    sizes = run.optional("sizes.json")
+    lines += kernels(sizes.content) if sizes is not None else []
+    lines += engine_kernels(report)
     flipped = next((row["flipped"] for row in report["rows"] if row.get("flipped")), None)
     if isinstance(flipped, dict):
         lines.append(

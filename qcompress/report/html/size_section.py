@@ -7,7 +7,7 @@ import math
 from qcompress.report.html import charts
 from qcompress.report.html.evidence import Evidence
 from qcompress.report.html.figures import Document, Figure
-from qcompress.report.html.parts import Cell, Chart, Section, table
+from qcompress.report.html.parts import Cell, Chart, Section, Table, table
 from qcompress.report.layers import summary
 
 FILES = {
@@ -31,12 +31,28 @@ def layers(run: Evidence) -> Section:
         lines.append("No layer is quantized.")
     else:
         drawn.append(_bits(sizes))
+    tables = _kernels(sizes) if sizes is not None else ()
     if layerwise is None:
         lines.append("No distances by layer: `qcompress verify RUN --layers` makes layers.json.")
     else:
         lines += summary(layerwise.content)
         drawn.append(_distances(layerwise))
-    return Section("layers", title, tuple(lines), charts=tuple(drawn))
+    return Section("layers", title, tuple(lines), tables=tables, charts=tuple(drawn))
+
+
+def _kernels(sizes: Document) -> tuple[Table, ...]:
+    """Table of each layer's kernel in ONNX Runtime; none for an older file or a graph that was not read."""
+    path = ("kernels", "onnxruntime", "layers")
+    entries = sizes.at(*path)
+    if not entries:
+        return ()
+    rows: list[list[Cell]] = [
+        [layer["name"], layer["operator"] or "-", layer["form"],
+         sizes.figure(*path, place, "decoded_bytes", unit="bytes"), layer["reason"] or "-"]
+        for place, layer in enumerate(entries)
+    ]  # fmt: skip
+    columns = ("layer", "operator", "form", "bytes as floats", "why not on integers")
+    return (table("Kernels in ONNX Runtime", columns, rows, folded=True),)
 
 
 def _bits(sizes: Document) -> Chart:
