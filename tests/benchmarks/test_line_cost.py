@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 from gpt2_shapes import make_checkpoint, run_line
 
+from qcompress.schema.recipe import STAGES
+
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 LIMIT_S = 30
 """Aim of a quickstart on two idle cores."""
@@ -34,7 +36,7 @@ def cpu_seconds() -> float:
 def print_stages(name: str, run: Path, seconds: float, cpu: float) -> None:
     """Print one line for each stage, and one for the rest."""
     stages = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["stages"]
-    parts = {stage: record["seconds"] for stage, record in stages.items()}
+    parts = {stage: stages[stage]["seconds"] for stage in STAGES}
     parts["rest"] = seconds - sum(parts.values())
     print(f"\n{name}: {seconds:.1f} s, {cpu:.1f} s of processor time, {os.cpu_count()} cores")
     for stage, part in parts.items():
