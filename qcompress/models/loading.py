@@ -22,6 +22,7 @@ from qcompress.errors import ModelError, QcompressError
 from qcompress.models.checkpoint_files import read_config, weight_files
 from qcompress.models.finite import demand_finite
 from qcompress.system.artifacts import read_json
+from qcompress.system.collector import paused
 from qcompress.system.digests import digest_of
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def _is_about_content(error: BaseException) -> bool:
 
 def stock_config(directory: Path) -> PreTrainedConfig:
     """transformers' config of a checkpoint, from the values of its config.json."""
-    from transformers import CONFIG_MAPPING
+    with paused():
+        from transformers import CONFIG_MAPPING
 
     values = read_config(directory)
     with reading(directory / "config.json", "transformers cannot make a config from it"):
@@ -96,11 +98,12 @@ def stock_model(
     """Load a model of a transformers class in fp32 with the weights of a checkpoint; also returns
     transformers' report of missing and unexpected tensors. `directory`: see `hashed_files`.
     """
-    import transformers
-    from safetensors import safe_open
-    from transformers import logging
+    with paused():
+        import transformers
+        from safetensors import safe_open
+        from transformers import logging
 
-    maker = getattr(transformers, named)
+        maker = getattr(transformers, named)
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its warnings list tensors of other heads, and of shared blocks

@@ -35,6 +35,7 @@ from qcompress.system.artifacts import (
     write_json,
     write_text,
 )
+from qcompress.system.collector import paused
 from qcompress.system.distributed import Processes, join
 from qcompress.system.fingerprint import stage_key
 from qcompress.system.gpu import device_kind
@@ -193,7 +194,8 @@ class _Maker:
             self.reporter.say(note)
 
     def _train(self, folder: Path) -> None:
-        from qcompress.pipeline.stages.train import train
+        with paused():
+            from qcompress.pipeline.stages.train import train
 
         plan, report, model = self.plan, self.plan.report, self._float_model()
         self.processes.agree({"model": model, "out": folder})
@@ -201,7 +203,8 @@ class _Maker:
               self.reporter, self.processes)  # fmt: skip
 
     def _fold(self, folder: Path) -> None:
-        from qcompress.pipeline.stages.fold import fold
+        with paused():
+            from qcompress.pipeline.stages.fold import fold
 
         for note in fold(self._float_model(), TrainedModel(self.steps["train"].path), folder):
             self.reporter.say(note)
@@ -211,7 +214,8 @@ class _Maker:
         if self.plan.graph:
             _adopt(self.plan, self.steps["load"].path, folder, self.reporter)
             return
-        from qcompress.pipeline.stages.export import export
+        with paused():
+            from qcompress.pipeline.stages.export import export
 
         folded = FoldedModel(self.steps["fold"].path)
         export(folded, recipe.export, recipe.build.target, provenance(recipe), folder)
@@ -227,8 +231,9 @@ class _Maker:
             self.reporter.say(f"build: {warning}")
 
     def _verify(self, folder: Path) -> None:
-        from qcompress.parity.inputs import Artifacts
-        from qcompress.pipeline.stages.verify import verify
+        with paused():
+            from qcompress.parity.inputs import Artifacts
+            from qcompress.pipeline.stages.verify import verify
 
         steps = self.steps
         artifacts = Artifacts(

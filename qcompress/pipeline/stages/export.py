@@ -39,6 +39,7 @@ from qcompress.models.checkpoint_files import read_config
 from qcompress.models.folded import assemble
 from qcompress.models.layer_selection import lent_prefixes
 from qcompress.models.plan import LayerPlan, PointPlan, plans_from_json, points_from_json, sharers
+from qcompress.pipeline.single_trace import single_trace
 from qcompress.quant.types import COMPUTE
 from qcompress.schema.recipe import Export
 from qcompress.schema.targets import TARGETS
@@ -125,7 +126,7 @@ def _trace(folded: FoldedModel, family: str, dtype: torch.dtype, options: Export
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)  # hides the warning that torchvision, which is not needed, is not installed
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), single_trace():
         # raised inside torch.export for its own data structures; a user cannot act on them
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)

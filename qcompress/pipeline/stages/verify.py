@@ -55,6 +55,7 @@ from qcompress.schema.goals import PARITY
 from qcompress.schema.recipe import ROWS, Recipe
 from qcompress.schema.tasks import AGREEMENT, Task
 from qcompress.system.artifacts import FoldedModel, read_json, sha256_file, write_json
+from qcompress.system.collector import only_new
 from qcompress.system.reporter import Reporter
 from qcompress.tasks import TASKS
 
@@ -80,6 +81,7 @@ class _Job:
         )
 
 
+@only_new()
 def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter: Reporter) -> None:
     """Measure every row that can run on this machine."""
     _forget_logits(out)
