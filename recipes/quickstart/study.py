@@ -28,6 +28,9 @@ FORMATS = ("w8a8", "w4a8")
 LSQ_STEPS = 120
 TRIALS = {"lsq": (2e-5, 2e-4), "quadapter": (5e-3, 2e-2)}
 ARMS = ("ptq", "ptq + start", "lsq", "quadapter")
+PHASES = {"calibrate": {"steps": 60}, "finetune": {"steps": 60}}
+CALIBRATION, SAMPLES = 128, 96
+"""More updates and windows than the quickstart, which is to end within half a minute."""
 
 
 def recipe(arm: str, form: str, seed: int, rate: float | None) -> dict[str, Any]:
@@ -38,7 +41,8 @@ def recipe(arm: str, form: str, seed: int, rate: float | None) -> dict[str, Any]
     values["build"]["here"] = "never"
     values["verify"]["distance_samples"] = 8
     del values["gate"]
-    steps, _ = values["train"].pop("phases"), values["train"].pop("lr")
+    values["data"]["calibration"]["limit"], values["verify"]["samples"] = CALIBRATION, SAMPLES
+    del values["train"]["phases"], values["train"]["lr"]
     if arm.startswith("ptq"):
         values["method"] = "ptq"
         values["adapter"] = "quadapter" if arm == "ptq + start" else "none"
@@ -49,7 +53,7 @@ def recipe(arm: str, form: str, seed: int, rate: float | None) -> dict[str, Any]
             "phases": {"finetune": {"steps": LSQ_STEPS}},
         }
     else:
-        values["train"] |= {"lr": {"adapter": rate, "scale": 1e-3}, "phases": steps}
+        values["train"] |= {"lr": {"adapter": rate, "scale": 1e-3}, "phases": PHASES}
     values["model"]["source"] = str((HERE.parent / values["model"]["source"]).resolve())
     for data in (
         values["data"]["train"],
