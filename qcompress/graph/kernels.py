@@ -19,6 +19,7 @@ from onnx import NodeProto
 
 from qcompress.encodings import CODES, encoding_of
 from qcompress.encodings.walk import DEQUANTIZE, MOVES, attribute, is_a, operand, result, way_to
+from qcompress.graph.joined import layers_of
 from qcompress.graph.lint.onnxruntime import obstacles, product_of
 from qcompress.graph.view import View, read
 from qcompress.models.plan import LayerPlan
@@ -56,17 +57,6 @@ INSERTED = "InsertedPrecisionFreeCast_"
 """Prefix of values that ONNX Runtime computes in fp32 instead of fp16."""
 
 FILE = "optimized.onnx"
-
-
-def layers_of(owner: str) -> tuple[str, ...]:
-    """Layers whose weights lie in the initializers OWNER.weight.*; joined weights have the name
-    PARENT.a+b+c, and their columns are in the order of the names.
-
-    >>> layers_of("h.0.q_proj+k_proj"), layers_of("h.0.out")
-    (('h.0.q_proj', 'h.0.k_proj'), ('h.0.out',))
-    """
-    parent, dot, last = owner.rpartition(".")
-    return tuple(f"{parent}{dot}{name}" for name in last.split("+"))
 
 
 def owners(view: View) -> dict[str, str]:

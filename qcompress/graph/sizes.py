@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompress.encodings import encoding_of
-from qcompress.graph.kernels import kernels, layers_of, owners
+from qcompress.graph.kernels import kernels
 from qcompress.graph.tensors import stored_bytes
 from qcompress.graph.view import read
 from qcompress.models.plan import LayerPlan
@@ -23,16 +23,12 @@ def measure_sizes(
     stored = {
         name: stored_bytes(view.constants[name]) for name in view.constants.keys() - view.producers.keys()
     }
-    owner_of, weights = owners(view), {item.name: item.layer.weights for item in plan}
     layers = []
     for item in plan:
         if item.weights is None or item.layer.tied_to:
             continue
         parts = encoding_of(item.weights).initializers
-        owner = owner_of.get(item.name, item.name)
-        size = sum(stored.get(f"{owner}.weight.{part}", 0) for part in parts)
-        # layers with joined weights have their columns of each tensor
-        size = size * item.layer.weights // sum(weights[name] for name in layers_of(owner))
+        size = sum(stored.get(f"{item.name}.weight.{part}", 0) for part in parts)
         layers.append(
             {
                 "name": item.name,

@@ -18,7 +18,8 @@ from onnx import TensorProto as T  # noqa: N817
 from onnx import helper
 
 from qcompress.graph import kernels as module
-from qcompress.graph.kernels import kernels, layers_of
+from qcompress.graph.joined import layers_of
+from qcompress.graph.kernels import kernels
 from qcompress.graph.lint.lint import lint
 from qcompress.graph.sizes import measure_sizes
 from qcompress.models.architecture import Layer
@@ -129,15 +130,17 @@ def test_each_layer_of_joined_weights_counts(tmp_path: Path) -> None:
 
 
 def test_names_of_joined_layers() -> None:
-    assert layers_of("q_proj+k_proj") == ("q_proj", "k_proj") and layers_of("head") == ("head",)
-    assert layers_of("a.0.gate+up") == ("a.0.gate", "a.0.up")
+    assert layers_of("q_proj+k_proj") == ["q_proj", "k_proj"] and layers_of("head") == ["head"]
+    assert layers_of("a.0.gate+up") == ["a.0.gate", "a.0.up"]
 
 
 def test_joined_layers_share_the_bytes_by_their_weights(tmp_path: Path) -> None:
     graph = Graph()
     weight = dequantize_weight(graph, "h.gate+up.weight", (WIDTH, 3 * WIDTH))
-    graph.node("MatMul", [quantize_activation(graph, "x"), weight], "y")
-    file = save(model(graph, "y", width=3 * WIDTH), tmp_path / "model.onnx")
+    product = graph.node("MatMul", [quantize_activation(graph, "x"), weight], "product")
+    columns = graph.tensor("columns", np.array([WIDTH, 2 * WIDTH]), T.INT64)
+    graph.nodes.append(helper.make_node("Split", [product, columns], ["gate", "y"], axis=-1))
+    file = save(model(graph, "y", width=2 * WIDTH), tmp_path / "model.onnx")
     plan = (planned("h.gate", rows=WIDTH), planned("h.up", rows=2 * WIDTH))
     sizes = measure_sizes(file, plan, {})
     bytes_of = {layer["name"]: layer["bytes"] for layer in sizes["layers"]}
