@@ -81,8 +81,8 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target(
             "cpu", None, (), None,
-            "ONNX Runtime on any processor; checked against the rules that all TensorRT targets share, so "
-            "that a recipe that passes here builds elsewhere.",
+            "ONNX Runtime on any processor, in the forms that its integer kernels take; checked against the "
+            "rules that all TensorRT targets share, so that a recipe that passes here builds elsewhere.",
             weight_bits=(8, 4, 2), compute=("fp32", "fp16"),
         ),
         Target(
