@@ -16,13 +16,17 @@ import onnxruntime
 import pytest
 from graphs import Graph, codes, dequantize_weight, tensor_value
 from lines import plain_session
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from qcompress.encodings.int_qdq import IntegerQdq
-from qcompress.encodings.walk import lookups_of
+from qcompress.encodings.walk import lookups_of, pair_of
 from qcompress.graph import onnxruntime_forms as forms
+from qcompress.graph.certificate.edges import differences
 from qcompress.graph.lint.lint import lint
 from qcompress.graph.view import read
+from qcompress.models.architecture import Layer
+from qcompress.models.plan import LayerPlan
+from qcompress.schema.formats import WeightFormat
 from qcompress.schema.targets import TARGETS
 
 ROWS, WIDTH = 40, 64
@@ -154,6 +158,48 @@ def test_scales_of_other_rows_are_no_lookup_of_the_table(tmp_path: Path) -> None
     assert lookup.scale == ""
 
 
+class Folded:
+    """Tensors of folded.safetensors."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        values = self.tensors[name]
+        return values.astype(np.int8) if name.endswith(".codes") else values
+
+
+@pytest.mark.parametrize(("bits", "block"), [(8, 0), (4, 32)])
+def test_the_certificate_follows_the_rows(tmp_path: Path, bits: int, block: int) -> None:
+    before = table(bits, block)
+    _, after = saved(before, tmp_path, forms.look_up_codes)
+    form = WeightFormat(bits=bits, block=block or None)
+    item = LayerPlan(Layer("wte", "embedding", WIDTH, ROWS), form, None)
+    certified = IntegerQdq().certify(read(after), Folded(before), item)
+    assert certified.reasons == [] and certified.codes_equal and certified.scales_equal
+
+    def reasons(change: Callable[[onnx.ModelProto], None]) -> str:
+        model = onnx.load(after)
+        change(model)
+        onnx.save(model, tmp_path / "changed.onnx")
+        return "; ".join(IntegerQdq().certify(read(tmp_path / "changed.onnx"), Folded(before), item).reasons)
+
+    def scale(model: onnx.ModelProto) -> None:
+        (tensor,) = [one for one in model.graph.initializer if one.name == "wte.weight.scale"]
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(2), tensor.name))
+
+    def copy(model: onnx.ModelProto) -> None:
+        rows = [node for node in model.graph.node if node.name == "wte.weight.rows/Gather"]
+        read = rows[0].output[0] if rows else "wte.weight.codes"
+        model.graph.node.append(helper.make_node("Identity", [read], ["copied"]))
+
+    assert "scale" in reasons(scale) and "nothing else" in reasons(copy)
+    if block:
+        other = LayerPlan(item.layer, WeightFormat(bits=bits, block=64), None)
+        found = IntegerQdq().certify(read(after), Folded(before), other).reasons
+        assert any(f"has block {block}, expected 64" in reason for reason in found)
+
+
 # Matmuls ------------------------------------------------------------------------------------------
 
 
@@ -279,6 +325,16 @@ def test_a_convolution_with_an_activation_is_fused_with_the_same_codes(
     ends = [int(view.values(name)) for name in clip.input[1:]]
     assert ends == [0, 2**bits - 1 if bits < 8 else 127]
     assert rules(after, "cpu") == set()
+
+
+def test_only_codes_of_values_that_are_never_negative_may_begin_at_0(tmp_path: Path) -> None:
+    _, after = saved(convolutions("Relu"), tmp_path, unsigned)
+    view = read(after)
+    (decoder,) = [node for node in view.nodes if node.name == "second.input/DequantizeLinear"]
+    pair = pair_of(view, decoder)
+    scale = np.float32(0.05)
+    assert differences(view, pair, np.asarray(scale), (-128, 127), nonnegative=True) == []
+    assert "bounds" in differences(view, pair, np.asarray(scale), (-128, 127))[0]
 
 
 def test_pairs_of_values_of_any_sign_are_left_alone() -> None:
