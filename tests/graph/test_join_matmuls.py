@@ -152,24 +152,24 @@ def test_outputs_of_the_graph_and_other_formats_stay_apart(tmp_path: Path) -> No
     assert joined(model(graph, outputs), tmp_path)[0] == []
 
 
-def shared(others: str) -> onnx.ModelProto:
-    """Two blocks with the weights of one; in the second, `others` reads the second block's input."""
+def shared(partners: bool) -> onnx.ModelProto:
+    """Two blocks with the weights of one; with `partners`, query and key read one input in the second too."""
     graph, outputs = Graph(), {}
-    x = pair(graph, "x")
     decoded = {name: weight(graph, f"a.{name}", 16) for name in ("query", "key")}
+    reads = dict.fromkeys(decoded, pair(graph, "x"))
     for place in ("", ".2"):
-        source = x if not place else pair(graph, "sum")
         for name, value in decoded.items():
-            reads = source if others in ("all", name) or not place else x
-            outputs[product(graph, reads, f"a.{name}", value, 16, place)] = 16
+            outputs[product(graph, reads[name], f"a.{name}", value, 16, place)] = 16
         if not place:
-            both = graph.node("Add", ["a.query.out", "a.key.out"], "both")
-            graph.node("Concat", [both, both], "sum", axis=-1)
+            graph.node("Concat", ["a.query.out", "a.key.out"], "again", axis=-1)
+            graph.node("Concat", ["a.key.out", "a.query.out"], "other", axis=-1)
+            second = pair(graph, "again")
+            reads = {"query": second, "key": second if partners else pair(graph, "other")}
     return model(graph, outputs)
 
 
 def test_weights_that_blocks_share_are_joined_once(tmp_path: Path) -> None:
-    before = shared("all")
+    before = shared(partners=True)
     names, after = joined(before, tmp_path)
     ops = [node.op_type for node in onnx.load(after).graph.node]
     assert names == ["a.query+key"] and ops.count("MatMul") == 2 and ops.count("DequantizeLinear") == 3
@@ -179,7 +179,7 @@ def test_weights_that_blocks_share_are_joined_once(tmp_path: Path) -> None:
 
 
 def test_a_shared_weight_with_other_partners_elsewhere_is_left_alone(tmp_path: Path) -> None:
-    before = shared("query")  # the second key reads the first block's input
+    before = shared(partners=False)
     names, after = joined(before, tmp_path)
     assert names == []
     assert_same_bits(before, after, tmp_path)
