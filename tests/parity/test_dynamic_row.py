@@ -357,7 +357,7 @@ def test_the_ladder_has_a_line_below_trained_and_a_note_on_what_static_ranges_co
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = SimpleNamespace(parity=report(), verdict={"reasons": [], "verdict": "accept"},
-                          name="tiny", path="runs/tiny", smoke=False)  # fmt: skip
+                          name="tiny", path=Path("runs/tiny"), smoke=False)  # fmt: skip
     print_run(Console(width=80), run)
     lines = capsys.readouterr().out.splitlines()
     below = [line.split() for line in lines if line.split()[:1] in (["trained"], ["dynamic"], ["folded"])]
