@@ -1,4 +1,4 @@
-"""Joins the quantized matmuls that read one input, so that a runtime computes one product. Used by `export`.
+"""Joins the quantized matmuls that read one input, so that ONNX Runtime computes one product.
 
 Query, key and value read one tensor with one scale, and so do gate and up. As separate matmuls they share one
 Q/DQ pair, which keeps ONNX Runtime from computing any of them with integers; joined they are one integer

@@ -1,5 +1,6 @@
 """Forms of a graph that ONNX Runtime computes faster, with the same values. `export` uses them for targets
-without TensorRT, which refuses a Gather of int8 codes and needs none of the other forms.
+without TensorRT, which refuses a Gather of int8 codes and needs none of the other forms; its plan of MiniLM
+with joined matmuls is 0.6 % larger (W8A8; W4A16: 3 %).
 
 The figures are those of ONNX Runtime 1.31 on x86-64 with AVX512-VNNI, one thread.
 """
@@ -12,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompress.encodings.walk import RUNTIME
-from qcompress.graph.join_matmuls import constant, replace_value
+from qcompress.graph.join_matmuls import constant, join_matmuls, replace_value
 
 LEAST_BLOCK = 16
 """Smallest block size of GatherBlockQuantized; the others are its multiples by powers of two."""
@@ -140,9 +141,10 @@ def turn_codes(model: ir.Model) -> int:
 
 
 def adapt(model: ir.Model, nonnegative: Collection[str]) -> None:
-    """Apply all forms to a graph with joined matmuls, in place. `nonnegative`: Q/DQ pairs, by the names of
+    """Apply all forms to a graph, in place. `nonnegative`: Q/DQ pairs, by the names of
     their nodes without the operator, of values that are never negative.
     """
+    join_matmuls(model)
     look_up_codes(model)
     turn_codes(model)
     keep_three_axes(model)

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from qcompress.encodings import CODES, ENCODINGS, encoding_of
 from qcompress.errors import ExportError
 from qcompress.graph.certificate.points import certify_all
-from qcompress.graph.join_matmuls import join_matmuls
 from qcompress.graph.keep_fp32 import keep_fp32, require_operators
 from qcompress.graph.lint.lint import lint, refuse_errors
 from qcompress.graph.onnxruntime_forms import adapt
@@ -82,7 +81,6 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     for item in plan:
         if item.weights is not None and not item.layer.tied_to:
             encoding_of(item.weights).pack(model.graph.initializers, item.name, item.weights)
-    join_matmuls(model)
     if TARGETS[target].backend is None:
         adapt(model, _nonnegative(plan, points))
     if options.keep_fp32:
