@@ -151,8 +151,12 @@ def table(title: str, files: dict[str, Path], inputs: Callable[[onnxruntime.Infe
 
 
 def integer_layers(file: Path) -> str:
-    kernels = json.loads((file.parent / "sizes.json").read_text())["kernels"]
-    return json.dumps({key: value for key, value in kernels.items() if isinstance(value, int)})
+    """Numbers of layers that run as integer kernels, and of tables that are looked up as codes."""
+    kernels = json.loads((file.parent / "sizes.json").read_text())["kernels"]["onnxruntime"]
+    products, tables = (
+        f"{kernels[a]} of {kernels[b]}" for a, b in (("integer", "products"), ("codes", "tables"))
+    )
+    return f"{products} matmuls and convolutions on integers, {tables} tables as codes"
 
 
 def tokens(batch: int, length: int, past: int = 0) -> Callable[[onnxruntime.InferenceSession], Inputs]:
