@@ -258,6 +258,36 @@ def test_forgotten_shapes_keep_the_sum_out_of_the_norm(tmp_path: Path) -> None:
     assert graph.graph.outputs[0].shape is not None
 
 
+def test_masked_scores_are_raised_and_no_visible_probability_changes(tmp_path: Path) -> None:
+    graph = Graph()
+    graph.node("Add", ["scores", "mask"], "masked")
+    graph.node("Softmax", ["masked"], "probabilities", axis=-1)
+    graph.node("MatMul", ["probabilities", "values"], "context")
+    axes = {"scores": (2, 6, 6), "mask": (6, 6), "values": (2, 6, 4)}
+    inputs = [tensor_value(name, TensorProto.FLOAT, *shape) for name, shape in axes.items()]
+    outputs = [
+        tensor_value(name, TensorProto.FLOAT, 2, 6, width)
+        for name, width in (("probabilities", 6), ("context", 4))
+    ]
+    model = onnx.shape_inference.infer_shapes(graph.model(inputs, outputs))
+    before, after = saved(model, tmp_path, forms.raise_masked_scores)
+    assert "Max" in {node.op_type for node in read(after).nodes}
+    random = np.random.default_rng(8)
+    least = np.finfo(np.float32).min
+    mask = np.triu(np.full((6, 6), least, np.float32), 1)
+    mask[5] = least  # a row of padding
+    fed = {
+        "scores": 9 * random.standard_normal((2, 6, 6), np.float32), "mask": mask,
+        "values": random.standard_normal((2, 6, 4), np.float32),
+    }  # fmt: skip
+    (old, context), (new, found) = (plain_session(file).run(None, fed) for file in (before, after))
+    visible = np.broadcast_to(mask == 0, old.shape)
+    assert old[visible].tobytes() == new[visible].tobytes() and old[:, 5].tobytes() == new[:, 5].tobytes()
+    np.testing.assert_allclose(new, old, rtol=0, atol=1e-21)
+    assert 0 < new[0, 0, 1] < 1e-21
+    np.testing.assert_allclose(found, context, rtol=0, atol=1e-20)
+
+
 # Convolutions -------------------------------------------------------------------------------------
 
 

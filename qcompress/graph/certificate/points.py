@@ -22,9 +22,9 @@ from qcompress.graph.view import View, read
 from qcompress.models.plan import LayerPlan, PointPlan, rounded
 from qcompress.system.artifacts import graph_digests
 
-PASSING = ("Add", "Mul", "Div", "Cast", "Where", "QuantizeLinear", "Clip", "DequantizeLinear", "IsNaN")
-"""Operators between the matmuls and the Softmax: scale, mask, casts, Q/DQ, and the guard of fully masked
-rows.
+PASSING = ("Add", "Mul", "Div", "Cast", "Where", "QuantizeLinear", "Clip", "DequantizeLinear", "IsNaN", "Max")
+"""Operators between the matmuls and the Softmax: scale, mask, casts, Q/DQ, the guard of fully masked
+rows, and the floor of masked scores.
 """
 
 
