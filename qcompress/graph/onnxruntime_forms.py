@@ -1,6 +1,6 @@
 """Forms of a graph that ONNX Runtime computes faster, with the same values but for masked scores. `export`
-uses them for targets without TensorRT, which refuses a Gather of int8 codes and needs none of the other forms;
-its plan of MiniLM with joined matmuls is 0.6 % larger (W8A8; W4A16: 3 %).
+uses them for targets without TensorRT, which refuses a Gather of int8 codes and needs none of the other
+forms; its plan of MiniLM with joined matmuls is 0.6 % larger (W8A8; W4A16: 3 %).
 
 The figures are those of ONNX Runtime 1.31 on x86-64 with AVX512-VNNI, one thread.
 """
