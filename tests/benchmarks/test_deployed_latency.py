@@ -151,7 +151,7 @@ def table(title: str, files: dict[str, Path], inputs: Callable[[onnxruntime.Infe
 
 
 def integer_layers(file: Path) -> str:
-    kernels = json.loads((file.parent / "sizes.json").read_text())["kernels"]
+    kernels = json.loads((file.parent / "sizes.json").read_text())["kernels"]["onnxruntime"]
     return json.dumps({key: value for key, value in kernels.items() if isinstance(value, int)})
 
 
