@@ -112,6 +112,40 @@ def _margins(pad: ir.Node) -> list[int] | None:
     return [int(one) for one in (*begin[2:], *end[2:])]
 
 
+def pool_images(model: ir.Model) -> int:
+    """Replace ReduceMean over the axes of an image by GlobalAveragePool, if Q/DQ pairs are in front and
+    behind, in place; returns their number. ONNX Runtime sums the codes then; it has no integer kernel of
+    ReduceMean. Both compute the same mean, in different orders of summation.
+    """
+    done = 0
+    for mean in list(model.graph):
+        if mean.op_type != "ReduceMean" or not _is_between_pairs(mean) or not _is_over_image(mean):
+            continue
+        pool = ir.node("GlobalAveragePool", [mean.inputs[0]], name=mean.name)
+        old, new = mean.outputs[0], pool.outputs[0]
+        new.name, new.type, new.shape = f"{old.name}/pooled", old.type, old.shape
+        model.graph.insert_before(mean, pool)
+        old.replace_all_uses_with(new)
+        model.graph.remove(mean, safe=True)
+        done += 1
+    return done
+
+
+def _is_between_pairs(node: ir.Node) -> bool:
+    maker, users = node.inputs[0].producer(), [use.node for use in node.outputs[0].uses()]
+    is_behind = maker is not None and maker.op_type == "DequantizeLinear"
+    return is_behind and [user.op_type for user in users] == ["QuantizeLinear"]
+
+
+def _is_over_image(mean: ir.Node) -> bool:
+    """True if a ReduceMean keeps four axes, the last two with one value."""
+    axes = mean.inputs[1].const_value if len(mean.inputs) > 1 and mean.inputs[1] is not None else None
+    shape, keeps = mean.inputs[0].shape, mean.attributes.get("keepdims")
+    if axes is None or shape is None or len(shape) != 4 or (keeps is not None and not keeps.value):
+        return False
+    return {int(axis) % 4 for axis in axes.numpy().reshape(-1)} == {2, 3}
+
+
 def store_unsigned(model: ir.Model, nonnegative: Collection[str]) -> int:
     """Quantize values that are never negative to uint8 codes with zero point 0 and a Clip at the largest
     code, in place; returns the number of pairs. The codes stay the same numbers.
@@ -153,15 +187,15 @@ def store_unsigned(model: ir.Model, nonnegative: Collection[str]) -> int:
 
 
 def shift_shared(model: ir.Model) -> int:
-    """Quantize values with more than one reader, one of them a convolution, to uint8 codes with zero point
-    128 instead of int8 codes with 0, in place; returns the number of pairs. ONNX Runtime does the same itself
-    where a pair has one reader. It merges the pairs of one value with equal scales.
+    """Quantize values with more than one reader, one of them a convolution or its pooling, to uint8 codes
+    with zero point 128 instead of int8 codes with 0, in place; returns the number of pairs. ONNX Runtime does
+    the same itself where a pair has one reader. It merges the pairs of one value with equal scales.
     """
     done = 0
     for value in [node.outputs[0] for node in model.graph] + list(model.graph.inputs):
         pairs = [one for node, _ in value.uses() if (one := _plain_pair(node)) is not None]
         readers = [use.node for _, decoders in pairs for node in decoders for use in node.outputs[0].uses()]
-        if len(readers) < 2 or all(node.op_type != "Conv" for node in readers):
+        if len(readers) < 2 or all(node.op_type not in ("Conv", "GlobalAveragePool") for node in readers):
             continue
         zero = constant(model, "uint8_128", np.array(128, np.uint8))
         for quantize, decoders in pairs:

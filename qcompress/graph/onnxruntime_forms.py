@@ -14,6 +14,7 @@ import onnx_ir as ir
 from qcompress.encodings.walk import RUNTIME
 from qcompress.graph.convolution_forms import (
     fold_pads,
+    pool_images,
     quantize_before_pooling,
     shift_shared,
     store_unsigned,
@@ -155,6 +156,7 @@ def adapt(model: ir.Model, nonnegative: Collection[str]) -> None:
     lighten_products(model)
     quantize_before_pooling(model)
     fold_pads(model)
+    pool_images(model)
     store_unsigned(model, nonnegative)
     shift_shared(model)
     forget_shapes(model)

@@ -8,7 +8,8 @@ input can be negative; behind ReLU and ReLU6 (the Lite nets) only the outputs of
 can. A convolution with stride 2 reads its input through an asymmetric ZeroPad2d, a separate node in front of
 the Q/DQ pair; for targets without TensorRT it becomes padding of the convolution.
 
-Points: the input of squeeze-and-excite, which its pooling and its product read, and the inputs of additions.
+Points: the input of squeeze-and-excite, which its pooling and its product read, its gate, and the inputs of
+additions.
 
 transformers' `batch_norm_momentum` is 0.99, and torch defines momentum as the complement of TensorFlow's: in
 training mode running statistics are those of the last batch or two. Train with sufficiently large batches, or
@@ -118,6 +119,7 @@ def _block(
     conv("squeeze_excite.expand", None, narrow, inner, 1)
     conv("projection.project_conv", "projection.project_bn", inner, outputs, 1)
     outline.points.append(Point(f"{block}.squeeze_excite.input_point", "residual", inner, positive))
+    outline.points.append(Point(f"{block}.squeeze_excite.gate_point", "residual", inner, True))
     if adds:
         outline.addition(f"{block}.projection", outputs, False)
 

@@ -1,5 +1,5 @@
 """Replacements of transformers' convolutional residual modules, with quantization points at both inputs of
-the addition, and of squeeze-and-excite, with a point at its input.
+the addition, and of squeeze-and-excite, with points at both inputs of its product.
 
 The output of the convolutions is the *branch*, the input that bypasses them the *skip*. The stock modules add
 and multiply inside their `forward`, which hooks cannot reach, so a module with points is replaced by one of
@@ -47,7 +47,8 @@ class RoundedProjection(nn.Module):
 
 class RoundedSqueezeExcite(nn.Module):
     """EfficientNetSqueezeExciteLayer: x * sigmoid(expand(activation(reduce(mean(x))))). The pooling reads the
-    rounded x too, so that nothing reads the output of the convolution in front before it is rounded.
+    rounded x too, so that nothing reads the output of the convolution in front before it is rounded. The
+    factors in (0, 1) are the *gate*.
     """
 
     def __init__(self, stock: EfficientNetSqueezeExciteLayer) -> None:
@@ -55,10 +56,12 @@ class RoundedSqueezeExcite(nn.Module):
         self.squeeze, self.reduce, self.expand = stock.squeeze, stock.reduce, stock.expand
         self.act_reduce, self.act_expand = stock.act_reduce, stock.act_expand
         self.input_point: nn.Module = nn.Identity()
+        self.gate_point: nn.Module = nn.Identity()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = self.input_point(hidden_states)
-        return x * self.act_expand(self.expand(self.act_reduce(self.reduce(self.squeeze(x)))))
+        gate = self.act_expand(self.expand(self.act_reduce(self.reduce(self.squeeze(x)))))
+        return x * self.gate_point(gate)
 
 
 ROUNDED = {

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 from form_cases import assert_same_bits, kernels, pair, rules, saved
 from graphs import Graph, codes, tensor_value
+from lines import plain_session
 from onnx import TensorProto, numpy_helper
 
 from qcompress.encodings.walk import pair_of
@@ -163,6 +164,36 @@ def test_other_pads_stay(options: dict[str, object]) -> None:
     graph = ir.from_proto(model)
     assert convolution_forms.fold_pads(graph) == 0
     assert [node.op_type for node in graph.graph] == [node.op_type for node in model.graph.node]
+
+
+def pooled(axes: tuple[int, ...] = (-1, -2), keepdims: int = 1, behind: bool = True) -> onnx.ModelProto:
+    """The mean over some axes of decoded values, and with `behind` a pair for it."""
+    graph = Graph()
+    parts = [pair(graph, "x"), graph.tensor("axes", np.array(axes), TensorProto.INT64)]
+    y = graph.node("ReduceMean", parts, "mean", keepdims=keepdims)
+    y = pair(graph, y, scale=0.003) if behind else y
+    sizes = [1 if axis - 4 in axes else 8 for axis in (1, 2, 3) if keepdims or axis - 4 not in axes]
+    model = graph.model(
+        [tensor_value("x", TensorProto.FLOAT, "batch", 8, 8, 8)],
+        [tensor_value(y, TensorProto.FLOAT, "batch", *sizes)],
+    )
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def test_the_mean_of_an_image_is_that_of_its_codes(tmp_path: Path) -> None:
+    before, after = saved(pooled(), tmp_path, convolution_forms.pool_images)
+    assert kernels(before)["ReduceMean"] == 1 and kernels(after)["QLinearGlobalAveragePool"] == 1
+    ours = [plain_session(file).run(None, IMAGES)[0] for file in (before, after)]
+    x = np.rint(IMAGES["x"].astype(np.float64) / 0.05).clip(-128, 127).mean((2, 3), keepdims=True) * 0.05
+    for mean in ours:  # rounded to steps of 0.003
+        assert np.abs(mean - x.clip(-0.384, 0.381)).max() <= 0.0015 + 1e-6 and mean.std() > 0.03
+
+
+@pytest.mark.parametrize(
+    "options", [{"axes": (-1,)}, {"axes": (-2, -3)}, {"keepdims": 0}, {"behind": False}], ids=str
+)
+def test_other_means_stay(options: dict[str, object]) -> None:
+    assert convolution_forms.pool_images(ir.from_proto(pooled(**options))) == 0
 
 
 def two_readers(kind: str = "Conv") -> onnx.ModelProto:

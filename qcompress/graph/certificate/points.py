@@ -153,9 +153,9 @@ def _after(view: View, value: str) -> NodeProto | None:
 
 
 def _addition_inputs(view: View) -> list[str]:
-    """Branch and skip of each residual addition, and the input of each squeeze-and-excite product, in the
-    order of the graph. The first LayerNorm follows the embeddings and is skipped. Without LayerNorms, each
-    Add of two values that are not initializers is a residual addition.
+    """Branch and skip of each residual addition, and both operands of each squeeze-and-excite product, in
+    the order of the graph. The first LayerNorm follows the embeddings and is skipped. Without LayerNorms,
+    each Add of two values that are not initializers is a residual addition.
     """
     norms = list(view.named("LayerNormalization"))
     if not norms:
@@ -174,14 +174,16 @@ def _addition_inputs(view: View) -> list[str]:
 
 
 def _excited(view: View, node: NodeProto) -> list[str]:
-    """The operand of a Mul whose other operand is the Sigmoid of a convolution of another value; empty for
-    other nodes.
+    """Operands of a Mul, the gate last, if the gate is the Sigmoid of a convolution of another value than the
+    other operand; empty for other nodes.
     """
     for place, name in enumerate(node.input[:2]):
         gate, other = view.producers.get(name), operand(node, 1 - place)
+        if pair := pair_of(view, gate):
+            gate = view.producers.get(operand(pair.quantize, 0))
         before = view.producers.get(operand(gate, 0)) if is_a(gate, "Sigmoid") else None
         if is_a(before, "Conv") and result(before) != other:
-            return [other]
+            return [other, name]
     return []
 
 
