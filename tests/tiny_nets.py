@@ -43,7 +43,11 @@ LABELS, SIZE = 6, 32
 """Labels and height of every net; widths of images differ from their heights in none of them."""
 
 KINDS = ("basic", "bottleneck", "cifar", "efficientnet")
-FAMILY = {"basic": "resnet", "bottleneck": "resnet", "cifar": "cifar-resnet", "efficientnet": "efficientnet"}
+FAMILY = {
+    "basic": "resnet", "bottleneck": "resnet", "cifar": "cifar-resnet", "efficientnet": "efficientnet",
+    "lite": "efficientnet",
+}  # fmt: skip
+"""Family of each kind; `lite` is an EfficientNet with ReLU6."""
 
 STEMS = {
     "resnet": "resnet.embedder.embedder.convolution",
@@ -58,11 +62,12 @@ def make_net(kind: str, seed: int = 0, labels: int = LABELS) -> nn.Module:
     torch.manual_seed(seed)
     if kind == "cifar":
         model = CifarResNet(1, (16, 32, 64), 3, labels)
-    elif kind == "efficientnet":
+    elif kind in ("efficientnet", "lite"):
         config = EfficientNetConfig(
             in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 5], strides=[1, 2],
             num_block_repeats=[1, 2], expand_ratios=[1, 6], width_coefficient=0.25, depth_coefficient=1.0,
             hidden_dim=320, image_size=SIZE, num_labels=labels,
+            hidden_act="relu6" if kind == "lite" else "swish",
         )  # fmt: skip
         model = EfficientNetForImageClassification(config)
     else:

@@ -13,6 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompress.encodings.walk import RUNTIME
+from qcompress.graph.convolution_forms import (
+    fold_pads,
+    pool_images,
+    quantize_before_pooling,
+    shift_shared,
+    store_unsigned,
+)
 from qcompress.graph.join_matmuls import constant, join_matmuls, replace_value
 
 LEAST_BLOCK = 16
@@ -150,9 +157,13 @@ def adapt(model: ir.Model, nonnegative: Collection[str]) -> None:
     keep_three_axes(model)
     lighten_products(model)
     quantize_before_pooling(model)
+    fold_pads(model)
+    pool_images(model)
     store_unsigned(model, nonnegative)
+    shift_shared(model)
     raise_masked_scores(model)
     forget_shapes(model)
+    drop_unused(model)
 
 
 def keep_three_axes(model: ir.Model) -> int:
@@ -252,94 +263,6 @@ def _decodes_int8(node: ir.Node | None) -> bool:
     return is_decoder and node.inputs[0].dtype == ir.DataType.INT8 and "block_size" not in node.attributes
 
 
-def quantize_before_pooling(model: ir.Model) -> int:
-    """Insert a Q/DQ pair in front of each MaxPool with a pair behind it, of the same scale, in place; returns
-    their number. The maximum of rounded values is the rounded maximum, so that no value changes, and the
-    convolution in front of the pool has a QuantizeLinear, without which it runs in float.
-    """
-    done = 0
-    for pool in list(model.graph):
-        if pool.op_type != "MaxPool" or len(pool.outputs) != 1:
-            continue
-        uses = pool.outputs[0].uses()
-        behind = uses[0].node if len(uses) == 1 else None
-        if behind is None or behind.op_type != "QuantizeLinear" or "axis" in behind.attributes:
-            continue
-        x, (scale, zero) = pool.inputs[0], behind.inputs[1:]
-        name = behind.name.removesuffix("/QuantizeLinear") + ".before_pool"
-        quantize = ir.node("QuantizeLinear", [x, scale, zero], name=f"{name}/QuantizeLinear")
-        codes = quantize.outputs[0]
-        decode = ir.node("DequantizeLinear", [codes, scale, zero], name=f"{name}/DequantizeLinear")
-        for node, dtype in ((quantize, zero.dtype), (decode, scale.dtype)):
-            node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_output", dtype
-        model.graph.insert_before(pool, [quantize, decode])
-        pool.replace_input_with(0, decode.outputs[0])
-        done += 1
-    return done
-
-
-def store_unsigned(model: ir.Model, nonnegative: Collection[str]) -> int:
-    """Quantize values that are never negative to uint8 codes with zero point 0 and a Clip at the largest
-    code, in place; returns the number of pairs. The codes stay the same numbers.
-
-    On x86-64 ONNX Runtime fuses convolutions of uint8 only, and turns int8 pairs into uint8 itself where no
-    Relu or Clip lies beside them. It removes a Relu in front of such a QuantizeLinear. A Clip at 6 that cuts
-    above the largest code becomes a Relu. `nonnegative` as for `adapt`.
-    """
-    done = 0
-    for quantize in list(model.graph):
-        if quantize.op_type != "QuantizeLinear" or _pair_name(quantize) not in nonnegative:
-            continue
-        users = [use.node for use in quantize.outputs[0].uses()]
-        clip = users[0] if [node.op_type for node in users] == ["Clip"] else None
-        decoders = users if clip is None else [use.node for use in clip.outputs[0].uses()]
-        if any(node.op_type != "DequantizeLinear" for node in decoders):
-            continue
-        top = 127 if clip is None else clip.inputs[2].const_value.numpy().item()
-        _replace_clip(model, quantize, top)
-        zero, high = (constant(model, f"uint8_{value}", np.array(value, np.uint8)) for value in (0, top))
-        for node in (quantize, *decoders):
-            node.replace_input_with(2, zero)
-        if clip is None:
-            clip = ir.node(
-                "Clip",
-                [quantize.outputs[0], zero, high],
-                name=quantize.name.replace("/QuantizeLinear", "/Clip"),
-            )
-            clip.outputs[0].name = f"{clip.name}_output"
-            model.graph.insert_after(quantize, clip)
-            for node in decoders:
-                node.replace_input_with(0, clip.outputs[0])
-        clip.replace_input_with(1, zero)
-        clip.replace_input_with(2, high)
-        for node in (quantize, clip):
-            node.outputs[0].dtype = ir.DataType.UINT8
-        done += 1
-    return done
-
-
-def _pair_name(quantize: ir.Node) -> str:
-    """Name of a Q/DQ pair: that of its layer's input or of its point."""
-    return quantize.name.partition("/")[0].removesuffix(".before_pool")
-
-
-def _replace_clip(model: ir.Model, quantize: ir.Node, top: int) -> None:
-    """Replace a Clip in front of QuantizeLinear by Relu, if it cuts at 0 and not below the code `top`."""
-    clip = quantize.inputs[0].producer()
-    if clip is None or clip.op_type != "Clip" or len(clip.outputs[0].uses()) != 1:
-        return
-    ends = [value.const_value for value in (*clip.inputs[1:], quantize.inputs[1]) if value is not None]
-    if len(ends) != 3 or any(end is None for end in ends):
-        return
-    low, high, scale = (np.float32(end.numpy().item()) for end in ends)
-    if low == 0 and np.rint(high / scale) >= top:
-        relu = ir.node("Relu", [clip.inputs[0]], name=clip.name)
-        relu.outputs[0].name, relu.outputs[0].type = f"{clip.outputs[0].name}/relu", clip.outputs[0].type
-        model.graph.insert_before(clip, relu)
-        quantize.replace_input_with(0, relu.outputs[0])
-        model.graph.remove(clip, safe=True)
-
-
 FLOOR = 50.0
 """exp(-50) = 2e-22: no sum of probabilities changes in fp32, and products with it are no denormal numbers."""
 
@@ -380,3 +303,10 @@ def forget_shapes(model: ir.Model) -> None:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = None
+
+
+def drop_unused(model: ir.Model) -> None:
+    """Remove initializers that no node reads any more, in place: ONNX Runtime warns of each of them."""
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]

@@ -160,7 +160,9 @@ class Point:
 
     name: str
     kind: Literal["attention", "residual"]
-    """attention: an operand of one of the two matmuls; residual: an input of a residual addition."""
+    """attention: an operand of one of the two matmuls; residual: an input of a residual addition or of a
+    squeeze-and-excite product.
+    """
     features: int
     """Values of one token: the model's width (for probabilities as well, which have as many as the sequence);
     channels of an image's feature map.

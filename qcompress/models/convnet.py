@@ -5,7 +5,8 @@ takes `format.embeddings` like the heads of other families). A batch norm after 
 folded into it (`quant/batchnorm.py`); after a float convolution it is unchanged. No rescaling site: the ReLU
 or SiLU after a batch norm separates it from its reader.
 
-Quantization points: the two inputs of each residual addition, `branch_point` and `skip_point`.
+Quantization points: the two inputs of each residual addition, `branch_point` and `skip_point`, and those of
+each squeeze-and-excite product, `input_point` and `gate_point`.
 
 A checkpoint is one of the bare model (names without the prefix) or of the classifier; missing tensors of the
 classifier are `new_head`, drawn with the seed that the load stage recorded.

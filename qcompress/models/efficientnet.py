@@ -3,9 +3,13 @@
 Follows transformers' EfficientNetForImageClassification.
 
 Layers of each block (MBConv): the expansion (if the ratio is not 1), the depthwise convolution, the two 1x1
-convolutions of squeeze-and-excite, which have biases and no batch norm, and the projection. Activations are
-SiLU, so every input can be negative. A convolution with stride 2 reads its input through an asymmetric
-ZeroPad2d, which remains a separate node in front of the Q/DQ pair.
+convolutions of squeeze-and-excite, which have biases and no batch norm, and the projection. Behind SiLU every
+input can be negative; behind ReLU and ReLU6 (the Lite nets) only the outputs of projections and the image
+can. A convolution with stride 2 reads its input through an asymmetric ZeroPad2d, a separate node in front of
+the Q/DQ pair; for targets without TensorRT it becomes padding of the convolution.
+
+Points: the input of squeeze-and-excite, which its pooling and its product read, its gate, and the inputs of
+additions.
 
 transformers' `batch_norm_momentum` is 0.99, and torch defines momentum as the complement of TensorFlow's: in
 training mode running statistics are those of the last batch or two. Train with sufficiently large batches, or
@@ -18,7 +22,7 @@ import math
 from typing import Any
 
 from qcompress.errors import ModelError
-from qcompress.models.architecture import convolution
+from qcompress.models.architecture import Point, convolution
 from qcompress.models.convnet import (
     CAUSAL,
     DEPTH,
@@ -73,7 +77,7 @@ def _outline(config: dict[str, Any]) -> Outline:
     def wide(count: int) -> int:
         return rounded(count, width, divisor)
 
-    outline = Outline()
+    outline, positive = Outline(), _nonnegative(config)
     stem = "efficientnet.embeddings"
     outline.layers.append(
         convolution(f"{stem}.convolution", channels, wide(STEM), 3, norm=f"{stem}.batchnorm")
@@ -82,35 +86,47 @@ def _outline(config: dict[str, Any]) -> Outline:
     for first, last, kernel, _, repeats, ratio in zip(*lists, strict=True):
         for repeat in range(math.ceil(depth * repeats)):
             inputs, outputs = wide(last if repeat else first), wide(last)
+            squeeze = config.get("squeeze_expansion_ratio", 0.25)
             adds = repeat > 0  # from the second block on the stride is 1
-            _block(outline, inputs, outputs, kernel, ratio, config.get("squeeze_expansion_ratio", 0.25), adds)
+            _block(outline, inputs, outputs, kernel, ratio, squeeze, adds, positive)
     encoder = "efficientnet.encoder"
     outline.layers.append(convolution(f"{encoder}.top_conv", outputs, wide(TOP), 1, norm=f"{encoder}.top_bn"))
     return outline
 
 
 def _block(
-    outline: Outline, inputs: int, outputs: int, kernel: int, ratio: int, squeeze: float, adds: bool
-) -> None:
+    outline: Outline, inputs: int, outputs: int, kernel: int, ratio: int, squeeze: float, adds: bool,
+    positive: bool,
+) -> None:  # fmt: skip
+    """Add the layers and points of a block. `positive`: outputs of activations are never negative."""
+    # the first block reads the stem's activation, the others a projection
+    activated = positive and not outline.blocks
     block = f"efficientnet.encoder.blocks.{len(outline.blocks)}"
     outline.blocks.append(block)
     inner, narrow = inputs * ratio, max(1, int(inputs * squeeze))
 
-    def conv(name: str, norm: str | None, *shape: int, groups: int = 1) -> None:
-        full = norm and f"{block}.{norm}"
-        outline.layers.append(convolution(f"{block}.{name}", *shape, groups=groups, norm=full))
+    def conv(name: str, norm: str | None, *shape: int, groups: int = 1, nonnegative: bool = positive) -> None:
+        full, name = norm and f"{block}.{norm}", f"{block}.{name}"
+        outline.layers.append(convolution(name, *shape, groups=groups, norm=full, nonnegative=nonnegative))
         if norm is None:
-            outline.biased.add(f"{block}.{name}")
+            outline.biased.add(name)
 
     if ratio != 1:
-        conv("expansion.expand_conv", "expansion.expand_bn", inputs, inner, 1)
+        conv("expansion.expand_conv", "expansion.expand_bn", inputs, inner, 1, nonnegative=activated)
     depthwise = "depthwise_conv.depthwise_conv", "depthwise_conv.depthwise_norm"
-    conv(*depthwise, inner, inner, kernel, groups=inner)
+    conv(*depthwise, inner, inner, kernel, groups=inner, nonnegative=positive if ratio != 1 else activated)
     conv("squeeze_excite.reduce", None, inner, narrow, 1)
     conv("squeeze_excite.expand", None, narrow, inner, 1)
     conv("projection.project_conv", "projection.project_bn", inner, outputs, 1)
+    outline.points.append(Point(f"{block}.squeeze_excite.input_point", "residual", inner, positive))
+    outline.points.append(Point(f"{block}.squeeze_excite.gate_point", "residual", inner, True))
     if adds:
         outline.addition(f"{block}.projection", outputs, False)
+
+
+def _nonnegative(config: dict[str, Any]) -> bool:
+    """True if outputs of activations are never negative."""
+    return config.get("hidden_act", "swish") in ("relu", "relu6")
 
 
 def _width(config: dict[str, Any]) -> int:
@@ -126,6 +142,7 @@ NET = ConvNet(
     width=_width,
     blocks=r"encoder\.",
     size=None,
+    nonnegative=_nonnegative,
 )
 STOCK = StockImages(NET)
 

@@ -1,9 +1,9 @@
 """Replacements of transformers' convolutional residual modules, with quantization points at both inputs of
-the addition.
+the addition, and of squeeze-and-excite, with points at both inputs of its product.
 
 The output of the convolutions is the *branch*, the input that bypasses them the *skip*. The stock modules add
-inside their `forward`, which hooks cannot reach, so a module with points is replaced by one of these. A
-replacement keeps the children of the stock module, and so the names of its parameters.
+and multiply inside their `forward`, which hooks cannot reach, so a module with points is replaced by one of
+these. A replacement keeps the children of the stock module, and so the names of its parameters.
 
 Shapes: [batch, channels, height, width] throughout.
 """
@@ -11,7 +11,10 @@ Shapes: [batch, channels, height, width] throughout.
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers.models.efficientnet.modeling_efficientnet import EfficientNetFinalBlockLayer
+from transformers.models.efficientnet.modeling_efficientnet import (
+    EfficientNetFinalBlockLayer,
+    EfficientNetSqueezeExciteLayer,
+)
 
 
 class RoundedResidual(nn.Module):
@@ -42,10 +45,34 @@ class RoundedProjection(nn.Module):
         return branch + self.skip_point(embeddings)
 
 
+class RoundedSqueezeExcite(nn.Module):
+    """EfficientNetSqueezeExciteLayer: x * sigmoid(expand(activation(reduce(mean(x))))). The pooling reads the
+    rounded x too, so that nothing reads the output of the convolution in front before it is rounded. The
+    factors in (0, 1) are the *gate*.
+    """
+
+    def __init__(self, stock: EfficientNetSqueezeExciteLayer) -> None:
+        super().__init__()
+        self.squeeze, self.reduce, self.expand = stock.squeeze, stock.reduce, stock.expand
+        self.act_reduce, self.act_expand = stock.act_reduce, stock.act_expand
+        self.input_point: nn.Module = nn.Identity()
+        self.gate_point: nn.Module = nn.Identity()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = self.input_point(hidden_states)
+        gate = self.act_expand(self.expand(self.act_reduce(self.reduce(self.squeeze(x)))))
+        return x * self.gate_point(gate)
+
+
+ROUNDED = {
+    EfficientNetFinalBlockLayer: RoundedProjection,
+    EfficientNetSqueezeExciteLayer: RoundedSqueezeExcite,
+}
+"""Stock modules and their replacements; others are blocks of ResNet."""
+
+
 def open_addition(stock: nn.Module) -> nn.Module:
     """Replacement of `stock` with quantization points; `stock` itself if it already has them."""
-    if isinstance(stock, RoundedResidual | RoundedProjection):
+    if isinstance(stock, RoundedResidual | RoundedProjection | RoundedSqueezeExcite):
         return stock
-    return (
-        RoundedProjection(stock) if isinstance(stock, EfficientNetFinalBlockLayer) else RoundedResidual(stock)
-    )
+    return ROUNDED.get(type(stock), RoundedResidual)(stock)

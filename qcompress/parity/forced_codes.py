@@ -46,6 +46,19 @@ class Place:
     differ: int = 0
     ties: int = 0
     farthest: float = 0.0
+    margins: tuple[int, ...] = ()
+    """Padding of the convolution in the graph, as Conv declares it; empty for other places."""
+
+    def padded(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Values or codes of the graph in the shape of the model's input. Where the model pads an image with
+        zeros in front of a convolution, the graph's convolution may pad it itself.
+        """
+        half = len(self.margins) // 2
+        sides = list(zip(self.margins[:half], self.margins[half:], strict=True))
+        sides = [(0, 0)] * (array.ndim - half) + sides
+        grown = tuple(size + sum(side) for size, side in zip(array.shape, sides, strict=True))
+        is_smaller = half > 0 and array.shape != tuple(shape) and grown == tuple(shape)
+        return np.pad(array, sides) if is_smaller else array
 
     def count(self, x: Tensor, rounding: Rounding, graph_codes: Tensor) -> None:
         """Compare the codes of x with the graph's, of equal shape."""
@@ -103,7 +116,7 @@ class Held(nn.Module):
         self.rounding, self.place, self.graph = rounding, place, graph
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = self.graph[self.place.name]
+        codes = self.place.padded(self.graph[self.place.name], x.shape)
         if codes.size != x.numel():
             raise ContractError(f"{self.place.name}: {list(codes.shape)} codes for {list(x.shape)} values")
         graph_codes = torch.from_numpy(codes).reshape(x.shape)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.errors import ContractError, UsageError
+from qcompress.graph.certificate.edges import decoding
 from qcompress.graph.certificate.layers import matmul_inputs, with_outputs
 from qcompress.graph.certificate.points import point_inputs
 from qcompress.graph.view import read
@@ -138,9 +139,13 @@ def follow(
     wanted += [item.name for item in rounded(points)]
     if lost := [name for name in wanted if name not in values or values[name][1] is None]:
         raise ContractError(f"{onnx.file}: the graph has no Q/DQ pair in front of {', '.join(lost)}")
+    decodings = {name: decoding(view, codes) for name, (_, codes, _) in values.items() if codes}
     places = {name: Place(name, limit) for name in values}
+    for name, (_, margins) in decodings.items():
+        places[name].margins = margins
+    zeros = {name: zero for name, (zero, _) in decodings.items()}
     run_held = _held(assemble(folded), places, facts["family"])
-    with _onnx_values(onnx, values, facts["family"]) as run_onnx:
+    with _onnx_values(onnx, values, zeros, facts["family"]) as run_onnx:
 
         def run_both(inputs: Inputs) -> list[str]:
             floats, codes, graph_logits = run_onnx(inputs)
@@ -180,7 +185,9 @@ def _held(
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             order.append(place.name)
             x = arguments[0].float()
-            place.onnx.add(_rows(x.numpy()), _rows(floats[place.name].reshape(x.shape)))
+            place.onnx.add(
+                _rows(x.numpy()), _rows(place.padded(floats[place.name], x.shape).reshape(x.shape))
+            )
 
         return hook
 
@@ -242,10 +249,10 @@ def _torch_inputs(model: nn.Module, names: list[str], family: str) -> Callable[[
 
 @contextmanager
 def _onnx_values(
-    model: OnnxModel, values: dict[str, tuple[str, str | None, bool]], family: str
+    model: OnnxModel, values: dict[str, tuple[str, str | None, bool]], zeros: dict[str, int], family: str
 ) -> Iterator[Callable[[Inputs], tuple[Inputs, Inputs, np.ndarray]]]:
     """Context manager that yields a function from one sample's inputs to the graph's floats and codes at each
-    point, and its logits.
+    point, and its logits. `zeros`: the zero point of the codes at a point; 0 is subtracted elsewhere.
     """
     wanted = list(dict.fromkeys(name for tensors in values.values() for name in tensors[:2] if name))
     # in the graph's folder, where ONNX Runtime looks for external data
@@ -264,7 +271,11 @@ def _onnx_values(
                 place: (outputs[name].swapaxes(-1, -2) if moved else outputs[name]).astype(np.float32)
                 for place, (name, _, moved) in values.items()
             }
-            codes = {place: outputs[code].astype(np.int16) for place, (_, code, _) in values.items() if code}
+            codes = {
+                place: outputs[code].astype(np.int16) - zeros.get(place, 0)
+                for place, (_, code, _) in values.items()
+                if code
+            }
             return floats, codes, outputs["logits"].astype(np.float32)
 
         yield run

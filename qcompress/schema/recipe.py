@@ -167,7 +167,7 @@ class Format(Options):
     overrides `attention`.
     """
     residual: Activations = None
-    """Both inputs of each residual addition: int8, float."""
+    """Both inputs of each residual addition, and of squeeze-and-excite products: int8, float."""
     compute: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of all floating-point tensors, and of the scales."""
     layers: dict[str, Annotated[LayerFormat, BeforeValidator(_layer_format)]] = {}

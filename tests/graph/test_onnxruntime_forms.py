@@ -5,7 +5,6 @@ The graphs are made node by node. Kernels are those of the optimized graph that 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,52 +13,20 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from form_cases import assert_same_bits, kernels, pair, rules, saved
 from graphs import Graph, codes, dequantize_weight, tensor_value
 from lines import plain_session
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompress.encodings.int_qdq import IntegerQdq
-from qcompress.encodings.walk import lookups_of, pair_of
+from qcompress.encodings.walk import lookups_of
 from qcompress.graph import onnxruntime_forms as forms
-from qcompress.graph.certificate.edges import differences
-from qcompress.graph.lint.lint import lint
 from qcompress.graph.view import read
 from qcompress.models.architecture import Layer
 from qcompress.models.plan import LayerPlan
 from qcompress.schema.formats import WeightFormat
-from qcompress.schema.targets import TARGETS
 
 ROWS, WIDTH = 40, 64
-Inputs = dict[str, np.ndarray]
-
-
-def saved(before: onnx.ModelProto, folder: Path, change: Callable[[ir.Model], object]) -> tuple[Path, Path]:
-    """The file of a graph, and that of the changed graph."""
-    graph = ir.from_proto(before)
-    change(graph)
-    onnx.save(before, folder / "before.onnx")
-    ir.save(graph, folder / "after.onnx")
-    onnx.checker.check_model(str(folder / "after.onnx"), full_check=True)
-    return folder / "before.onnx", folder / "after.onnx"
-
-
-def assert_same_bits(before: Path, after: Path, inputs: Inputs) -> None:
-    old, new = (plain_session(file).run(None, inputs) for file in (before, after))
-    for one, other in zip(old, new, strict=True):
-        assert one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
-
-
-def kernels(file: Path) -> Counter[str]:
-    """Operators of the optimized graph, by name."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(file.with_suffix(".optimized.onnx"))
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
-
-
-def rules(file: Path, target: str) -> set[str]:
-    return {finding.rule for finding in lint(file, TARGETS[target]) if finding.severity == "error"}
 
 
 # Tables -------------------------------------------------------------------------------------------
@@ -83,15 +50,6 @@ def table(bits: int, block: int, head: bool = False, compute: int = TensorProto.
         graph.node("Mul", [rows, rows], "y")
     outputs = [tensor_value("y", compute, "batch", "tokens", ROWS if head else WIDTH)]
     return graph.model([tensor_value("ids", TensorProto.INT64, "batch", "tokens")], outputs)
-
-
-def pair(graph: Graph, source: str, name: str = "", scale: float = 0.05) -> str:
-    name = name or f"{source}.input"
-    graph.tensor(f"{name}.scale", np.float32(scale))
-    graph.tensor(f"{name}.zero", np.int8(0), TensorProto.INT8)
-    parts = [f"{name}.scale", f"{name}.zero"]
-    q = graph.node("QuantizeLinear", [source, *parts], f"{name}/QuantizeLinear")
-    return graph.node("DequantizeLinear", [q, *parts], f"{name}/DequantizeLinear")
 
 
 IDS = {"ids": np.array([[0, 39, 7], [7, 0, 21]])}
@@ -286,91 +244,6 @@ def test_masked_scores_are_raised_and_no_visible_probability_changes(tmp_path: P
     np.testing.assert_allclose(new, old, rtol=0, atol=1e-21)
     assert 0 < new[0, 0, 1] < 1e-21
     np.testing.assert_allclose(found, context, rtol=0, atol=1e-20)
-
-
-# Convolutions -------------------------------------------------------------------------------------
-
-
-def convolutions(activation: str, bits: int = 8, pool: bool = False, scale: float = 0.05) -> onnx.ModelProto:
-    """Two convolutions with an activation between them."""
-    graph = Graph()
-    x = pair(graph, "x", "first.input")
-    x = convolution(graph, "first", x)
-    limits = [graph.tensor("low", np.float32(0)), graph.tensor("six", np.float32(6))]
-    if activation:
-        x = graph.node(activation, [x, *(limits if activation == "Clip" else [])], "activated")
-    if pool:
-        x = graph.node("MaxPool", [x], "pooled", kernel_shape=[2, 2], strides=[2, 2])
-    second = pair(graph, x, "second.input", scale)
-    if bits < 8:
-        ends = [graph.tensor(f"end_{end}", np.int8(end), TensorProto.INT8) for end in (0, 2**bits - 1)]
-        clip = graph.node("Clip", ["second.input/QuantizeLinear", *ends], "second.input/Clip")
-        graph.nodes[-2].input[0] = clip
-        graph.nodes[-2], graph.nodes[-1] = graph.nodes[-1], graph.nodes[-2]
-    graph.node("QuantizeLinear", [convolution(graph, "second", second), "first.input.scale"], "codes")
-    graph.nodes[-1].input.append("first.input.zero")
-    graph.node("DequantizeLinear", ["codes", "first.input.scale", "first.input.zero"], "y")
-    inputs = [tensor_value("x", TensorProto.FLOAT, "batch", 8, 8, 8)]
-    return graph.model(inputs, [tensor_value("y", TensorProto.FLOAT, "batch", 8, "height", "width")])
-
-
-def convolution(graph: Graph, layer: str, x: str) -> str:
-    graph.tensor(f"{layer}.codes", codes(layer, (8, 8, 3, 3)), TensorProto.INT8)
-    graph.tensor(f"{layer}.scale", np.full(8, 0.01))
-    graph.tensor(f"{layer}.zero", np.zeros(8), TensorProto.INT8)
-    parts = [f"{layer}.codes", f"{layer}.scale", f"{layer}.zero"]
-    weight = graph.node("DequantizeLinear", parts, f"{layer}.dq", axis=0)
-    graph.tensor(f"{layer}.bias", np.random.default_rng(4).standard_normal(8))
-    return graph.node("Conv", [x, weight, f"{layer}.bias"], f"{layer}.conv", pads=[1, 1, 1, 1])
-
-
-IMAGES = {"x": 3 * np.random.default_rng(6).standard_normal((2, 8, 8, 8)).astype(np.float32)}
-
-
-def unsigned(model: ir.Model) -> None:
-    forms.quantize_before_pooling(model)
-    assert forms.store_unsigned(model, {"second.input"}) >= 1
-
-
-@pytest.mark.parametrize(
-    ("activation", "bits", "pool", "scale", "fused"),
-    [
-        ("Relu", 8, False, 0.05, 2),
-        ("Relu", 4, False, 0.4, 2),
-        ("Relu", 8, True, 0.05, 2),
-        ("Clip", 8, False, 6 / 127, 2),
-        ("Clip", 8, False, 0.1, 1),  # code 60 is 6: the Clip cuts below the largest code and stays
-    ],
-)
-def test_a_convolution_with_an_activation_is_fused_with_the_same_codes(
-    tmp_path: Path, activation: str, bits: int, pool: bool, scale: float, fused: int
-) -> None:
-    before, after = saved(convolutions(activation, bits, pool, scale), tmp_path, unsigned)
-    assert_same_bits(before, after, IMAGES)
-    # the second convolution has no activation behind it, but a Clip of int8 codes before it
-    assert kernels(before)["QLinearConv"] == (1 if bits == 8 else 0)
-    assert kernels(after)["QLinearConv"] == fused
-    view = read(after)
-    clip = next(node for node in view.nodes if node.name == "second.input/Clip")
-    ends = [int(view.values(name)) for name in clip.input[1:]]
-    assert ends == [0, 2**bits - 1 if bits < 8 else 127]
-    assert rules(after, "cpu") == set()
-
-
-def test_only_codes_of_values_that_are_never_negative_may_begin_at_0(tmp_path: Path) -> None:
-    _, after = saved(convolutions("Relu"), tmp_path, unsigned)
-    view = read(after)
-    (decoder,) = [node for node in view.nodes if node.name == "second.input/DequantizeLinear"]
-    pair = pair_of(view, decoder)
-    scale = np.float32(0.05)
-    assert differences(view, pair, np.asarray(scale), (-128, 127), nonnegative=True) == []
-    assert "bounds" in differences(view, pair, np.asarray(scale), (-128, 127))[0]
-
-
-def test_pairs_of_values_of_any_sign_are_left_alone() -> None:
-    model = ir.from_proto(convolutions(""))
-    assert forms.store_unsigned(model, {"another.input"}) == 0
-    assert all(node.op_type != "Clip" for node in model.graph)
 
 
 def test_a_tied_head_with_a_float_input_multiplies_codes(tmp_path: Path) -> None:

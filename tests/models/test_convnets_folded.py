@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from tiny_nets import CLASSIFIERS, KINDS, STEMS, Done, net_line, pixels, save_images
 from torch import nn
 
+from qcompress.graph.certificate.points import certify_all
 from qcompress.graph.lint.lint import lint
 from qcompress.models.folded import assemble
 from qcompress.models.prepare import replace_module
 from qcompress.models.rebuild import rebuild
 from qcompress.parity.fold_flips import count_flips
+from qcompress.parity.layerwise import TIE, follow
 from qcompress.parity.runners import REWRITERS
 from qcompress.pipeline.stages.export import export
 from qcompress.quant.batchnorm import statistics
@@ -28,7 +30,7 @@ from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.folded_conv import FoldedConv
 from qcompress.schema.recipe import Export
 from qcompress.schema.targets import TARGETS
-from qcompress.system.artifacts import read_json
+from qcompress.system.artifacts import OnnxModel, read_json
 
 FORMATS: dict[str, dict[str, Any]] = {
     "w8a8": {"format": "w8a8"},
@@ -273,8 +275,6 @@ def test_integer_sums_are_the_float_ones(kind: str, made) -> None:
 
 
 def test_a_graph_that_reads_a_float_kernel_is_not_certified(made, tmp_path: Path) -> None:
-    from qcompress.graph.certificate.points import certify_all
-
     done = made("cifar", "w8a8")
     model = onnx.load(done.file)
     name = "layer1.0.conv2"
@@ -302,6 +302,42 @@ def test_a_conv_without_its_batch_norm_would_be_noticed(made) -> None:
         before = model(pixel_values=x).logits
         replace_module(model, "layer3.0.bn2", nn.Identity())
         assert not torch.allclose(model(pixel_values=x).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["efficientnet", pytest.param("lite", marks=pytest.mark.slow)])
+def test_the_points_of_squeeze_and_excite_reach_the_graph(kind: str, tmp_path: Path) -> None:
+    """The graph for ONNX Runtime pads in its convolutions and shifts codes; every code is that of the folded
+    model, which does neither.
+    """
+    archive = save_images(tmp_path / "images.npz")
+    line = net_line(tmp_path, kind, archive, format={"preset": "w8a8", "residual": "int8"}).train().fold()
+    out = tmp_path / "export"
+    out.mkdir()
+    export(line.folded, Export(), "cpu", {"version": "0", "recipe": "tiny"}, out)
+    model = onnx.load(out / "model.onnx")
+    operators = Counter(node.op_type for node in model.graph.node)
+    assert operators["Pad"] == 0 and operators["GlobalAveragePool"] == 3
+    names = [point.name for point in line.points]
+    assert [name.rpartition(".")[2] for name in names].count("gate_point") == 3 and len(names) == 8
+    certificate = read_json(out / "certificate.json")
+    assert [point["name"] for point in certificate["points"] if point["passed"]] == names
+    with follow(line.folded, OnnxModel(out), TIE["fp32"]) as (places, run):
+        order = run({"pixel_values": pixels(2).numpy()})
+    assert [name for name in order if name in names] == names
+    assert sum(place.unexplained for place in places.values()) == 0
+    assert sum(place.differ for place in places.values()) < 1e-3 * sum(
+        place.codes for place in places.values()
+    )
+    # without the pair at the first product, the certificate names its point
+    pair = [node for node in model.graph.node if node.name.startswith(f"{names[0]}/")]
+    (decoder,) = [node for node in pair if node.op_type == "DequantizeLinear"]
+    (quantize,) = [node for node in pair if node.op_type == "QuantizeLinear"]
+    for node in model.graph.node:
+        node.input[:] = [quantize.input[0] if name == decoder.output[0] else name for name in node.input]
+    onnx.save(model, tmp_path / "model.onnx")
+    broken = certify_all(tmp_path / "model.onnx", line.folded.path, line.plan, line.points)
+    assert [point["name"] for point in broken["points"] if not point["passed"]] == [names[0]]
+    assert not broken["complete"]
 
 
 @pytest.mark.parametrize("kind", ["basic", "efficientnet"])

@@ -7,7 +7,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from onnx import NodeProto
 
-from qcompress.encodings.walk import Pair, matmuls, operand, pair_of, same, zero_is_zero
+from qcompress.encodings.walk import (
+    DEQUANTIZE,
+    Pair,
+    matmuls,
+    operand,
+    pair_of,
+    readers_of,
+    result,
+    same,
+    zero_is_zero,
+)
 from qcompress.graph.view import View
 from qcompress.models.plan import LayerPlan, sharers
 
@@ -82,7 +92,8 @@ def differences(
     view: View, pair: Pair, scale: np.ndarray, bounds: tuple[int, int], nonnegative: bool = False
 ) -> list[str]:
     """Describe how the Q/DQ pair of an activation differs from the folded scale and bounds. The codes of an
-    activation that is never negative may be limited at 0, in place of the Relu in front of the pair.
+    activation that is never negative may be limited at 0, in place of the Relu in front of the pair. Codes of
+    8 bits may be uint8 with zero point 128.
     """
     known = [bounds, (0, bounds[1])] if nonnegative else [bounds]
     reasons = (
@@ -94,9 +105,26 @@ def differences(
         stored = view.initializer(operand(node, 1))
         if stored is None or not same(stored, scale.astype(stored.dtype)):
             reasons.append(f"{node.op_type}: the scale differs")
-        if not zero_is_zero(view, node):
+        if not (zero_is_zero(view, node) or (pair.clip is None and is_shifted(view, pair))):
             reasons.append(f"{node.op_type}: the zero point is not 0")
     return reasons
+
+
+def decoding(view: View, codes: str) -> tuple[int, tuple[int, ...]]:
+    """Zero point of an activation's codes (0 without one), and `pads` of the convolution that reads the
+    decoded values (empty without one).
+    """
+    decoders = readers_of(view, codes, DEQUANTIZE)
+    zero = view.initializer(operand(decoders[0], 2)) if decoders else None
+    convs = [conv for node in decoders for conv in readers_of(view, result(node), "Conv")]
+    pads = [tuple(item.ints) for conv in convs for item in conv.attribute if item.name == "pads"]
+    return 0 if zero is None else int(zero.item()), pads[0] if pads else ()
+
+
+def is_shifted(view: View, pair: Pair) -> bool:
+    """True if both nodes of a pair have the zero point 128 of type uint8."""
+    zeros = [view.initializer(operand(node, 2)) for node in (pair.quantize, pair.dequantize)]
+    return all(zero is not None and same(zero, np.array(128, np.uint8)) for zero in zeros)
 
 
 def _bounds_fit(view: View, clip: NodeProto | None, bounds: tuple[int, int]) -> bool:

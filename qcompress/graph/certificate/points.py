@@ -1,9 +1,12 @@
-"""The certificate of points: Q/DQ pairs in front of attention matmuls and residual additions. No torch.
+"""The certificate of points: Q/DQ pairs in front of attention matmuls, residual additions and products of
+squeeze-and-excite. No torch.
 
 Operands have no names in the graph and are identified by structure. Before each Softmax is the matmul of
 query and key, and after it the matmul of probabilities and value. Before each LayerNormalization behind a
 block is the Add of branch and skip. In a convolutional net each Add of two non-constant values is a residual
-addition. The graph and the points have the order of the forward pass.
+addition, and each Mul by the Sigmoid of a convolution is a product of squeeze-and-excite, unless it is swish,
+which multiplies by the Sigmoid of the same value. The graph and the points have the order of the forward
+pass.
 """
 
 from __future__ import annotations
@@ -150,18 +153,38 @@ def _after(view: View, value: str) -> NodeProto | None:
 
 
 def _addition_inputs(view: View) -> list[str]:
-    """Branch and skip of each residual addition. The first LayerNorm follows the embeddings and is skipped.
-    Without LayerNorms, each Add of two values that are not initializers is a residual addition.
+    """Branch and skip of each residual addition, and both operands of each squeeze-and-excite product, in
+    the order of the graph. The first LayerNorm follows the embeddings and is skipped. Without LayerNorms,
+    each Add of two values that are not initializers is a residual addition.
     """
     norms = list(view.named("LayerNormalization"))
     if not norms:
         made = {name for name in view.constants if name not in view.producers}
-        inner = [node for node in view.named("Add") if not made.intersection(node.input)]
-        return [name for node in inner for name in node.input]
+        inner: list[str] = []
+        for node in view.named("Add", "Mul"):
+            if is_a(node, "Mul"):
+                inner += _excited(view, node)
+            elif not made.intersection(node.input):
+                inner += node.input
+        return inner
     additions = [view.producers.get(operand(node, 0)) for node in norms[1:]]
     if not all(is_a(node, "Add") for node in additions):
         return []
     return [name for node in additions for name in node.input[:2]]
+
+
+def _excited(view: View, node: NodeProto) -> list[str]:
+    """Operands of a Mul, the gate last, if the gate is the Sigmoid of a convolution of another value than the
+    other operand; empty for other nodes.
+    """
+    for place, name in enumerate(node.input[:2]):
+        gate, other = view.producers.get(name), operand(node, 1 - place)
+        if pair := pair_of(view, gate):
+            gate = view.producers.get(operand(pair.quantize, 0))
+        before = view.producers.get(operand(gate, 0)) if is_a(gate, "Sigmoid") else None
+        if is_a(before, "Conv") and result(before) != other:
+            return [other, name]
+    return []
 
 
 KINDS = {"attention": _attention_operands, "residual": _addition_inputs}
