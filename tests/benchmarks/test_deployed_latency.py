@@ -1,9 +1,9 @@
 """Latency in ONNX Runtime of the deployed graphs, beside fp32 and ONNX Runtime's own quantizers.
 
-MiniLM and EfficientNet-Lite0 with their real weights; the shapes of GPT-2 (124 M), ViT-S and ResNet-50 with
-random ones. Each table is one interleaved run; the least of all rounds counts. `fp32` is the graph as torch's
-exporter writes it. Peers: `quantize_dynamic`, `quantize_static` with its defaults (int8 activations) and with
-uint8 activations, and the 4-bit quantizer of ONNX Runtime, on the same fp32 graph.
+MiniLM and EfficientNet-Lite0 with their real weights; the shapes of GPT-2 (124 M), ViT-S, ResNet-50 and
+EfficientNet-B0 with random ones. Each table is one interleaved run; the least of all rounds counts. `fp32` is
+the graph as torch's exporter writes it. Peers: `quantize_dynamic`, `quantize_static` with its defaults (int8
+activations) and with uint8 activations, and the 4-bit quantizer of ONNX Runtime, on the same fp32 graph.
 
     pytest -m benchmark -s -n 0 tests/benchmarks/test_deployed_latency.py
 """
@@ -338,4 +338,22 @@ def test_efficientnet_lite0(tmp_path: Path, assets: Path) -> None:
     source = assets / "models" / "efficientnet-lite0"
     form = {"preset": "w8a8", "residual": "int8"}
     ratios = image_table(tmp_path, "EfficientNet-Lite0", "efficientnet", source, form)
+    assert ratios[OURS] <= min(ratios[STATIC], ratios[UNSIGNED])
+
+
+@pytest.mark.benchmark
+def test_efficientnet_b0(tmp_path: Path) -> None:
+    from transformers import EfficientNetConfig, EfficientNetForImageClassification
+
+    config = EfficientNetConfig(
+        image_size=224,
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        hidden_dim=1280,
+        dropout_rate=0.2,
+        **LABELS,
+    )
+    source = random_net(tmp_path, EfficientNetForImageClassification(config))
+    form = {"preset": "w8a8", "residual": "int8"}
+    ratios = image_table(tmp_path, "EfficientNet-B0", "efficientnet", source, form)
     assert ratios[OURS] <= ratios[STATIC]

@@ -12,25 +12,28 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_nets import CLASSIFIERS, KINDS, STEMS, Done, net_line, pixels, save_images
 from torch import nn
 
 from qcompress.graph.certificate.points import certify_all
 from qcompress.graph.lint.lint import lint
+from qcompress.models.architecture import Point, convolution
 from qcompress.models.folded import assemble
+from qcompress.models.plan import LayerPlan, PointPlan
 from qcompress.models.prepare import replace_module
 from qcompress.models.rebuild import rebuild
 from qcompress.parity.fold_flips import count_flips
 from qcompress.parity.layerwise import TIE, follow
 from qcompress.parity.runners import REWRITERS
-from qcompress.pipeline.stages.export import export
+from qcompress.pipeline.stages.export import _nonnegative, export
 from qcompress.quant.batchnorm import statistics
 from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.folded_conv import FoldedConv
+from qcompress.schema.formats import ActivationFormat
 from qcompress.schema.recipe import Export
 from qcompress.schema.targets import TARGETS
-from qcompress.system.artifacts import OnnxModel, read_json
+from qcompress.system.artifacts import FoldedModel, OnnxModel, read_json
 
 FORMATS: dict[str, dict[str, Any]] = {
     "w8a8": {"format": "w8a8"},
@@ -330,14 +333,27 @@ def test_the_points_of_squeeze_and_excite_reach_the_graph(kind: str, tmp_path: P
     )
     # without the pair at the first product, the certificate names its point
     pair = [node for node in model.graph.node if node.name.startswith(f"{names[0]}/")]
-    (decoder,) = [node for node in pair if node.op_type == "DequantizeLinear"]
-    (quantize,) = [node for node in pair if node.op_type == "QuantizeLinear"]
+    decoder = next(node for node in pair if node.op_type == "DequantizeLinear")
+    quantize = next(node for node in pair if node.op_type == "QuantizeLinear")
     for node in model.graph.node:
         node.input[:] = [quantize.input[0] if name == decoder.output[0] else name for name in node.input]
     onnx.save(model, tmp_path / "model.onnx")
     broken = certify_all(tmp_path / "model.onnx", line.folded.path, line.plan, line.points)
     assert [point["name"] for point in broken["points"] if not point["passed"]] == [names[0]]
     assert not broken["complete"]
+
+
+def test_a_pair_with_the_scale_of_a_signed_point_counts_as_signed(tmp_path: Path) -> None:
+    """Equal scales are stored once, so that the names of pairs cannot tell the two apart."""
+    points = tuple(
+        PointPlan(Point(name, "residual", 4, nonnegative), ActivationFormat())
+        for name, nonnegative in (("a", True), ("b", True), ("c", False))
+    )
+    layers = tuple(LayerPlan(convolution(name, 4, 4, 1, nonnegative=True), None, None) for name in "de")
+    scales = {"a": 0.5, "b": 0.25, "c": 0.5, "d.input": 0.5, "e.input": 0.125}
+    tensors = {f"{name}.scale": torch.tensor(value) for name, value in scales.items()}
+    save_file(tensors, tmp_path / "folded.safetensors")
+    assert _nonnegative(layers, points, FoldedModel(tmp_path)) == {"b", "e.input"}
 
 
 @pytest.mark.parametrize("kind", ["basic", "efficientnet"])

@@ -82,7 +82,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
         if item.weights is not None and not item.layer.tied_to:
             encoding_of(item.weights).pack(model.graph.initializers, item.name, item.weights)
     if TARGETS[target].backend is None:
-        adapt(model, _nonnegative(plan, points))
+        adapt(model, _nonnegative(plan, points, folded))
     if options.keep_fp32:
         require_operators(model, options.keep_fp32)
         keep_fp32(model, options.keep_fp32, load_file(folded.path / "folded.safetensors"))
@@ -250,10 +250,17 @@ def _reader(node: ir.Node, layers: dict[ir.Node, str]) -> str | None:
     return None
 
 
-def _nonnegative(plan: tuple[LayerPlan, ...], points: tuple[PointPlan, ...]) -> set[str]:
-    """Names of the Q/DQ pairs of values that are never negative."""
+def _nonnegative(plan: tuple[LayerPlan, ...], points: tuple[PointPlan, ...], folded: FoldedModel) -> set[str]:
+    """Names of the Q/DQ pairs of values that are never negative. The pair of a point may have the name of any
+    other pair of equal scale, so that names whose scale a signed point has too are left out.
+    """
     names = {f"{item.name}.input" for item in plan if item.layer.nonnegative}
-    return names | {item.name for item in points if item.point.nonnegative}
+    names |= {item.name for item in points if item.point.nonnegative}
+    with safe_open(folded.path / "folded.safetensors", framework="np") as tensors:
+        stored = {name.removesuffix(".scale") for name in list(tensors.keys())}
+        signed = [item.name for item in points if not item.point.nonnegative and item.name in stored]
+        taken = {tensors.get_tensor(f"{name}.scale").tobytes() for name in signed}
+        return {name for name in names & stored if tensors.get_tensor(f"{name}.scale").tobytes() not in taken}
 
 
 def _layers_of_matmuls(model: ir.Model, plan: tuple[LayerPlan, ...]) -> dict[ir.Node, str]:
