@@ -23,7 +23,7 @@ from qcompress.models.architecture import Head
 from qcompress.models.checkpoint_files import copy_tensors, read_config, read_header
 
 HEAD = Head("image-classification")
-FAMILIES_OF_NETS = ("resnet", "cifar-resnet", "efficientnet")
+FAMILIES_OF_NETS = ("resnet", "cifar-resnet", "efficientnet", "mobilenet-v2")
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -36,7 +36,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_every_family_of_images_without_attention_is_here() -> None:
     assert set(FAMILY.values()) == set(FAMILIES_OF_NETS) <= set(FAMILIES)
-    assert len(KINDS) == 4
+    assert len(KINDS) == 5
 
 
 @each_kind
@@ -203,6 +203,10 @@ def test_a_checkpoint_without_a_classifier_gets_one_from_the_seed(
      ("efficientnet", {"strides": [1]}, "differ in length"),
      ("cifar", {"model_type": "vgg"}, "says model_type"),
      ("efficientnet", {"width_coefficient": 1.0}, "asks for shape"),
+     ("mobilenet", {"depth_multiplier": 1.0}, "asks for shape"),
+     ("mobilenet", {"first_layer_is_expansion": False}, "no such tensor"),
+     ("mobilenet", {"output_stride": "32"}, "positive integer"),
+     ("mobilenet", {"model_type": "mobilenet-v2"}, "says model_type"),
      ("efficientnet", {"id2label": {str(index): f"x{index}" for index in range(4)}}, "names 4 labels")],
 )  # fmt: skip
 def test_another_models_config_is_refused(
