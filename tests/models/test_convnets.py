@@ -117,6 +117,16 @@ def test_points_that_round_nothing_change_nothing(kind: str, sources: dict[str, 
     assert set(dict(model.named_parameters())) == set(dict(make_net(kind).named_parameters()))
 
 
+def test_every_addition_of_an_inverted_residual_has_points(sources: dict[str, Path]) -> None:
+    """Also where the output stride turned a stride of 2 into 1, as in the blocks 5 and 12."""
+    adds = [
+        name for name, module in make_net("mobilenet").named_modules() if getattr(module, "use_residual", 0)
+    ]
+    points = [point.name for point in describe("mobilenet-v2", sources["mobilenet"], HEAD).points]
+    assert points == [f"{name}.{end}_point" for name in adds for end in ("branch", "skip")]
+    assert {"mobilenet_v2.layer.5", "mobilenet_v2.layer.12"} & set(adds)
+
+
 @each_kind
 def test_the_loaded_model_is_the_stock_one(kind: str, sources: dict[str, Path]) -> None:
     loaded, x = FAMILIES[FAMILY[kind]].load_float(sources[kind]), pixels()
