@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import (
     EfficientNetConfig,
     EfficientNetForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     logging,
@@ -42,10 +44,10 @@ from qcompress.tasks import TASKS
 LABELS, SIZE = 6, 32
 """Labels and height of every net; widths of images differ from their heights in none of them."""
 
-KINDS = ("basic", "bottleneck", "cifar", "efficientnet")
+KINDS = ("basic", "bottleneck", "cifar", "efficientnet", "mobilenet")
 FAMILY = {
     "basic": "resnet", "bottleneck": "resnet", "cifar": "cifar-resnet", "efficientnet": "efficientnet",
-    "lite": "efficientnet",
+    "lite": "efficientnet", "mobilenet": "mobilenet-v2",
 }  # fmt: skip
 """Family of each kind; `lite` is an EfficientNet with ReLU6."""
 
@@ -53,8 +55,12 @@ STEMS = {
     "resnet": "resnet.embedder.embedder.convolution",
     "cifar-resnet": "conv1",
     "efficientnet": "efficientnet.embeddings.convolution",
+    "mobilenet-v2": "mobilenet_v2.conv_stem.first_conv.convolution",
 }
-CLASSIFIERS = {"resnet": "classifier.1", "cifar-resnet": "linear", "efficientnet": "classifier"}
+CLASSIFIERS = {
+    "resnet": "classifier.1", "cifar-resnet": "linear", "efficientnet": "classifier",
+    "mobilenet-v2": "classifier",
+}  # fmt: skip
 
 
 def make_net(kind: str, seed: int = 0, labels: int = LABELS) -> nn.Module:
@@ -70,6 +76,12 @@ def make_net(kind: str, seed: int = 0, labels: int = LABELS) -> nn.Module:
             hidden_act="relu6" if kind == "lite" else "swish",
         )  # fmt: skip
         model = EfficientNetForImageClassification(config)
+    elif kind == "mobilenet":
+        config = MobileNetV2Config(
+            depth_multiplier=0.05, depth_divisible_by=4, min_depth=4, expand_ratio=2, output_stride=8,
+            finegrained_output=False, image_size=SIZE, num_labels=labels,
+        )  # fmt: skip
+        model = MobileNetV2ForImageClassification(config)
     else:
         config = ResNetConfig(
             embedding_size=8, hidden_sizes=[16, 32], depths=[2, 1], layer_type=kind, num_labels=labels

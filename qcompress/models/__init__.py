@@ -7,7 +7,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
 from qcompress.errors import MachineError, ModelError
-from qcompress.models import bert, cifar_resnet, distilbert, efficientnet, gpt2, resnet, roberta, vit  # noqa: F401
+from qcompress.models import (  # noqa: F401
+    bert,
+    cifar_resnet,
+    distilbert,
+    efficientnet,
+    gpt2,
+    mobilenet_v2,
+    resnet,
+    roberta,
+    vit,
+)
 from qcompress.models.architecture import (
     CAUSAL_LM,
     PIXELS,

@@ -14,6 +14,7 @@ from typing import Any
 from qcompress.errors import ModelError
 from qcompress.models.architecture import Head
 from qcompress.models.config_values import check_values
+from qcompress.schema.families import model_type_of
 
 KINDS = {
     "single_label_classification": "single",
@@ -80,7 +81,7 @@ def check_config(
     """Refuse a config.json of another family, a task that the family does not support, a key of `sizes` that
     is not a positive integer, and a value from which transformers cannot make a model.
     """
-    if config.get("model_type") != family:
+    if config.get("model_type") != model_type_of(family):
         raise ModelError(
             f"config.json says model_type {config.get('model_type')!r}, and the recipe says family {family}",
             fix="name the family of this checkpoint, or another checkpoint",

@@ -50,12 +50,17 @@ def _is_factor(value: object) -> bool:
     return _is_positive_float(value) and value <= 1000
 
 
+def _is_scale(value: object) -> bool:
+    return _is_number(value) and 0 < value <= 1000
+
+
 Rule = tuple[Callable[[Any], bool], str]
 
 ACTIVATION: Rule = (lambda value: value in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
 SHARE: Rule = (_is_share, "a number from 0 to 1")
 POSITIVE: Rule = (_is_positive_float, "a float above 0, such as 1e-12 or 0.02")
 FACTOR: Rule = (_is_factor, "a float above 0, up to 1000")
+SCALE: Rule = (_is_scale, "a number above 0, up to 1000")
 FLAG: Rule = (lambda value: type(value) is bool, "true or false")
 COUNT: Rule = (_is_count, "an integer from 0")
 SIZE: Rule = (lambda value: type(value) is int and value > 0, "a positive integer")
@@ -66,7 +71,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attn_pdrop",
          "embd_pdrop", "resid_pdrop", "summary_first_dropout", "dropout", "attention_dropout", "qa_dropout",
-         "seq_classif_dropout", "dropout_rate", "drop_connect_rate", "batch_norm_momentum"),
+         "seq_classif_dropout", "dropout_rate", "drop_connect_rate", "batch_norm_momentum",
+         "classifier_dropout_prob"),
         SHARE,
     ),
     **dict.fromkeys(
@@ -74,10 +80,12 @@ RULES: dict[str, Rule] = {
         POSITIVE,
     ),
     **dict.fromkeys(("width_coefficient", "depth_coefficient", "squeeze_expansion_ratio"), FACTOR),
+    **dict.fromkeys(("depth_multiplier", "expand_ratio"), SCALE),
     **dict.fromkeys(
         ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
          "reorder_and_upcast_attn", "qkv_bias", "downsample_in_first_stage", "downsample_in_bottleneck",
-         "sinusoidal_pos_embds", "is_decoder", "add_cross_attention"),
+         "sinusoidal_pos_embds", "is_decoder", "add_cross_attention", "first_layer_is_expansion",
+         "finegrained_output", "tf_padding"),
         FLAG,
     ),
     "chunk_size_feed_forward": COUNT,

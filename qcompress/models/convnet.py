@@ -32,6 +32,7 @@ from qcompress.models.architecture import (
     image_inputs,
 )
 from qcompress.models.config_checks import check_config, check_leftover, check_shapes, config_of, labels_of
+from qcompress.schema.families import model_type_of
 
 TASKS = ("image-classification",)
 
@@ -159,12 +160,13 @@ class ConvNet:
         return re.match(self.blocks, name) is not None and not name.endswith(COUNTED)
 
     def _own(self, name: str) -> str:
-        return name.removeprefix(f"{self.family}.")
+        return name.removeprefix(f"{model_type_of(self.family)}.")
 
 
 def _bare(tensors: Tensors, family: str) -> dict[str, tuple[int, ...]]:
     """Shapes by names without the prefix."""
-    return {name.removeprefix(f"{family}."): shape for name, (_, shape) in tensors.items()}
+    prefix = f"{model_type_of(family)}."
+    return {name.removeprefix(prefix): shape for name, (_, shape) in tensors.items()}
 
 
 def _tensors(outline: Outline) -> dict[str, tuple[int, ...]]:
@@ -177,6 +179,16 @@ def _tensors(outline: Outline) -> dict[str, tuple[int, ...]]:
         if layer.norm:
             expected |= {f"{layer.norm}.{part}": (layer.out_features,) for part in STATISTICS}
     return expected
+
+
+def divisible(channels: float, divisor: int, least: int) -> int:
+    """Round a number of channels to a multiple of the divisor, not below `least`, and by at most 10 % less.
+
+    >>> divisible(35.2, 8, 8), divisible(11.2, 8, 8), divisible(1.6, 8, 4)
+    (32, 16, 4)
+    """
+    multiple = max(least, int(channels + divisor / 2) // divisor * divisor)
+    return multiple + divisor if multiple < 0.9 * channels else multiple
 
 
 def integers(config: dict[str, Any], keys: Iterable[str], defaults: dict[str, Any]) -> list[Any]:

@@ -32,6 +32,7 @@ from qcompress.models.convnet import (
     TASKS,
     ConvNet,
     Outline,
+    divisible,
     integers,
 )
 from qcompress.models.layer_selection import Names
@@ -54,17 +55,6 @@ STEM, TOP = 32, 1280
 """Channels of the first and of the last convolution at width 1."""
 
 
-def rounded(channels: int, width: float, divisor: int) -> int:
-    """Scale a number of channels by the width, to a multiple of the divisor, and by at most 10 % less.
-
-    >>> rounded(32, 1.1, 8), rounded(40, 1.0, 8)
-    (32, 40)
-    """
-    scaled = channels * width
-    multiple = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
-    return multiple + divisor if multiple < 0.9 * scaled else multiple
-
-
 def _outline(config: dict[str, Any]) -> Outline:
     lists = integers(config, LISTS, LISTS)
     channels, divisor, _ = integers(config, NUMBERS, NUMBERS)
@@ -75,7 +65,7 @@ def _outline(config: dict[str, Any]) -> Outline:
         raise ModelError(f"config.json: {', '.join(LISTS)} differ in length", fix="copy config.json again")
 
     def wide(count: int) -> int:
-        return rounded(count, width, divisor)
+        return divisible(count * width, divisor, divisor)
 
     outline, positive = Outline(), _nonnegative(config)
     stem = "efficientnet.embeddings"

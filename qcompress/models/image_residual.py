@@ -15,6 +15,7 @@ from transformers.models.efficientnet.modeling_efficientnet import (
     EfficientNetFinalBlockLayer,
     EfficientNetSqueezeExciteLayer,
 )
+from transformers.models.mobilenet_v2.modeling_mobilenet_v2 import MobileNetV2InvertedResidual
 
 
 class RoundedResidual(nn.Module):
@@ -45,6 +46,20 @@ class RoundedProjection(nn.Module):
         return branch + self.skip_point(embeddings)
 
 
+class RoundedInvertedResidual(nn.Module):
+    """MobileNetV2InvertedResidual of a block that adds: reduce(depthwise(expand(x))) + x."""
+
+    def __init__(self, stock: MobileNetV2InvertedResidual) -> None:
+        super().__init__()
+        self.expand_1x1, self.conv_3x3, self.reduce_1x1 = stock.expand_1x1, stock.conv_3x3, stock.reduce_1x1
+        self.branch_point: nn.Module = nn.Identity()
+        self.skip_point: nn.Module = nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        branch = self.branch_point(self.reduce_1x1(self.conv_3x3(self.expand_1x1(features))))
+        return branch + self.skip_point(features)
+
+
 class RoundedSqueezeExcite(nn.Module):
     """EfficientNetSqueezeExciteLayer: x * sigmoid(expand(activation(reduce(mean(x))))). The pooling reads the
     rounded x too, so that nothing reads the output of the convolution in front before it is rounded. The
@@ -67,12 +82,13 @@ class RoundedSqueezeExcite(nn.Module):
 ROUNDED = {
     EfficientNetFinalBlockLayer: RoundedProjection,
     EfficientNetSqueezeExciteLayer: RoundedSqueezeExcite,
+    MobileNetV2InvertedResidual: RoundedInvertedResidual,
 }
 """Stock modules and their replacements; others are blocks of ResNet."""
 
 
 def open_addition(stock: nn.Module) -> nn.Module:
     """Replacement of `stock` with quantization points; `stock` itself if it already has them."""
-    if isinstance(stock, RoundedResidual | RoundedProjection | RoundedSqueezeExcite):
+    if isinstance(stock, (RoundedResidual, *ROUNDED.values())):
         return stock
     return ROUNDED.get(type(stock), RoundedResidual)(stock)

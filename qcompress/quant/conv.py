@@ -22,8 +22,9 @@ from qcompress.quant.layers import QuantizedWeight
 
 @dataclass(frozen=True)
 class Geometry:
-    """Stride, padding and dilation of a convolution as (height, width), and its groups."""
+    """Kernel size, stride, padding and dilation of a convolution as (height, width), and its groups."""
 
+    kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
@@ -53,10 +54,36 @@ class Geometry:
                     fix="keep the layer float",
                 )
             padding = (total[0] // 2, total[1] // 2)
-        return cls(tuple(module.stride), tuple(padding), tuple(module.dilation), module.groups)
+        return cls(
+            tuple(module.kernel_size), tuple(module.stride), tuple(padding), tuple(module.dilation),
+            module.groups,
+        )  # fmt: skip
 
 
-class QuantizedConv(QuantizedWeight):
+class Geometric:
+    """Attributes of nn.Conv2d that the module around a convolution reads, such as MobileNetV2's, which pads
+    the input itself.
+    """
+
+    geometry: Geometry
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """Height and width of the kernel."""
+        return self.geometry.kernel
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Vertical and horizontal stride."""
+        return self.geometry.stride
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        """Vertical and horizontal dilation."""
+        return self.geometry.dilation
+
+
+class QuantizedConv(Geometric, QuantizedWeight):
     """y = conv(Q(x), Q(w)) + b."""
 
     def __init__(

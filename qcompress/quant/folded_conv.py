@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.quant.affine import Grid
-from qcompress.quant.conv import Geometry, convolve
+from qcompress.quant.conv import Geometric, Geometry, convolve
 from qcompress.quant.folded import FoldedWeight, Rounding, multiplies_integers
 from qcompress.quant.folded_codebook import FoldedCodebook
 
@@ -31,7 +31,7 @@ class FoldedKernel(FoldedWeight):
         return self.codes.to(self.scale.dtype) * self.scale.view(-1, 1, 1, 1)
 
 
-class FoldedConv(nn.Module):
+class FoldedConv(Geometric, nn.Module):
     """y = conv(Q(x), decode(codes)) + b; with `integer`, the sums are computed like an int8 convolution."""
 
     def __init__(

@@ -4,5 +4,28 @@ from __future__ import annotations
 
 from typing import Literal
 
-Family = Literal["gpt2", "bert", "roberta", "distilbert", "vit", "resnet", "cifar-resnet", "efficientnet"]
+Family = Literal[
+    "gpt2", "bert", "roberta", "distilbert", "vit", "resnet", "cifar-resnet", "efficientnet", "mobilenet-v2"
+]
 """`cifar-resnet` is the module `cifar_resnet`."""
+
+MODEL_TYPES = {"mobilenet-v2": "mobilenet_v2"}
+"""`model_type` of config.json, for families with another name."""
+
+
+def model_type_of(family: str) -> str:
+    """`model_type` of config.json of a family's checkpoints.
+
+    >>> model_type_of("mobilenet-v2"), model_type_of("bert")
+    ('mobilenet_v2', 'bert')
+    """
+    return MODEL_TYPES.get(family, family)
+
+
+def family_of(model_type: str) -> str:
+    """Name of the family whose checkpoints have this `model_type`; an unknown type is returned unchanged.
+
+    >>> family_of("mobilenet_v2"), family_of("bert")
+    ('mobilenet-v2', 'bert')
+    """
+    return next((family for family, named in MODEL_TYPES.items() if named == model_type), model_type)

@@ -23,6 +23,7 @@ from qcompress.models import FAMILIES, graph_signature, load_processor
 from qcompress.models.architecture import Head
 from qcompress.models.checkpoint_files import read_config
 from qcompress.schema.data import Columns
+from qcompress.schema.families import family_of
 from qcompress.schema.recipe import ImageClassification, TextData
 from qcompress.schema.tasks import AGREEMENT
 from qcompress.tasks import padded
@@ -48,7 +49,7 @@ BEST = 5
 def reader(directory: Path) -> Reader:
     """Image processor of a checkpoint."""
     config = read_config(directory) if (directory / "config.json").is_file() else {}
-    family = FAMILIES.get(config.get("model_type", ""))
+    family = FAMILIES.get(family_of(config.get("model_type", "")))
     size = tuple(graph_signature(family, directory)[0].axes[2:]) if family else None
     return Reader(load_processor(directory), size)
 

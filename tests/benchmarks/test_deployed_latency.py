@@ -1,9 +1,9 @@
 """Latency in ONNX Runtime of the deployed graphs, beside fp32 and ONNX Runtime's own quantizers.
 
-MiniLM and EfficientNet-Lite0 with their real weights; the shapes of GPT-2 (124 M), ViT-S, ResNet-50 and
-EfficientNet-B0 with random ones. Each table is one interleaved run; the least of all rounds counts. `fp32` is
-the graph as torch's exporter writes it. Peers: `quantize_dynamic`, `quantize_static` with its defaults (int8
-activations) and with uint8 activations, and the 4-bit quantizer of ONNX Runtime, on the same fp32 graph.
+MiniLM, EfficientNet-Lite0 and MobileNetV2 with their real weights; the shapes of GPT-2 (124 M), ViT-S,
+ResNet-50 and EfficientNet-B0 with random ones. Each table is one interleaved run; the least of all rounds
+counts. `fp32` is the graph as torch's exporter writes it. Peers: `quantize_dynamic`, `quantize_static` with its
+defaults (int8 activations) and with uint8 activations, and the 4-bit quantizer of ONNX Runtime, on the same fp32 graph.
 
     pytest -m benchmark -s -n 0 tests/benchmarks/test_deployed_latency.py
 """
@@ -11,6 +11,7 @@ activations) and with uint8 activations, and the 4-bit quantizer of ONNX Runtime
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -302,13 +303,18 @@ def random_net(folder: Path, model: torch.nn.Module) -> Path:
         for _ in range(3):
             model(torch.from_numpy(images))
     model.eval().save_pretrained(folder / "model")
+    return with_preprocessor(folder / "model")
+
+
+def with_preprocessor(source: Path) -> Path:
+    """Write a checkpoint's preprocessor: 224 x 224 pixels, (x - 127.5) / 127.5."""
     preprocessor = {
         "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 224, "width": 224},
         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }  # fmt: skip
-    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return folder / "model"
+    (source / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return source
 
 
 LABELS = {"id2label": {index: str(index) for index in range(1000)}}
@@ -356,4 +362,15 @@ def test_efficientnet_b0(tmp_path: Path) -> None:
     source = random_net(tmp_path, EfficientNetForImageClassification(config))
     form = {"preset": "w8a8", "residual": "int8"}
     ratios = image_table(tmp_path, "EfficientNet-B0", "efficientnet", source, form)
+    assert ratios[OURS] <= ratios[STATIC]
+
+
+@pytest.mark.benchmark
+def test_mobilenet_v2(tmp_path: Path, assets: Path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    for file in (assets / "models" / "mobilenet-v2").iterdir():
+        shutil.copyfile(file, source / file.name)
+    form = {"preset": "w8a8", "residual": "int8"}
+    ratios = image_table(tmp_path, "MobileNetV2", "mobilenet-v2", with_preprocessor(source), form)
     assert ratios[OURS] <= ratios[STATIC]

@@ -63,7 +63,10 @@ def checkpoints(
     """A checkpoint of each family. Read only: copy it before changing it."""
     folder = tmp_path_factory.mktemp("checkpoints")
     made = {"gpt2": tiny_model, "vit": save_vit(folder / "vit")}
-    nets = {"resnet": "basic", "efficientnet": "efficientnet", "cifar-resnet": "cifar"}
+    nets = {
+        "resnet": "basic", "efficientnet": "efficientnet", "cifar-resnet": "cifar",
+        "mobilenet-v2": "mobilenet",
+    }  # fmt: skip
     made |= {family: save_net(folder / family, kind) for family, kind in nets.items()}
     texts = ("bert", "roberta", "distilbert")
     return made | {family: save_encoder(folder / family, text_file, family) for family in texts}

@@ -158,6 +158,8 @@ HUGE = [
     ("efficientnet", "num_block_repeats", [10**7] * 7), ("efficientnet", "depth_coefficient", 1e300),
     ("efficientnet", "width_coefficient", 1e308), ("efficientnet", "depth_divisor", 10**400),
     ("efficientnet", "depth_coefficient", 999.0), ("efficientnet", "squeeze_expansion_ratio", 1e308),
+    ("mobilenet-v2", "depth_multiplier", 1e308), ("mobilenet-v2", "expand_ratio", 999.0),
+    ("mobilenet-v2", "depth_divisible_by", 10**400), ("mobilenet-v2", "min_depth", 10**12),
     ("cifar-resnet", "depth", 6 * 10**7 + 2), ("cifar-resnet", "depth", 6 * 10**399 + 2),
     ("cifar-resnet", "num_channels", 10**12),
 ]  # fmt: skip

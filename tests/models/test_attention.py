@@ -44,7 +44,7 @@ def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 def test_the_families_are_all_there_are() -> None:
     """With attention; test_convnets.py holds the others to their stock models, test_vit.py the images'."""
-    assert {*FAMILY_NAMES, "vit", "resnet", "cifar-resnet", "efficientnet"} == set(FAMILIES)
+    assert {*FAMILY_NAMES, "vit", "resnet", "cifar-resnet", "efficientnet", "mobilenet-v2"} == set(FAMILIES)
     assert set(FAMILY_NAMES) == set(ATTENTION)
 
 

@@ -16,7 +16,7 @@ from lines import cli, make_project
 from safetensors.torch import load_file, save_file
 from tiny import token_ids
 from tiny_bert import save_encoder
-from tiny_nets import save_net
+from tiny_nets import FAMILY, save_net
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
@@ -94,7 +94,7 @@ def test_a_value_that_is_not_finite_is_named(
         loaded(alter(copy, change), tmp_path / "load")
 
 
-@pytest.mark.parametrize("kind", ["basic", "efficientnet", "cifar"])
+@pytest.mark.parametrize("kind", ["basic", "efficientnet", "cifar", "mobilenet"])
 @pytest.mark.parametrize(
     ("statistic", "value"),
     [("running_mean", float("nan")), ("running_var", float("inf")), ("running_var", -1.0)],
@@ -102,7 +102,7 @@ def test_a_value_that_is_not_finite_is_named(
 def test_statistics_of_batch_norms_are_numbers_and_variances_are_not_negative(
     kind: str, statistic: str, value: float, tmp_path: Path
 ) -> None:
-    family = {"basic": "resnet", "cifar": "cifar-resnet"}.get(kind, kind)
+    family = FAMILY[kind]
     source = save_net(tmp_path / "net", kind)
     name = next(name for name in read_tensors(source) if name.endswith(statistic))
     alter(source, put(name, value, (3,)))

@@ -26,7 +26,9 @@ from qcompress.tasks.labels import named_outputs
 SEQUENCE = Head("sequence-classification", None, None)
 IMAGES = Head("image-classification", None, None)
 HEADS = {"gpt2": CAUSAL_LM, "bert": SEQUENCE, "roberta": SEQUENCE, "distilbert": SEQUENCE}
-KINDS = {"resnet": "basic", "efficientnet": "efficientnet", "cifar-resnet": "cifar"}
+KINDS = {
+    "resnet": "basic", "efficientnet": "efficientnet", "cifar-resnet": "cifar", "mobilenet-v2": "mobilenet",
+}  # fmt: skip
 
 Checkpoints = dict[str, Path]
 
@@ -97,6 +99,7 @@ def test_depths_of_a_resnet_are_those_of_the_checkpoint(tmp_path: Path) -> None:
         ("resnet", "resnet.encoder.stages.0.layers.1.shortcut.convolution.weight"),
         ("resnet", "resnet.encoder.stages.9.layers.0.layer.0.convolution.weight"),
         ("efficientnet", "efficientnet.encoder.blocks.99.projection.project_conv.weight"),
+        ("mobilenet-v2", "mobilenet_v2.layer.16.conv_3x3.convolution.weight"),
         ("cifar-resnet", "layer1.7.conv1.weight"),
         ("cifar-resnet", "layer4.0.conv1.weight"),
         ("gpt2", "transformer.h.0.crossattention.c_attn.weight"),
@@ -169,6 +172,11 @@ WRONG = [
     ("roberta", "layer_norm_eps", 1),
     ("gpt2", "layer_norm_epsilon", None),
     ("efficientnet", "batch_norm_eps", 0),
+    ("mobilenet-v2", "depth_multiplier", 0),
+    ("mobilenet-v2", "expand_ratio", "6"),
+    ("mobilenet-v2", "tf_padding", 1),
+    ("mobilenet-v2", "finegrained_output", None),
+    ("mobilenet-v2", "classifier_dropout_prob", 1.5),
     ("bert", "initializer_range", "0.02"),
     ("bert", "dtype", "float99"),
     ("gpt2", "torch_dtype", "fp16"),

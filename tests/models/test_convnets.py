@@ -23,7 +23,7 @@ from qcompress.models.architecture import Head
 from qcompress.models.checkpoint_files import copy_tensors, read_config, read_header
 
 HEAD = Head("image-classification")
-FAMILIES_OF_NETS = ("resnet", "cifar-resnet", "efficientnet")
+FAMILIES_OF_NETS = ("resnet", "cifar-resnet", "efficientnet", "mobilenet-v2")
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -36,7 +36,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_every_family_of_images_without_attention_is_here() -> None:
     assert set(FAMILY.values()) == set(FAMILIES_OF_NETS) <= set(FAMILIES)
-    assert len(KINDS) == 4
+    assert len(KINDS) == 5
 
 
 @each_kind
@@ -115,6 +115,16 @@ def test_points_that_round_nothing_change_nothing(kind: str, sources: dict[str, 
             assert not torch.allclose(model(pixel_values=x).logits, before)
             family.install_points(model, {place: nn.Identity()})
     assert set(dict(model.named_parameters())) == set(dict(make_net(kind).named_parameters()))
+
+
+def test_every_addition_of_an_inverted_residual_has_points(sources: dict[str, Path]) -> None:
+    """Also where the output stride turned a stride of 2 into 1, as in the blocks 5 and 12."""
+    adds = [
+        name for name, module in make_net("mobilenet").named_modules() if getattr(module, "use_residual", 0)
+    ]
+    points = [point.name for point in describe("mobilenet-v2", sources["mobilenet"], HEAD).points]
+    assert points == [f"{name}.{end}_point" for name in adds for end in ("branch", "skip")]
+    assert {"mobilenet_v2.layer.5", "mobilenet_v2.layer.12"} & set(adds)
 
 
 @each_kind
@@ -203,6 +213,10 @@ def test_a_checkpoint_without_a_classifier_gets_one_from_the_seed(
      ("efficientnet", {"strides": [1]}, "differ in length"),
      ("cifar", {"model_type": "vgg"}, "says model_type"),
      ("efficientnet", {"width_coefficient": 1.0}, "asks for shape"),
+     ("mobilenet", {"depth_multiplier": 1.0}, "asks for shape"),
+     ("mobilenet", {"first_layer_is_expansion": False}, "no such tensor"),
+     ("mobilenet", {"output_stride": "32"}, "positive integer"),
+     ("mobilenet", {"model_type": "mobilenet-v2"}, "says model_type"),
      ("efficientnet", {"id2label": {str(index): f"x{index}" for index in range(4)}}, "names 4 labels")],
 )  # fmt: skip
 def test_another_models_config_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
-from tiny_nets import CLASSIFIERS, KINDS, STEMS, Done, net_line, pixels, save_images
+from tiny_nets import CLASSIFIERS, FAMILY, KINDS, STEMS, Done, NetLine, net_line, pixels, save_images
 from torch import nn
 
 from qcompress.graph.certificate.points import certify_all
@@ -51,22 +52,35 @@ FORMATS: dict[str, dict[str, Any]] = {
 def sections(kind: str, name: str) -> dict[str, Any]:
     found = json.loads(json.dumps(FORMATS[name]))
     if name == "stem":
-        family = {"basic": "resnet", "bottleneck": "resnet", "cifar": "cifar-resnet"}.get(kind, kind)
+        family = FAMILY[kind]
         found["format"]["layers"] = {STEMS[family]: "float", CLASSIFIERS[family]: "float"}
     return found
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory):
-    """One line of each kind and format that is asked for."""
+def lines(tmp_path_factory: pytest.TempPathFactory):
+    """One line until fold of each kind and format that is asked for."""
     root, known = tmp_path_factory.mktemp("lines"), {}
     archive = save_images(root / "images.npz")
 
-    def make(kind: str, name: str) -> Done:
+    def make(kind: str, name: str) -> NetLine:
         if (kind, name) not in known:
             folder = root / f"{kind}-{name}"
-            line = net_line(folder, kind, archive, **sections(kind, name)).train().fold()
-            out = folder / "export"
+            known[kind, name] = net_line(folder, kind, archive, **sections(kind, name)).train().fold()
+        return known[kind, name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def made(lines):
+    """One line with its graph."""
+    known = {}
+
+    def make(kind: str, name: str) -> Done:
+        if (kind, name) not in known:
+            line = lines(kind, name)
+            out = line.folder / "export"
             out.mkdir()
             export(line.folded, Export(), "rtx-ada", {"version": "0", "recipe": "tiny"}, out)
             known[kind, name] = Done(line, out)
@@ -80,15 +94,19 @@ CASES = [*((kind, "w8a8") for kind in KINDS), ("basic", "w4a4"), ("cifar", "w4a4
 FEW = (("basic", "w8a8"), ("cifar", "w4a4"), ("efficientnet", "w8a8"))
 """Enough for every run of the tests."""
 
-each_case = pytest.mark.parametrize(
-    ("kind", "name"),
-    [pytest.param(*case, marks=[] if case in FEW else [pytest.mark.slow]) for case in CASES],
-)
+
+def each_case(few: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
+    cases = [pytest.param(*case, marks=[] if case in few else [pytest.mark.slow]) for case in CASES]
+    return pytest.mark.parametrize(("kind", "name"), cases)
 
 
-@each_case
-def test_folding_changes_no_code_but_ties(kind: str, name: str, made) -> None:
-    line = made(kind, name).line
+each_line = each_case((*FEW, ("mobilenet", "w8a8")))
+each_graph = each_case(FEW)
+
+
+@each_line
+def test_folding_changes_no_code_but_ties(kind: str, name: str, lines) -> None:
+    line = lines(kind, name)
     batches = [{"pixel_values": part} for part in pixels(16).split(8)]
     counts = count_flips(rebuild(line.float_model, line.trained), line.model("fold"), batches)
     places = sum(bool(item.weights and item.activations) for item in line.plan)
@@ -96,9 +114,9 @@ def test_folding_changes_no_code_but_ties(kind: str, name: str, made) -> None:
     assert counts["flipped"] <= 1e-4 * counts["codes"]
 
 
-@each_case
-def test_the_folded_model_has_no_batch_norm_but_behind_floats(kind: str, name: str, made) -> None:
-    line = made(kind, name).line
+@each_line
+def test_the_folded_model_has_no_batch_norm_but_behind_floats(kind: str, name: str, lines) -> None:
+    line = lines(kind, name)
     folded = line.model("fold")
     kept = {layer.layer.norm for layer in line.plan if layer.layer.norm and not layer.weights}
     norms = {name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)}
@@ -121,7 +139,7 @@ def test_the_folded_model_has_no_batch_norm_but_behind_floats(kind: str, name: s
     assert facts["codes"] == sum(layer.layer.weights for layer in line.plan if layer.weights)
 
 
-@each_case
+@each_graph
 def test_the_graph_is_certified_and_computes_what_was_folded(kind: str, name: str, made) -> None:
     done, x = made(kind, name), pixels(6)
     line = done.line
@@ -152,10 +170,12 @@ def test_the_graph_is_certified_and_computes_what_was_folded(kind: str, name: st
     clipped = sum(
         form is not None and form.bits < 8 for form in [one.activations for one in (*line.plan, *line.points)]
     )
-    assert counts["Clip"] <= clipped and (counts["Clip"] > 0) is (clipped > 0)
+    codes = {node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    clips = [node for node in model.graph.node if node.op_type == "Clip" and node.input[0] in codes]
+    assert len(clips) <= clipped and (len(clips) > 0) is (clipped > 0)
 
 
-@each_case
+@each_graph
 def test_no_target_refuses_the_graph(kind: str, name: str, made) -> None:
     done = made(kind, name)
     for target in ("rtx-ada", "a100"):
@@ -269,8 +289,8 @@ def test_ortruntimes_rounding_of_biases_is_why_it_is_left_out(made) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_integer_sums_are_the_float_ones(kind: str, made) -> None:
-    line, x = made(kind, "w8a8").line, pixels(6)
+def test_integer_sums_are_the_float_ones(kind: str, lines) -> None:
+    line, x = lines(kind, "w8a8"), pixels(6)
     with torch.no_grad():
         found = assemble(line.folded, integer=True)(pixel_values=x).logits
     wanted = line.logits("fold", x)
@@ -356,7 +376,38 @@ def test_a_pair_with_the_scale_of_a_signed_point_counts_as_signed(tmp_path: Path
     assert _nonnegative(layers, points, FoldedModel(tmp_path)) == {"b", "e.input"}
 
 
-@pytest.mark.parametrize("kind", ["basic", "efficientnet"])
+@pytest.mark.slow
+def test_the_graph_of_a_net_that_pads_like_tensorflow_pads_in_its_convolutions(tmp_path: Path) -> None:
+    """Sides of a map are even, so that convolutions with stride 2 pad one side alone."""
+    archive = save_images(tmp_path / "images.npz")
+    form = {"preset": "w8a8", "residual": "int8"}
+    line = net_line(tmp_path, "mobilenet", archive, format=form).train().fold()
+    out = tmp_path / "export"
+    out.mkdir()
+    export(line.folded, Export(), "cpu", {"version": "0", "recipe": "tiny"}, out)
+    nodes = onnx.load(out / "model.onnx").graph.node
+    assert [node.name for node in nodes if node.op_type == "Pad"] == []
+    convs = [
+        {one.name: tuple(one.ints) for one in node.attribute} for node in nodes if node.op_type == "Conv"
+    ]
+    pads = Counter(
+        (one["strides"], one["dilations"], one["pads"]) for one in convs if one["kernel_shape"] == (3, 3)
+    )
+    assert pads == {
+        ((2, 2), (1, 1), (0, 0, 1, 1)): 3, ((1, 1), (1, 1), (1, 1, 1, 1)): 5,
+        ((1, 1), (2, 2), (2, 2, 2, 2)): 7, ((1, 1), (4, 4), (4, 4, 4, 4)): 3,
+    }  # fmt: skip
+    assert read_json(out / "certificate.json")["complete"]
+    with follow(line.folded, OnnxModel(out), TIE["fp32"]) as (places, run):
+        run({"pixel_values": pixels(2).numpy()})
+    assert len(places) == len(line.points) + 53
+    assert sum(place.unexplained for place in places.values()) == 0
+    assert sum(place.differ for place in places.values()) < 1e-3 * sum(
+        place.codes for place in places.values()
+    )
+
+
+@pytest.mark.parametrize("kind", ["basic", "efficientnet", pytest.param("mobilenet", marks=pytest.mark.slow)])
 def test_a_float_net_is_folded_to_the_last_bit(kind: str, tmp_path: Path) -> None:
     """There are no flips to judge then: the gate asks for no difference at all."""
     archive = save_images(tmp_path / "images.npz")

@@ -229,7 +229,7 @@ def test_a_list_that_makes_no_sense(value: Any) -> None:
         owners({"n": 5, SHARED: value}, DEPTH)
 
 
-@pytest.mark.parametrize("name", ["resnet", "cifar-resnet", "efficientnet"])
+@pytest.mark.parametrize("name", ["resnet", "cifar-resnet", "efficientnet", "mobilenet-v2"])
 def test_blocks_of_several_shapes_are_not_picked(name: str, tmp_path: Path, tiny_model: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
     with pytest.raises(BlocksError, match="several shapes"):

@@ -53,6 +53,17 @@ def weight_quantizer(module: nn.Conv2d, bits: int = 8, granularity: str = "chann
 
 
 @each_geometry
+def test_a_convolution_has_the_attributes_that_the_module_around_it_reads(geometry: dict) -> None:
+    """As nn.Conv2d has them: MobileNetV2's layer pads by them."""
+    module, _ = stock(geometry)
+    trained = QuantizedConv(module, None, weight_quantizer(module), None)
+    folded = FoldedConv(FoldedKernel(*trained.codes(), 8), module.bias, None, Geometry.of(module))
+    for layer in (trained, folded):
+        for name in ("kernel_size", "stride", "dilation"):
+            assert getattr(layer, name) == getattr(module, name), name
+
+
+@each_geometry
 def test_a_convolution_is_the_stock_one_of_what_torch_rounds(geometry: dict) -> None:
     module, x = stock(geometry)
     scales, zeros = 2.0 ** -torch.arange(4, 12), torch.zeros(8, dtype=torch.int32)

@@ -28,6 +28,7 @@ from qcompress.cli.init.splits import split_table, split_text
 from qcompress.errors import ModelError
 from qcompress.recipe.messages import choose as choose_word
 from qcompress.schema.axes import METHODS, PHASES
+from qcompress.schema.families import model_type_of
 from qcompress.schema.formats import FORMAT_PRESETS
 from qcompress.schema.targets import TARGETS
 from qcompress.schema.tasks import READINGS
@@ -134,7 +135,10 @@ def choose(options: InitOptions, checkpoint: Checkpoint, data: Data, mistakes: M
         message = f"{data.file.name} has no labels, and the checkpoint has no head for {task} to be trained"
         mistakes.add("--data", message, "name a table with labels, or a fine-tuned checkpoint")
         return None
-    why = {"family": f"config.json says model_type {checkpoint.family}", "task": _why_task(task, data)}
+    why = {
+        "family": f"config.json says model_type {model_type_of(checkpoint.family)}",
+        "task": _why_task(task, data),
+    }
     why["head"] = fitting.why
     why |= {"kind": why_kind} if why_kind else {}
     if isinstance(data, TableData):

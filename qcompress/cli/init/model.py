@@ -18,6 +18,7 @@ from qcompress.models.checkpoint_files import copy_tensors, read_config, read_te
 from qcompress.models.config_checks import HeadError, is_named, problem_of
 from qcompress.models.readers import READER_FILES
 from qcompress.recipe.messages import nearest
+from qcompress.schema.families import family_of
 from qcompress.schema.tasks import LabelsAre
 from qcompress.tasks.labels import Labels, TwoReadingsError, named_outputs, settle
 
@@ -65,10 +66,11 @@ def look_at_model(directory: Path, mistakes: Mistakes) -> Checkpoint | None:
             "--model", str(getattr(error, "message", error)), getattr(error, "fix", "") or "repair it"
         )
         return None
-    family = str(config.get("model_type"))
+    model_type = str(config.get("model_type"))
+    family = family_of(model_type)
     if family not in FAMILIES:
         close = nearest(family, FAMILIES)
-        message = f"config.json says model_type {family!r}; known families: {', '.join(FAMILIES)}"
+        message = f"config.json says model_type {model_type!r}; known families: {', '.join(FAMILIES)}"
         fix = "choose a checkpoint of one of them" + (f"; the nearest is {close}" if close else "")
         mistakes.add("--model", message, fix)
         return None
