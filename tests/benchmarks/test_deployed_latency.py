@@ -2,8 +2,9 @@
 
 MiniLM, EfficientNet-Lite0 and MobileNetV2 with their real weights; the shapes of GPT-2 (124 M), ViT-S,
 ResNet-50 and EfficientNet-B0 with random ones. Each table is one interleaved run; the least of all rounds
-counts. `fp32` is the graph as torch's exporter writes it. Peers: `quantize_dynamic`, `quantize_static` with its
-defaults (int8 activations) and with uint8 activations, and the 4-bit quantizer of ONNX Runtime, on the same fp32 graph.
+counts. `fp32` is the graph as torch's exporter writes it. Peers: `quantize_dynamic`, `quantize_static` with
+its defaults (int8 activations) and with uint8 activations, and the 4-bit quantizer of ONNX Runtime, on the
+same fp32 graph.
 
     pytest -m benchmark -s -n 0 tests/benchmarks/test_deployed_latency.py
 """
