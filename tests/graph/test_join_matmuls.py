@@ -17,6 +17,7 @@ from onnx import TensorProto, numpy_helper
 
 from qcompress.graph.join_matmuls import join_matmuls
 from qcompress.graph.joined import layers_of
+from qcompress.graph.onnxruntime_forms import drop_unused
 from qcompress.graph.view import read
 
 WIDTHS = {"query": 32, "key": 16, "value": 16}
@@ -78,6 +79,7 @@ def joined(before: onnx.ModelProto, folder: Path) -> tuple[list[str], Path]:
     """The names that joining gives back, and the file."""
     graph = ir.from_proto(before)
     names = join_matmuls(graph)
+    drop_unused(graph)
     ir.save(graph, folder / "joined.onnx")
     onnx.checker.check_model(str(folder / "joined.onnx"), full_check=True)
     return names, folder / "joined.onnx"
