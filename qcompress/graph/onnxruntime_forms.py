@@ -16,7 +16,6 @@ from qcompress.encodings.walk import RUNTIME
 from qcompress.graph.convolution_forms import (
     fold_pads,
     pool_images,
-    quantize_before_pooling,
     shift_shared,
     store_unsigned,
 )
@@ -156,7 +155,6 @@ def adapt(model: ir.Model, nonnegative: Collection[str]) -> None:
     turn_codes(model)
     keep_three_axes(model)
     lighten_products(model)
-    quantize_before_pooling(model)
     fold_pads(model)
     pool_images(model)
     store_unsigned(model, nonnegative)
