@@ -8,7 +8,19 @@ from pathlib import Path
 from qcompress.errors import RecipeError
 from qcompress.recipe.load import load_recipe
 
-GOOD = """\
+TRAINED = """\
+method: quadapter
+train:
+  batch_size: 4
+  lr: {adapter: 1.0e-3, scale: 2e-4}
+  phases:
+    calibrate: {steps: 2}
+    finetune: {steps: 3, lr: {scale: 1e-5}}
+"""
+"""Method and training of the good recipe."""
+
+GOOD = (
+    """\
 name: good
 seed: 0
 model: {family: gpt2, source: model}
@@ -27,13 +39,9 @@ format:
   layers:
     "transformer.h.0.*": float
     transformer.h.1.mlp.c_fc: {weights: {bits: 4, container: int8}}
-method: quadapter
-train:
-  batch_size: 4
-  lr: {adapter: 1.0e-3, scale: 2e-4}
-  phases:
-    calibrate: {steps: 2}
-    finetune: {steps: 3, lr: {scale: 1e-5}}
+"""
+    + TRAINED
+    + """\
 export: {opset: 21, dynamic: [batch, sequence]}
 build: {target: rtx-ada, profiles: [{batch: [1, 1, 2], sequence: [1, 8, 64]}]}
 verify: {require: [float, trained, folded, onnx], samples: 16}
@@ -42,6 +50,7 @@ gate:
   recovery: {test.perplexity: {percent-max-degradation: 2}}
   parity: {onnx: {mean_abs: 1.0e-4}}
 """
+)
 
 FOREIGN = re.compile(
     r"pydantic|input should|validation|https?:|value error|Options|Format\b|Recipe\b|TextData|Quantizers"

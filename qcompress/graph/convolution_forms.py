@@ -23,32 +23,6 @@ PADDED = (
 """Operators in front of a convolution whose Pad `fold_pads` removes, backwards."""
 
 
-def quantize_before_pooling(model: ir.Model) -> int:
-    """Insert a Q/DQ pair in front of each MaxPool with a pair behind it, of the same scale, in place; returns
-    their number. The maximum of rounded values is the rounded maximum, so that no value changes, and the
-    convolution in front of the pool has a QuantizeLinear, without which it runs in float.
-    """
-    done = 0
-    for pool in list(model.graph):
-        if pool.op_type != "MaxPool" or len(pool.outputs) != 1:
-            continue
-        uses = pool.outputs[0].uses()
-        behind = uses[0].node if len(uses) == 1 else None
-        if behind is None or behind.op_type != "QuantizeLinear" or "axis" in behind.attributes:
-            continue
-        x, (scale, zero) = pool.inputs[0], behind.inputs[1:]
-        name = behind.name.removesuffix("/QuantizeLinear") + ".before_pool"
-        quantize = ir.node("QuantizeLinear", [x, scale, zero], name=f"{name}/QuantizeLinear")
-        codes = quantize.outputs[0]
-        decode = ir.node("DequantizeLinear", [codes, scale, zero], name=f"{name}/DequantizeLinear")
-        for node, dtype in ((quantize, zero.dtype), (decode, scale.dtype)):
-            node.outputs[0].name, node.outputs[0].dtype = f"{node.name}_output", dtype
-        model.graph.insert_before(pool, [quantize, decode])
-        pool.replace_input_with(0, decode.outputs[0])
-        done += 1
-    return done
-
-
 def fold_pads(model: ir.Model) -> int:
     """Replace each Pad with zeros beside the Q/DQ pair of a convolution by padding of the convolution, in
     place; returns their number. A zero has the code 0, so that no value changes, and the convolution in front
@@ -221,7 +195,7 @@ def _plain_pair(quantize: ir.Node) -> tuple[ir.Node, list[ir.Node]] | None:
 
 def _pair_name(quantize: ir.Node) -> str:
     """Name of a Q/DQ pair: that of its layer's input or of its point."""
-    return quantize.name.partition("/")[0].removesuffix(".before_pool")
+    return quantize.name.partition("/")[0]
 
 
 def _replace_clip(model: ir.Model, quantize: ir.Node, top: int) -> None:

@@ -44,7 +44,7 @@ class Product(NamedTuple):
 
 def join_matmuls(model: ir.Model) -> list[str]:
     """Join the matmuls of layers with one parent, one input value and one form of weight, in place. Returns
-    the joined names.
+    the joined names. The initializers of the separate weights stay, unread.
 
     A weight that several matmuls read, as in models whose blocks share weights, is joined if each of them
     joins it with the same others.
@@ -130,13 +130,9 @@ def _join(model: ir.Model, group: Sequence[Product], earlier: Sequence[ir.Node])
     for value, new in zip(outputs, split.outputs, strict=True):
         replace_value(value, new)
     old = [node for one in group for node in (one.bias, one.matmul) if node is not None]
-    unread = [value for node in (*old, *(one.decoder for one in group)) for value in node.inputs]
     model.graph.remove(old, safe=True)
     decoders = {one.decoder for one in group if not one.decoder.outputs[0].uses()}
     model.graph.remove(sorted(decoders, key=lambda node: node.name), safe=True)
-    for value in unread:
-        if not value.uses() and model.graph.initializers.get(value.name) is value:
-            del model.graph.initializers[value.name]
     return matmul
 
 

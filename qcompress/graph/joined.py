@@ -74,7 +74,8 @@ def separate(model: ModelProto) -> dict[str, Columns]:
     for decoder in graph.node:
         owner, _, part = operand(decoder, 0).rpartition(".weight.")
         names = layers_of(owner)
-        if not (is_a(decoder, DEQUANTIZE) and part and len(names) > 1):
+        is_stored = all(name in stored for name in decoder.input)
+        if not (is_a(decoder, DEQUANTIZE) and part and len(names) > 1 and is_stored):
             continue
         chains = [_chain(readers, matmul, stored) for matmul in readers.get(result(decoder), [])]
         sizes = [numpy_helper.to_array(stored[operand(chain[-1], 1)]) if chain else () for chain in chains]
@@ -82,6 +83,8 @@ def separate(model: ModelProto) -> dict[str, Columns]:
         if not chains or any(len(size) != len(names) or sum(size) != width for size in sizes):
             continue
         if any(list(size) != list(sizes[0]) for size in sizes):
+            continue
+        if any(len(chain[-1].output) != len(names) for chain in chains):
             continue
         ends = np.cumsum(sizes[0]).tolist()
         parts = [(name, end - int(size), end) for name, end, size in zip(names, ends, sizes[0], strict=True)]
@@ -117,7 +120,7 @@ def _chain(
         chain.append(behind[0])
         if is_a(behind[0], "Split"):
             return chain if operand(behind[0], 1) in stored else []
-        if not is_a(behind[0], "Add"):
+        if not (is_a(behind[0], "Add") and any(name in stored for name in behind[0].input)):
             return []
     return []
 

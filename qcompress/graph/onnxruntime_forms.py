@@ -16,7 +16,6 @@ from qcompress.encodings.walk import RUNTIME
 from qcompress.graph.convolution_forms import (
     fold_pads,
     pool_images,
-    quantize_before_pooling,
     shift_shared,
     store_unsigned,
 )
@@ -156,7 +155,6 @@ def adapt(model: ir.Model, nonnegative: Collection[str]) -> None:
     turn_codes(model)
     keep_three_axes(model)
     lighten_products(model)
-    quantize_before_pooling(model)
     fold_pads(model)
     pool_images(model)
     store_unsigned(model, nonnegative)
@@ -176,9 +174,8 @@ def keep_three_axes(model: ir.Model) -> int:
         matmul = _product_of_matrices(add)
         if matmul is None:
             continue
-        quantize = matmul.inputs[0].producer().inputs[0].producer()
-        while quantize.op_type == "Clip":
-            quantize = quantize.inputs[0].producer()
+        pair = _pair_of(matmul)
+        quantize = pair[0]
         first = constant(model, "first_axis", np.array([0], np.int64))
         x, y = quantize.inputs[0], add.outputs[0]
         before = ir.node("Unsqueeze", [x, first], name=f"{quantize.name}/Unsqueeze")
@@ -189,19 +186,10 @@ def keep_three_axes(model: ir.Model) -> int:
         model.graph.insert_after(add, behind)
         replace_value(y, behind.outputs[0])
         behind.replace_input_with(0, y)
-        for node in (*_between(quantize, matmul), matmul, add):
+        for node in (*pair, matmul, add):
             node.outputs[0].shape = None  # of two axes
         done += 1
     return done
-
-
-def _between(quantize: ir.Node, matmul: ir.Node) -> list[ir.Node]:
-    """The nodes from QuantizeLinear to DequantizeLinear in front of a matmul."""
-    nodes, node = [], matmul.inputs[0].producer()
-    while node is not quantize:
-        nodes.append(node)
-        node = node.inputs[0].producer()
-    return [quantize, *nodes]
 
 
 def _product_of_matrices(add: ir.Node) -> ir.Node | None:
@@ -216,21 +204,20 @@ def _product_of_matrices(add: ir.Node) -> ir.Node | None:
         if any(node is None or node.op_type != "DequantizeLinear" for node in (x, w)):
             continue
         has_two = matmul.inputs[0].shape is not None and len(matmul.inputs[0].shape) == 2
-        if has_two and _is_private(matmul) and w.inputs[0].dtype == ir.DataType.INT8:
+        if has_two and _pair_of(matmul) and w.inputs[0].dtype == ir.DataType.INT8:
             return matmul
     return None
 
 
-def _is_private(matmul: ir.Node) -> bool:
-    """True if a chain from QuantizeLinear to the matmul has no other readers."""
-    node = matmul.inputs[0].producer()
+def _pair_of(matmul: ir.Node) -> list[ir.Node]:
+    """Nodes from QuantizeLinear to DequantizeLinear in front of a matmul; empty if other nodes read them."""
+    nodes, node = [], matmul.inputs[0].producer()
     while node is not None and len(node.outputs[0].uses()) == 1:
+        nodes.insert(0, node)
         if node.op_type == "QuantizeLinear":
-            return True
-        if node.op_type not in ("DequantizeLinear", "Clip"):
-            return False
-        node = node.inputs[0].producer()
-    return False
+            return nodes
+        node = node.inputs[0].producer() if node.op_type in ("DequantizeLinear", "Clip") else None
+    return []
 
 
 def lighten_products(model: ir.Model) -> None:
@@ -246,10 +233,7 @@ def lighten_products(model: ir.Model) -> None:
         if not (_decodes_int8(weight) and _decodes_int8(x) and weight.inputs[0].is_initializer()):
             continue
         if len(weight.inputs) == 3:
-            zero = weight.inputs[2]
             weight.resize_inputs(2)
-            if not zero.uses():
-                del model.graph.initializers[zero.name]
         for add, place in matmul.outputs[0].uses():
             bias = add.inputs[1 - place] if add.op_type == "Add" else None
             if bias is not None and bias.is_initializer() and len(bias.shape) == 1 and len(bias.uses()) == 1:
@@ -264,7 +248,9 @@ def _decodes_int8(node: ir.Node | None) -> bool:
 
 
 FLOOR = 50.0
-"""exp(-50) = 2e-22: no sum of probabilities changes in fp32, and products with it are no denormal numbers."""
+"""Largest distance of a score from the maximum of its row. exp(-50) = 2e-22 lies below the rounding error of
+a row's sum in fp32, and products of it with values stay normal numbers, which those of exp(-85) do not.
+"""
 
 
 def raise_masked_scores(model: ir.Model) -> int:

@@ -6,10 +6,8 @@ of inlined functions. `model_file.py` reads the file.
 
 from __future__ import annotations
 
-import gc
 import heapq
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +29,7 @@ from qcompress.errors import ExportError
 from qcompress.graph.joined import Columns, separate
 from qcompress.graph.model_file import data_files, graphs_of, load
 from qcompress.graph.tensors import BITS, misfit, type_word
+from qcompress.system.collector import paused
 
 FLOATS = {
     TensorProto.FLOAT: "fp32",
@@ -218,21 +217,7 @@ def dimensions(value: ValueInfoProto) -> Shape | None:
     )
 
 
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Disable Python's garbage collector, which would traverse the nodes of a large graph repeatedly while
-    they are read.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@_without_collector()
+@paused()
 def read(file: Path, *, separated: bool = False) -> View:
     """Open an ONNX file, without its external data. `separated`: matmuls that `export` joined are shown as
     those of their layers.

@@ -1,4 +1,4 @@
-"""Python's garbage collector, paused while libraries are imported."""
+"""Python's garbage collector, paused while many objects are made that stay."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Context without automatic collections of cycles, for imports: they allocate hundreds of thousands of
-    objects that stay, and the collector would visit them again and again.
+    """Context without automatic collections of cycles, for imports and for reading a graph: both allocate
+    hundreds of thousands of objects that stay, and the collector would visit them again and again.
     """
     was_on = gc.isenabled()
     gc.disable()

@@ -17,6 +17,7 @@ from lines import plain_session
 from onnx import TensorProto
 
 from qcompress.graph.lint.lint import lint
+from qcompress.graph.onnxruntime_forms import drop_unused
 from qcompress.schema.targets import TARGETS
 
 Inputs = dict[str, np.ndarray]
@@ -26,6 +27,7 @@ def saved(before: onnx.ModelProto, folder: Path, change: Callable[[ir.Model], ob
     """The file of a graph, and that of the changed graph."""
     graph = ir.from_proto(before)
     change(graph)
+    drop_unused(graph)
     onnx.save(before, folder / "before.onnx")
     ir.save(graph, folder / "after.onnx")
     onnx.checker.check_model(str(folder / "after.onnx"), full_check=True)

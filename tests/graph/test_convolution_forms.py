@@ -58,7 +58,6 @@ IMAGES = {"x": 3 * np.random.default_rng(6).standard_normal((2, 8, 8, 8)).astype
 
 
 def unsigned(model: ir.Model) -> None:
-    convolution_forms.quantize_before_pooling(model)
     assert convolution_forms.store_unsigned(model, {"second.input"}) >= 1
 
 

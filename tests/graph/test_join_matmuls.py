@@ -5,6 +5,7 @@ The graphs are made node by node; the oracle is ONNX Runtime on the graph before
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnx import TensorProto, numpy_helper
 
 from qcompress.graph.join_matmuls import join_matmuls
 from qcompress.graph.joined import layers_of
+from qcompress.graph.onnxruntime_forms import drop_unused
 from qcompress.graph.view import read
 
 WIDTHS = {"query": 32, "key": 16, "value": 16}
@@ -78,6 +80,7 @@ def joined(before: onnx.ModelProto, folder: Path) -> tuple[list[str], Path]:
     """The names that joining gives back, and the file."""
     graph = ir.from_proto(before)
     names = join_matmuls(graph)
+    drop_unused(graph)
     ir.save(graph, folder / "joined.onnx")
     onnx.checker.check_model(str(folder / "joined.onnx"), full_check=True)
     return names, folder / "joined.onnx"
@@ -183,3 +186,39 @@ def test_a_shared_weight_with_other_partners_elsewhere_is_left_alone(tmp_path: P
     names, after = joined(before, tmp_path)
     assert names == []
     assert_same_bits(before, after, tmp_path)
+
+
+def sizes_off(model: onnx.ModelProto) -> None:
+    (sizes,) = [one for one in model.graph.initializer if one.name == "a.query+key+value.columns"]
+    sizes.CopyFrom(numpy_helper.from_array(np.array([32, 16, 8]), sizes.name))
+
+
+def an_output_less(model: onnx.ModelProto) -> None:
+    del next(node for node in model.graph.node if node.op_type == "Split").output[-1]
+
+
+def a_computed_weight(model: onnx.ModelProto) -> None:
+    name = "a.query+key+value.weight.codes"
+    (codes,) = [one for one in model.graph.initializer if one.name == name]
+    codes.name = "elsewhere"
+    model.graph.node.insert(0, onnx.helper.make_node("Identity", ["elsewhere"], [name]))
+
+
+def a_computed_bias(model: onnx.ModelProto) -> None:
+    name = "a.query+key+value.bias"
+    (bias,) = [one for one in model.graph.initializer if one.name == name]
+    bias.name = "elsewhere"
+    model.graph.node.insert(0, onnx.helper.make_node("Identity", ["elsewhere"], [name]))
+
+
+@pytest.mark.parametrize("change", [sizes_off, an_output_less, a_computed_weight, a_computed_bias])
+def test_a_graph_whose_columns_are_not_those_of_its_layers_stays_joined(
+    tmp_path: Path, change: Callable[[onnx.ModelProto], None]
+) -> None:
+    """The certificate then finds no initializer of the layers."""
+    _, after = joined(attention(), tmp_path)
+    model = onnx.load(after)
+    change(model)
+    onnx.save(model, after)
+    view = read(after, separated=True)
+    assert "a.query.weight.codes" not in view.constants and view.columns == {}

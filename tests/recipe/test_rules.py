@@ -2,18 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
-from good_recipe import GOOD, edited, mistakes, prepare, write
-
-TRAINED = """\
-method: quadapter
-train:
-  batch_size: 4
-  lr: {adapter: 1.0e-3, scale: 2e-4}
-  phases:
-    calibrate: {steps: 2}
-    finetune: {steps: 3, lr: {scale: 1e-5}}
-"""
-"""Method and training of the good recipe."""
+from good_recipe import GOOD, TRAINED, edited, mistakes, prepare, write
 
 ONE_MISTAKE = {
     "an illegal combination": (

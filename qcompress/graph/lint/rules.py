@@ -225,7 +225,7 @@ RULES: tuple[Rule, ...] = (
         "constant-reader", "refused", "builder",
         "a stored integer tensor is read by DequantizeLinear only",
         "put DequantizeLinear directly behind the tensor, then Gather or Transpose; remove a Clip of stored "
-        "codes; export again if the graph was made for `build.target: cpu`",
+        "codes; a graph for target cpu: export again with this device as `build.target`",
         activations.constant_readers,
     ),
     Rule(
