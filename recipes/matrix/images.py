@@ -1,5 +1,5 @@
-"""Vision models of four families, small enough to train in some minutes: a pretrained ResNet-20 (He et al.,
-section 4.2), and a ViT, a ResNet and an EfficientNet of transformers with random weights.
+"""Vision models of five families, small enough to train in some minutes: a pretrained ResNet-20 (He et al.,
+section 4.2), and a ViT, a ResNet, an EfficientNet and a MobileNetV2 of transformers with random weights.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 from transformers import (
     EfficientNetConfig,
     EfficientNetForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
 )
 
-FAMILIES = ("vit", "cifar-resnet", "resnet", "efficientnet")
+FAMILIES = ("vit", "cifar-resnet", "resnet", "efficientnet", "mobilenet-v2")
 
 PRETRAINED = ("cifar-resnet",)
 """Those that need no training of ours."""
@@ -44,7 +46,8 @@ def make(family: str, data: Path, out: Path) -> Path:
         )
         return out
     torch.manual_seed(0)
-    model = {"resnet": _resnet, "efficientnet": _efficientnet}[family](
+    makers = {"resnet": _resnet, "efficientnet": _efficientnet, "mobilenet-v2": _mobilenet}
+    model = makers[family](
         {
             "id2label": dict(enumerate(vit.LABELS)),
             "label2id": {name: at for at, name in enumerate(vit.LABELS)},
@@ -72,6 +75,11 @@ def _efficientnet(labels: dict[str, object]) -> PreTrainedModel:
         hidden_dim=1280, **labels,
     )  # fmt: skip
     return EfficientNetForImageClassification(config)
+
+
+def _mobilenet(labels: dict[str, object]) -> PreTrainedModel:
+    config = MobileNetV2Config(depth_multiplier=0.25, output_stride=8, finegrained_output=False, **labels)
+    return MobileNetV2ForImageClassification(config)
 
 
 def _vit() -> ModuleType:

@@ -36,7 +36,7 @@ COMPUTE = ("fp32", "fp16")
 CORPUS = Path("glue", "CoLA")
 PICTURES = Path("images", "cifar10-jpeg", "cifar10_subset.npz")
 FAMILIES = ("gpt2", *ENCODERS, *images.FAMILIES)
-CONVOLUTIONAL = ("cifar-resnet", "resnet", "efficientnet")
+CONVOLUTIONAL = ("cifar-resnet", "resnet", "efficientnet", "mobilenet-v2")
 
 MIXED = {
     "*.0.*": {"weights": {"bits": 4, "block": 64}, "activations": "float"},
@@ -71,6 +71,7 @@ VECTORS = {
         "*.depthwise_conv": 9,
         "*.blocks.[34].*.depthwise_conv": 25,
     },
+    "mobilenet-v2": {"*": 4, "*3x3*": 9, "*.first_conv.*": 9},
 }
 """Lengths of the vectors of `ipq` in convolutions, the last match: kernels, as in its paper, and pieces of
 those of 7 x 7; 4 channels of a 1 x 1.
