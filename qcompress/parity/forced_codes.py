@@ -1,9 +1,11 @@
-"""Comparison of the folded model's integer codes with the ONNX graph's at one quantization point, after which
-the model continues from the graph's codes. `layerwise.py` gives the reasons.
+"""Forced codes: the folded model's integer codes are compared with those of another model, the trained one or
+the ONNX graph, at one quantization point, and the folded model continues from the other model's codes.
+`layerwise.py` gives the reasons.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,18 +62,18 @@ class Place:
         is_smaller = half > 0 and array.shape != tuple(shape) and grown == tuple(shape)
         return np.pad(array, sides) if is_smaller else array
 
-    def count(self, x: Tensor, rounding: Rounding, graph_codes: Tensor) -> None:
-        """Compare the codes of x with the graph's, of equal shape."""
-        apart = (rounding.codes(x).short() - graph_codes).abs_()
+    def count(self, x: Tensor, rounding: Rounding, forced: Tensor) -> None:
+        """Compare the codes of x with those of the other model, of equal shape."""
+        apart = (rounding.codes(x).short() - forced).abs_()
         differ = apart > 0
         steps = x[differ].double() / rounding.scale.double()
         low = steps.floor()
         off = (steps - low - 0.5).abs_()
-        # the graph's code must be one of the two that the middle lies between
-        between = (graph_codes[differ] == low) | (graph_codes[differ] == low + 1)
+        # the other code must be one of the two that the middle lies between
+        between = (forced[differ] == low) | (forced[differ] == low + 1)
         most = max(map(abs, rounding.bounds))
         limit = max(FINEST, self.limit * most / 127)  # narrow codes are known to a smaller part of a step
-        self.codes += graph_codes.numel()
+        self.codes += forced.numel()
         self.differ += int(differ.sum())
         self.ties += int(((off <= limit) & (apart[differ] == 1) & between).sum())
         self.farthest = max(self.farthest, float(off.max()) if off.numel() else 0.0)
@@ -94,6 +96,7 @@ class Place:
 
     @property
     def unexplained(self) -> int:
+        """Codes that differ by more than a rounding tie."""
         return self.differ - self.ties
 
     def diverges(self, noise: float) -> bool:
@@ -104,21 +107,37 @@ class Place:
         return not distance["max_abs"] <= noise * distance["range"]
 
 
-class Held(nn.Module):
-    """Replacement of an activation quantizer that compares its codes with the graph's and passes on the
-    latter.
+def summary(places: Sequence[Place]) -> dict[str, Any]:
+    """Totals over quantization points in execution order: {"codes", "differ", "unexplained",
+    "first_unexplained", "largest_share", "at"}. `largest_share` is the largest fraction of differing codes at
+    one point, `at` its name.
+    """
+    most = max(places, key=lambda place: place.share)
+    return {
+        "codes": sum(place.codes for place in places),
+        "differ": sum(place.differ for place in places),
+        "unexplained": sum(place.unexplained for place in places),
+        "first_unexplained": next((place.name for place in places if place.unexplained), None),
+        "largest_share": most.share,
+        "at": most.name,
+    }
 
-    `graph` maps quantization points to the codes of the current window, integers of as many elements as x.
+
+class Held(nn.Module):
+    """Replacement of an activation quantizer of the folded model that compares its codes with another
+    model's, the trained one's or the graph's, and passes on the latter.
+
+    `forced` maps quantization points to these codes, integers of as many elements as x.
     """
 
-    def __init__(self, rounding: Rounding, place: Place, graph: Inputs) -> None:
+    def __init__(self, rounding: Rounding, place: Place, forced: Inputs) -> None:
         super().__init__()
-        self.rounding, self.place, self.graph = rounding, place, graph
+        self.rounding, self.place, self.forced = rounding, place, forced
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = self.place.padded(self.graph[self.place.name], x.shape)
+        codes = self.place.padded(self.forced[self.place.name], x.shape)
         if codes.size != x.numel():
             raise ContractError(f"{self.place.name}: {list(codes.shape)} codes for {list(x.shape)} values")
-        graph_codes = torch.from_numpy(codes).reshape(x.shape)
-        self.place.count(x, self.rounding, graph_codes)
-        return graph_codes.to(x.dtype) * self.rounding.scale
+        forced = torch.from_numpy(codes).reshape(x.shape)
+        self.place.count(x, self.rounding, forced)
+        return forced.to(x.dtype) * self.rounding.scale

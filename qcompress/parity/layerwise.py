@@ -40,7 +40,7 @@ from qcompress.models.plan import plans_from_json, points_from_json, rounded
 from qcompress.models.prepare import replace_module
 from qcompress.models.rebuild import rebuild
 from qcompress.parity.distance import Distance
-from qcompress.parity.forced_codes import NOISE, TIE, Held, Inputs, Place
+from qcompress.parity.forced_codes import NOISE, TIE, Held, Inputs, Place, summary
 from qcompress.parity.inputs import Artifacts, evaluation_samples
 from qcompress.parity.measure import Samples, batches
 from qcompress.parity.runners import complete, empty_past, open_session
@@ -83,10 +83,9 @@ def compare_layers(
 def held_codes(
     recipe: Recipe, folded: FoldedModel, onnx: OnnxModel, samples: Samples, reporter: Reporter
 ) -> dict[str, Any]:
-    """Judge the folded model's codes against the graph's, for `verify.held`. Returns {"samples", "codes",
-    "differ", "unexplained", "first_unexplained", "largest_share", "at", "distance"}: `largest_share` is the
-    largest fraction of differing codes at one point, `at` its name; `distance` is that of the graph's logits
-    from those of the model with forced codes.
+    """Judge the folded model's codes against the graph's, for `verify.held`. Returns the fields of
+    `forced_codes.summary`, "samples", and "distance": that of the graph's logits from those of the model with
+    forced codes.
     """
     windows = samples.sets[samples.first][: min(recipe.verify.distance_samples, samples.compared)]
     task, distance = TASKS[recipe.task.name], Distance(to="folded")
@@ -102,17 +101,7 @@ def held_codes(
                 distance.add(*(task.compared(window, logits) for logits in pair))
                 bar.advance(samples.first)
     points = [places[name] for name in order]
-    most = max(points, key=lambda place: place.share)
-    return {
-        "samples": len(windows),
-        "codes": sum(place.codes for place in points),
-        "differ": sum(place.differ for place in points),
-        "unexplained": sum(place.unexplained for place in points),
-        "first_unexplained": next((place.name for place in points if place.unexplained), None),
-        "largest_share": most.share,
-        "at": most.name,
-        "distance": distance.to_json(),
-    }
+    return {"samples": len(windows), **summary(points), "distance": distance.to_json()}
 
 
 @contextmanager

@@ -15,7 +15,10 @@ BESIDE = ("dynamic", "deployed")
 """Extra measurements of a row: key in the row and label in the ladder."""
 
 HELD = "same codes"
-"""Label of the onnx row's `held` measurement."""
+"""Label of the `held` measurement of the rows folded and onnx."""
+
+OWN = {"folded": "trained model's", "onnx": "graph's own"}
+"""Origin of the forced codes of a row."""
 
 
 def ladder(report: dict[str, Any]) -> Cells:
@@ -77,9 +80,9 @@ def cost_of_static(report: dict[str, Any]) -> list[str]:
 
 
 def ties(report: dict[str, Any]) -> list[str]:
-    """One line on the graph's codes that differ from the folded model's, if they were compared."""
+    """A line for each row measured from forced codes: how many of the codes differ."""
     return [
-        f"from the graph's own codes: {held['differ']} of {held['codes']:,} differ, "
+        f"from the {OWN[row['stage']]} codes: {held['differ']} of {held['codes']:,} differ, "
         f"{held['unexplained']} of them by more than a tie of rounding"
         for row in report["rows"]
         if (held := row.get("held"))

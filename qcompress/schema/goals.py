@@ -129,9 +129,9 @@ class Gate(Options):
     on_inconclusive: Literal["fail", "pass"] = "fail"
     """Result of `gate --baseline` for a goal that the samples can neither confirm nor refute."""
     parity: dict[Literal["trained", "folded", "onnx", "deployed", "engine"], ParityGoal] = {}
-    """Limits that replace the defaults (folded equals trained; onnx within 2e-4 of the range). If the graph
-    was compared from its own codes (`verify.held`), the default limits of the onnx row apply to that
-    comparison, and a limit written here applies to the graph as it runs.
+    """Limits that replace the defaults (folded equals trained; onnx within 2e-4 of the range). If a
+    row was compared from forced codes (`verify.held`), the default limits of the onnx row apply to that
+    comparison, and a limit written here applies to the row as it runs.
     """
 
 

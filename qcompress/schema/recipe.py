@@ -274,7 +274,8 @@ class Verify(Options):
     """Compare graph and folded model from the graph's own codes as well (teacher-forced codes), one
     quantization point after another, on the first `distance_samples`: a flip on a rounding tie then does not
     affect later points, and every differing code that is not on a tie is counted. auto: if the onnx row
-    misses its default limits.
+    misses its default limits. Where folding changed numbers (batch norms, raised scales), the folded model is
+    compared from the trained model's codes; never: it is judged as it runs.
     """
     sharpness: Sharpness | None = None
     """Measure the sharpness of the trained model as well (`{}`: with the defaults); none: do not

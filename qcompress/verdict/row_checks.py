@@ -118,24 +118,29 @@ def check_flips(row: dict[str, Any], flipped: dict[str, int], judgement: Judgeme
 
 
 def check_forced_codes(
-    held: dict[str, Any], limits: ParityGoal | None, share: float, judgement: Judgement
+    stage: str, held: dict[str, Any], limits: ParityGoal | None, share: float, judgement: Judgement
 ) -> None:
-    """Check the onnx row measured from the graph's own codes: no code differs by more than a rounding tie,
-    ties are not more frequent than chance allows, and logits agree. `limits` is None if the recipe states
-    limits for the onnx row: these are about the graph as it runs, and no limit excuses a defect.
+    """Check a row measured from forced codes: no code differs by more than a rounding tie, ties are not more
+    frequent than chance allows, and logits agree. `limits` is None if the recipe states limits for the row:
+    these are about the model as it runs, and no limit excuses a defect.
     """
-    row = {"stage": "onnx.held", "distance": held["distance"]}
+    name = f"{stage}.held"
     count, where = held["unexplained"], held["first_unexplained"]
-    text = (
-        f"onnx.held: {count} of {held['codes']} codes differ by more than a tie of rounding, first at {where}"
-    )
-    judgement.add("parity.onnx.held.unexplained", {"unexplained": 0}, count, None, count == 0, text)
+    text = f"{name}: {count} of {held['codes']} codes differ by more than a tie of rounding, first at {where}"
+    judgement.add(f"parity.{name}.unexplained", {"unexplained": 0}, count, None, count == 0, text)
     largest = held["largest_share"]
     most = f"more than {100 * share:g} %"
-    text = f"onnx.held: {100 * largest:.3g} % of the codes at {held['at']} differ on ties, {most}"
-    judgement.add("parity.onnx.held.ties", {"ties": share}, largest, None, largest <= share, text)
+    text = f"{name}: {100 * largest:.3g} % of the codes at {held['at']} differ on ties, {most}"
+    judgement.add(f"parity.{name}.ties", {"ties": share}, largest, None, largest <= share, text)
+    check_held_distance(stage, held, limits, judgement)
+
+
+def check_held_distance(
+    stage: str, held: dict[str, Any], limits: ParityGoal | None, judgement: Judgement
+) -> None:
+    """Check the logits of a row measured from forced codes; `limits` as in `check_forced_codes`."""
     if limits is not None:
-        check_parity(row, limits, judgement)
+        check_parity({"stage": f"{stage}.held", "distance": held["distance"]}, limits, judgement)
 
 
 def check_finite(row: dict[str, Any], judgement: Judgement) -> None:

@@ -22,10 +22,11 @@ from qcompress.graph.lint.lint import lint
 from qcompress.models.architecture import Point, convolution
 from qcompress.models.folded import assemble
 from qcompress.models.plan import LayerPlan, PointPlan
-from qcompress.models.prepare import replace_module
+from qcompress.models.prepare import Prepared, replace_module
 from qcompress.models.rebuild import rebuild
-from qcompress.parity.fold_flips import count_flips
-from qcompress.parity.layerwise import TIE, follow
+from qcompress.parity.fold_flips import ForcedFold
+from qcompress.parity.forced_codes import TIE, summary
+from qcompress.parity.layerwise import follow
 from qcompress.parity.runners import REWRITERS
 from qcompress.pipeline.stages.export import _nonnegative, export
 from qcompress.quant.batchnorm import statistics
@@ -108,10 +109,15 @@ each_graph = each_case(FEW)
 def test_folding_changes_no_code_but_ties(kind: str, name: str, lines) -> None:
     line = lines(kind, name)
     batches = [{"pixel_values": part} for part in pixels(16).split(8)]
-    counts = count_flips(rebuild(line.float_model, line.trained), line.model("fold"), batches)
+    limit = TIE["fp16" if name == "fp16" else "fp32"]
+    both = ForcedFold(rebuild(line.float_model, line.trained), line.model("fold"), limit)
+    for batch in batches:
+        trained, folded = both.run(batch)
+        assert np.abs(folded - trained).max() <= 1e-5 * np.ptp(trained)
     places = sum(bool(item.weights and item.activations) for item in line.plan)
-    assert counts["codes"] > 1000 * places > 0
-    assert counts["flipped"] <= 1e-4 * counts["codes"]
+    found = summary(both.places)
+    assert found["codes"] > 1000 * places > 0
+    assert found["differ"] <= 1e-4 * found["codes"] and found["unexplained"] == 0
 
 
 @each_line
@@ -253,13 +259,21 @@ def _counted(kind: str) -> str:
     return {"cifar": "bn1", "basic": "resnet.embedder.embedder.normalization"}[kind] + ".num_batches_tracked"
 
 
+def forced(trained: Prepared, folded: nn.Module, images: torch.Tensor) -> dict[str, Any]:
+    """Totals of the codes of the folded model against the trained one's."""
+    both = ForcedFold(trained, folded, TIE["fp32"])
+    both.run({"pixel_values": images})
+    return summary(both.places)
+
+
 def test_a_wrong_bias_is_more_than_flips(made) -> None:
     line = made("cifar", "w8a8").line
     trained = rebuild(line.float_model, line.trained)
     folded = line.model("fold")
     folded.get_submodule("layer1.0.conv1").bias += 0.02
-    counts = count_flips(trained, folded, [{"pixel_values": pixels(8)}])
-    assert counts["flipped"] > 1e-3 * counts["codes"]
+    counts = forced(trained, folded, pixels(8))
+    assert counts["differ"] > 1e-3 * counts["codes"]
+    assert counts["unexplained"] > 0 and counts["first_unexplained"] == "layer1.0.conv2.input"
 
 
 def test_flips_of_one_place_reach_no_other(made) -> None:
@@ -268,8 +282,10 @@ def test_flips_of_one_place_reach_no_other(made) -> None:
     trained, folded = rebuild(line.float_model, line.trained), line.model("fold")
     rounding = folded.get_submodule("layer2.0.conv1.input")
     rounding.scale = rounding.scale * 1.5
-    counts = count_flips(trained, folded, [{"pixel_values": pixels(4)}])
-    assert 0 < counts["flipped"] <= 4 * 16 * 32 * 32
+    both = ForcedFold(trained, folded, TIE["fp32"])
+    both.run({"pixel_values": pixels(4)})
+    assert [place.name for place in both.places if place.unexplained] == ["layer2.0.conv1.input"]
+    assert 0 < summary(both.places)["differ"] <= 4 * 16 * 32 * 32
 
 
 def test_ortruntimes_rounding_of_biases_is_why_it_is_left_out(made) -> None:

@@ -594,3 +594,56 @@ def test_logits_that_are_not_finite_are_anomalous_whatever_is_judged(where: str)
         flipped(held=held(**nan)) if where == "held" else {**row("onnx", 30.4, 0.495, **nan), "held": held()}
     )
     assert verdict(report(onnx=onnx))["verdict"] == "anomalous"
+
+
+# From the trained model's codes -----------------------------------------------------------------
+
+
+def amplified(**found: Any) -> dict[str, Any]:
+    """A folded row that is as far from the trained one as flips take it in a deep net."""
+    far = {"max_abs": 2.0, "mean_abs": 0.5, "top1_agreement": 0.95}
+    return {**with_flips(1, **far), **found}
+
+
+def from_trained(unexplained: int = 0, **distance: Any) -> dict[str, Any]:
+    """`held` of the folded row."""
+    return held(unexplained, to="trained", **distance)
+
+
+def test_flips_that_a_deep_net_amplifies_are_no_regression() -> None:
+    assert verdict(report(folded=amplified()))["verdict"] == "regression"
+    judgement = verdict(report(folded=amplified(held=from_trained())))
+    assert judgement["verdict"] == "accept"
+    judged = {goal["metric"] for goal in judgement["goals"] if goal["metric"].startswith("parity.folded")}
+    names = ("held.unexplained", "held.ties", "held.mean_abs", "held.top1_agreement", "flipped")
+    assert judged == {f"parity.folded.{name}" for name in names}
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (from_trained(2), "2 of 1000 codes differ by more than a tie of rounding, first at h.1.mlp"),
+        (from_trained(mean_abs=0.02), "mean_abs to trained is 0.0004, the limit is 0.0002"),
+        (from_trained(top1_agreement=0.99), "top1_agreement to trained is 0.99, the limit is 0.998"),
+        ({**from_trained(), "largest_share": 0.5},
+         "50 % of the codes at h.0.mlp differ on ties, more than 0.1 %"),
+    ],
+)  # fmt: skip
+def test_a_defect_of_the_fold_is_found_however_near_the_row_is(broken: dict[str, Any], said: str) -> None:
+    judgement = verdict(report(folded={**with_flips(1), "held": broken}))
+    assert judgement["verdict"] == "regression" and one_reason(judgement) == f"folded.held: {said}"
+
+
+def test_raised_scales_move_codes_by_more_than_a_tie() -> None:
+    """Their share and the distance are judged; the same codes without raised scales are a defect."""
+    moved = {**from_trained(5), "largest_share": 0.5}
+    assert verdict(report(folded=amplified(held=moved, raised=3)))["verdict"] == "accept"
+    assert verdict(report(folded=amplified(held=moved)))["verdict"] == "regression"
+    far = amplified(held={**moved, **from_trained(5, mean_abs=0.02)}, raised=3)
+    assert one_reason(verdict(report(folded=far))).startswith("folded.held: mean_abs")
+
+
+def test_the_recipes_own_limits_are_about_the_folded_model_as_it_runs() -> None:
+    goals = {**GOALS, "parity": {"folded": {"mean_abs": 0.001}}}
+    judgement = verdict(report(folded=amplified(held=from_trained())), goals)
+    assert one_reason(judgement) == "folded: mean_abs to trained is 0.01, the limit is 0.001"

@@ -34,11 +34,13 @@ from qcompress.graph.view import read
 from qcompress.models.folded import assemble
 from qcompress.models.plan import plans_from_json, points_from_json, rounded
 from qcompress.models.rebuild import rebuild
-from qcompress.parity.fold_flips import count_flips
+from qcompress.parity.distance import Distance
+from qcompress.parity.fold_flips import ForcedFold
+from qcompress.parity.forced_codes import TIE, summary
 from qcompress.parity.gpu import engine_here, provider_rows
 from qcompress.parity.inputs import Artifacts, evaluation_samples
 from qcompress.parity.layerwise import held_codes
-from qcompress.parity.measure import Measured, Results, Samples, measure_row
+from qcompress.parity.measure import Measured, Results, Samples, batches, measure_row
 from qcompress.parity.runners import (
     OnnxRunner,
     Runner,
@@ -149,8 +151,8 @@ def _beside(
         row["metrics"] = result.metrics | sharpness
     if stage == "trained" and made_static(artifacts.trained):
         row["dynamic"] = _dynamic(job, reference)
-    if stage == "folded" and (flipped := _flipped(recipe, artifacts, samples)):
-        row["flipped"] = flipped
+    if stage == "folded":
+        row |= _forced_fold(job)
     if stage == "folded" and (raised := _raised(read_json(artifacts.folded.path / "folded.json"))):
         row["raised"] = raised
     if stage == "onnx":
@@ -215,24 +217,33 @@ def wants_held(recipe: Recipe, artifacts: Artifacts, onnx: Measured) -> bool:
     return not (within and agrees)
 
 
-def _flipped(recipe: Recipe, artifacts: Artifacts, samples: Samples) -> dict[str, int] | None:
-    """Codes that changed because batch norms were folded or scales were raised, on the first
-    `distance_samples`; None if neither happened, when every bit must agree, or without the trained model.
+def _forced_fold(job: _Job) -> dict[str, Any]:
+    """`flipped` and `held` of the folded row: codes that changed because batch norms were folded or scales
+    were raised, on the first `distance_samples`. Empty if neither happened, when every bit must agree, or
+    without the trained model. `held` is missing in bf16, and if the recipe says so.
     """
+    recipe, artifacts, samples = job.recipe, job.artifacts, job.samples
     facts = read_json(artifacts.folded.path / "folded.json")
     norms = any(item.weights and item.layer.norm for item in plans_from_json(facts["plan"]))
     if not (norms or _raised(facts)) or None in (artifacts.float_model, artifacts.trained):
-        return None
+        return {}
     windows = samples.sets[samples.first][: recipe.verify.distance_samples]
-    size, collate = recipe.verify.batch_size, TASKS[recipe.task.name].collate
-    batches = (
-        {name: torch.from_numpy(array) for name, array in collate(windows[start : start + size]).items()}
-        for start in range(0, len(windows), size)
-    )
-    counts = count_flips(
-        rebuild(artifacts.float_model, artifacts.trained), assemble(artifacts.folded), batches
-    )
-    return {**counts, "samples": len(windows)}
+    task, distance = TASKS[recipe.task.name], Distance(to="trained")
+    limit = TIE.get(recipe.format.compute)
+    models = rebuild(artifacts.float_model, artifacts.trained), assemble(artifacts.folded)
+    both = ForcedFold(*models, limit or 0.5)
+    with job.reporter.bar("verify fold", len(windows)) as bar:
+        for rows in batches(task, windows, recipe.verify.batch_size):
+            batch = [windows[row] for row in rows]
+            inputs = {name: torch.from_numpy(array) for name, array in task.collate(batch).items()}
+            for window, *pair in zip(batch, *both.run(inputs), strict=True):
+                distance.add(*(task.compared(window, logits) for logits in pair))
+                bar.advance(samples.first)
+    if not both.places:
+        return {"flipped": {"codes": 0, "flipped": 0, "samples": len(windows)}}
+    held = {"samples": len(windows), **summary(both.places), "distance": distance.to_json()}
+    row = {"flipped": {"codes": held["codes"], "flipped": held["differ"], "samples": len(windows)}}
+    return row if limit is None or recipe.verify.held == "never" else {**row, "held": held}
 
 
 def _raised(facts: Mapping[str, Any]) -> int:

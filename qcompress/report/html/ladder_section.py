@@ -69,7 +69,8 @@ def ladder(run: Evidence) -> Section:
     sizes = run.optional("sizes.json")
     lines += kernels(sizes.content) if sizes is not None else []
     lines += engine_kernels(report)
-    flipped = next((row["flipped"] for row in report["rows"] if row.get("flipped")), None)
+    unforced = (row for row in report["rows"] if not row.get("held"))
+    flipped = next((row["flipped"] for row in unforced if row.get("flipped")), None)
     if isinstance(flipped, dict):
         lines.append(
             "folding flipped codes: " + ", ".join(f"{key} {value}" for key, value in flipped.items())
