@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.errors import ContractError, UsageError
-from qcompress.graph.certificate.edges import decoding
+from qcompress.graph.certificate.edges import padding, zero_point
 from qcompress.graph.certificate.layers import matmul_inputs, with_outputs
 from qcompress.graph.certificate.points import point_inputs
 from qcompress.graph.view import read
@@ -128,11 +128,11 @@ def follow(
     wanted += [item.name for item in rounded(points)]
     if lost := [name for name in wanted if name not in values or values[name][1] is None]:
         raise ContractError(f"{onnx.file}: the graph has no Q/DQ pair in front of {', '.join(lost)}")
-    decodings = {name: decoding(view, codes) for name, (_, codes, _) in values.items() if codes}
-    places = {name: Place(name, limit) for name in values}
-    for name, (_, margins) in decodings.items():
-        places[name].margins = margins
-    zeros = {name: zero for name, (zero, _) in decodings.items()}
+    places = {
+        name: Place(name, limit, margins=padding(view, value, codes))
+        for name, (value, codes, _) in values.items()
+    }
+    zeros = {name: zero_point(view, codes) for name, (_, codes, _) in values.items()}
     run_held = _held(assemble(folded), places, facts["family"])
     with _onnx_values(onnx, values, zeros, facts["family"]) as run_onnx:
 
@@ -261,7 +261,7 @@ def _onnx_values(
                 for place, (name, _, moved) in values.items()
             }
             codes = {
-                place: outputs[code].astype(np.int16) - zeros.get(place, 0)
+                place: outputs[code].astype(np.int16) - zeros[place]
                 for place, (_, code, _) in values.items()
                 if code
             }

@@ -259,11 +259,11 @@ def _counted(kind: str) -> str:
     return {"cifar": "bn1", "basic": "resnet.embedder.embedder.normalization"}[kind] + ".num_batches_tracked"
 
 
-def forced(trained: Prepared, folded: nn.Module, images: torch.Tensor) -> dict[str, Any]:
-    """Totals of the codes of the folded model against the trained one's."""
+def forced(trained: Prepared, folded: nn.Module, images: torch.Tensor) -> ForcedFold:
+    """The codes of the folded model against the trained one's."""
     both = ForcedFold(trained, folded, TIE["fp32"])
     both.run({"pixel_values": images})
-    return summary(both.places)
+    return both
 
 
 def test_a_wrong_bias_is_more_than_flips(made) -> None:
@@ -271,21 +271,23 @@ def test_a_wrong_bias_is_more_than_flips(made) -> None:
     trained = rebuild(line.float_model, line.trained)
     folded = line.model("fold")
     folded.get_submodule("layer1.0.conv1").bias += 0.02
-    counts = forced(trained, folded, pixels(8))
+    both = forced(trained, folded, pixels(8))
+    counts = summary(both.places)
     assert counts["differ"] > 1e-3 * counts["codes"]
-    assert counts["unexplained"] > 0 and counts["first_unexplained"] == "layer1.0.conv2.input"
+    assert [place.name for place in both.places if place.unexplained] == ["layer1.0.conv2.input"]
+    assert counts["first_unexplained"] == "layer1.0.conv2.input"
 
 
 def test_flips_of_one_place_reach_no_other(made) -> None:
-    """A place whose scale is wrong flips its own codes alone."""
+    """A place whose scale is wrong flips its own codes and its reader's alone."""
     line = made("cifar", "w8a8").line
     trained, folded = rebuild(line.float_model, line.trained), line.model("fold")
     rounding = folded.get_submodule("layer2.0.conv1.input")
     rounding.scale = rounding.scale * 1.5
-    both = ForcedFold(trained, folded, TIE["fp32"])
-    both.run({"pixel_values": pixels(4)})
-    assert [place.name for place in both.places if place.unexplained] == ["layer2.0.conv1.input"]
-    assert 0 < summary(both.places)["differ"] <= 4 * 16 * 32 * 32
+    both = forced(trained, folded, pixels(4))
+    reader = "layer2.0.conv2.input"  # reads codes that are multiplied by the wrong scale
+    unexplained = [place.name for place in both.places if place.unexplained]
+    assert unexplained == ["layer2.0.conv1.input", reader]
 
 
 def test_ortruntimes_rounding_of_biases_is_why_it_is_left_out(made) -> None:
@@ -421,6 +423,28 @@ def test_the_graph_of_a_net_that_pads_like_tensorflow_pads_in_its_convolutions(t
     assert sum(place.differ for place in places.values()) < 1e-3 * sum(
         place.codes for place in places.values()
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"), [("efficientnet", "*depthwise_conv"), ("mobilenet", "*conv_3x3*")]
+)
+def test_a_padded_convolution_that_reads_floats_is_compared_too(
+    kind: str, layer: str, tmp_path: Path
+) -> None:
+    """The model pads in front of the convolution, the graph of target cpu inside it."""
+    archive = save_images(tmp_path / "images.npz")
+    sections = {"preset": "w8a8", "layers": {layer: {"activations": "float"}}}
+    line = net_line(tmp_path, kind, archive, format=sections).train().fold()
+    out = tmp_path / "export"
+    out.mkdir()
+    export(line.folded, Export(), "cpu", {"version": "0", "recipe": "tiny"}, out)
+    assert "Pad" not in {node.op_type for node in onnx.load(out / "model.onnx").graph.node}
+    with follow(line.folded, OnnxModel(out), TIE["fp32"]) as (places, run):
+        run({"pixel_values": pixels(2).numpy()})
+    floats = [place for place in places.values() if not place.rounds and place.margins]
+    assert len({place.margins for place in floats}) > 1
+    far = [place.onnx.to_json() for place in floats]
+    assert all(one["positions"] > 0 and one["max_abs"] <= 1e-4 * one["range"] for one in far)
 
 
 @pytest.mark.parametrize("kind", ["basic", "efficientnet", pytest.param("mobilenet", marks=pytest.mark.slow)])

@@ -110,15 +110,21 @@ def differences(
     return reasons
 
 
-def decoding(view: View, codes: str) -> tuple[int, tuple[int, ...]]:
-    """Zero point of an activation's codes (0 without one), and `pads` of the convolution that reads the
-    decoded values (empty without one).
-    """
-    decoders = readers_of(view, codes, DEQUANTIZE)
+def zero_point(view: View, codes: str | None) -> int:
+    """Zero point of an activation's codes; 0 without one."""
+    decoders = readers_of(view, codes, DEQUANTIZE) if codes else []
     zero = view.initializer(operand(decoders[0], 2)) if decoders else None
-    convs = [conv for node in decoders for conv in readers_of(view, result(node), "Conv")]
+    return 0 if zero is None else int(zero.item())
+
+
+def padding(view: View, value: str, codes: str | None) -> tuple[int, ...]:
+    """`pads` of the convolution that reads an activation, its codes decoded if it has some; empty without a
+    convolution.
+    """
+    read = [result(node) for node in readers_of(view, codes, DEQUANTIZE)] if codes else [value]
+    convs = [conv for name in read for conv in readers_of(view, name, "Conv")]
     pads = [tuple(item.ints) for conv in convs for item in conv.attribute if item.name == "pads"]
-    return 0 if zero is None else int(zero.item()), pads[0] if pads else ()
+    return pads[0] if pads else ()
 
 
 def is_shifted(view: View, pair: Pair) -> bool:
