@@ -13,8 +13,8 @@ Points: the inputs of additions, in blocks with stride 1 and as many outputs as 
 
 The momentum of transformers' batch norms is 0.997, and torch defines momentum as the complement of
 TensorFlow's: in training mode running statistics are those of the last batch. Train with sufficiently large
-batches. A checkpoint whose batch norms were folded into identities must not be trained: they would normalize
-each batch.
+batches. A checkpoint whose batch norms were folded into identities cannot be trained
+(`batchnorm.are_folded`).
 """
 
 from __future__ import annotations

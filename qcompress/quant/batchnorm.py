@@ -91,6 +91,20 @@ def gain_and_bias(bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]
     return factor.abs().float(), shift.float()
 
 
+def are_folded(norms: list[nn.Module]) -> bool:
+    """True if all batch norms have mean 0 and variance 1 but some have a trained shift or factor: they were
+    folded into the convolutions in front of them and kept as identities.
+    """
+    with_statistics = [norm for norm in norms if norm.running_mean is not None]
+    neutral = all(
+        bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all())
+        for norm in with_statistics
+    )
+    affine = [norm for norm in with_statistics if norm.weight is not None]
+    trained = any(bool((norm.bias != 0).any()) or bool((norm.weight != 1).any()) for norm in affine)
+    return neutral and trained
+
+
 def statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Buffers of all batch norms of a model, by name."""
     for name, module in model.named_modules():

@@ -12,7 +12,7 @@ from small_net import plain, saq, small, squat
 from tiny_nets import make_net, pixels
 from torch import Tensor, nn
 
-from qcompress.errors import MachineError
+from qcompress.errors import MachineError, ModelError
 from qcompress.models.cifar_resnet import NET
 from qcompress.models.plan import LayerPlan
 from qcompress.models.prepare import quantize
@@ -76,3 +76,32 @@ def test_several_processes_are_refused_and_statistics_of_one_batch_are_told() ->
     _judge_norms(nn.Sequential(nn.BatchNorm2d(4)), Processes(), reporter)
     _judge_norms(nn.Linear(2, 2), Processes(rank=1, size=2), reporter)
     assert len(told) == 1
+
+
+def with_norms(**filled: float) -> nn.Sequential:
+    """Two convolutions with initial batch norms; `filled` are values of the second one's tensors."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    for name, value in filled.items():
+        getattr(net[3], name).data.fill_(value)
+    return net
+
+
+@pytest.mark.parametrize("filled", [{"bias": 0.3}, {"weight": 1.0005}, {"bias": -1.0, "weight": 2.0}])
+def test_batch_norms_that_were_folded_are_not_trained(filled: dict[str, float]) -> None:
+    with pytest.raises(ModelError, match="2 batch norms have mean 0 and variance 1, but trained shifts"):
+        _judge_norms(with_norms(**filled), Processes(), SimpleNamespace(say=pytest.fail))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        with_norms(),
+        with_norms(bias=0.3, running_mean=0.1),
+        with_norms(weight=0.9, running_var=1.5),
+        nn.Sequential(nn.BatchNorm2d(4, affine=False)),
+        nn.InstanceNorm2d(4, affine=True),
+    ],
+    ids=["initial", "mean", "variance", "plain", "without-statistics"],
+)
+def test_other_batch_norms_are_trained(net: nn.Module) -> None:
+    _judge_norms(net, Processes(), SimpleNamespace(say=pytest.fail))

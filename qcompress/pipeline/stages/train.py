@@ -19,13 +19,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from qcompress.errors import ContractError, MachineError
+from qcompress.errors import ContractError, MachineError, ModelError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Architecture, Site
 from qcompress.models.checkpoint_files import read_config
 from qcompress.models.plan import LayerPlan, PointPlan, plan_points, plan_sites, rounded
 from qcompress.models.prepare import Prepared, initialise, open_points, quantize
-from qcompress.quant.batchnorm import BATCH_NORMS
+from qcompress.quant.batchnorm import BATCH_NORMS, are_folded
 from qcompress.quant.codebook import is_codebook
 from qcompress.quant.ranges import Statistics
 from qcompress.schema.custom import class_of
@@ -252,8 +252,9 @@ def _history(job: _Job, prepared: Prepared) -> History:
 
 
 def _judge_norms(model: nn.Module, processes: Processes, reporter: Reporter) -> None:
-    """Refuse batch norms in several processes, where each would have statistics of its own share; warn if
-    their momentum is so high that folding uses the last batch's statistics.
+    """Refuse batch norms in several processes, where each would have statistics of its own share, and those
+    that were folded into identities, which would normalize each batch; warn if their momentum is so high that
+    folding uses the last batch's statistics.
     """
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     if norms and processes.size > 1:
@@ -261,11 +262,17 @@ def _judge_norms(model: nn.Module, processes: Processes, reporter: Reporter) -> 
             f"the model has {len(norms)} batch norms: each process would have statistics of its own share",
             fix="train it in one process",
         )
+    if are_folded(norms):
+        raise ModelError(
+            f"the checkpoint's {len(norms)} batch norms have mean 0 and variance 1, but trained shifts: they "
+            "were folded into the convolutions, and training would normalize every batch anew",
+            fix="take the checkpoint from before its batch norms were folded, or `method: ptq`",
+        )
     fastest = max((norm.momentum or 0.0 for norm in norms), default=0.0)
     if fastest > 0.5:
         reporter.say(
-            f"train: batch norms forget {100 * fastest:.0f} % of their statistics at each update, so that "
-            "the last batch's are folded: `batch_norm_momentum` in config.json says so"
+            f"train: batch norms forget {100 * fastest:.3g} % of their statistics at each update (momentum "
+            f"{fastest:g}), so that the last batch's are folded"
         )
 
 
