@@ -92,17 +92,23 @@ def gain_and_bias(bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]
 
 
 def are_folded(norms: list[nn.Module]) -> bool:
-    """True if all batch norms have mean 0 and variance 1 but some have a trained shift or factor: they were
-    folded into the convolutions in front of them and kept as identities.
+    """True if batch norms were folded into the convolutions in front of them and kept as identities: all have
+    mean 0 and one variance in all channels (1, or 1 - eps), but a trained shift or factor.
     """
-    with_statistics = [norm for norm in norms if norm.running_mean is not None]
-    neutral = all(
-        bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all())
-        for norm in with_statistics
+    kept = [norm for norm in norms if norm.running_mean is not None]
+    constant = all(
+        bool((norm.running_mean == 0).all()) and bool((norm.running_var == norm.running_var[0]).all())
+        for norm in kept
     )
-    affine = [norm for norm in with_statistics if norm.weight is not None]
-    trained = any(bool((norm.bias != 0).any()) or bool((norm.weight != 1).any()) for norm in affine)
-    return neutral and trained
+    return constant and not all(_is_initial(norm) for norm in kept)
+
+
+def _is_initial(norm: nn.Module) -> bool:
+    """True before training; factors may start at 0 (the last ones of residual blocks)."""
+    factors = norm.weight is None or bool(((norm.weight == 1) | (norm.weight == 0)).all())
+    return (
+        factors and (norm.bias is None or not bool(norm.bias.any())) and bool((norm.running_var == 1).all())
+    )
 
 
 def statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

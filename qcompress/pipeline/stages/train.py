@@ -264,8 +264,8 @@ def _judge_norms(model: nn.Module, processes: Processes, reporter: Reporter) -> 
         )
     if are_folded(norms):
         raise ModelError(
-            f"the checkpoint's {len(norms)} batch norms have mean 0 and variance 1, but trained shifts: they "
-            "were folded into the convolutions, and training would normalize every batch anew",
+            f"all {len(norms)} batch norms of the checkpoint have mean 0 and a constant variance: they were "
+            "folded into the convolutions, and training would normalize every batch anew",
             fix="take the checkpoint from before its batch norms were folded, or `method: ptq`",
         )
     fastest = max((norm.momentum or 0.0 for norm in norms), default=0.0)
