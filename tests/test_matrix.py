@@ -26,7 +26,17 @@ needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensor
 
 CELLS = [
     (family, name, compute)
-    for family in ("gpt2", "bert", "roberta", "distilbert", "vit", "cifar-resnet", "resnet", "efficientnet")
+    for family in (
+        "gpt2",
+        "bert",
+        "roberta",
+        "distilbert",
+        "vit",
+        "cifar-resnet",
+        "resnet",
+        "efficientnet",
+        "mobilenet-v2",
+    )
     for name in (
         "w8a8",
         "w8a8-points",
@@ -45,7 +55,7 @@ QUICK = [
     pytest.param(("cifar-resnet", "w8a8", "fp16"), marks=[needs_assets, pytest.mark.slow]),
 ]
 SMALL = ("data.calibration.limit=8", "data.evaluate.test.limit=4", "verify.distance_samples=4")
-CONVOLUTIONAL = ("cifar-resnet", "resnet", "efficientnet")
+CONVOLUTIONAL = ("cifar-resnet", "resnet", "efficientnet", "mobilenet-v2")
 REFUSED = {
     ("gpt2", "w4a16-g128"): "blocks of 128 do not divide the 192 inputs",
     ("vit", "w4a16-g64"): "blocks of 64 do not divide the 96 inputs",
@@ -89,7 +99,7 @@ def check(found: dict[str, Any], family: str, name: str) -> None:
 
 
 def test_the_cells_are_every_family_in_every_format(tools: tuple[ModuleType, ModuleType]) -> None:
-    assert list(tools[0].cells()) == CELLS and len(CELLS) == 144
+    assert list(tools[0].cells()) == CELLS and len(CELLS) == 162
     assert {family for family, _, _ in CELLS} == set(KNOWN)
 
 
