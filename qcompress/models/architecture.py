@@ -70,6 +70,8 @@ class Layer:
     """The batch norm that is the only reader of this convolution: `fold` merges the two."""
     nonnegative: bool = False
     """True if the layer's input is never negative, as after a ReLU."""
+    axis: Literal[0, 1] = 0
+    """Axis of the output channels in the stored weight; 1 for Conv1D."""
 
     @property
     def weights(self) -> int:
@@ -116,21 +118,32 @@ def convolution(
 @dataclass(frozen=True)
 class Site:
     """A site for channel-wise rescaling: channels that `writer` produces, that only `readers` read, and that
-    every step in between maps one by one and linearly. A positive factor of a channel can therefore be
-    multiplied into the writer and divided out of the readers' weights without changing the function.
+    every step in between maps linearly and without mixing them. A positive factor of a channel can therefore
+    be multiplied into the writer and divided out of the readers' weights without changing the function.
+
+    `channels` counts the entries of the site's scale.
     """
 
     writer: str
     readers: tuple[str, ...]
     channels: int
     kind: Literal["norm", "value"] = "norm"
-    """norm: the writer is a LayerNorm; value: it is the value projection of an attention, whose outputs the
-    probabilities mix over tokens, each channel by itself, before the output projection reads them.
+    """norm: the writer is a norm; value: it is a linear or convolution layer, such as the value projection of
+    an attention, whose outputs the probabilities mix over tokens, each channel by itself, before the output
+    projection reads them.
     """
     first: int = 0
     """Index of the first channel among the writer's outputs."""
     point: str | None = None
     """Quantization point between the writer and the readers."""
+    outputs: tuple[int, ...] | None = None
+    """Channels of the writer that are rescaled, in the order of the scale's entries; None: `first` and the
+    `channels - 1` after it. Fused and interleaved projections need it.
+    """
+    maps: tuple[tuple[int, ...] | None, ...] = ()
+    """For each reader: index into the site's scale at each of its input channels, -1 for an input that is not
+    rescaled; None (or no `maps`): one by one. Grouped-query attention repeats channels, gates permute them.
+    """
 
 
 @dataclass(frozen=True)

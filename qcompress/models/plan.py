@@ -153,16 +153,31 @@ def sites_asked(recipe: Recipe, architecture: Architecture) -> tuple[Site, ...]:
 
 
 def site_to_json(site: Site) -> dict[str, object]:
-    """JSON values of a site, as in trained.json."""
-    if site.kind == "norm":
-        return {"norm": site.writer, "readers": list(site.readers)}
-    return {"value": site.writer, "readers": list(site.readers), "first": site.first, "point": site.point}
+    """JSON values of a site, as in trained.json; `outputs` and `maps` only where a site has them."""
+    values: dict[str, object] = {site.kind: site.writer, "readers": list(site.readers)}
+    if site.kind == "value":
+        values |= {"first": site.first, "point": site.point}
+    if site.outputs is not None:
+        values["outputs"] = list(site.outputs)
+    if any(index is not None for index in site.maps):
+        values["maps"] = [index and list(index) for index in site.maps]
+    return values
 
 
 def site_from_json(value: dict[str, Any]) -> Site:
     """Inverse of `site_to_json`; `channels` is 0, since the scale's length gives it."""
     kind: Literal["norm", "value"] = "norm" if "norm" in value else "value"
-    return Site(value[kind], tuple(value["readers"]), 0, kind, value.get("first", 0), value.get("point"))
+    outputs = value.get("outputs")
+    return Site(
+        writer=value[kind],
+        readers=tuple(value["readers"]),
+        channels=0,
+        kind=kind,
+        first=value.get("first", 0),
+        point=value.get("point"),
+        outputs=None if outputs is None else tuple(outputs),
+        maps=tuple(index and tuple(index) for index in value.get("maps", ())),
+    )
 
 
 def points_to_json(points: tuple[PointPlan, ...]) -> list[dict[str, object]]:
@@ -190,7 +205,7 @@ def plans_to_json(plan: tuple[LayerPlan, ...]) -> list[dict[str, object]]:
     """JSON values of the layer plans, as in trained.json and folded.json."""
     return [
         {
-            "layer": asdict(item.layer),
+            "layer": _layer_values(item.layer),
             "weights": item.weights.model_dump() if item.weights else None,
             "activations": item.activations.model_dump() if item.activations else None,
         }
@@ -214,6 +229,14 @@ def _weights(value: dict[str, object] | None) -> AnyWeightFormat | None:
     if not value:
         return None
     return weight_format_class(value)(**value)
+
+
+def _layer_values(layer: Layer) -> dict[str, Any]:
+    """JSON values of a layer; `axis` only where it is 1."""
+    values = asdict(layer)
+    if not layer.axis:
+        del values["axis"]
+    return values
 
 
 def _layer(value: dict[str, Any]) -> Layer:
