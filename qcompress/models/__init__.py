@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 FAMILIES: dict[str, ModuleType] = {name: globals()[name.replace("-", "_")] for name in get_args(Family)}
 """Family name -> module with `describe`, `task_config`, `load_float`, `empty`, `tie`, `graph_inputs`,
-`signature`, `install_points`, and the constants LINEAR_AXIS, CAUSAL, INPUTS, TASKS. DEPTH locates its blocks;
+`signature`, `install_points`, and the constants CAUSAL, INPUTS, TASKS. DEPTH locates its blocks;
 it is None if they have several shapes, and then `shorten` makes a small model.
 """
 

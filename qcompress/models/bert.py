@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qcompress.models.encoder import CAUSAL, LINEAR_AXIS, TASKS, Encoder
+from qcompress.models.encoder import CAUSAL, TASKS, Encoder
 from qcompress.models.hf_loader import Stock
 
-__all__ = ["CAUSAL", "LINEAR_AXIS", "TASKS"]
+__all__ = ["CAUSAL", "TASKS"]
 
 NAMES = Encoder(
     family="bert",

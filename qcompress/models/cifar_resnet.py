@@ -25,7 +25,6 @@ from qcompress.models.convnet import (
     CAUSAL,
     DEPTH,
     INPUTS,
-    LINEAR_AXIS,
     MOST_BLOCKS,
     TASKS,
     ConvNet,
@@ -35,7 +34,7 @@ from qcompress.models.convnet import (
 from qcompress.models.layer_selection import Names
 from qcompress.models.stock_images import OwnImages
 
-__all__ = ["CAUSAL", "DEPTH", "INPUTS", "LINEAR_AXIS", "TASKS"]
+__all__ = ["CAUSAL", "DEPTH", "INPUTS", "TASKS"]
 
 WIDTHS = (16, 32, 64)
 """Channels of the three stages."""

@@ -36,9 +36,6 @@ from qcompress.schema.families import model_type_of
 
 TASKS = ("image-classification",)
 
-LINEAR_AXIS = 0
-"""Output channels of a linear layer's weight: nn.Linear stores [out, in]."""
-
 CAUSAL = False
 """Images have no tokens."""
 

@@ -27,7 +27,6 @@ from qcompress.models.convnet import (
     CAUSAL,
     DEPTH,
     INPUTS,
-    LINEAR_AXIS,
     MOST_BLOCKS,
     TASKS,
     ConvNet,
@@ -38,7 +37,7 @@ from qcompress.models.convnet import (
 from qcompress.models.layer_selection import Names
 from qcompress.models.stock_images import StockImages
 
-__all__ = ["CAUSAL", "DEPTH", "INPUTS", "LINEAR_AXIS", "TASKS"]
+__all__ = ["CAUSAL", "DEPTH", "INPUTS", "TASKS"]
 
 LISTS: dict[str, Any] = {
     "in_channels": [32, 16, 24, 40, 80, 112, 192],

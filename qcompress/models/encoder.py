@@ -56,9 +56,6 @@ CLASSES = {
 
 TASKS = tuple(CLASSES)
 
-LINEAR_AXIS = 0
-"""Output channels of a linear layer's weight: nn.Linear stores [out, in]."""
-
 CAUSAL = False
 """A token attends to all tokens."""
 

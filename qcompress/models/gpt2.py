@@ -66,10 +66,10 @@ def describe(
         block = f"transformer.h.{index}"
         blocks.append(block)
         layers += [
-            Layer(f"{block}.attn.c_attn", "linear", width, 3 * width, part="attention"),
-            Layer(f"{block}.attn.c_proj", "linear", width, width, part="attention"),
-            Layer(f"{block}.mlp.c_fc", "linear", width, inner, part="ffn"),
-            Layer(f"{block}.mlp.c_proj", "linear", inner, width, part="ffn"),
+            Layer(f"{block}.attn.c_attn", "linear", width, 3 * width, part="attention", axis=1),
+            Layer(f"{block}.attn.c_proj", "linear", width, width, part="attention", axis=1),
+            Layer(f"{block}.mlp.c_fc", "linear", width, inner, part="ffn", axis=1),
+            Layer(f"{block}.mlp.c_proj", "linear", inner, width, part="ffn", axis=1),
         ]
         sites += [
             Site(f"{block}.ln_1", (f"{block}.attn.c_attn",), width),
@@ -144,9 +144,6 @@ DEPTH = Depth(
 
 TIED = {"lm_head.weight": ("transformer.wte.weight", "wte.weight")}
 """A head and the names of the table that it is tied to: a checkpoint may hold either one alone."""
-
-LINEAR_AXIS = 1
-"""Output channels of a linear layer's weight: Conv1D stores [in, out]."""
 
 CAUSAL = True
 """A token attends only to earlier tokens and itself."""

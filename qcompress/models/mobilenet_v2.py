@@ -26,7 +26,6 @@ from qcompress.models.convnet import (
     CAUSAL,
     DEPTH,
     INPUTS,
-    LINEAR_AXIS,
     TASKS,
     ConvNet,
     Outline,
@@ -36,7 +35,7 @@ from qcompress.models.convnet import (
 from qcompress.models.layer_selection import Names
 from qcompress.models.stock_images import StockImages
 
-__all__ = ["CAUSAL", "DEPTH", "INPUTS", "LINEAR_AXIS", "TASKS"]
+__all__ = ["CAUSAL", "DEPTH", "INPUTS", "TASKS"]
 
 WIDTHS = (16, 24, 24, 32, 32, 32, 64, 64, 64, 64, 96, 96, 96, 160, 160, 160, 320)
 """Channels of the outputs of the stem and of the 16 blocks at width 1."""

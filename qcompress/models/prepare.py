@@ -158,7 +158,6 @@ def install(
     """Replace the planned layers by quantized ones, with the quantizers that the two functions make. A weight
     quantizer gets the layer's plan, its weight and the axis of the output channels.
     """
-    linear_axis = FAMILIES[family].LINEAR_AXIS
     layers: dict[str, QuantizedLayer] = {}
     for item in plan:
         if item.weights is None:
@@ -173,7 +172,7 @@ def install(
             norm = model.get_submodule(item.layer.norm) if item.layer.norm else None
             layer = QuantizedConv(module, norm, weights, input_quantizer(item))
         else:
-            axis = linear_axis if item.layer.kind == "linear" else 0
+            axis = item.layer.axis
             weights = weight_quantizer(item, module.weight, axis)
             bias = getattr(module, "bias", None)
             layer = QuantizedLinear(module.weight, bias, axis, weights, input_quantizer(item))

@@ -15,11 +15,11 @@ from typing import Any
 
 from qcompress.errors import ModelError
 from qcompress.models.architecture import convolution
-from qcompress.models.convnet import CAUSAL, DEPTH, INPUTS, LINEAR_AXIS, TASKS, ConvNet, Outline, integers
+from qcompress.models.convnet import CAUSAL, DEPTH, INPUTS, TASKS, ConvNet, Outline, integers
 from qcompress.models.layer_selection import Names
 from qcompress.models.stock_images import StockImages
 
-__all__ = ["CAUSAL", "DEPTH", "INPUTS", "LINEAR_AXIS", "TASKS"]
+__all__ = ["CAUSAL", "DEPTH", "INPUTS", "TASKS"]
 
 DEFAULTS: dict[str, Any] = {
     "num_channels": 3,

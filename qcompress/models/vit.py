@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 
 TASKS = ("image-classification",)
 
-LINEAR_AXIS = 0
-"""Output channels of a linear layer's weight: nn.Linear stores [out, in]."""
-
 CAUSAL = False
 """A patch attends to all patches."""
 

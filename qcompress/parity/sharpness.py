@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qcompress.errors import ModelError
-from qcompress.models import FAMILIES
 from qcompress.models.prepare import Prepared, replace_module
 from qcompress.models.rebuild import rebuild
 from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, Tap, tapped
@@ -197,11 +196,11 @@ def _linear_layers(prepared: Prepared) -> list[QuantizedWeight]:
     layers = [layer for layer in layers if not isinstance(layer, QuantizedEmbedding)]
     if layers:
         return layers
-    axis = FAMILIES[prepared.family].LINEAR_AXIS
     for item in prepared.plan:
         if item.layer.kind == "linear":
             module = prepared.model.get_submodule(item.name)
-            layer = QuantizedLinear(module.weight, getattr(module, "bias", None), axis, None, None)
+            bias = getattr(module, "bias", None)
+            layer = QuantizedLinear(module.weight, bias, item.layer.axis, None, None)
             replace_module(prepared.model, item.name, layer)
             layers.append(layer)
     if not layers:
