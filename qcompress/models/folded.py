@@ -11,9 +11,17 @@ from qcompress.errors import ContractError
 from qcompress.models import FAMILIES
 from qcompress.models.plan import LayerPlan, plans_from_json, points_from_json, rounded
 from qcompress.models.prepare import own_tensors, replace_module
+from qcompress.quant.batchnorm import after_norm
 from qcompress.quant.conv import Geometry
-from qcompress.quant.folded import FoldedEmbedding, FoldedLinear, FoldedTiedHead, Rounding
+from qcompress.quant.folded import (
+    FoldedEmbedding,
+    FoldedLinear,
+    FoldedStockEmbedding,
+    FoldedTiedHead,
+    Rounding,
+)
 from qcompress.quant.folded_conv import FoldedConv
+from qcompress.quant.layers import is_lookup
 from qcompress.system.artifacts import FoldedModel, read_json
 
 
@@ -22,6 +30,15 @@ def _stored_weight(item: LayerPlan, tensors: dict[str, Tensor], dtype: torch.dty
     encoding = encoding_of(item.weights)
     parts = {part: tensors.pop(f"{item.name}.weight.{part}", None) for part in encoding.parts}
     return encoding.decoder(parts, item, dtype)
+
+
+def _bias(name: str, stock: nn.Module, tensors: dict[str, Tensor], shared: dict[int, str]) -> Tensor | None:
+    """The bias of layer `name`, which is removed from `tensors`. A bias that the model holds under another
+    name as well (`shared`: the name of each parameter by its id), such as that of BERT's masked language
+    model, stays there.
+    """
+    other = shared.get(id(getattr(stock, "bias", None)), f"{name}.bias")
+    return tensors.pop(other, None) if other == f"{name}.bias" else tensors.get(other)
 
 
 def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: bool = False) -> nn.Module:
@@ -33,6 +50,7 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: b
     plan = plans_from_json(facts["plan"])
     model = FAMILIES[facts["family"]].empty(folded.path)
     layers: dict[str, nn.Module] = {}
+    shared = {id(parameter): name for name, parameter in model.named_parameters()}
     for item in plan:
         if item.weights is None:
             continue
@@ -40,28 +58,31 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: b
         if item.activations is not None:
             scale = tensors.pop(f"{item.name}.input.scale").to(dtype)
             rounding = Rounding(scale, item.activations.bounds)
-        bias = tensors.pop(f"{item.name}.bias", None)
+        stock = model.get_submodule(item.name)
+        bias = _bias(item.name, stock, tensors, shared)
         bias = None if bias is None else bias.to(dtype)
         owner = layers.get(item.layer.tied_to or "")
         if isinstance(owner, FoldedLinear):
             layer = FoldedLinear(owner.weight, owner.bias, rounding, integer)
         elif owner is not None:
-            layer = FoldedTiedHead(owner.weight, rounding, integer)
+            layer = FoldedTiedHead(owner.weight, rounding, integer, bias)
         elif item.layer.kind == "conv":
             weight = _stored_weight(item, tensors, dtype)
             gain = tensors.pop(f"{item.name}.gain", None)
-            geometry = Geometry.of(model.get_submodule(item.name))
+            geometry = Geometry.of(stock)
             layer = FoldedConv(
                 weight, bias, rounding, geometry, integer, None if gain is None else gain.to(dtype)
             )
         else:
-            table = item.layer.kind == "embedding"
             weight = _stored_weight(item, tensors, dtype)
-            layer = FoldedEmbedding(weight) if table else FoldedLinear(weight, bias, rounding, integer)
+            if item.layer.kind != "embedding":
+                layer = FoldedLinear(weight, bias, rounding, integer)
+            else:
+                layer = FoldedEmbedding(weight) if is_lookup(stock) else FoldedStockEmbedding(weight, stock)
         replace_module(model, item.name, layer)
         layers[item.name] = layer
         if item.layer.norm:
-            replace_module(model, item.layer.norm, nn.Identity())
+            replace_module(model, item.layer.norm, after_norm(model.get_submodule(item.layer.norm)))
     points = rounded(points_from_json(facts.get("points", [])))
     rounding = {
         item.name: Rounding(tensors.pop(f"{item.name}.scale").to(dtype), item.activations.bounds)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from qcompress.errors import ModelError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Site
 from qcompress.models.plan import (
@@ -24,9 +25,10 @@ from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.layers import (
     QuantizedEmbedding,
     QuantizedLinear,
+    QuantizedStockEmbedding,
     QuantizedTied,
     QuantizedWeight,
-    RescaledNorm,
+    is_lookup,
 )
 from qcompress.quant.learned_scale import PARAMETRIZATIONS, LearnedScale
 from qcompress.quant.noise import QuantNoise
@@ -34,8 +36,10 @@ from qcompress.quant.quantizers import (
     ACTIVATION_QUANTIZERS,
 )
 from qcompress.quant.ranges import Statistics
+from qcompress.quant.rescaling import Gain, RescaledNorm, combined, mapped, output_index
 from qcompress.quant.weight_formats import quantizers_of
 from qcompress.schema.custom import class_of
+from qcompress.schema.formats import CodebookFormat
 
 QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedTied | QuantizedConv
 
@@ -75,25 +79,37 @@ class Prepared:
             yield f"{name}.input", quantizer
         yield from self.rounding.items()
 
-    def rescale(self, site: Site, scale: nn.Module) -> None:
+    def rescale(self, site: Site, scale: nn.Module, offset: int | None = None) -> None:
         """Multiply the output channels of a site's writer by `scale` [channels] and divide the matching
-        weight rows of its readers by it. The linear layers of the site must be quantized.
+        weight rows of its readers by it. The linear layers and convolutions of the site must be quantized.
+        `offset`: that of a norm's weight, if it is known (see `RescaledNorm`).
         """
+        self.rescalings[site.writer] = scale
         if site.kind == "norm":
-            wrapped = RescaledNorm(self.model.get_submodule(site.writer), scale)
-            replace_module(self.model, site.writer, wrapped)
-            self.norms[site.writer] = wrapped
+            norm = self.model.get_submodule(site.writer)
+            seen = _seen_by_writer(site, scale, norm.weight.numel())
+            self.norms[site.writer] = RescaledNorm(norm, seen, offset)
+            replace_module(self.model, site.writer, self.norms[site.writer])
         else:
             writer = self.layers[site.writer]
-            writer.gain, writer.gain_first = scale, site.first
-        self.rescalings[site.writer] = scale
-        for reader in site.readers:
+            writer.gain = _seen_by_writer(site, scale, writer.weight.shape[writer.channel_axis])
+            if isinstance(writer, QuantizedConv) and writer.norm is not None:
+                writer.norm.register_forward_hook(Gain(writer.gain))
+        for reader, index in zip(site.readers, site.maps or (None,) * len(site.readers), strict=True):
             layer = self.layers[reader]
-            layer.rescale = scale
+            layer.rescale = combined(layer.rescale, mapped(scale, index))
             if layer.input_quantizer is not None:
-                layer.input_quantizer.rescale = scale
+                layer.input_quantizer.rescale = layer.rescale
         if site.point in self.rounding:
             self.rounding[site.point].rescale = scale
+
+
+def _seen_by_writer(site: Site, scale: nn.Module, count: int) -> nn.Module:
+    """The scale of each of the writer's `count` outputs."""
+    outputs = site.outputs
+    if outputs is None:
+        outputs = range(site.first, site.first + len(scale()))
+    return mapped(scale, output_index(outputs, count))
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -164,9 +180,11 @@ def install(
             continue
         module = model.get_submodule(item.name)
         if item.layer.tied_to:
-            layer = QuantizedTied(layers[item.layer.tied_to], input_quantizer(item))
+            owner = layers[item.layer.tied_to]
+            bias = getattr(module, "bias", None) if isinstance(owner, QuantizedEmbedding) else None
+            layer = QuantizedTied(owner, input_quantizer(item), bias)
         elif item.layer.kind == "embedding":
-            layer = QuantizedEmbedding(module.weight, weight_quantizer(item, module.weight, 0))
+            layer = _embedding(item, module, weight_quantizer(item, module.weight, 0))
         elif item.layer.kind == "conv":
             weights = weight_quantizer(item, module.weight.flatten(1), 0)
             norm = model.get_submodule(item.layer.norm) if item.layer.norm else None
@@ -179,6 +197,22 @@ def install(
         replace_module(model, item.name, layer)
         layers[item.name] = layer
     return Prepared(family=family, model=model, plan=plan, layers=layers)
+
+
+def _embedding(item: LayerPlan, module: nn.Embedding, quantizer: nn.Module) -> QuantizedEmbedding:
+    """Build a quantized table. Raises ModelError for a codebook in a class that computes more than a
+    lookup.
+    """
+    if is_lookup(module):
+        return QuantizedEmbedding(module.weight, quantizer)
+    if isinstance(item.weights, CodebookFormat) and not item.integers:
+        raise ModelError(
+            f"{item.name}: {type(module).__name__} computes more than a lookup, and rows of a codebook are "
+            "looked up before it could",
+            fix=f'keep the table float: `format: {{layers: {{"{item.name}": float}}}}`, or set '
+            "`format.embeddings: int8`",
+        )
+    return QuantizedStockEmbedding(module, quantizer)
 
 
 def initialise(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from qcompress.models import FAMILIES
 from qcompress.models.plan import LayerPlan, PointPlan, plans_from_json, points_from_json, site_from_json
 from qcompress.models.prepare import Prepared, install, own_tensors, round_points
-from qcompress.quant.layers import FixedScale
 from qcompress.quant.quantizers import FrozenActivation
+from qcompress.quant.rescaling import FixedScale
 from qcompress.quant.weight_formats import quantizers_of
 from qcompress.quant.weight_quantizer import CodedWeight
 from qcompress.system.artifacts import FloatModel, TrainedModel, read_json

@@ -23,10 +23,13 @@ the scale takes the factor, so that statistics may move while the weight's grid 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+
+from qcompress.quant.rescaling import RescaledNorm
 
 BATCH_NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
@@ -52,26 +55,34 @@ def signs_of(norm: nn.Module | None, weight: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def factor_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Express a batch norm in evaluation mode as y = factor * x + shift, [channels] each, in fp64."""
+def factor_and_shift(norm: nn.Module, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Express a batch norm in evaluation mode as y = factor * x + shift, [channels] each, in fp64; `gain`
+    [channels] multiplies its output.
+    """
     mean, var = norm.running_mean.double(), norm.running_var.double()
     gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
     beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
     factor = gamma / torch.sqrt(var + norm.eps)
-    return factor, beta - mean * factor
+    shift = beta - mean * factor
+    return (factor, shift) if gain is None else (factor * gain.double(), shift * gain.double())
 
 
 @torch.no_grad()
 def fold_batch_norm(
-    codes: Tensor, scale: Tensor, bias: Tensor | None, norm: nn.Module, compute: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    norm: nn.Module,
+    compute: torch.dtype,
+    gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Fold the batch norm after a convolution into its codes, scale [out] and bias [out]; also returns the
     number of channels of which only the shift is left.
 
     codes: int8 [out, ...] of sign(gamma) * weight; scale: fp32 [out]; `compute`: the type that will hold the
-    scale.
+    scale; `gain` [out] multiplies the norm's output.
     """
-    factor, shift = factor_and_shift(norm)
+    factor, shift = factor_and_shift(norm, gain)
     folded = (scale.double() * factor.abs()).float()
     gone = folded.to(compute) == 0
     codes = codes.masked_fill(gone.view(-1, *[1] * (codes.dim() - 1)), 0)
@@ -81,14 +92,24 @@ def fold_batch_norm(
 
 
 @torch.no_grad()
-def gain_and_bias(bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def gain_and_bias(bias: Tensor | None, norm: nn.Module, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Factor and bias, [out] each, that turn a convolution of sign(gamma) * weight into the convolution and
-    its batch norm: for weights without a scale that could take the factor.
+    its batch norm: for weights without a scale that could take the factor. `gain` [out] multiplies the norm's
+    output.
     """
-    factor, shift = factor_and_shift(norm)
+    factor, shift = factor_and_shift(norm, gain)
     if bias is not None:
         shift = shift + bias.double() * factor
     return factor.abs().float(), shift.float()
+
+
+def after_norm(norm: nn.Module) -> nn.Module:
+    """The part of a batch norm that stays when the norm is folded: the children of a class such as timm's
+    BatchNormAct2d, which drops and activates its output, in the order in which they were registered. An
+    identity for a stock norm.
+    """
+    children = dict(norm.named_children())
+    return nn.Sequential(OrderedDict(children)) if children else nn.Identity()
 
 
 def are_folded(norms: list[nn.Module]) -> bool:
@@ -114,7 +135,8 @@ def _is_initial(norm: nn.Module) -> bool:
 def statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Buffers of all batch norms of a model, by name."""
     for name, module in model.named_modules():
-        if isinstance(module, BATCH_NORMS) and module.track_running_stats:
+        stock = module.stock if isinstance(module, RescaledNorm) else module
+        if isinstance(stock, BATCH_NORMS) and stock.track_running_stats:
             for buffer in STATISTICS:
                 tensor = getattr(module, buffer, None)
                 if tensor is not None:

@@ -11,6 +11,7 @@ Shapes: input [batch, in, height, width], one scale for all of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,6 +67,27 @@ class Geometric:
     """
 
     geometry: Geometry
+    weight: Any
+
+    @property
+    def in_channels(self) -> int:
+        """Number of input channels."""
+        return self.weight.shape[1] * self.geometry.groups
+
+    @property
+    def out_channels(self) -> int:
+        """Number of output channels."""
+        return self.weight.shape[0]
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return self.geometry.groups
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Vertical and horizontal padding."""
+        return self.geometry.padding
 
     @property
     def kernel_size(self) -> tuple[int, int]:
@@ -84,7 +106,7 @@ class Geometric:
 
 
 class QuantizedConv(Geometric, QuantizedWeight):
-    """y = conv(Q(x), Q(w)) + b."""
+    """y = conv(Q(x), Q(w)) + b. A gain before a batch norm multiplies the norm's output."""
 
     def __init__(
         self,
@@ -107,11 +129,29 @@ class QuantizedConv(Geometric, QuantizedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        return convolve(x, self.quantized_weight(), self.bias, self.geometry)
+        return convolve(x, self.quantized_weight(), self.rescaled_bias(), self.geometry)
+
+    def rescaled_weight(self) -> Tensor:
+        """The deployed weight before rounding; see `QuantizedWeight`."""
+        weight = self.weight
+        if self.rescale is not None:
+            scale = self.rescale().view(self.geometry.groups, -1)  # the channels that each group reads
+            weight = weight / scale.repeat_interleave(len(weight) // len(scale), 0)[:, :, None, None]
+        if self.gain is not None and self.norm is None:
+            weight = weight * self.gain().view(-1, 1, 1, 1)
+        return weight
+
+    def rescaled_bias(self) -> Tensor | None:
+        """The deployed bias, [out]; a gain behind a batch norm is no part of it."""
+        return self.bias if self.norm is not None else super().rescaled_bias()
+
+    def largest_of_inputs(self) -> Tensor:
+        """Largest |w| that reads each input channel, [in], without rescalings."""
+        return self.weight.abs().unflatten(0, (self.geometry.groups, -1)).amax((1, 3, 4)).flatten()
 
     def coded_weight(self) -> Tensor:
         """The weight in its deployed form, [out, in / groups * height * width]."""
-        return self._turned(self.weight).flatten(1)
+        return self._turned(self.rescaled_weight()).flatten(1)
 
     def codes(self) -> tuple[Tensor, Tensor]:
         """Codes of sign(gamma) * weight (int8, the weight's shape), and their scale."""

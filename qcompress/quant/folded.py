@@ -7,12 +7,15 @@ and ONNX Runtime fuse this layout. Tables are stored [rows, width].
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.quant.affine import Grid, to_codes
-from qcompress.quant.layers import matmul
+from qcompress.quant.layers import TableSize, matmul
+from qcompress.quant.stock_forward import StockForward
 
 INT8 = (-128, 127)
 
@@ -73,6 +76,21 @@ class FoldedWeight(nn.Module):
         self.register_buffer("zero", torch.zeros(scale.shape, dtype=torch.int8), persistent=False)
         self.grid, self.stored_bits = grid, stored_bits
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the decoded weight."""
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the decoded weight; stock code casts a layer's input to it."""
+        return self.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the codes."""
+        return self.codes.device
+
     def decoded(self, zero_point: bool = True) -> Tensor:
         """codes * scale in the type of the scale; during export emit one DequantizeLinear."""
         if not torch.onnx.is_in_onnx_export():
@@ -104,6 +122,16 @@ class FoldedLinear(nn.Module):
         self.input = input
         self.integer = integer and multiplies_integers(weight, input)
 
+    @property
+    def in_features(self) -> int:
+        """Number of inputs, as nn.Linear has it."""
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs, as nn.Linear has it."""
+        return self.weight.shape[1]
+
     def forward(self, x: Tensor) -> Tensor:
         if self.integer:
             y = integer_matmul(self.input, x, self.weight.codes, self.weight.scale)
@@ -112,7 +140,7 @@ class FoldedLinear(nn.Module):
         return matmul(x, self.weight.decoded(), self.bias, channel_axis=1)
 
 
-class FoldedEmbedding(nn.Module):
+class FoldedEmbedding(TableSize, nn.Module):
     """Embedding with a folded table."""
 
     def __init__(self, weight: FoldedWeight) -> None:
@@ -123,22 +151,50 @@ class FoldedEmbedding(nn.Module):
         return self.weight.rows(ids)
 
 
-class FoldedTiedHead(nn.Module):
-    """Output head that shares the table of the embedding; the table is stored once."""
+class FoldedStockEmbedding(TableSize, StockForward):
+    """Embedding whose class computes more than a lookup: the stock forward, with the decoded table."""
 
-    def __init__(self, weight: FoldedWeight, input: Rounding | None, integer: bool = False) -> None:
+    def __init__(self, weight: FoldedWeight, stock: nn.Embedding) -> None:
         super().__init__()
         self.weight = weight
+        self.hold(stock)
+
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        return self.run_stock({"weight": self.weight.decoded(zero_point=False)}, *arguments, **named)
+
+
+class FoldedTiedHead(nn.Module):
+    """Output head that shares the table of the embedding; the table is stored once, `bias` [rows] is its
+    own.
+    """
+
+    def __init__(
+        self, weight: FoldedWeight, input: Rounding | None, integer: bool = False, bias: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("bias", bias)
         self.input = input
         self.integer = integer and multiplies_integers(weight, input)
 
+    @property
+    def in_features(self) -> int:
+        """Number of inputs, as nn.Linear has it."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs, as nn.Linear has it."""
+        return self.weight.shape[0]
+
     def forward(self, x: Tensor) -> Tensor:
         if self.integer:
-            return integer_matmul(self.input, x, self.weight.codes.t(), self.weight.scale)
+            y = integer_matmul(self.input, x, self.weight.codes.t(), self.weight.scale)
+            return y if self.bias is None else y + self.bias
         x = x if self.input is None else self.input(x)
         # no zero point: with one, ONNX Runtime moves the Transpose before DequantizeLinear and refuses its
         # types
-        return matmul(x, self.weight.decoded(zero_point=False), None, channel_axis=0)
+        return matmul(x, self.weight.decoded(zero_point=False), self.bias, channel_axis=0)
 
 
 def multiplies_integers(weight: FoldedWeight, input: Rounding | None) -> bool:

@@ -34,6 +34,23 @@ class FoldedCodebook(nn.Module):
         self.register_buffer("centroids", centroids)
         self.register_buffer("scale", scale)
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the decoded weight."""
+        shape = list(self.assignments.shape)
+        shape[1 - self.axis] *= self.centroids.shape[1]
+        return torch.Size(self.kernel or shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the decoded weight; stock code casts a layer's input to it."""
+        return (self.centroids if self.scale is None else self.scale).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the indices."""
+        return self.assignments.device
+
     def table(self) -> Tensor:
         """Centroids as floats; during export an int8 table emits one DequantizeLinear."""
         if self.scale is None:
@@ -49,9 +66,7 @@ class FoldedCodebook(nn.Module):
         if not torch.onnx.is_in_onnx_export():
             weight = from_vectors(F.embedding(self.assignments.int(), table), self.axis)
             return weight if self.kernel is None else weight.view(self.kernel)
-        shape = list(self.assignments.shape)
-        shape[1 - self.axis] *= table.shape[1]
-        return self._node((self.assignments, table), torch.Size(self.kernel or shape))
+        return self._node((self.assignments, table), self.shape)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Look up rows of a table, [..., width], without decoding the other rows."""

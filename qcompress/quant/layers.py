@@ -1,9 +1,9 @@
 """Layers with fake-quantized weights and inputs, for training.
 
 A weight keeps the orientation of its checkpoint: [in, out] (`channel_axis` 1, GPT-2's Conv1D) or [out, in]
-(`channel_axis` 0, nn.Linear, tables). A rescaling `a` [in] divides the rows of the reader's weight *before*
-the weight quantizer, and multiplies the reader's input, in the norm or in the weight and bias of the linear
-layer that computes it: training uses the fused form that is deployed.
+(`channel_axis` 0, nn.Linear, tables). A rescaling `a` [in] (`quant/rescaling.py`) divides the rows of the
+reader's weight *before* the weight quantizer, and multiplies the reader's input, in the norm or in the weight
+and bias of the linear layer that computes it: training uses the fused form that is deployed.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.quant.noise import QuantNoise
+from qcompress.quant.stock_forward import StockForward
 from qcompress.quant.weight_quantizer import CodedWeight
 
 
@@ -28,63 +29,6 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, channel_axis: int) ->
         return y
     # in place it costs half; under autocast the sum has the bias's precision and needs memory of its own
     return y.add_(bias) if y.dtype == bias.dtype else y + bias
-
-
-class ChannelScale(nn.Module):
-    """A positive scale for each channel, exp(theta) with |theta| <= log(bound). Shape [channels].
-
-    Source: Quadapter (arXiv:2211.16912) learns channel-wise scales; the exponential keeps them positive,
-    without which they could not be folded.
-    """
-
-    parameter_roles: ClassVar[dict[str, str]] = {"theta": "adapter"}
-
-    def __init__(self, channels: int, bound: float) -> None:
-        super().__init__()
-        self.limit = float(torch.tensor(bound).log())
-        self.theta = nn.Parameter(torch.zeros(channels))
-
-    def forward(self) -> Tensor:
-        return self.theta.clamp(-self.limit, self.limit).exp()
-
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Clamp theta to its bound, beyond which it has no gradient and would never return."""
-        self.theta.clamp_(-self.limit, self.limit)
-
-
-class FixedScale(nn.Module):
-    """A channel scale that training does not change. Shape [channels]."""
-
-    def __init__(self, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale)
-
-    def forward(self) -> Tensor:
-        return self.scale
-
-    def advance(self) -> None:
-        """No-op."""
-
-
-class RescaledNorm(nn.Module):
-    """LayerNorm whose output channels are multiplied by a scale, computed as one LayerNorm with folded
-    parameters.
-    """
-
-    def __init__(self, norm: nn.LayerNorm, rescale: nn.Module) -> None:
-        super().__init__()
-        self.shape, self.eps = norm.normalized_shape, norm.eps
-        self.weight, self.bias = norm.weight, norm.bias
-        self.rescale = rescale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.shape, *self.folded(), self.eps)
-
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the equivalent LayerNorm, [channels] each."""
-        scale = self.rescale()
-        return self.weight * scale, self.bias * scale
 
 
 Place = Literal["latent", "rounded"]
@@ -142,11 +86,11 @@ class QuantizedWeight(nn.Module):
         self.weight = weight
         self.channel_axis = channel_axis
         self.weight_quantizer = quantizer
+        self.bias: nn.Parameter | None = None
         self.rescale: nn.Module | None = None
-        """Scale of the input's channels."""
+        """Scale of the input's channels, [in]."""
         self.gain: nn.Module | None = None
-        """Scale of output channels, beginning with `gain_first`; the other channels are not scaled."""
-        self.gain_first = 0
+        """Scale of the output's channels, [out]."""
         self.tap: Tap | None = None
         self.noise: QuantNoise | None = None
         self.noisy = True
@@ -160,14 +104,18 @@ class QuantizedWeight(nn.Module):
         if self.rescale is not None:
             weight = weight / self.rescale().unsqueeze(self.channel_axis)
         if self.gain is not None:
-            weight = weight * self._gains().unsqueeze(1 - self.channel_axis)
+            weight = weight * self.gain().unsqueeze(1 - self.channel_axis)
         return weight
 
-    def _gains(self) -> Tensor:
-        """Scale of every output channel, [out]."""
-        scale = self.gain()
-        after = self.weight.shape[self.channel_axis] - self.gain_first - len(scale)
-        return F.pad(scale, (self.gain_first, after), value=1.0)
+    def rescaled_bias(self) -> Tensor | None:
+        """The deployed bias, [out]."""
+        if self.bias is None or self.gain is None:
+            return self.bias
+        return self.bias * self.gain()
+
+    def largest_of_inputs(self) -> Tensor:
+        """Largest |w| that reads each input channel, [in], without rescalings."""
+        return self.weight.abs().amax(self.channel_axis)
 
     def quantized_weight(self) -> Tensor:
         """The quantized weight, with a tap's offset."""
@@ -261,18 +209,38 @@ class QuantizedLinear(QuantizedWeight):
         x = x if self.input_quantizer is None else self.input_quantizer(x)
         return matmul(x, self.quantized_weight(), self.rescaled_bias(), self.channel_axis)
 
-    def rescaled_bias(self) -> Tensor | None:
-        """The deployed bias, [out]."""
-        if self.bias is None or self.gain is None:
-            return self.bias
-        return self.bias * self._gains()
+    @property
+    def in_features(self) -> int:
+        """Number of inputs, as nn.Linear has it."""
+        return self.weight.shape[1 - self.channel_axis]
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs, as nn.Linear has it."""
+        return self.weight.shape[self.channel_axis]
 
     def _laid_out(self, weight: Tensor) -> Tensor:
         # folded weights are [in, out] in memory; with another layout, a matmul sums in another order
         return weight if self.channel_axis == 1 else weight.t().contiguous().t()
 
 
-class QuantizedEmbedding(QuantizedWeight):
+class TableSize:
+    """Attributes of nn.Embedding that the code around a table reads."""
+
+    weight: Tensor
+
+    @property
+    def num_embeddings(self) -> int:
+        """Number of rows."""
+        return self.weight.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of a row."""
+        return self.weight.shape[1]
+
+
+class QuantizedEmbedding(TableSize, QuantizedWeight):
     """Embedding lookup in a quantized table, [rows, width]."""
 
     def __init__(self, table: nn.Parameter, quantizer: nn.Module) -> None:
@@ -294,15 +262,38 @@ class QuantizedEmbedding(QuantizedWeight):
         return self.noise(F.embedding(rows, weight), lambda: quantizer.of_rows(weight, rows))
 
 
+class QuantizedStockEmbedding(QuantizedEmbedding, StockForward):
+    """Embedding whose class computes more than a lookup, such as a scale, or positions with an offset: the
+    stock forward, with the quantized table [rows, width].
+    """
+
+    def __init__(self, stock: nn.Embedding, quantizer: nn.Module) -> None:
+        super().__init__(stock.weight, quantizer)
+        self.hold(stock)
+
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        return self.run_stock({"weight": self.quantized_weight()}, *arguments, **named)
+
+
+def is_lookup(table: nn.Embedding) -> bool:
+    """True if an embedding's class computes a lookup and nothing else."""
+    return type(table).forward is nn.Embedding.forward
+
+
 class QuantizedTied(nn.Module):
-    """A layer that shares the quantized weight and the bias of another: logits from an embedding's table, or
-    a linear layer of a block that shares weights with an earlier one. It has its own input quantizer.
+    """A layer that shares the quantized weight of another: logits from an embedding's table, or a linear
+    layer of a block that shares weights with an earlier one, and then its bias as well. It has its own input
+    quantizer. `bias`: the bias [rows] of a layer behind a table.
     """
 
     def __init__(
-        self, owner: QuantizedEmbedding | QuantizedLinear, input_quantizer: nn.Module | None
+        self,
+        owner: QuantizedEmbedding | QuantizedLinear,
+        input_quantizer: nn.Module | None,
+        bias: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
+        self.bias = bias
         # a tuple, so that the weight is registered once, under the owner's name
         self._owner = (owner,)
         self.input_quantizer = input_quantizer
@@ -313,12 +304,22 @@ class QuantizedTied(nn.Module):
         return self.owner.weight
 
     @property
+    def in_features(self) -> int:
+        """Number of inputs, as nn.Linear has it."""
+        return self.weight.shape[1 - self.owner.channel_axis]
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs, as nn.Linear has it."""
+        return self.weight.shape[self.owner.channel_axis]
+
+    @property
     def owner(self) -> QuantizedEmbedding | QuantizedLinear:
         """The layer that stores the weight."""
         return self._owner[0]
 
     def forward(self, x: Tensor) -> Tensor:
         owner = self.owner
-        bias = owner.rescaled_bias() if isinstance(owner, QuantizedLinear) else None
+        bias = owner.rescaled_bias() if isinstance(owner, QuantizedLinear) else self.bias
         x = x if self.input_quantizer is None else self.input_quantizer(x)
         return matmul(x, owner.quantized_weight(), bias, owner.channel_axis)

@@ -26,6 +26,7 @@ from qcompress.models.prepare import Prepared
 from qcompress.models.rebuild import frozen_weight
 from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import Statistics
+from qcompress.quant.rescaling import site_largest
 from qcompress.system.artifacts import read_json, write_json
 
 NAME = "distributions.json"
@@ -43,10 +44,10 @@ DIGITS = 6
 
 def keep_channels(sites: Sequence[Site], statistics: Mapping[str, Statistics], out: Path) -> None:
     """Save the pre-adapter channel magnitudes of each site whose readers were observed."""
-    seen = {
-        site.writer: statistics[site.readers[0]].largest for site in sites if site.readers[0] in statistics
-    }
-    write_json(out / KEPT, {writer: largest.tolist() for writer, largest in seen.items()})
+    seen = {site.writer: site_largest(statistics, site.readers, site.maps, site.channels) for site in sites}
+    write_json(
+        out / KEPT, {writer: largest.tolist() for writer, largest in seen.items() if largest is not None}
+    )
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from qcompress.errors import UsageError
 from qcompress.models.architecture import Layer
 from qcompress.models.prepare import Prepared
 from qcompress.quant.batchnorm import BATCH_NORMS
-from qcompress.quant.layers import RescaledNorm
+from qcompress.quant.rescaling import RescaledNorm
 from qcompress.schema.method_options import Role
 
 ROLES: tuple[str, ...] = get_args(Role)

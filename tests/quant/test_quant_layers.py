@@ -21,13 +21,10 @@ from qcompress.quant.folded import (
     integer_matmul,
 )
 from qcompress.quant.layers import (
-    ChannelScale,
-    FixedScale,
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedTied,
     QuantizedWeight,
-    RescaledNorm,
 )
 from qcompress.quant.quantizers import (
     WEIGHT_QUANTIZERS,
@@ -37,6 +34,7 @@ from qcompress.quant.quantizers import (
     LsqWeight,
     MinMaxWeight,
 )
+from qcompress.quant.rescaling import ChannelScale, FixedScale, RescaledNorm
 from qcompress.schema.formats import WeightFormat
 from qcompress.schema.quantizers import Lsq, MinMax, Ternary
 
@@ -180,8 +178,8 @@ def test_a_rescaled_norm_is_one_layer_norm_with_other_parameters() -> None:
     torch.testing.assert_close(rescaled(x), norm(x) * scale, rtol=1e-5, atol=1e-5)
     plain = nn.LayerNorm(INPUTS)
     with torch.no_grad():
-        for own, value in zip((plain.weight, plain.bias), rescaled.folded(), strict=True):
-            own.copy_(value)
+        for name, value in rescaled.folded().items():
+            plain.get_parameter(name).copy_(value)
     assert torch.equal(rescaled(x), plain(x))
 
 

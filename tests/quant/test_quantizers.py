@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from qcompress.quant.affine import Grid, fake_quantize
-from qcompress.quant.layers import ChannelScale
 from qcompress.quant.quantizers import (
     ACTIVATION_QUANTIZERS,
     WEIGHT_QUANTIZERS,
@@ -18,6 +17,7 @@ from qcompress.quant.quantizers import (
     FrozenWeight,
 )
 from qcompress.quant.ranges import Statistics
+from qcompress.quant.rescaling import ChannelScale
 from qcompress.schema.axes import AXES
 from qcompress.schema.quantizers import Lsq, MinMax, Quantizers
 

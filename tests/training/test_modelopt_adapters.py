@@ -25,7 +25,8 @@ from qcompress.models import load_tokenizer
 from qcompress.models.folded import assemble
 from qcompress.models.plan import plan_sites
 from qcompress.models.prepare import quantize
-from qcompress.quant.layers import FixedScale, QuantizedWeight
+from qcompress.quant.layers import QuantizedWeight
+from qcompress.quant.rescaling import FixedScale
 from qcompress.tasks import TASKS
 from qcompress.training.methods import ADAPTERS
 

@@ -301,7 +301,7 @@ def test_balanced_is_its_formula(axis: int) -> None:
     first, second = random((24, 40), 0), 3 * random((24, 10), 1)
     largest = random((24,), 2).abs() * 5
     seen = Statistics(largest=largest, mean=largest / 3, rows=torch.empty(0, 24))
-    found = balanced(seen, [reader(first, axis), reader(second, axis)], bound=1000.0).double().numpy()
+    found = balanced(seen.largest, [reader(first, axis), reader(second, axis)], bound=1000.0).double().numpy()
     weight = np.maximum(np.abs(first.double().numpy()).max(1), np.abs(second.double().numpy()).max(1))
     expected = np.sqrt(weight / largest.double().numpy())
     expected /= math.prod(expected) ** (1 / 24)
@@ -333,18 +333,18 @@ def test_balanced_leaves_channels_alone_that_are_never_active_or_never_read() ->
     weight[1] = 0
     largest[2] = 0
     seen = Statistics(largest=largest, mean=largest, rows=torch.empty(0, 8))
-    scale = balanced(seen, [reader(weight)], bound=100.0)
+    scale = balanced(seen.largest, [reader(weight)], bound=100.0)
     assert scale[1] == 1 and scale[2] == 1
     live = [0, 3, 4, 5, 6, 7]
     assert float(scale[live].log().mean()) == pytest.approx(0.0, abs=1e-6)
     dead = Statistics(largest=torch.zeros(8), mean=torch.zeros(8), rows=torch.empty(0, 8))
-    assert torch.equal(balanced(dead, [reader(weight)], bound=100.0), torch.ones(8))
+    assert torch.equal(balanced(dead.largest, [reader(weight)], bound=100.0), torch.ones(8))
 
 
 def test_balanced_stays_within_the_bound() -> None:
     largest = torch.tensor([1e-6, 1.0, 1.0, 1e6])
     seen = Statistics(largest=largest, mean=largest, rows=torch.empty(0, 4))
-    scale = balanced(seen, [reader(torch.ones(4, 3))], bound=8.0)
+    scale = balanced(seen.largest, [reader(torch.ones(4, 3))], bound=8.0)
     assert float(scale.max()) == 8.0 and float(scale.min()) == 0.125
 
 

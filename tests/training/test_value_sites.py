@@ -20,7 +20,8 @@ from qcompress.models import FAMILIES
 from qcompress.models.architecture import Architecture
 from qcompress.models.plan import plan_points, plan_sites, site_from_json, site_to_json
 from qcompress.models.prepare import Prepared, quantize
-from qcompress.quant.layers import FixedScale, QuantizedWeight
+from qcompress.quant.layers import QuantizedWeight
+from qcompress.quant.rescaling import FixedScale
 from qcompress.schema.adapters import QuadapterOptions
 from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import read_json

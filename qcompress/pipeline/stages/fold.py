@@ -93,12 +93,15 @@ def _fold_norms(prepared: Prepared, tensors: dict[str, Tensor], compute: torch.d
     zeroed, plans = 0, {item.name: item for item in prepared.plan}
     for name, layer in prepared.layers.items():
         if isinstance(layer, QuantizedConv) and layer.norm is not None:
+            rescaling = None if layer.gain is None else layer.gain()
             if not plans[name].integers:
-                gain, bias = gain_and_bias(layer.bias, layer.norm)
+                gain, bias = gain_and_bias(layer.bias, layer.norm, rescaling)
                 tensors |= {f"{name}.gain": gain, f"{name}.bias": bias}
                 continue
             codes, scale = (tensors[f"{name}.weight.{part}"] for part in ("codes", "scale"))
-            codes, scale, bias, zeros = fold_batch_norm(codes, scale, layer.bias, layer.norm, compute)
+            codes, scale, bias, zeros = fold_batch_norm(
+                codes, scale, layer.bias, layer.norm, compute, rescaling
+            )
             check_scale(scale, f"{name}.weight")
             tensors |= {f"{name}.weight.codes": codes, f"{name}.weight.scale": scale, f"{name}.bias": bias}
             zeroed += zeros
@@ -151,7 +154,7 @@ def _deployed_bias(name: str, layer: QuantizedLayer, quantized: dict[str, Tensor
     """Deployed bias of a linear or convolution layer, [out], or None."""
     if f"{name}.bias" in quantized:
         return quantized[f"{name}.bias"]
-    return layer.rescaled_bias() if isinstance(layer, QuantizedLinear) else getattr(layer, "bias", None)
+    return layer.rescaled_bias() if isinstance(layer, QuantizedWeight) else None
 
 
 def _codes(prepared: Prepared) -> dict[str, Tensor]:
@@ -184,10 +187,10 @@ def _floats(prepared: Prepared, quantized: dict[str, Tensor]) -> dict[str, Tenso
         and name.rpartition(".")[0] not in norms
     }
     for name, layer in prepared.layers.items():
-        if getattr(layer, "gain", None) is not None and layer.bias is not None:
+        if f"{name}.bias" in floats and getattr(layer, "gain", None) is not None:
             floats[f"{name}.bias"] = layer.rescaled_bias()
     for name, norm in prepared.norms.items():
-        floats[f"{name}.weight"], floats[f"{name}.bias"] = norm.folded()
+        floats |= {f"{name}.{part}": tensor for part, tensor in norm.folded().items()}
     return floats
 
 

@@ -4,6 +4,7 @@ imports modelopt.
 modelopt calibrates a separate float model, of which only `pre_quant_scale` is kept: for each linear layer the
 scale [in] that multiplies its input and divides its weight. Scales are requested only for the layers that
 read a rescaled site. Layers that read one norm share the mean of their scales, as in modelopt's own export.
+A channel that reaches several inputs of one layer takes the smallest of their scales.
 Scales in front of other layers, which fold nowhere and would remain a multiplication at run time, are not
 requested.
 
@@ -27,8 +28,8 @@ from qcompress.errors import MachineError, ModelError
 from qcompress.models.architecture import Site
 from qcompress.models.plan import LayerPlan
 from qcompress.models.prepare import Prepared
-from qcompress.quant.layers import FixedScale
 from qcompress.quant.ranges import Statistics
+from qcompress.quant.rescaling import FixedScale, largest_by_channel
 from qcompress.schema.formats import Options
 from qcompress.tasks.examples import Batch, inputs_of
 
@@ -80,7 +81,7 @@ class FixedRescaling:
             return
         scales = pre_quant_scales(model, requested, self.settings(), batches)
         for site in sites:
-            scale = torch.stack([scales[name] for name in site.readers]).mean(0)
+            scale = site_scale(site, scales)
             if not bool((scale.isfinite() & (scale > 0)).all()):
                 raise ModelError(
                     f"nvidia-modelopt's {self.options.name} gives {', '.join(site.readers)} scales that "
@@ -100,6 +101,23 @@ class FixedRescaling:
     def fold(self) -> dict[str, Tensor]:
         """Final scales, [channels] each, by the name of the site's writer."""
         return {writer: scale() for writer, scale in self.scales.items()}
+
+
+def site_scale(site: Site, scales: Mapping[str, Tensor]) -> Tensor:
+    """Scale of a site, [channels], from the input scale [in] of each reader: the mean over the readers. Of
+    the inputs of one reader that a channel reaches, the one with the smallest scale counts, which is the one
+    with the largest activations.
+    """
+    if not any(index is not None for index in site.maps):
+        return torch.stack([scales[name] for name in site.readers]).mean(0)
+    inverse = torch.stack([
+        largest_by_channel(1 / scales[name], index, site.channels)
+        for name, index in zip(site.readers, site.maps, strict=True)
+    ])  # fmt: skip
+    reached = inverse > 0
+    count = reached.sum(0)
+    mean = torch.where(reached, 1 / inverse, 0.0).sum(0) / count.clamp_min(1)
+    return torch.where(count > 0, mean, 1.0)
 
 
 def pre_quant_scales(

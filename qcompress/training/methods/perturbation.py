@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from qcompress.errors import ModelError
 from qcompress.quant.batchnorm import BATCH_NORMS
 from qcompress.quant.layers import Place, QuantizedEmbedding, QuantizedWeight, Tap, tapped
+from qcompress.quant.rescaling import RescaledNorm
 from qcompress.training.methods.protocols import Group, Moment
 
 if TYPE_CHECKING:
@@ -229,11 +230,9 @@ def fixed_statistics(model: nn.Module | None) -> Iterator[None]:
     Otherwise running statistics would count a batch once for each pass, and average over perturbed weights.
     """
     modules = [] if model is None else [*model.modules()]
-    norms = [
-        module
-        for module in modules
-        if isinstance(module, BATCH_NORMS) and module.training and module.track_running_stats
-    ]
+    training = [module for module in modules if module.training]
+    stock = [module.stock if isinstance(module, RescaledNorm) else module for module in training]
+    norms = [module for module in stock if isinstance(module, BATCH_NORMS) and module.track_running_stats]
     try:
         for norm in norms:
             norm.track_running_stats = False

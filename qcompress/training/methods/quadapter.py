@@ -33,8 +33,9 @@ from torch import Tensor
 from qcompress.models.architecture import Architecture, Site
 from qcompress.models.plan import LayerPlan
 from qcompress.models.prepare import Prepared
-from qcompress.quant.layers import ChannelScale, QuantizedWeight
+from qcompress.quant.layers import QuantizedWeight
 from qcompress.quant.ranges import TINY, Statistics
+from qcompress.quant.rescaling import ChannelScale, largest_by_channel, site_largest
 from qcompress.schema.adapters import QuadapterOptions
 from qcompress.schema.axes import PHASES
 from qcompress.schema.method_options import BlockwiseThenEndToEnd
@@ -53,9 +54,10 @@ class Quadapter:
         """Install a scale at every site; `balanced` needs the statistics of the readers' inputs."""
         for site in sites:
             scale = ChannelScale(site.channels, self.options.bound)
-            if self.options.init == "balanced" and site.readers[0] in statistics:
+            largest = site_largest(statistics, site.readers, site.maps, site.channels)
+            if self.options.init == "balanced" and largest is not None:
                 weights = [prepared.layers[name] for name in site.readers]
-                start = balanced(statistics[site.readers[0]], weights, self.options.bound)
+                start = balanced(largest, weights, self.options.bound, site.maps)
                 scale.theta.data.copy_(start.log())
             prepared.rescale(site, scale)
             self.scales[site.writer] = scale
@@ -67,15 +69,30 @@ class Quadapter:
 
 
 @torch.no_grad()
-def balanced(seen: Statistics, readers: Sequence[QuantizedWeight], bound: float) -> Tensor:
+def balanced(
+    largest: Tensor,
+    readers: Sequence[QuantizedWeight],
+    bound: float,
+    maps: Sequence[Sequence[int] | None] = (),
+) -> Tensor:
     """Initial scale sqrt(max|W_i| / max|x_i|) with geometric mean 1, [channels], within [1 / bound, bound].
 
     This is SmoothQuant's scale with alpha 1/2 (arXiv:2211.10438, equation 4), inverted since it multiplies x.
     A channel that is never active (or never read) keeps scale 1.
+
+    Args:
+        largest: max|x_i| of each channel, [channels].
+        readers: the layers that read the channels.
+        bound: largest scale.
+        maps: `Site.maps`.
     """
-    weight = torch.stack([layer.weight.abs().amax(layer.channel_axis) for layer in readers]).amax(0)
-    live = (weight > TINY) & (seen.largest > TINY)
-    scale = torch.where(live, (weight.clamp_min(TINY) / seen.largest.clamp_min(TINY)).sqrt(), 1.0)
+    weights = [
+        largest_by_channel(layer.largest_of_inputs(), index, len(largest))
+        for layer, index in zip(readers, maps or (None,) * len(readers), strict=True)
+    ]
+    weight = torch.stack(weights).amax(0)
+    live = (weight > TINY) & (largest > TINY)
+    scale = torch.where(live, (weight.clamp_min(TINY) / largest.clamp_min(TINY)).sqrt(), 1.0)
     middle = scale[live].log().mean().exp() if bool(live.any()) else torch.ones(())
     return torch.where(live, scale / middle, 1.0).clamp(1 / bound, bound)
 
