@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.models import FAMILIES
-from qcompress.models.architecture import Layer, Site
+from qcompress.models.architecture import Layer, Site, token_inputs
 from qcompress.models.folded import assemble
 from qcompress.models.plan import LayerPlan
 from qcompress.models.prepare import Prepared, initialise, quantize, replace_module
@@ -51,6 +51,10 @@ class HandMade:
             empty=lambda path: unset(copy.deepcopy(self.model)),
             install_points=lambda model, points: None,
             tie=lambda model: None,
+            signature=lambda config: token_inputs(("input_ids",)),
+            graph_inputs=lambda ids: {"input_ids": ids},
+            INPUTS=("input_ids",),
+            DEPTH=None,
         )
         self.monkeypatch.setitem(FAMILIES, "hand-made", family)
         for seed, site in enumerate(self.sites):
@@ -89,6 +93,7 @@ class HandMade:
         folders = [self.folder / name for name in ("load", "train", "fold")]
         for folder in folders:
             folder.mkdir()
+        (folders[0] / "config.json").write_text("{}")
         training = SimpleNamespace(
             recipe=SimpleNamespace(format=SimpleNamespace(compute="fp32")),
             prepared=prepared, architecture=SimpleNamespace(sites=self.sites), facts=[],
