@@ -128,9 +128,11 @@ def observed(model: nn.Module, plan: Sequence[LayerPlan], forward: Forward) -> d
 
 
 def unset(model: nn.Module) -> nn.Module:
-    """The model with parameters that have no values; buffers keep theirs."""
-    for name, parameter in list(model.named_parameters()):
-        replace_module(model, name, nn.Parameter(torch.empty_like(parameter, device="meta")))
+    """The model with parameters that have no values, shared as they were; buffers keep theirs."""
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        empty = nn.Parameter(torch.empty_like(parameter, device="meta"))
+        replace_module(model, name, made.setdefault(id(parameter), empty))
     return model
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from qcompress.errors import ModelError
+from qcompress.errors import ContractError, ModelError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import Site
 from qcompress.models.plan import (
@@ -83,20 +83,25 @@ class Prepared:
         """Multiply the output channels of a site's writer by `scale` [channels] and divide the matching
         weight rows of its readers by it. The linear layers and convolutions of the site must be quantized.
         `offset`: that of a norm's weight, if it is known (see `RescaledNorm`).
+
+        Raises ContractError for a reader that shares its weight with another layer.
         """
         self.rescalings[site.writer] = scale
-        if site.kind == "norm":
-            norm = self.model.get_submodule(site.writer)
+        norm = self.model.get_submodule(site.writer)
+        before = next((layer for layer in self.layers.values() if getattr(layer, "norm", None) is norm), None)
+        if site.kind == "norm" and before is None:
             seen = _seen_by_writer(site, scale, norm.weight.numel())
             self.norms[site.writer] = RescaledNorm(norm, seen, offset)
             replace_module(self.model, site.writer, self.norms[site.writer])
         else:
-            writer = self.layers[site.writer]
+            writer = before or self.layers[site.writer]
             writer.gain = _seen_by_writer(site, scale, writer.weight.shape[writer.channel_axis])
             if isinstance(writer, QuantizedConv) and writer.norm is not None:
                 writer.norm.register_forward_hook(Gain(writer.gain))
         for reader, index in zip(site.readers, site.maps or (None,) * len(site.readers), strict=True):
             layer = self.layers[reader]
+            if isinstance(layer, QuantizedTied):
+                raise ContractError(f"{reader} shares its weight, so that its input cannot be rescaled")
             layer.rescale = combined(layer.rescale, mapped(scale, index))
             if layer.input_quantizer is not None:
                 layer.input_quantizer.rescale = layer.rescale

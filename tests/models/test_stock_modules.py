@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from qcompress.errors import ModelError
+from qcompress.errors import ContractError, ModelError
 from qcompress.models.architecture import Layer, Site
 from qcompress.models.plan import LayerPlan
 from qcompress.models.prepare import quantize
@@ -111,7 +111,7 @@ def test_a_rescaled_batch_norm_keeps_its_statistics_under_their_names() -> None:
     model = nn.Sequential(nn.BatchNorm2d(WIDTH))
     names = [name for name, _ in statistics(model)]
     model[0] = RescaledNorm(model[0], FixedScale(torch.full((WIDTH,), 2.0)))
-    model.train()(1 + random(4, WIDTH, 3, 3))
+    model.double().train()(1 + random(4, WIDTH, 3, 3).double())  # the stock module's own buffers stay fp32
     after = dict(statistics(model))
     assert [*after] == names and float(after["0.running_mean"].mean()) > 0.05
 
@@ -207,6 +207,32 @@ def test_a_codebook_of_such_a_table_is_refused() -> None:
     assert "float" in caught.value.fix
 
 
+class Masked(nn.Module):
+    """A head whose bias the model holds under two names, as BERT's masked language model does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(ROWS))
+        self.table, self.decoder = nn.Embedding(ROWS, WIDTH), nn.Linear(WIDTH, ROWS)
+        self.decoder.weight, self.decoder.bias = self.table.weight, self.bias
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.decoder(self.table(input_ids))
+
+
+def test_a_tied_head_keeps_a_bias_with_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise(Masked())
+    layers = linear(model, "table", kind="embedding") + linear(model, "decoder", kind="head", tied_to="table")
+    one = HandMade(model, layers, [], lambda model: model(IDS), tmp_path, monkeypatch)
+    prepared = one.prepared()
+    with torch.no_grad():
+        trained = one.forward(prepared.model)
+        rebuilt, folded = one.folded(prepared)
+        assert torch.equal(one.forward(rebuilt.model), trained)
+        assert torch.equal(one.forward(folded), trained)
+    assert torch.equal(folded.decoder.bias, model.bias)
+
+
 # What stock code reads of a layer ---------------------------------------------------------------------
 
 
@@ -275,7 +301,10 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HandMade:
     return HandMade(model, layers, sites, forward, tmp_path, monkeypatch)
 
 
-def test_convolutions_write_and_read_rescaled_channels(net: HandMade) -> None:
+@pytest.mark.parametrize("writer", ["first", "norm"])
+def test_convolutions_write_and_read_rescaled_channels(net: HandMade, writer: str) -> None:
+    net.sites[0] = replace(net.sites[0], writer=writer, kind="norm" if writer == "norm" else "value")
+    net.scales[writer] = net.scales["first"]
     with torch.no_grad():
         rescaled, expected = net.forward(net.rescaled()), net.forward(net.model.double())
     assert float((rescaled - expected).abs().max()) < 1e-12 * float(expected.abs().max())
@@ -327,6 +356,13 @@ def test_an_input_that_two_sites_write_is_divided_by_both(tmp_path: Path, monkey
     prepared = one.prepared()
     with torch.no_grad():
         assert torch.equal(forward(one.folded(prepared)[1]), forward(prepared.model))
+
+
+@pytest.mark.parametrize("reader", ["gemma"], indirect=True)
+def test_a_layer_that_shares_its_weight_reads_no_rescaled_channels(reader: HandMade) -> None:
+    prepared = reader.prepared()
+    with pytest.raises(ContractError, match="head shares its weight"):
+        prepared.rescale(Site("fc", ("head",), WIDTH, "value"), FixedScale(torch.ones(WIDTH)))
 
 
 def test_a_mapped_scale_passes_the_gradients_of_every_place() -> None:
