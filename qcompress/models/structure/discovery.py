@@ -1,0 +1,160 @@
+"""Discovery of a model's structure: one observed run, runs that prove batch norms, and runs that prove sites."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.errors import ModelError
+from qcompress.models.architecture import Layer, Site
+from qcompress.models.structure.attentions import find_attentions
+from qcompress.models.structure.batch_norms import find_batch_norms
+from qcompress.models.structure.blocks import find_blocks, representatives, with_parts
+from qcompress.models.structure.layers import block_of, find_layers, mark_head
+from qcompress.models.structure.norm_factors import is_norm, norm_factors
+from qcompress.models.structure.probe import Probe
+from qcompress.models.structure.running import tensors_of, unchanged, without_constants
+from qcompress.models.structure.sites import search, stated_for, verified
+from qcompress.models.structure.structure import Structure
+from qcompress.models.structure.trace import Trace
+
+
+def discover_structure(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    again: Mapping[str, Tensor] | None,
+    *,
+    sites: bool,
+    representative: bool,
+) -> Structure:
+    """Implementation of `structure.discover`."""
+    with unchanged(model):
+        return _discovered(model, inputs, again, sites=sites, representative=representative)
+
+
+def _discovered(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    again: Mapping[str, Tensor] | None,
+    *,
+    sites: bool,
+    representative: bool,
+) -> Structure:
+    overrides = without_constants(model)
+
+    def run() -> Any:
+        return model(**inputs)
+
+    def run_randomized() -> list[Tensor]:
+        return tensors_of(torch.func.functional_call(model, overrides, (), dict(inputs)))
+
+    found = find_layers(model, run)
+    trace = found.trace
+    if not found.layers:
+        raise ModelError(
+            f"{type(model).__name__} has no linear, embedding or convolution layer that its forward calls",
+            fix="name another model",
+        )
+    blocks = find_blocks(model, trace, found.layers)
+    attentions = find_attentions(model, run)
+    layers = with_parts(mark_head(found.layers, trace, blocks), trace, blocks, tuple(attentions))
+    folded = find_batch_norms(model, layers, trace, run_randomized)
+    layers = tuple(dataclasses.replace(layer, norm=folded.get(layer.name)) for layer in layers)
+    proven: list[Site] = []
+    rules: dict[str, str] = {}
+    if sites:
+        rules = norm_factors(model, _norms(model, trace, folded), run)
+        readers = _unshared(layers, trace)
+        probe = Probe(model, inputs, readers, folded, overrides)
+        writers = _in_call_order([*rules, *(name for name in readers if not _is_head(layers, name))], trace)
+        alike = representatives(model, layers, blocks) if representative else {}
+        proven = _proven_sites(probe, writers, rules, blocks, alike)
+        if again is not None:
+            proven = verified(Probe(model, again, readers, folded, overrides), proven, silent=True)
+    held = {id(model.get_submodule(layer.name).weight) for layer in layers}
+    wide = [(name, parameter) for name, parameter in model.named_parameters() if parameter.dim() > 1]
+    outside = [(name, tuple(parameter.shape)) for name, parameter in wide if id(parameter) not in held]
+    total = sum(parameter.numel() for _, parameter in wide)
+    return Structure(
+        layers=layers,
+        floats=found.floats,
+        blocks=blocks,
+        sites=tuple(proven),
+        norms={site.writer: rules[site.writer] for site in proven if site.kind == "norm"},
+        attentions=tuple(attentions),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        covered=1 - sum(math.prod(shape) for _, shape in outside) / total if total else 1.0,
+        uncovered=tuple(sorted(outside, key=lambda item: (-math.prod(item[1]), item[0]))),
+        repeated=tuple(layer.name for layer in layers if trace.calls[layer.name] > 1),
+        key_values=tuple(attentions.values()),
+    )
+
+
+def _norms(model: nn.Module, trace: Trace, folded: Mapping[str, str]) -> list[str]:
+    """Norms that are called once, share no parameter and do not fold into a convolution."""
+    owners = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
+    return [
+        name
+        for name, module in model.named_modules()
+        if trace.calls[name] == 1
+        and is_norm(module)
+        and name not in folded.values()
+        and all(owners[id(tensor)] == 1 for tensor in module.parameters())
+    ]
+
+
+def _unshared(layers: Sequence[Layer], trace: Trace) -> list[str]:
+    """Linear and convolution layers that are called once and whose weight no other layer reads."""
+    shared = {name for layer in layers if layer.tied_to for name in (layer.name, layer.tied_to)}
+    return [
+        layer.name
+        for layer in layers
+        if layer.kind != "embedding" and layer.name not in shared and trace.calls[layer.name] == 1
+    ]
+
+
+def _is_head(layers: Sequence[Layer], name: str) -> bool:
+    return any(layer.name == name and layer.kind == "head" for layer in layers)
+
+
+def _in_call_order(names: Sequence[str], trace: Trace) -> list[str]:
+    order = {name: place for place, name in enumerate(trace.calls)}
+    return sorted(names, key=order.__getitem__)
+
+
+def _proven_sites(
+    probe: Probe,
+    writers: Sequence[str],
+    norms: Mapping[str, str],
+    blocks: Sequence[str],
+    alike: Mapping[str, str],
+) -> list[Site]:
+    """Sites in call order. `alike`: block -> the block whose sites are stated for it; a statement that one
+    run does not confirm is searched like those of the first block.
+    """
+
+    def searched(writer: str) -> Site | None:
+        return search(probe, writer, "norm" if writer in norms else "value")
+
+    places = {writer: block_of(writer, blocks) for writer in writers}
+    first = [name for name, block in places.items() if block is None or alike.get(block, block) == block]
+    sites = {writer: site for writer in first if (site := searched(writer))}
+    stated = [
+        statement
+        for block, original in alike.items()
+        if block != original
+        for site in sites.values()
+        if places[site.writer] == original and (statement := stated_for(site, original, block))
+    ]
+    confirmed = verified(probe, stated, silent=False)
+    sites |= {site.writer: site for site in confirmed}
+    for site in stated:
+        if site.writer not in sites and (own := searched(site.writer)):
+            sites[own.writer] = own
+    return [sites[writer] for writer in writers if writer in sites]
