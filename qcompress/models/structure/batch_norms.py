@@ -24,12 +24,12 @@ def find_batch_norms(
     """
     convolutions = {layer.name for layer in layers if layer.kind == "conv" and trace.calls[layer.name] == 1}
     pairs = {
-        trace.reads[name]: name
+        trace.reads[name][0]: name
         for name, module in model.named_modules()
         if isinstance(module, BATCH_NORMS)
         and module.running_mean is not None
         and trace.calls[name] == 1
-        and trace.reads.get(name) in convolutions
+        and trace.reads.get(name, [""])[0] in convolutions
     }
     if not pairs:
         return {}

@@ -55,16 +55,21 @@ class _Finder:
         return [child for child in composite if counts[type(self.modules[child])] > 1]
 
     def _is_stage(self, name: str) -> bool:
-        """True for a module that only runs a list of composite children of one class: the output of the last
-        one is an output of the module itself.
+        """True for a module with a list of composite children of one class whose result it passes on. A block
+        may hold such a list as well, of convolutions with their norms, but adds its result to a residual.
         """
         for below, module in self.modules[name].named_modules():
             inner = f"{name}.{below}" if below else name
-            if isinstance(module, nn.ModuleList | nn.Sequential):
-                children = self._children(inner)
-                is_chain = children and self._repeated(inner, in_stage=True) == children
-                if is_chain and children[-1] in self.trace.passed[name]:
-                    return len({type(self.modules[child]) for child in children}) == 1
+            if not isinstance(module, nn.ModuleList | nn.Sequential):
+                continue
+            children = self._children(inner)
+            is_chain = bool(children) and self._repeated(inner, in_stage=True) == children
+            if is_chain and len({type(self.modules[child]) for child in children}) == 1:
+                return not any(
+                    children[-1] in makers
+                    for parent, makers in self.trace.added.items()
+                    if f"{inner}.".startswith(f"{parent}.") and f"{parent}.".startswith(f"{name}.")
+                )
         return False
 
 

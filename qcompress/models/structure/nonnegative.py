@@ -18,6 +18,7 @@ KEEPERS = frozenset({
     "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "adaptive_max_pool1d", "adaptive_max_pool2d", "mean", "amax", "flatten", "reshape", "view", "permute",
     "transpose", "contiguous", "squeeze", "unsqueeze", "clone", "dropout", "__getitem__", "chunk", "split",
+    "to", "float", "type_as",
 })  # fmt: skip
 """Operations whose results are never negative if their first argument is not."""
 

@@ -17,6 +17,11 @@ from qcompress.models.structure.running import tensors_of
 MIXERS = ("softmax", "scaled_dot_product_attention")
 """Functions that an attention calls on tensors with three axes or more."""
 
+ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+
+UNCHANGED = ("dropout", "contiguous", "to", "float", "type_as", "requires_grad_")
+"""Functions that may return their first argument as it is; others that return it have changed it in place."""
+
 
 @dataclass
 class Trace:
@@ -24,10 +29,10 @@ class Trace:
 
     calls: Counter[str] = field(default_factory=Counter)
     """Number of calls of each called module, in the order of their first call."""
-    passed: dict[str, set[str]] = field(default_factory=dict)
-    """Module -> modules inside it whose output is one of its outputs, as the same tensor object."""
-    reads: dict[str, str] = field(default_factory=dict)
-    """Module -> the module whose output, as the same tensor object, was its first input."""
+    added: dict[str, set[str]] = field(default_factory=dict)
+    """Module -> modules whose output its own forward adds to another tensor, as a residual block does."""
+    reads: dict[str, list[str]] = field(default_factory=dict)
+    """Module -> modules whose output, as the same tensor object, was its first input, the innermost first."""
     nonnegative: dict[str, bool] = field(default_factory=dict)
     """Whether every first input of a module came from operations without negative results."""
     mixers: dict[str, None] = field(default_factory=dict)
@@ -40,6 +45,24 @@ class Trace:
     """The module whose output, as the same tensor object, is the model's `logits` or its only output."""
 
 
+class _Makers:
+    """Modules that returned a tensor, the innermost first."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, tuple[weakref.ref[Tensor], list[str]]] = {}
+
+    def of(self, tensor: object) -> list[str]:
+        """Names of the modules; empty for other values, and for a tensor that was changed in place since."""
+        reference, names = self._names.get(id(tensor), (lambda: None, []))
+        return names if tensor is not None and reference() is tensor else []
+
+    def add(self, tensor: Tensor, name: str) -> None:
+        self._names[id(tensor)] = weakref.ref(tensor), [*self.of(tensor), name]
+
+    def forget(self, tensor: object) -> None:
+        self._names.pop(id(tensor), None)
+
+
 class _Observer(TorchFunctionMode):
     """Follows every torch function of a run."""
 
@@ -47,6 +70,7 @@ class _Observer(TorchFunctionMode):
         super().__init__()
         self.trace, self.owners = trace, owners
         self.stack: list[str] = []
+        self.makers = _Makers()
         self.nonnegative = Nonnegative()
 
     def __torch_function__(
@@ -59,12 +83,17 @@ class _Observer(TorchFunctionMode):
         top = self.stack[-1]
         if function.__name__ in MIXERS and isinstance(args[0], Tensor) and args[0].dim() > 2:
             self.trace.mixers.setdefault(top)
+        if function.__name__ in ADDITIONS:
+            operands = (self.makers.of(value) for value in args)
+            self.trace.added.setdefault(top, set()).update(name for names in operands for name in names)
         if tensors_of(result):
             for value in (*args, *kwargs.values()):
                 owners = self.owners.get(id(value), set()) if isinstance(value, nn.Parameter) else set()
                 if owners and top not in owners:
                     self.trace.read_outside |= owners
         self.nonnegative.observe(function, args, kwargs, result)
+        if args and result is args[0] and function.__name__ not in UNCHANGED:
+            self.makers.forget(result)
         return result
 
 
@@ -85,11 +114,6 @@ def trace_run(
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(name)
     observer = _Observer(trace, owners)
-    makers: dict[int, tuple[weakref.ref[Tensor], list[str]]] = {}
-
-    def makers_of(tensor: object) -> list[str]:
-        reference, names = makers.get(id(tensor), (lambda: None, []))
-        return names if reference() is tensor else []
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -97,8 +121,8 @@ def trace_run(
             trace.calls[name] += 1
             first = first_tensor(args, keywords)
             trace.nonnegative[name] = trace.nonnegative.get(name, True) and observer.nonnegative.holds(first)
-            if names := makers_of(first):
-                trace.reads.setdefault(name, names[0])
+            if names := observer.makers.of(first):
+                trace.reads.setdefault(name, names)
 
         return hook
 
@@ -108,9 +132,7 @@ def trace_run(
                 trace.results[name] = check(name, args, keywords, output)
             observer.stack.pop()
             for tensor in tensors_of(output):
-                names = makers_of(tensor)
-                trace.passed.setdefault(name, set()).update(names)
-                makers[id(tensor)] = weakref.ref(tensor), [*names, name]
+                observer.makers.add(tensor, name)
 
         return hook
 
@@ -128,5 +150,5 @@ def trace_run(
     logits = output.get("logits") if isinstance(output, Mapping) else None
     if logits is None and len(outputs) == 1:
         logits = outputs[0]
-    trace.last_output = next(iter(makers_of(logits)), None)
+    trace.last_output = next(iter(observer.makers.of(logits)), None)
     return trace
