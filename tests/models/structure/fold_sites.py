@@ -53,6 +53,8 @@ def in_double(model: nn.Module) -> nn.Module:
     for module in wide.modules():
         if getattr(getattr(module, "config", None), "use_cache", False):
             module.config.use_cache = False
+    if hasattr(wide, "set_experts_implementation"):
+        wide.set_experts_implementation("eager")  # the grouped product of experts has no fp64
     return wide
 
 

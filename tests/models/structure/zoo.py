@@ -16,6 +16,7 @@ Inputs = dict[str, Tensor]
 VOCABULARY, SIDE = 97, 32
 NO_LIMIT = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
+GPT = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, **NO_LIMIT)
 DECODER = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, max_position_embeddings=64, **NO_LIMIT,
@@ -41,6 +42,7 @@ SPEECH = dict(
     conv_dim=[16, 16, 16], conv_stride=[5, 2, 2], conv_kernel=[10, 3, 3], num_conv_pos_embeddings=16,
     num_conv_pos_embedding_groups=4, **NO_LIMIT,
 )  # fmt: skip
+BLOOM = dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **NO_LIMIT)
 FALCON = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **NO_LIMIT)
 EXPERTS = DECODER | dict(num_experts_per_tok=2, sliding_window=None)
 
@@ -68,19 +70,21 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cohere": (LM, "decoder", DECODER),
     "glm": (LM, "decoder", DECODER),
     "gpt_neox": (LM, "decoder", DECODER),
-    "gpt2": (LM, "decoder", dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, **NO_LIMIT)),
-    "gptj": (LM, "decoder", dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, **NO_LIMIT)),
-    "codegen": (LM, "decoder", dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, **NO_LIMIT)),
-    "bloom": (LM, "masked decoder", dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **NO_LIMIT)),
+    "gpt2": (LM, "decoder", GPT),
+    "gptj": (LM, "decoder", GPT | dict(rotary_dim=4)),
+    "codegen": (LM, "decoder", GPT | dict(rotary_dim=4)),
+    "bloom": (LM, "masked decoder", BLOOM),
     "falcon": (LM, "decoder", FALCON | dict(multi_query=True, new_decoder_architecture=False)),
     "falcon/groups": (LM, "decoder", FALCON | dict(num_kv_heads=2, new_decoder_architecture=True)),
     "opt": (LM, "decoder", DECODER | dict(ffn_dim=48, word_embed_proj_dim=32)),
     "mixtral": (LM, "decoder", EXPERTS | dict(num_local_experts=4)),
-    "qwen3_moe": (LM, "decoder", EXPERTS | dict(num_experts=4, moe_intermediate_size=24, decoder_sparse_step=1)),
+    "qwen3_moe": (LM, "decoder", EXPERTS | dict(
+        num_experts=4, moe_intermediate_size=24, decoder_sparse_step=1)),
     "bert": (CLASSES, "encoder", ENCODER),
     "roberta": (CLASSES, "encoder", ENCODER),
     "xlm-roberta": (CLASSES, "encoder", ENCODER),
-    "distilbert": (CLASSES, "encoder", dict(vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64)),
+    "distilbert": (CLASSES, "encoder", dict(
+        vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64)),
     "electra": (CLASSES, "encoder", ENCODER | dict(embedding_size=16)),
     "albert": (CLASSES, "encoder", ENCODER | dict(embedding_size=16)),
     "mpnet": (CLASSES, "encoder", ENCODER),
@@ -93,7 +97,8 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clip_text_model": ("CLIPTextModel", "encoder", ENCODER | dict(eos_token_id=96)),
     "t5": ("AutoModelForSeq2SeqLM", "pair", T5 | dict(feed_forward_proj="gated-gelu")),
     "bart": ("AutoModelForSeq2SeqLM", "pair", PAIR | dict(max_position_embeddings=64)),
-    "whisper": ("AutoModelForSpeechSeq2Seq", "speech pair", PAIR | dict(max_source_positions=16, max_target_positions=32, num_mel_bins=8)),
+    "whisper": ("AutoModelForSpeechSeq2Seq", "speech pair", PAIR | dict(
+        max_source_positions=16, max_target_positions=32, num_mel_bins=8)),
     "wav2vec2": ("AutoModelForCTC", "speech", SPEECH),
     "hubert": ("AutoModelForCTC", "speech", SPEECH),
     "vit": (IMAGES, "images", TOWER),
@@ -102,7 +107,8 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dinov2": (IMAGES, "images", TOWER | dict(mlp_ratio=2)),
     "clip_vision_model": ("CLIPVisionModel", "images", TOWER),
     "siglip_vision_model": ("SiglipVisionModel", "images", TOWER),
-    "swin": (IMAGES, "images", dict(image_size=SIDE, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)),
+    "swin": (IMAGES, "images", dict(
+        image_size=SIDE, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)),
     "convnext": (IMAGES, "images", STAGES | dict(patch_size=2, num_stages=2)),
     "convnextv2": (IMAGES, "images", STAGES | dict(patch_size=2, num_stages=2)),
     "resnet": (IMAGES, "images", STAGES | dict(embedding_size=16, layer_type="basic")),
