@@ -1,4 +1,4 @@
-"""Discovery of a model's structure: one observed run, runs that prove batch norms, and runs that prove sites."""
+"""Discovery of a model's structure: an observed run, runs that prove batch norms, runs that prove sites."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Runs of a model with the channels of a writer multiplied by powers of two.
 
 A factor 2^e is exact in fp32 and passes every linear step without a rounding error. Where the input of a
-reader is the clean input times a power of two for each channel, the clean input is put back. Such a factor can
-be folded into the writer and divided out of the reader's weight, provided that it has reached nothing else:
-then all outputs of the model are bit-identical to the clean ones.
+reader is the clean input times a power of two for each channel, the clean input is put back. Such a factor
+can be folded into the writer and divided out of the reader's weight, provided that it has reached nothing
+else: then all outputs of the model are bit-identical to the clean ones.
 """
 
 from __future__ import annotations

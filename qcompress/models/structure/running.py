@@ -1,4 +1,4 @@
-"""Run a model of any kind and collect the tensors that it returns; keep its state and the caller's unchanged."""
+"""Run a model of any kind, collect the tensors that it returns, and keep its state unchanged."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
@@ -195,7 +196,10 @@ OWN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "own encoder": (OwnEncoder, "tokens"),
 }
 
-NAMES = (*ARCHITECTURES, *OWN)
+OPTIONAL = ("timm:resnet18", "timm:mobilenetv3_small_050", "torchvision:mobilenet_v2")
+"""Names in packages that may be absent."""
+
+NAMES = (*ARCHITECTURES, *OWN, *OPTIONAL)
 
 FEW = ("llama", "phi3", "gpt_neox", "opt", "modernbert", "resnet", "own net")
 """Architectures of the default tests: grouped queries, fused and interleaved projections, a ReLU, batch
@@ -205,26 +209,35 @@ norms.
 
 @dataclass(frozen=True)
 class Sample:
-    """A model in evaluation mode, with example inputs of two sizes."""
+    """A model in evaluation mode, with inputs of three sizes as far as it allows; `fresh` is for tests."""
 
     model: nn.Module
     inputs: Inputs
     again: Inputs
+    fresh: Inputs
 
 
 def build(name: str, seed: int = 0) -> Sample:
-    """Make a model of this name with random weights; `again` has more rows, and is longer or larger."""
+    """Make a model of this name with random weights. Skips the test if its package is not installed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, kind = _own(name) if name in OWN else _stock(name)
+        if name in OWN:
+            make, kind = OWN[name]
+            model = make()
+        else:
+            model, kind = _installed(name) if name in OPTIONAL else _stock(name)
     _randomize(model, generator)
-    return Sample(model.eval(), _inputs(kind, generator, 2, 6), _inputs(kind, generator, 3, 9))
+    sizes = ((2, 6), (3, 9), (4, 11))
+    return Sample(model.eval(), *(_inputs(kind, generator, rows, length) for rows, length in sizes))
 
 
-def _own(name: str) -> tuple[nn.Module, str]:
-    make, kind = OWN[name]
-    return make(), kind
+def _installed(name: str) -> tuple[nn.Module, str]:
+    package, _, title = name.partition(":")
+    module = pytest.importorskip(package, reason=f"{package} is not installed")
+    if package == "timm":
+        return module.create_model(title, pretrained=False, num_classes=5), "x"
+    return module.models.get_model(title, weights=None, num_classes=5), "x"
 
 
 def _stock(name: str) -> tuple[nn.Module, str]:
@@ -278,6 +291,7 @@ def _inputs(kind: str, generator: torch.Generator, rows: int, length: int) -> In
         "pair": lambda: {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": ids(length - 2)},
         "speech pair": lambda: {"input_features": reals(8, 32), "decoder_input_ids": ids(length - 2)},
         "speech": lambda: {"input_values": reals(length * 100)},
+        "x": lambda: {"x": reals(3, SIDE, SIDE)},
         "images": lambda: {"pixel_values": reals(3, SIDE, SIDE)},
         "image and extra": lambda: {"image": reals(3, 4 * length, 4 * length), "extra": reals(8)},
     }[kind]()  # fmt: skip

@@ -1,0 +1,337 @@
+"""What is not a site, not a layer, not nonnegative, not folded; on modules of a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from torch import Tensor, nn
+
+from qcompress.errors import ModelError
+from qcompress.models.architecture import Site
+from qcompress.models.structure import Structure, discover
+
+
+class Net(nn.Module):
+    """Linear or convolution layers `first` and `second`, and a function between them."""
+
+    def __init__(self, between: Callable[[Net, Tensor], Tensor], *, convolutions: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.between = between
+        self.norm = nn.GroupNorm(2, 8) if convolutions else nn.LayerNorm(8)
+        layer = (lambda: nn.Conv2d(8, 8, 3, padding=1)) if convolutions else (lambda: nn.Linear(8, 8))
+        self.first, self.second, self.third = layer(), layer(), layer()
+        self.relu = nn.ReLU()
+        nn.init.normal_(self.norm.weight, 1, 0.2)
+        nn.init.normal_(self.norm.bias, 0, 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self, self.first(x)))
+
+
+def example(rows: int = 3, length: int = 5) -> dict[str, Tensor]:
+    return {"x": torch.randn(rows, length, 8, generator=torch.Generator().manual_seed(rows))}
+
+
+def pictures(rows: int = 3, side: int = 6) -> dict[str, Tensor]:
+    return {"x": torch.randn(rows, 8, side, side, generator=torch.Generator().manual_seed(rows))}
+
+
+def sites_of(model: nn.Module, inputs: dict[str, Tensor], **options) -> dict[str, Site]:
+    return {site.writer: site for site in discover(model, inputs, **options).sites}
+
+
+def test_a_relu_passes_a_positive_factor_and_a_relu6_does_not() -> None:
+    relu = sites_of(Net(lambda net, x: F.relu(x), convolutions=True), pictures())
+    assert relu["first"] == Site("first", ("second",), 8, "value")
+    assert sites_of(Net(lambda net, x: F.relu6(x), convolutions=True), pictures()) == {}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        F.gelu,
+        F.silu,
+        torch.tanh,
+        F.hardswish,
+        lambda x: x + 1,
+        lambda x: x * x,
+        F.softmax,
+        lambda x: x.clamp(-50, 50),
+        lambda x: x + x.flip(-1),
+    ],
+)
+def test_other_steps_between_two_layers_leave_no_site(step: Callable[..., Tensor]) -> None:
+    def between(net: Net, x: Tensor) -> Tensor:
+        return step(x, -1) if step is F.softmax else step(x)
+
+    assert sites_of(Net(between), example()) == {}
+
+
+def test_a_permuted_channel_keeps_its_factor() -> None:
+    order = [3, 1, 0, 2, 7, 6, 5, 4]
+    site = sites_of(Net(lambda net, x: x[..., order]), example())["first"]
+    assert site.maps == (tuple(order),)
+
+
+def test_a_dead_channel_is_left_out() -> None:
+    model = Net(lambda net, x: F.relu(x))
+    with torch.no_grad():
+        model.first.bias[2] = -100
+    site = sites_of(model, example())["first"]
+    assert site.outputs == (0, 1, 3, 4, 5, 6, 7) and site.channels == 7
+    assert site.maps == ((0, 1, -1, 2, 3, 4, 5, 6),)
+
+
+def test_a_channel_that_is_dead_at_one_of_two_readers_is_left_out() -> None:
+    """It reaches `third` as it is, and `second` through a ReLU that closed on these inputs only."""
+
+    class Two(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.second(F.relu(x)) + self.third(x)
+
+    model = Two(lambda net, x: x)
+    with torch.no_grad():
+        model.first.bias[5] = -10
+    site = sites_of(model, example())["first"]
+    assert site.readers == ("second", "third")
+    assert site.outputs == (0, 1, 2, 3, 4, 6, 7)
+
+
+def test_a_reader_beside_an_addition_is_not_the_only_one() -> None:
+    assert sites_of(Net(lambda net, x: x + net.third(net.norm(x))), example()).keys() == {"norm"}
+
+
+def test_a_layer_that_is_called_twice_is_in_no_site() -> None:
+    model = Net(lambda net, x: net.third(net.norm(net.third(x))))
+    structure = discover(model, example())
+    assert structure.sites == () and structure.repeated == ("third",)
+
+
+def test_a_table_that_another_layer_reads_is_in_no_site() -> None:
+    class Tied(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.table, self.norm, self.head = (
+                nn.Embedding(11, 8),
+                nn.LayerNorm(8),
+                nn.Linear(8, 11, bias=False),
+            )
+            if tied:
+                self.head.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.norm(self.table(ids)))
+
+    ids = {"ids": torch.arange(8).view(2, 4)}
+    untied, tied = discover(Tied(False), ids), discover(Tied(True), ids)
+    assert [site.readers for site in untied.sites] == [("head",)]
+    assert tied.sites == ()
+    assert (tied.layer("head").kind, tied.layer("head").tied_to) == ("head", "table")
+    assert tied.parameters == 11 * 8 + 16 and tied.covered == 1.0
+
+
+def test_norms_after_the_layers_of_a_block_are_no_writers() -> None:
+    sample = zoo.build("olmo2")
+    sites = discover(sample.model, sample.inputs, sample.again).sites
+    norms = {site.writer.rpartition(".")[2] for site in sites if site.kind == "norm"}
+    assert norms == {"norm"}  # the last one, which only the head reads
+
+
+def test_an_untrained_parameter_does_not_hide_what_it_does() -> None:
+    """An addend of zeros: a site with these values, and not one after training."""
+
+    class Shifted(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda net, x: x + net.shift)
+            self.shift = nn.Parameter(torch.zeros(8))
+
+    model = Shifted()
+    assert sites_of(model, example()) == {}
+    assert bool((model.shift == 0).all())
+
+
+def test_a_site_that_further_inputs_contradict_is_dropped() -> None:
+    def between(net: Net, x: Tensor) -> Tensor:
+        return x if x.shape[1] < 7 else x + 1
+
+    model = Net(between)
+    assert sites_of(model, example()).keys() == {"first"}
+    assert sites_of(model, example(), again=example(2, 6)).keys() == {"first"}
+    assert sites_of(model, example(), again=example(2, 9)) == {}
+
+
+def test_blocks_of_one_class_that_compute_different_things_are_not_trusted() -> None:
+    class Block(nn.Module):
+        def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.first, self.second, self.step = nn.Linear(8, 8), nn.Linear(8, 8), step
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.second(self.step(self.first(x)))
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            steps = (torch.abs, torch.abs, torch.tanh, torch.abs)
+            self.blocks = nn.ModuleList(Block(step) for step in steps)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    structure = discover(Stack(), example())
+    assert structure.blocks == tuple(f"blocks.{index}" for index in range(4))
+    assert [site.writer for site in structure.sites] == [f"blocks.{index}.first" for index in (0, 1, 3)]
+
+
+# Layers -------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Embedding):
+    """A table whose rows are multiplied."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids + 1) * 5.5
+
+
+class Bounded(nn.Embedding):
+    """A table whose rows pass a function."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.tanh(super().forward(ids))
+
+
+class Same(nn.Linear):
+    """A linear layer in other words."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Other(nn.Linear):
+    """A linear layer with an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+class Collection(nn.Module):
+    """Layer-like modules that can and that cannot be replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scaled, self.bounded, self.limited = (
+            Scaled(9, 8),
+            Bounded(9, 8),
+            nn.Embedding(9, 8, max_norm=1.0),
+        )
+        self.same, self.other, self.unused, self.read = (
+            Same(8, 8),
+            Other(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+        )
+        self.computed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.reflected = nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")
+        self.uneven, self.row = nn.Conv2d(2, 2, 2, padding="same"), nn.Conv1d(8, 8, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.scaled(ids) + self.bounded(ids) + self.limited(ids)
+        x = self.computed(self.other(self.same(x)))
+        x = self.read(x) @ self.read.weight
+        x = self.row(x.transpose(1, 2)).transpose(1, 2)
+        return self.uneven(self.reflected(x[:, None])).mean()
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_layers_that_cannot_be_replaced_stay_float_and_say_why() -> None:
+    structure = discover(Collection(), {"ids": torch.arange(6).view(2, 3)})
+    assert [layer.name for layer in structure.layers] == ["scaled", "same"]
+    assert structure.floats == {
+        "bounded": "Bounded computes something of its own",
+        "limited": "renormalizes its rows",
+        "other": "Other computes something of its own",
+        "unused": "never called as a module",
+        "read": "its weight is read outside its module",
+        "computed": "its weight is computed",
+        "reflected": "pads with reflect",
+        "uneven": "pads its sides unequally",
+        "row": "Conv1d has no quantized counterpart",
+    }
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(ModelError, match="ReLU has no linear, embedding or convolution layer"):
+        discover(nn.ReLU(), {"input": torch.ones(2)})
+
+
+@pytest.mark.parametrize(("step", "nonnegative"), [
+    (lambda net, x: net.relu(x), True),
+    (lambda net, x: F.relu(x).flatten(1).view(x.shape) * 2, True),
+    (lambda net, x: F.dropout(F.hardtanh(x, 0, 6), 0.5, False), True),
+    (lambda net, x: torch.cat([F.relu(x[..., :4]), torch.sigmoid(x[..., 4:])], -1), True),
+    (lambda net, x: F.relu(x) + x.abs(), True),
+    (lambda net, x: x.exp() * 0.1 + 5, False),  # never negative, but not by an operation that says so
+    (lambda net, x: F.relu(x) - 0.1, False),
+    (lambda net, x: F.relu(x).sub_(0.1), False),
+    (lambda net, x: F.relu(x) + x, False),
+    (lambda net, x: F.relu(x) * -1.0, False),
+    (lambda net, x: F.hardtanh(x, -1, 1), False),
+    (lambda net, x: torch.cat([F.relu(x[..., :4]), x[..., 4:]], -1), False),
+])  # fmt: skip
+def test_nonnegative_inputs_are_told_by_the_operations_before(
+    step: Callable[[Net, Tensor], Tensor], nonnegative: bool
+) -> None:
+    structure = discover(Net(step), example(), sites=False)
+    assert structure.layer("second").nonnegative is nonnegative
+    assert not structure.layer("first").nonnegative
+
+
+def test_a_view_of_a_tensor_that_was_changed_in_place_is_not_nonnegative() -> None:
+    def between(net: Net, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        view = positive.view(x.shape)
+        positive.sub_(1)
+        return view
+
+    assert not discover(Net(between), example(), sites=False).layer("second").nonnegative
+
+
+# Batch norms --------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """A convolution, a step, a batch norm, and a convolution."""
+
+    def __init__(self, forward: Callable[[Normed, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.last = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.step = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(self, x)
+
+
+@pytest.mark.parametrize(("step", "norm"), [
+    (lambda net, x: net.last(net.norm(net.conv(x))), "norm"),
+    (lambda net, x: net.last(net.norm(F.relu(net.conv(x), inplace=True))), None),
+    (lambda net, x: net.last(net.norm(net.conv(x).add_(1))), None),
+    (lambda net, x: (y := net.conv(x)).mean() + net.last(net.norm(y)), None),
+])  # fmt: skip
+def test_a_batch_norm_folds_if_it_alone_reads_the_convolution(
+    step: Callable[[Normed, Tensor], Tensor], norm: str | None
+) -> None:
+    structure: Structure = discover(Normed(step), pictures())
+    assert structure.layer("conv").norm == norm
+    writers = {site.writer: site.kind for site in structure.sites}
+    assert writers == ({"conv": "value"} if norm else {"norm": "norm"})
