@@ -87,13 +87,16 @@ def test_attentions_have_the_sizes_of_their_cache() -> None:
 def test_layers_and_blocks_stand_in_call_order() -> None:
     """ConvNeXt, T5 and others register modules in another order than they call them."""
     for name in ("distilbert", "own net"):
-        sample, called = zoo.build(name), []
+        sample = zoo.build(name)
         structure = discover(sample.model, sample.inputs, sites=False)
-        for module_name, module in sample.model.named_modules():
-            module.register_forward_pre_hook(lambda module, args, name=module_name: called.append(name))
-        sample.model(**sample.inputs)
-        for names in ([layer.name for layer in structure.layers], list(structure.blocks)):
-            assert names == sorted(names, key=called.index) and len(names) > 1
+        called: list[str] = []
+        names = {module: name for name, module in sample.model.named_modules()}
+        with nn.modules.module.register_module_forward_pre_hook(
+            lambda module, args, called=called, names=names: called.append(names.get(module, ""))
+        ):
+            sample.model(**sample.inputs)
+        for stated in ([layer.name for layer in structure.layers], list(structure.blocks)):
+            assert stated == sorted(stated, key=called.index) and len(stated) > 1
 
 
 def test_experts_are_named_as_uncovered() -> None:

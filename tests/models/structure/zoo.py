@@ -229,7 +229,9 @@ def build(name: str, seed: int = 0) -> Sample:
             model, kind = _installed(name) if name in OPTIONAL else _stock(name)
     _randomize(model, generator)
     sizes = ((2, 6), (3, 9), (4, 11))
-    return Sample(model.eval(), *(_inputs(kind, generator, rows, length) for rows, length in sizes))
+    inputs, again, fresh = (_inputs(kind, generator, rows, length) for rows, length in sizes)
+    _measure_batches(model, fresh)
+    return Sample(model.eval(), inputs, again, fresh)
 
 
 def _installed(name: str) -> tuple[nn.Module, str]:
@@ -254,7 +256,7 @@ def _stock(name: str) -> tuple[nn.Module, str]:
 
 
 def _randomize(model: nn.Module, generator: torch.Generator) -> None:
-    """Give the model the values of a trained one: norms off 1, biases off 0, statistics of batches."""
+    """Give the model the values of a trained one: signals that do not fade, norms off 1, biases off 0."""
 
     def noise(tensor: Tensor) -> Tensor:
         return torch.randn(tensor.shape, generator=generator)
@@ -263,13 +265,21 @@ def _randomize(model: nn.Module, generator: torch.Generator) -> None:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(noise(parameter) * 0.1)
-            elif parameter.abs().max() < 0.15 or parameter.std() == 0:
-                parameter.copy_(noise(parameter) * 0.15)
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.copy_(noise(buffer) * 0.1)
-            elif name.endswith("running_var"):
-                buffer.copy_(noise(buffer).abs() + 0.5)
+            else:
+                inputs = parameter[0].numel() if parameter.dim() == 4 else parameter.shape[-1]
+                parameter.copy_(noise(parameter) * inputs**-0.5)
+
+
+def _measure_batches(model: nn.Module, inputs: Inputs) -> None:
+    """Give batch norms the statistics of these inputs."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.train()(**inputs)
 
 
 def _inputs(kind: str, generator: torch.Generator, rows: int, length: int) -> Inputs:
