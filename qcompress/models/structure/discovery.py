@@ -69,10 +69,11 @@ def _discovered(
     proven: list[Site] = []
     rules: dict[str, str] = {}
     if sites:
-        rules = norm_factors(model, _norms(model, trace, folded), run)
+        taken = norm_factors(model, [*_norms(model, trace, folded), *folded.values()], run)
+        rules = {name: rule for name, rule in taken.items() if name not in folded.values()}
         readers = _unshared(layers, trace)
         probe = Probe(model, inputs, readers, folded, overrides)
-        writers = _in_call_order([*rules, *(name for name in readers if not _is_head(layers, name))], trace)
+        writers = _in_call_order([*rules, *_writing(layers, readers, taken)], trace)
         alike = representatives(model, layers, blocks) if representative else {}
         proven = _proven_sites(probe, writers, rules, blocks, alike)
         if again is not None:
@@ -119,8 +120,17 @@ def _unshared(layers: Sequence[Layer], trace: Trace) -> list[str]:
     ]
 
 
-def _is_head(layers: Sequence[Layer], name: str) -> bool:
-    return any(layer.name == name and layer.kind == "head" for layer in layers)
+def _writing(layers: Sequence[Layer], unshared: Sequence[str], taken: Mapping[str, str]) -> list[str]:
+    """Layers whose weight, or whose batch norm's weight, takes a factor of the output. A batch norm that
+    holds an activation (timm's BatchNormAct2d) may not; a head's output is the model's.
+    """
+    return [
+        layer.name
+        for layer in layers
+        if layer.name in unshared
+        and layer.kind != "head"
+        and (layer.norm is None or taken.get(layer.norm) == "weight")
+    ]
 
 
 def _in_call_order(names: Sequence[str], trace: Trace) -> list[str]:

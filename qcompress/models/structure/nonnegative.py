@@ -46,9 +46,8 @@ class Nonnegative:
         self, function: Callable[..., Any], args: Sequence[Any], keywords: Mapping[str, Any], result: Any
     ) -> None:
         """Record an operation that has run."""
-        name = getattr(function, "__name__", "")
+        name, first = getattr(function, "__name__", ""), args[0] if args else None
         kept = self._keeps(name, args, keywords)
-        first = args[0] if args else None
         if isinstance(first, Tensor) and not kept and (result is first or name == "__setitem__"):
             self._forget(first)
         for tensor in result if isinstance(result, tuple | list) else (result,):
@@ -68,7 +67,11 @@ class Nonnegative:
             return bool(terms) and all(self._is_term(term) for term in terms)
         if name == "pad":
             mode, value = _argument(args, keywords, 2, "mode"), _argument(args, keywords, 3, "value")
-            return self.holds(args[0]) and ((mode or "constant") != "constant" or (value or 0) >= 0)
+            return (
+                bool(args)
+                and self.holds(args[0])
+                and ((mode or "constant") != "constant" or (value or 0) >= 0)
+            )
         return name in KEEPERS and bool(args) and self.holds(args[0])
 
     def _is_term(self, term: object) -> bool:

@@ -53,8 +53,10 @@ def _copied(values: Iterable[Any]) -> tuple[Any, ...]:
 def _rule(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> str | None:
     """The rule that reproduces the norm's output times a factor of 1/4 to 4 for each channel."""
     values = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+    if "weight" not in values or values.keys() - {"weight", "bias"}:
+        return None
     axis = channel_axis(module, output)
-    if axis is None or values.keys() - {"weight", "bias"}:
+    if axis is None:
         return None
     generator = torch.Generator().manual_seed(0)
     factor = torch.exp2(torch.randint(-2, 3, values["weight"].shape, generator=generator)).to(output)

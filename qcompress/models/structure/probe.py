@@ -58,7 +58,7 @@ class Probe:
         self._clean: dict[str, Tensor] = {}
         self._outputs = self._run({name: self._keep(name) for name in self._readers}, {})
         self.silent = {
-            name: _channels_last(self._modules[name], x).eq(0).all(0) for name, x in self._clean.items()
+            name: _channels_last(self._modules[name], x).eq(0).all(0).cpu() for name, x in self._clean.items()
         }
         """Reader -> which of its input channels are zero everywhere, so that no factor shows."""
 
@@ -152,4 +152,4 @@ def _exponents(scaled: Tensor, clean: Tensor) -> Exponents:
     mantissa, exponent = torch.frexp(factor)
     if not bool((mantissa == 0.5).all()):
         raise _LeakError
-    return exponent.long() - 1
+    return exponent.long().cpu() - 1

@@ -80,10 +80,11 @@ class _Observer(TorchFunctionMode):
         result = function(*args, **kwargs)
         if not self.stack:
             return result
-        top = self.stack[-1]
-        if function.__name__ in MIXERS and isinstance(args[0], Tensor) and args[0].dim() > 2:
+        top, title = self.stack[-1], getattr(function, "__name__", "")
+        first = first_tensor(args, kwargs)
+        if title in MIXERS and first is not None and first.dim() > 2:
             self.trace.mixers.setdefault(top)
-        if function.__name__ in ADDITIONS:
+        if title in ADDITIONS:
             operands = (self.makers.of(value) for value in args)
             self.trace.added.setdefault(top, set()).update(name for names in operands for name in names)
         if tensors_of(result):
@@ -92,7 +93,7 @@ class _Observer(TorchFunctionMode):
                 if owners and top not in owners:
                     self.trace.read_outside |= owners
         self.nonnegative.observe(function, args, kwargs, result)
-        if args and result is args[0] and function.__name__ not in UNCHANGED:
+        if result is first and title not in UNCHANGED:
             self.makers.forget(result)
         return result
 

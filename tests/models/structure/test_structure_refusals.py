@@ -107,6 +107,25 @@ def test_a_reader_beside_an_addition_is_not_the_only_one() -> None:
     assert sites_of(Net(lambda net, x: x + net.third(net.norm(x))), example()).keys() == {"norm"}
 
 
+def test_an_output_beside_the_reader_is_a_leak() -> None:
+    class Pair(Net):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            hidden = self.first(x)
+            return {"result": self.second(hidden), "hidden": hidden.sum()}
+
+    assert sites_of(Pair(lambda net, x: x), example()) == {}
+
+
+def test_a_factor_that_is_nearly_a_power_of_two_is_none() -> None:
+    """One token: every ratio is the same in all rows."""
+    assert sites_of(Net(lambda net, x: x + 0.001 * x.sign()), example(1, 1)) == {}
+    assert sites_of(Net(lambda net, x: x), example(1, 1)).keys() == {"first"}
+
+
+def test_a_step_that_changes_some_tokens_leaves_no_site() -> None:
+    assert sites_of(Net(lambda net, x: torch.cat([x[:, :1], x[:, 1:] + 1], 1)), example(1)) == {}
+
+
 def test_a_layer_that_is_called_twice_is_in_no_site() -> None:
     model = Net(lambda net, x: net.third(net.norm(net.third(x))))
     structure = discover(model, example())
@@ -335,3 +354,22 @@ def test_a_batch_norm_folds_if_it_alone_reads_the_convolution(
     assert structure.layer("conv").norm == norm
     writers = {site.writer: site.kind for site in structure.sites}
     assert writers == ({"conv": "value"} if norm else {"norm": "norm"})
+
+
+@pytest.mark.parametrize(("activation", "writers"), [(nn.ReLU(), {"conv"}), (nn.SiLU(), set())])
+def test_a_batch_norm_with_an_activation_inside(activation: nn.Module, writers: set[str]) -> None:
+    """Its weight takes a factor of the output only if the activation passes it."""
+
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self) -> None:
+            super().__init__(8)
+            self.activation = activation
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.activation(super().forward(x))
+
+    model = Normed(lambda net, x: net.last(net.norm(net.conv(x))))
+    model.norm = NormAct()
+    structure = discover(model, pictures())
+    assert structure.layer("conv").norm == "norm"
+    assert {site.writer for site in structure.sites} == writers
