@@ -4,6 +4,9 @@ A factor 2^e is exact in fp32 and passes every linear step without a rounding er
 reader is the clean input times a power of two for each channel, the clean input is put back. Such a factor
 can be folded into the writer and divided out of the reader's weight, provided that it has reached nothing
 else: then all outputs of the model are bit-identical to the clean ones.
+
+A reader whose input is clean, or is put back, returns the output that it had then: after the first run no
+reader computes anything.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ def channel_axis(module: nn.Module, tensor: Tensor) -> int | None:
 
 
 class Probe:
-    """A model with example inputs, its clean outputs, and the clean input of every reader."""
+    """A model with example inputs, its clean outputs, and the clean input and output of every reader."""
 
     def __init__(
         self,
@@ -55,10 +58,13 @@ class Probe:
         self._model, self._inputs, self._overrides = model, dict(inputs), dict(overrides)
         self._modules = dict(model.named_modules())
         self._readers, self._ends = tuple(readers), dict(ends)
-        self._clean: dict[str, Tensor] = {}
-        self._outputs = self._run({name: self._keep(name) for name in self._readers}, {})
+        self._clean: dict[str, tuple[Tensor, Tensor]] = {}
+        keep = {name: self._keep(name) for name in self._readers}
+        with _hooks(self._modules, keep):
+            self._outputs = self._run()
         self.silent = {
-            name: _channels_last(self._modules[name], x).eq(0).all(0).cpu() for name, x in self._clean.items()
+            name: _channels_last(self._modules[name], x).eq(0).all(0).cpu()
+            for name, (x, _) in self._clean.items()
         }
         """Reader -> which of its input channels are zero everywhere, so that no factor shows."""
 
@@ -73,66 +79,77 @@ class Probe:
         has changed (0 at silent channels). None if a factor leaked.
         """
         arrived: dict[str, Exponents] = {}
+        multiply = {self._ends.get(name, name): self._multiply(name, e) for name, e in factors.items()}
         try:
-            readers = {name: self._put_back(name, arrived) for name in self._readers}
-            outputs = self._run(readers, {name: self._multiply(name, e) for name, e in factors.items()})
+            with self._replayed(arrived), _hooks(self._modules, multiply):
+                outputs = self._run()
         except _LeakError:
             return None
         is_same = len(outputs) == len(self._outputs) and all(map(torch.equal, outputs, self._outputs))
         return arrived if is_same else None
 
-    def _run(
-        self, before: Mapping[str, Callable[..., Any]], after: Mapping[str, Callable[..., Any]]
-    ) -> list[Tensor]:
-        with self._hooked(before, after):
-            output = torch.func.functional_call(self._model, self._overrides, (), self._inputs)
+    def _run(self) -> list[Tensor]:
+        output = torch.func.functional_call(self._model, self._overrides, (), self._inputs)
         return [tensor.clone() for tensor in tensors_of(output)]
 
-    @contextmanager
-    def _hooked(
-        self, before: Mapping[str, Callable[..., Any]], after: Mapping[str, Callable[..., Any]]
-    ) -> Iterator[None]:
-        handles = [
-            self._modules[name].register_forward_pre_hook(hook, with_kwargs=True)
-            for name, hook in before.items()
-        ]
-        handles += [
-            self._modules[self._ends.get(name, name)].register_forward_hook(hook)
-            for name, hook in after.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def _keep(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            self._clean[name] = (args[0] if args else next(iter(keywords.values()))).clone()
+        def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+            self._clean[name] = _input(args, keywords).clone(), output.clone()
 
         return hook
 
     def _multiply(self, name: str, exponents: Exponents) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
+        ) -> Tensor:
             shape = [1] * output.dim()
             shape[channel_axis(self._modules[name], output)] = -1
             return output * torch.exp2(exponents.to(output)).view(shape)
 
         return hook
 
-    def _put_back(self, name: str, arrived: dict[str, Exponents]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            x, clean = args[0] if args else next(iter(keywords.values())), self._clean[name]
+    @contextmanager
+    def _replayed(self, arrived: dict[str, Exponents]) -> Iterator[None]:
+        """Replace the forward of each reader, and restore it."""
+        before = {name: vars(self._modules[name]).get("forward") for name in self._readers}
+        for name in self._readers:
+            self._modules[name].forward = self._replay(name, arrived)
+        try:
+            yield
+        finally:
+            for name, forward in before.items():
+                del self._modules[name].forward
+                if forward is not None:
+                    self._modules[name].forward = forward
+
+    def _replay(self, name: str, arrived: dict[str, Exponents]) -> Callable[..., Tensor]:
+        module, (clean, output) = self._modules[name], self._clean[name]
+
+        def forward(*args: Any, **keywords: Any) -> Tensor:
+            x = _input(args, keywords)
             if x.shape != clean.shape:
                 raise _LeakError
-            if torch.equal(x, clean):
-                return None
-            arrived[name] = _exponents(_channels_last(module, x), _channels_last(module, clean))
-            return (
-                ((clean, *args[1:]), keywords) if args else (args, {**keywords, next(iter(keywords)): clean})
-            )
+            if not torch.equal(x, clean):
+                arrived[name] = _exponents(_channels_last(module, x), _channels_last(module, clean))
+            return output.clone()
 
-        return hook
+        return forward
+
+
+@contextmanager
+def _hooks(modules: Mapping[str, nn.Module], hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Forward hooks on modules, for one run."""
+    handles = [modules[name].register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input(args: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    """The only argument of a layer."""
+    return args[0] if args else next(iter(keywords.values()))
 
 
 def _channels_last(module: nn.Module, x: Tensor) -> Tensor:

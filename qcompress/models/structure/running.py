@@ -36,18 +36,21 @@ def configs_of(model: nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and key-value caches; afterwards every module has its mode again, and
-    torch its random state.
+    """Evaluation mode without gradients, key-value caches and torch's fused encoder layer, which calls no
+    modules; afterwards every module has its mode again, and torch its random state.
     """
+    is_fused = torch.backends.mha.get_fastpath_enabled()
     modes = {module: module.training for module in model.modules()}
     caching = [config for config in configs_of(model) if getattr(config, "use_cache", None) is True]
     try:
         for config in caching:
             config.use_cache = False
         with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.backends.mha.set_fastpath_enabled(False)
             model.eval()
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(is_fused)
         for config in caching:
             config.use_cache = True
         for module, training in modes.items():

@@ -130,6 +130,7 @@ def test_a_layer_that_is_called_twice_is_in_no_site() -> None:
     model = Net(lambda net, x: net.third(net.norm(net.third(x))))
     structure = discover(model, example())
     assert structure.sites == () and structure.repeated == ("third",)
+    assert sites_of(Net(lambda net, x: net.third(x) + net.third(x)), example()) == {}
 
 
 def test_a_table_that_another_layer_reads_is_in_no_site() -> None:
@@ -303,6 +304,7 @@ def test_a_model_without_layers_is_refused() -> None:
     (lambda net, x: F.relu(x) - 0.1, False),
     (lambda net, x: F.relu(x).sub_(0.1), False),
     (lambda net, x: F.relu(x) + x, False),
+    (lambda net, x: torch.add(F.relu(x), F.relu(-x), alpha=-1), False),
     (lambda net, x: F.relu(x) * -1.0, False),
     (lambda net, x: F.hardtanh(x, -1, 1), False),
     (lambda net, x: torch.cat([F.relu(x[..., :4]), x[..., 4:]], -1), False),
