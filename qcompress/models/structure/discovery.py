@@ -54,47 +54,53 @@ def _discovered(
     def run_randomized() -> list[Tensor]:
         return tensors_of(torch.func.functional_call(model, overrides, (), dict(inputs)))
 
-    found = find_layers(model, run)
-    trace = found.trace
-    if not found.layers:
+    layers, floats, trace = find_layers(model, run)
+    if not layers:
         raise ModelError(
             f"{type(model).__name__} has no linear, embedding or convolution layer that its forward calls",
             fix="name another model",
         )
-    blocks = find_blocks(model, trace, found.layers)
+    blocks = find_blocks(model, trace, layers)
     attentions = find_attentions(model, run)
-    layers = with_parts(mark_head(found.layers, trace, blocks), trace, blocks, tuple(attentions))
+    layers = with_parts(mark_head(layers, trace, blocks), trace, blocks, tuple(attentions))
     folded = find_batch_norms(model, layers, trace, run_randomized)
     layers = tuple(dataclasses.replace(layer, norm=folded.get(layer.name)) for layer in layers)
     proven: list[Site] = []
     rules: dict[str, str] = {}
     if sites:
-        taken = norm_factors(model, [*_norms(model, trace, folded), *folded.values()], run)
-        rules = {name: rule for name, rule in taken.items() if name not in folded.values()}
+        rules = norm_factors(model, [*_norms(model, trace, folded), *folded.values()], run)
+        alike = representatives(model, layers, blocks) if representative else {}
         readers = _unshared(layers, trace)
         probe = Probe(model, inputs, readers, folded, overrides)
-        writers = _in_call_order([*rules, *_writing(layers, readers, taken)], trace)
-        alike = representatives(model, layers, blocks) if representative else {}
-        proven = _proven_sites(probe, writers, rules, blocks, alike)
+        proven = _proven_sites(probe, _writers(layers, readers, rules, trace), blocks, alike)
         if again is not None:
             proven = verified(Probe(model, again, readers, folded, overrides), proven, silent=True)
-    held = {id(model.get_submodule(layer.name).weight) for layer in layers}
-    wide = [(name, parameter) for name, parameter in model.named_parameters() if parameter.dim() > 1]
-    outside = [(name, tuple(parameter.shape)) for name, parameter in wide if id(parameter) not in held]
-    total = sum(parameter.numel() for _, parameter in wide)
+    covered, uncovered = _coverage(model, layers)
     return Structure(
         layers=layers,
-        floats=found.floats,
+        floats=floats,
         blocks=blocks,
         sites=tuple(proven),
         norms={site.writer: rules[site.writer] for site in proven if site.kind == "norm"},
         attentions=tuple(attentions),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        covered=1 - sum(math.prod(shape) for _, shape in outside) / total if total else 1.0,
-        uncovered=tuple(sorted(outside, key=lambda item: (-math.prod(item[1]), item[0]))),
+        covered=covered,
+        uncovered=uncovered,
         repeated=tuple(layer.name for layer in layers if trace.calls[layer.name] > 1),
         key_values=tuple(attentions.values()),
     )
+
+
+def _coverage(
+    model: nn.Module, layers: Sequence[Layer]
+) -> tuple[float, tuple[tuple[str, tuple[int, ...]], ...]]:
+    """Share of the layers in the parameters with two axes or more, and the others, the largest first."""
+    held = {id(model.get_submodule(layer.name).weight) for layer in layers}
+    wide = [(name, parameter) for name, parameter in model.named_parameters() if parameter.dim() > 1]
+    outside = [(name, tuple(parameter.shape)) for name, parameter in wide if id(parameter) not in held]
+    total = sum(parameter.numel() for _, parameter in wide)
+    covered = 1 - sum(math.prod(shape) for _, shape in outside) / total if total else 1.0
+    return covered, tuple(sorted(outside, key=lambda item: (-math.prod(item[1]), item[0])))
 
 
 def _norms(model: nn.Module, trace: Trace, folded: Mapping[str, str]) -> list[str]:
@@ -106,6 +112,7 @@ def _norms(model: nn.Module, trace: Trace, folded: Mapping[str, str]) -> list[st
         if trace.calls[name] == 1
         and is_norm(module)
         and name not in folded.values()
+        and name not in trace.read_outside
         and all(owners[id(tensor)] == 1 for tensor in module.parameters())
     ]
 
@@ -120,37 +127,35 @@ def _unshared(layers: Sequence[Layer], trace: Trace) -> list[str]:
     ]
 
 
-def _writing(layers: Sequence[Layer], unshared: Sequence[str], taken: Mapping[str, str]) -> list[str]:
-    """Layers whose weight, or whose batch norm's weight, takes a factor of the output. A batch norm that
-    holds an activation (timm's BatchNormAct2d) may not; a head's output is the model's.
+def _writers(
+    layers: Sequence[Layer], unshared: Sequence[str], rules: Mapping[str, str], trace: Trace
+) -> dict[str, str]:
+    """Candidates for writers of sites in call order -> their kind: norms whose weight takes a factor of the
+    output, and layers of which that holds as well. It holds of a convolution with a batch norm if the batch
+    norm takes it; one that holds an activation (timm's BatchNormAct2d) may not. A head's output is the
+    model's.
     """
-    return [
-        layer.name
+    folded = {layer.norm for layer in layers if layer.norm}
+    kinds = {name: "norm" for name in rules if name not in folded}
+    kinds |= {
+        layer.name: "value"
         for layer in layers
         if layer.name in unshared
         and layer.kind != "head"
-        and (layer.norm is None or taken.get(layer.norm) == "weight")
-    ]
-
-
-def _in_call_order(names: Sequence[str], trace: Trace) -> list[str]:
-    order = {name: place for place, name in enumerate(trace.calls)}
-    return sorted(names, key=order.__getitem__)
+        and (layer.norm is None or rules.get(layer.norm) == "weight")
+    }
+    return {name: kinds[name] for name in trace.calls if name in kinds}
 
 
 def _proven_sites(
-    probe: Probe,
-    writers: Sequence[str],
-    norms: Mapping[str, str],
-    blocks: Sequence[str],
-    alike: Mapping[str, str],
+    probe: Probe, writers: Mapping[str, str], blocks: Sequence[str], alike: Mapping[str, str]
 ) -> list[Site]:
-    """Sites in call order. `alike`: block -> the block whose sites are stated for it; a statement that one
-    run does not confirm is searched like those of the first block.
+    """Sites in call order. `writers`: name -> kind. `alike`: block -> the block whose sites are stated for
+    it; a statement that one run does not confirm is searched like those of the first block.
     """
 
     def searched(writer: str) -> Site | None:
-        return search(probe, writer, "norm" if writer in norms else "value")
+        return search(probe, writer, writers[writer])
 
     places = {writer: block_of(writer, blocks) for writer in writers}
     first = [name for name, block in places.items() if block is None or alike.get(block, block) == block]

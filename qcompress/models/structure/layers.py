@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,15 +24,6 @@ UNQUANTIZED = (
 Kind = Literal["linear", "embedding", "conv"]
 
 
-@dataclass(frozen=True)
-class Layers:
-    """Layers and layer-like modules of a traced model."""
-
-    trace: Trace
-    layers: tuple[Layer, ...]
-    floats: dict[str, str]
-
-
 def is_transposed(module: nn.Module) -> bool:
     """True for a Conv1D of transformers, a linear layer that stores [in, out]."""
     return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
@@ -48,8 +38,10 @@ def kind_of(module: nn.Module) -> Kind | None:
     return "conv" if isinstance(module, nn.Conv2d) else None
 
 
-def find_layers(model: nn.Module, run: Callable[[], Any]) -> Layers:
-    """Trace one run, and describe the layers in call order, without their blocks' parts and batch norms."""
+def find_layers(model: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Layer, ...], dict[str, str], Trace]:
+    """Trace `run`, a call of the model. Returns the layers in call order, without their parts and batch
+    norms, the layer-like modules that stay float with the reason, and the trace.
+    """
     candidates = {
         name: module
         for name, module in model.named_modules()
@@ -76,7 +68,7 @@ def find_layers(model: nn.Module, run: Callable[[], Any]) -> Layers:
             floats[name] = "its weight is read outside its module"
     order = {name: place for place, name in enumerate(trace.calls)}
     names = sorted(candidates.keys() - floats.keys(), key=order.__getitem__)
-    return Layers(trace, _described(model, {name: candidates[name] for name in names}, trace), floats)
+    return _described(model, {name: candidates[name] for name in names}, trace), floats, trace
 
 
 def _described(model: nn.Module, modules: Mapping[str, nn.Module], trace: Trace) -> tuple[Layer, ...]:

@@ -106,12 +106,12 @@ def trace_run(
 ) -> Trace:
     """Observe `run`, a call of the model.
 
-    `layer_like`: the modules whose parameters are watched. `check` is called with the name, the arguments and
-    the output of each of their first calls; `Trace.results` keeps what it returns.
+    `check` is called with the name, the arguments and the output of the first call of each of the modules
+    `layer_like`; `Trace.results` keeps what it returns.
     """
     trace = Trace()
     owners: dict[int, set[str]] = {}
-    for name, module in layer_like.items():
+    for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(name)
     observer = _Observer(trace, owners)
