@@ -54,6 +54,21 @@ def test_the_model_and_torch_are_unchanged_afterwards() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_the_random_state_is_restored_for_a_model_that_draws() -> None:
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) + 0 * torch.rand(1)
+
+    model = Drawing()
+    random = torch.get_rng_state()
+    discover(model, {"x": torch.ones(2, 4)})
+    assert torch.equal(torch.get_rng_state(), random)
+
+
 def test_the_model_is_unchanged_after_an_error() -> None:
     sample = zoo.build("llama")
     sample.model.train()
