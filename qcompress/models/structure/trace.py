@@ -19,9 +19,6 @@ MIXERS = ("softmax", "scaled_dot_product_attention")
 
 ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__")
 
-UNCHANGED = ("dropout", "contiguous", "to", "float", "type_as", "requires_grad_")
-"""Functions that may return their first argument as it is; others that return it have changed it in place."""
-
 
 @dataclass
 class Trace:
@@ -52,15 +49,12 @@ class _Makers:
         self._names: dict[int, tuple[weakref.ref[Tensor], list[str]]] = {}
 
     def of(self, tensor: object) -> list[str]:
-        """Names of the modules; empty for other values, and for a tensor that was changed in place since."""
+        """Names of the modules, also after a change in place; empty for other values."""
         reference, names = self._names.get(id(tensor), (lambda: None, []))
         return names if tensor is not None and reference() is tensor else []
 
     def add(self, tensor: Tensor, name: str) -> None:
         self._names[id(tensor)] = weakref.ref(tensor), [*self.of(tensor), name]
-
-    def forget(self, tensor: object) -> None:
-        self._names.pop(id(tensor), None)
 
 
 class _Observer(TorchFunctionMode):
@@ -93,8 +87,6 @@ class _Observer(TorchFunctionMode):
                 if owners and top not in owners:
                     self.trace.read_outside |= owners
         self.nonnegative.observe(function, args, kwargs, result)
-        if result is first and title not in UNCHANGED:
-            self.makers.forget(result)
         return result
 
 
