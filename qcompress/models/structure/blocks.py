@@ -55,8 +55,9 @@ class _Finder:
         return [child for child in composite if counts[type(self.modules[child])] > 1]
 
     def _is_stage(self, name: str) -> bool:
-        """True for a module with a list of composite children of one class whose result it passes on. A block
-        may hold such a list as well, of convolutions with their norms, but adds its result to a residual.
+        """True for a module with a list of composite children of one class that holds most of its layers, and
+        whose result it passes on. A block may hold such a list as well, of convolutions with their norms,
+        but adds its result to a residual.
         """
         for below, module in self.modules[name].named_modules():
             inner = f"{name}.{below}" if below else name
@@ -65,12 +66,17 @@ class _Finder:
             children = self._children(inner)
             is_chain = bool(children) and self._repeated(inner, in_stage=True) == children
             if is_chain and len({type(self.modules[child]) for child in children}) == 1:
-                return not any(
+                is_added = any(
                     children[-1] in makers
                     for parent, makers in self.trace.added.items()
                     if f"{inner}.".startswith(f"{parent}.") and f"{parent}.".startswith(f"{name}.")
                 )
+                return not is_added and 2 * self._count(inner) > self._count(name)
         return False
+
+    def _count(self, name: str) -> int:
+        """Number of layers inside a module."""
+        return sum(layer.startswith(f"{name}.") for layer in self.layers)
 
 
 def find_blocks(model: nn.Module, trace: Trace, layers: Sequence[Layer]) -> tuple[str, ...]:

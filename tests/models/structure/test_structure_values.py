@@ -132,6 +132,30 @@ def test_stages_are_not_blocks() -> None:
         assert discover(sample.model, sample.inputs, sites=False).blocks[0] == block
 
 
+def test_a_list_inside_a_block_is_not_a_list_of_blocks() -> None:
+    """MobileBERT's blocks hold a list of feed-forward layers, beside their attention."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.layer(x)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.inner = nn.Sequential(Inner(), Inner())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.after(self.inner(self.before(x)))
+
+    model = nn.Sequential(Outer(), Outer())
+    assert discover(model, {"input": torch.randn(2, 4)}, sites=False).blocks == ("0", "1")
+
+
 def test_a_structure_is_read_without_torch() -> None:
     code = "import sys, qcompress.models.structure; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
