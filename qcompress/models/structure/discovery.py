@@ -16,7 +16,7 @@ from qcompress.models.architecture import Layer, Site
 from qcompress.models.structure.attentions import find_attentions
 from qcompress.models.structure.batch_norms import find_batch_norms
 from qcompress.models.structure.blocks import find_blocks, representatives, with_parts
-from qcompress.models.structure.layers import block_of, find_layers, mark_head
+from qcompress.models.structure.layers import block_of, find_layers, kind_of, mark_head
 from qcompress.models.structure.norm_factors import is_norm, norm_factors
 from qcompress.models.structure.probe import Probe
 from qcompress.models.structure.running import tensors_of, unchanged, without_constants
@@ -70,7 +70,7 @@ def _discovered(
     if sites:
         rules = norm_factors(model, [*_norms(model, trace, folded), *folded.values()], run)
         alike = representatives(model, layers, blocks) if representative else {}
-        readers = _unshared(layers, trace)
+        readers = _unshared(model, layers, trace)
         probe = Probe(model, inputs, readers, folded, overrides)
         proven = _proven_sites(probe, _writers(layers, readers, rules, trace), blocks, alike)
         if again is not None:
@@ -117,14 +117,37 @@ def _norms(model: nn.Module, trace: Trace, folded: Mapping[str, str]) -> list[st
     ]
 
 
-def _unshared(layers: Sequence[Layer], trace: Trace) -> list[str]:
-    """Linear and convolution layers that are called once and whose weight no other layer reads."""
+def _unshared(model: nn.Module, layers: Sequence[Layer], trace: Trace) -> list[str]:
+    """Linear and convolution layers that are called once, whose weight no other layer reads, and that are
+    not chosen by the inputs.
+    """
     shared = {name for layer in layers if layer.tied_to for name in (layer.name, layer.tied_to)}
+    choices = _choices(model, trace)
     return [
         layer.name
         for layer in layers
-        if layer.kind != "embedding" and layer.name not in shared and trace.calls[layer.name] == 1
+        if layer.kind != "embedding"
+        and layer.name not in shared
+        and trace.calls[layer.name] == 1
+        and block_of(layer.name, choices) is None
     ]
+
+
+def _choices(model: nn.Module, trace: Trace) -> list[str]:
+    """Lists of modules with layers of which some were called and some were not: experts, of which other
+    inputs call others. A norm before them has readers that were not seen.
+    """
+    choices = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            children = [
+                f"{name}.{child}" if name else child
+                for child, inner in module.named_children()
+                if any(kind_of(part) for part in inner.modules())
+            ]
+            if len({child in trace.calls for child in children}) == 2:
+                choices.append(name)
+    return choices
 
 
 def _writers(

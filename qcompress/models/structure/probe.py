@@ -62,11 +62,10 @@ class Probe:
         keep = {name: self._keep(name) for name in self._readers}
         with _hooks(self._modules, keep):
             self._outputs = self._run()
-        self.silent = {
-            name: _channels_last(self._modules[name], x).eq(0).all(0).cpu()
-            for name, (x, _) in self._clean.items()
-        }
-        """Reader -> which of its input channels are zero everywhere, so that no factor shows."""
+        self.silent = {name: self._zeros(name) for name in self._readers}
+        """Reader -> which of its input channels are zero everywhere, so that no factor shows. All are for a
+        reader that these inputs do not call, such as an expert.
+        """
 
     def channels(self, writer: str) -> int:
         """Number of output channels of a norm or a layer."""
@@ -87,6 +86,14 @@ class Probe:
             return None
         is_same = len(outputs) == len(self._outputs) and all(map(torch.equal, outputs, self._outputs))
         return arrived if is_same else None
+
+    def _zeros(self, name: str) -> Tensor:
+        if name in self._clean:
+            return _channels_last(self._modules[name], self._clean[name][0]).eq(0).all(0).cpu()
+        module = self._modules[name]
+        if isinstance(module, nn.Conv2d):
+            return torch.ones(module.in_channels, dtype=torch.bool)
+        return torch.ones(module.weight.numel() // self.channels(name), dtype=torch.bool)
 
     def _run(self) -> list[Tensor]:
         output = torch.func.functional_call(self._model, self._overrides, (), self._inputs)
@@ -123,11 +130,12 @@ class Probe:
                     self._modules[name].forward = forward
 
     def _replay(self, name: str, arrived: dict[str, Exponents]) -> Callable[..., Tensor]:
-        module, (clean, output) = self._modules[name], self._clean[name]
+        module = self._modules[name]
+        clean, output = self._clean.get(name, (None, None))
 
         def forward(*args: Any, **keywords: Any) -> Tensor:
             x = _input(args, keywords)
-            if x.shape != clean.shape:
+            if clean is None or x.shape != clean.shape:
                 raise _LeakError
             if not torch.equal(x, clean):
                 arrived[name] = _exponents(_channels_last(module, x), _channels_last(module, clean))

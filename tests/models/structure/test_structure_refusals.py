@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qcompress.errors import ModelError
 from qcompress.models.architecture import Site
 from qcompress.models.structure import Structure, discover
+from qcompress.models.structure.probe import _exponents, _LeakError
 
 
 class Net(nn.Module):
@@ -116,10 +117,12 @@ def test_an_output_beside_the_reader_is_a_leak() -> None:
     assert sites_of(Pair(lambda net, x: x), example()) == {}
 
 
-def test_a_factor_that_is_nearly_a_power_of_two_is_none() -> None:
-    """One token: every ratio is the same in all rows."""
-    assert sites_of(Net(lambda net, x: x + 0.001 * x.sign()), example(1, 1)) == {}
-    assert sites_of(Net(lambda net, x: x), example(1, 1)).keys() == {"first"}
+def test_a_factor_that_is_not_a_power_of_two_is_a_leak() -> None:
+    clean = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
+    assert _exponents(clean * torch.tensor([0.25, 8.0]), clean).tolist() == [-2, 3]
+    for scaled in (clean * 3, -clean, clean + 1, clean * torch.tensor([[2.0], [4.0]])):
+        with pytest.raises(_LeakError):
+            _exponents(scaled, clean)
 
 
 def test_a_step_that_changes_some_tokens_leaves_no_site() -> None:
@@ -184,6 +187,38 @@ def test_a_site_that_further_inputs_contradict_is_dropped() -> None:
     assert sites_of(model, example()).keys() == {"first"}
     assert sites_of(model, example(), again=example(2, 6)).keys() == {"first"}
     assert sites_of(model, example(), again=example(2, 9)) == {}
+
+
+def test_a_reader_that_the_second_inputs_call_contradicts_a_site() -> None:
+    """No input calls both readers of the norm, and the first one does not exist for the second inputs."""
+
+    class Routed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x)
+            return self.second(x) if x.shape[1] < 7 else self.third(x)
+
+    model = Routed(lambda net, x: x)
+    structure = discover(model, example(), example(2, 9))
+    assert [layer.name for layer in structure.layers] == ["second"]
+    assert structure.floats == {"first": "never called as a module", "third": "never called as a module"}
+    assert structure.sites == ()
+
+
+def test_experts_that_no_input_calls_may_read_the_norm_as_well() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.router = nn.LayerNorm(8), nn.Linear(8, 8)
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x)
+            return self.experts[int(x.mean() > -100)](x) + self.router(x)
+
+    structure = discover(Experts(), example(), example(2, 9))
+    assert structure.sites == ()
+    assert [layer.name for layer in structure.layers] == ["experts.1", "router"]
 
 
 def test_blocks_of_one_class_that_compute_different_things_are_not_trusted() -> None:
