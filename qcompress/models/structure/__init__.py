@@ -30,8 +30,11 @@ def discover(
     `inputs`: example arguments of `forward`, by name. `again`: arguments of another length or size, on which
     every site is proven a second time.
     `sites`: False leaves the rescaling sites out, which take most of the time.
-    `representative`: prove sites in one block of each kind, state them for its like and prove the statements
-    in one run; False: search every block.
+    `representative`: search sites in one block of each kind, state them for its like and prove the statements
+    in one run. A site that leaves its block is not stated for others. False: search every block.
+
+    A proof holds for what these inputs run. A channel that is zero in all of them is not rescaled, and an
+    expert that none of them calls stays float; use inputs of several rows.
 
     Raises ModelError for a model without a quantizable layer, and whatever `forward` raises.
     """
