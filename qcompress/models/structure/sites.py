@@ -10,7 +10,6 @@ channel grows once and shrinks once. Every run must leave the outputs bit-identi
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -30,7 +29,7 @@ FAR = 20
 def prove(probe: Probe, writer: str, kind: str, channels: Sequence[int]) -> Site | None:
     """Site of a writer with the channels that were seen to arrive, of those given; None without a proof."""
     total = probe.channels(writer)
-    digits = max(1, math.ceil(math.log(total, BASE)))
+    digits = len(f"{total - 1:x}")  # of the largest number, in base 16
     chosen = torch.tensor(channels)
     numbers: dict[str, Tensor] = {}
     first: dict[str, Exponents] = {}
