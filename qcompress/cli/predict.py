@@ -1,11 +1,12 @@
-"""Prediction from a run's ONNX file, on ONNX Runtime: the continuation of a text, or the labels of a text or
-an image.
+"""Prediction from a run's ONNX file, on ONNX Runtime: the continuation of a text, the labels of a text or an
+image, or the embeddings of texts and their cosine.
 
 A continuation is greedy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
-    """Output of `qcompress predict` for the run's task: a text, or a line for each label or token. `text` is
+    """Output of `qcompress predict` for the run's task: a text, or a line for each label, token or text. `text` is
     the path of an image if the model classifies images.
     """
     if run.recipe.task.name == "causal-lm":
@@ -37,6 +38,8 @@ def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
         if pair is not None:
             raise UsageError("the tokens of one text are labelled", fix="drop --pair")
         return "\n".join(f"{word}\t{label}\t{share:.4f}" for word, label, share in tag(run, text))
+    if run.recipe.task.name == "feature-extraction":
+        return "\n".join(embed(run, text, pair))
     if run.recipe.task.name == "image-classification":
         if pair is not None:
             raise UsageError("one image is classified", fix="drop --pair")
@@ -69,6 +72,26 @@ def _ranked(config: dict[str, Any], logits: np.ndarray) -> list[tuple[str, float
     labels = [config["id2label"][str(index)] for index in range(len(logits))]
     order = range(len(labels)) if problem == "regression" else np.argsort(-values, kind="stable")
     return [(labels[index], float(values[index])) for index in order]
+
+
+SHOWN = 8
+"""Number of an embedding's values that are shown."""
+
+
+def embed(run: LoadedRun, text: str, pair: str | None = None) -> Iterator[str]:
+    """Lines with the width and the first values of each text's embedding, and the cosine of two texts."""
+    config = read_config(run.path)
+    embeddings = [
+        _logits(run, _encoded(run, config, given, None))[0].astype(np.float64)
+        for given in (text, pair)
+        if given is not None
+    ]
+    for given, embedding in zip((text, pair), embeddings, strict=False):
+        values = " ".join(f"{value:.4f}" for value in embedding[:SHOWN])
+        yield f"{given}\t[{len(embedding)}] {values}{' ...' if len(embedding) > SHOWN else ''}"
+    if pair is not None:
+        first, second = embeddings
+        yield f"cosine\t{first @ second / np.sqrt(first @ first * (second @ second)):.4f}"
 
 
 def tag(run: LoadedRun, text: str) -> list[tuple[str, str, float]]:

@@ -71,11 +71,12 @@ def write_probe(
     logits: Path,
     onnx: OnnxModel,
     engine: Engine | None,
+    ranked: bool = True,
 ) -> None:
     """Write the kit into `folder`.
 
     `sets`: number of samples in each set; `arrays`: the task's arrays for all samples, in that order;
-    `logits`: the .npy file of the onnx row.
+    `logits`: the .npy file of the onnx row; `ranked`: the largest of them is the answer.
     """
     folder.mkdir(exist_ok=True)
     set_index = np.repeat(np.arange(len(sets), dtype=np.int32), list(sets.values()))
@@ -95,6 +96,7 @@ def write_probe(
             "backend": build.get("backend") or "tensorrt",
             "disabled_optimizers": disabled_optimizers(onnx.file),
             "per_sample": "nll" if "first" in arrays else "logits",
+            **({} if ranked else {"ranked": False}),
         },
     )
     for script in (*SCRIPT.parent.glob("*.py"), Path(strict_json.__file__)):

@@ -45,10 +45,12 @@ from qcompress.models.architecture import (
 )
 from qcompress.models.config_checks import check_config, check_leftover, check_shapes, config_of, labels_of
 from qcompress.models.layer_selection import Depth
+from qcompress.models.pooling import KEY, EmbeddingHead
 
 Shapes = dict[str, tuple[int, ...]]
 
 CLASSES = {
+    "feature-extraction": "Model",
     "sequence-classification": "ForSequenceClassification",
     "token-classification": "ForTokenClassification",
 }
@@ -91,7 +93,7 @@ class Encoder:
     additions: tuple[str, str]
     """Prefixes of the names of the points at the two residual additions."""
     head: Mapping[str, tuple[str, ...]]
-    """Layers after the encoder for each task; the last one computes the logits."""
+    """Layers after the encoder for each task with a head; the last one computes the logits."""
     padding: int | None = None
     """Default id of the padding token, after which positions start; None: positions start at 0."""
 
@@ -110,8 +112,8 @@ class Encoder:
         """Architecture of a checkpoint with the head of a task, whose tensors are checked against it."""
         self._check_config(config, head)
         shapes = self._shapes(tensors)
-        labels = self.labels(config, tensors, head)
-        layers = self._layers(config, head.task, len(labels))
+        outputs = len(self.labels(config, tensors, head)) if self.head.get(head.task) else 0
+        layers = self._layers(config, head.task, outputs)
         blocks = tuple(f"{self.family}.{self.stack}.{index}" for index in range(config[self.blocks]))
         new = self._check_shapes(layers, self._norms(config), shapes, head.task)
         width = config[self.width]
@@ -146,7 +148,12 @@ class Encoder:
     def task_config(
         self, config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head
     ) -> dict[str, Any]:
-        """config.json of the task's model: its class, labels and problem type."""
+        """config.json of the task's model: its class, labels and problem type; or its pooling."""
+        if isinstance(head, EmbeddingHead):
+            pooled = {"pooling": head.pooling, "normalize": head.normalize}
+            named = self.title + CLASSES[head.task]
+            return {**config, "architectures": [named], "problem_type": head.problem, KEY: pooled}
+        config = {key: value for key, value in config.items() if key != KEY}
         labels = self.labels(config, tensors, head)
         return config_of(config, self.title + CLASSES[head.task], labels, head)
 
@@ -213,9 +220,10 @@ class Encoder:
             layers += [Layer(f"{block}.{name}", "linear", width, width, part="attention") for name in names]
             layers.append(Layer(f"{block}.{self.linears[0]}", "linear", width, inner, part="ffn"))
             layers.append(Layer(f"{block}.{self.linears[1]}", "linear", inner, width, part="ffn"))
-        *before, last = self.head[task]
-        layers += [Layer(name, "linear", width, width) for name in before]
-        return [*layers, Layer(last, "head", width, labels)]
+        for name in self.head.get(task, ()):
+            is_last = name == self.head[task][-1]
+            layers.append(Layer(name, "head", width, labels) if is_last else Layer(name, "linear", width, width))
+        return layers
 
     def _norms(self, config: dict[str, Any]) -> list[str]:
         blocks = [f"{self.family}.{self.stack}.{index}" for index in range(config[self.blocks])]
@@ -256,7 +264,7 @@ class Encoder:
             expected |= dict.fromkeys((f"{norm}.weight", f"{norm}.bias"), (layers[0].in_features,))
         new = tuple(
             f"{layer}.{part}"
-            for layer in self.head[task]
+            for layer in self.head.get(task, ())
             if self._bare(f"{layer}.weight") not in shapes and self._bare(f"{layer}.bias") not in shapes
             for part in ("weight", "bias")
         )

@@ -16,12 +16,14 @@ from qcompress.models.checkpoint_files import read_config
 from qcompress.models.encoder import CLASSES, Encoder
 from qcompress.models.layer_selection import Depth, lacking, share_parameters
 from qcompress.models.loading import complete, reading, stock_config, stock_model
+from qcompress.models.pooling import KEY
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 AUTO = {
+    "feature-extraction": "AutoModel",
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
@@ -42,8 +44,9 @@ class Maker:
         """
         import transformers
 
-        named = (read_config(directory).get("architectures") or [None])[0]
-        if named not in self.autos:
+        config = read_config(directory)
+        named = (config.get("architectures") or [None])[0]
+        if named not in self.autos or (self.autos[named] == AUTO["feature-extraction"] and KEY not in config):
             raise ModelError(
                 f"{directory}: config.json names the class {named}, which is not one of "
                 f"{', '.join(self.autos)}",
@@ -67,6 +70,12 @@ def load_model(
         config.architectures[0], source, folder, config, attn_implementation="eager"
     )
     missing = loading_info["missing_keys"]
+    if pooled := read_config(folder).get(KEY):
+        from qcompress.models.text_embedder import embedder
+
+        prefix = f"{model.base_model_prefix}."
+        missing = {prefix + name for name in missing if not name.startswith("pooler.")}
+        model = embedder(model, pooled)
     if depth is not None:
         missing = lacking(missing, model, depth)
     complete(model, source, folder, missing, model.config.initializer_range)
@@ -81,7 +90,12 @@ def empty_model(maker: Maker, directory: Path, depth: Depth | None = None) -> Pr
 
     config, stock = maker.of(directory)
     with torch.device("meta"), reading(directory / "config.json", "transformers cannot make a model from it"):
-        model = stock.from_config(config, attn_implementation="eager").eval()
+        model = stock.from_config(config, attn_implementation="eager")
+    if pooled := read_config(directory).get(KEY):
+        from qcompress.models.text_embedder import embedder
+
+        model = embedder(model, pooled)
+    model.eval()
     if depth is not None:
         share_parameters(model, depth)
     return model

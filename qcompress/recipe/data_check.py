@@ -16,15 +16,16 @@ from typing import Any
 from qcompress.errors import MachineError, ModelError, UsageError
 from qcompress.models import FAMILIES, chosen
 from qcompress.models.architecture import PIXELS
+from qcompress.models.pooling import settled_head
 from qcompress.models.readers import check_reader, image_size, keeps_size
 from qcompress.models.tokenizer_files import TokenizerFiles, first_with, read_tokenizer
-from qcompress.recipe.rules.data import also, sections_of
+from qcompress.recipe.rules.data import also, needs_labels, sections_of
 from qcompress.recipe.rules.values import TASK_LOSS_PHASES
 from qcompress.recipe.yaml_file import Document, Key, dotted
 from qcompress.schema.axes import PHASES
 from qcompress.schema.data import FILES
 from qcompress.schema.recipe import CausalLm, Recipe, TextData
-from qcompress.schema.tasks import AGREEMENT
+from qcompress.schema.tasks import AGREEMENT, Labelled
 from qcompress.tasks import TASKS
 from qcompress.tasks.columns import ColumnError
 from qcompress.tasks.examples import Examined
@@ -156,7 +157,8 @@ def _with_labels(check: _DataCheck) -> Any:
     task = TASKS[recipe.task.name]
     config, tensors, _ = chosen(recipe.model.family, check.directory, recipe.model.blocks)
     try:
-        config_of_task = check.family.task_config(config, tensors, task.head(recipe.task))
+        head = settled_head(task.head(recipe.task), check.directory, config)
+        config_of_task = check.family.task_config(config, tensors, head)
         return task.settled(recipe.task, config_of_task)
     except (ModelError, UsageError) as error:
         check.add(("task", "labels"), error.message, error.fix)
@@ -189,7 +191,7 @@ def _examine(check: _DataCheck, section: Key, data: TextData, task: Any) -> Exam
 
 def _judge_readings(check: _DataCheck, sections: list[tuple[Key, TextData]], task: Any) -> None:
     """Report a whole number that is a different label in different sections."""
-    if isinstance(task, CausalLm) or task.labels_are is not None or not labels_of(task).are_digits:
+    if not isinstance(task, Labelled) or task.labels_are is not None or not labels_of(task).are_digits:
         return
     seen: dict[str, tuple[int, Key]] = {}
     for section, data in sections:
@@ -238,13 +240,13 @@ def _judge_labels_to_train_on(check: _DataCheck, data: TextData, examined: Exami
     recipe = check.recipe
     if examined.labelled or data.text is not None or isinstance(recipe.task, CausalLm):
         return  # `text` for training has a rule of its own
-    if not check.document.sound(("schedule",)):
+    if not check.document.sound(("schedule",), ("objective",)) or not needs_labels(recipe):
         return
     defaults = PHASES[recipe.schedule.name]
     steps = {name: recipe.train.phases.get(name, phase).steps for name, phase in defaults.items()}
     phase = next((name for name in defaults if name in TASK_LOSS_PHASES and steps[name]), None)
     if phase is not None and recipe.export.graph is None:
-        role = "tags" if recipe.task.name == "token-classification" else "label"
+        role = recipe.task.columns[-1]
         fix = f"name the column with `columns: {{{role}: ...}}`"
         message = f"has no labels, and the phase {phase} trains on them"
         check.add(_origin(("data", "train"), data), message, fix)

@@ -29,7 +29,7 @@ class Columns(_Grown):
     """
 
     text: str | None = None
-    """The text (sequence-classification)."""
+    """The text (sequence-classification, feature-extraction)."""
     pair: str | None = None
     """The second text of a pair (sequence-classification)."""
     label: str | None = None
@@ -42,8 +42,13 @@ class Columns(_Grown):
     image: str | None = None
     """The image (image-classification); in an archive the array `images`, uint8 [images, height, width, 3],
     and the array of labels is `labels`."""
+    text_pair: str | None = None
+    """The text to compare with (feature-extraction); read if it is named, or with a column `score`."""
+    score: str | None = None
+    """The similarity of the two texts, a number (feature-extraction). Without this key, a table without a
+    column `score` has none."""
 
-    _ADDED: ClassVar[tuple[str, ...]] = ("image",)
+    _ADDED: ClassVar[tuple[str, ...]] = ("image", "text_pair", "score")
 
 
 class Augment(Options):
@@ -64,7 +69,8 @@ SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 """Supported table formats."""
 
 
-RESULTS = ("label", "positions", "tokens", "prediction", "reference", "rank", "correct", "nll", "loss")
+RESULTS = ("label", "positions", "tokens", "prediction", "reference", "rank", "correct", "nll", "loss",
+           "cosine", "embedding")  # fmt: skip
 """Result columns of a sample, which can be used in goals without `slices`."""
 
 

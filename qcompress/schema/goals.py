@@ -21,6 +21,8 @@ METRICS: dict[str, Literal["lower", "higher"]] = {
     "span_f1": "higher",
     "top5_accuracy": "higher",
     "cross_entropy": "lower",
+    "cosine_spearman": "higher",
+    "cosine_pearson": "higher",
     "agreement": "higher",
 }
 """All metrics of the tasks, and their better direction."""

@@ -46,6 +46,7 @@ from qcompress.schema.stages import STAGES as STAGES
 from qcompress.schema.stages import Row
 from qcompress.schema.stages import Stage as Stage
 from qcompress.schema.tasks import CausalLm as CausalLm
+from qcompress.schema.tasks import FeatureExtraction as FeatureExtraction
 from qcompress.schema.tasks import ImageClassification as ImageClassification
 from qcompress.schema.tasks import SequenceClassification as SequenceClassification
 from qcompress.schema.tasks import Task

@@ -21,7 +21,16 @@ from qcompress.schema.glue import GLUE
 from qcompress.schema.quantizers import named
 
 
-class CausalLm(Options):
+class TaskOptions(Options):
+    """Base of the options of a task."""
+
+    output: ClassVar[str] = "logits"
+    """Name of the graph's output."""
+    ranked: ClassVar[bool] = True
+    """True if the largest output is the answer, so that rows agree where they choose the same one."""
+
+
+class CausalLm(TaskOptions):
     """Next-token prediction. Metrics: perplexity, token_accuracy."""
 
     sources: ClassVar[tuple[str, ...]] = ("text", "dataset")
@@ -72,7 +81,7 @@ LabelsAre = Literal["names", "indices"]
 READINGS: tuple[str, ...] = get_args(LabelsAre)
 
 
-class Labelled(Options):
+class Labelled(TaskOptions):
     """Options of a task with labels. An unset `labels_are` is not written, so that older recipes keep their
     digests.
     """
@@ -278,13 +287,73 @@ class ImageClassification(Labelled):
         return self
 
 
+class FeatureExtraction(TaskOptions):
+    """An embedding of each text. Metrics: cosine_spearman and cosine_pearson (scored pairs of texts); without
+    scores the agreement is the mean cosine of each embedding with the float model's.
+    """
+
+    sources: ClassVar[tuple[str, ...]] = ("text", "table", "dataset")
+    """Keys of `data` that may name its examples."""
+    columns: ClassVar[tuple[str, ...]] = ("text", "text_pair", "score")
+    """Keys of `columns` that it reads, the input first."""
+    output: ClassVar[str] = "embeddings"
+    ranked: ClassVar[bool] = False
+    kind: ClassVar[str] = "regression"
+    """An embedding is compared as numbers are, by squared differences."""
+
+    name: Literal["feature-extraction"] = "feature-extraction"
+    pooling: Literal["mean", "cls", "last-token"] | None = None
+    """Embedding of a text from those of its tokens: their mean without padding, the first one's, or the last
+    one's. none: as the checkpoint's 1_Pooling/config.json (sentence-transformers) says.
+    """
+    normalize: bool | None = None
+    """Scale each embedding to length 1; none: as the checkpoint's modules.json says."""
+    context: int = Field(default=128, ge=2)
+    """Largest number of tokens of one text; longer ones are cut."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All metrics for pairs with scores, the main one first."""
+        return ("cosine_spearman", "cosine_pearson")
+
+    @property
+    def main(self) -> tuple[str, ...]:
+        """Metrics that the ladder shows."""
+        return self.metrics[:1]
+
+    def within(self, context: int) -> FeatureExtraction:
+        """Task with at most `context` tokens."""
+        return self.model_copy(update={"context": min(self.context, context)})
+
+
 AGREEMENT = "agreement"
-"""Metric of a classification without labels: the share of answers that equal the float model's; for a
-regression Pearson's correlation with the float model's numbers.
+"""Metric of data without labels: the share of answers that equal the float model's; for a regression
+Pearson's correlation with the float model's numbers; for embeddings the mean cosine with the float model's.
 """
 
+ALIASES = {
+    "text-generation": "causal-lm",
+    "text-classification": "sequence-classification",
+    "ner": "token-classification",
+    "sentence-similarity": "feature-extraction",
+}
+"""Names of tasks in transformers and Olive that stand for a task with another name here."""
+
+
+def task_named(value: object) -> object:
+    """Expand a task's name to a mapping, and replace another name of a task by its own.
+
+    >>> task_named("ner"), task_named({"name": "text-generation", "context": 64})
+    ({'name': 'token-classification'}, {'name': 'causal-lm', 'context': 64})
+    """
+    expanded = named(value)
+    if isinstance(expanded, dict) and isinstance(expanded.get("name"), str):
+        return {**expanded, "name": ALIASES.get(expanded["name"], expanded["name"])}
+    return expanded
+
+
 Task = Annotated[
-    CausalLm | SequenceClassification | TokenClassification | ImageClassification,
+    CausalLm | SequenceClassification | TokenClassification | ImageClassification | FeatureExtraction,
     Field(discriminator="name"),
-    BeforeValidator(named),
+    BeforeValidator(task_named),
 ]

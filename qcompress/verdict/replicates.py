@@ -52,8 +52,10 @@ def _words(columns: Columns, truth: str) -> tuple[np.ndarray, np.ndarray]:
 
 def agreement(columns: Columns, counts: np.ndarray) -> np.ndarray:
     """Share of answers (of words, in sequences) that equal the float model's (`reference`); for numbers
-    Pearson's correlation with them.
+    Pearson's correlation with them; for embeddings the mean cosine with them.
     """
+    if "cosine" in columns:
+        return counts @ _numbers(columns["cosine"]) / counts.sum(axis=1)
     if "positions" in columns:
         right, total = _words(columns, "reference")
         return (counts @ right) / (counts @ total)
@@ -203,5 +205,7 @@ REPLICATES: dict[str, Callable[[Columns, np.ndarray], np.ndarray]] = {
     "mcc": mcc,
     "pearson": pearson,
     "spearman": spearman,
+    "cosine_pearson": pearson,
+    "cosine_spearman": spearman,
 }
 """Metrics with a bootstrap; a comparison of another metric has no bootstrap interval and a note."""

@@ -254,6 +254,8 @@ def main(arguments=None, cuda=None):
         "machine": platform.machine(),
         **({} if options.onnx or options.no_speed else beside(runner, inputs)),
     }
+    if not facts.get("ranked", True):
+        far["top1_agreement"] = None  # the largest value of an embedding is not an answer
     options.out.write_text(strict_json.dumps(result, indent=1))
     print(", ".join(words(result, inputs)) + f", {seconds:.1f} s -> {options.out}")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from qcompress.recipe.yaml_file import Document, Key, dotted
 from qcompress.schema.data import FILES, SUFFIXES
-from qcompress.schema.recipe import CausalLm, ImageClassification, Recipe, TextData
+from qcompress.schema.method_options import Distillation, TeacherIntervention
+from qcompress.schema.recipe import CausalLm, FeatureExtraction, ImageClassification, Recipe, TextData
 
 FORMATS: tuple[Key, ...] = tuple(
     ("format", key)
@@ -69,7 +70,7 @@ def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[s
             message = f"belongs to a classification, and the task is {task.name}"
             yield "columns", message, "write `text: [FILE, ...]`, or `dataset:` with `column:`"
         return
-    if data.text is not None and section == ("data", "train"):
+    if data.text is not None and section == ("data", "train") and needs_labels(recipe):
         message = f"has no labels, and {task.name} trains on them"
         yield "text", message, "write `table: [FILE, ...]` (.tsv, .csv, .jsonl, .parquet) with `columns:`"
     role = task.columns[0]
@@ -79,6 +80,12 @@ def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[s
         if column is not None and name not in task.columns:
             message = f"names the column `{name}`, and {task.name} reads {', '.join(task.columns)}"
             yield "columns", message, f"drop `{name}`"
+
+
+def needs_labels(recipe: Recipe) -> bool:
+    """True if training needs labels. A model of embeddings learns from the float model's alone."""
+    taught = isinstance(recipe.objective, Distillation | TeacherIntervention) and not recipe.objective.task
+    return not (taught and isinstance(recipe.task, FeatureExtraction))
 
 
 def sections_of(recipe: Recipe) -> Iterator[tuple[Key, TextData]]:
