@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
-    """Output of `qcompress predict` for the run's task: a text, or a line for each label, token or text. `text` is
-    the path of an image if the model classifies images.
+    """Output of `qcompress predict` for the run's task: a text, or a line for each label, token or text.
+    `text` is the path of an image if the model classifies images.
     """
     if run.recipe.task.name == "causal-lm":
         if pair is not None:

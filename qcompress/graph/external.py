@@ -78,9 +78,10 @@ def adopt(
     `checkpoint`. Returns notes for the user.
 
     The graph reads the family's first input and any of its other inputs, with the axes of the family's
-    signature and types that the inputs can be cast to. Its output (`logits`, or the task's other name) has `shape`: (rows, tokens,
-    vocabulary) or (rows, labels), None for sizes that depend on the inputs. Raises ExportError for other
-    inputs or outputs, for a graph that the target refuses, and for one that ONNX Runtime cannot run.
+    signature and types that the inputs can be cast to. Its output `logits`, of a text encoder `embeddings`,
+    has `shape`: (rows, tokens, vocabulary), (rows, labels) or (rows, width), None for sizes that depend on
+    the inputs. Raises ExportError for other inputs or outputs, for a graph that the target refuses, and for
+    one that ONNX Runtime cannot run.
     """
     import onnx
 

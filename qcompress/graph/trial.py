@@ -1,8 +1,8 @@
 """Child process that runs an ONNX file once in ONNX Runtime.
 
 A graph of unknown origin may crash the process that runs it; a separate process protects the caller. `python
--m qcompress.graph.trial FILE INPUTS MIB OUTPUT`, where INPUTS is a JSON object: for each input its type and its
-axes, names (batch, sequence) or sizes. Writes one JSON object: shape and type of OUTPUT for 2 rows of 5
+-m qcompress.graph.trial FILE INPUTS MIB OUTPUT`, where INPUTS is a JSON object: for each input its type and
+its axes, names (batch, sequence) or sizes. Writes one JSON object: shape and type of OUTPUT for 2 rows of 5
 tokens, and the disabled optimizers. No torch.
 """
 

@@ -220,10 +220,9 @@ class Encoder:
             layers += [Layer(f"{block}.{name}", "linear", width, width, part="attention") for name in names]
             layers.append(Layer(f"{block}.{self.linears[0]}", "linear", width, inner, part="ffn"))
             layers.append(Layer(f"{block}.{self.linears[1]}", "linear", inner, width, part="ffn"))
-        for name in self.head.get(task, ()):
-            is_last = name == self.head[task][-1]
-            layers.append(Layer(name, "head", width, labels) if is_last else Layer(name, "linear", width, width))
-        return layers
+        head = self.head.get(task, ())
+        layers += [Layer(name, "linear", width, width) for name in head[:-1]]
+        return layers + [Layer(name, "head", width, labels) for name in head[-1:]]
 
     def _norms(self, config: dict[str, Any]) -> list[str]:
         blocks = [f"{self.family}.{self.stack}.{index}" for index in range(config[self.blocks])]

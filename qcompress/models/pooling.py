@@ -92,7 +92,9 @@ def _pooling(directory: Path) -> str:
     known = WORDS | MODES
     if len(asked) != 1 or not isinstance(asked[0], str) or asked[0] not in known:
         shown = ", ".join(map(str, asked)) or "no mode"
-        message = f"{directory / POOLING_FILE} asks for {shown:.120}, and one of {', '.join(known)} can be had"
+        message = (
+            f"{directory / POOLING_FILE} asks for {shown:.120}, and one of {', '.join(known)} can be had"
+        )
         raise HeadError(message, fix=SAY_IT, key=("task", "pooling"))
     return known[asked[0]]
 

@@ -62,7 +62,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     if pooling == "cls":
         return hidden[:, 0]
     if pooling == "last-token":
-        places = torch.arange(mask.shape[1], device=mask.device) * mask
+        places = torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask  # 0 for padding
         mask = places == places.amax(1, keepdim=True)
     weights = mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * weights).sum(1) / weights.sum(1)

@@ -45,8 +45,8 @@ from qcompress.schema.axes import AXES, PHASES
 from qcompress.schema.data import FILES
 from qcompress.schema.formats import as_mapping
 from qcompress.schema.quantizers import Quantizers, named, quantizers
-from qcompress.schema.tasks import task_named
 from qcompress.schema.recipe import LEARNING_RATES, PhaseOptions, Recipe
+from qcompress.schema.tasks import task_named
 from qcompress.system.artifacts import read_json
 
 SET = "--set"

@@ -65,7 +65,9 @@ def rows(samples: Sequence[Any]) -> int:
     return len(samples)
 
 
-def joined(results: list[dict[str, Any]], reference: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+def joined(
+    results: list[dict[str, Any]], reference: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
     """Results of the samples, unchanged: every sample has its own."""
     return results
 

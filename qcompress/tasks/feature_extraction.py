@@ -135,7 +135,9 @@ def examples(
 
 
 def _no_labels(samples: Sequence[Sample], longest: int) -> np.ndarray:
-    raise UsageError("texts without scores have no labels", fix="name the column with `columns: {score: ...}`")
+    raise UsageError(
+        "texts without scores have no labels", fix="name the column with `columns: {score: ...}`"
+    )
 
 
 def samples(

@@ -37,8 +37,8 @@ from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.checkpoint_files import read_config
 from qcompress.models.folded import assemble
 from qcompress.models.layer_selection import lent_prefixes
-from qcompress.models.pooling import output_name
 from qcompress.models.plan import LayerPlan, PointPlan, plans_from_json, points_from_json, sharers
+from qcompress.models.pooling import output_name
 from qcompress.pipeline.single_trace import single_trace
 from qcompress.quant.types import COMPUTE
 from qcompress.schema.recipe import Export
@@ -53,7 +53,9 @@ PREFIX = "model."
 
 
 class _Logits(nn.Module):
-    """The model as a function from tensors to logits, or to what its task has in their place. Float inputs are fp32 for every compute type."""
+    """The model as a function from tensors to logits or embeddings. Float inputs are fp32 for every compute
+    type.
+    """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
