@@ -38,6 +38,10 @@ def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
         if pair is not None:
             raise UsageError("the tokens of one text are labelled", fix="drop --pair")
         return "\n".join(f"{word}\t{label}\t{share:.4f}" for word, label, share in tag(run, text))
+    if run.recipe.task.name == "fill-mask":
+        if pair is not None:
+            raise UsageError("the masks of one text are filled", fix="drop --pair")
+        return "\n".join(f"{mask}\t{word}\t{share:.4f}" for mask, word, share in fill(run, text))
     if run.recipe.task.name == "feature-extraction":
         return "\n".join(embed(run, text, pair))
     if run.recipe.task.name == "image-classification":
@@ -72,6 +76,27 @@ def _ranked(config: dict[str, Any], logits: np.ndarray) -> list[tuple[str, float
     labels = [config["id2label"][str(index)] for index in range(len(logits))]
     order = range(len(labels)) if problem == "regression" else np.argsort(-values, kind="stable")
     return [(labels[index], float(values[index])) for index in order]
+
+
+BEST = 5
+"""Number of words that are shown for a mask."""
+
+
+def fill(run: LoadedRun, text: str) -> list[tuple[int, str, float]]:
+    """The likeliest tokens of each mask in a text, as number of the mask (from 1), token and probability.
+    Raises UsageError for a text without a mask.
+    """
+    config, tokenizer = read_config(run.path), load_tokenizer(run.path)
+    encoded = _encoded(run, config, text, None)
+    places = np.flatnonzero(np.array(encoded["input_ids"]) == tokenizer.mask_token_id)
+    if not len(places):
+        raise UsageError("the text has no mask", fix=f"write {tokenizer.mask_token} in place of a word")
+    shares = _softmax(_logits(run, encoded)[0][places].astype(np.float64))
+    return [
+        (number, tokenizer.decode([token]), float(row[token]))
+        for number, row in enumerate(shares, 1)
+        for token in np.argsort(-row, kind="stable")[:BEST]
+    ]
 
 
 SHOWN = 8

@@ -95,7 +95,7 @@ def write_probe(
             "plan_sha256": sha256_file(plan) if plan else None,
             "backend": build.get("backend") or "tensorrt",
             "disabled_optimizers": disabled_optimizers(onnx.file),
-            "per_sample": "nll" if "first" in arrays else "logits",
+            "per_sample": "nll" if arrays.keys() & {"first", "targets"} else "logits",
             **({} if ranked else {"ranked": False}),
         },
     )
@@ -130,7 +130,9 @@ def read_measurement(file: Path, probe: Path, onnx: Path) -> EngineMeasurement:
                 fix="copy probe/ and engine/ of this run to the device and measure again",
             )
     with np.load(probe / "inputs.npz") as archive:
-        inputs = {name: archive[name] for name in ("length", "first", "set") if name in archive.files}
+        inputs = {
+            name: archive[name] for name in ("length", "first", "targets", "set") if name in archive.files
+        }
     count = len(inputs["length"])
     fields = ("nll", "correct") if facts["per_sample"] == "nll" else ("logits",)
     for name in fields:
@@ -159,7 +161,10 @@ def _results(
     """Results of a language model, by set."""
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in sets}
     for row, set_index in enumerate(inputs["set"]):
-        tokens = int(inputs["length"][row] - inputs["first"][row])
+        if "targets" in inputs:
+            tokens = int((inputs["targets"][row] >= 0).sum())
+        else:
+            tokens = int(inputs["length"][row] - inputs["first"][row])
         samples[sets[int(set_index)]].append(
             {"nll": measurement["nll"][row], "correct": measurement["correct"][row], "tokens": tokens}
         )

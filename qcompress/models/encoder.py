@@ -51,12 +51,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 CLASSES = {
     "feature-extraction": "Model",
+    "fill-mask": "ForMaskedLM",
     "sequence-classification": "ForSequenceClassification",
     "token-classification": "ForTokenClassification",
 }
 """Tasks, and the suffixes of their model classes in transformers."""
 
 TASKS = tuple(CLASSES)
+
+FILL_MASK = "fill-mask"
 
 LINEAR_AXIS = 0
 """Output channels of a linear layer's weight: nn.Linear stores [out, in]."""
@@ -94,6 +97,8 @@ class Encoder:
     """Prefixes of the names of the points at the two residual additions."""
     head: Mapping[str, tuple[str, ...]]
     """Layers after the encoder for each task with a head; the last one computes the logits."""
+    masked: tuple[str, str, str] = ("", "", "")
+    """Layer, norm and decoder (tied to the table of words) of the head that predicts masked tokens."""
     padding: int | None = None
     """Default id of the padding token, after which positions start; None: positions start at 0."""
 
@@ -115,9 +120,10 @@ class Encoder:
         outputs = len(self.labels(config, tensors, head)) if self.head.get(head.task) else 0
         layers = self._layers(config, head.task, outputs)
         blocks = tuple(f"{self.family}.{self.stack}.{index}" for index in range(config[self.blocks]))
-        new = self._check_shapes(layers, self._norms(config), shapes, head.task)
-        width = config[self.width]
-        norms = sum(2 * width for _ in self._norms(config))
+        width, normed = config[self.width], self._norms(config)
+        normed += [self.masked[1]] if head.task == FILL_MASK else []
+        new = self._check_shapes(layers, normed, shapes, head.task)
+        norms = sum(2 * width for _ in normed)
         biases = sum(layer.out_features for layer in layers if layer.kind != "embedding")
         return Architecture(
             family=self.family,
@@ -126,7 +132,7 @@ class Encoder:
             sites=tuple(self._value_site(block, width) for block in blocks),
             context=self.positions(config),
             vocabulary=config["vocab_size"],
-            parameters=sum(layer.weights for layer in layers) + norms + biases,
+            parameters=sum(layer.weights for layer in layers if not layer.tied_to) + norms + biases,
             attentions=tuple(self._attention(block) for block in blocks),
             points=tuple(Point(name, kind, width) for block in blocks for name, kind in self._points(block)),
             embeddings=f"{self.family}.embeddings",
@@ -154,6 +160,8 @@ class Encoder:
             named = self.title + CLASSES[head.task]
             return {**config, "architectures": [named], "problem_type": head.problem, KEY: pooled}
         config = {key: value for key, value in config.items() if key != KEY}
+        if head.task == FILL_MASK:
+            return {**config, "architectures": [self.title + CLASSES[head.task]]}
         labels = self.labels(config, tensors, head)
         return config_of(config, self.title + CLASSES[head.task], labels, head)
 
@@ -220,6 +228,11 @@ class Encoder:
             layers += [Layer(f"{block}.{name}", "linear", width, width, part="attention") for name in names]
             layers.append(Layer(f"{block}.{self.linears[0]}", "linear", width, inner, part="ffn"))
             layers.append(Layer(f"{block}.{self.linears[1]}", "linear", inner, width, part="ffn"))
+        if task == FILL_MASK:
+            dense, _, decoder = self.masked
+            tied = f"{table}.word_embeddings" if config.get("tie_word_embeddings", True) else None
+            layers.append(Layer(dense, "linear", width, width))
+            return [*layers, Layer(decoder, "head", width, config["vocab_size"], tied_to=tied)]
         head = self.head.get(task, ())
         layers += [Layer(name, "linear", width, width) for name in head[:-1]]
         return layers + [Layer(name, "head", width, labels) for name in head[-1:]]
@@ -256,8 +269,9 @@ class Encoder:
         """
         expected: Shapes = {}
         for layer in layers:
-            expected[f"{layer.name}.weight"] = (layer.out_features, layer.in_features)
-            if layer.kind != "embedding":
+            if not layer.tied_to:
+                expected[f"{layer.name}.weight"] = (layer.out_features, layer.in_features)
+            if layer.kind != "embedding" and layer.name != self.masked[2]:  # its bias has two names
                 expected[f"{layer.name}.bias"] = (layer.out_features,)
         for norm in norms:
             expected |= dict.fromkeys((f"{norm}.weight", f"{norm}.bias"), (layers[0].in_features,))

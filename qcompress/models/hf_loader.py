@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 AUTO = {
     "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
@@ -54,6 +55,11 @@ class Maker:
             )
         return stock_config(directory), getattr(transformers, self.autos[named])
 
+    def predicts_masked(self, directory: Path) -> bool:
+        """True if the class of a directory predicts masked tokens."""
+        named = (read_config(directory).get("architectures") or [None])[0]
+        return self.autos.get(named) == AUTO["fill-mask"]
+
 
 def load_model(
     maker: Maker, source: Path, directory: Path | None = None, depth: Depth | None = None
@@ -76,6 +82,10 @@ def load_model(
         prefix = f"{model.base_model_prefix}."
         missing = {prefix + name for name in missing if not name.startswith("pooler.")}
         model = embedder(model, pooled)
+    elif maker.predicts_masked(folder):
+        from qcompress.models.masked_lm import separate_bias
+
+        separate_bias(model, source)
     if depth is not None:
         missing = lacking(missing, model, depth)
     complete(model, source, folder, missing, model.config.initializer_range)
@@ -95,6 +105,10 @@ def empty_model(maker: Maker, directory: Path, depth: Depth | None = None) -> Pr
         from qcompress.models.text_embedder import embedder
 
         model = embedder(model, pooled)
+    elif maker.predicts_masked(directory):
+        from qcompress.models.masked_lm import separate_bias
+
+        separate_bias(model, directory)
     model.eval()
     if depth is not None:
         share_parameters(model, depth)
@@ -160,6 +174,10 @@ class Stock:
     def tie(self, model: nn.Module) -> None:
         """Share float tensors that were set after construction."""
         share_parameters(model, self.names.depth)
+        if hasattr(model, "output_bias"):
+            from qcompress.models.masked_lm import tie_decoder
+
+            tie_decoder(model)
 
     def install_points(self, model: nn.Module, points: Mapping[str, nn.Module]) -> None:
         """Install quantization points by name; each module receives the activation to quantize."""

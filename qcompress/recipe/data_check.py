@@ -24,7 +24,7 @@ from qcompress.recipe.rules.values import TASK_LOSS_PHASES
 from qcompress.recipe.yaml_file import Document, Key, dotted
 from qcompress.schema.axes import PHASES
 from qcompress.schema.data import FILES
-from qcompress.schema.recipe import CausalLm, Recipe, TextData
+from qcompress.schema.recipe import Recipe, TextData
 from qcompress.schema.tasks import AGREEMENT, Labelled
 from qcompress.tasks import TASKS
 from qcompress.tasks.columns import ColumnError
@@ -115,7 +115,7 @@ def _judge_reader(check: _DataCheck) -> TokenizerFiles | None:
 
 def _judge_special_tokens(check: _DataCheck, tokenizer: TokenizerFiles) -> None:
     """Report a missing padding token, and special tokens beyond the embedding table."""
-    key, padded = _model_key(check.recipe), not isinstance(check.recipe.task, CausalLm)
+    key, padded = _model_key(check.recipe), check.recipe.task.name != "causal-lm"
     if padded and tokenizer.pads is False:
         check.add(
             key,
@@ -238,7 +238,7 @@ def _judge_section(
 
 def _judge_labels_to_train_on(check: _DataCheck, data: TextData, examined: Examined) -> None:
     recipe = check.recipe
-    if examined.labelled or data.text is not None or isinstance(recipe.task, CausalLm):
+    if examined.labelled or data.text is not None or recipe.task.running:
         return  # `text` for training has a rule of its own
     if not check.document.sound(("schedule",), ("objective",)) or not needs_labels(recipe):
         return
@@ -256,7 +256,7 @@ def _judge_goals(check: _DataCheck, name: str, examined: Examined) -> None:
     """Report goals on metrics that a set does not have; without labels it only has the agreement
     with float.
     """
-    if isinstance(check.recipe.task, CausalLm):
+    if check.recipe.task.running:
         return
     for goals in ("float_floor", "recovery", "regression"):
         for goal in getattr(check.recipe.gate, goals):
@@ -294,7 +294,7 @@ def _judge_tokens(
     if not beyond:
         return
     texts = list(islice(_used(check, section, data, examined), None if check.whole else ENCODED))
-    context = None if isinstance(check.recipe.task, CausalLm) else check.recipe.task.context
+    context = None if check.recipe.task.running else check.recipe.task.context
     try:
         located = first_with(tokenizer, texts, beyond, context)
     except ModuleNotFoundError:
@@ -303,7 +303,7 @@ def _judge_tokens(
         return
     row, token = located
     number = beyond[token]
-    where = "the text" if isinstance(check.recipe.task, CausalLm) else f"example {row + 1}"
+    where = "the text" if check.recipe.task.running else f"example {row + 1}"
     message = f"{where} has the token {token!r} of the id {number}, and {_table(rows)}"
     check.add(_origin(section, data), message, _resize(max(beyond.values()) + 1))
 
@@ -311,7 +311,7 @@ def _judge_tokens(
 def _used(check: _DataCheck, section: Key, data: TextData, examined: Examined) -> Iterator[Any]:
     """Texts of a section that a run uses."""
     texts: list[Any] = list(examined.texts)
-    if isinstance(check.recipe.task, CausalLm):
+    if check.recipe.task.running:
         yield from texts
     elif section[1] == "evaluate":
         yield from first(texts, check.recipe.verify.samples, data.limit)

@@ -23,6 +23,8 @@ METRICS: dict[str, Literal["lower", "higher"]] = {
     "cross_entropy": "lower",
     "cosine_spearman": "higher",
     "cosine_pearson": "higher",
+    "pseudo_perplexity": "lower",
+    "masked_accuracy": "higher",
     "agreement": "higher",
 }
 """All metrics of the tasks, and their better direction."""

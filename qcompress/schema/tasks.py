@@ -16,18 +16,11 @@ from pydantic import (
     model_validator,
 )
 
-from qcompress.schema.formats import Options
 from qcompress.schema.glue import GLUE
 from qcompress.schema.quantizers import named
-
-
-class TaskOptions(Options):
-    """Base of the options of a task."""
-
-    output: ClassVar[str] = "logits"
-    """Name of the graph's output."""
-    ranked: ClassVar[bool] = True
-    """True if the largest output is the answer, so that rows agree where they choose the same one."""
+from qcompress.schema.text_tasks import FeatureExtraction as FeatureExtraction
+from qcompress.schema.text_tasks import FillMask as FillMask
+from qcompress.schema.text_tasks import TaskOptions
 
 
 class CausalLm(TaskOptions):
@@ -37,6 +30,7 @@ class CausalLm(TaskOptions):
     """Keys of `data` that may name its examples."""
     columns: ClassVar[tuple[str, ...]] = ()
     """Keys of `columns` that it reads, the input first."""
+    running: ClassVar[bool] = True
 
     name: Literal["causal-lm"] = "causal-lm"
     context: int = Field(default=1024, ge=2)
@@ -287,45 +281,6 @@ class ImageClassification(Labelled):
         return self
 
 
-class FeatureExtraction(TaskOptions):
-    """An embedding of each text. Metrics: cosine_spearman and cosine_pearson (scored pairs of texts); without
-    scores the agreement is the mean cosine of each embedding with the float model's.
-    """
-
-    sources: ClassVar[tuple[str, ...]] = ("text", "table", "dataset")
-    """Keys of `data` that may name its examples."""
-    columns: ClassVar[tuple[str, ...]] = ("text", "text_pair", "score")
-    """Keys of `columns` that it reads, the input first."""
-    output: ClassVar[str] = "embeddings"
-    ranked: ClassVar[bool] = False
-    kind: ClassVar[str] = "regression"
-    """An embedding is compared as numbers are, by squared differences."""
-
-    name: Literal["feature-extraction"] = "feature-extraction"
-    pooling: Literal["mean", "cls", "last-token"] | None = None
-    """Embedding of a text from those of its tokens: their mean without padding, the first one's, or the last
-    one's. none: as the checkpoint's 1_Pooling/config.json (sentence-transformers) says.
-    """
-    normalize: bool | None = None
-    """Scale each embedding to length 1; none: as the checkpoint's modules.json says."""
-    context: int = Field(default=128, ge=2)
-    """Largest number of tokens of one text; longer ones are cut."""
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """All metrics for pairs with scores, the main one first."""
-        return ("cosine_spearman", "cosine_pearson")
-
-    @property
-    def main(self) -> tuple[str, ...]:
-        """Metrics that the ladder shows."""
-        return self.metrics[:1]
-
-    def within(self, context: int) -> FeatureExtraction:
-        """Task with at most `context` tokens."""
-        return self.model_copy(update={"context": min(self.context, context)})
-
-
 AGREEMENT = "agreement"
 """Metric of data without labels: the share of answers that equal the float model's; for a regression
 Pearson's correlation with the float model's numbers; for embeddings the mean cosine with the float model's.
@@ -353,7 +308,12 @@ def task_named(value: object) -> object:
 
 
 Task = Annotated[
-    CausalLm | SequenceClassification | TokenClassification | ImageClassification | FeatureExtraction,
+    CausalLm
+    | SequenceClassification
+    | TokenClassification
+    | ImageClassification
+    | FeatureExtraction
+    | FillMask,
     Field(discriminator="name"),
     BeforeValidator(task_named),
 ]

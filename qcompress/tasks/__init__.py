@@ -5,6 +5,7 @@ from __future__ import annotations
 from qcompress.tasks import (
     causal_lm,
     feature_extraction,
+    fill_mask,
     image_classification,
     sequence_classification,
     token_classification,
@@ -16,4 +17,5 @@ TASKS = {
     "token-classification": token_classification,
     "image-classification": image_classification,
     "feature-extraction": feature_extraction,
+    "fill-mask": fill_mask,
 }

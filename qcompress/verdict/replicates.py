@@ -205,6 +205,8 @@ REPLICATES: dict[str, Callable[[Columns, np.ndarray], np.ndarray]] = {
     "mcc": mcc,
     "pearson": pearson,
     "spearman": spearman,
+    "pseudo_perplexity": perplexity,
+    "masked_accuracy": token_accuracy,
     "cosine_pearson": pearson,
     "cosine_spearman": spearman,
 }

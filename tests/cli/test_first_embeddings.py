@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 from onnx import TensorProto, helper, numpy_helper, save
-from tiny_bert import save_encoder
-from transformers import AutoModel, AutoTokenizer
+from tiny_bert import CLASSES, save_encoder
+from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 from word_tokenizer import CLS, FIRST, SEP, WORDS, word_tokenizer
 
 from qcompress import api
@@ -94,6 +94,18 @@ def test_lines_of_text_are_measured_by_agreement(tmp_path: Path, model: Path) ->
     taught.write_text(taught.read_text().replace("method: distillation", "method: lsq"))
     (mistake,) = all_mistakes(taught)[2]
     assert mistake.key == "data.train.text" and "has no labels" in mistake.message
+
+
+def test_a_text_for_masks(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CLASSES, ("bert", "fill-mask"), BertForMaskedLM)
+    source = save_encoder(tmp_path / "masked", text_file, "bert", "fill-mask")
+    (tmp_path / "lines.txt").write_text("".join(f"good film {row}\n" for row in range(600)))
+    started(tmp_path, source, tmp_path / "lines.txt", task="fill-mask")
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert recipe["task"].keys() == {"name", "context"} and recipe["task"]["name"] == "fill-mask"
+    assert recipe["format"]["layers"] == {"cls.predictions.decoder": {"activations": "float"}}
+    assert recipe["gate"]["recovery"].keys() == {"test.pseudo_perplexity"}
+    assert all_mistakes(tmp_path / "recipe.yaml")[2] == []
 
 
 def test_a_task_that_the_data_do_not_fit_is_refused(tmp_path: Path, model: Path) -> None:

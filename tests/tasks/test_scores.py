@@ -10,6 +10,7 @@ from qcompress.schema.goals import BEST, METRICS
 from qcompress.schema.recipe import (
     CausalLm,
     FeatureExtraction,
+    FillMask,
     ImageClassification,
     SequenceClassification,
     TokenClassification,
@@ -107,6 +108,7 @@ def test_every_metric_of_every_task_is_known_with_its_direction() -> None:
         ImageClassification(),
         ImageClassification(labels=["cat", "dog"]),
         FeatureExtraction(),
+        FillMask(),
     ]
     for task in tasks:
         assert set(task.main) <= set(task.metrics) <= METRICS.keys(), task

@@ -24,6 +24,7 @@ from qcompress.cli.init.goals import goals_of
 from qcompress.cli.init.lengths import context_for, token_counts, window_for
 from qcompress.cli.init.model import (
     EMBEDDING,
+    RUNNING,
     Checkpoint,
     Fit,
     fit,
@@ -142,7 +143,7 @@ def choose(options: InitOptions, checkpoint: Checkpoint, data: Data, mistakes: M
     except ModelError as error:
         mistakes.add("--model", error.message, error.fix or "name another checkpoint")
         return None
-    if isinstance(data, TextData) and task != "causal-lm" and fitting.head == "none":
+    if isinstance(data, TextData) and task not in RUNNING and fitting.head == "none":
         message = f"{data.file.name} has no labels, and the checkpoint has no head for {task} to be trained"
         mistakes.add("--data", message, "name a table with labels, or a fine-tuned checkpoint")
         return None
@@ -184,7 +185,7 @@ def _task(options: InitOptions, checkpoint: Checkpoint, data: Data, mistakes: Mi
         wanted = ["token-classification" if data.kind == "words" else "sequence-classification"]
         wanted += [EMBEDDING] if data.pair and _is_scored(data) else []
     elif isinstance(data, TextData):
-        wanted = ["causal-lm", "sequence-classification", EMBEDDING]
+        wanted = ["causal-lm", "sequence-classification", EMBEDDING, "fill-mask"]
     else:
         wanted = ["image-classification"]
     if options.task is not None:
@@ -334,7 +335,7 @@ def _context(
     if isinstance(data, ImageData):
         return None, None, "images have the model's size"
     positions = fitting.architecture.context
-    if task == "causal-lm":
+    if task in RUNNING:
         counts, how = token_counts([split_text(data)[1]], checkpoint.directory)
         context = window_for(counts[0], positions)
         return context, max(1, context // 2), f"the measured text has {counts[0]} tokens ({how})"

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from qcompress.cli.init.data import Data, ImageData, TableData, TextData, label_of
-from qcompress.cli.init.model import EMBEDDING
+from qcompress.cli.init.model import EMBEDDING, RUNNING
 
 LOSS = 0.02
 """Allowed loss of the quantized model in accuracy, F1 or correlation, but at least `LOST` samples."""
@@ -17,8 +17,9 @@ AGREEMENT = 0.97
 
 def goals_of(data: Data, task: str, test: Any) -> tuple[dict[str, Any], str]:
     """Section `gate` of the recipe, with the reason."""
-    if task == "causal-lm":
-        goal = {"test.perplexity": {"percent-max-degradation": PERPLEXITY_PERCENT}}
+    if task in RUNNING:
+        metric = "perplexity" if task == "causal-lm" else "pseudo_perplexity"
+        goal = {f"test.{metric}": {"percent-max-degradation": PERPLEXITY_PERCENT}}
         goals = {"recovery": goal, "regression": goal}
         return goals, f"{PERPLEXITY_PERCENT} % of perplexity; state a floor once it is known"
     if isinstance(data, TextData):

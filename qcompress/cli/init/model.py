@@ -39,6 +39,9 @@ class Checkpoint:
 
 REGRESSION = "regression"
 
+RUNNING = ("causal-lm", "fill-mask")
+"""Tasks on a text as a whole."""
+
 HeadKind = Literal["its own", "none", "of other labels"]
 
 
@@ -109,8 +112,9 @@ def fit(
     `problem`: the problem type of transformers; `data_labels`: labels of the data, empty for a number.
     """
     family, directory, config = checkpoint.family, checkpoint.directory, checkpoint.config
-    if task == "causal-lm":
-        return Fit(describe(family, directory), "its own", None, "a language model has its head")
+    if task in RUNNING:
+        architecture = describe(family, directory, Head(task))
+        return Fit(architecture, "its own", None, "a language model has its head")
     wanted = ("score",) if problem == REGRESSION else _in_output_order(data_labels, config, labels_are)
     head_problem = ""
     try:

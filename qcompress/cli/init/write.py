@@ -10,7 +10,7 @@ from typing import Any
 
 from qcompress.cli.init.choose import CALIBRATION, Choice
 from qcompress.cli.init.data import Data, ImageData, TableData, TextData
-from qcompress.cli.init.model import EMBEDDING
+from qcompress.cli.init.model import EMBEDDING, RUNNING
 from qcompress.cli.init.options import InitOptions
 from qcompress.schema.axes import METHODS, PHASES
 from qcompress.schema.formats import FORMAT_PRESETS
@@ -124,7 +124,7 @@ def _data(choice: Choice, data: Data, folder: Path, files: dict[str, Path], meth
     calibration = {**train, "limit": CALIBRATION}
     lines = [f"# {_about_data(choice, data)}", "data:"]
     taught = choice.task == EMBEDDING and METHODS[method].get("objective") in TAUGHT
-    if not isinstance(data, TextData) or choice.task == "causal-lm" or taught:
+    if not isinstance(data, TextData) or choice.task in RUNNING or taught:
         about = "" if PHASES[METHODS[method]["schedule"]] else "    # for methods that train"
         lines.append(f"  train: {flow(train)}{about}")
     if method != "float":
@@ -147,7 +147,7 @@ def _origins(
     elif isinstance(data, TableData):
         pair = {"pair": data.pair} if data.pair else {}
         columns = {"columns": {"text": data.text, **pair, "label": data.label}}
-    most = {"limit": WINDOWS} if choice.task == "causal-lm" else {}
+    most = {"limit": WINDOWS} if choice.task in RUNNING else {}
     train, test = [files["train"].name], [files["test"].name]
     return {key: train, **columns}, {key: test, **columns, **most}
 
@@ -169,7 +169,7 @@ def _format(choice: Choice, as_float: bool) -> list[str]:
         form["compute"] = choice.compute
     head = next((layer.name for layer in choice.fit.architecture.layers if layer.kind == "head"), None)
     rounded = FORMAT_PRESETS[choice.format]["activations"] != "float"
-    if head and choice.task == "causal-lm":
+    if head and choice.task in RUNNING:
         form |= {"layers": {head: {"activations": "float"}}} if rounded else {}
     elif head and choice.format != "ipq":
         form["layers"] = {head: "float"}
@@ -181,7 +181,7 @@ def _train(choice: Choice, method: str) -> list[str]:
     phases = PHASES[METHODS[method]["schedule"]]
     if not phases:
         return []
-    train: dict[str, Any] = {"batch_size": choice.batch if choice.task != "causal-lm" else 8}
+    train: dict[str, Any] = {"batch_size": choice.batch if choice.task not in RUNNING else 8}
     steps = {name: {"steps": phase.steps} for name, phase in phases.items()}
     if method == "float" and choice.head_is_new:
         width = choice.fit.architecture.layers[0].in_features
@@ -196,7 +196,7 @@ def _build(options: InitOptions, choice: Choice) -> list[str]:
     build: dict[str, Any] = {"target": options.target}
     if options.target == "cpu":
         return [f"build: {flow(build)}"]
-    profile: dict[str, Any] = {"batch": [1, 8, 32] if choice.task != "causal-lm" else [1, 4, 8]}
+    profile: dict[str, Any] = {"batch": [1, 8, 32] if choice.task not in RUNNING else [1, 4, 8]}
     if choice.context is not None:
         profile["sequence"] = [1, choice.opt, choice.context]
     build["profiles"] = [profile]

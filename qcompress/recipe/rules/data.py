@@ -9,7 +9,7 @@ from pathlib import Path
 from qcompress.recipe.yaml_file import Document, Key, dotted
 from qcompress.schema.data import FILES, SUFFIXES
 from qcompress.schema.method_options import Distillation, TeacherIntervention
-from qcompress.schema.recipe import CausalLm, FeatureExtraction, ImageClassification, Recipe, TextData
+from qcompress.schema.recipe import FeatureExtraction, ImageClassification, Recipe, TextData
 
 FORMATS: tuple[Key, ...] = tuple(
     ("format", key)
@@ -61,11 +61,12 @@ def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[s
         owner = owner or ("a task of text" if isinstance(task, ImageClassification) else "a classification")
         fix = {
             "causal-lm": "write `text: [FILE, ...]`, or `dataset:` with `column:`",
+            "fill-mask": "write `text: [FILE, ...]`, or `dataset:` with `column:`",
             "image-classification": "write `npz: [FILE, ...]`, `folder: DIR` or `dataset:`",
         }.get(task.name, "write `table: [FILE, ...]` (.tsv, .csv, .jsonl, .parquet) with `columns:`")
         yield strange[0], f"belongs to {owner}, and the task is {task.name}", fix
         return
-    if isinstance(task, CausalLm):
+    if task.running:
         if data.columns is not None:
             message = f"belongs to a classification, and the task is {task.name}"
             yield "columns", message, "write `text: [FILE, ...]`, or `dataset:` with `column:`"
