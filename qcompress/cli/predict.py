@@ -38,6 +38,10 @@ def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
         if pair is not None:
             raise UsageError("the tokens of one text are labelled", fix="drop --pair")
         return "\n".join(f"{word}\t{label}\t{share:.4f}" for word, label, share in tag(run, text))
+    if run.recipe.task.name == "question-answering":
+        if pair is None:
+            raise UsageError("a question is answered from a context", fix="give the context as second text")
+        return answer_question(run, text, pair)
     if run.recipe.task.name == "fill-mask":
         if pair is not None:
             raise UsageError("the masks of one text are filled", fix="drop --pair")
@@ -76,6 +80,16 @@ def _ranked(config: dict[str, Any], logits: np.ndarray) -> list[tuple[str, float
     labels = [config["id2label"][str(index)] for index in range(len(logits))]
     order = range(len(labels)) if problem == "regression" else np.argsort(-values, kind="stable")
     return [(labels[index], float(values[index])) for index in order]
+
+
+def answer_question(run: LoadedRun, question: str, context: str) -> str:
+    """The part of the context that answers the question; empty if there is none."""
+    task, options = TASKS[run.recipe.task.name], run.recipe.task
+    windows = task.windows_of(question, context, load_tokenizer(run.path), options)
+    logits = [_runner(run)(task.collate([window]))[0] for window in windows]
+    measured = [task.measure([window], row[None])[0] for window, row in zip(windows, logits, strict=True)]
+    (result,) = task.joined(measured, None)
+    return result["prediction"] or ""
 
 
 BEST = 5

@@ -29,6 +29,7 @@ NAMES = Encoder(
         "cls.predictions.decoder",
     ),  # fmt: skip
     head={
+        "question-answering": ("qa_outputs",),
         "sequence-classification": ("bert.pooler.dense", "classifier"),
         "token-classification": ("classifier",),
     },

@@ -25,6 +25,7 @@ NAMES = Encoder(
     additions=("attention_", "ffn_"),
     masked=("vocab_transform", "vocab_layer_norm", "vocab_projector"),
     head={
+        "question-answering": ("qa_outputs",),
         "sequence-classification": ("pre_classifier", "classifier"),
         "token-classification": ("classifier",),
     },

@@ -52,6 +52,7 @@ Shapes = dict[str, tuple[int, ...]]
 CLASSES = {
     "feature-extraction": "Model",
     "fill-mask": "ForMaskedLM",
+    "question-answering": "ForQuestionAnswering",
     "sequence-classification": "ForSequenceClassification",
     "token-classification": "ForTokenClassification",
 }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 AUTO = {
     "feature-extraction": "AutoModel",
     "fill-mask": "AutoModelForMaskedLM",
+    "question-answering": "AutoModelForQuestionAnswering",
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
@@ -55,10 +56,10 @@ class Maker:
             )
         return stock_config(directory), getattr(transformers, self.autos[named])
 
-    def predicts_masked(self, directory: Path) -> bool:
-        """True if the class of a directory predicts masked tokens."""
+    def task(self, directory: Path) -> str | None:
+        """Task of the class of a directory; None for a class without one."""
         named = (read_config(directory).get("architectures") or [None])[0]
-        return self.autos.get(named) == AUTO["fill-mask"]
+        return next((task for task, auto in AUTO.items() if auto == self.autos.get(named)), None)
 
 
 def load_model(
@@ -76,22 +77,42 @@ def load_model(
         config.architectures[0], source, folder, config, attn_implementation="eager"
     )
     missing = loading_info["missing_keys"]
-    if pooled := read_config(folder).get(KEY):
-        from qcompress.models.text_embedder import embedder
-
+    if KEY in read_config(folder):
         prefix = f"{model.base_model_prefix}."
         missing = {prefix + name for name in missing if not name.startswith("pooler.")}
-        model = embedder(model, pooled)
-    elif maker.predicts_masked(folder):
-        from qcompress.models.masked_lm import separate_bias
-
-        separate_bias(model, source)
+    model = for_task(model, maker, folder, source)
     if depth is not None:
         missing = lacking(missing, model, depth)
     complete(model, source, folder, missing, model.config.initializer_range)
     if depth is not None:
         share_parameters(model, depth)
     return model.eval()
+
+
+def for_task(model: PreTrainedModel, maker: Maker, directory: Path, source: Path) -> nn.Module:
+    """Give a stock model the outputs of its task under the name `logits`, as most models have them.
+    `directory` has the config.json, `source` is the checkpoint that messages name.
+    """
+    if pooled := read_config(directory).get(KEY):
+        from qcompress.models.text_embedder import embedder
+
+        return embedder(model, pooled)
+    task = maker.task(directory)
+    if task == "fill-mask":
+        from qcompress.models.masked_lm import separate_bias
+
+        separate_bias(model, source)
+    if task == "question-answering":
+        model.register_forward_hook(_both_ends)
+    return model
+
+
+def _both_ends(model: nn.Module, inputs: Any, output: Any) -> Any:
+    """Logits [batch, tokens, 2] of a model that gives those of the first and of the last token apart."""
+    import torch
+
+    output.logits = torch.stack([output.start_logits, output.end_logits], -1)
+    return output
 
 
 def empty_model(maker: Maker, directory: Path, depth: Depth | None = None) -> PreTrainedModel:
@@ -101,15 +122,7 @@ def empty_model(maker: Maker, directory: Path, depth: Depth | None = None) -> Pr
     config, stock = maker.of(directory)
     with torch.device("meta"), reading(directory / "config.json", "transformers cannot make a model from it"):
         model = stock.from_config(config, attn_implementation="eager")
-    if pooled := read_config(directory).get(KEY):
-        from qcompress.models.text_embedder import embedder
-
-        model = embedder(model, pooled)
-    elif maker.predicts_masked(directory):
-        from qcompress.models.masked_lm import separate_bias
-
-        separate_bias(model, directory)
-    model.eval()
+    model = for_task(model, maker, directory, directory).eval()
     if depth is not None:
         share_parameters(model, depth)
     return model

@@ -25,6 +25,7 @@ NAMES = Encoder(
     additions=("attention.output.", "output."),
     masked=("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
     head={
+        "question-answering": ("qa_outputs",),
         "sequence-classification": ("classifier.dense", "classifier.out_proj"),
         "token-classification": ("classifier",),
     },

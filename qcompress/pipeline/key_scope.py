@@ -132,6 +132,7 @@ ONLY_MEASURED: tuple[tuple[str, str], ...] = (
     ("qcompress.tasks.token_classification", "qcompress.tasks.scores"),
     ("qcompress.tasks.image_classification", "qcompress.tasks.scores"),
     ("qcompress.tasks.feature_extraction", "qcompress.tasks.scores"),
+    ("qcompress.tasks.question_answering", "qcompress.tasks.scores"),
     ("qcompress.tasks.image_classification", "qcompress.tasks.image_slices"),
 )
 """Imports that compute the results of an evaluation set, which the stages before verify do not have."""

@@ -48,7 +48,15 @@ class Columns(_Grown):
     """The similarity of the two texts, a number (feature-extraction). Without this key, a table without a
     column `score` has none."""
 
-    _ADDED: ClassVar[tuple[str, ...]] = ("image", "text_pair", "score")
+    question: str | None = None
+    """The question (question-answering)."""
+    context: str | None = None
+    """The text that has the answer (question-answering)."""
+    answers: str | None = None
+    """The answers (question-answering): a mapping of the lists `text` and `answer_start` as in the hub's
+    SQuAD, a list of texts, or a text. Without this key, a table without a column `answers` has none."""
+
+    _ADDED: ClassVar[tuple[str, ...]] = ("image", "text_pair", "score", "question", "context", "answers")
 
 
 class Augment(Options):
@@ -70,7 +78,7 @@ SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 
 
 RESULTS = ("label", "positions", "tokens", "prediction", "reference", "rank", "correct", "nll", "loss",
-           "cosine", "embedding")  # fmt: skip
+           "cosine", "embedding", "context", "windows", "exact_match", "answer_f1")  # fmt: skip
 """Result columns of a sample, which can be used in goals without `slices`."""
 
 
@@ -84,7 +92,8 @@ class TextData(_Grown):
     calibrate on them and measure agreement with float: one example a line."""
     table: list[str] | None = None
     """Files of examples for a classification, relative to the recipe, by suffix: .tsv (quotes are literal),
-    .csv, .jsonl, .parquet. A .tsv of `task.glue` is as GLUE published it, unless `columns` are named."""
+    .csv, .jsonl, .parquet; for question-answering also .json in SQuAD's format. A .tsv of `task.glue` is as
+    GLUE published it, unless `columns` are named."""
     npz: list[str] | None = None
     """numpy archives of images and their labels, relative to the recipe; `columns` names the arrays."""
     folder: str | None = None

@@ -25,6 +25,8 @@ METRICS: dict[str, Literal["lower", "higher"]] = {
     "cosine_pearson": "higher",
     "pseudo_perplexity": "lower",
     "masked_accuracy": "higher",
+    "answer_f1": "higher",
+    "exact_match": "higher",
     "agreement": "higher",
 }
 """All metrics of the tasks, and their better direction."""

@@ -20,6 +20,7 @@ from qcompress.schema.glue import GLUE
 from qcompress.schema.quantizers import named
 from qcompress.schema.text_tasks import FeatureExtraction as FeatureExtraction
 from qcompress.schema.text_tasks import FillMask as FillMask
+from qcompress.schema.text_tasks import QuestionAnswering as QuestionAnswering
 from qcompress.schema.text_tasks import TaskOptions
 
 
@@ -313,7 +314,8 @@ Task = Annotated[
     | TokenClassification
     | ImageClassification
     | FeatureExtraction
-    | FillMask,
+    | FillMask
+    | QuestionAnswering,
     Field(discriminator="name"),
     BeforeValidator(task_named),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qcompress.schema.formats import Options
 
@@ -16,6 +16,8 @@ class TaskOptions(Options):
     """Name of the graph's output."""
     ranked: ClassVar[bool] = True
     """True if the largest output is the answer, so that rows agree where they choose the same one."""
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of `table` that this task reads besides those of tables."""
     running: ClassVar[bool] = False
     """True if samples are windows of a whole text, which have no labels of their own."""
 
@@ -91,3 +93,45 @@ class FillMask(TaskOptions):
     def within(self, context: int) -> FillMask:
         """Task with sequences of at most `context` tokens."""
         return self.model_copy(update={"context": min(self.context, context)})
+
+
+class QuestionAnswering(TaskOptions):
+    """The answer to a question as a part of its context, as in SQuAD. Metrics: answer_f1, exact_match."""
+
+    sources: ClassVar[tuple[str, ...]] = ("table", "dataset")
+    """Keys of `data` that may name its examples."""
+    columns: ClassVar[tuple[str, ...]] = ("question", "context", "answers")
+    """Keys of `columns` that it reads, the input first."""
+    suffixes: ClassVar[tuple[str, ...]] = (".json",)
+    ranked: ClassVar[bool] = False
+
+    name: Literal["question-answering"] = "question-answering"
+    context: int = Field(default=384, ge=16)
+    """Tokens of one window: the question, a part of the context, and special tokens."""
+    stride: int = Field(default=128, ge=0)
+    """Tokens that two windows of one context share."""
+    answer_tokens: int = Field(default=30, ge=1)
+    """Largest number of tokens of an answer."""
+    unanswerable: bool = False
+    """Questions may have no answer (SQuAD 2.0), for which the first token stands."""
+
+    @model_validator(mode="after")
+    def _windows_advance(self) -> QuestionAnswering:
+        if self.stride >= self.context:
+            raise ValueError(f"stride {self.stride} must be below context {self.context}")
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All metrics for data with answers, the main one first."""
+        return ("answer_f1", "exact_match")
+
+    @property
+    def main(self) -> tuple[str, ...]:
+        """Metrics that the ladder shows."""
+        return self.metrics
+
+    def within(self, context: int) -> QuestionAnswering:
+        """Task with windows of at most `context` tokens."""
+        context = min(self.context, context)
+        return self.model_copy(update={"context": context, "stride": min(self.stride, context // 3)})

@@ -7,6 +7,7 @@ from qcompress.tasks import (
     feature_extraction,
     fill_mask,
     image_classification,
+    question_answering,
     sequence_classification,
     token_classification,
 )
@@ -18,4 +19,5 @@ TASKS = {
     "image-classification": image_classification,
     "feature-extraction": feature_extraction,
     "fill-mask": fill_mask,
+    "question-answering": question_answering,
 }

@@ -12,6 +12,7 @@ from qcompress.schema.recipe import (
     FeatureExtraction,
     FillMask,
     ImageClassification,
+    QuestionAnswering,
     SequenceClassification,
     TokenClassification,
 )
@@ -109,6 +110,7 @@ def test_every_metric_of_every_task_is_known_with_its_direction() -> None:
         ImageClassification(labels=["cat", "dog"]),
         FeatureExtraction(),
         FillMask(),
+        QuestionAnswering(),
     ]
     for task in tasks:
         assert set(task.main) <= set(task.metrics) <= METRICS.keys(), task

@@ -44,8 +44,9 @@ def judge_origins(recipe: Recipe, document: Document) -> None:
                 document.tainted.add((*section, key))
         for index, name in enumerate(data.table or ()):
             key = (*section, "table", index)
-            if "table" in task.sources and not name.endswith(SUFFIXES) and document.sound(key):
-                message = f"{name} ends in none of {', '.join(SUFFIXES)}, so it is not known how to read it"
+            known = (*SUFFIXES, *task.suffixes)
+            if "table" in task.sources and not name.endswith(known) and document.sound(key):
+                message = f"{name} ends in none of {', '.join(known)}, so it is not known how to read it"
                 document.report(key, message, "rename it, or write it as one of these")
 
 
