@@ -50,11 +50,11 @@ from qcompress.models.pooling import KEY, EmbeddingHead
 Shapes = dict[str, tuple[int, ...]]
 
 CLASSES = {
+    "sequence-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
     "feature-extraction": "Model",
     "fill-mask": "ForMaskedLM",
     "question-answering": "ForQuestionAnswering",
-    "sequence-classification": "ForSequenceClassification",
-    "token-classification": "ForTokenClassification",
 }
 """Tasks, and the suffixes of their model classes in transformers."""
 
