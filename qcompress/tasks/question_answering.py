@@ -178,10 +178,10 @@ def joined(
 ) -> list[dict[str, Any]]:
     """One result for each question, from the results of its windows; `reference` is not used."""
     starts = [number for number, window in enumerate(windows) if window["position"] == 0]
-    return [_joined(windows[start:end]) for start, end in pairwise([*starts, len(windows)])]
+    return [_result(windows[start:end]) for start, end in pairwise([*starts, len(windows)])]
 
 
-def _joined(windows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _result(windows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     known = {name: windows[0][name] for name in KNOWN if name in windows[0]}
     broken = any(window["score"] is None for window in windows)
     answer = None if broken else _answer(known["context"], windows)

@@ -126,6 +126,9 @@ def test_cosines_of_pairs_are_ranked_and_a_broken_one_gives_no_metric(tmp_path: 
         "cosine_spearman": stats.spearmanr(scores, expected).statistic,
         "cosine_pearson": stats.pearsonr(scores, expected).statistic,
     })  # fmt: skip
+    columns, once = {name: [one[name] for one in made] for name in made[0]}, np.ones((1, 3))
+    for name, value in metrics(made, TASK).items():
+        assert REPLICATES[name](columns, once) == pytest.approx([value])
     again = joined(results([{"label": score} for score in scores], list(embeddings), TASK), None)
     assert again == made
     embeddings[3, 0] = math.inf

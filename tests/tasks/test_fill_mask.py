@@ -31,6 +31,7 @@ from qcompress.tasks.fill_mask import (
     samples,
     slices,
 )
+from qcompress.verdict.replicates import REPLICATES
 
 TASK = FillMask(context=8, share=0.4)
 MASK = FIRST + WORDS.index("anna")
@@ -94,6 +95,9 @@ def test_the_loss_and_the_results_count_masked_tokens_alone(folder: Path) -> Non
     assert metrics(made) == pytest.approx(
         {"pseudo_perplexity": math.exp(sum(nll) / 3), "masked_accuracy": sum(right) / 3}, rel=1e-6
     )
+    columns, once = {name: [one[name] for one in made] for name in made[0]}, np.ones((1, 2))
+    for name, value in metrics(made).items():
+        assert REPLICATES[name](columns, once) == pytest.approx([value])
     batch = examples(TEXT, folder, tokenizer(), TASK).batch([3, 4])
     assert batch["input_ids"].tolist() == collate(read)["input_ids"].tolist()
     assert loss(torch.from_numpy(logits), batch).item() == pytest.approx(sum(nll) / 3, rel=1e-5)
