@@ -264,6 +264,7 @@ LISTED: dict[tuple[str, str], set[str]] = {
     ("data", "task"): {kind.model_fields["name"].default for kind in (
         task_options.CausalLm, task_options.SequenceClassification,
         task_options.TokenClassification, task_options.ImageClassification,
+        task_options.FeatureExtraction, task_options.FillMask, task_options.QuestionAnswering,
     )},
     ("recipes", "family"): {name for name, _ in LISTS["models"]()},
     ("recipes", "role"): set(recipes.LEARNING_RATES),
@@ -368,6 +369,9 @@ SECTIONS: dict[tuple[str, str], type[BaseModel]] = {
     ("data", "`task: sequence-classification`"): task_options.SequenceClassification,
     ("data", "`task: token-classification`"): task_options.TokenClassification,
     ("data", "`task: image-classification`"): task_options.ImageClassification,
+    ("data", "`task: feature-extraction`"): task_options.FeatureExtraction,
+    ("data", "`task: fill-mask`"): task_options.FillMask,
+    ("data", "`task: question-answering`"): task_options.QuestionAnswering,
     ("data", "`data`"): data.Data,
     ("data", "`data.evaluate.NAME`"): data.TextData,
     ("data", "`columns`"): data.Columns,

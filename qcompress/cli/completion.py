@@ -40,6 +40,13 @@ def formats() -> list[str]:
     return list(FORMAT_PRESETS)
 
 
+def tasks() -> list[str]:
+    """Tasks, for `--task`."""
+    from qcompress.tasks import TASKS
+
+    return list(TASKS)
+
+
 def readings() -> list[str]:
     """Meanings of a column of labels, for `--labels-are`."""
     from qcompress.schema.tasks import READINGS

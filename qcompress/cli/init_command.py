@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompress.cli.arguments import AsJson
-from qcompress.cli.completion import formats, methods, readings, targets
+from qcompress.cli.completion import formats, methods, readings, targets, tasks
 from qcompress.cli.terminal import errors, print_json
 from qcompress.system.printable import say
 
@@ -42,6 +42,14 @@ def init(
             **OPTIONAL,
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="`qcompress list tasks`; chosen by model and data unless given.",
+            autocompletion=tasks,
+            **OPTIONAL,
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(help="`qcompress list methods`.", autocompletion=methods, **OPTIONAL),
@@ -71,7 +79,7 @@ def init(
                 target = target or _ask("Device to deploy on", list(TARGETS))
             options = InitOptions(
                 model, data, target, out, text_column, label_column, pair_column, method, form, with_schema,
-                labels_are,
+                labels_are, task,
             )  # fmt: skip
             _report(begin(options, _ask if asks else None), as_json)
         except (typer.Abort, EOFError):  # Ctrl-C and Ctrl-D at a question

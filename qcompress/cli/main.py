@@ -330,18 +330,25 @@ def predict(
     text: Annotated[
         str,
         typer.Argument(
-            help="A prompt, or what to classify: a text, or the file of an image.", show_default=False
+            help="A prompt, or what to classify or to embed: a text, or the file of an image.",
+            show_default=False,
         ),
     ],
+    other: Annotated[
+        str | None, typer.Argument(help="Second text, as with --pair.", show_default=False)
+    ] = None,
     pair: Annotated[str | None, typer.Option(help="Second text, for a task about pairs.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that a language model adds.")] = 32,
 ) -> None:
-    """Continue a text with the run's ONNX file, greedily, or classify it, or an image."""
+    """Continue a text with the run's ONNX file, greedily, or classify it, or an image, or embed texts."""
     with errors():
         from qcompress.cli.predict import answer
         from qcompress.verdict.run_directory import load
 
-        print(show_block(answer(load(folder), text, pair, tokens)))
+        if other is not None and pair is not None:
+            raise UsageError("a second text is given twice", fix="drop --pair, or the text after the first")
+
+        print(show_block(answer(load(folder), text, pair if other is None else other, tokens)))
 
 
 @app.command("list")

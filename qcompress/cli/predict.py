@@ -1,11 +1,12 @@
-"""Prediction from a run's ONNX file, on ONNX Runtime: the continuation of a text, or the labels of a text or
-an image.
+"""Prediction from a run's ONNX file, on ONNX Runtime: the continuation of a text, the labels of a text or an
+image, or the embeddings of texts and their cosine.
 
 A continuation is greedy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
-    """Output of `qcompress predict` for the run's task: a text, or a line for each label or token. `text` is
-    the path of an image if the model classifies images.
+    """Output of `qcompress predict` for the run's task: a text, or a line for each label, token or text.
+    `text` is the path of an image if the model classifies images.
     """
     if run.recipe.task.name == "causal-lm":
         if pair is not None:
@@ -37,6 +38,16 @@ def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
         if pair is not None:
             raise UsageError("the tokens of one text are labelled", fix="drop --pair")
         return "\n".join(f"{word}\t{label}\t{share:.4f}" for word, label, share in tag(run, text))
+    if run.recipe.task.name == "question-answering":
+        if pair is None:
+            raise UsageError("a question is answered from a context", fix="give the context as second text")
+        return answer_question(run, text, pair)
+    if run.recipe.task.name == "fill-mask":
+        if pair is not None:
+            raise UsageError("the masks of one text are filled", fix="drop --pair")
+        return "\n".join(f"{mask}\t{word}\t{share:.4f}" for mask, word, share in fill(run, text))
+    if run.recipe.task.name == "feature-extraction":
+        return "\n".join(embed(run, text, pair))
     if run.recipe.task.name == "image-classification":
         if pair is not None:
             raise UsageError("one image is classified", fix="drop --pair")
@@ -69,6 +80,57 @@ def _ranked(config: dict[str, Any], logits: np.ndarray) -> list[tuple[str, float
     labels = [config["id2label"][str(index)] for index in range(len(logits))]
     order = range(len(labels)) if problem == "regression" else np.argsort(-values, kind="stable")
     return [(labels[index], float(values[index])) for index in order]
+
+
+def answer_question(run: LoadedRun, question: str, context: str) -> str:
+    """The part of the context that answers the question; empty if there is none."""
+    task, options = TASKS[run.recipe.task.name], run.recipe.task
+    windows = task.windows_of(question, context, load_tokenizer(run.path), options)
+    logits = [_runner(run)(task.collate([window]))[0] for window in windows]
+    measured = [task.measure([window], row[None])[0] for window, row in zip(windows, logits, strict=True)]
+    (result,) = task.joined(measured, None)
+    return result["prediction"] or ""
+
+
+BEST = 5
+"""Number of words that are shown for a mask."""
+
+
+def fill(run: LoadedRun, text: str) -> list[tuple[int, str, float]]:
+    """The likeliest tokens of each mask in a text, as number of the mask (from 1), token and probability.
+    Raises UsageError for a text without a mask.
+    """
+    config, tokenizer = read_config(run.path), load_tokenizer(run.path)
+    encoded = _encoded(run, config, text, None)
+    places = np.flatnonzero(np.array(encoded["input_ids"]) == tokenizer.mask_token_id)
+    if not len(places):
+        raise UsageError("the text has no mask", fix=f"write {tokenizer.mask_token} in place of a word")
+    shares = _softmax(_logits(run, encoded)[0][places].astype(np.float64))
+    return [
+        (number, tokenizer.decode([token]), float(row[token]))
+        for number, row in enumerate(shares, 1)
+        for token in np.argsort(-row, kind="stable")[:BEST]
+    ]
+
+
+SHOWN = 8
+"""Number of an embedding's values that are shown."""
+
+
+def embed(run: LoadedRun, text: str, pair: str | None = None) -> Iterator[str]:
+    """Lines with the width and the first values of each text's embedding, and the cosine of two texts."""
+    config = read_config(run.path)
+    embeddings = [
+        _logits(run, _encoded(run, config, given, None))[0].astype(np.float64)
+        for given in (text, pair)
+        if given is not None
+    ]
+    for given, embedding in zip((text, pair), embeddings, strict=False):
+        values = " ".join(f"{value:.4f}" for value in embedding[:SHOWN])
+        yield f"{given}\t[{len(embedding)}] {values}{' ...' if len(embedding) > SHOWN else ''}"
+    if pair is not None:
+        first, second = embeddings
+        yield f"cosine\t{first @ second / np.sqrt(first @ first * (second @ second)):.4f}"
 
 
 def tag(run: LoadedRun, text: str) -> list[tuple[str, str, float]]:

@@ -71,11 +71,12 @@ def write_probe(
     logits: Path,
     onnx: OnnxModel,
     engine: Engine | None,
+    ranked: bool = True,
 ) -> None:
     """Write the kit into `folder`.
 
     `sets`: number of samples in each set; `arrays`: the task's arrays for all samples, in that order;
-    `logits`: the .npy file of the onnx row.
+    `logits`: the .npy file of the onnx row; `ranked`: the largest of them is the answer.
     """
     folder.mkdir(exist_ok=True)
     set_index = np.repeat(np.arange(len(sets), dtype=np.int32), list(sets.values()))
@@ -94,7 +95,8 @@ def write_probe(
             "plan_sha256": sha256_file(plan) if plan else None,
             "backend": build.get("backend") or "tensorrt",
             "disabled_optimizers": disabled_optimizers(onnx.file),
-            "per_sample": "nll" if "first" in arrays else "logits",
+            "per_sample": "nll" if arrays.keys() & {"first", "targets"} else "logits",
+            **({} if ranked else {"ranked": False}),
         },
     )
     for script in (*SCRIPT.parent.glob("*.py"), Path(strict_json.__file__)):
@@ -128,7 +130,9 @@ def read_measurement(file: Path, probe: Path, onnx: Path) -> EngineMeasurement:
                 fix="copy probe/ and engine/ of this run to the device and measure again",
             )
     with np.load(probe / "inputs.npz") as archive:
-        inputs = {name: archive[name] for name in ("length", "first", "set") if name in archive.files}
+        inputs = {
+            name: archive[name] for name in ("length", "first", "targets", "set") if name in archive.files
+        }
     count = len(inputs["length"])
     fields = ("nll", "correct") if facts["per_sample"] == "nll" else ("logits",)
     for name in fields:
@@ -157,7 +161,10 @@ def _results(
     """Results of a language model, by set."""
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in sets}
     for row, set_index in enumerate(inputs["set"]):
-        tokens = int(inputs["length"][row] - inputs["first"][row])
+        if "targets" in inputs:
+            tokens = int((inputs["targets"][row] >= 0).sum())
+        else:
+            tokens = int(inputs["length"][row] - inputs["first"][row])
         samples[sets[int(set_index)]].append(
             {"nll": measurement["nll"][row], "correct": measurement["correct"][row], "tokens": tokens}
         )

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from qcompress.errors import ExportError
 from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.architecture import Input
+from qcompress.models.checkpoint_files import read_config
+from qcompress.models.pooling import output_name
 from qcompress.schema.targets import find_target
 from qcompress.system.artifacts import graph_digests, read_object, sha256_file, write_json
 from qcompress.system.child_process import command, environment
@@ -76,9 +78,10 @@ def adopt(
     `checkpoint`. Returns notes for the user.
 
     The graph reads the family's first input and any of its other inputs, with the axes of the family's
-    signature and types that the inputs can be cast to. Its output `logits` has `shape`: (rows, tokens,
-    vocabulary) or (rows, labels), None for sizes that depend on the inputs. Raises ExportError for other
-    inputs or outputs, for a graph that the target refuses, and for one that ONNX Runtime cannot run.
+    signature and types that the inputs can be cast to. Its output `logits`, of a text encoder `embeddings`,
+    has `shape`: (rows, tokens, vocabulary), (rows, labels) or (rows, width), None for sizes that depend on
+    the inputs. Raises ExportError for other inputs or outputs, for a graph that the target refuses, and for
+    one that ONNX Runtime cannot run.
     """
     import onnx
 
@@ -87,10 +90,11 @@ def adopt(
 
     view = read(graph)
     signature = graph_signature(FAMILIES[family], checkpoint)
-    _check_signature(view, family, signature)
+    output = output_name(read_config(checkpoint))
+    _check_signature(view, family, signature, output)
     findings = lint(graph, find_target(target))
     refuse_errors(findings, target, str(graph))
-    without = _try(graph, _fed(view, signature), shape)
+    without = _try(graph, _fed(view, signature), shape, output)
     file = out / "model.onnx"
     if view.data_files:
         model = onnx.load(str(graph))
@@ -112,8 +116,8 @@ def adopt(
     return [f"ONNX Runtime opens the graph only without {names}; the row `onnx` is measured without {names}"]
 
 
-def _check_signature(view: View, family: str, signature: tuple[Input, ...]) -> None:
-    """Raise ExportError unless the graph's inputs belong to the family and it has an output `logits`."""
+def _check_signature(view: View, family: str, signature: tuple[Input, ...], output: str) -> None:
+    """Raise ExportError unless the graph's inputs belong to the family and it has the task's `output`."""
     known = {item.name: item for item in signature}
     names = [value.name for value in view.inputs]
     if signature[0].name not in names or not set(names) <= set(known):
@@ -124,10 +128,10 @@ def _check_signature(view: View, family: str, signature: tuple[Input, ...]) -> N
         )
     for value in view.inputs:
         _check_input(view, family, value, known[value.name])
-    if "logits" not in view.outputs:
+    if output not in view.outputs:
         raise ExportError(
-            f"{view.file} has the outputs {', '.join(sorted(view.outputs))}, and none is called `logits`",
-            fix="rename the output that is compared with the model's logits",
+            f"{view.file} has the outputs {', '.join(sorted(view.outputs))}, and none is called `{output}`",
+            fix=f"rename the output that is compared with the model's {output}",
         )
 
 
@@ -170,11 +174,13 @@ def _fed(view: View, signature: tuple[Input, ...]) -> dict[str, tuple[str, list[
     return {name: (kind, axes[name]) for name, kind in types.items()}
 
 
-def _try(graph: Path, fed: dict[str, tuple[str, list[str | int]]], shape: Sequence[int | None]) -> list[str]:
+def _try(
+    graph: Path, fed: dict[str, tuple[str, list[str | int]]], shape: Sequence[int | None], output: str
+) -> list[str]:
     """Run the graph once in a child process, which may crash; returns the optimizers to disable."""
     from qcompress.graph.trial import ROWS, TOKENS
 
-    words = command("qcompress.graph.trial", str(graph.resolve()), json.dumps(fed), str(TRIAL_MIB))
+    words = command("qcompress.graph.trial", str(graph.resolve()), json.dumps(fed), str(TRIAL_MIB), output)
     try:
         # in an empty folder, or Python would import modules from the folder of the graph
         with tempfile.TemporaryDirectory(prefix="qcompress-trial-") as folder:
@@ -194,7 +200,7 @@ def _try(graph: Path, fed: dict[str, tuple[str, list[str | int]]], shape: Sequen
     wanted = [ROWS, *((TOKENS,) if len(shape) == 3 else ()), shape[-1]]
     if logits["shape"] != wanted or logits["type"] not in ("float32", "float16"):
         raise ExportError(
-            f"{graph}: the logits of {ROWS} rows{tokens} are {logits['type']} {logits['shape']}, and this "
+            f"{graph}: the {output} of {ROWS} rows{tokens} are {logits['type']} {logits['shape']}, and this "
             f"model and task have floats {wanted}",
             fix="name a graph that was made from this model, with dynamic axes",
         )

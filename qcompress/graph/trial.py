@@ -1,8 +1,8 @@
 """Child process that runs an ONNX file once in ONNX Runtime.
 
 A graph of unknown origin may crash the process that runs it; a separate process protects the caller. `python
--m qcompress.graph.trial FILE INPUTS MIB`, where INPUTS is a JSON object: for each input its type and its
-axes, names (batch, sequence) or sizes. Writes one JSON object: shape and type of `logits` for 2 rows of 5
+-m qcompress.graph.trial FILE INPUTS MIB OUTPUT`, where INPUTS is a JSON object: for each input its type and
+its axes, names (batch, sequence) or sizes. Writes one JSON object: shape and type of OUTPUT for 2 rows of 5
 tokens, and the disabled optimizers. No torch.
 """
 
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
 
     from qcompress.graph.ort_errors import Fail
 
-    file, inputs, mib = arguments
+    file, inputs, mib, output = arguments
     limit_memory(int(mib))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
         name: np.ones([sizes.get(axis, axis) for axis in axes], element)
         for name, (element, axes) in json.loads(inputs).items()
     }
-    (logits,) = session.run(["logits"], feed)
+    (logits,) = session.run([output], feed)
     shown = {"shape": list(logits.shape), "type": str(logits.dtype), "disabled_optimizers": without}
     print(json.dumps(shown))
 

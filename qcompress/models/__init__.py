@@ -39,6 +39,7 @@ from qcompress.models.layer_selection import (
     with_shared,
 )
 from qcompress.models.loading import reading
+from qcompress.models.pooling import settled_head
 from qcompress.schema.families import Family
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def describe(
     `blocks` selects blocks of the checkpoint.
     """
     config, tensors, _ = chosen(family, directory, blocks)
+    head = settled_head(head, directory, config)
     module = FAMILIES[family]
     check_floats(tensors)
     if module.DEPTH is None or SHARED not in config:

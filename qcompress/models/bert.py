@@ -23,7 +23,13 @@ NAMES = Encoder(
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
     linears=("intermediate.dense", "output.dense"),
     additions=("attention.output.", "output."),
+    masked=(
+        "cls.predictions.transform.dense",
+        "cls.predictions.transform.LayerNorm",
+        "cls.predictions.decoder",
+    ),  # fmt: skip
     head={
+        "question-answering": ("qa_outputs",),
         "sequence-classification": ("bert.pooler.dense", "classifier"),
         "token-classification": ("classifier",),
     },

@@ -23,7 +23,9 @@ NAMES = Encoder(
     norms=("sa_layer_norm", "output_layer_norm"),
     linears=("ffn.lin1", "ffn.lin2"),
     additions=("attention_", "ffn_"),
+    masked=("vocab_transform", "vocab_layer_norm", "vocab_projector"),
     head={
+        "question-answering": ("qa_outputs",),
         "sequence-classification": ("pre_classifier", "classifier"),
         "token-classification": ("classifier",),
     },

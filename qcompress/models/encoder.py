@@ -45,16 +45,22 @@ from qcompress.models.architecture import (
 )
 from qcompress.models.config_checks import check_config, check_leftover, check_shapes, config_of, labels_of
 from qcompress.models.layer_selection import Depth
+from qcompress.models.pooling import KEY, EmbeddingHead
 
 Shapes = dict[str, tuple[int, ...]]
 
 CLASSES = {
     "sequence-classification": "ForSequenceClassification",
     "token-classification": "ForTokenClassification",
+    "feature-extraction": "Model",
+    "fill-mask": "ForMaskedLM",
+    "question-answering": "ForQuestionAnswering",
 }
 """Tasks, and the suffixes of their model classes in transformers."""
 
 TASKS = tuple(CLASSES)
+
+FILL_MASK = "fill-mask"
 
 CAUSAL = False
 """A token attends to all tokens."""
@@ -88,7 +94,9 @@ class Encoder:
     additions: tuple[str, str]
     """Prefixes of the names of the points at the two residual additions."""
     head: Mapping[str, tuple[str, ...]]
-    """Layers after the encoder for each task; the last one computes the logits."""
+    """Layers after the encoder for each task with a head; the last one computes the logits."""
+    masked: tuple[str, str, str] = ("", "", "")
+    """Layer, norm and decoder (tied to the table of words) of the head that predicts masked tokens."""
     padding: int | None = None
     """Default id of the padding token, after which positions start; None: positions start at 0."""
 
@@ -107,12 +115,13 @@ class Encoder:
         """Architecture of a checkpoint with the head of a task, whose tensors are checked against it."""
         self._check_config(config, head)
         shapes = self._shapes(tensors)
-        labels = self.labels(config, tensors, head)
-        layers = self._layers(config, head.task, len(labels))
+        outputs = len(self.labels(config, tensors, head)) if self.head.get(head.task) else 0
+        layers = self._layers(config, head.task, outputs)
         blocks = tuple(f"{self.family}.{self.stack}.{index}" for index in range(config[self.blocks]))
-        new = self._check_shapes(layers, self._norms(config), shapes, head.task)
-        width = config[self.width]
-        norms = sum(2 * width for _ in self._norms(config))
+        width, normed = config[self.width], self._norms(config)
+        normed += [self.masked[1]] if head.task == FILL_MASK else []
+        new = self._check_shapes(layers, normed, shapes, head.task)
+        norms = sum(2 * width for _ in normed)
         biases = sum(layer.out_features for layer in layers if layer.kind != "embedding")
         return Architecture(
             family=self.family,
@@ -121,7 +130,7 @@ class Encoder:
             sites=tuple(self._value_site(block, width) for block in blocks),
             context=self.positions(config),
             vocabulary=config["vocab_size"],
-            parameters=sum(layer.weights for layer in layers) + norms + biases,
+            parameters=sum(layer.weights for layer in layers if not layer.tied_to) + norms + biases,
             attentions=tuple(self._attention(block) for block in blocks),
             points=tuple(Point(name, kind, width) for block in blocks for name, kind in self._points(block)),
             embeddings=f"{self.family}.embeddings",
@@ -143,7 +152,14 @@ class Encoder:
     def task_config(
         self, config: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], head: Head
     ) -> dict[str, Any]:
-        """config.json of the task's model: its class, labels and problem type."""
+        """config.json of the task's model: its class, labels and problem type; or its pooling."""
+        if isinstance(head, EmbeddingHead):
+            pooled = {"pooling": head.pooling, "normalize": head.normalize}
+            named = self.title + CLASSES[head.task]
+            return {**config, "architectures": [named], "problem_type": head.problem, KEY: pooled}
+        config = {key: value for key, value in config.items() if key != KEY}
+        if head.task == FILL_MASK:
+            return {**config, "architectures": [self.title + CLASSES[head.task]]}
         labels = self.labels(config, tensors, head)
         return config_of(config, self.title + CLASSES[head.task], labels, head)
 
@@ -210,9 +226,14 @@ class Encoder:
             layers += [Layer(f"{block}.{name}", "linear", width, width, part="attention") for name in names]
             layers.append(Layer(f"{block}.{self.linears[0]}", "linear", width, inner, part="ffn"))
             layers.append(Layer(f"{block}.{self.linears[1]}", "linear", inner, width, part="ffn"))
-        *before, last = self.head[task]
-        layers += [Layer(name, "linear", width, width) for name in before]
-        return [*layers, Layer(last, "head", width, labels)]
+        if task == FILL_MASK:
+            dense, _, decoder = self.masked
+            tied = f"{table}.word_embeddings" if config.get("tie_word_embeddings", True) else None
+            layers.append(Layer(dense, "linear", width, width))
+            return [*layers, Layer(decoder, "head", width, config["vocab_size"], tied_to=tied)]
+        head = self.head.get(task, ())
+        layers += [Layer(name, "linear", width, width) for name in head[:-1]]
+        return layers + [Layer(name, "head", width, labels) for name in head[-1:]]
 
     def _norms(self, config: dict[str, Any]) -> list[str]:
         blocks = [f"{self.family}.{self.stack}.{index}" for index in range(config[self.blocks])]
@@ -246,14 +267,15 @@ class Encoder:
         """
         expected: Shapes = {}
         for layer in layers:
-            expected[f"{layer.name}.weight"] = (layer.out_features, layer.in_features)
-            if layer.kind != "embedding":
+            if not layer.tied_to:
+                expected[f"{layer.name}.weight"] = (layer.out_features, layer.in_features)
+            if layer.kind != "embedding" and layer.name != self.masked[2]:  # its bias has two names
                 expected[f"{layer.name}.bias"] = (layer.out_features,)
         for norm in norms:
             expected |= dict.fromkeys((f"{norm}.weight", f"{norm}.bias"), (layers[0].in_features,))
         new = tuple(
             f"{layer}.{part}"
-            for layer in self.head[task]
+            for layer in self.head.get(task, ())
             if self._bare(f"{layer}.weight") not in shapes and self._bare(f"{layer}.bias") not in shapes
             for part in ("weight", "bias")
         )

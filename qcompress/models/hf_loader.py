@@ -16,12 +16,16 @@ from qcompress.models.checkpoint_files import read_config
 from qcompress.models.encoder import CLASSES, Encoder
 from qcompress.models.layer_selection import Depth, lacking, share_parameters
 from qcompress.models.loading import complete, reading, stock_config, stock_model
+from qcompress.models.pooling import KEY
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 AUTO = {
+    "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "question-answering": "AutoModelForQuestionAnswering",
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
@@ -42,14 +46,20 @@ class Maker:
         """
         import transformers
 
-        named = (read_config(directory).get("architectures") or [None])[0]
-        if named not in self.autos:
+        config = read_config(directory)
+        named = (config.get("architectures") or [None])[0]
+        if named not in self.autos or (self.autos[named] == AUTO["feature-extraction"] and KEY not in config):
             raise ModelError(
                 f"{directory}: config.json names the class {named}, which is not one of "
                 f"{', '.join(self.autos)}",
                 fix="load it through a recipe, whose task selects the class",
             )
         return stock_config(directory), getattr(transformers, self.autos[named])
+
+    def task(self, directory: Path) -> str | None:
+        """Task of the class of a directory; None for a class without one."""
+        named = (read_config(directory).get("architectures") or [None])[0]
+        return next((task for task, auto in AUTO.items() if auto == self.autos.get(named)), None)
 
 
 def load_model(
@@ -67,6 +77,10 @@ def load_model(
         config.architectures[0], source, folder, config, attn_implementation="eager"
     )
     missing = loading_info["missing_keys"]
+    if KEY in read_config(folder):
+        prefix = f"{model.base_model_prefix}."
+        missing = {prefix + name for name in missing if not name.startswith("pooler.")}
+    model = for_task(model, maker, folder, source)
     if depth is not None:
         missing = lacking(missing, model, depth)
     complete(model, source, folder, missing, model.config.initializer_range)
@@ -75,13 +89,40 @@ def load_model(
     return model.eval()
 
 
+def for_task(model: PreTrainedModel, maker: Maker, directory: Path, source: Path) -> nn.Module:
+    """Give a stock model the outputs of its task under the name `logits`, as most models have them.
+    `directory` has the config.json, `source` is the checkpoint that messages name.
+    """
+    if pooled := read_config(directory).get(KEY):
+        from qcompress.models.text_embedder import embedder
+
+        return embedder(model, pooled)
+    task = maker.task(directory)
+    if task == "fill-mask":
+        from qcompress.models.masked_lm import separate_bias
+
+        separate_bias(model, source)
+    if task == "question-answering":
+        model.register_forward_hook(_both_ends)
+    return model
+
+
+def _both_ends(model: nn.Module, inputs: Any, output: Any) -> Any:
+    """Logits [batch, tokens, 2] of a model that gives those of the first and of the last token apart."""
+    import torch
+
+    output.logits = torch.stack([output.start_logits, output.end_logits], -1)
+    return output
+
+
 def empty_model(maker: Maker, directory: Path, depth: Depth | None = None) -> PreTrainedModel:
     """Stock model of a config.json with unset weights and buffers."""
     import torch
 
     config, stock = maker.of(directory)
     with torch.device("meta"), reading(directory / "config.json", "transformers cannot make a model from it"):
-        model = stock.from_config(config, attn_implementation="eager").eval()
+        model = stock.from_config(config, attn_implementation="eager")
+    model = for_task(model, maker, directory, directory).eval()
     if depth is not None:
         share_parameters(model, depth)
     return model
@@ -146,6 +187,10 @@ class Stock:
     def tie(self, model: nn.Module) -> None:
         """Share float tensors that were set after construction."""
         share_parameters(model, self.names.depth)
+        if hasattr(model, "output_bias"):
+            from qcompress.models.masked_lm import tie_decoder
+
+            tie_decoder(model)
 
     def install_points(self, model: nn.Module, points: Mapping[str, nn.Module]) -> None:
         """Install quantization points by name; each module receives the activation to quantize."""

@@ -23,7 +23,9 @@ NAMES = Encoder(
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
     linears=("intermediate.dense", "output.dense"),
     additions=("attention.output.", "output."),
+    masked=("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
     head={
+        "question-answering": ("qa_outputs",),
         "sequence-classification": ("classifier.dense", "classifier.out_proj"),
         "token-classification": ("classifier",),
     },

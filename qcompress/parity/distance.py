@@ -25,10 +25,11 @@ class Distance:
     `range` is the largest minus the smallest logit of the reference; cosine and snr_db are over all logits
     together, so that a few positions with small logits do not dominate. snr_db is None for zero error,
     because JSON has no infinity; top1_agreement is None where a position has a single logit, which always
-    ranks first.
+    ranks first, and where the largest output is not an answer (`ranked` False, as for embeddings).
     """
 
     to: str
+    ranked: bool = True
     largest: float = 0.0
     absolute: float = 0.0
     low: float = math.inf
@@ -91,7 +92,9 @@ class Distance:
             "range": self.high - self.low,
             "cosine": self.dot / norm if norm else math.nan,
             "snr_db": decibels(self.square_reference, error),
-            "top1_agreement": self.agree / self.positions if self.count > self.positions else None,
+            "top1_agreement": self.agree / self.positions
+            if self.ranked and self.count > self.positions
+            else None,
             "positions": self.positions,
         }
 

@@ -52,7 +52,8 @@ def engine_row(
     """
     module = TASKS[task.name]
     by_set = measurement.samples or {
-        name: module.results(known[name], logits, task) for name, logits in measurement.logits.items()
+        name: module.joined(module.results(known[name], logits, task), reference.get(name))
+        for name, logits in measurement.logits.items()
     }
     metrics = {
         f"{name}.{metric}": value

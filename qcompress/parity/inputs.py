@@ -42,9 +42,9 @@ def evaluation_samples(recipe: Recipe, base: Path, artifacts: Artifacts) -> Samp
         name: slices_of(recipe, data, base) for name, data in recipe.data.evaluate.items() if data.slices
     }
     for name, columns in slices.items():
-        if any(len(cells) != len(sets[name]) for cells in columns.values()):
+        if any(len(cells) != task.rows(sets[name]) for cells in columns.values()):
             raise ContractError(
-                f"{name}: {len(sets[name])} samples, but a slice column has another number of values"
+                f"{name}: {task.rows(sets[name])} samples, but a slice column has another number of values"
             )
     first = next(iter(sets.values()))
     positions, logits = task.logits_of(options, config)

@@ -43,7 +43,7 @@ from qcompress.parity.distance import Distance
 from qcompress.parity.forced_codes import NOISE, TIE, Held, Inputs, Place, summary
 from qcompress.parity.inputs import Artifacts, evaluation_samples
 from qcompress.parity.measure import Samples, batches
-from qcompress.parity.runners import complete, empty_past, open_session
+from qcompress.parity.runners import complete, empty_past, open_session, output_of
 from qcompress.quant.folded import Rounding
 from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import FoldedModel, OnnxModel, read_json, write_json
@@ -88,7 +88,7 @@ def held_codes(
     forced codes.
     """
     windows = samples.sets[samples.first][: min(recipe.verify.distance_samples, samples.compared)]
-    task, distance = TASKS[recipe.task.name], Distance(to="folded")
+    task, distance = TASKS[recipe.task.name], Distance(to="folded", ranked=recipe.task.ranked)
     logit_pairs: list[tuple[np.ndarray, np.ndarray]] = []
     with (
         follow(folded, onnx, TIE[recipe.format.compute], logit_pairs) as (places, run_both),
@@ -250,11 +250,12 @@ def _onnx_values(
             file.write(with_outputs(model.file, wanted))
             file.flush()
         session = open_session(Path(file.name), torch.get_num_threads(), optimized=False)
+        output = output_of(session)
 
         def run(inputs: Inputs) -> tuple[Inputs, Inputs, np.ndarray]:
             feed = {name: tensor.numpy() for name, tensor in complete(family, inputs).items()}
             feed |= empty_past(session, len(next(iter(inputs.values()))))
-            names = [*wanted, "logits"]
+            names = [*wanted, output]
             outputs = dict(zip(names, session.run(names, feed), strict=True))
             floats = {
                 place: (outputs[name].swapaxes(-1, -2) if moved else outputs[name]).astype(np.float32)
@@ -265,7 +266,7 @@ def _onnx_values(
                 for place, (_, code, _) in values.items()
                 if code
             }
-            return floats, codes, outputs["logits"].astype(np.float32)
+            return floats, codes, outputs[output].astype(np.float32)
 
         yield run
 

@@ -59,7 +59,7 @@ def measure_row(
     `reference`: the float row's results, against which agreement is measured; None for the float row itself.
     """
     task, size = TASKS[recipe.task.name], recipe.verify.batch_size
-    distance = Distance(to=previous) if previous else None
+    distance = Distance(to=previous, ranked=samples.task.ranked) if previous else None
     results: Results = {}
     total = sum(-(-len(windows) // size) for windows in samples.sets.values())
     with reporter.bar(f"verify {stage}", total) as bar:
@@ -81,7 +81,8 @@ def measure_row(
                 if keep:
                     shape = (samples.compared, samples.positions, logits.shape[-1])
                     keep_logits(out / f"logits-{stage}.npy", shape, to_compare)
-            results[name] = [measured[row] for row in range(len(windows))]
+            in_order = [measured[row] for row in range(len(windows))]
+            results[name] = task.joined(in_order, reference.get(name) if reference else None)
     against = reference or (results if stage == "float" else {})
     metrics = {
         f"{name}.{metric}": value

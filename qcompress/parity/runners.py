@@ -55,6 +55,9 @@ ties. TensorRT keeps such a bias in float.
 """
 
 
+OUTPUTS = ("logits", "embeddings")
+"""Outputs of a graph that are compared between rows; a graph has one of them, and the key-value cache."""
+
 CPU = "CPUExecutionProvider"
 
 
@@ -150,7 +153,16 @@ class OnnxRunner:
         arrays = {name: tensor.numpy() for name, tensor in complete(self.family, inputs).items()}
         feed = fed(self.session, arrays)
         feed |= empty_past(self.session, len(next(iter(inputs.values()))))
-        return self.session.run(["logits"], feed)[0].astype(np.float32)
+        return self.session.run([output_of(self.session)], feed)[0].astype(np.float32)
+
+
+def output_of(session: onnxruntime.InferenceSession) -> str:
+    """Name of the output that is compared: `logits`, or `embeddings`. Raises ContractError without either."""
+    names = [item.name for item in session.get_outputs()]
+    for name in OUTPUTS:
+        if name in names:
+            return name
+    raise ContractError(f"the graph has the outputs {', '.join(names)}, and none of {', '.join(OUTPUTS)}")
 
 
 def empty_past(session: onnxruntime.InferenceSession, rows: int) -> dict[str, np.ndarray]:

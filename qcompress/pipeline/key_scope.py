@@ -131,6 +131,8 @@ ONLY_MEASURED: tuple[tuple[str, str], ...] = (
     ("qcompress.tasks.sequence_classification", "qcompress.tasks.scores"),
     ("qcompress.tasks.token_classification", "qcompress.tasks.scores"),
     ("qcompress.tasks.image_classification", "qcompress.tasks.scores"),
+    ("qcompress.tasks.feature_extraction", "qcompress.tasks.scores"),
+    ("qcompress.tasks.question_answering", "qcompress.tasks.scores"),
     ("qcompress.tasks.image_classification", "qcompress.tasks.image_slices"),
 )
 """Imports that compute the results of an evaluation set, which the stages before verify do not have."""

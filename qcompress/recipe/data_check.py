@@ -16,15 +16,16 @@ from typing import Any
 from qcompress.errors import MachineError, ModelError, UsageError
 from qcompress.models import FAMILIES, chosen
 from qcompress.models.architecture import PIXELS
+from qcompress.models.pooling import settled_head
 from qcompress.models.readers import check_reader, image_size, keeps_size
 from qcompress.models.tokenizer_files import TokenizerFiles, first_with, read_tokenizer
-from qcompress.recipe.rules.data import also, sections_of
+from qcompress.recipe.rules.data import also, needs_labels, sections_of
 from qcompress.recipe.rules.values import TASK_LOSS_PHASES
 from qcompress.recipe.yaml_file import Document, Key, dotted
 from qcompress.schema.axes import PHASES
 from qcompress.schema.data import FILES
-from qcompress.schema.recipe import CausalLm, Recipe, TextData
-from qcompress.schema.tasks import AGREEMENT
+from qcompress.schema.recipe import Recipe, TextData
+from qcompress.schema.tasks import AGREEMENT, Labelled
 from qcompress.tasks import TASKS
 from qcompress.tasks.columns import ColumnError
 from qcompress.tasks.examples import Examined
@@ -114,7 +115,7 @@ def _judge_reader(check: _DataCheck) -> TokenizerFiles | None:
 
 def _judge_special_tokens(check: _DataCheck, tokenizer: TokenizerFiles) -> None:
     """Report a missing padding token, and special tokens beyond the embedding table."""
-    key, padded = _model_key(check.recipe), not isinstance(check.recipe.task, CausalLm)
+    key, padded = _model_key(check.recipe), check.recipe.task.name != "causal-lm"
     if padded and tokenizer.pads is False:
         check.add(
             key,
@@ -156,7 +157,8 @@ def _with_labels(check: _DataCheck) -> Any:
     task = TASKS[recipe.task.name]
     config, tensors, _ = chosen(recipe.model.family, check.directory, recipe.model.blocks)
     try:
-        config_of_task = check.family.task_config(config, tensors, task.head(recipe.task))
+        head = settled_head(task.head(recipe.task), check.directory, config)
+        config_of_task = check.family.task_config(config, tensors, head)
         return task.settled(recipe.task, config_of_task)
     except (ModelError, UsageError) as error:
         check.add(("task", "labels"), error.message, error.fix)
@@ -189,7 +191,7 @@ def _examine(check: _DataCheck, section: Key, data: TextData, task: Any) -> Exam
 
 def _judge_readings(check: _DataCheck, sections: list[tuple[Key, TextData]], task: Any) -> None:
     """Report a whole number that is a different label in different sections."""
-    if isinstance(task, CausalLm) or task.labels_are is not None or not labels_of(task).are_digits:
+    if not isinstance(task, Labelled) or task.labels_are is not None or not labels_of(task).are_digits:
         return
     seen: dict[str, tuple[int, Key]] = {}
     for section, data in sections:
@@ -236,15 +238,15 @@ def _judge_section(
 
 def _judge_labels_to_train_on(check: _DataCheck, data: TextData, examined: Examined) -> None:
     recipe = check.recipe
-    if examined.labelled or data.text is not None or isinstance(recipe.task, CausalLm):
+    if examined.labelled or data.text is not None or recipe.task.running:
         return  # `text` for training has a rule of its own
-    if not check.document.sound(("schedule",)):
+    if not check.document.sound(("schedule",), ("objective",)) or not needs_labels(recipe):
         return
     defaults = PHASES[recipe.schedule.name]
     steps = {name: recipe.train.phases.get(name, phase).steps for name, phase in defaults.items()}
     phase = next((name for name in defaults if name in TASK_LOSS_PHASES and steps[name]), None)
     if phase is not None and recipe.export.graph is None:
-        role = "tags" if recipe.task.name == "token-classification" else "label"
+        role = recipe.task.columns[-1]
         fix = f"name the column with `columns: {{{role}: ...}}`"
         message = f"has no labels, and the phase {phase} trains on them"
         check.add(_origin(("data", "train"), data), message, fix)
@@ -254,7 +256,7 @@ def _judge_goals(check: _DataCheck, name: str, examined: Examined) -> None:
     """Report goals on metrics that a set does not have; without labels it only has the agreement
     with float.
     """
-    if isinstance(check.recipe.task, CausalLm):
+    if check.recipe.task.running:
         return
     for goals in ("float_floor", "recovery", "regression"):
         for goal in getattr(check.recipe.gate, goals):
@@ -292,7 +294,7 @@ def _judge_tokens(
     if not beyond:
         return
     texts = list(islice(_used(check, section, data, examined), None if check.whole else ENCODED))
-    context = None if isinstance(check.recipe.task, CausalLm) else check.recipe.task.context
+    context = None if check.recipe.task.running else check.recipe.task.context
     try:
         located = first_with(tokenizer, texts, beyond, context)
     except ModuleNotFoundError:
@@ -301,7 +303,7 @@ def _judge_tokens(
         return
     row, token = located
     number = beyond[token]
-    where = "the text" if isinstance(check.recipe.task, CausalLm) else f"example {row + 1}"
+    where = "the text" if check.recipe.task.running else f"example {row + 1}"
     message = f"{where} has the token {token!r} of the id {number}, and {_table(rows)}"
     check.add(_origin(section, data), message, _resize(max(beyond.values()) + 1))
 
@@ -309,7 +311,7 @@ def _judge_tokens(
 def _used(check: _DataCheck, section: Key, data: TextData, examined: Examined) -> Iterator[Any]:
     """Texts of a section that a run uses."""
     texts: list[Any] = list(examined.texts)
-    if isinstance(check.recipe.task, CausalLm):
+    if check.recipe.task.running:
         yield from texts
     elif section[1] == "evaluate":
         yield from first(texts, check.recipe.verify.samples, data.limit)

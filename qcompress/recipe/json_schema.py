@@ -21,6 +21,7 @@ from qcompress.schema.goals import METRICS, RESOURCES
 from qcompress.schema.quantizers import ROLES
 from qcompress.schema.recipe import TRACKERS, Recipe
 from qcompress.schema.targets import TARGETS
+from qcompress.schema.tasks import ALIASES
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -85,7 +86,11 @@ def _short_words(schema: Schema) -> None:
 def _short_names(schema: Schema) -> None:
     """Allow an axis, a task or a tracker to be written as its name."""
     for key in ("task", *(axis for axis in AXES if axis != "quantizer")):
-        _allow_short_form(schema["properties"], key, {"enum": _names(schema, schema["properties"][key])})
+        names = _names(schema, schema["properties"][key])
+        if key == "task":
+            _allow_aliases(schema, names)
+            names += ALIASES
+        _allow_short_form(schema["properties"], key, {"enum": names})
     _allow_short_form(schema["properties"], "tracking", {"enum": list(TRACKERS)})
     roles = schema["$defs"]["Quantizers"]["properties"]
     options: list[Schema] = []
@@ -100,6 +105,15 @@ def _short_names(schema: Schema) -> None:
     schema["properties"]["quantizer"]["anyOf"] += [
         _with_noise(schema, branch, roles["noise"]) for branch in options
     ]
+
+
+def _allow_aliases(schema: Schema, names: list[str]) -> None:
+    """Allow a task's names in other tools where its own stands."""
+    sections = [_target(schema, branch) for branch in _branches(schema["properties"]["task"])]
+    for name, section in zip(names, sections, strict=True):
+        if others := [alias for alias, task in ALIASES.items() if task == name]:
+            field = section["properties"]["name"]
+            field["enum"] = [field.pop("const"), *others]
 
 
 def _with_noise(schema: Schema, branch: Schema, noise: Schema) -> Schema:

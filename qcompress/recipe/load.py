@@ -46,6 +46,7 @@ from qcompress.schema.data import FILES
 from qcompress.schema.formats import as_mapping
 from qcompress.schema.quantizers import Quantizers, named, quantizers
 from qcompress.schema.recipe import LEARNING_RATES, PhaseOptions, Recipe
+from qcompress.schema.tasks import task_named
 from qcompress.system.artifacts import read_json
 
 SET = "--set"
@@ -320,7 +321,9 @@ def _expand_short_form(key: Key, old: Any, new: dict[str, Any]) -> Any:
         return {"preset": old} if isinstance(old, str) else old
     if len(key) == 2 and key[0] == "format":
         return as_mapping(str(key[1]), old)
-    if (len(key) == 1 and key[0] in (*AXES, "task")) or (len(key) == 2 and key[0] == "quantizer"):
+    if key == ("task",):
+        return task_named(old)
+    if (len(key) == 1 and key[0] in AXES) or (len(key) == 2 and key[0] == "quantizer"):
         return named(old)
     return old
 
@@ -328,6 +331,8 @@ def _expand_short_form(key: Key, old: Any, new: dict[str, Any]) -> Any:
 def _without_old_choice(key: Key, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if key in FREE:
         return old
+    if key == ("task",):
+        new = task_named(new)
     for choosers, gone in CHOICES:
         if any(name in new and new[name] != old.get(name) for name in choosers):
             return {name: value for name, value in old.items() if gone is not None and name not in gone}

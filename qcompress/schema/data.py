@@ -29,7 +29,7 @@ class Columns(_Grown):
     """
 
     text: str | None = None
-    """The text (sequence-classification)."""
+    """The text (sequence-classification, feature-extraction)."""
     pair: str | None = None
     """The second text of a pair (sequence-classification)."""
     label: str | None = None
@@ -42,8 +42,21 @@ class Columns(_Grown):
     image: str | None = None
     """The image (image-classification); in an archive the array `images`, uint8 [images, height, width, 3],
     and the array of labels is `labels`."""
+    text_pair: str | None = None
+    """The text to compare with (feature-extraction); read if it is named, or with a column `score`."""
+    score: str | None = None
+    """The similarity of the two texts, a number (feature-extraction). Without this key, a table without a
+    column `score` has none."""
 
-    _ADDED: ClassVar[tuple[str, ...]] = ("image",)
+    question: str | None = None
+    """The question (question-answering)."""
+    context: str | None = None
+    """The text that has the answer (question-answering)."""
+    answers: str | None = None
+    """The answers (question-answering): a mapping of the lists `text` and `answer_start` as in the hub's
+    SQuAD, a list of texts, or a text. Without this key, a table without a column `answers` has none."""
+
+    _ADDED: ClassVar[tuple[str, ...]] = ("image", "text_pair", "score", "question", "context", "answers")
 
 
 class Augment(Options):
@@ -64,7 +77,8 @@ SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 """Supported table formats."""
 
 
-RESULTS = ("label", "positions", "tokens", "prediction", "reference", "rank", "correct", "nll", "loss")
+RESULTS = ("label", "positions", "tokens", "prediction", "reference", "rank", "correct", "nll", "loss",
+           "cosine", "embedding", "context", "windows", "exact_match", "answer_f1")  # fmt: skip
 """Result columns of a sample, which can be used in goals without `slices`."""
 
 
@@ -78,7 +92,8 @@ class TextData(_Grown):
     calibrate on them and measure agreement with float: one example a line."""
     table: list[str] | None = None
     """Files of examples for a classification, relative to the recipe, by suffix: .tsv (quotes are literal),
-    .csv, .jsonl, .parquet. A .tsv of `task.glue` is as GLUE published it, unless `columns` are named."""
+    .csv, .jsonl, .parquet; for question-answering also .json in SQuAD's format. A .tsv of `task.glue` is as
+    GLUE published it, unless `columns` are named."""
     npz: list[str] | None = None
     """numpy archives of images and their labels, relative to the recipe; `columns` names the arrays."""
     folder: str | None = None

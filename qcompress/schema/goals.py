@@ -21,6 +21,12 @@ METRICS: dict[str, Literal["lower", "higher"]] = {
     "span_f1": "higher",
     "top5_accuracy": "higher",
     "cross_entropy": "lower",
+    "cosine_spearman": "higher",
+    "cosine_pearson": "higher",
+    "pseudo_perplexity": "lower",
+    "masked_accuracy": "higher",
+    "answer_f1": "higher",
+    "exact_match": "higher",
     "agreement": "higher",
 }
 """All metrics of the tasks, and their better direction."""

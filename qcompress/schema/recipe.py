@@ -46,7 +46,10 @@ from qcompress.schema.stages import STAGES as STAGES
 from qcompress.schema.stages import Row
 from qcompress.schema.stages import Stage as Stage
 from qcompress.schema.tasks import CausalLm as CausalLm
+from qcompress.schema.tasks import FeatureExtraction as FeatureExtraction
+from qcompress.schema.tasks import FillMask as FillMask
 from qcompress.schema.tasks import ImageClassification as ImageClassification
+from qcompress.schema.tasks import QuestionAnswering as QuestionAnswering
 from qcompress.schema.tasks import SequenceClassification as SequenceClassification
 from qcompress.schema.tasks import Task
 from qcompress.schema.tasks import TokenClassification as TokenClassification

@@ -16,18 +16,22 @@ from pydantic import (
     model_validator,
 )
 
-from qcompress.schema.formats import Options
 from qcompress.schema.glue import GLUE
 from qcompress.schema.quantizers import named
+from qcompress.schema.text_tasks import FeatureExtraction as FeatureExtraction
+from qcompress.schema.text_tasks import FillMask as FillMask
+from qcompress.schema.text_tasks import QuestionAnswering as QuestionAnswering
+from qcompress.schema.text_tasks import TaskOptions
 
 
-class CausalLm(Options):
+class CausalLm(TaskOptions):
     """Next-token prediction. Metrics: perplexity, token_accuracy."""
 
     sources: ClassVar[tuple[str, ...]] = ("text", "dataset")
     """Keys of `data` that may name its examples."""
     columns: ClassVar[tuple[str, ...]] = ()
     """Keys of `columns` that it reads, the input first."""
+    running: ClassVar[bool] = True
 
     name: Literal["causal-lm"] = "causal-lm"
     context: int = Field(default=1024, ge=2)
@@ -72,7 +76,7 @@ LabelsAre = Literal["names", "indices"]
 READINGS: tuple[str, ...] = get_args(LabelsAre)
 
 
-class Labelled(Options):
+class Labelled(TaskOptions):
     """Options of a task with labels. An unset `labels_are` is not written, so that older recipes keep their
     digests.
     """
@@ -279,12 +283,39 @@ class ImageClassification(Labelled):
 
 
 AGREEMENT = "agreement"
-"""Metric of a classification without labels: the share of answers that equal the float model's; for a
-regression Pearson's correlation with the float model's numbers.
+"""Metric of data without labels: the share of answers that equal the float model's; for a regression
+Pearson's correlation with the float model's numbers; for embeddings the mean cosine with the float model's.
 """
 
+ALIASES = {
+    "text-generation": "causal-lm",
+    "text-classification": "sequence-classification",
+    "ner": "token-classification",
+    "sentence-similarity": "feature-extraction",
+}
+"""Names of tasks in transformers and Olive that stand for a task with another name here."""
+
+
+def task_named(value: object) -> object:
+    """Expand a task's name to a mapping, and replace another name of a task by its own.
+
+    >>> task_named("ner"), task_named({"name": "text-generation", "context": 64})
+    ({'name': 'token-classification'}, {'name': 'causal-lm', 'context': 64})
+    """
+    expanded = named(value)
+    if isinstance(expanded, dict) and isinstance(expanded.get("name"), str):
+        return {**expanded, "name": ALIASES.get(expanded["name"], expanded["name"])}
+    return expanded
+
+
 Task = Annotated[
-    CausalLm | SequenceClassification | TokenClassification | ImageClassification,
+    CausalLm
+    | SequenceClassification
+    | TokenClassification
+    | ImageClassification
+    | FeatureExtraction
+    | FillMask
+    | QuestionAnswering,
     Field(discriminator="name"),
-    BeforeValidator(named),
+    BeforeValidator(task_named),
 ]

@@ -23,7 +23,7 @@ from qcompress.errors import UsageError
 from qcompress.models import load_tokenizer as reader
 from qcompress.models.architecture import CAUSAL_LM, Head
 from qcompress.schema.recipe import CausalLm, TextData
-from qcompress.tasks.examples import Batch, Examined
+from qcompress.tasks.examples import Batch, Examined, joined, rows
 from qcompress.tasks.padded import processor
 from qcompress.tasks.table import Slices
 from qcompress.tasks.text import demand_encoder_memory, read_text
@@ -31,7 +31,7 @@ from qcompress.tasks.text import demand_encoder_memory, read_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["processor", "reader"]  # part of a task's interface, common to all text tasks
+__all__ = ["joined", "processor", "reader", "rows"]  # part of a task's interface, common to all text tasks
 
 STEP = 64
 """Positions measured at once, because the vocabulary is large."""

@@ -7,7 +7,7 @@ height, width]), and `labels`, which only a loss reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,6 +53,23 @@ class Examined:
     """Tokenizer input of each example: a text, a pair of texts, or a list of words."""
     size: tuple[int, int] | None = None
     """Height and width of the first image, if known without opening it."""
+
+
+def apart(examples: Examples) -> Examples:
+    """Examples of which none has two inputs that only a loss reads together."""
+    return examples.apart() if hasattr(examples, "apart") else examples
+
+
+def rows(samples: Sequence[Any]) -> int:
+    """Number of results that `joined` makes of samples: one each."""
+    return len(samples)
+
+
+def joined(
+    results: list[dict[str, Any]], reference: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Results of the samples, unchanged: every sample has its own."""
+    return results
 
 
 def inputs_of(batch: Batch) -> Batch:

@@ -27,7 +27,7 @@ from qcompress.schema.families import family_of
 from qcompress.schema.recipe import ImageClassification, TextData
 from qcompress.schema.tasks import AGREEMENT
 from qcompress.tasks import padded
-from qcompress.tasks.examples import Batch, Examined
+from qcompress.tasks.examples import Batch, Examined, joined, rows
 from qcompress.tasks.image_slices import image_slices
 from qcompress.tasks.images import ImageExamples, ImageSample, Picture, Reader, collate, read_pictures, shaped
 from qcompress.tasks.labels import MISSING, dataset_names, labels_of, named_outputs, settle
@@ -37,7 +37,7 @@ from qcompress.tasks.table import Slices
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["collate"]  # part of a task's interface
+__all__ = ["collate", "joined", "rows"]  # part of a task's interface
 
 KNOWN = ("label",)
 """Fields of a result that do not depend on the model."""

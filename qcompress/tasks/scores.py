@@ -8,6 +8,9 @@ a score.
 from __future__ import annotations
 
 import math
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,3 +109,40 @@ def span_f1(labels: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -
     right = sum(len(label & answer) for label, answer in pairs)
     total = sum(len(label) + len(answer) for label, answer in pairs)
     return 2 * right / total if total else 0.0
+
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def plain_answer(text: str) -> list[str]:
+    """Words of an answer in lower case, without punctuation and articles. Source: SQuAD's evaluate-v1.1.py.
+
+    >>> plain_answer("The  Eiffel Tower!")
+    ['eiffel', 'tower']
+    """
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    return ARTICLES.sub(" ", kept).split()
+
+
+def exact_match(labels: Sequence[str], answer: str) -> float:
+    """1 if the answer equals one of the labels but for case, punctuation and articles; without labels, if it
+    is empty.
+    """
+    words = plain_answer(answer)
+    return float(any(plain_answer(label) == words for label in labels or [""]))
+
+
+def answer_f1(labels: Sequence[str], answer: str) -> float:
+    """Largest F1 of the answer's words against those of a label; without labels 1 for an empty answer.
+
+    >>> answer_f1(["the red house"], "red houses and house")
+    0.6666666666666666
+    """
+    return max(_word_f1(plain_answer(label), plain_answer(answer)) for label in labels or [""])
+
+
+def _word_f1(label: list[str], answer: list[str]) -> float:
+    if not label or not answer:
+        return float(label == answer)
+    common = sum((Counter(label) & Counter(answer)).values())
+    return 2 * common / (len(label) + len(answer))

@@ -27,7 +27,7 @@ from qcompress.schema.glue import GLUE
 from qcompress.schema.recipe import SequenceClassification, TextData
 from qcompress.schema.tasks import AGREEMENT
 from qcompress.tasks import padded
-from qcompress.tasks.examples import Batch, Examined
+from qcompress.tasks.examples import Batch, Examined, joined, rows
 from qcompress.tasks.labels import MISSING, dataset_names, labels_of, named_outputs, settle, spelling
 from qcompress.tasks.padded import PaddedExamples, Sample, collate, kit, length, notes, processor
 from qcompress.tasks.scores import agreement, cross_entropy, scores
@@ -39,11 +39,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "collate",
+    "joined",
     "kit",
     "length",
     "notes",
     "processor",
     "reader",
+    "rows",
 ]  # part of a task's interface, common to all padded samples
 
 KNOWN = ("label",)

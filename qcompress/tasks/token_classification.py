@@ -27,7 +27,7 @@ from qcompress.schema.data import Columns
 from qcompress.schema.recipe import TextData, TokenClassification
 from qcompress.schema.tasks import AGREEMENT
 from qcompress.tasks import padded
-from qcompress.tasks.examples import Batch, Examined
+from qcompress.tasks.examples import Batch, Examined, joined, rows
 from qcompress.tasks.labels import (
     IGNORED,
     dataset_names,
@@ -47,11 +47,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "collate",
+    "joined",
     "kit",
     "length",
     "notes",
     "processor",
     "reader",
+    "rows",
 ]  # part of a task's interface, common to all padded samples
 
 KNOWN = ("label", "positions")

@@ -52,8 +52,10 @@ def _words(columns: Columns, truth: str) -> tuple[np.ndarray, np.ndarray]:
 
 def agreement(columns: Columns, counts: np.ndarray) -> np.ndarray:
     """Share of answers (of words, in sequences) that equal the float model's (`reference`); for numbers
-    Pearson's correlation with them.
+    Pearson's correlation with them; for embeddings the mean cosine with them.
     """
+    if "cosine" in columns:
+        return _mean_of("cosine")(columns, counts)
     if "positions" in columns:
         right, total = _words(columns, "reference")
         return (counts @ right) / (counts @ total)
@@ -189,6 +191,11 @@ def _numbers(values: list[Any]) -> np.ndarray:
     return np.array(values, np.float64)
 
 
+def _mean_of(name: str) -> Callable[[Columns, np.ndarray], np.ndarray]:
+    """Mean of a column with a value of the metric for each sample."""
+    return lambda columns, counts: counts @ _numbers(columns[name]) / counts.sum(axis=1)
+
+
 REPLICATES: dict[str, Callable[[Columns, np.ndarray], np.ndarray]] = {
     "perplexity": perplexity,
     "token_accuracy": token_accuracy,
@@ -203,5 +210,11 @@ REPLICATES: dict[str, Callable[[Columns, np.ndarray], np.ndarray]] = {
     "mcc": mcc,
     "pearson": pearson,
     "spearman": spearman,
+    "pseudo_perplexity": perplexity,
+    "masked_accuracy": token_accuracy,
+    "answer_f1": _mean_of("answer_f1"),
+    "exact_match": _mean_of("exact_match"),
+    "cosine_pearson": pearson,
+    "cosine_spearman": spearman,
 }
 """Metrics with a bootstrap; a comparison of another metric has no bootstrap interval and a note."""

@@ -38,6 +38,8 @@ from qcompress.schema.recipe import Model
 from qcompress.system.artifacts import read_json
 
 ENCODERS = ("bert", "roberta", "distilbert")
+OF_THEIR_OWN = ("feature-extraction", "fill-mask", "question-answering")
+"""Tasks that test_text_embedder.py, test_masked_lm.py and test_question_answering.py are about."""
 HEADS = {task: Head(task, LABELS) for task in (SEQUENCE, TOKEN)}
 
 
@@ -66,7 +68,8 @@ def stock(kind: tuple[str, str], source: Path, **options: Any) -> nn.Module:
 def test_there_is_a_test_for_every_family_with_these_tasks() -> None:
     carried = {(name, task) for name, family in FAMILIES.items() for task in family.TASKS}
     images = {(name, task) for name, task in carried if task == "image-classification"}
-    assert carried - {("gpt2", "causal-lm")} - images == set(KINDS)
+    own = {(name, task) for name, task in carried if task in OF_THEIR_OWN}
+    assert carried - {("gpt2", "causal-lm")} - images - own == set(KINDS)
 
 
 def test_the_described_layers_are_those_of_the_stock_model(kind: tuple[str, str], source: Path) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from lines import environment
 from onnx import TensorProto, checker, helper, numpy_helper, save
+from scipy import stats
 from word_tokenizer import FIRST, WORDS, word_tokenizer
 
 from qcompress.cli.predict import continue_text
@@ -47,6 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "regression": {"name": "sequence-classification", "kind": "regression"},
     "tokens": {"name": "token-classification", "labels": TAGS},
 }
+PAIRS = {"name": "feature-extraction", "pooling": "mean", "normalize": False}
 
 
 def table(kind: str, noise: float = 0.0) -> np.ndarray:
@@ -76,10 +78,13 @@ def write_graph(file: Path, kind: str) -> None:
             helper.make_node("Mul", ["each", "mask"], ["counted"]),
             helper.make_node("ReduceSum", ["counted", "axis"], ["logits"], keepdims=0),
         ]
+    name = "logits"
+    if kind == "pairs":
+        nodes[-1].output[0] = name = "embeddings"
     constants = {"table": table(kind), "last": np.array([2]), "axis": np.array([1])}
     output = ["batch", None] if kind != "tokens" else [*shape, None]
     graph = helper.make_graph(
-        nodes, "adds", inputs, [helper.make_tensor_value_info("logits", TensorProto.FLOAT, output)],
+        nodes, "adds", inputs, [helper.make_tensor_value_info(name, TensorProto.FLOAT, output)],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
@@ -97,9 +102,13 @@ def write_rows(file: Path, kind: str, labelled: bool) -> None:
             "multi": [name for name in NAMES if random.random() < 0.5],
             "regression": float(random.normal()),
             "tokens": [TAGS[random.integers(3)] for _ in words],
-        }[kind]
+        }.get(kind)
         texts = {"tokens": words} if kind == "tokens" else {"text": " ".join(words)}
-        answer = {"tags" if kind == "tokens" else "label": label} if labelled else {}
+        if kind == "pairs":
+            texts["text_pair"] = " ".join(random.choice(WORDS, random.integers(1, 8)))
+            label = float(random.normal())
+        key = {"tokens": "tags", "pairs": "score"}.get(kind, "label")
+        answer = {key: label} if labelled else {}
         parts = {"language": ("de", "fr", None)[number % 3], "fold": number % 2}
         lines.append(json.dumps({**texts, **answer, **parts}))
     file.write_text("\n".join(lines))
@@ -141,16 +150,18 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Me
         tokenizer = word_tokenizer()
         tokenizer.model_input_names = ["input_ids", "attention_mask"]  # as the family's graph has them
         tokenizer.save_pretrained(tmp_path)
-        labels = KINDS[kind].get("labels", ["LABEL_0"])
-        config = {"id2label": dict(enumerate(labels)), "model_type": "bert"}
+        task = KINDS.get(kind, PAIRS)
+        labels = task.get("labels", ["LABEL_0"])
+        config = {"id2label": dict(enumerate(labels)), "model_type": "bert", "hidden_size": 3}
         (tmp_path / "config.json").write_text(json.dumps(config))
         write_rows(tmp_path / "dev.jsonl", kind, labelled)
+        columns = {"text_pair": "text_pair"} if kind == "pairs" else None
         recipe = Recipe.model_validate({
             "name": "adds",
             "model": {"family": "gpt2", "source": "unused"},
-            "task": {**KINDS[kind], "context": 8, **options},
-            "data": {"evaluate": {"dev": {"table": ["dev.jsonl"], "slices": slices},
-                                  "few": {"table": ["dev.jsonl"], "limit": 5}}},
+            "task": {**task, "context": 8, **options},
+            "data": {"evaluate": {"dev": {"table": ["dev.jsonl"], "slices": slices, "columns": columns},
+                                  "few": {"table": ["dev.jsonl"], "limit": 5, "columns": columns}}},
             "format": "w8a8",
             "train": {"device": "cpu"},
             "verify": {"batch_size": 4, "distance_samples": 6},
@@ -392,3 +403,60 @@ def test_only_a_language_model_continues_a_text(measure: Callable[..., Measured]
     run = SimpleNamespace(recipe=measure("single").recipe)
     with pytest.raises(UsageError, match="and this one is of sequence-classification"):
         continue_text(run, "good", 3)
+
+
+def cosines(noise: float, folder: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Embeddings [rows, 2, width] of the two texts of each row, and the rows."""
+    rows = [json.loads(line) for line in (folder / "dev.jsonl").read_text().splitlines()]
+    weights = table("pairs", noise).astype(np.float64)
+
+    def embedded(text: str) -> np.ndarray:
+        words = [FIRST + WORDS.index(word) for word in text.split()][:6]  # a context of 8, two of them marks
+        return weights[[1, *words, 2]].sum(0)
+
+    return np.array([[embedded(row["text"]), embedded(row["text_pair"])] for row in rows]), rows
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def test_the_embeddings_of_scored_pairs_are_compared_and_their_cosines_ranked(
+    measure: Callable[..., Measured],
+) -> None:
+    found = measure("pairs", slices=["fold"])
+    entry = read_samples(found.folder / "samples.json.gz")["dev"]
+    assert len(entry["ids"]) == len(entry["slices"]["fold"]) == COUNT
+    for name, noise in (("float", 0.5), ("onnx", 0.0)):
+        embeddings, rows = cosines(noise, found.folder)
+        expected = cosine(embeddings[:, 0], embeddings[:, 1])
+        assert entry["rows"][name].keys() == {"prediction"}
+        np.testing.assert_allclose(entry["rows"][name]["prediction"], expected, atol=1e-6)
+        scores = [row["score"] for row in rows]
+        assert entry["label"] == scores
+        metrics = found.row(name)["metrics"]
+        assert metrics["dev.cosine_spearman"] == pytest.approx(stats.spearmanr(scores, expected).statistic)
+        assert metrics["dev.cosine_pearson"] == pytest.approx(stats.pearsonr(scores, expected).statistic)
+        assert found.row(name)["samples"] == COUNT + 5
+    distance = found.row("onnx")["distance"]
+    assert distance["top1_agreement"] is None and distance["positions"] == 2 * COUNT
+    assert found.parity["main"] == {"dev": ["cosine_spearman"], "few": ["cosine_spearman"]}
+    assert judge(found.parity, Gate(), ["float", "onnx"], "fp32")["goals"] is not None
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_device_measures_the_embeddings_of_pairs(labelled: bool, measure: Callable[..., Measured]) -> None:
+    found = measure("pairs", labelled)
+    done = on_device(found.folder)
+    assert done.returncode == 0 and "top-1" not in done.stdout, done.stderr
+    take_engine_row(found.folder, found.recipe.task, found.folder / "engine.json")
+    engine, onnx = found.row("engine"), found.row("onnx")
+    assert engine["metrics"] == pytest.approx(onnx["metrics"]) and engine["samples"] == COUNT + 5
+    assert engine["distance"]["max_abs"] < 1e-6 and engine["distance"]["top1_agreement"] is None
+    assert engine["distance"]["positions"] == 2 * COUNT
+    if not labelled:
+        ours, _ = cosines(0.0, found.folder)
+        theirs, _ = cosines(0.5, found.folder)
+        assert found.row("float")["metrics"]["dev.agreement"] == 1
+        assert onnx["metrics"]["dev.agreement"] == pytest.approx(cosine(ours, theirs).mean(), abs=1e-6)
+        assert found.parity["main"] == {"dev": ["agreement"], "few": ["agreement"]}

@@ -67,7 +67,8 @@ def said(file: Path) -> str:
 def test_a_task_that_a_family_cannot_carry_is_named_with_those_it_can(made: Path) -> None:
     assert shown(write(made, RECIPE)) == [
         "recipe.yaml:3: task.name: a bert model cannot carry the task causal-lm "
-        "(fix: write one of: sequence-classification, token-classification)"
+        "(fix: write one of: sequence-classification, token-classification, feature-extraction, fill-mask, "
+        "question-answering)"
     ]
 
 

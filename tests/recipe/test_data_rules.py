@@ -13,7 +13,15 @@ from jsonschema import Draft202012Validator
 from qcompress.recipe.json_schema import recipe_schema
 from qcompress.recipe.load import load_recipe
 from qcompress.schema.data import Columns
-from qcompress.schema.tasks import CausalLm, ImageClassification, SequenceClassification, TokenClassification
+from qcompress.schema.tasks import (
+    CausalLm,
+    FeatureExtraction,
+    FillMask,
+    ImageClassification,
+    QuestionAnswering,
+    SequenceClassification,
+    TokenClassification,
+)
 from qcompress.tasks import TASKS
 
 GOOD = """\
@@ -42,7 +50,15 @@ data:
 format: w8a8
 """
 
-TASK_OPTIONS = (CausalLm, SequenceClassification, TokenClassification, ImageClassification)
+TASK_OPTIONS = (
+    CausalLm,
+    SequenceClassification,
+    TokenClassification,
+    ImageClassification,
+    FeatureExtraction,
+    FillMask,
+    QuestionAnswering,
+)
 COLUMNS_OF_TRAIN = Columns(text="sentence", label="stars")
 
 ONE_MISTAKE = {

@@ -7,7 +7,15 @@ import math
 import pytest
 
 from qcompress.schema.goals import BEST, METRICS
-from qcompress.schema.recipe import CausalLm, ImageClassification, SequenceClassification, TokenClassification
+from qcompress.schema.recipe import (
+    CausalLm,
+    FeatureExtraction,
+    FillMask,
+    ImageClassification,
+    QuestionAnswering,
+    SequenceClassification,
+    TokenClassification,
+)
 from qcompress.tasks.scores import agreement, scores, span_f1, spans
 
 LABELS, ANSWERS = [1, 1, 1, 0, 0, 1, 0, 1], [1, 0, 1, 0, 1, 1, 0, 1]
@@ -100,6 +108,9 @@ def test_every_metric_of_every_task_is_known_with_its_direction() -> None:
         TokenClassification(labels=["NOUN", "VERB"]),
         ImageClassification(),
         ImageClassification(labels=["cat", "dog"]),
+        FeatureExtraction(),
+        FillMask(),
+        QuestionAnswering(),
     ]
     for task in tasks:
         assert set(task.main) <= set(task.metrics) <= METRICS.keys(), task

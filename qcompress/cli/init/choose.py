@@ -4,7 +4,6 @@ goals. No torch.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,8 +20,19 @@ from qcompress.cli.init.data import (
     labels_in,
     likely_labels,
 )
+from qcompress.cli.init.goals import goals_of
 from qcompress.cli.init.lengths import context_for, token_counts, window_for
-from qcompress.cli.init.model import Checkpoint, Fit, fit, outputs_of_head, problem_of_head, reading_of
+from qcompress.cli.init.model import (
+    EMBEDDING,
+    RUNNING,
+    Checkpoint,
+    Fit,
+    fit,
+    fit_embedding,
+    outputs_of_head,
+    problem_of_head,
+    reading_of,
+)
 from qcompress.cli.init.options import InitOptions, Mistakes
 from qcompress.cli.init.splits import split_table, split_text
 from qcompress.errors import ModelError
@@ -31,7 +41,8 @@ from qcompress.schema.axes import METHODS, PHASES
 from qcompress.schema.families import model_type_of
 from qcompress.schema.formats import FORMAT_PRESETS
 from qcompress.schema.targets import TARGETS
-from qcompress.schema.tasks import READINGS
+from qcompress.schema.tasks import ALIASES, READINGS
+from qcompress.tasks import TASKS
 from qcompress.tasks.labels import TwoReadingsError, named_outputs
 from qcompress.tasks.sequence_classification import PROBLEMS
 from qcompress.tasks.table import Row
@@ -44,12 +55,6 @@ CALIBRATION = 256
 BATCH = 16
 ROUNDS, LEAST_STEPS, MOST_STEPS = 8, 100, 3000
 """Epochs of fine-tuning a new head, and limits of the number of updates."""
-
-LOSS = 0.02
-"""Allowed loss of the quantized model in accuracy, F1 or correlation, but at least `LOST` samples."""
-LOST = 3
-PERPLEXITY_PERCENT = 3
-AGREEMENT = 0.97
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Choice:
     goals: dict[str, Any]
     labels_are: str | None
     """`task.labels_are`, if the recipe must state it."""
+    pooling: dict[str, Any] | None = None
+    """`pooling` and `normalize` of feature-extraction."""
     notes: list[str] = field(default_factory=list)
     why: dict[str, str] = field(default_factory=dict)
 
@@ -103,6 +110,7 @@ def check_words(options: InitOptions, mistakes: Mistakes) -> None:
         ("--method", options.method, list(METHODS)),
         ("--format", options.format, list(FORMAT_PRESETS)),
         ("--labels-are", options.labels_are, READINGS),
+        ("--task", options.task, [*TASKS, *ALIASES]),
     )
     for option, word, known in words:
         if word is not None and word not in known:
@@ -113,9 +121,10 @@ def check_words(options: InitOptions, mistakes: Mistakes) -> None:
 
 def choose(options: InitOptions, checkpoint: Checkpoint, data: Data, mistakes: Mistakes) -> Choice | None:
     """Make every choice; None, with mistakes reported, if model and data do not fit together."""
-    task = _task(checkpoint, data, mistakes)
+    task = _task(options, checkpoint, data, mistakes)
     if task is None:
         return None
+    pooling, why_pooling = None, ""
     try:
         data, why_kind = _match_head(checkpoint, data, task)
         if isinstance(data, TableData) and _refuse_no_labels(data, mistakes):
@@ -124,14 +133,17 @@ def choose(options: InitOptions, checkpoint: Checkpoint, data: Data, mistakes: M
         labels = () if isinstance(data, TextData) else data.labels
         problem = {**PROBLEMS, "words": None}[kind] if task != "image-classification" else PROBLEMS["single"]
         reading = "names" if isinstance(data, ImageData) else options.labels_are
-        fitting = fit(checkpoint, task, problem, labels, reading)
+        if task == EMBEDDING:
+            fitting, pooling, why_pooling = fit_embedding(checkpoint)
+        else:
+            fitting = fit(checkpoint, task, problem, labels, reading)
     except TwoReadingsError as error:
         mistakes.add("--labels-are", error.message, "say `--labels-are names` or `--labels-are indices`")
         return None
     except ModelError as error:
         mistakes.add("--model", error.message, error.fix or "name another checkpoint")
         return None
-    if isinstance(data, TextData) and task != "causal-lm" and fitting.head == "none":
+    if isinstance(data, TextData) and task not in RUNNING and fitting.head == "none":
         message = f"{data.file.name} has no labels, and the checkpoint has no head for {task} to be trained"
         mistakes.add("--data", message, "name a table with labels, or a fine-tuned checkpoint")
         return None
@@ -141,6 +153,7 @@ def choose(options: InitOptions, checkpoint: Checkpoint, data: Data, mistakes: M
     }
     why["head"] = fitting.why
     why |= {"kind": why_kind} if why_kind else {}
+    why |= {"pooling": why_pooling} if pooling else {}
     if isinstance(data, TableData):
         why |= data.why
     format_name, why["format"] = _format(options)
@@ -151,7 +164,7 @@ def choose(options: InitOptions, checkpoint: Checkpoint, data: Data, mistakes: M
     if isinstance(data, TableData) and _refuse_one_sided(data, test, mistakes):
         return None
     steps, batch = _steps(train)
-    goals, why["gate"] = _goals(data, task, test)
+    goals, why["gate"] = goals_of(data, task, test)
     notes = [fitting.warning] if fitting.warning else []
     if isinstance(data, TableData) and data.unread and data.kind != "words":
         names = ", ".join(data.unread)
@@ -163,17 +176,26 @@ def choose(options: InitOptions, checkpoint: Checkpoint, data: Data, mistakes: M
     stated = reading or reading_of(labels, names) if isinstance(data, TableData) else None
     name = _slug(checkpoint, options, format_name)
     return Choice(name, task, kind, fitting, format_name, compute, method, context, opt, batch, steps, train,
-                  test, goals, stated, notes, why)  # fmt: skip
+                  test, goals, stated, pooling, notes, why)  # fmt: skip
 
 
-def _task(checkpoint: Checkpoint, data: Data, mistakes: Mistakes) -> str | None:
+def _task(options: InitOptions, checkpoint: Checkpoint, data: Data, mistakes: Mistakes) -> str | None:
     carried = checkpoint.tasks
     if isinstance(data, TableData):
         wanted = ["token-classification" if data.kind == "words" else "sequence-classification"]
+        wanted += [EMBEDDING] if data.pair and _is_scored(data) else []
     elif isinstance(data, TextData):
-        wanted = ["causal-lm", "sequence-classification"]
+        wanted = ["causal-lm", "sequence-classification", EMBEDDING, "fill-mask"]
     else:
         wanted = ["image-classification"]
+    if options.task is not None:
+        task = ALIASES.get(options.task, options.task)
+        if task not in wanted:
+            needs = f"; {EMBEDDING} takes a text file, or pairs of texts with a score" * (task == EMBEDDING)
+            message = f"{options.task} does not fit {options.data.name}, which is for {' or '.join(wanted)}"
+            mistakes.add("--task", message + needs, f"write --task {wanted[0]}, or name other data")
+            return None
+        wanted = [task]
     task = next((supported for supported in wanted if supported in carried), None)
     if task is None:
         needs = {
@@ -187,11 +209,18 @@ def _task(checkpoint: Checkpoint, data: Data, mistakes: Mistakes) -> str | None:
     return task
 
 
+def _is_scored(data: TableData) -> bool:
+    """True if every label is a number."""
+    return data.kind == "regression" or all(is_whole(label) for label in data.labels)
+
+
 def _match_head(checkpoint: Checkpoint, data: Data, task: str) -> tuple[Data, str]:
     """Reinterpret the data for the checkpoint's own head, with the reason: one label a row may be several
     labels of which one applies, and whole numbers may be a regression's. Numbers such as 1.0 are the labels
     of a classifier.
     """
+    if isinstance(data, TableData) and task == EMBEDDING:
+        return replace(data, kind="regression", labels=()), "a score of two texts is a number"
     if not isinstance(data, TableData) or task != "sequence-classification":
         return data, ""
     problem = problem_of_head(checkpoint, task)
@@ -306,11 +335,14 @@ def _context(
     if isinstance(data, ImageData):
         return None, None, "images have the model's size"
     positions = fitting.architecture.context
-    if task == "causal-lm":
+    if task in RUNNING:
         counts, how = token_counts([split_text(data)[1]], checkpoint.directory)
         context = window_for(counts[0], positions)
         return context, max(1, context // 2), f"the measured text has {counts[0]} tokens ({how})"
-    texts = data.texts() if isinstance(data, TableData) else [line for line in data.text.split("\n") if line]
+    if isinstance(data, TableData):
+        texts = data.texts_apart() if task == EMBEDDING else data.texts()
+    else:
+        texts = [line for line in data.text.split("\n") if line]
     counts, how = token_counts(texts, checkpoint.directory)
     context = context_for(counts, positions)
     cut = sum(count > context for count in counts)
@@ -323,50 +355,6 @@ def _steps(train: Any) -> tuple[int, int]:
     rows = len(train) if isinstance(train, list) else 1000
     batch = min(BATCH, max(1, rows // 4))
     return max(LEAST_STEPS, min(MOST_STEPS, ROUNDS * rows // batch)), batch
-
-
-def _goals(data: Data, task: str, test: Any) -> tuple[dict[str, Any], str]:
-    """Section `gate` of the recipe, with the reason."""
-    if task == "causal-lm":
-        goal = {"test.perplexity": {"percent-max-degradation": PERPLEXITY_PERCENT}}
-        goals = {"recovery": goal, "regression": goal}
-        return goals, f"{PERPLEXITY_PERCENT} % of perplexity; state a floor once it is known"
-    if isinstance(data, TextData):
-        goal = {"test.agreement": {"threshold": AGREEMENT}}
-        goals = {"recovery": goal, "regression": goal}
-        return goals, "the data have no labels: the answers must equal the float model's"
-    metric, floor, about = _metric(data, test)
-    count = len(test) if test else 0
-    loss = max(LOSS, -(-LOST * 1000 // count) / 1000) if count else LOSS
-    goal = {f"test.{metric}": {"max-degradation": loss}}
-    goals = {"float_floor": {f"test.{metric}": floor}, "recovery": goal, "regression": goal}
-    return goals, f"{about}; a loss of {loss:g}" + (
-        f" is {loss * count:.0f} of {count} samples" if count else ""
-    )
-
-
-def _metric(data: TableData | ImageData, test: Any) -> tuple[str, float, str]:
-    """Metric of the goals, the floor of a trained float model, and the reason."""
-    if isinstance(data, ImageData):
-        count = len(data.labels)
-        if count == 2:
-            return "accuracy", 0.75, "the float model must be halfway between chance and no mistake"
-        return "accuracy", round(2 / count, 3), "the float model must be twice as good as chance"
-    if data.kind == "regression":
-        return "spearman", 0.3, "the float model must have learned something"
-    if data.kind == "multi":
-        return "f1_micro", 0.3, "the float model must have learned something"
-    if data.kind == "words":
-        most = max(data.counts.values()) / sum(data.counts.values())
-        return "token_accuracy", _floor(most), "the float model must beat the commonest tag"
-    labels = [label_of(cells[data.label]) for _, cells in test]
-    most = max(labels.count(label) for label in data.labels) / len(labels)
-    return "accuracy", _floor(most), "the float model must beat always saying the commonest label"
-
-
-def _floor(share: float) -> float:
-    """Round a share down to three digits, so that it stays below 1."""
-    return math.floor(share * 1000) / 1000
 
 
 def _slug(checkpoint: Checkpoint, options: InitOptions, format_name: str) -> str:

@@ -66,6 +66,11 @@ class TableData:
         columns = [self.text, *([self.pair] if self.pair else [])]
         return [" ".join(_cell_text(cells[name]) for name in columns) for _, cells in self.rows]
 
+    def texts_apart(self) -> list[str]:
+        """Texts of each row, those of a pair one after the other."""
+        columns = [self.text, *([self.pair] if self.pair else [])]
+        return [_cell_text(cells[name]) for _, cells in self.rows for name in columns]
+
 
 @dataclass(frozen=True)
 class TextData:

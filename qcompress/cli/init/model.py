@@ -16,6 +16,7 @@ from qcompress.models import FAMILIES, describe, renamed_tensors
 from qcompress.models.architecture import Architecture, Head
 from qcompress.models.checkpoint_files import copy_tensors, read_config, read_tensors
 from qcompress.models.config_checks import HeadError, is_named, problem_of
+from qcompress.models.pooling import KEY, POOLING_FILE, EmbeddingHead, pooling_of
 from qcompress.models.readers import READER_FILES
 from qcompress.recipe.messages import nearest
 from qcompress.schema.families import family_of
@@ -37,6 +38,9 @@ class Checkpoint:
 
 
 REGRESSION = "regression"
+
+RUNNING = ("causal-lm", "fill-mask")
+"""Tasks on a text as a whole."""
 
 HeadKind = Literal["its own", "none", "of other labels"]
 
@@ -108,8 +112,9 @@ def fit(
     `problem`: the problem type of transformers; `data_labels`: labels of the data, empty for a number.
     """
     family, directory, config = checkpoint.family, checkpoint.directory, checkpoint.config
-    if task == "causal-lm":
-        return Fit(describe(family, directory), "its own", None, "a language model has its head")
+    if task in RUNNING:
+        architecture = describe(family, directory, Head(task))
+        return Fit(architecture, "its own", None, "a language model has its head")
     wanted = ("score",) if problem == REGRESSION else _in_output_order(data_labels, config, labels_are)
     head_problem = ""
     try:
@@ -135,6 +140,26 @@ def fit(
         f"({', '.join(wanted)}); turn `task.labels` round where the float row is bad"
     )
     return Fit(architecture, "its own", wanted, "the checkpoint has as many outputs, without names", warning)
+
+
+EMBEDDING = "feature-extraction"
+
+USUAL = {"pooling": "mean", "normalize": True}
+"""Pooling of a checkpoint that does not say its own."""
+
+
+def fit_embedding(checkpoint: Checkpoint) -> tuple[Fit, dict[str, Any], str]:
+    """Fit of a checkpoint to feature-extraction, its pooling as {"pooling", "normalize"}, and the reason.
+    Raises ModelError for a broken checkpoint, HeadError for a pooling that is not supported.
+    """
+    directory, stated = checkpoint.directory, checkpoint.config.get(KEY)
+    pooled = stated or pooling_of(directory)
+    why = f"as {'config.json' if stated else POOLING_FILE} says"
+    if pooled is None:
+        pooled, why = USUAL, f"the checkpoint has no {POOLING_FILE}: the usual one"
+    head = EmbeddingHead(EMBEDDING, None, REGRESSION, **pooled)
+    architecture = describe(checkpoint.family, directory, head)
+    return Fit(architecture, "its own", None, "an embedding is pooled, and needs no head"), pooled, why
 
 
 ANEW = "a new one is drawn, and must be trained first"

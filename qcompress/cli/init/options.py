@@ -27,6 +27,7 @@ class InitOptions:
     format: str | None = None
     with_schema: bool = False
     labels_are: str | None = None
+    task: str | None = None
 
 
 @dataclass

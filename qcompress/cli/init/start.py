@@ -205,6 +205,7 @@ def _chosen(options: InitOptions, choice: Choice, data: Data) -> dict[str, Any]:
         "positions": architecture.context,
         "task": choice.task,
         "kind": choice.kind,
+        **({"pooling": choice.pooling} if choice.pooling else {}),
         "head": choice.fit.head,
         "labels": choice.fit.labels,
         "context": choice.context,

@@ -10,6 +10,7 @@ from typing import Any
 
 from qcompress.cli.init.choose import CALIBRATION, Choice
 from qcompress.cli.init.data import Data, ImageData, TableData, TextData
+from qcompress.cli.init.model import EMBEDDING, RUNNING
 from qcompress.cli.init.options import InitOptions
 from qcompress.schema.axes import METHODS, PHASES
 from qcompress.schema.formats import FORMAT_PRESETS
@@ -19,6 +20,9 @@ WORDS = {"true", "false", "null", "yes", "no", "on", "off", "none", "nan", "inf"
 
 WINDOWS = 256
 """Number of sequences for the measurement of a language model."""
+
+TAUGHT = ("distillation", "teacher-intervention")
+"""Objectives for which the float model's embeddings are enough, and texts need no scores."""
 
 WIDE = 768
 """Width from which a model is fine-tuned with a lower learning rate."""
@@ -109,6 +113,7 @@ def _task(choice: Choice) -> list[str]:
         task["labels"] = list(choice.fit.labels)
     if choice.labels_are is not None and choice.kind != "regression":
         task["labels_are"] = choice.labels_are
+    task |= choice.pooling or {}
     if choice.context is not None:
         task["context"] = choice.context
     return [f"# {choice.why['context']}", f"task: {flow(task)}"]
@@ -118,7 +123,8 @@ def _data(choice: Choice, data: Data, folder: Path, files: dict[str, Path], meth
     train, test = _origins(choice, data, folder, files)
     calibration = {**train, "limit": CALIBRATION}
     lines = [f"# {_about_data(choice, data)}", "data:"]
-    if not (isinstance(data, TextData) and choice.task != "causal-lm"):
+    taught = choice.task == EMBEDDING and METHODS[method].get("objective") in TAUGHT
+    if not isinstance(data, TextData) or choice.task in RUNNING or taught:
         about = "" if PHASES[METHODS[method]["schedule"]] else "    # for methods that train"
         lines.append(f"  train: {flow(train)}{about}")
     if method != "float":
@@ -136,10 +142,12 @@ def _origins(
     columns: dict[str, Any] = {}
     if isinstance(data, TableData) and data.kind == "words":
         columns = {"columns": {"tokens": data.text, "tags": data.label}}
+    elif isinstance(data, TableData) and choice.task == EMBEDDING:
+        columns = {"columns": {"text": data.text, "text_pair": data.pair, "score": data.label}}
     elif isinstance(data, TableData):
         pair = {"pair": data.pair} if data.pair else {}
         columns = {"columns": {"text": data.text, **pair, "label": data.label}}
-    most = {"limit": WINDOWS} if choice.task == "causal-lm" else {}
+    most = {"limit": WINDOWS} if choice.task in RUNNING else {}
     train, test = [files["train"].name], [files["test"].name]
     return {key: train, **columns}, {key: test, **columns, **most}
 
@@ -161,7 +169,7 @@ def _format(choice: Choice, as_float: bool) -> list[str]:
         form["compute"] = choice.compute
     head = next((layer.name for layer in choice.fit.architecture.layers if layer.kind == "head"), None)
     rounded = FORMAT_PRESETS[choice.format]["activations"] != "float"
-    if head and choice.task == "causal-lm":
+    if head and choice.task in RUNNING:
         form |= {"layers": {head: {"activations": "float"}}} if rounded else {}
     elif head and choice.format != "ipq":
         form["layers"] = {head: "float"}
@@ -173,7 +181,7 @@ def _train(choice: Choice, method: str) -> list[str]:
     phases = PHASES[METHODS[method]["schedule"]]
     if not phases:
         return []
-    train: dict[str, Any] = {"batch_size": choice.batch if choice.task != "causal-lm" else 8}
+    train: dict[str, Any] = {"batch_size": choice.batch if choice.task not in RUNNING else 8}
     steps = {name: {"steps": phase.steps} for name, phase in phases.items()}
     if method == "float" and choice.head_is_new:
         width = choice.fit.architecture.layers[0].in_features
@@ -188,7 +196,7 @@ def _build(options: InitOptions, choice: Choice) -> list[str]:
     build: dict[str, Any] = {"target": options.target}
     if options.target == "cpu":
         return [f"build: {flow(build)}"]
-    profile: dict[str, Any] = {"batch": [1, 8, 32] if choice.task != "causal-lm" else [1, 4, 8]}
+    profile: dict[str, Any] = {"batch": [1, 8, 32] if choice.task not in RUNNING else [1, 4, 8]}
     if choice.context is not None:
         profile["sequence"] = [1, choice.opt, choice.context]
     build["profiles"] = [profile]

@@ -38,8 +38,12 @@ def measure(logits, ids, first):
     """Summed negative log-likelihood and number of correct top-1 tokens of one sample; logits [length,
     vocabulary].
     """
-    scores = logits[first - 1 : len(ids) - 1].astype(np.float64)
-    targets = ids[first:]
+    return measure_at(logits[first - 1 : len(ids) - 1], ids[first:])
+
+
+def measure_at(logits, targets):
+    """Results of positions with a target token each; logits [positions, vocabulary]."""
+    scores = logits.astype(np.float64)
     top = scores.max(axis=-1, keepdims=True)
     log_sum = np.log(np.exp(scores - top).sum(axis=-1)) + top[:, 0]
     nll = (log_sum - scores[np.arange(len(targets)), targets]).sum()
@@ -133,6 +137,28 @@ def run(runner, inputs, reference, positions, limit):
             sample_nll, sample_correct = measure(
                 logits[index], block[index].astype(np.int64), int(first[row])
             )
+            nll.append(sample_nll)
+            correct.append(sample_correct)
+            if row < len(reference):
+                known = positions[positions < length]
+                parts.append(compare(reference[row, : len(known)], logits[index][known]))
+    return nll, correct, distance(parts), seconds
+
+
+def run_masked(runner, inputs, reference, positions, limit):
+    """Run all samples of a model of masked tokens; returns as `run`."""
+    lengths, targets = inputs["length"], inputs["targets"]
+    names = [name for name in inputs if name.startswith("input.")]
+    nll, correct, parts, seconds = [], [], [], 0.0
+    for rows in batches(lengths, runner, limit):
+        length = int(lengths[rows[0]])
+        feed = {name[len("input.") :]: inputs[name][rows, :length] for name in names}
+        began = time.perf_counter()
+        logits = runner(feed)
+        seconds += time.perf_counter() - began
+        for index, row in enumerate(rows):
+            masked = np.flatnonzero(targets[row, :length] >= 0)
+            sample_nll, sample_correct = measure_at(logits[index][masked], targets[row, masked])
             nll.append(sample_nll)
             correct.append(sample_correct)
             if row < len(reference):
@@ -239,7 +265,8 @@ def main(arguments=None, cuda=None):
         logits, far, seconds = run_logits(runner, inputs, *compared)
         per_sample = {"logits": packed(logits)}
     else:
-        nll, correct, far, seconds = run(runner, inputs, *compared)
+        measured = run_masked if "targets" in inputs else run
+        nll, correct, far, seconds = measured(runner, inputs, *compared)
         per_sample = {"nll": nll, "correct": correct}
     result = {
         "format": FORMAT,
@@ -254,6 +281,8 @@ def main(arguments=None, cuda=None):
         "machine": platform.machine(),
         **({} if options.onnx or options.no_speed else beside(runner, inputs)),
     }
+    if not facts.get("ranked", True):
+        far["top1_agreement"] = None  # the largest value of an embedding is not an answer
     options.out.write_text(strict_json.dumps(result, indent=1))
     print(", ".join(words(result, inputs)) + f", {seconds:.1f} s -> {options.out}")
 
@@ -262,9 +291,10 @@ def words(result, inputs):
     """Summary of a measurement, in parts."""
     yield f"{len(inputs['length'])} samples"
     if "nll" in result:
-        tokens = int((inputs["length"] - inputs["first"]).sum())
+        masked = "targets" in inputs
+        tokens = int((inputs["targets"] >= 0).sum() if masked else (inputs["length"] - inputs["first"]).sum())
         mean = sum(result["nll"]) / tokens  # of an engine gone astray, too large for exp
-        yield f"perplexity {math.exp(mean) if mean < 700 else math.inf:.4f}"
+        yield f"{'pseudo-' if masked else ''}perplexity {math.exp(mean) if mean < 700 else math.inf:.4f}"
     far = result["distance"]
     if far["top1_agreement"] is not None:
         yield f"top-1 agreement with ONNX {far['top1_agreement']:.5f}"

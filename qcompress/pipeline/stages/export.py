@@ -38,6 +38,7 @@ from qcompress.models.checkpoint_files import read_config
 from qcompress.models.folded import assemble
 from qcompress.models.layer_selection import lent_prefixes
 from qcompress.models.plan import LayerPlan, PointPlan, plans_from_json, points_from_json, sharers
+from qcompress.models.pooling import output_name
 from qcompress.pipeline.single_trace import single_trace
 from qcompress.quant.types import COMPUTE
 from qcompress.schema.recipe import Export
@@ -52,7 +53,9 @@ PREFIX = "model."
 
 
 class _Logits(nn.Module):
-    """The model as a function from tensors to logits. Float inputs are fp32 for every compute type."""
+    """The model as a function from tensors to logits or embeddings. Float inputs are fp32 for every compute
+    type.
+    """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -165,7 +168,8 @@ def _signature(
     if not options.cache:
         example = family.graph_inputs(given)
         shapes = {item.name: axes(dict(enumerate(item.axes))) for item in signature}
-        return _Logits(model, dtype), {"inputs": example}, {"inputs": shapes}, list(example), ["logits"]
+        output = output_name(read_config(folded.path))
+        return _Logits(model, dtype), {"inputs": example}, {"inputs": shapes}, list(example), [output]
     from qcompress.models.cache import Cached
 
     layout = family.cache_layout(read_config(folded.path))

@@ -17,13 +17,15 @@ from qcompress.errors import MachineError, ModelError
 from qcompress.models import FAMILIES, PROCESSOR, chosen, describe, renamed_tensors
 from qcompress.models.architecture import CAUSAL_LM, Head
 from qcompress.models.checkpoint_files import ADAPTER, copy_tensors, read_config, read_tensors, weight_files
+from qcompress.models.pooling import POOLING_FILES, settled_head
 from qcompress.models.readers import READER_FILES, WHOLE_PROCESSOR, check_reader
 from qcompress.schema.recipe import HUB_ID, Model
 from qcompress.system.artifacts import write_json
 from qcompress.system.digests import digest_of
 
 DOWNLOADED = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", *READER_FILES, ADAPTER, WHOLE_PROCESSOR
+    "*.safetensors", "*.safetensors.index.json", "config.json", *READER_FILES, *POOLING_FILES, ADAPTER,
+    WHOLE_PROCESSOR,
 )  # fmt: skip
 """Files of a hub checkpoint that are downloaded; an adapter is downloaded only to be refused, as in a
 local directory.
@@ -83,7 +85,7 @@ def _download(name: str, revision: str | None) -> Path:
 def checkpoint_files(directory: Path) -> dict[str, Path]:
     """All files that define the model, by name."""
     files = {file.name: file for file in weight_files(directory)}
-    for name in ("config.json", "model.safetensors.index.json", *READER_FILES):
+    for name in ("config.json", "model.safetensors.index.json", *POOLING_FILES, *READER_FILES):
         if (directory / name).is_file():
             files[name] = directory / name
     return files
@@ -108,7 +110,7 @@ def load(
     """
     architecture = describe(model.family, directory, head, model.blocks)
     config, tensors, names = chosen(model.family, directory, model.blocks)
-    task_config = FAMILIES[model.family].task_config(config, tensors, head)
+    task_config = FAMILIES[model.family].task_config(config, tensors, settled_head(head, directory, config))
     for name, file in checkpoint_files(directory).items():
         if name in READER_FILES or name == "config.json":
             shutil.copyfile(file, out / name)

@@ -36,7 +36,7 @@ from qcompress.system.artifacts import FloatModel
 from qcompress.system.distributed import Processes
 from qcompress.system.reporter import Reporter
 from qcompress.tasks import TASKS
-from qcompress.tasks.examples import Examples
+from qcompress.tasks.examples import Examples, apart
 from qcompress.training.artifact import save_trained
 from qcompress.training.blockwise import run_block_phase
 from qcompress.training.calibration import Calibration, observe_all
@@ -318,9 +318,10 @@ def _read(job: _Job, fitted: bool) -> _Data:
     trains = any(phase.scope == "model" and phase.steps for phase in job.phases)
     calibrates = any(item.weights and item.activations for item in job.plan) or bool(rounded(job.points))
     calibrates |= fitted or any(phase.scope == "blocks" and phase.steps for phase in job.phases)
+    observed = examples("calibration", section.calibration or section.train) if calibrates else None
     data = _Data(
         train=examples("training", section.train) if trains else None,
-        calibration=examples("calibration", section.calibration or section.train) if calibrates else None,
+        calibration=apart(observed) if observed is not None else None,
     )
     if (trains and data.train is None) or (calibrates and data.calibration is None):
         raise ContractError("the recipe was accepted without the data that its schedule needs")

@@ -113,7 +113,7 @@ def verify(recipe: Recipe, base: Path, artifacts: Artifacts, out: Path, reporter
         result = job.measure(stage, _runner(job, stage), reference, previous)
         measured[stage] = result
         row = {"stage": stage, "status": "measured", "reason": None, "metrics": result.metrics}
-        row |= {"samples": sum(map(len, samples.sets.values())), "distance": result.distance}
+        row |= {"samples": sum(map(len, result.samples.values())), "distance": result.distance}
         rows.append(row | _beside(job, stage, result, reference, previous))
         previous = stage
     _forget_logits(out)
@@ -228,7 +228,7 @@ def _forced_fold(job: _Job) -> dict[str, Any]:
     if not (norms or _raised(facts)) or None in (artifacts.float_model, artifacts.trained):
         return {}
     windows = samples.sets[samples.first][: recipe.verify.distance_samples]
-    task, distance = TASKS[recipe.task.name], Distance(to="trained")
+    task, distance = TASKS[recipe.task.name], Distance(to="trained", ranked=recipe.task.ranked)
     limit = TIE.get(recipe.format.compute)
     models = rebuild(artifacts.float_model, artifacts.trained), assemble(artifacts.folded)
     both = ForcedFold(*models, limit or 0.5)
@@ -281,7 +281,8 @@ def _write_kit(job: _Job) -> None:
     inputs = complete(recipe.model.family, task.collate(every))
     sizes = {name: len(windows) for name, windows in samples.sets.items()}
     arrays = task.kit({name: tensor.numpy() for name, tensor in inputs.items()}, every)
-    write_probe(out / "probe", sizes, arrays, out / "logits-onnx.npy", artifacts.onnx, artifacts.engine)
+    write_probe(out / "probe", sizes, arrays, out / "logits-onnx.npy", artifacts.onnx, artifacts.engine,
+                samples.task.ranked)  # fmt: skip
     taken = sum(file.stat().st_size for file in (out / "probe").iterdir())
     if taken > KIT_BYTES:  # possible for images: all samples of a set are in the kit
         job.reporter.say(f"verify: the probe kit takes {taken / 1e6:.0f} MB: `verify.samples` limits it")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from qcompress.recipe.yaml_file import Document, Key, dotted
 from qcompress.schema.data import FILES, SUFFIXES
-from qcompress.schema.recipe import CausalLm, ImageClassification, Recipe, TextData
+from qcompress.schema.method_options import Distillation, TeacherIntervention
+from qcompress.schema.recipe import FeatureExtraction, ImageClassification, Recipe, TextData
 
 FORMATS: tuple[Key, ...] = tuple(
     ("format", key)
@@ -43,8 +44,9 @@ def judge_origins(recipe: Recipe, document: Document) -> None:
                 document.tainted.add((*section, key))
         for index, name in enumerate(data.table or ()):
             key = (*section, "table", index)
-            if "table" in task.sources and not name.endswith(SUFFIXES) and document.sound(key):
-                message = f"{name} ends in none of {', '.join(SUFFIXES)}, so it is not known how to read it"
+            known = (*SUFFIXES, *task.suffixes)
+            if "table" in task.sources and not name.endswith(known) and document.sound(key):
+                message = f"{name} ends in none of {', '.join(known)}, so it is not known how to read it"
                 document.report(key, message, "rename it, or write it as one of these")
 
 
@@ -60,16 +62,17 @@ def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[s
         owner = owner or ("a task of text" if isinstance(task, ImageClassification) else "a classification")
         fix = {
             "causal-lm": "write `text: [FILE, ...]`, or `dataset:` with `column:`",
+            "fill-mask": "write `text: [FILE, ...]`, or `dataset:` with `column:`",
             "image-classification": "write `npz: [FILE, ...]`, `folder: DIR` or `dataset:`",
         }.get(task.name, "write `table: [FILE, ...]` (.tsv, .csv, .jsonl, .parquet) with `columns:`")
         yield strange[0], f"belongs to {owner}, and the task is {task.name}", fix
         return
-    if isinstance(task, CausalLm):
+    if task.running:
         if data.columns is not None:
             message = f"belongs to a classification, and the task is {task.name}"
             yield "columns", message, "write `text: [FILE, ...]`, or `dataset:` with `column:`"
         return
-    if data.text is not None and section == ("data", "train"):
+    if data.text is not None and section == ("data", "train") and needs_labels(recipe):
         message = f"has no labels, and {task.name} trains on them"
         yield "text", message, "write `table: [FILE, ...]` (.tsv, .csv, .jsonl, .parquet) with `columns:`"
     role = task.columns[0]
@@ -79,6 +82,12 @@ def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[s
         if column is not None and name not in task.columns:
             message = f"names the column `{name}`, and {task.name} reads {', '.join(task.columns)}"
             yield "columns", message, f"drop `{name}`"
+
+
+def needs_labels(recipe: Recipe) -> bool:
+    """True if training needs labels. A model of embeddings learns from the float model's alone."""
+    taught = isinstance(recipe.objective, Distillation | TeacherIntervention) and not recipe.objective.task
+    return not (taught and isinstance(recipe.task, FeatureExtraction))
 
 
 def sections_of(recipe: Recipe) -> Iterator[tuple[Key, TextData]]:

@@ -38,8 +38,8 @@ def judge_slices(recipe: Recipe, document: Document) -> None:
         key = ("data", "evaluate", name, "slices")
         if not data.slices or not document.sound(key, ("task", "name")):
             continue
-        if recipe.task.name == "causal-lm":
-            message = "a sample of causal-lm is a window of the whole text, not a row of a table"
+        if recipe.task.running:
+            message = f"a sample of {recipe.task.name} is a window of the whole text, not a row of a table"
             document.report(key, message, "drop it, or name an evaluation set for each part")
         elif data.text is not None or data.folder is not None:
             origin = "text" if data.text is not None else "folder"

@@ -25,7 +25,7 @@ from qcompress.recipe.rules.training import judge_training
 from qcompress.recipe.yaml_file import Document, Key
 from qcompress.schema.axes import AXES, ILLEGAL, PHASES
 from qcompress.schema.goals import METRICS, RESOURCES, ParityGoal
-from qcompress.schema.recipe import HUB_ID, CausalLm, Format, Profile, Recipe
+from qcompress.schema.recipe import HUB_ID, Format, Profile, Recipe
 from qcompress.schema.tasks import AGREEMENT
 
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
@@ -155,7 +155,7 @@ def _measured(recipe: Recipe, document: Document) -> list[str]:
     """Metrics of the task; all metrics if the task itself is wrong."""
     if not document.sound(("task",)):
         return list(METRICS)
-    return [*recipe.task.metrics, *([] if isinstance(recipe.task, CausalLm) else [AGREEMENT])]
+    return [*recipe.task.metrics, *([] if recipe.task.running else [AGREEMENT])]
 
 
 def _steps(recipe: Recipe, phase: str) -> int:

@@ -127,9 +127,11 @@ def _loss(goal: Goal, base: Any, value: Any, lower: bool) -> tuple[Any, float]:
 
 def _single(columns: Mapping[str, list[Any]]) -> bool:
     """True if a sample is right or wrong as a whole. Agreement of numbers is a correlation, of sequences a
-    share of words.
+    share of words, of embeddings a cosine.
     """
-    return "positions" not in columns and not isinstance(columns["prediction"][0], float)
+    if "positions" in columns or "cosine" in columns:
+        return False
+    return not isinstance(columns["prediction"][0], float)
 
 
 def _equal(first: list[Any], second: list[Any]) -> np.ndarray:
