@@ -16,6 +16,8 @@ import torch
 from once import once, shared_root
 from tiny import Line, make_checkpoint, make_recipe, start_line, write_text
 
+from qcompress.models.structure.kept import FOLDER
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
@@ -45,6 +47,14 @@ def _edited_runs() -> Iterator[None]:
     """Tests edit files of a run to make the case that they are about; tests/faults is about edits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qcompress.verdict.run_directory.check_files", lambda run: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _structures(session_folder: Path) -> Iterator[None]:
+    """Discovered structures are kept among the workers, and not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER, str(session_folder / "structures"))
         yield
 
 

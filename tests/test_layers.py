@@ -50,7 +50,7 @@ APART = {"", "engine.probe_kit.engine_runners", "engine.probe_kit.engine_speed",
 DOORS: dict[str, str] = {
     "torch": "encodings engine models parity pipeline quant system tasks training",
     "transformers": "models",
-    "accelerate": "pipeline system training",
+    "accelerate": "models pipeline system training",
     "onnxruntime": "cli engine graph parity",
     "onnx": "encodings engine graph pipeline",
     "onnx_ir": "encodings graph pipeline",

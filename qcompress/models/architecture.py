@@ -243,6 +243,10 @@ class Architecture:
     """Module whose output is the first hidden state."""
     new_head: tuple[str, ...] = ()
     """Tensors of the task's head that the checkpoint lacks and that training creates."""
+    floats: tuple[tuple[str, str], ...] = ()
+    """Modules that cannot be quantized, and the reason."""
+    covered: float = 1.0
+    """Share of the layers in the values of the model's matrices."""
 
     def layer(self, name: str) -> Layer:
         """The layer of this name."""

@@ -24,7 +24,7 @@ class StockForward(nn.Module):
         """Keep a stock module, and register its buffers."""
         self._stock = (stock,)  # a tuple, so that torch registers no submodule
         for name, buffer in stock.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=name not in stock._non_persistent_buffers_set)
+            self.register_buffer(name, buffer, persistent=name in stock.state_dict())
 
     @property
     def stock(self) -> nn.Module:

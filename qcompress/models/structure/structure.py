@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from qcompress.models.architecture import Layer, Site
@@ -48,7 +48,8 @@ class Structure:
 
     def to_json(self) -> dict[str, Any]:
         """Values for `json.dumps`; `from_json` restores an equal structure."""
-        return asdict(self)
+        layers, sites = ([vars(item) for item in items] for items in (self.layers, self.sites))
+        return {**vars(self), "layers": layers, "sites": sites}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Structure:
