@@ -97,11 +97,12 @@ def pair_of(view: View, decoder: NodeProto | None, *, cached: bool = False) -> P
     Clip may lie between the two.
 
     With `cached`, Concat may append the codes to those of earlier tokens, which are a graph input, and a
-    Transpose may follow, as for the keys of a key-value cache.
+    Transpose may follow, as for the keys of a key-value cache, and a repeat of heads (`before_repeat`).
     """
     if not is_a(decoder, DEQUANTIZE):
         return None
-    node = view.producers.get(operand(decoder, 0))
+    codes = operand(decoder, 0)
+    node = view.producers.get(before_repeat(view, codes) if cached else codes)
     if cached and is_a(node, "Transpose"):
         node = view.producers.get(operand(node, 0))
     if cached and is_a(node, "Concat"):
@@ -111,6 +112,21 @@ def pair_of(view: View, decoder: NodeProto | None, *, cached: bool = False) -> P
     clip = node if is_a(node, "Clip") else None
     quantize = node if clip is None else view.producers.get(operand(clip, 0))
     return Pair(quantize, decoder, clip) if is_a(quantize, QUANTIZE) else None
+
+
+REPEATING = ("Unsqueeze", "Expand", "Reshape")
+"""Operators that repeat key and value heads for the query heads that share them, in their order."""
+
+
+def before_repeat(view: View, value: str) -> str:
+    """Key or value heads before they are repeated (grouped-query attention); other values unchanged."""
+    name, repeats = value, False
+    node = view.producers.get(name)
+    while is_a(node, *REPEATING):
+        repeats = repeats or is_a(node, "Expand")
+        name = operand(node, 0)
+        node = view.producers.get(name)
+    return name if repeats else value
 
 
 class Lookup(NamedTuple):

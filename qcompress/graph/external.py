@@ -102,7 +102,7 @@ def adopt(
     else:
         shutil.copyfile(graph, file)
     for name in checkpoint.iterdir():
-        if name.suffix in (".json", ".txt") and name.name not in ("float.json", "manifest.json"):
+        if name.suffix in (".json", ".txt", ".jinja") and name.name not in ("float.json", "manifest.json"):
             shutil.copyfile(name, out / name.name)
     write_json(out / "lint.json", {"target": target, "findings": [asdict(finding) for finding in findings]})
     certificate: dict[str, Any] = {"layers": [], "points": [], "expected": 0}

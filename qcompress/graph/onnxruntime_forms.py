@@ -20,6 +20,7 @@ from qcompress.graph.convolution_forms import (
     store_unsigned,
 )
 from qcompress.graph.join_matmuls import constant, join_matmuls, replace_value
+from qcompress.graph.repeated_heads import repeat_codes
 
 LEAST_BLOCK = 16
 """Smallest block size of GatherBlockQuantized; the others are its multiples by powers of two."""
@@ -153,6 +154,7 @@ def adapt(model: ir.Model, nonnegative: Collection[str]) -> None:
     join_matmuls(model)
     look_up_codes(model)
     turn_codes(model)
+    repeat_codes(model)
     keep_three_axes(model)
     lighten_products(model)
     fold_pads(model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto
 from safetensors import safe_open
@@ -35,7 +36,7 @@ def certify_view(view: View, folded: Path, plan: tuple[LayerPlan, ...]) -> dict[
     uses = uses_of(plan)
     with safe_open(folded / "folded.safetensors", framework="np") as tensors:
         layers = [_certify(view, tensors, item, uses.get(item.name, Use())) for item in plan if item.weights]
-        copies = _float_copies(view, plan)
+        copies = _float_copies(view, plan, tensors)
     expected = sum(1 for item in plan if item.weights)
     complete = len(layers) == expected and all(layer["passed"] for layer in layers) and not copies
     return {"layers": layers, "float_copies": copies, "expected": expected, "complete": complete}
@@ -82,15 +83,33 @@ def with_outputs(file: Path, names: list[str]) -> bytes:
     return model.SerializeToString()
 
 
-def _float_copies(view: View, plan: tuple[LayerPlan, ...]) -> list[str]:
-    """Float constants with the shape of a quantized weight: decoded copies or unquantized weights."""
+def _float_copies(view: View, plan: tuple[LayerPlan, ...], tensors: Any) -> list[str]:
+    """Float constants with the shape of a quantized weight: decoded copies or unquantized weights. Float
+    parameters of the folded model are none, also if the exporter transposed them.
+    """
     shapes = {item.layer.shape for item in plan if item.weights}
     kept = {item.layer.shape for item in plan if not item.weights}
     shapes = {*shapes, *(shape[::-1] for shape in shapes)} - kept - {shape[::-1] for shape in kept}
-    return sorted(
+    suspects = [
         name
         for name, tensor in view.constants.items()
         if tensor.data_type in FLOATS and tuple(tensor.dims) in shapes and not _is_scale(view, name)
+    ]
+    if not suspects:
+        return []
+    stored = {name: tensors.get_slice(name) for name in tensors.keys() if ".weight." not in name}  # noqa: SIM118
+    floats = [
+        tensors.get_tensor(name)
+        for name, part in stored.items()
+        if part.get_dtype() in ("F32", "F16") and tuple(part.get_shape()) in shapes
+    ]
+    return sorted(name for name in suspects if not _is_one_of(view.values(name), floats))
+
+
+def _is_one_of(constant: np.ndarray | None, floats: list[np.ndarray]) -> bool:
+    """True for one of the float tensors, or for its transpose."""
+    return constant is not None and any(
+        np.array_equal(constant, tensor) or np.array_equal(constant, tensor.T) for tensor in floats
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from onnx import NodeProto
 from safetensors import safe_open
 
-from qcompress.encodings.walk import is_a, operand, pair_of, readers_of, result
+from qcompress.encodings.walk import before_repeat, is_a, operand, pair_of, readers_of, result
 from qcompress.errors import ExportError
 from qcompress.graph.certificate.edges import differences
 from qcompress.graph.certificate.layers import certify_view
@@ -25,9 +25,12 @@ from qcompress.graph.view import View, read
 from qcompress.models.plan import LayerPlan, PointPlan, rounded
 from qcompress.system.artifacts import graph_digests
 
-PASSING = ("Add", "Mul", "Div", "Cast", "Where", "QuantizeLinear", "Clip", "DequantizeLinear", "IsNaN", "Max")
-"""Operators between the matmuls and the Softmax: scale, mask, casts, Q/DQ, the guard of fully masked
-rows, and the floor of masked scores.
+PASSING = (
+    "Add", "Mul", "Div", "Tanh", "Cast", "Where", "QuantizeLinear", "Clip", "DequantizeLinear", "IsNaN",
+    "Max",
+)  # fmt: skip
+"""Operators between the matmuls and the Softmax: scale, soft cap, mask, casts, Q/DQ, the guard of fully
+masked rows, and the floor of masked scores.
 """
 
 
@@ -87,8 +90,8 @@ def _values(view: View, points: tuple[PointPlan, ...]) -> dict[str, str]:
 
 
 def point_inputs(view: View, points: tuple[PointPlan, ...]) -> dict[str, tuple[str, str, bool]]:
-    """Map each quantized point to the name of its float value, the name of the codes that its matmul decodes,
-    and True if a Transpose lies between the two, as for a cached key.
+    """Map each quantized point to the name of its float value, the name of the codes that its matmul decodes
+    (before heads are repeated), and True if a Transpose lies between the two, as for a cached key.
     """
     values = _values(view, points)
     pairs = {
@@ -98,7 +101,7 @@ def point_inputs(view: View, points: tuple[PointPlan, ...]) -> dict[str, tuple[s
     return {
         name: (operand(pair.quantize, 0), codes, is_a(view.producers.get(codes), "Transpose"))
         for name, pair in pairs.items()
-        if pair and (codes := operand(pair.dequantize, 0))
+        if pair and (codes := before_repeat(view, operand(pair.dequantize, 0)))
     }
 
 
@@ -117,7 +120,7 @@ def _attention_operands(view: View) -> list[str]:
                 fix="export the model again",
             )
         operands += [*before.input[:2], *after.input[:2]]
-    return operands
+    return [before_repeat(view, name) for name in operands]
 
 
 def _before(view: View, value: str) -> NodeProto | None:

@@ -14,6 +14,7 @@ from qcompress.encodings.walk import (
     DEQUANTIZE,
     MOVES,
     QUANTIZE,
+    REPEATING,
     attribute,
     is_a,
     operand,
@@ -273,9 +274,13 @@ def constant_readers(view: View, target: Target) -> Iterator[Broken]:
 
 
 def lone_quantizers(view: View, target: Target) -> Iterator[Broken]:
+    # in the form for ONNX Runtime heads are repeated as codes
+    is_form = target.backend is None
+    moves = (*CODE_MOVES, *REPEATING) if is_form else CODE_MOVES
+    readers = (DEQUANTIZE, "Shape") if is_form else (DEQUANTIZE,)
     for node in view.named(QUANTIZE):
-        for reader, _ in users_of(view, result(node), CODE_MOVES):
-            if reader.op_type != DEQUANTIZE:
+        for reader, _ in users_of(view, result(node), moves):
+            if reader.op_type not in readers:
                 yield Broken(node_name(node), f"codes read by {reader.op_type} {node_name(reader)}")
 
 
