@@ -339,6 +339,9 @@ def predict(
     ] = None,
     pair: Annotated[str | None, typer.Option(help="Second text, for a task about pairs.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that a language model adds.")] = 32,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The text is a question, asked in the model's chat template.")
+    ] = False,
 ) -> None:
     """Continue a text with the run's ONNX file, greedily, or classify it, or an image, or embed texts."""
     with errors():
@@ -348,7 +351,7 @@ def predict(
         if other is not None and pair is not None:
             raise UsageError("a second text is given twice", fix="drop --pair, or the text after the first")
 
-        print(show_block(answer(load(folder), text, pair if other is None else other, tokens)))
+        print(show_block(answer(load(folder), text, pair if other is None else other, tokens, chat)))
 
 
 @app.command("list")

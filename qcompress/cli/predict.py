@@ -16,6 +16,7 @@ from qcompress.errors import UsageError
 from qcompress.models import FAMILIES, load_tokenizer
 from qcompress.models.architecture import PIXELS
 from qcompress.models.checkpoint_files import read_config
+from qcompress.models.loading import reading
 from qcompress.parity.generate import Generator
 from qcompress.parity.runners import OnnxRunner
 from qcompress.schema.recipe import CausalLm
@@ -26,14 +27,19 @@ if TYPE_CHECKING:
     from qcompress.verdict.run_directory import LoadedRun
 
 
-def answer(run: LoadedRun, text: str, pair: str | None, tokens: int) -> str:
+def answer(run: LoadedRun, text: str, pair: str | None, tokens: int, chat: bool = False) -> str:
     """Output of `qcompress predict` for the run's task: a text, or a line for each label, token or text.
-    `text` is the path of an image if the model classifies images.
+    `text` is the path of an image if the model classifies images; `chat`: a question to a language model.
     """
+    if chat and run.recipe.task.name != "causal-lm":
+        raise UsageError(
+            f"only a model of the task causal-lm answers, and this one is of {run.recipe.task.name}",
+            fix="drop --chat",
+        )
     if run.recipe.task.name == "causal-lm":
         if pair is not None:
             raise UsageError("a language model continues one text", fix="drop --pair")
-        return continue_text(run, text, tokens)
+        return reply(run, text, tokens) if chat else continue_text(run, text, tokens)
     if run.recipe.task.name == "token-classification":
         if pair is not None:
             raise UsageError("the tokens of one text are labelled", fix="drop --pair")
@@ -184,9 +190,29 @@ def continue_text(run: LoadedRun, text: str, tokens: int) -> str:
         )
     tokenizer = load_tokenizer(run.path)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    context = run.recipe.task.context
     if not ids:
         raise UsageError("the text has no tokens", fix="give at least one word")
+    return tokenizer.decode(ids + _continued(run, tokenizer, ids, tokens), skip_special_tokens=True)
+
+
+def reply(run: LoadedRun, question: str, tokens: int) -> str:
+    """Answer to a question in the chat template of the checkpoint's tokenizer, at most `tokens` tokens.
+
+    Raises UsageError without a template and beyond the context, ModelError for a template that cannot be
+    filled.
+    """
+    tokenizer = load_tokenizer(run.path)
+    if tokenizer.chat_template is None:
+        raise UsageError("the checkpoint's tokenizer has no chat template", fix="drop --chat")
+    messages = [{"role": "user", "content": question}]
+    with reading(run.path / "tokenizer_config.json", "the chat template cannot be filled", "drop --chat"):
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return tokenizer.decode(_continued(run, tokenizer, ids, tokens), skip_special_tokens=True)
+
+
+def _continued(run: LoadedRun, tokenizer: Any, ids: list[int], tokens: int) -> list[int]:
+    """New tokens behind `ids`, until the tokenizer's end token."""
+    context = run.recipe.task.context
     if len(ids) + tokens > context:
         raise UsageError(
             f"{len(ids)} tokens of text and {tokens} more exceed the context of {context}",
@@ -194,4 +220,4 @@ def continue_text(run: LoadedRun, text: str, tokens: int) -> str:
         )
     generator = Generator(run.path / "model.onnx", run.recipe.model.family, run.parity["threads"])
     (new,) = generator([ids], tokens, tokenizer.eos_token_id)
-    return tokenizer.decode(ids + new, skip_special_tokens=True)
+    return new

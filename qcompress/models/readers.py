@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
+    "chat_template.jinja",
 )
 
 READER_FILES = (*TOKENIZER_FILES, PROCESSOR)

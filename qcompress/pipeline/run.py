@@ -62,6 +62,7 @@ PLACE: dict[str, dict[str, str]] = {
         "vocab*": "./",
         "merges.txt": "merges.txt",
         "special_tokens_map.json": "special_tokens_map.json",
+        "chat_template.jinja": "chat_template.jinja",
     },
     "build": {"build.json": "engine/build.json", "model.plan": "engine/model.plan"},
     "verify": {"parity.json": "parity.json", "samples.json.gz": "samples.json.gz", "probe": "probe"},

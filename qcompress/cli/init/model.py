@@ -72,13 +72,23 @@ def look_at_model(directory: Path, mistakes: Mistakes) -> Checkpoint | None:
         return None
     model_type = str(config.get("model_type"))
     family = family_of(model_type)
+    if family not in FAMILIES and _continues_text(config):
+        family = "decoder"
     if family not in FAMILIES:
         close = nearest(family, FAMILIES)
         message = f"config.json says model_type {model_type!r}; known families: {', '.join(FAMILIES)}"
-        fix = "choose a checkpoint of one of them" + (f"; the nearest is {close}" if close else "")
+        fix = "choose a checkpoint of one of them, or any language model (architectures: ...ForCausalLM)"
+        fix += f"; the nearest is {close}" if close else ""
         mistakes.add("--model", message, fix)
         return None
     return Checkpoint(directory, family, config)
+
+
+def _continues_text(config: dict[str, Any]) -> bool:
+    """True if config.json names a class of a causal language model."""
+    named = config.get("architectures")
+    names = named if isinstance(named, list) else []
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def problem_of_head(checkpoint: Checkpoint, task: str) -> str | None:
