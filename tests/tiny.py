@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, logging
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, logging
 
 from qcompress.models import describe
 from qcompress.models.architecture import Architecture
@@ -165,7 +165,7 @@ class Line:
     def logits(self, stage: str, ids: Tensor, **inputs: Tensor) -> Tensor:
         """Logits of one of the stages float, train, fold."""
         if stage == "float":
-            model = GPT2LMHeadModel.from_pretrained(self.source, attn_implementation="eager").eval()
+            model = AutoModelForCausalLM.from_pretrained(self.source, attn_implementation="eager").eval()
         elif stage == "train":
             model = rebuild(self.float_model, self.trained).model
         else:
@@ -174,13 +174,13 @@ class Line:
             return model(input_ids=ids, **inputs).logits
 
 
-def start_line(folder: Path, source: Path, text: Path, recipe: Recipe) -> Line:
+def start_line(folder: Path, source: Path, text: Path, recipe: Recipe, family: str = "gpt2") -> Line:
     """Run the stage `load` and lay the recipe's formats over the model."""
     folder.mkdir(parents=True, exist_ok=True)
     loaded = folder / "load"
     loaded.mkdir()
-    load(Model(family="gpt2", source=str(source)), source, fingerprint(source), loaded)
-    architecture = describe("gpt2", source)
+    load(Model(family=family, source=str(source)), source, fingerprint(source), loaded)
+    architecture = describe(family, source)
     return Line(
         recipe=recipe,
         text=text,

@@ -10,12 +10,15 @@ from qcompress.errors import MachineError, ModelError
 from qcompress.models import (  # noqa: F401
     bert,
     cifar_resnet,
+    decoder,
     distilbert,
     efficientnet,
     gpt2,
+    image_model,
     mobilenet_v2,
     resnet,
     roberta,
+    text_model,
     vit,
 )
 from qcompress.models.architecture import (

@@ -43,7 +43,7 @@ from qcompress.parity.distance import Distance
 from qcompress.parity.forced_codes import NOISE, TIE, Held, Inputs, Place, summary
 from qcompress.parity.inputs import Artifacts, evaluation_samples
 from qcompress.parity.measure import Samples, batches
-from qcompress.parity.runners import complete, empty_past, open_session, output_of
+from qcompress.parity.runners import complete, empty_past, fed, open_session, output_of
 from qcompress.quant.folded import Rounding
 from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import FoldedModel, OnnxModel, read_json, write_json
@@ -256,7 +256,7 @@ def _onnx_values(
             feed = {name: tensor.numpy() for name, tensor in complete(family, inputs).items()}
             feed |= empty_past(session, len(next(iter(inputs.values()))))
             names = [*wanted, output]
-            outputs = dict(zip(names, session.run(names, feed), strict=True))
+            outputs = dict(zip(names, session.run(names, fed(session, feed)), strict=True))
             floats = {
                 place: (outputs[name].swapaxes(-1, -2) if moved else outputs[name]).astype(np.float32)
                 for place, (name, _, moved) in values.items()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Console
 
+from qcompress.models.architecture import Architecture
 from qcompress.models.plan import LayerPlan
 from qcompress.recipe.check import Report
 from qcompress.recipe.load import Resolved
@@ -34,6 +37,8 @@ def print_check(
         names = items[0].name + (f" and {len(items) - 1} more" if len(items) > 1 else "")
         table.add_row(names, kind, weights, inputs)
     console.print(table)
+    for line in _floats(architecture):
+        console.print(line, markup=False)
     for pattern, count in report.matches.items():
         line = f"format.layers {pattern!r} matches {count} layer{'s' if count != 1 else ''}"
         console.print(line)  # [ab] is a glob here
@@ -45,6 +50,18 @@ def print_check(
     for extent in report.bounded:
         console.print(f"looked at {extent}; a run looks at all of them first")
     _print_reuse(console, reuse)
+
+
+def _floats(architecture: Architecture) -> Iterator[str]:
+    """One line for each reason why modules stay float, and one for the share of the layers."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in architecture.floats:
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{names[0]}{more}: float, {reason}"
+    if architecture.covered < 0.995:
+        yield f"layers hold {100 * architecture.covered:.0f} % of the values of the model's matrices"
 
 
 def _print_reuse(console: Console, reuse: list[tuple[str, bool, str]]) -> None:
@@ -65,6 +82,8 @@ def check_json(resolved: Resolved, report: Report, reuse: list[tuple[str, bool, 
     reach = scale_reach(resolved.recipe)
     return {
         "recipe": resolved.recipe.model_dump(mode="json", by_alias=True),
+        "floats": dict(report.architecture.floats),
+        "covered": report.architecture.covered,
         "layers": [
             {
                 "name": item.name,

@@ -5,9 +5,21 @@ from __future__ import annotations
 from typing import Literal
 
 Family = Literal[
-    "gpt2", "bert", "roberta", "distilbert", "vit", "resnet", "cifar-resnet", "efficientnet", "mobilenet-v2"
-]
-"""`cifar-resnet` is the module `cifar_resnet`."""
+    "gpt2", "bert", "roberta", "distilbert", "vit", "resnet", "cifar-resnet", "efficientnet", "mobilenet-v2",
+    "decoder", "text-model", "image-model",
+]  # fmt: skip
+"""`cifar-resnet` is the module `cifar_resnet`. `decoder` and `image-model` are any
+architecture: their structure is discovered.
+"""
+
+DISCOVERED = {
+    "causal-lm": "decoder",
+    "feature-extraction": "text-model",
+    "sequence-classification": "text-model",
+    "token-classification": "text-model",
+    "image-classification": "image-model",
+}
+"""Task -> the family of a model without a stated one."""
 
 MODEL_TYPES = {"mobilenet-v2": "mobilenet_v2"}
 """`model_type` of config.json, for families with another name."""

@@ -18,7 +18,7 @@ from qcompress.schema.data import Data
 from qcompress.schema.data import TextData as TextData
 from qcompress.schema.export import Build, Export
 from qcompress.schema.export import Profile as Profile  # re-exported: this module has all sections
-from qcompress.schema.families import Family
+from qcompress.schema.families import DISCOVERED, Family
 from qcompress.schema.formats import (
     ACTIVATION_WORDS,
     FORMAT_PRESETS,
@@ -104,7 +104,9 @@ class Model(Options):
     """Source of the float model."""
 
     family: Family
-    """Architecture; `qcompress list models`."""
+    """Architecture; `qcompress list models`. Default for `causal-lm`: decoder, whose structure is
+    discovered.
+    """
     source: str | None = None
     """A directory (relative to the recipe) in transformers' layout with safetensors weights, or a hub id."""
     revision: str | None = None
@@ -336,6 +338,18 @@ class Recipe(Options):
             for axis, preset in METHODS[method].items()
         }
         return {**value, **written}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_of_task(cls, value: object) -> object:
+        """Default of `model.family`."""
+        if not isinstance(value, dict):
+            return value
+        model, task = value.get("model"), value.get("task")
+        named = task.get("name") if isinstance(task, dict) else task
+        if isinstance(model, dict) and "family" not in model and named in DISCOVERED:
+            return {**value, "model": {"family": DISCOVERED[named], **model}}
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -34,6 +34,7 @@ from qcompress.models.architecture import CAUSAL_LM, Architecture, Head
 from qcompress.parity.runners import float_runner
 from qcompress.pipeline.smoke import shorten
 from qcompress.pipeline.stages.load import fingerprint, load
+from qcompress.schema.families import DISCOVERED
 from qcompress.schema.recipe import Model
 from qcompress.system.artifacts import read_json
 
@@ -66,7 +67,8 @@ def stock(kind: tuple[str, str], source: Path, **options: Any) -> nn.Module:
 
 
 def test_there_is_a_test_for_every_family_with_these_tasks() -> None:
-    carried = {(name, task) for name, family in FAMILIES.items() for task in family.TASKS}
+    stated = {name: family for name, family in FAMILIES.items() if name not in DISCOVERED.values()}
+    carried = {(name, task) for name, family in stated.items() for task in family.TASKS}
     images = {(name, task) for name, task in carried if task == "image-classification"}
     own = {(name, task) for name, task in carried if task in OF_THEIR_OWN}
     assert carried - {("gpt2", "causal-lm")} - images - own == set(KINDS)

@@ -36,7 +36,10 @@ ONE_MISTAKE = {
         ("task: {name: causal-lm, context: 64, stride: 32}\n", ""),
         r":1: task: is missing",
     ),
-    "a missing key of a section": (("family: gpt2, ", ""), r":3: model\.family: is missing \(fix: .*gpt2"),
+    "a missing key of a section": (
+        ("name: causal-lm, ", ""),
+        r":4: task\.name: must be one of .*, found nothing",
+    ),
     "a missing key in a mapping of names": (
         ("{steps: 2}", "{}"),
         r":24: train\.phases\.calibrate\.steps: is missing",

@@ -34,6 +34,7 @@ from qcompress.graph.onnxruntime_forms import adapt
 from qcompress.graph.optimizer import optimize
 from qcompress.graph.sizes import measure_sizes
 from qcompress.models import FAMILIES, graph_signature
+from qcompress.models.architecture import Input
 from qcompress.models.checkpoint_files import read_config
 from qcompress.models.folded import assemble
 from qcompress.models.layer_selection import lent_prefixes
@@ -110,7 +111,7 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     findings = lint(file, TARGETS[target])
     write_json(out / "lint.json", {"target": target, "findings": [asdict(finding) for finding in findings]})
     for name in folded.path.iterdir():
-        if name.suffix in (".json", ".txt") and name.name not in ("folded.json", "manifest.json"):
+        if name.suffix in (".json", ".txt", ".jinja") and name.name not in ("folded.json", "manifest.json"):
             shutil.copyfile(name, out / name.name)
     if not certificate["complete"]:
         everything = [*certificate["layers"], *certificate["points"]]
@@ -166,7 +167,7 @@ def _signature(
     shape = [sizes.get(axis, axis) for axis in first.axes]
     given = torch.ones(shape, dtype=getattr(torch, first.element))
     if not options.cache:
-        example = family.graph_inputs(given)
+        example = _declared(signature, family.graph_inputs(given))
         shapes = {item.name: axes(dict(enumerate(item.axes))) for item in signature}
         output = output_name(read_config(folded.path))
         return _Logits(model, dtype), {"inputs": example}, {"inputs": shapes}, list(example), [output]
@@ -174,12 +175,17 @@ def _signature(
 
     layout = family.cache_layout(read_config(folded.path))
     cached = Cached(model, layout)
-    example = family.graph_inputs(given, past=past)
+    example = _declared(signature, family.graph_inputs(given, past=past))
     shapes = {item.name: axes(dict(enumerate(item.axes))) for item in signature}
     shapes["attention_mask"] = axes({0: "batch", 1: "total"})
     arguments = {"inputs": example, "past": cached.empty(rows, past, dtype)}
     dynamic = {"inputs": shapes, "past": [axes({0: "batch", 2: "past"})] * len(layout.past)}
     return cached, arguments, dynamic, [*example, *layout.past], ["logits", *layout.present]
+
+
+def _declared(signature: tuple[Input, ...], example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Example arguments of the graph's inputs; a family may make inputs that a model does not take."""
+    return {item.name: example[item.name] for item in signature}
 
 
 @dataclass(frozen=True)
