@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import re
 from contextvars import ContextVar
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_serializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    field_serializer,
+    model_validator,
+)
 
 from qcompress.schema.adapters import Adapter, NoAdapter
 from qcompress.schema.axes import METHODS, beside_preset
@@ -53,6 +61,10 @@ from qcompress.schema.tasks import QuestionAnswering as QuestionAnswering
 from qcompress.schema.tasks import SequenceClassification as SequenceClassification
 from qcompress.schema.tasks import Task
 from qcompress.schema.tasks import TokenClassification as TokenClassification
+
+if TYPE_CHECKING:
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 """Pattern of a model on a hub, organisation/name."""
@@ -121,6 +133,15 @@ class Model(Options):
     first, third ... (layer dropping); pairs: all, each pair sharing the weights of its first block. None:
     all, unchanged.
     """
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The schema of editors, in which `family` may be missing: the task chooses it."""
+        schema = super().__get_pydantic_json_schema__(core_schema, handler)
+        handler.resolve_ref_schema(schema)["required"] = []
+        return schema
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
