@@ -132,8 +132,10 @@ class AutoFamily:
         """Largest number of tokens in a sequence; RoBERTa and its like count positions from the padding."""
         text = config.get("text_config", config)
         most = next((text[key] for key in POSITIONS if type(text.get(key)) is int), UNLIMITED)
-        counted = config.get("model_type") in COUNTED_FROM_PADDING
-        return most - text.get("pad_token_id", 1) - 1 if counted else most
+        if config.get("model_type") not in COUNTED_FROM_PADDING:
+            return most
+        padding = text.get("pad_token_id")
+        return most - (1 if padding is None else padding) - 1
 
     def signature(self, config: dict[str, Any]) -> tuple[Input, ...]:
         """Inputs of the exported graph with their axes and types. Raises ModelError for images without a
@@ -258,7 +260,8 @@ class AutoFamily:
             raise ModelError(
                 f"only {100 * structure.covered:.0f} % of the matrix parameters are in layers that can be "
                 f"quantized; the largest other one is {name} {list(shape)}",
-                fix="name a dense model: experts that share one tensor stay float",
+                fix="name another model: layers that are called more than once (ALBERT) and experts that "
+                "share one tensor (Mixtral) stay float",
             )
 
 

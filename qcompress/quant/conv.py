@@ -142,7 +142,7 @@ class QuantizedConv(Geometric, QuantizedWeight):
         return weight
 
     def rescaled_bias(self) -> Tensor | None:
-        """The deployed bias, [out]; a gain behind a batch norm is no part of it."""
+        """The deployed bias, [out], without a gain behind a batch norm."""
         return self.bias if self.norm is not None else super().rescaled_bias()
 
     def largest_of_inputs(self) -> Tensor:

@@ -98,7 +98,7 @@ def mapped(scale: nn.Module, index: Sequence[int] | None) -> nn.Module:
 
 
 def combined(first: nn.Module | None, second: nn.Module) -> nn.Module:
-    """The product of two scales; the second one alone if there is no first."""
+    """The product of two scales; the second one alone without a first."""
     return second if first is None else ProductScale(first, second)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 class StockForward(nn.Module):
     """Base class of modules that replace a stock module and run its forward.
 
-    The stock module is no submodule: its parameters and buffers are registered in the replacement under the
+    The stock module is not registered: its parameters and buffers are those of the replacement, under the
     names that they had.
     """
 

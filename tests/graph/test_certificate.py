@@ -14,7 +14,7 @@ from lines import QUICK, Exported, exported
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from qcompress.errors import ExportError
-from qcompress.graph.certificate.layers import certify
+from qcompress.graph.certificate.layers import _is_one_of, certify
 from qcompress.graph.certificate.points import KINDS
 from qcompress.graph.view import read
 
@@ -583,3 +583,10 @@ def test_int4_initializers_survive_reading_and_writing(graph: Exported) -> None:
         codes.dtype == ml_dtypes.int4 and cut.tensor(f"{BLOCKED}.weight.codes").data_type == TensorProto.INT4
     )
     assert len(cut.tensor(f"{BLOCKED}.weight.codes").raw_data) == codes.size // 2
+
+
+def test_a_float_parameter_is_no_decoded_copy_also_if_it_was_transposed() -> None:
+    """The exporter transposes the weight of a layer that stays float."""
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert _is_one_of(weight.T.copy(), [weight]) and _is_one_of(weight, [weight])
+    assert not _is_one_of(weight + 1, [weight]) and not _is_one_of(None, [weight])

@@ -356,3 +356,12 @@ def test_a_template_that_cannot_be_used_is_refused(run: Path, tmp_path: Path) ->
             (copy / "chat_template.jinja").write_text(template)
         refused = cli("predict", copy, "abe", "--chat")
         assert refused.code == 2 and said in refused.stderr and "drop --chat" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("padding", "most"), [({}, 512), ({"pad_token_id": None}, 512), ({"pad_token_id": 0}, 513)]
+)
+def test_positions_that_are_counted_from_the_padding_are_fewer(padding: dict[str, Any], most: int) -> None:
+    config = {"model_type": "xlm-roberta", "max_position_embeddings": 514, **padding}
+    assert FAMILIES["text-model"].positions(config) == most
+    assert FAMILIES["text-model"].positions({**config, "model_type": "bert"}) == 514

@@ -39,5 +39,7 @@ def discover(
     Raises ModelError for a model without a quantizable layer, and whatever `forward` raises.
     """
     from qcompress.models.structure.discovery import discover_structure
+    from qcompress.models.structure.running import unchanged
 
-    return discover_structure(model, inputs, again, sites=sites, representative=representative)
+    with unchanged(model):
+        return discover_structure(model, inputs, again, sites=sites, representative=representative)

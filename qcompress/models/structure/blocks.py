@@ -92,7 +92,7 @@ def find_blocks(model: nn.Module, trace: Trace, layers: Sequence[Layer]) -> tupl
 def with_parts(
     layers: Sequence[Layer], trace: Trace, blocks: Sequence[str], attentions: Sequence[str]
 ) -> tuple[Layer, ...]:
-    """The same layers with their `part`: "attention" below a module that calls the attention interface,
+    """Layers with their `part`: "attention" below a module that calls the attention interface,
     softmax or scaled dot-product attention, "ffn" for other linear layers of a block.
 
     The module is the outermost one inside the block that is called and does not hold all linear layers of

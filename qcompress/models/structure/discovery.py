@@ -19,7 +19,7 @@ from qcompress.models.structure.blocks import find_blocks, representatives, with
 from qcompress.models.structure.layers import block_of, find_layers, kind_of, mark_head
 from qcompress.models.structure.norm_factors import is_norm, norm_factors
 from qcompress.models.structure.probe import Probe
-from qcompress.models.structure.running import tensors_of, unchanged, without_constants
+from qcompress.models.structure.running import tensors_of, without_constants
 from qcompress.models.structure.sites import search, stated_for, verified
 from qcompress.models.structure.structure import Structure
 from qcompress.models.structure.trace import Trace
@@ -33,19 +33,7 @@ def discover_structure(
     sites: bool,
     representative: bool,
 ) -> Structure:
-    """Implementation of `structure.discover`."""
-    with unchanged(model):
-        return _discovered(model, inputs, again, sites=sites, representative=representative)
-
-
-def _discovered(
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    again: Mapping[str, Tensor] | None,
-    *,
-    sites: bool,
-    representative: bool,
-) -> Structure:
+    """Implementation of `structure.discover`, which restores the model."""
     overrides = without_constants(model)
 
     def run() -> Any:

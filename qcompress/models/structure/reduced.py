@@ -50,7 +50,7 @@ def reduce(auto: str, values: dict[str, Any], all_blocks: bool = False) -> Reduc
     whole = meta_model(auto, values)
     blocks = stacked_blocks(whole)
     small = meta_model(auto, _with_few_rows(values))
-    sources = {block: block for block in blocks} if all_blocks else _keep_one_of_each(small, blocks)
+    sources = dict(zip(blocks, blocks, strict=True)) if all_blocks else _keep_one_of_each(small, blocks)
     fill_random(small)
     return Reduced(small.eval(), whole.eval(), blocks, sources)
 

@@ -31,7 +31,7 @@ class Trace:
     reads: dict[str, list[str]] = field(default_factory=dict)
     """Module -> modules whose output, as the same tensor object, was its first input, the innermost first."""
     nonnegative: dict[str, bool] = field(default_factory=dict)
-    """Whether every first input of a module came from operations without negative results."""
+    """True if operations without negative results made every first input of a module."""
     mixers: dict[str, None] = field(default_factory=dict)
     """Modules whose forward calls softmax or scaled dot-product attention itself, in call order."""
     read_outside: set[str] = field(default_factory=set)
