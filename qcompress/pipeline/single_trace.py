@@ -22,7 +22,10 @@ ATEN = torch.ops.aten
 CONVERSIONS = {"aten.to.dtype", "aten.to.device", "aten.to.dtype_layout"}
 """Conversions to the type of the node."""
 
-UNCHANGED = {"aten.contiguous.default", "aten.dropout.default"}
+CONTIGUOUS = "aten.contiguous.default"
+"""A copy in the order that a view needs."""
+
+UNCHANGED = {CONTIGUOUS, "aten.dropout.default"}
 """Operators that return the values of their first argument in evaluation mode."""
 
 NEW = {
@@ -111,6 +114,8 @@ def _rewrite(node: Node) -> Rewrite | None:
         if source.meta["val"].dtype == kind:
             return ATEN.alias.default, (source,), {}
         return ATEN._to_copy.default, (source,), {"dtype": kind}
+    if name == CONTIGUOUS and not node.args[0].meta["val"].is_contiguous():
+        return ATEN.clone.default, node.args[:1], {"memory_format": torch.contiguous_format}
     if name in UNCHANGED and not (name == "aten.dropout.default" and node.args[2]):
         return ATEN.alias.default, node.args[:1], {}
     if name == "aten.reshape.default":

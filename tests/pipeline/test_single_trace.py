@@ -49,6 +49,10 @@ REPLACED = {
     "conversion to the type": (lambda x: x.to(torch.float32) + 1, "aten.to.dtype"),
     "dropout": (lambda x: nn.functional.dropout(x, 0.5, training=False) * 2, "aten.dropout.default"),
     "reshape": (lambda x: x.transpose(1, 2).reshape(x.shape[0], -1), "aten.reshape.default"),
+    "view of a contiguous copy": (
+        lambda x: x.transpose(1, 2).contiguous().view(x.shape[0], 12),
+        "aten.contiguous.default",
+    ),
     "reshape of a contiguous tensor": (lambda x: (x * 2).reshape(x.shape[0], -1), "aten.reshape.default"),
     "flatten": (lambda x: (x * 2).flatten(1), "aten.flatten.using_ints"),
     "mask": (lambda x: (x > 0) & (x < 1), "aten.__and__.Tensor"),
