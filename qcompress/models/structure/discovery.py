@@ -19,6 +19,7 @@ from qcompress.models.structure.blocks import find_blocks, representatives, with
 from qcompress.models.structure.layers import block_of, find_layers, kind_of, mark_head
 from qcompress.models.structure.norm_factors import is_norm, norm_factors
 from qcompress.models.structure.probe import Probe
+from qcompress.models.structure.reached import unreached
 from qcompress.models.structure.running import tensors_of, without_constants
 from qcompress.models.structure.sites import search, stated_for, verified
 from qcompress.models.structure.structure import Structure
@@ -48,6 +49,9 @@ def discover_structure(
             f"{type(model).__name__} has no linear, embedding or convolution layer that its forward calls",
             fix="name another model",
         )
+    dead = unreached(model, run, [layer.name for layer in layers])
+    layers = [layer for layer in layers if layer.name not in dead]
+    floats = {**floats, **dict.fromkeys(dead, "nothing reads its output")}
     blocks = find_blocks(model, trace, layers)
     attentions = find_attentions(model, run)
     layers = with_parts(mark_head(layers, trace, blocks), trace, blocks, tuple(attentions))
