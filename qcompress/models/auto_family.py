@@ -33,7 +33,7 @@ from qcompress.models.checkpoint_files import read_config
 from qcompress.models.config_checks import config_of, labels_of
 from qcompress.models.config_values import check_values
 from qcompress.models.convnet import COUNTED
-from qcompress.models.hf_loader import put_points
+from qcompress.models.hf_loader import put_points, with_logits
 from qcompress.models.layer_selection import Names, Tensors
 from qcompress.models.loading import complete, reading, stock_config, stock_model
 from qcompress.models.pooling import KEY, EmbeddingHead
@@ -62,6 +62,9 @@ most part.
 
 SPREAD = 0.02
 """Standard deviation of the weights of a new head whose config.json gives none."""
+
+LANGUAGE = ("causal-lm", "fill-mask")
+"""Tasks of language models, whose head is never new."""
 
 TOGETHER = "take config.json and model.safetensors from the same checkpoint"
 
@@ -107,6 +110,8 @@ class AutoFamily:
         if head.task == "causal-lm":
             return config
         config = {key: value for key, value in config.items() if key != KEY}
+        if head.task == "fill-mask":
+            return config | {"architectures": [self._found(config, head.task).title]}
         if isinstance(head, EmbeddingHead):
             pooled = {"pooling": head.pooling, "normalize": head.normalize}
             named = {**config, "problem_type": head.problem, KEY: pooled}
@@ -171,6 +176,7 @@ class AutoFamily:
             prefix = f"{model.base_model_prefix}."
             missing = [prefix + name for name in missing if not name.startswith("pooler.")]
             model = embedder(model, values[KEY])
+        model = with_logits(model, self._task_of(values), source)
         complete(model, source, folder, missing, getattr(config, "initializer_range", SPREAD))
         return self._ready(model, values)
 
@@ -181,6 +187,7 @@ class AutoFamily:
         values = read_config(directory)
         with reading(directory / "config.json", "transformers cannot make a model from it"):
             model = meta_model(self.autos[self._task_of(values)], values).eval()
+        model = with_logits(model, self._task_of(values), directory)
         model.ties = tuple(ties_of(model))
         return self._ready(model, values)
 
@@ -270,7 +277,7 @@ def _checked(found: Discovered, tensors: Tensors, head: Head) -> Iterator[str]:
     for another shape, and for another missing tensor.
     """
     tensors = {found.name(name): value for name, value in tensors.items()}
-    draws = head.task != "causal-lm"
+    draws = head.task not in LANGUAGE
     shared: dict[str, list[str]] = {}
     for first, other in found.ties:
         shared.setdefault(first, []).append(other)

@@ -97,7 +97,13 @@ def for_task(model: PreTrainedModel, maker: Maker, directory: Path, source: Path
         from qcompress.models.text_embedder import embedder
 
         return embedder(model, pooled)
-    task = maker.task(directory)
+    return with_logits(model, maker.task(directory), source)
+
+
+def with_logits(model: PreTrainedModel, task: str | None, source: Path) -> PreTrainedModel:
+    """Give a stock model of masked tokens or of answers its logits; `source` is the checkpoint that messages
+    name.
+    """
     if task == "fill-mask":
         from qcompress.models.masked_lm import separate_bias
 

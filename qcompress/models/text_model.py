@@ -12,15 +12,13 @@ from qcompress.models.hf_loader import AUTO
 if TYPE_CHECKING:
     from torch import Tensor
 
-TASKS = ("feature-extraction", "sequence-classification", "token-classification")
-
 TEXTS = AutoFamily(
     family="text-model",
-    autos={task: AUTO[task] for task in TASKS},
+    autos=AUTO,
     inputs=("input_ids", "attention_mask", "token_type_ids"),
 )
 
-INPUTS = TEXTS.inputs
+TASKS, INPUTS = tuple(TEXTS.autos), TEXTS.inputs
 
 DEPTH = None
 """Blocks may differ: `model.blocks` and layer drop do not apply."""

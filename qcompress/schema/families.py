@@ -15,6 +15,8 @@ architecture: their structure is discovered.
 DISCOVERED = {
     "causal-lm": "decoder",
     "feature-extraction": "text-model",
+    "fill-mask": "text-model",
+    "question-answering": "text-model",
     "sequence-classification": "text-model",
     "token-classification": "text-model",
     "image-classification": "image-model",

@@ -40,15 +40,23 @@ FORMATS = {
     "w8a8": "w8a8",
     "w4a16": {"weights": {"bits": 4, "block": 32}, "activations": "float", "embeddings": "int8"},
 }
-IMAGES_W4A16 = {"weights": {"bits": 4, "container": "int8"}, "activations": "float", "embeddings": "int8"}
+CONVOLUTIONS_W4A16 = {
+    "weights": {"bits": 4, "container": "int8"}, "activations": "float", "embeddings": "int8"
+}  # fmt: skip
 """TensorRT takes convolutions of int8 codes alone, with a scale for each output channel."""
 
 AUTOS = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "question-answering": "AutoModelForQuestionAnswering",
     "image-classification": "AutoModelForImageClassification",
 }
+UNLABELLED = ("causal-lm", "fill-mask", "question-answering")
+"""Tasks whose labels are not written into config.json."""
+
+SPECIAL = {"pad_token": "<pad>", "cls_token": "<cls>", "sep_token": "<sep>", "mask_token": "<mask>"}
 LABELS = ("a", "b", "c")
 COLUMNS = (
     "task",
@@ -84,13 +92,16 @@ def write_data(folder: Path) -> None:
     (folder / "text.txt").write_text(" ".join(text), encoding="utf-8")
     rows = [f"{' '.join(text[at : at + 8])}\t{LABELS[at % 3]}" for at in range(0, 400, 8)]
     (folder / "texts.tsv").write_text("text\tlabel\n" + "\n".join(rows), encoding="utf-8")
+    places = [(text[at : at + 12], text[at + 12 : at + 15]) for at in range(0, 600, 15)]
+    asked = [f"{' '.join(words)}\t{' '.join(question)}\t{words[5]}" for words, question in places]
+    (folder / "questions.tsv").write_text("context\tquestion\tanswers\n" + "\n".join(asked), encoding="utf-8")
     images = random.integers(0, 256, (32, 64, 64, 3), np.uint8)
     np.savez(folder / "images.npz", image=images, label=np.arange(32) % 3)
 
 
 def write_model(task: str, name: str, folder: Path) -> Path:
     """Random checkpoint of an architecture, with a tokenizer if it reads text."""
-    labels = {} if task == "causal-lm" else {
+    labels = {} if task in UNLABELLED else {
         "id2label": dict(enumerate(LABELS)), "label2id": {label: at for at, label in enumerate(LABELS)}
     }  # fmt: skip
     config = transformers.AutoConfig.for_model(name, architectures=[], **ARCHITECTURES[task][name], **labels)
@@ -103,19 +114,23 @@ def write_model(task: str, name: str, folder: Path) -> Path:
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=["<pad>"], show_progress=False
+            vocab_size=VOCABULARY,
+            initial_alphabet=alphabet,
+            special_tokens=[*SPECIAL.values()],
+            show_progress=False,
         )
         tokenizer.train_from_iterator([(folder.parent / "text.txt").read_text()], trainer)
-        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(
-            folder
-        )
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+        fast.save_pretrained(folder)
     return folder
 
 
 def recipe_of(task: str, name: str, form: str, model: Path) -> dict[str, Any]:
     """Recipe of a cell; calibration is the only training."""
-    if task == "causal-lm":
+    if task in ("causal-lm", "fill-mask"):
         source, options = {"text": ["text.txt"]}, {"context": 24}
+    elif task == "question-answering":
+        source, options = {"table": ["questions.tsv"]}, {"context": 24, "stride": 4}
     elif task == "image-classification":
         source, options = {"npz": ["images.npz"], "columns": {"image": "image", "label": "label"}}, {}
         side = ARCHITECTURES[task][name].get("image_size", SIDE)
@@ -125,13 +140,14 @@ def recipe_of(task: str, name: str, form: str, model: Path) -> dict[str, Any]:
         columns = {"text": "text"} if pooled else {"text": "text", "label": "label"}
         source = {"table": ["texts.tsv"], "columns": columns}
         options = {"pooling": "mean", "normalize": True} if pooled else {}
+    convolves = task == "image-classification" or name == "nystromformer"
     length = {} if task == "image-classification" else {"sequence": [1, 16, 24]}
     return {
         "name": f"{name.replace('_', '-')}-{form}",
         "model": {"source": str(model)},
         "task": {"name": task, **options},
         "data": {"calibration": {**source, "limit": 8}, "evaluate": {"test": {**source, "limit": 16}}},
-        "format": IMAGES_W4A16 if (task, form) == ("image-classification", "w4a16") else FORMATS[form],
+        "format": CONVOLUTIONS_W4A16 if convolves and form == "w4a16" else FORMATS[form],
         "method": "ptq",
         "build": {"target": TARGET, "profiles": [{"batch": [1, 2, 4], **length}]},
         "verify": {"held": "always", "batch_size": 4},

@@ -83,6 +83,18 @@ ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
         "ernie": BERT,
         "layoutlm": BERT,
     },
+    "fill-mask": {
+        "camembert": BERT,
+        "nystromformer": BERT,
+        "rembert": BERT | {"input_embedding_size": 32, "output_embedding_size": 32},
+        "roformer": BERT | {"embedding_size": 64},
+        "squeezebert": BERT | {"embedding_size": 64},
+    },
+    "question-answering": {
+        "convbert": BERT,
+        "electra": BERT | {"embedding_size": 32},
+        "megatron-bert": BERT,
+    },
     "feature-extraction": {"bert": BERT, "modernbert": BERT, "xlm-roberta": BERT, "qwen3": GROUPED},
     "image-classification": {
         "vit": VIT,

@@ -211,6 +211,9 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     )),
     "electra": ("text-model", "TokenClassification", BERT | LABELS | {"embedding_size": 16}),
     "mpnet": ("text-model", "SequenceClassification", BERT | LABELS),
+    "roformer": ("text-model", "MaskedLM", BERT | {"embedding_size": 16}),
+    "convbert": ("text-model", "MaskedLM", BERT),
+    "ernie": ("text-model", "QuestionAnswering", BERT),
     "dinov2": ("image-model", "ImageClassification", LABELS | dict(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=16, patch_size=4,
     )),
@@ -229,13 +232,15 @@ TASKS = {
     "SequenceClassification": "sequence-classification",
     "TokenClassification": "token-classification",
     "ImageClassification": "image-classification",
+    "MaskedLM": "fill-mask",
+    "QuestionAnswering": "question-answering",
 }
+WIDTHS = {"MaskedLM": VOCABULARY, "QuestionAnswering": 2}
+"""Outputs of a head; of the others 3."""
+DEFAULT = ("modernbert", "dinov2", "roformer", "ernie")
 each_other = pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in ("modernbert", "dinov2") else pytest.mark.slow)
-        for name in OTHERS
-    ],
+    [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in OTHERS],
 )
 
 
@@ -256,7 +261,8 @@ def test_a_classifier_of_any_architecture_is_read(name: str, tmp_path: Path) -> 
     architecture = describe(family, source, head)
     assert architecture.family == family and architecture.covered > 0.7 and not architecture.new_head
     heads = [layer for layer in architecture.layers if layer.kind == "head"]
-    assert [layer.out_features for layer in heads] == [3] and architecture.layers[-1] == heads[0]
+    assert [layer.out_features for layer in heads] == [WIDTHS.get(OTHERS[name][1], 3)]
+    assert architecture.layers[-1] == heads[0]
     loaded = tmp_path / "load"
     loaded.mkdir()
     config = FAMILIES[family].task_config(read_config(source), read_tensors(source), head)
@@ -269,7 +275,13 @@ def test_a_classifier_of_any_architecture_is_read(name: str, tmp_path: Path) -> 
     inputs.pop("position_ids", None)
     given = FAMILIES[family].graph_inputs(**inputs)
     with torch.no_grad():
-        assert torch.equal(model(**given).logits, stock.eval()(**inputs).logits)
+        ours, theirs = model(**given), stock.eval()(**inputs)
+    if head.task == "question-answering":
+        assert torch.equal(ours.logits, torch.stack([theirs.start_logits, theirs.end_logits], -1))
+    elif head.task == "fill-mask":  # the bias is added apart
+        torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-6, rtol=1e-6)
+    else:
+        assert torch.equal(ours.logits, theirs.logits)
 
 
 def test_a_new_classifier_is_drawn_for_other_labels(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ class Trace:
     results: dict[str, Any] = field(default_factory=dict)
     """Results of `check` for each module that it was called with."""
     last_output: str | None = None
-    """The module whose output, as the same tensor object, is the model's `logits` or its only output."""
+    """The module whose output, as the same tensor object, is the model's `logits` or its only output; for
+    answers as parts of a context the last module.
+    """
 
 
 class _Makers:
@@ -144,4 +146,6 @@ def trace_run(
     if logits is None and len(outputs) == 1:
         logits = outputs[0]
     trace.last_output = next(iter(observer.makers.of(logits)), None)
+    if isinstance(output, Mapping) and "start_logits" in output:  # the halves of one layer's output
+        trace.last_output = list(trace.calls)[-1]
     return trace
