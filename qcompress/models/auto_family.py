@@ -203,6 +203,10 @@ class AutoFamily:
         """Install quantization points by name; each module receives the activation to quantize."""
         put_points(model, points)
 
+    def prefix(self, config: dict[str, Any]) -> str:
+        """Prefix of the tensors of a task model's body, which its head lacks."""
+        return self._found(config, self._task_of(config)).prefix
+
     def shorten(self, config: dict[str, Any], blocks: int) -> tuple[dict[str, Any], Names]:
         """Config of a model with the first blocks, and the function to its tensor names. A model whose blocks
         differ stays whole.

@@ -27,7 +27,7 @@ CAUSAL = False
 
 describe, task_config, signature = IMAGES.describe, IMAGES.task_config, IMAGES.signature
 load_float, empty, tie = IMAGES.load_float, IMAGES.empty, IMAGES.tie
-install_points, shorten = IMAGES.install_points, IMAGES.shorten
+install_points, shorten, prefix = IMAGES.install_points, IMAGES.shorten, IMAGES.prefix
 
 
 def graph_inputs(pixel_values: Tensor) -> dict[str, Tensor]:

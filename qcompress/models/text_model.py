@@ -28,7 +28,8 @@ CAUSAL = False
 
 describe, task_config, signature = TEXTS.describe, TEXTS.task_config, TEXTS.signature
 load_float, empty, tie = TEXTS.load_float, TEXTS.empty, TEXTS.tie
-install_points, shorten, positions = TEXTS.install_points, TEXTS.shorten, TEXTS.positions
+install_points, shorten = TEXTS.install_points, TEXTS.shorten
+positions, prefix = TEXTS.positions, TEXTS.prefix
 
 
 def graph_inputs(

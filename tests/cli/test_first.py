@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 from jsonschema import Draft202012Validator
 from lines import Result, cli, python
@@ -22,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_bert import LABELS, TOKEN, save_encoder
 from tiny_vit import LABELS as SHAPES
 from tiny_vit import save_vit, write_images
+from transformers import AutoConfig, AutoTokenizer
 from word_tokenizer import word_tokenizer
 
 from qcompress.cli import completion, init_command
@@ -511,9 +513,67 @@ def test_an_unknown_family_is_refused_with_those_that_are_known(
 ) -> None:
     shutil.copytree(models["head"], tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"model_type": "albert"}))
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(config | {"model_type": "bart", "architectures": []})
+    )
     said = refusal(tmp_path, tmp_path / "model", write_table(tmp_path / "mine.csv"))
     assert f"known families: {', '.join(FAMILIES)}" in said and "the nearest is bert" in said
+
+
+def discovered(folder: Path, tokenizer: Path, model_type: str, ending: str, **values: Any) -> Path:
+    """A tiny checkpoint of an architecture without a family of its own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        model_type, vocab_size=400, max_position_embeddings=64, pad_token_id=0, **sizes, **values
+    )
+    getattr(transformers, f"AutoModelFor{ending}").from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_any_architecture_is_begun_by_the_class_in_its_config(
+    tmp_path: Path, models: dict[str, Path], text_file: Path
+) -> None:
+    names = {"id2label": {0: "good", 1: "bad"}, "label2id": {"good": 0, "bad": 1}}
+    model = discovered(
+        tmp_path / "ernie", models["head"], "ernie", "SequenceClassification", type_vocab_size=2, **names
+    )
+    begun = started(tmp_path, model, write_table(tmp_path / "mine.csv"))
+    assert begun.chosen["method"] == "ptq"
+    recipe = values(tmp_path / "recipe.yaml")
+    assert recipe["model"]["family"] == "text-model" and recipe["name"] == "ernie-mine-w8a8"
+    assert recipe["task"]["name"] == "sequence-classification"
+
+    other = write_table(tmp_path / "other.csv", labels=("x", "y", "z"))
+    started(tmp_path, model, other, out=tmp_path / "other.yaml")
+    kept = load_file(tmp_path / "other-model" / "model.safetensors")
+    assert kept and all(name.startswith("ernie.") for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("form", "method"), [("w4a16-g32", "awq"), ("w8a8", "quadapter"), ("w4a8", "quadapter")]
+)
+def test_a_discovered_decoder_is_rescaled_at_all_sites(
+    form: str, method: str, tmp_path: Path, models: dict[str, Path], text_file: Path
+) -> None:
+    shutil.copyfile(text_file, tmp_path / "mine.txt")
+    model = discovered(tmp_path / "llama", models["head"], "llama", "CausalLM", num_key_value_heads=1)
+    assert started(tmp_path, model, tmp_path / "mine.txt", format=form).chosen["method"] == method
+    recipe = values(tmp_path / "recipe.yaml")
+    assert recipe["adapter"] == {"name": method, "sites": "all"}
+
+
+def test_a_text_is_for_the_task_of_the_checkpoint(
+    tmp_path: Path, models: dict[str, Path], text_file: Path
+) -> None:
+    shutil.copyfile(text_file, tmp_path / "mine.txt")
+    model = discovered(tmp_path / "ernie", models["head"], "ernie", "MaskedLM", type_vocab_size=2)
+    started(tmp_path, model, tmp_path / "mine.txt")
+    assert values(tmp_path / "recipe.yaml")["task"]["name"] == "fill-mask"
+    for file in tmp_path.glob("mine-*"):
+        file.unlink()
+    started(tmp_path, models["body"], tmp_path / "mine.txt", out=tmp_path / "body.yaml")
+    assert values(tmp_path / "body.yaml")["task"]["name"] == "feature-extraction"
 
 
 @pytest.mark.parametrize(
@@ -539,7 +599,9 @@ def test_model_and_data_that_do_not_go_together(
     assert "name a folder with train/LABEL/" in refusal(tmp_path, models["vit"], table)
     assert "lacks folders `train` and `test`" in refusal(tmp_path, models["vit"], models["vit"])
     shutil.copyfile(text_file, tmp_path / "mine.txt")
-    assert "name" in refusal(tmp_path, models["body"], tmp_path / "mine.txt")
+    assert "names the labels" in refusal(
+        tmp_path, models["body"], tmp_path / "mine.txt", task="sequence-classification"
+    )
 
 
 def test_a_recipe_that_check_refuses_is_not_left_behind(tmp_path: Path, models: dict[str, Path]) -> None:

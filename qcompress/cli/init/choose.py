@@ -36,9 +36,10 @@ from qcompress.cli.init.model import (
 from qcompress.cli.init.options import InitOptions, Mistakes
 from qcompress.cli.init.splits import split_table, split_text
 from qcompress.errors import ModelError
+from qcompress.models.encoder import CLASSES
 from qcompress.recipe.messages import choose as choose_word
 from qcompress.schema.axes import METHODS, PHASES
-from qcompress.schema.families import model_type_of
+from qcompress.schema.families import DISCOVERED, model_type_of
 from qcompress.schema.formats import FORMAT_PRESETS
 from qcompress.schema.targets import TARGETS
 from qcompress.schema.tasks import ALIASES, READINGS
@@ -48,6 +49,9 @@ from qcompress.tasks.sequence_classification import PROBLEMS
 from qcompress.tasks.table import Row
 
 EXAMPLES = {"--model": "--model DIR", "--data": "--data reviews.csv", "--target": "--target cpu"}
+
+DECODERS = ("gpt2", "decoder")
+"""Families of language models that continue text."""
 
 CALIBRATION = 256
 """Number of examples or sequences for calibration."""
@@ -186,6 +190,7 @@ def _task(options: InitOptions, checkpoint: Checkpoint, data: Data, mistakes: Mi
         wanted += [EMBEDDING] if data.pair and _is_scored(data) else []
     elif isinstance(data, TextData):
         wanted = ["causal-lm", "sequence-classification", EMBEDDING, "fill-mask"]
+        wanted.sort(key=lambda task: not _is_class_of(checkpoint.config, task))
     else:
         wanted = ["image-classification"]
     if options.task is not None:
@@ -207,6 +212,12 @@ def _task(options: InitOptions, checkpoint: Checkpoint, data: Data, mistakes: Mi
         )
         mistakes.add("--data", message, f"name {needs}, or another model")
     return task
+
+
+def _is_class_of(config: dict[str, Any], task: str) -> bool:
+    """True if config.json names the class of a task; the one without a head is that of embeddings."""
+    named = next(iter(config.get("architectures") or ()), "")
+    return task in CLASSES and named.endswith(CLASSES[task]) and not named.endswith("LMHeadModel")
 
 
 def _is_scored(data: TableData) -> bool:
@@ -309,8 +320,13 @@ def _method(options: InitOptions, checkpoint: Checkpoint, format_name: str) -> t
     if format_name == "ternary-a8":
         return "teacher-intervention", "ternary weights need a teacher"
     rounded = FORMAT_PRESETS[format_name]["activations"] != "float"
-    if checkpoint.family == "gpt2" and rounded:
-        return "quadapter", "GPT-2 has outliers in its activations, which observed ranges do not survive"
+    if checkpoint.family in DECODERS and rounded:
+        return (
+            "quadapter",
+            "decoders have outliers in their activations, which observed ranges do not survive",
+        )
+    if checkpoint.family in DECODERS:
+        return "awq", "no training, and half the loss of ptq (SmolLM2, int4); needs nvidia-modelopt"
     if rounded and format_name != "w8a8":
         return "lsq", "fewer than 8 bits need training"
     return "ptq", "observed ranges alone, in a minute; where the gate refuses, `method: lsq` trains"
@@ -359,5 +375,7 @@ def _steps(train: Any) -> tuple[int, int]:
 
 def _slug(checkpoint: Checkpoint, options: InitOptions, format_name: str) -> str:
     stem = Path(options.data.resolve().name).stem
-    words = re.sub(r"[^a-z0-9]+", "-", f"{checkpoint.family}-{stem}-{format_name}".lower()).strip("-")
+    is_discovered = checkpoint.family in DISCOVERED.values()
+    model = checkpoint.config["model_type"] if is_discovered else checkpoint.family
+    words = re.sub(r"[^a-z0-9]+", "-", f"{model}-{stem}-{format_name}".lower()).strip("-")
     return words[:80].strip("-")

@@ -72,23 +72,40 @@ def look_at_model(directory: Path, mistakes: Mistakes) -> Checkpoint | None:
         return None
     model_type = str(config.get("model_type"))
     family = family_of(model_type)
-    if family not in FAMILIES and _continues_text(config):
-        family = "decoder"
+    if family not in FAMILIES:
+        family = _discovered_family(config) or family
     if family not in FAMILIES:
         close = nearest(family, FAMILIES)
         message = f"config.json says model_type {model_type!r}; known families: {', '.join(FAMILIES)}"
-        fix = "choose a checkpoint of one of them, or any language model (architectures: ...ForCausalLM)"
+        fix = "name the class under `architectures` in config.json, such as ...ForCausalLM, or choose another"
         fix += f"; the nearest is {close}" if close else ""
         mistakes.add("--model", message, fix)
         return None
     return Checkpoint(directory, family, config)
 
 
-def _continues_text(config: dict[str, Any]) -> bool:
-    """True if config.json names a class of a causal language model."""
+ENDINGS = {
+    "ForCausalLM": "decoder",
+    "LMHeadModel": "decoder",
+    "ForImageClassification": "image-model",
+    "ForMaskedLM": "text-model",
+    "ForQuestionAnswering": "text-model",
+    "ForSequenceClassification": "text-model",
+    "ForTokenClassification": "text-model",
+}
+"""Ends of class names -> the family that discovers such an architecture."""
+
+
+def _discovered_family(config: dict[str, Any]) -> str | None:
+    """Family of a checkpoint of another type, by the class in its config.json; of a model without a head by
+    what it reads. None for other classes.
+    """
     named = config.get("architectures")
-    names = named if isinstance(named, list) else []
-    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    family = next((family for end, family in ENDINGS.items() if name.endswith(end)), None)
+    if family or not name.endswith("Model"):
+        return family
+    return "text-model" if "vocab_size" in config else "image-model" if "num_channels" in config else None
 
 
 def problem_of_head(checkpoint: Checkpoint, task: str) -> str | None:
@@ -216,14 +233,14 @@ def reading_of(data_labels: Sequence[str], output_names: Sequence[str]) -> Label
 def write_without_head(checkpoint: Checkpoint, fitting: Fit, out: Path) -> None:
     """Write the checkpoint without its head into an empty folder, keeping the bytes of its weights.
 
-    Raises ModelError if no tensor name begins with the family's prefix, which separates the body from the
-    head.
+    Raises ModelError if no tensor name begins with the prefix of the body, which separates it from the head.
     """
     tensors = read_tensors(checkpoint.directory)
     renamed = renamed_tensors(checkpoint.family, checkpoint.config, tensors)
     names = {name: renamed.get(name, name) for name in tensors}
     if not fitting.architecture.new_head:  # else only config.json names labels
-        body = f"{checkpoint.family}."
+        discovered = getattr(FAMILIES[checkpoint.family], "prefix", None)
+        body = discovered(checkpoint.config) if discovered else f"{checkpoint.family}."
         names = {name: own for name, own in names.items() if own.startswith(body)}
         if not names:
             raise ModelError(

@@ -66,6 +66,7 @@ def recipe_text(
     if not as_float:
         lines.append(f"# {choice.why['method']}")
     lines.append(f"method: {method}")
+    lines += _adapter(choice, method)
     lines += _train(choice, method)
     if as_float:
         lines.append("build: {here: never}    # the quantized model is what is built")
@@ -175,6 +176,14 @@ def _format(choice: Choice, as_float: bool) -> list[str]:
         form["layers"] = {head: "float"}
     about = ["# the head's rounding would go straight into the answers"] if "layers" in form else []
     return [*about, f"format: {flow(form)}"]
+
+
+def _adapter(choice: Choice, method: str) -> list[str]:
+    """All proven sites of a discovered decoder: those behind values and up projections gain most."""
+    adapter = METHODS[method].get("adapter")
+    if adapter is None or choice.fit.architecture.family != "decoder":
+        return []
+    return [f"adapter: {flow({'name': adapter, 'sites': 'all'})}"]
 
 
 def _train(choice: Choice, method: str) -> list[str]:
