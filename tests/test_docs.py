@@ -591,7 +591,7 @@ def test_python_blocks_run_and_what_they_define_is_taken(tmp_path: Path) -> None
     """The class of custom-components.md is one that `qcompress.run` accepts, and a recipe may name it."""
     pytest.importorskip("torch")
     blocks = [block.text for found in EVERY for block in found.blocks if block.language == "python"]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {"__name__": "docs"}
     for block in blocks:
         exec(compile(block, "docs", "exec"), names)

@@ -43,6 +43,7 @@ from qcompress.models.layer_selection import (
 )
 from qcompress.models.loading import reading
 from qcompress.models.pooling import settled_head
+from qcompress.models.python_source import made_folder, refuse_code
 from qcompress.schema.families import Family
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def chosen(
     have.
     """
     config, tensors = read_config(directory), read_tensors(directory)
+    if directory.parent != made_folder():
+        refuse_code(directory, config)
     depth, renamed = FAMILIES[family].DEPTH, renamed_tensors(family, config, tensors)
     tensors = {renamed.get(name, name): value for name, value in tensors.items()}
     if depth is not None:

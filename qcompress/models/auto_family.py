@@ -37,6 +37,7 @@ from qcompress.models.hf_loader import put_points, with_logits
 from qcompress.models.layer_selection import Names, Tensors
 from qcompress.models.loading import complete, reading, stock_config, stock_model
 from qcompress.models.pooling import KEY, EmbeddingHead
+from qcompress.models.python_source import PYTHON, filled_module
 from qcompress.models.structure.kept import Discovered, structure_of
 
 if TYPE_CHECKING:
@@ -166,7 +167,10 @@ class AutoFamily:
         of a new head. Other missing tensors raise ModelError.
         """
         folder = directory or source
-        config, values = stock_config(folder), read_config(folder)
+        values = read_config(folder)
+        if PYTHON in values:
+            return self._ready(filled_module(values, source, folder), values)
+        config = stock_config(folder)
         named = self._class_of(config)
         model, loading_info = stock_model(named, source, folder, config, attn_implementation="eager")
         missing = [name for name in loading_info["missing_keys"] if not name.endswith(COUNTED)]

@@ -117,7 +117,7 @@ def _describe_and_judge(
     try:
         architecture = describe(recipe.model.family, directory, head_of(recipe), recipe.model.blocks)
     except (ModelError, OSError) as error:
-        key = ("model", "source" if recipe.model.source else "run")
+        key = ("model", recipe.model.origin)
         key = ("model", "blocks") if isinstance(error, BlocksError) else key
         key = error.key if isinstance(error, HeadError) else key
         if strict and not isinstance(error, (BlocksError, HeadError)):
@@ -314,7 +314,7 @@ def _new_head(recipe: Recipe, document: Document, architecture: Architecture) ->
     chosen = {name: recipe.train.phases.get(name, phase) for name, phase in defaults.items()}
     if any(chosen[name].steps and "weight" in phase.roles for name, phase in defaults.items()):
         return
-    key: Key = ("model", "source" if recipe.model.source else "run")
+    key: Key = ("model", recipe.model.origin)
     lacking = f"{architecture.new_head[0]} and {len(architecture.new_head) - 1} more"
     message = f"lacks the head of the task {recipe.task.name} ({lacking}), and no phase trains weights"
     document.report(key, message, "fine-tune first with `method: float`, and name that run under `model.run`")

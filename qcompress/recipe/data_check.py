@@ -90,7 +90,7 @@ def judge_data(
 
 
 def _model_key(recipe: Recipe) -> Key:
-    return ("model", "source" if recipe.model.source else "run")
+    return ("model", recipe.model.origin)
 
 
 # The checkpoint's reader --------------------------------------------------------------------------

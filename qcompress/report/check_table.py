@@ -29,6 +29,8 @@ def print_check(
         f"{recipe.build.target}",
         markup=False,
     )
+    if recipe.model.python is not None:
+        console.print(f"the code of {recipe.model.python} makes the model, and runs here", markup=False)
     if recipe.export.graph is not None:
         _print_reuse(console, reuse)
         return

@@ -125,6 +125,10 @@ class Model(Options):
     """Commit of a hub id."""
     run: str | None = None
     """Directory of an earlier run of `method: float`, instead of `source`."""
+    python: str | None = None
+    """FILE:FUNCTION, instead of `source`: a Python file, relative to the recipe, whose function (default:
+    make) returns a trained torch.nn.Module and an example of its input. It runs the user's code.
+    """
     blocks: Annotated[
         Annotated[list[int], Field(min_length=1)] | Literal["every-other", "pairs"] | None,
         BeforeValidator(_picked),
@@ -133,6 +137,11 @@ class Model(Options):
     first, third ... (layer dropping); pairs: all, each pair sharing the weights of its first block. None:
     all, unchanged.
     """
+
+    @property
+    def origin(self) -> Literal["source", "run", "python"]:
+        """The key that names the model."""
+        return "source" if self.source is not None else "run" if self.run is not None else "python"
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -145,8 +154,12 @@ class Model(Options):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
-        if (self.source is None) == (self.run is None):
-            raise ValueError("give exactly one of `source` and `run`")
+        if sum(origin is not None for origin in (self.source, self.run, self.python)) != 1:
+            raise ValueError("give exactly one of `source`, `run` and `python`")
+        if self.python is not None and self.family != "image-model":
+            raise ValueError(
+                f"`python` makes a model of images (family image-model), and not a {self.family}"
+            )
         if self.run is not None and self.revision is not None:
             raise ValueError("`revision` belongs to a hub id, and `run` is a directory")
         return self

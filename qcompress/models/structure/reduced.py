@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qcompress.errors import ModelError
 from qcompress.models.pooling import KEY
+from qcompress.models.python_source import PYTHON, module_of
 from qcompress.models.text_embedder import embedder
 from qcompress.quant.batchnorm import BATCH_NORMS
 from qcompress.system.collector import paused
@@ -49,6 +50,10 @@ def reduce(auto: str, values: dict[str, Any], all_blocks: bool = False) -> Reduc
     """Build the reduced model of a config.json; `auto`: transformers' auto class; `all_blocks`: keep them."""
     whole = meta_model(auto, values)
     blocks = stacked_blocks(whole)
+    if PYTHON in values:
+        small = module_of(values)
+        fill_random(small)
+        return Reduced(small.eval(), whole.eval(), blocks, {block: block for block in blocks})
     small = meta_model(auto, _with_few_rows(values))
     sources = dict(zip(blocks, blocks, strict=True)) if all_blocks else _keep_one_of_each(small, blocks)
     fill_random(small)
@@ -59,6 +64,8 @@ def meta_model(auto: str, values: dict[str, Any]) -> nn.Module:
     """Model of the values of a config.json with parameters on the meta device and real buffers. Raises
     ModelError for values from which transformers' auto class makes no model.
     """
+    if PYTHON in values:
+        return _without_values(module_of(values))
     with paused():
         import transformers
         from accelerate import init_empty_weights
@@ -78,6 +85,19 @@ def meta_model(auto: str, values: dict[str, Any]) -> nn.Module:
         ) from None
     model.tie_weights()
     return embedder(model, values[KEY]) if KEY in values else model
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """Move the parameters to the meta device, in place; shared ones stay shared."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(
+                    parameter.to("meta"), requires_grad=parameter.requires_grad
+                )
+            setattr(module, name, made[id(parameter)])
+    return model
 
 
 def ties_of(model: nn.Module) -> Iterator[tuple[str, str]]:

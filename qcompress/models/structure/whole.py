@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -61,19 +62,17 @@ def whole_structure(auto: str, values: dict[str, Any], inputs: Inputs) -> Discov
         repeated=tuple(blocks.spread(found.repeated)),
         key_values=tuple(shapes[place] for place in blocks.origins(found.attentions)),
     )
+    conversions = get_model_conversion_mapping(whole, add_legacy=False) if _is_stock(whole) else []
     prefix = getattr(_stock(whole), "base_model_prefix", "")
     return Discovered(
         structure=structure,
         tensors={name: tuple(value.shape) for name, value in own.items()},
         ties=tuple(ties_of(whole)),
-        title=type(_stock(whole)).__name__,
+        title=type(_stock(whole) if _is_stock(whole) else whole.model).__name__,
         arguments=tuple(name for name in ARGUMENTS if takes(whole, name)),
         prefix=f"{prefix}." if prefix and hasattr(whole, prefix) else "",
         renames=tuple(_renames(whole)),
-        converts=any(
-            not isinstance(item, WeightRenaming)
-            for item in get_model_conversion_mapping(whole, add_legacy=False)
-        ),
+        converts=any(not isinstance(item, WeightRenaming) for item in conversions),
         cache=_cache_layout(small, inputs(small, 1), structure.attentions or blocks.blocks),
     )
 
@@ -162,7 +161,7 @@ class _Blocks:
 
 def _renames(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Patterns by which transformers renames tensors of checkpoints, and their replacements."""
-    for item in get_model_conversion_mapping(model):
+    for item in get_model_conversion_mapping(model) if _is_stock(model) else ():
         if isinstance(item, WeightRenaming):
             yield from ((source, item.target_patterns[0]) for source in item.source_patterns)
 
@@ -227,6 +226,11 @@ def takes(model: nn.Module, name: str) -> bool:
     if name == "token_type_ids" and not (getattr(stock.config, "type_vocab_size", 0) or 0) > 1:
         return False
     return name in inspect.signature(stock.forward).parameters
+
+
+def _is_stock(model: nn.Module) -> bool:
+    """True for a model of transformers, False for a user's module."""
+    return isinstance(_stock(model), PreTrainedModel)
 
 
 def _stock(model: nn.Module) -> nn.Module:

@@ -1,0 +1,240 @@
+"""Models that a Python function of the user makes (`model.python: FILE:FUNCTION` of a recipe).
+
+The function runs in a child process, which writes what other models have: config.json and model.safetensors.
+config.json (`model_type` python) names the file, the function, and the digests of the file and of what it
+imports beside itself; later stages call the function again and fill in their tensors. Such a config.json is
+made here alone: a checkpoint with one is refused, so that no checkpoint runs code.
+
+Torch is imported only inside functions that run the user's code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcompress.errors import ModelError, QcompressError
+from qcompress.models.loading import complete, hashed_files, reading
+from qcompress.models.structure.kept import cache_folder
+from qcompress.system.child_process import command, environment
+from qcompress.system.digests import digest_of
+
+if TYPE_CHECKING:
+    from qcompress.models.python_model import ImageModule
+
+PYTHON = "python"
+"""Value of `model_type`, and key of the function in config.json."""
+
+DEFAULT = "make"
+"""Function of a file that is named alone."""
+
+RETURNS = (
+    "return (module, inputs): a torch.nn.Module in fp32, and an example of its input, a float tensor "
+    "[batch, channels, height, width]"
+)
+
+
+def split(named: str) -> tuple[str, str]:
+    """File and function of `model.python`.
+
+    >>> split("net.py:tiny"), split("net.py")
+    (('net.py', 'tiny'), ('net.py', 'make'))
+    """
+    file, colon, function = named.rpartition(":")
+    return (file, function) if colon and function.isidentifier() else (named, DEFAULT)
+
+
+def make_checkpoint(named: str, base: Path) -> Path:
+    """Directory with config.json and model.safetensors of the module that the function makes; the file is
+    relative to `base`. Raises ModelError for a file or function that cannot be used.
+    """
+    file, function = split(named)
+    path = (base / file).resolve()
+    if not path.is_file():
+        raise ModelError(
+            f"model.python: {file} does not exist (looked for {path})",
+            fix="write FILE:FUNCTION, with the file relative to the recipe",
+        )
+    return _made(path, function, digest_of(path))
+
+
+def made_folder() -> Path:
+    """Folder of the checkpoints that this module makes."""
+    return cache_folder().parent / "python"
+
+
+@functools.cache
+def _made(path: Path, function: str, digest: str) -> Path:
+    """Make the checkpoint in a child process, once for each content of the file."""
+    folder = made_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as made, tempfile.TemporaryDirectory() as empty:
+        arguments = command("qcompress.models.python_source", str(path), function, made)
+        child = subprocess.run(arguments, capture_output=True, text=True, cwd=empty, env=environment())
+        if child.returncode:
+            message, _, fix = child.stdout.strip().rpartition("\n")
+            last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ModelError(
+                message or f"model.python: {path} ended with code {child.returncode}: {last}", fix=fix
+            )
+        files = sorted(Path(made).iterdir())
+        name = hashlib.sha256("".join(digest_of(file) for file in files).encode()).hexdigest()[:24]
+        target = folder / name
+        if not target.is_dir():
+            os.rename(made, target)
+            os.mkdir(made)
+    return target
+
+
+def refuse_code(directory: Path, config: dict[str, Any]) -> None:
+    """Raise ModelError for a checkpoint whose config.json asks to run Python code."""
+    if PYTHON in config or config.get("model_type") == PYTHON:
+        raise ModelError(
+            f"{directory}: config.json asks to run Python code, which no checkpoint may",
+            fix="name the file and its function in the recipe: `model: {python: FILE:FUNCTION}`",
+        )
+
+
+def module_of(config: dict[str, Any]) -> ImageModule:
+    """Make the module of such a config.json. Raises ModelError if a file was changed since."""
+    made = config[PYTHON]
+    for name, digest in made["files"].items():
+        if not Path(name).is_file() or digest_of(Path(name)) != digest:
+            raise ModelError(
+                f"{name} was changed after the run had read it",
+                fix="run the recipe again, which reads it anew",
+            )
+    module, _ = _call(Path(made["file"]), made["function"])
+    return module
+
+
+def filled_module(config: dict[str, Any], source: Path, directory: Path) -> ImageModule:
+    """The module with the weights of a checkpoint; `directory`: the load stage's folder."""
+    from safetensors.torch import load_file
+
+    module = module_of(config)
+    tensors: dict[str, Any] = {}
+    for file in hashed_files(source, directory):
+        tensors |= load_file(file)
+    module.load_state_dict(tensors, strict=False)
+    complete(module, source, directory, own_values(module).keys() - tensors.keys())
+    return module
+
+
+def _call(path: Path, function: str) -> tuple[ImageModule, dict[str, str]]:
+    """Module that the function makes, and digests of the file and its imports, by path."""
+    import torch
+    from torch import nn
+
+    from qcompress.models.python_model import ImageModule
+
+    with _imports(path.parent) as imported, torch.random.fork_rng(devices=()):
+        spec = importlib.util.spec_from_file_location(f"qcompress_user_{path.stem}", path)
+        namespace = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(namespace)
+        maker = getattr(namespace, function, None)
+        if not callable(maker):
+            raise ModelError(f"model.python: {path} has no function {function}", fix=f"define `{function}()`")
+        made = maker()
+        files = {str(file): digest_of(file) for file in (path, *imported())}
+    module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    example = next(iter(inputs.values()), None) if isinstance(inputs, dict) else inputs
+    is_image = isinstance(example, torch.Tensor) and example.dim() == 4 and example.is_floating_point()
+    if not isinstance(module, nn.Module) or not is_image or (isinstance(inputs, dict) and len(inputs) != 1):
+        parts = made if isinstance(made, tuple) else (made,)
+        said = ", ".join(type(part).__name__ for part in parts)
+        raise ModelError(f"model.python: {function} of {path.name} returned {said:.80}", fix=RETURNS)
+    other = next((name for name, one in module.named_parameters() if one.dtype != torch.float32), None)
+    if other is not None:
+        raise ModelError(
+            f"model.python: the parameter {other} is {module.get_parameter(other).dtype}, and must be fp32",
+            fix="return `module.float()`",
+        )
+    return ImageModule(module.eval(), example), files
+
+
+@contextmanager
+def _imports(folder: Path) -> Iterator[Any]:
+    """Import modules beside a file; yields a function that lists their files, and forgets them afterwards."""
+
+    def beside() -> dict[str, Path]:
+        files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+        return {
+            name: Path(file).resolve()
+            for name, file in files.items()
+            if file and name not in before and Path(file).resolve().is_relative_to(folder)
+        }
+
+    before, writes = set(sys.modules), sys.dont_write_bytecode
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True
+    try:
+        yield lambda: sorted(set(beside().values()))
+    finally:
+        sys.path.remove(str(folder))
+        sys.dont_write_bytecode = writes
+        for name in beside():
+            del sys.modules[name]
+
+
+def _write(path: Path, function: str, out: Path) -> None:
+    """Write config.json and model.safetensors of the module that the function makes."""
+    import torch
+    from safetensors.torch import save_file
+
+    module, files = _call(path, function)
+    with torch.no_grad(), reading(path, "the module fails on its example", RETURNS):
+        logits = module(module.example).logits
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ModelError(
+            f"model.python: the module returns {shape}, and images need logits [batch, labels]",
+            fix="return the logits, alone, first in a tuple, or as `logits`",
+        )
+    _, channels, height, width = module.example.shape
+    config = {
+        "model_type": PYTHON,
+        "architectures": [type(module.model).__name__],
+        "image_size": [height, width],
+        "num_channels": channels,
+        "id2label": {str(label): f"LABEL_{label}" for label in range(logits.shape[1])},
+        PYTHON: {"file": str(path), "function": function, "files": files},
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(
+        {name: value.detach().clone().contiguous() for name, value in own_values(module).items()},
+        out / "model.safetensors", {"format": "pt"},
+    )  # fmt: skip
+
+
+def own_values(module: Any) -> dict[str, Any]:
+    """Parameters and persistent buffers by name, shared ones once."""
+    kept = set(module.state_dict().keys())
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: value for name, value in named if name in kept}
+
+
+def main() -> int:
+    """Child process: arguments FILE FUNCTION FOLDER; an error is two lines on standard output."""
+    answer, sys.stdout = sys.stdout, sys.stderr
+    path, function, out = sys.argv[1:]
+    try:
+        _write(Path(path), function, Path(out))
+    except QcompressError as error:
+        print(f"{error.message}\n{error.fix}", file=answer)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
