@@ -247,6 +247,8 @@ class Architecture:
     """Modules that cannot be quantized, and the reason."""
     covered: float = 1.0
     """Share of the layers in the values of the model's matrices."""
+    uncovered: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """The other matrices and their shapes, the largest first."""
 
     def layer(self, name: str) -> Layer:
         """The layer of this name."""

@@ -35,7 +35,7 @@ from qcompress.models.config_values import check_values
 from qcompress.models.convnet import COUNTED
 from qcompress.models.hf_loader import put_points, with_logits
 from qcompress.models.layer_selection import Names, Tensors
-from qcompress.models.loading import complete, reading, stock_config, stock_model
+from qcompress.models.loading import FORMS, complete, reading, stock_config, stock_model
 from qcompress.models.pooling import KEY, EmbeddingHead
 from qcompress.models.python_source import PYTHON, filled_module
 from qcompress.models.structure.kept import Discovered, structure_of
@@ -55,11 +55,6 @@ COUNTED_FROM_PADDING = (
 
 UNLIMITED = 2**20
 """Context of a model without such a key, as with ALiBi."""
-
-COVERED = 0.5
-"""Smallest share of the layers in the parameters of matrices: below it the model would stay float for the
-most part.
-"""
 
 SPREAD = 0.02
 """Standard deviation of the weights of a new head whose config.json gives none."""
@@ -84,7 +79,6 @@ class AutoFamily:
         """Architecture of a checkpoint with a task's head, whose tensors are checked against it."""
         settled = self.task_config(config, tensors, head)
         found = self._found(settled, head.task)
-        self._check_covered(found)
         new = tuple(_checked(found, tensors, head))
         layers = found.structure.layers
         tables = [layer for layer in layers if layer.kind == "embedding"]
@@ -101,6 +95,7 @@ class AutoFamily:
             new_head=new,
             floats=tuple(found.structure.floats.items()),
             covered=found.structure.covered,
+            uncovered=found.structure.uncovered,
         )
 
     def task_config(self, config: dict[str, Any], tensors: Tensors, head: Head) -> dict[str, Any]:
@@ -172,7 +167,7 @@ class AutoFamily:
             return self._ready(filled_module(values, source, folder), values)
         config = stock_config(folder)
         named = self._class_of(config)
-        model, loading_info = stock_model(named, source, folder, config, attn_implementation="eager")
+        model, loading_info = stock_model(named, source, folder, config, **FORMS)
         missing = [name for name in loading_info["missing_keys"] if not name.endswith(COUNTED)]
         if KEY in values:
             from qcompress.models.text_embedder import embedder
@@ -267,17 +262,6 @@ class AutoFamily:
         last = next((layer for layer in found.structure.layers if layer.kind == "head"), None)
         stored = tensors.get(f"{last.name}.weight") if last else None
         return stored and stored[1][0]
-
-    def _check_covered(self, found: Discovered) -> None:
-        structure = found.structure
-        if structure.covered < COVERED:
-            name, shape = structure.uncovered[0]
-            raise ModelError(
-                f"only {100 * structure.covered:.0f} % of the matrix parameters are in layers that can be "
-                f"quantized; the largest other one is {name} {list(shape)}",
-                fix="name another model: layers that are called more than once (ALBERT) and experts that "
-                "share one tensor (Mixtral) stay float",
-            )
 
 
 def _checked(found: Discovered, tensors: Tensors, head: Head) -> Iterator[str]:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+FORMS = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
+"""Forms of attentions and experts that torch's exporter translates and calibration sees."""
+
 SHOWN = 300
 """Characters of a library's message that are shown."""
 

@@ -14,6 +14,9 @@ from qcompress.recipe.scale_reach import SMALL_REACH, scale_reach
 from qcompress.schema.axes import PHASES
 from qcompress.system.screen import Cells
 
+FEW = 0.5
+"""Share of the values in layers below which the file shrinks little."""
+
 
 def print_check(
     console: Console, resolved: Resolved, report: Report, reuse: list[tuple[str, bool, str]]
@@ -64,6 +67,9 @@ def _floats(architecture: Architecture) -> Iterator[str]:
         yield f"{names[0]}{more}: float, {reason}"
     if architecture.covered < 0.995:
         yield f"layers hold {100 * architecture.covered:.0f} % of the values of the model's matrices"
+    if architecture.covered < FEW:
+        name, shape = architecture.uncovered[0]
+        yield f"the file shrinks little: {name} {list(shape)} and others like it stay float"
 
 
 def _print_reuse(console: Console, reuse: list[tuple[str, bool, str]]) -> None:

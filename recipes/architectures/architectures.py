@@ -177,7 +177,7 @@ def run_cell(task: str, name: str, out: Path) -> dict[str, Any]:
         except QcompressError as error:
             found[form] = {"refused": str(error).splitlines()[-1].strip()}
         except torch.onnx.OnnxExporterError as error:
-            found[form] = {"refused": f"torch's exporter: {str(error).splitlines()[0]}"}
+            found[form] = {"refused": f"torch's exporter: {str(error).partition('.')[0]}"}
     return found
 
 

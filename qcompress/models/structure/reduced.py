@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.errors import ModelError
+from qcompress.models.loading import FORMS
 from qcompress.models.pooling import KEY
 from qcompress.models.python_source import PYTHON, module_of
 from qcompress.models.text_embedder import embedder
@@ -76,7 +77,7 @@ def meta_model(auto: str, values: dict[str, Any]) -> nn.Module:
         if getattr(config, "use_cache", None):
             config.use_cache = False
         with init_empty_weights(include_buffers=False):
-            model = getattr(transformers, auto).from_config(config, attn_implementation="eager")
+            model = getattr(transformers, auto).from_config(config, **FORMS)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(
             f"config.json: transformers' {auto} makes no model of model_type {values.get('model_type')!r} "
