@@ -16,7 +16,7 @@ import torch
 from once import once, shared_root
 from tiny import Line, make_checkpoint, make_recipe, start_line, write_text
 
-from qcompress.models.structure.kept import FOLDER
+from qcompress.models.kept_folder import FOLDER
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -23,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompress.errors import ModelError, QcompressError
-from qcompress.models.loading import complete, hashed_files, reading
-from qcompress.models.structure.kept import cache_folder
+from qcompress.errors import ModelError
+from qcompress.models.kept_folder import cache_folder
+from qcompress.models.loading import complete, hashed_files
 from qcompress.system.child_process import command, environment
 from qcompress.system.digests import digest_of
 
@@ -79,7 +78,7 @@ def _made(path: Path, function: str, digest: str) -> Path:
     folder = made_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as made, tempfile.TemporaryDirectory() as empty:
-        arguments = command("qcompress.models.python_source", str(path), function, made)
+        arguments = command("qcompress.models.python_child", str(path), function, made)
         child = subprocess.run(arguments, capture_output=True, text=True, cwd=empty, env=environment())
         if child.returncode:
             message, _, fix = child.stdout.strip().rpartition("\n")
@@ -114,7 +113,7 @@ def module_of(config: dict[str, Any]) -> ImageModule:
                 f"{name} was changed after the run had read it",
                 fix="run the recipe again, which reads it anew",
             )
-    module, _ = _call(Path(made["file"]), made["function"])
+    module, _ = called(Path(made["file"]), made["function"])
     return module
 
 
@@ -131,7 +130,7 @@ def filled_module(config: dict[str, Any], source: Path, directory: Path) -> Imag
     return module
 
 
-def _call(path: Path, function: str) -> tuple[ImageModule, dict[str, str]]:
+def called(path: Path, function: str) -> tuple[ImageModule, dict[str, str]]:
     """Module that the function makes, and digests of the file and its imports, by path."""
     import torch
     from torch import nn
@@ -187,54 +186,8 @@ def _imports(folder: Path) -> Iterator[Any]:
             del sys.modules[name]
 
 
-def _write(path: Path, function: str, out: Path) -> None:
-    """Write config.json and model.safetensors of the module that the function makes."""
-    import torch
-    from safetensors.torch import save_file
-
-    module, files = _call(path, function)
-    with torch.no_grad(), reading(path, "the module fails on its example", RETURNS):
-        logits = module(module.example).logits
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-        shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ModelError(
-            f"model.python: the module returns {shape}, and images need logits [batch, labels]",
-            fix="return the logits, alone, first in a tuple, or as `logits`",
-        )
-    _, channels, height, width = module.example.shape
-    config = {
-        "model_type": PYTHON,
-        "architectures": [type(module.model).__name__],
-        "image_size": [height, width],
-        "num_channels": channels,
-        "id2label": {str(label): f"LABEL_{label}" for label in range(logits.shape[1])},
-        PYTHON: {"file": str(path), "function": function, "files": files},
-    }
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(
-        {name: value.detach().clone().contiguous() for name, value in own_values(module).items()},
-        out / "model.safetensors", {"format": "pt"},
-    )  # fmt: skip
-
-
 def own_values(module: Any) -> dict[str, Any]:
     """Parameters and persistent buffers by name, shared ones once."""
     kept = set(module.state_dict().keys())
     named = [*module.named_parameters(), *module.named_buffers()]
     return {name: value for name, value in named if name in kept}
-
-
-def main() -> int:
-    """Child process: arguments FILE FUNCTION FOLDER; an error is two lines on standard output."""
-    answer, sys.stdout = sys.stdout, sys.stderr
-    path, function, out = sys.argv[1:]
-    try:
-        _write(Path(path), function, Path(out))
-    except QcompressError as error:
-        print(f"{error.message}\n{error.fix}", file=answer)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

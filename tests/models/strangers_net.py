@@ -55,6 +55,25 @@ def make() -> tuple[nn.Module, Tensor]:
     return Stranger(), torch.zeros(1, 3, 16, 16)
 
 
+class Fused(nn.Module):
+    """torch's encoder layer, whose fused form calls no layers, and two layers that stay float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grow = nn.ConvTranspose2d(3, 16, 2, 2)
+        self.encoder = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.twice, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.encoder(self.grow(x[..., ::4, ::4]).flatten(2).transpose(1, 2))
+        return {"logits": self.head(self.twice(self.twice(x)).mean(1)), "hidden": x}
+
+
+def fused() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(3)
+    return Fused(), {"images": torch.zeros(1, 3, 16, 16)}
+
+
 def half() -> tuple[nn.Module, Tensor]:
     return Stranger().half(), torch.zeros(1, 3, 16, 16)
 

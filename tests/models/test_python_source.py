@@ -20,7 +20,8 @@ from qcompress.errors import ModelError
 from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Head
 from qcompress.models.checkpoint_files import read_config
-from qcompress.models.python_source import main, make_checkpoint
+from qcompress.models.python_child import main
+from qcompress.models.python_source import make_checkpoint
 from qcompress.pipeline.stages.load import locate
 from qcompress.schema.recipe import Model
 from qcompress.system.artifacts import read_json
@@ -100,6 +101,22 @@ def test_a_strangers_module_runs_from_recipe_to_verdict(form: Any, tmp_path: Pat
     run = (tmp_path / "runs" / "stranger" / "latest").resolve()
     assert read_json(run / "verdict.json")["verdict"] == "accept"
     assert read_json(run / "certificate.json")["complete"]
+
+
+def test_a_module_with_layers_that_stay_float_runs_from_recipe_to_verdict(tmp_path: Path) -> None:
+    file = recipe(copied(tmp_path), model={"python": "strangers_net.py:fused"})
+    said = cli("check", file)
+    for line in (
+        "model.grow: float, ConvTranspose2d has no quantized counterpart",
+        "model.twice: float, is called more than once in a forward pass",
+        "the file shrinks little: model.encoder.self_attn.in_proj_weight [48, 16]",
+    ):
+        assert line in said.stdout
+    done = cli("run", file, "--out", tmp_path / "runs")
+    assert done.code == 0, done.stderr
+    layers = read_json((tmp_path / "runs" / "stranger" / "latest" / "certificate.json").resolve())["layers"]
+    named = {layer["name"] for layer in layers}
+    assert named == {"model.encoder.linear1", "model.encoder.linear2", "model.head"}
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,9 @@ from typing import Any
 
 from qcompress.errors import MachineError, ModelError
 from qcompress.models.architecture import CacheLayout
+from qcompress.models.kept_folder import cache_folder
 from qcompress.models.structure.structure import Structure
 from qcompress.system.child_process import command, environment
-
-FOLDER = "QCOMPRESS_STRUCTURES"
-"""Environment variable: folder of kept structures."""
 
 UNREAD = (
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "id2label", "label2id",
@@ -107,13 +105,6 @@ def structure_of(auto: str, values: dict[str, Any]) -> Discovered:
             _keep(file, kept)
         _READ[text] = Discovered.from_json(kept)
     return _READ[text]
-
-
-def cache_folder() -> Path:
-    """Folder of kept structures: the variable `FOLDER`, or a folder in the user's cache."""
-    if named := os.environ.get(FOLDER):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcompress" / "structures"
 
 
 def discovered(text: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from qcompress.errors import MachineError, ModelError
+from qcompress.models.kept_folder import FOLDER
 from qcompress.models.structure import discover, kept
 from qcompress.models.structure.reduced import fill_random, meta_model, reduce
 from qcompress.models.structure.whole import image_inputs, text_inputs
@@ -44,7 +45,7 @@ def config(name: str) -> dict[str, Any]:
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and no structure in memory."""
-    monkeypatch.setenv(kept.FOLDER, str(tmp_path / "structures"))
+    monkeypatch.setenv(FOLDER, str(tmp_path / "structures"))
     monkeypatch.setattr(kept, "_READ", {})
     return tmp_path / "structures"
 
