@@ -47,7 +47,7 @@ def whole_structure(auto: str, values: dict[str, Any], inputs: Inputs) -> Discov
     held = {f"{layer.name}.weight" for layer in layers if layer.tied_to is None}
     matrices = [name for name, value in own.items() if value.dim() > 1]
     shapes = dict(zip(found.attentions, found.key_values, strict=True))
-    left = sorted(set(matrices) - held, key=lambda name: -sizes[name])
+    left = sorted(set(matrices) - held, key=lambda name: (-sizes[name], name))
     structure = replace(
         found,
         layers=layers,
