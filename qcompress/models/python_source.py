@@ -10,7 +10,6 @@ Torch is imported only inside functions that run the user's code.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import os
@@ -18,11 +17,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompress.errors import ModelError
+from qcompress.errors import MachineError, ModelError
 from qcompress.models.kept_folder import cache_folder
 from qcompress.models.loading import complete, hashed_files
 from qcompress.system.child_process import command, environment
@@ -64,7 +63,7 @@ def make_checkpoint(named: str, base: Path) -> Path:
             f"model.python: {file} does not exist (looked for {path})",
             fix="write FILE:FUNCTION, with the file relative to the recipe",
         )
-    return _made(path, function, digest_of(path))
+    return _made(path, function)
 
 
 def made_folder() -> Path:
@@ -72,12 +71,14 @@ def made_folder() -> Path:
     return cache_folder().parent / "python"
 
 
-@functools.cache
-def _made(path: Path, function: str, digest: str) -> Path:
-    """Make the checkpoint in a child process, once for each content of the file."""
+def _made(path: Path, function: str) -> Path:
+    """Make the checkpoint in a child process: its folder is named after its content."""
     folder = made_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as made, tempfile.TemporaryDirectory() as empty:
+    with (
+        tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as made,
+        tempfile.TemporaryDirectory() as empty,
+    ):
         arguments = command("qcompress.models.python_child", str(path), function, made)
         child = subprocess.run(arguments, capture_output=True, text=True, cwd=empty, env=environment())
         if child.returncode:
@@ -90,8 +91,10 @@ def _made(path: Path, function: str, digest: str) -> Path:
         name = hashlib.sha256("".join(digest_of(file) for file in files).encode()).hexdigest()[:24]
         target = folder / name
         if not target.is_dir():
-            os.rename(made, target)
-            os.mkdir(made)
+            with suppress(OSError):  # another process made the same one
+                os.rename(made, target)
+    if not target.is_dir():
+        raise MachineError(f"{target} cannot be written", fix="check the disk and its permissions")
     return target
 
 

@@ -161,6 +161,10 @@ def test_a_changed_import_is_another_checkpoint_and_ends_a_run_at_work(tmp_path:
     blocks.write_text(blocks.read_text().replace("torch.sigmoid", "torch.tanh"))
     with pytest.raises(ModelError, match=r"strangers_blocks.py was changed after the run had read it"):
         FAMILIES["image-model"].load_float(source)
+    again = make_checkpoint("strangers_net.py", net)
+    assert again != source and make_checkpoint("strangers_net.py", net) == again
+    FAMILIES["image-model"].load_float(again)
+    assert all(len(folder.name) == 24 for folder in again.parent.iterdir())
 
 
 @pytest.mark.parametrize("key", ["source", "run"])
