@@ -6,15 +6,13 @@ numbers and has the checks that need a model; number formats are in `formats.py`
 
 from __future__ import annotations
 
-import re
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
-    GetJsonSchemaHandler,
     Tag,
     field_serializer,
     model_validator,
@@ -26,7 +24,7 @@ from qcompress.schema.data import Data
 from qcompress.schema.data import TextData as TextData
 from qcompress.schema.export import Build, Export
 from qcompress.schema.export import Profile as Profile  # re-exported: this module has all sections
-from qcompress.schema.families import DISCOVERED, Family
+from qcompress.schema.families import DISCOVERED
 from qcompress.schema.formats import (
     ACTIVATION_WORDS,
     FORMAT_PRESETS,
@@ -48,6 +46,8 @@ from qcompress.schema.method_options import (
     Stepper,
     TaskObjective,
 )
+from qcompress.schema.model import HUB_ID as HUB_ID
+from qcompress.schema.model import Model as Model
 from qcompress.schema.quantizers import Quantizers, quantizers
 from qcompress.schema.stages import ROWS as ROWS
 from qcompress.schema.stages import STAGES as STAGES
@@ -61,13 +61,6 @@ from qcompress.schema.tasks import QuestionAnswering as QuestionAnswering
 from qcompress.schema.tasks import SequenceClassification as SequenceClassification
 from qcompress.schema.tasks import Task
 from qcompress.schema.tasks import TokenClassification as TokenClassification
-
-if TYPE_CHECKING:
-    from pydantic.json_schema import JsonSchemaValue
-    from pydantic_core import CoreSchema
-
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
-"""Pattern of a model on a hub, organisation/name."""
 
 
 def _word(words: dict[str, Any], default: str) -> BeforeValidator:
@@ -103,66 +96,6 @@ Activations = Annotated[ActivationFormat | None, _word(ACTIVATION_WORDS, "{bits:
 
 
 # Sections -----------------------------------------------------------------------------------------
-
-
-def _picked(value: object) -> object:
-    """Refuse unknown words for `model.blocks` with a specific message."""
-    if isinstance(value, str) and value not in ("every-other", "pairs"):
-        raise ValueError("write every-other, pairs, or numbers of blocks such as [0, 0, 2, 2]")
-    return value
-
-
-class Model(Options):
-    """Source of the float model."""
-
-    family: Family
-    """Architecture; `qcompress list models`. Default for `causal-lm`: decoder, whose structure is
-    discovered.
-    """
-    source: str | None = None
-    """A directory (relative to the recipe) in transformers' layout with safetensors weights, or a hub id."""
-    revision: str | None = None
-    """Commit of a hub id."""
-    run: str | None = None
-    """Directory of an earlier run of `method: float`, instead of `source`."""
-    python: str | None = None
-    """FILE:FUNCTION, instead of `source`: a Python file, relative to the recipe, whose function (default:
-    make) returns a trained torch.nn.Module and an example of its input. It runs the user's code.
-    """
-    blocks: Annotated[
-        Annotated[list[int], Field(min_length=1)] | Literal["every-other", "pairs"] | None,
-        BeforeValidator(_picked),
-    ] = None
-    """Numbers of the model's blocks to use, from 0; equal numbers share their weights. every-other: the
-    first, third ... (layer dropping); pairs: all, each pair sharing the weights of its first block. None:
-    all, unchanged.
-    """
-
-    @property
-    def origin(self) -> Literal["source", "run", "python"]:
-        """The key that names the model."""
-        return "source" if self.source is not None else "run" if self.run is not None else "python"
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """The schema of editors, in which `family` may be missing: the task chooses it."""
-        schema = super().__get_pydantic_json_schema__(core_schema, handler)
-        handler.resolve_ref_schema(schema)["required"] = []
-        return schema
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Model:
-        if sum(origin is not None for origin in (self.source, self.run, self.python)) != 1:
-            raise ValueError("give exactly one of `source`, `run` and `python`")
-        if self.python is not None and self.family != "image-model":
-            raise ValueError(
-                f"`python` makes a model of images (family image-model), and not a {self.family}"
-            )
-        if self.run is not None and self.revision is not None:
-            raise ValueError("`revision` belongs to a hub id, and `run` is a directory")
-        return self
 
 
 class LayerFormat(Options):
