@@ -165,6 +165,12 @@ def called(path: Path, function: str) -> tuple[ImageModule, dict[str, str]]:
     return ImageModule(module.eval(), example), files
 
 
+def _is_beside(file: Path, folder: Path) -> bool:
+    """True for a file in or below a folder, unless it is one of an installed package."""
+    below = file.relative_to(folder).parts if file.is_relative_to(folder) else ()
+    return bool(below) and not {"site-packages", "dist-packages"} & {*below}
+
+
 @contextmanager
 def _imports(folder: Path) -> Iterator[Any]:
     """Import modules beside a file; yields a function that lists their files, and forgets them afterwards."""
@@ -174,7 +180,7 @@ def _imports(folder: Path) -> Iterator[Any]:
         return {
             name: Path(file).resolve()
             for name, file in files.items()
-            if file and name not in before and Path(file).resolve().is_relative_to(folder)
+            if file and name not in before and _is_beside(Path(file).resolve(), folder)
         }
 
     before, writes = set(sys.modules), sys.dont_write_bytecode

@@ -41,8 +41,8 @@ STEPS = 2
 
 
 def smoke(resolved: Resolved, cache: Path) -> Resolved:
-    """Shrink the recipe to two blocks and a few samples. The whole recipe is checked first (RecipeError).
-    Raises UsageError for an external graph.
+    """Shrink the recipe to two blocks and a few samples; a module of `model.python` stays whole. The whole
+    recipe is checked first (RecipeError). Raises UsageError for an external graph.
     """
     recipe = resolved.recipe
     if recipe.export.graph is not None:
@@ -50,8 +50,9 @@ def smoke(resolved: Resolved, cache: Path) -> Resolved:
                          fix="run the recipe without --smoke")  # fmt: skip
     source = locate(recipe.model, resolved.base)
     check_model(resolved, source)
-    short = shorten(recipe.model.family, source, cache / "smoke", recipe.model.blocks)
-    return replace(resolved, recipe=_small(recipe, short), smoke=True)
+    if recipe.model.python is None:
+        source = shorten(recipe.model.family, source, cache / "smoke", recipe.model.blocks)
+    return replace(resolved, recipe=_small(recipe, source), smoke=True)
 
 
 def shorten(family: str, source: Path, folder: Path, picked: Blocks | None = None) -> Path:
@@ -92,9 +93,10 @@ def _small(recipe: Recipe, source: Path) -> Recipe:
         for pattern, form in recipe.format.layers.items()
         if any(matches(pattern, name) for name in names)
     }
+    short = {"source": str(source.absolute()), "revision": None, "run": None, "blocks": None}
     sections: dict[str, Any] = {
         "name": f"{recipe.name[:94].rstrip('.-')}-smoke",
-        "model": {"source": str(source.absolute()), "revision": None, "run": None, "blocks": None},
+        "model": {} if recipe.model.python else short,
         "task": recipe.task.within(CONTEXT),
         "format": {"layers": patterns},
         "train": {"batch_size": min(recipe.train.batch_size, BATCH), "phases": _phases(recipe)},

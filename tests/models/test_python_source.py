@@ -21,7 +21,7 @@ from qcompress.models import FAMILIES, describe
 from qcompress.models.architecture import Head
 from qcompress.models.checkpoint_files import read_config
 from qcompress.models.python_child import main
-from qcompress.models.python_source import make_checkpoint
+from qcompress.models.python_source import called, make_checkpoint
 from qcompress.pipeline.stages.load import locate
 from qcompress.schema.recipe import Model
 from qcompress.system.artifacts import read_json
@@ -112,10 +112,10 @@ def test_a_module_with_layers_that_stay_float_runs_from_recipe_to_verdict(tmp_pa
         "the file shrinks little: model.encoder.self_attn.in_proj_weight [48, 16]",
     ):
         assert line in said.stdout
-    done = cli("run", file, "--out", tmp_path / "runs")
+    done = cli("run", file, "--smoke", "--out", tmp_path / "runs")
     assert done.code == 0, done.stderr
-    layers = read_json((tmp_path / "runs" / "stranger" / "latest" / "certificate.json").resolve())["layers"]
-    named = {layer["name"] for layer in layers}
+    (certificate,) = (tmp_path / "runs" / "stranger-smoke").glob("*/certificate.json")
+    named = {layer["name"] for layer in read_json(certificate)["layers"]}
     assert named == {"model.encoder.linear1", "model.encoder.linear2", "model.head"}
 
 
@@ -165,6 +165,25 @@ def test_a_changed_import_is_another_checkpoint_and_ends_a_run_at_work(tmp_path:
     assert again != source and make_checkpoint("strangers_net.py", net) == again
     FAMILIES["image-model"].load_float(again)
     assert all(len(folder.name) == 24 for folder in again.parent.iterdir())
+
+
+def test_an_installed_package_below_the_file_is_none_of_its_imports(tmp_path: Path) -> None:
+    """A project's `.venv`: forgotten and imported again, torch's extensions would end the process."""
+    net, packages = copied(tmp_path) / "strangers_net.py", tmp_path / ".venv" / "lib" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "strangers_package.py").write_text(
+        "import sys\nassert not hasattr(sys, 'strangers_package')\nsys.strangers_package = True\n"
+    )
+    path = f"import sys\nsys.path.append({str(packages)!r})\nimport strangers_package\n"
+    net.write_text(net.read_text().replace("import math\n", f"import math\n{path}"))
+    try:
+        for _ in range(2):
+            _, files = called(net, "make")
+    finally:
+        sys.path = [entry for entry in sys.path if entry != str(packages)]
+        sys.modules.pop("strangers_package", None)
+        del sys.strangers_package
+    assert str(net) in files and not any("site-packages" in file for file in files)
 
 
 @pytest.mark.parametrize("key", ["source", "run"])
