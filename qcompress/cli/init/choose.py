@@ -27,6 +27,7 @@ from qcompress.cli.init.model import (
     RUNNING,
     Checkpoint,
     Fit,
+    class_of,
     fit,
     fit_embedding,
     outputs_of_head,
@@ -216,7 +217,7 @@ def _task(options: InitOptions, checkpoint: Checkpoint, data: Data, mistakes: Mi
 
 def _is_class_of(config: dict[str, Any], task: str) -> bool:
     """True if config.json names the class of a task; the one without a head is that of embeddings."""
-    named = next(iter(config.get("architectures") or ()), "")
+    named = class_of(config)
     return task in CLASSES and named.endswith(CLASSES[task]) and not named.endswith("LMHeadModel")
 
 

@@ -84,6 +84,12 @@ def look_at_model(directory: Path, mistakes: Mistakes) -> Checkpoint | None:
     return Checkpoint(directory, family, config)
 
 
+def class_of(config: dict[str, Any]) -> str:
+    """Name of the class in a config.json; empty without one."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
 ENDINGS = {
     "ForCausalLM": "decoder",
     "LMHeadModel": "decoder",
@@ -100,8 +106,7 @@ def _discovered_family(config: dict[str, Any]) -> str | None:
     """Family of a checkpoint of another type, by the class in its config.json; of a model without a head by
     what it reads. None for other classes.
     """
-    named = config.get("architectures")
-    name = str(named[0]) if isinstance(named, list) and named else ""
+    name = class_of(config)
     family = next((family for end, family in ENDINGS.items() if name.endswith(end)), None)
     if family or not name.endswith("Model"):
         return family

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,16 +89,19 @@ def meta_model(auto: str, values: dict[str, Any]) -> nn.Module:
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """Move the parameters to the meta device, in place; shared ones stay shared."""
+    """Move the parameters to the meta device, in place."""
+    _replace(model, lambda name, parameter: parameter.to("meta"))
+    return model
+
+
+def _replace(model: nn.Module, value: Callable[[str, Tensor], Tensor]) -> None:
+    """Replace the values of all parameters, by name in their module, in place; shared ones stay shared."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(
-                    parameter.to("meta"), requires_grad=parameter.requires_grad
-                )
+                made[id(parameter)] = nn.Parameter(value(name, parameter), requires_grad=False)
             setattr(module, name, made[id(parameter)])
-    return model
 
 
 def ties_of(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -208,13 +211,8 @@ def fill_random(model: nn.Module, seed: int = 0) -> None:
     norms near 1, biases and batch statistics off 0.
     """
     random = torch.Generator().manual_seed(seed)
-    made: dict[int, nn.Parameter] = {}
+    _replace(model, lambda name, parameter: _drawn(name, parameter, random))
     for module in model.modules():
-        own = module.named_parameters(recurse=False, remove_duplicate=False)
-        for name, parameter in list(own):
-            if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(_drawn(name, parameter, random), requires_grad=False)
-            setattr(module, name, made[id(parameter)])
         if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
             module.running_mean.copy_(0.1 * torch.randn(module.running_mean.shape, generator=random))
             module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=random))
