@@ -7,6 +7,7 @@ cannot detect a weight that the exporter decoded to floats; the certificate does
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def with_outputs(file: Path, names: list[str]) -> bytes:
 
 def _float_copies(view: View, plan: tuple[LayerPlan, ...], tensors: Any) -> list[str]:
     """Float constants with the shape of a quantized weight: decoded copies or unquantized weights. Float
-    parameters of the folded model are none, also if the exporter transposed them.
+    parameters of the folded model are none, also if the exporter transposed or reshaped them.
     """
     shapes = {item.layer.shape for item in plan if item.weights}
     kept = {item.layer.shape for item in plan if not item.weights}
@@ -98,18 +99,20 @@ def _float_copies(view: View, plan: tuple[LayerPlan, ...], tensors: Any) -> list
     if not suspects:
         return []
     stored = {name: tensors.get_slice(name) for name in tensors.keys() if ".weight." not in name}  # noqa: SIM118
+    sizes = {math.prod(shape) for shape in shapes}
     floats = [
         tensors.get_tensor(name)
         for name, part in stored.items()
-        if part.get_dtype() in ("F32", "F16") and tuple(part.get_shape()) in shapes
+        if part.get_dtype() in ("F32", "F16") and math.prod(part.get_shape()) in sizes
     ]
     return sorted(name for name in suspects if not _is_one_of(view.values(name), floats))
 
 
 def _is_one_of(constant: np.ndarray | None, floats: list[np.ndarray]) -> bool:
-    """True for one of the float tensors, or for its transpose."""
+    """True for one of the float tensors in any shape, or for its transpose."""
     return constant is not None and any(
-        np.array_equal(constant, tensor) or np.array_equal(constant, tensor.T) for tensor in floats
+        np.array_equal(constant.ravel(), tensor.ravel()) or np.array_equal(constant, tensor.T)
+        for tensor in floats
     )
 
 
