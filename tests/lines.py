@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 from qcompress import api
 from qcompress.cli.main import app
+from qcompress.engine.probe_kit.engine_runners import EXACT, saturates
 from qcompress.models.plan import LayerPlan, plans_from_json
 from qcompress.pipeline import keys
 from qcompress.pipeline import run as pipeline
@@ -330,9 +331,17 @@ def python(source: str, *arguments: str, folder: Path | None = None, **variables
     return Result(found.returncode, found.stdout, found.stderr)
 
 
+def exact_options() -> onnxruntime.SessionOptions:
+    """Options of a session whose 8-bit products are exact on this processor, too."""
+    options = onnxruntime.SessionOptions()
+    if saturates():
+        options.add_session_config_entry(*EXACT)
+    return options
+
+
 def plain_session(file: Path, *, optimized: bool = False) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session that computes the graph node by node, or as ONNX Runtime likes."""
-    options = onnxruntime.SessionOptions()
+    options = exact_options()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1

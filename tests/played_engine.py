@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import torch
+from lines import plain_session
 
 from qcompress.engine import local_run
 
@@ -87,7 +88,7 @@ def tensorrt(onnx: Path) -> SimpleNamespace:
             os.kill(os.getpid(), signal.SIGSEGV)
         if content.startswith(b"broken"):
             return None
-        session = onnxruntime.InferenceSession(str(onnx), providers=["CPUExecutionProvider"])
+        session = plain_session(str(onnx), optimized=True)
         inputs = {item.name: TYPES[item.type] for item in session.get_inputs()}
         names = [*inputs, "logits"]
         return SimpleNamespace(

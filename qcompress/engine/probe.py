@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import base64
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,13 @@ def write_probe(
     onnx: OnnxModel,
     engine: Engine | None,
     ranked: bool = True,
+    outputs: Sequence[str] = (),
 ) -> None:
     """Write the kit into `folder`.
 
     `sets`: number of samples in each set; `arrays`: the task's arrays for all samples, in that order;
-    `logits`: the .npy file of the onnx row; `ranked`: the largest of them is the answer.
+    `logits`: the .npy file of the onnx row; `ranked`: the largest of them is the answer; `outputs`: names of
+    the compared outputs, where they are not the logits alone.
     """
     folder.mkdir(exist_ok=True)
     set_index = np.repeat(np.arange(len(sets), dtype=np.int32), list(sets.values()))
@@ -97,6 +99,7 @@ def write_probe(
             "disabled_optimizers": disabled_optimizers(onnx.file),
             "per_sample": "nll" if arrays.keys() & {"first", "targets"} else "logits",
             **({} if ranked else {"ranked": False}),
+            **({"outputs": list(outputs)} if outputs else {}),
         },
     )
     for script in (*SCRIPT.parent.glob("*.py"), Path(strict_json.__file__)):

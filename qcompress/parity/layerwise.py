@@ -43,7 +43,14 @@ from qcompress.parity.distance import Distance
 from qcompress.parity.forced_codes import NOISE, TIE, Held, Inputs, Place, summary
 from qcompress.parity.inputs import Artifacts, evaluation_samples
 from qcompress.parity.measure import Samples, batches
-from qcompress.parity.runners import complete, empty_past, fed, open_session, output_of
+from qcompress.parity.runners import (
+    compared_array,
+    compared_outputs,
+    complete,
+    empty_past,
+    fed,
+    open_session,
+)
 from qcompress.quant.folded import Rounding
 from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import FoldedModel, OnnxModel, read_json, write_json
@@ -250,12 +257,12 @@ def _onnx_values(
             file.write(with_outputs(model.file, wanted))
             file.flush()
         session = open_session(Path(file.name), torch.get_num_threads(), optimized=False)
-        output = output_of(session)
+        compared = compared_outputs(session, model.file.parent, family)
 
         def run(inputs: Inputs) -> tuple[Inputs, Inputs, np.ndarray]:
             feed = {name: tensor.numpy() for name, tensor in complete(family, inputs).items()}
             feed |= empty_past(session, len(next(iter(inputs.values()))))
-            names = [*wanted, output]
+            names = [*wanted, *compared]
             outputs = dict(zip(names, session.run(names, fed(session, feed)), strict=True))
             floats = {
                 place: (outputs[name].swapaxes(-1, -2) if moved else outputs[name]).astype(np.float32)
@@ -266,7 +273,7 @@ def _onnx_values(
                 for place, (_, code, _) in values.items()
                 if code
             }
-            return floats, codes, outputs[output].astype(np.float32)
+            return floats, codes, compared_array([outputs[name] for name in compared], family)
 
         yield run
 

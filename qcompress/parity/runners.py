@@ -10,23 +10,29 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnxruntime
 import torch
 from torch import nn
 
+from qcompress.engine.probe_kit.engine_runners import EXACT, saturates
 from qcompress.errors import ContractError, MachineError
 from qcompress.models import FAMILIES
 from qcompress.models.architecture import PAST
+from qcompress.models.checkpoint_files import read_config
 from qcompress.models.folded import assemble
+from qcompress.models.named_outputs import joined, outputs_in
 from qcompress.models.plan import rounded
 from qcompress.models.prepare import replace_module
 from qcompress.models.rebuild import rebuild
 from qcompress.quant.dynamic import DynamicActivation
 from qcompress.schema.quantizers import Dynamic, Lsq, MinMax
 from qcompress.system.artifacts import FloatModel, FoldedModel, TrainedModel, disabled_optimizers, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Runner(Protocol):
@@ -65,7 +71,7 @@ def open_session(
     file: Path, threads: int, optimized: bool, provider: str = CPU, options_of: dict[str, str] | None = None
 ) -> onnxruntime.InferenceSession:
     """Open an ONNX Runtime session with this package's settings; `optimized` as in `OnnxRunner`, `options_of`
-    are the provider's options.
+    are the provider's options. On a processor whose products of 8-bit codes saturate they are made exact.
 
     An external graph may need some optimizers disabled; certificate.json beside it lists them. ONNX Runtime
     continues without a provider that does not start; this function raises MachineError.
@@ -78,6 +84,8 @@ def open_session(
     # spinning idle threads take processor time from other processes
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     without = {*disabled_optimizers(file), *(() if optimized else REWRITERS)}
+    if optimized and provider == CPU and saturates():
+        options.add_session_config_entry(*EXACT)
     if provider != CPU:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session = onnxruntime.InferenceSession(
@@ -148,20 +156,30 @@ class OnnxRunner:
     ) -> None:  # fmt: skip
         self.family = family
         self.session = open_session(file, threads, optimized, provider, options_of)
+        self.outputs = compared_outputs(self.session, file.parent, family)
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         arrays = {name: tensor.numpy() for name, tensor in complete(self.family, inputs).items()}
         feed = fed(self.session, arrays)
         feed |= empty_past(self.session, len(next(iter(inputs.values()))))
-        return self.session.run([output_of(self.session)], feed)[0].astype(np.float32)
+        return compared_array(self.session.run(self.outputs, feed), self.family)
 
 
-def output_of(session: onnxruntime.InferenceSession) -> str:
-    """Name of the output that is compared: `logits`, or `embeddings`. Raises ContractError without either."""
+def compared_array(arrays: Sequence[np.ndarray], family: str) -> np.ndarray:
+    """The compared outputs as one array, fp32; those of a user's module side by side, [batch, values]."""
+    return arrays[0].astype(np.float32) if FAMILIES[family].INPUTS else joined(arrays)
+
+
+def compared_outputs(session: onnxruntime.InferenceSession, folder: Path, family: str) -> list[str]:
+    """Names of the outputs that are compared: `logits`, or `embeddings`; of a user's module all that the
+    config.json in the graph's `folder` lists. Raises ContractError without them.
+    """
+    if not FAMILIES[family].INPUTS:
+        return [output.name for output in outputs_in(read_config(folder))]
     names = [item.name for item in session.get_outputs()]
     for name in OUTPUTS:
         if name in names:
-            return name
+            return [name]
     raise ContractError(f"the graph has the outputs {', '.join(names)}, and none of {', '.join(OUTPUTS)}")
 
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 from hand_made import HandMade, linear, randomise
+from lines import plain_session
 from onnx import numpy_helper
 from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
@@ -194,7 +194,7 @@ def test_such_a_table_is_int8_in_the_graph_and_its_head_shares_it(reader: HandMa
     assert max(array.size for array in stored.values() if array.dtype == "float32") <= ROWS
     readers = [node.op_type for node in graph.node if "table.weight.codes" in node.input]
     assert set(readers) <= {"DequantizeLinear", "Transpose"}
-    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    session = plain_session(out / "model.onnx", optimized=True)
     (logits,) = session.run(None, {"input_ids": IDS.numpy()})
     torch.testing.assert_close(torch.tensor(logits), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 import yaml
-from lines import ENVIRONMENT, cli, environment
+from lines import ENVIRONMENT, cli, environment, plain_session
 from PIL import Image
 from tiny_vit import LABELS, SIZE, draw, save_vit, values, write_images
 from transformers import AutoImageProcessor, ViTForImageClassification
@@ -135,7 +134,7 @@ def test_predict_says_what_the_graph_says_of_a_file(run: Run, project: Path, tmp
     found = classify_image(loaded, tmp_path / "one.png")
     processor = AutoImageProcessor.from_pretrained(run.path, backend="pil")
     pixels = processor([image], return_tensors="np", input_data_format="channels_last")["pixel_values"]
-    session = onnxruntime.InferenceSession(run.path / "model.onnx", providers=["CPUExecutionProvider"])
+    session = plain_session(run.path / "model.onnx", optimized=True)
     logits = session.run(["logits"], {"pixel_values": pixels})[0][0].astype(np.float64)
     shares = np.exp(logits) / np.exp(logits).sum()
     assert dict(found) == pytest.approx(dict(zip(LABELS, shares, strict=True)), rel=1e-5)

@@ -29,9 +29,11 @@ import torch
 
 from qcompress.engine.local_run import why_not
 from qcompress.engine.probe import KIT_BYTES, write_probe
+from qcompress.engine.probe_kit.engine_runners import EXACT, saturates
 from qcompress.errors import ContractError
 from qcompress.graph.view import read
 from qcompress.models.folded import assemble
+from qcompress.models.named_outputs import outputs_in
 from qcompress.models.plan import plans_from_json, points_from_json, rounded
 from qcompress.models.rebuild import rebuild
 from qcompress.parity.distance import Distance
@@ -60,6 +62,11 @@ from qcompress.system.artifacts import FoldedModel, read_json, sha256_file, writ
 from qcompress.system.collector import only_new
 from qcompress.system.reporter import Reporter
 from qcompress.tasks import TASKS
+
+SATURATES = (
+    "verify: this processor has no VNNI instructions: ONNX Runtime's own default session cuts sums of 8-bit "
+    f"products here; the row deployed is measured with {'='.join(EXACT)}, as it must be served here"
+)
 
 
 @dataclass(frozen=True)
@@ -280,9 +287,10 @@ def _write_kit(job: _Job) -> None:
     every = [sample for windows in samples.sets.values() for sample in windows]
     inputs = complete(recipe.model.family, task.collate(every))
     sizes = {name: len(windows) for name, windows in samples.sets.items()}
+    config = artifacts.onnx.path / "config.json"
     arrays = task.kit({name: tensor.numpy() for name, tensor in inputs.items()}, every)
     write_probe(out / "probe", sizes, arrays, out / "logits-onnx.npy", artifacts.onnx, artifacts.engine,
-                samples.task.ranked)  # fmt: skip
+                samples.task.ranked, [output.name for output in outputs_in(read_json(config))])  # fmt: skip
     taken = sum(file.stat().st_size for file in (out / "probe").iterdir())
     if taken > KIT_BYTES:  # possible for images: all samples of a set are in the kit
         job.reporter.say(f"verify: the probe kit takes {taken / 1e6:.0f} MB: `verify.samples` limits it")
@@ -329,6 +337,8 @@ def _deployed(job: _Job, reference: Results | None, previous: str | None) -> dic
         first_set.measure("folded-integer", runner, None, None)
         previous = "folded-integer"
     runner = _onnx_runner(job, optimized=True)
+    if folded is not None and _rounds_activations(folded) and saturates():
+        job.reporter.say(SATURATES)
     measured = job.measure("onnx-deployed", runner, reference, previous, keep=False)
     extra = {"roundings": roundings} if folded is not None and (roundings := _own_roundings(folded)) else {}
     return {"metrics": measured.metrics, "distance": measured.distance, **extra}
