@@ -265,6 +265,7 @@ LISTED: dict[tuple[str, str], set[str]] = {
         task_options.CausalLm, task_options.SequenceClassification,
         task_options.TokenClassification, task_options.ImageClassification,
         task_options.FeatureExtraction, task_options.FillMask, task_options.QuestionAnswering,
+        task_options.AnyTask,
     )},
     ("recipes", "family"): {name for name, _ in LISTS["models"]()},
     ("recipes", "role"): set(recipes.LEARNING_RATES),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from qcompress.errors import MachineError, ModelError
 from qcompress.models import (  # noqa: F401
+    any_model,
     bert,
     cifar_resnet,
     decoder,

@@ -25,7 +25,7 @@ class Input:
     name: str
     axes: tuple[str | int, ...]
     """Each dimension: the name of a dynamic axis, or a size."""
-    element: Literal["int64", "float32"] = "int64"
+    element: Literal["int64", "float32", "int32", "bool"] = "int64"
     """Type of its values; a graph of half precision casts floats by itself."""
 
 

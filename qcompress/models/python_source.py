@@ -11,13 +11,11 @@ Torch is imported only inside functions that run the user's code.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import inspect
 import os
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +24,12 @@ from qcompress.models.kept_folder import cache_folder
 from qcompress.models.loading import complete, hashed_files
 from qcompress.system.child_process import command, environment
 from qcompress.system.digests import digest_of
+from qcompress.system.user_code import executed, imports_beside
 
 if TYPE_CHECKING:
-    from qcompress.models.python_model import ImageModule
+    from torch import nn
+
+    from qcompress.models.python_model import UserModule
 
 PYTHON = "python"
 """Value of `model_type`, and key of the function in config.json."""
@@ -36,10 +37,16 @@ PYTHON = "python"
 DEFAULT = "make"
 """Function of a file that is named alone."""
 
-RETURNS = (
-    "return (module, inputs): a torch.nn.Module in fp32, and an example of its input, a float tensor "
-    "[batch, channels, height, width]"
-)
+IMAGES, ANY = "images", "any"
+"""Kinds of modules: classifiers of images, and others."""
+
+RETURNS = {
+    IMAGES: "return (module, inputs): a torch.nn.Module in fp32, and an example of its input, a float tensor "
+    "[batch, channels, height, width]",
+    ANY: "return (module, inputs): a torch.nn.Module in fp32, and an example of its inputs, a tensor, a "
+    "tuple of tensors, or a dict of tensors by the names of the arguments of `forward`, each [batch, ...]",
+}
+"""What a function must return, by kind."""
 
 
 def split(named: str) -> tuple[str, str]:
@@ -52,7 +59,7 @@ def split(named: str) -> tuple[str, str]:
     return (file, function) if colon and function.isidentifier() else (named, DEFAULT)
 
 
-def make_checkpoint(named: str, base: Path) -> Path:
+def make_checkpoint(named: str, base: Path, kind: str = IMAGES) -> Path:
     """Directory with config.json and model.safetensors of the module that the function makes; the file is
     relative to `base`. Raises ModelError for a file or function that cannot be used.
     """
@@ -63,7 +70,7 @@ def make_checkpoint(named: str, base: Path) -> Path:
             f"model.python: {file} does not exist (looked for {path})",
             fix="write FILE:FUNCTION, with the file relative to the recipe",
         )
-    return _made(path, function)
+    return _made(path, function, kind)
 
 
 def made_folder() -> Path:
@@ -71,7 +78,7 @@ def made_folder() -> Path:
     return cache_folder().parent / "python"
 
 
-def _made(path: Path, function: str) -> Path:
+def _made(path: Path, function: str, kind: str) -> Path:
     """Make the checkpoint in a child process: its folder is named after its content."""
     folder = made_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +86,7 @@ def _made(path: Path, function: str) -> Path:
         tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as made,
         tempfile.TemporaryDirectory() as empty,
     ):
-        arguments = command("qcompress.models.python_child", str(path), function, made)
+        arguments = command("qcompress.models.python_child", str(path), function, kind, made)
         child = subprocess.run(arguments, capture_output=True, text=True, cwd=empty, env=environment())
         if child.returncode:
             message, _, fix = child.stdout.strip().rpartition("\n")
@@ -107,7 +114,7 @@ def refuse_code(directory: Path, config: dict[str, Any]) -> None:
         )
 
 
-def module_of(config: dict[str, Any]) -> ImageModule:
+def module_of(config: dict[str, Any]) -> UserModule:
     """Make the module of such a config.json. Raises ModelError if a file was changed since."""
     made = config[PYTHON]
     for name, digest in made["files"].items():
@@ -116,11 +123,11 @@ def module_of(config: dict[str, Any]) -> ImageModule:
                 f"{name} was changed after the run had read it",
                 fix="run the recipe again, which reads it anew",
             )
-    module, _ = called(Path(made["file"]), made["function"])
+    module, _ = called(Path(made["file"]), made["function"], made.get("kind", IMAGES))
     return module
 
 
-def filled_module(config: dict[str, Any], source: Path, directory: Path) -> ImageModule:
+def filled_module(config: dict[str, Any], source: Path, directory: Path) -> UserModule:
     """The module with the weights of a checkpoint; `directory`: the load stage's folder."""
     from safetensors.torch import load_file
 
@@ -133,66 +140,50 @@ def filled_module(config: dict[str, Any], source: Path, directory: Path) -> Imag
     return module
 
 
-def called(path: Path, function: str) -> tuple[ImageModule, dict[str, str]]:
+def called(path: Path, function: str, kind: str) -> tuple[UserModule, dict[str, str]]:
     """Module that the function makes, and digests of the file and its imports, by path."""
     import torch
     from torch import nn
 
-    from qcompress.models.python_model import ImageModule
+    from qcompress.models.python_model import AnyModule, ImageModule
 
-    with _imports(path.parent) as imported, torch.random.fork_rng(devices=()):
-        spec = importlib.util.spec_from_file_location(f"qcompress_user_{path.stem}", path)
-        namespace = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(namespace)
-        maker = getattr(namespace, function, None)
+    with ExitStack() as stack:
+        imported = stack.enter_context(imports_beside(path.parent))
+        stack.enter_context(torch.random.fork_rng(devices=()))
+        stack.enter_context(torch.inference_mode(False))  # the function may train, whoever calls it
+        stack.enter_context(torch.enable_grad())
+        maker = getattr(executed(path), function, None)
         if not callable(maker):
             raise ModelError(f"model.python: {path} has no function {function}", fix=f"define `{function}()`")
         made = maker()
         files = {str(file): digest_of(file) for file in (path, *imported())}
     module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    example = next(iter(inputs.values()), None) if isinstance(inputs, dict) else inputs
-    is_image = isinstance(example, torch.Tensor) and example.dim() == 4 and example.is_floating_point()
-    if not isinstance(module, nn.Module) or not is_image or (isinstance(inputs, dict) and len(inputs) != 1):
+    example = _example(module, inputs) if isinstance(module, nn.Module) else {}
+    is_image = len(example) == 1 and all(x.dim() == 4 and x.is_floating_point() for x in example.values())
+    if not (is_image if kind == IMAGES else example):
         parts = made if isinstance(made, tuple) else (made,)
         said = ", ".join(type(part).__name__ for part in parts)
-        raise ModelError(f"model.python: {function} of {path.name} returned {said:.80}", fix=RETURNS)
+        raise ModelError(f"model.python: {function} of {path.name} returned {said:.80}", fix=RETURNS[kind])
     other = next((name for name, one in module.named_parameters() if one.dtype != torch.float32), None)
     if other is not None:
         raise ModelError(
             f"model.python: the parameter {other} is {module.get_parameter(other).dtype}, and must be fp32",
             fix="return `module.float()`",
         )
-    return ImageModule(module.eval(), example), files
+    return (ImageModule if kind == IMAGES else AnyModule)(module.eval(), example), files
 
 
-def _is_beside(file: Path, folder: Path) -> bool:
-    """True for a file in or below a folder, unless it is one of an installed package."""
-    below = file.relative_to(folder).parts if file.is_relative_to(folder) else ()
-    return bool(below) and not {"site-packages", "dist-packages"} & {*below}
+def _example(module: nn.Module, inputs: Any) -> dict[str, Any]:
+    """Example inputs by the names of the forward's arguments; empty for anything else than tensors."""
+    import torch
 
-
-@contextmanager
-def _imports(folder: Path) -> Iterator[Any]:
-    """Import modules beside a file; yields a function that lists their files, and forgets them afterwards."""
-
-    def beside() -> dict[str, Path]:
-        files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
-        return {
-            name: Path(file).resolve()
-            for name, file in files.items()
-            if file and name not in before and _is_beside(Path(file).resolve(), folder)
-        }
-
-    before, writes = set(sys.modules), sys.dont_write_bytecode
-    sys.path.insert(0, str(folder))
-    sys.dont_write_bytecode = True
-    try:
-        yield lambda: sorted(set(beside().values()))
-    finally:
-        sys.path.remove(str(folder))
-        sys.dont_write_bytecode = writes
-        for name in beside():
-            del sys.modules[name]
+    if not isinstance(inputs, dict):
+        given = inputs if isinstance(inputs, list | tuple) else (inputs,)
+        places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        known = inspect.signature(module.forward).parameters.values()
+        names = [one.name for one in known if one.kind in places]
+        inputs = dict(zip(names, given, strict=False)) if len(given) <= len(names) else {}
+    return inputs if all(isinstance(one, torch.Tensor) and one.dim() for one in inputs.values()) else {}
 
 
 def own_values(module: Any) -> dict[str, Any]:

@@ -54,6 +54,8 @@ def check_reader(family: str, directory: Path, processor: dict[str, Any] | None 
 
     `processor`: the recipe's preprocessor_config.json, which replaces the checkpoint's.
     """
+    if not FAMILIES[family].INPUTS:  # a user's module, whose data are its inputs
+        return
     if PIXELS in FAMILIES[family].INPUTS:
         _check_processor(family, directory, processor)
         return

@@ -30,7 +30,7 @@ from qcompress.parity.sample_results import (
     read_samples,
     results_of,
 )
-from qcompress.schema.recipe import Recipe
+from qcompress.schema.recipe import AnyTask, Recipe
 from qcompress.schema.tasks import Task
 from qcompress.system.artifacts import Engine, OnnxModel, read_json, write_json
 from qcompress.system.gpu import compute_capability
@@ -60,6 +60,10 @@ def engine_row(
         for name, results in by_set.items()
         for metric, value in module.metrics(results, task, reference.get(name)).items()
     }
+
+    def own(name: str, metric: str) -> bool:
+        return isinstance(task, AnyTask) and f"{name}.{metric}" not in metrics
+
     row = {
         "stage": "engine",
         "status": "measured",
@@ -69,6 +73,8 @@ def engine_row(
         "distance": measurement.distance,
         "measured_on": measurement.facts,
     }
+    if elsewhere := [f"{name}.{metric}" for name in by_set for metric in task.metrics if own(name, metric)]:
+        row["elsewhere"] = elsewhere  # the user's functions and data, which a device has not
     return row, by_set
 
 
@@ -81,8 +87,10 @@ def engine_here(
     measurement = measure(out / "probe", engine, onnx.file, out)
     if not isinstance(measurement, EngineMeasurement):
         return {"stage": "engine", "status": "not-run", "reason": measurement}, None
-    names = TASKS[samples.task.name].KNOWN
-    known = {name: known_in(results, names) for name, results in measured["onnx"].samples.items()}
+    module = TASKS[samples.task.name]
+    known = {name: known_in(results, module.KNOWN) for name, results in measured["onnx"].samples.items()}
+    if isinstance(samples.task, AnyTask):
+        known = {name: module.known_of_samples(windows) for name, windows in samples.sets.items()}
     reference = measured["float"].samples if "float" in measured else {}
     row, results = engine_row(measurement, samples.task, known, reference)
     return row, Measured(row["metrics"], results, measurement.distance)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qcompress.errors import ModelError
+from qcompress.models.checkpoint_files import read_config
 from qcompress.models.prepare import Prepared, replace_module
 from qcompress.models.rebuild import rebuild
 from qcompress.quant.layers import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, Tap, tapped
@@ -36,7 +37,7 @@ from qcompress.schema.method_options import Sharpness
 from qcompress.schema.recipe import Recipe
 from qcompress.system.artifacts import FloatModel, TrainedModel
 from qcompress.system.reporter import Reporter
-from qcompress.tasks import TASKS
+from qcompress.tasks import TASKS, loss_of
 from qcompress.tasks.examples import inputs_of
 
 Vector = list[Tensor]
@@ -169,14 +170,16 @@ def trained_sharpness(
     layers = _linear_layers(prepared)
     model = prepared.model.to(device)
     section = next(iter(recipe.data.evaluate.values()))
-    examples = task.examples(section, base, task.reader(float_model.path), recipe.task)
+    settled = task.settled(recipe.task, read_config(float_model.path))
+    examples = task.examples(section, base, task.reader(float_model.path), settled)
+    loss = loss_of(settled, base)
     count = min(options.samples, len(examples))
     rows = [index * len(examples) // count for index in range(count)]
     size = recipe.verify.batch_size
 
     def part(indices: list[int]) -> Part:
         batch = {name: tensor.to(device) for name, tensor in examples.batch(indices).items()}
-        return Part(lambda: task.loss(model(**inputs_of(batch)).logits, batch), len(indices) / count)
+        return Part(lambda: loss(model(**inputs_of(batch)).logits, batch), len(indices) / count)
 
     parts = [part(rows[start : start + size]) for start in range(0, count, size)]
     sharpness = measure_sharpness(parts, layers, options, recipe.seed)

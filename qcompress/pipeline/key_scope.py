@@ -67,6 +67,8 @@ NOT_VALUES: dict[str, tuple[str, ...]] = {
         "format.preset",  # its formats are in the key
         "train.device",  # the kind of device is in the key
         "train.checkpoint_every_s",  # a resumed run equals an uninterrupted one bit for bit
+        "task.score",
+        "task.error",
         "task.stride",  # of evaluation windows; training sequences do not overlap
         "data.train.slices",  # slices divide evaluation sets only
         "data.calibration.slices",
@@ -173,7 +175,7 @@ TOOLS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Packages whose version can change a stage's result."""
 
-READERS = {"image-classification": "pillow"}
+READERS = {"image-classification": "pillow", "any": "numpy"}
 """Package that reads a task's data, in train and verify; `tokenizers` for all other tasks."""
 
 BY_MODELOPT = ("smoothquant", "awq")

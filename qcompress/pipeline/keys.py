@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from qcompress.system.fingerprint import code_digest, stage_key
 from qcompress.system.gpu import device_kind
 from qcompress.system.host import describe_host, threads
 from qcompress.system.placed import read_placed
+from qcompress.system.user_code import files_of as code_files_of
 from qcompress.system.workspace import Step
 from qcompress.tasks import TASKS
 from qcompress.tasks.text import fingerprint as text_fingerprint
@@ -145,17 +146,27 @@ def _code(plan: Plan, stage: str) -> tuple[dict[str, str], dict[str, str]]:
 def _data(plan: Plan, stage: str) -> dict[str, dict[str, str]]:
     """Fingerprints of the data that a stage reads. Training does not depend on the names of files."""
     base, data = plan.resolved.base, plan.recipe.data
+    prints = {name: code_files_of(named, base) for name, named in _functions(plan.recipe, stage)}
     if stage == "verify":
-        return {name: text_fingerprint(section, base) for name, section in data.evaluate.items()}
+        return prints | {name: text_fingerprint(section, base) for name, section in data.evaluate.items()}
     if stage != "train":
         return {}
-    prints = {}
     for name, section in (("train", data.train), ("calibration", data.calibration)):
         if section is not None:
             files = text_fingerprint(section, base)
             names = {_unnamed(file): digest for file, digest in files.items()}
             prints[name] = names if section.files else files
     return prints
+
+
+def _functions(recipe: Recipe, stage: str) -> Iterator[tuple[str, str]]:
+    """The user's functions that a stage calls, as (label, FILE:FUNCTION)."""
+    used = {"train": ("loss",), "verify": ("score", "error")}
+    if stage == "verify" and recipe.verify.sharpness is not None:
+        used["verify"] += ("loss",)
+    for name in used.get(stage, ()):
+        if (named := getattr(recipe.task, name, None)) is not None:
+            yield f"task.{name}", named
 
 
 def _unnamed(file: str) -> str:

@@ -20,9 +20,8 @@ from qcompress.models.pooling import settled_head
 from qcompress.models.readers import check_reader, image_size, keeps_size
 from qcompress.models.tokenizer_files import TokenizerFiles, first_with, read_tokenizer
 from qcompress.recipe.rules.data import also, needs_labels, sections_of
-from qcompress.recipe.rules.values import TASK_LOSS_PHASES
+from qcompress.recipe.rules.training import loss_phase
 from qcompress.recipe.yaml_file import Document, Key, dotted
-from qcompress.schema.axes import PHASES
 from qcompress.schema.data import FILES
 from qcompress.schema.recipe import Recipe, TextData
 from qcompress.schema.tasks import AGREEMENT, Labelled
@@ -101,7 +100,7 @@ def _judge_reader(check: _DataCheck) -> TokenizerFiles | None:
     recipe, directory = check.recipe, check.directory
     try:
         check_reader(recipe.model.family, directory, TASKS[recipe.task.name].processor(recipe.task))
-        if PIXELS in check.family.INPUTS:
+        if PIXELS in check.family.INPUTS or not check.family.INPUTS:
             return None
         tokenizer = read_tokenizer(directory, recipe.model.family)
     except (ModelError, OSError) as error:
@@ -238,13 +237,11 @@ def _judge_section(
 
 def _judge_labels_to_train_on(check: _DataCheck, data: TextData, examined: Examined) -> None:
     recipe = check.recipe
-    if examined.labelled or data.text is not None or recipe.task.running:
-        return  # `text` for training has a rule of its own
+    if examined.labelled or data.text is not None or recipe.task.running or not recipe.task.columns:
+        return  # `text` for training, and a user's task, have rules of their own
     if not check.document.sound(("schedule",), ("objective",)) or not needs_labels(recipe):
         return
-    defaults = PHASES[recipe.schedule.name]
-    steps = {name: recipe.train.phases.get(name, phase).steps for name, phase in defaults.items()}
-    phase = next((name for name in defaults if name in TASK_LOSS_PHASES and steps[name]), None)
+    phase = loss_phase(recipe)
     if phase is not None and recipe.export.graph is None:
         role = recipe.task.columns[-1]
         fix = f"name the column with `columns: {{{role}: ...}}`"
@@ -264,7 +261,8 @@ def _judge_goals(check: _DataCheck, name: str, examined: Examined) -> None:
             if section != name or (metric == AGREEMENT) != examined.labelled:
                 continue
             if examined.labelled:
-                message = f"{name} has labels, and {AGREEMENT} is measured where there are none"
+                what = "labels, and" if check.recipe.task.columns else "a metric, and"
+                message = f"{name} has {what} {AGREEMENT} is measured where there are none"
                 fix = f"write a metric of the task: {', '.join(check.recipe.task.metrics)}"
             else:
                 message = f"{name} has no labels, so {metric} is not measured"

@@ -243,18 +243,23 @@ def _set(document: Document, override: str) -> Document:
     return replace(document, mistakes=[*document.mistakes, Mistake(SET, 0, override, message, fix)])
 
 
+PATHS = (
+    ("model", "run"), ("model", "python"), ("task", "score"), ("task", "error"), ("task", "loss"),
+    ("export", "graph"), ("build", "timing_cache"),
+)  # fmt: skip
+"""Keys of one path, or of FILE:FUNCTION."""
+
+
 def _move_paths(values: dict[str, Any], folder: Path, base: Path) -> None:
     """Rewrite a file's relative paths relative to another directory."""
     if folder == base:
         return
     way = os.path.relpath(folder, base)
     model, data = _mapping(values.get("model")), _mapping(values.get("data"))
-    if isinstance(model.get("run"), str) and model["run"]:
-        model["run"] = os.path.join(way, model["run"])
     if isinstance(model.get("source"), str) and model["source"]:
         local = os.path.isdir(folder / model["source"]) or not is_hub_id(model["source"])
         model["source"] = os.path.join(way, model["source"]) if local else model["source"]
-    for section, key in (("export", "graph"), ("build", "timing_cache")):
+    for section, key in PATHS:
         options = _mapping(values.get(section))
         if isinstance(options.get(key), str) and options[key]:
             options[key] = os.path.join(way, options[key])

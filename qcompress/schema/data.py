@@ -78,7 +78,8 @@ SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 
 
 RESULTS = ("label", "positions", "tokens", "prediction", "reference", "rank", "correct", "nll", "loss",
-           "cosine", "embedding", "context", "windows", "exact_match", "answer_f1")  # fmt: skip
+           "cosine", "embedding", "context", "windows", "exact_match", "answer_f1", "score", "error",
+           "outputs")  # fmt: skip
 """Result columns of a sample, which can be used in goals without `slices`."""
 
 
@@ -95,7 +96,9 @@ class TextData(_Grown):
     .csv, .jsonl, .parquet; for question-answering also .json in SQuAD's format. A .tsv of `task.glue` is as
     GLUE published it, unless `columns` are named."""
     npz: list[str] | None = None
-    """numpy archives of images and their labels, relative to the recipe; `columns` names the arrays."""
+    """numpy archives of images and their labels, relative to the recipe; `columns` names the arrays. For the
+    task any archives of arrays [samples, ...]: those with the name of an input of the model, and others for
+    the loss and the metrics."""
     folder: str | None = None
     """A folder of images, relative to the recipe, with a subfolder for each label, named after it."""
     augment: Augment | None = None

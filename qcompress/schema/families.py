@@ -6,10 +6,10 @@ from typing import Literal
 
 Family = Literal[
     "gpt2", "bert", "roberta", "distilbert", "vit", "resnet", "cifar-resnet", "efficientnet", "mobilenet-v2",
-    "decoder", "text-model", "image-model",
+    "decoder", "text-model", "image-model", "any-model",
 ]  # fmt: skip
-"""`cifar-resnet` is the module `cifar_resnet`. `decoder` and `image-model` are any
-architecture: their structure is discovered.
+"""`cifar-resnet` is the module `cifar_resnet`. Those that end in -model, and `decoder`, are any architecture:
+their structure is discovered.
 """
 
 DISCOVERED = {
@@ -20,6 +20,7 @@ DISCOVERED = {
     "sequence-classification": "text-model",
     "token-classification": "text-model",
     "image-classification": "image-model",
+    "any": "any-model",
 }
 """Task -> the family of a model without a stated one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -28,11 +29,13 @@ METRICS: dict[str, Literal["lower", "higher"]] = {
     "answer_f1": "higher",
     "exact_match": "higher",
     "agreement": "higher",
+    "score": "higher",
+    "error": "lower",
 }
 """All metrics of the tasks, and their better direction."""
 
-BEST = {"cross_entropy": 0.0}
-"""Best values of metrics for which it is not 1."""
+BEST = {"cross_entropy": 0.0, "error": 0.0, "score": math.inf}
+"""Best values of metrics for which it is not 1; of a user's own score none is known."""
 
 
 IMPLAUSIBLE_GAIN = 0.5

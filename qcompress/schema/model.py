@@ -40,7 +40,7 @@ class Model(Options):
     """Directory of an earlier run of `method: float`, instead of `source`."""
     python: str | None = None
     """FILE:FUNCTION, instead of `source`: a Python file, relative to the recipe, whose function (default:
-    make) returns a trained torch.nn.Module and an example of its input. It runs the user's code.
+    make) returns a trained torch.nn.Module and an example of its inputs. It runs the user's code.
     """
     blocks: Annotated[
         Annotated[list[int], Field(min_length=1)] | Literal["every-other", "pairs"] | None,
@@ -69,10 +69,13 @@ class Model(Options):
     def _one_origin(self) -> Model:
         if sum(origin is not None for origin in (self.source, self.run, self.python)) != 1:
             raise ValueError("give exactly one of `source`, `run` and `python`")
-        if self.python is not None and self.family != "image-model":
+        if self.python is not None and self.family not in ("image-model", "any-model"):
             raise ValueError(
-                f"`python` makes a model of images (family image-model), and not a {self.family}"
+                f"`python` makes a model of images (family image-model) or of the task any, and not a "
+                f"{self.family}"
             )
+        if self.source is not None and self.family == "any-model":
+            raise ValueError("the task any has models of `python` alone: return the checkpoint's from there")
         if self.run is not None and self.revision is not None:
             raise ValueError("`revision` belongs to a hub id, and `run` is a directory")
         return self

@@ -53,6 +53,7 @@ from qcompress.schema.stages import ROWS as ROWS
 from qcompress.schema.stages import STAGES as STAGES
 from qcompress.schema.stages import Row
 from qcompress.schema.stages import Stage as Stage
+from qcompress.schema.tasks import AnyTask as AnyTask
 from qcompress.schema.tasks import CausalLm as CausalLm
 from qcompress.schema.tasks import FeatureExtraction as FeatureExtraction
 from qcompress.schema.tasks import FillMask as FillMask

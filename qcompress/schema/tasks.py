@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from qcompress.schema.any_task import AnyTask as AnyTask
 from qcompress.schema.glue import GLUE
 from qcompress.schema.quantizers import named
 from qcompress.schema.text_tasks import FeatureExtraction as FeatureExtraction
@@ -315,7 +316,8 @@ Task = Annotated[
     | ImageClassification
     | FeatureExtraction
     | FillMask
-    | QuestionAnswering,
+    | QuestionAnswering
+    | AnyTask,
     Field(discriminator="name"),
     BeforeValidator(task_named),
 ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Batch = dict[str, "Tensor"]
 
 LABELS = "labels"
-"""The only key of a batch that is not an input of the model."""
+"""The only key of a batch that is not an input of the model; of a user's task the prefix of such keys."""
 
 
 class Examples(Protocol):
@@ -41,6 +41,26 @@ class Examples(Protocol):
         `moment` is that of an update, (seed, phase, step): random changes of an example in training depend on
         it and on the row only. None: no changes.
         """
+
+
+@dataclass(frozen=True)
+class OfOneSize:
+    """Base of examples that are not cut and not padded."""
+
+    samples: Sequence[Any]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """1 for each sample."""
+        return np.ones(len(self.samples), np.int64)
+
+    @property
+    def notes(self) -> list[str]:
+        """Empty: samples are not modified."""
+        return []
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
 
 @dataclass(frozen=True)
@@ -74,4 +94,4 @@ def joined(
 
 def inputs_of(batch: Batch) -> Batch:
     """Model inputs of a batch."""
-    return {name: tensor for name, tensor in batch.items() if name != LABELS}
+    return {name: tensor for name, tensor in batch.items() if not name.startswith(LABELS)}

@@ -1,4 +1,4 @@
-"""Slice columns of images: arrays of an archive, or columns of a dataset. Torch-free.
+"""Slice columns of images and of arrays: arrays of an archive, or columns of a dataset. Torch-free.
 
 Folders of images have labels but no columns.
 """
@@ -21,27 +21,34 @@ def image_slices(data: TextData, base: Path) -> Slices:
     """Values of the recipe's `slices` for the images that `read_pictures` returns."""
     if data.npz is None:
         return _dataset(data, base)
-    images = (data.columns or Columns()).image or "images"
-    archives = [_archive(base / name, data, images) for name in data.npz]
+    return archive_slices(data, base, (data.columns or Columns()).image or "images")
+
+
+def archive_slices(data: TextData, base: Path, counted: str | None = None) -> Slices:
+    """Values of the recipe's `slices` for the rows of archives. `counted`: the array with one row for each;
+    None: any.
+    """
+    archives = [_archive(base / name, data, counted) for name in data.npz or ()]
     columns = {
         name: [cell for archive in archives for cell in archive.columns[name]] for name in data.slices or ()
     }
     return Slices(columns, [place for archive in archives for place in archive.places])
 
 
-def _archive(file: Path, data: TextData, images: str) -> Slices:
+def _archive(file: Path, data: TextData, counted: str | None) -> Slices:
     columns: dict[str, list[Any]] = {}
     with opened_archive(file) as archive:
         wanted = data.slices or []
-        for name in (images, *wanted):
+        counted = counted or archive.files[0]
+        for name in (counted, *wanted):
             if name not in archive.files:
                 raise missing_column(file.name, archive.files, name, "slices", "arrays")
-        count = array_header(archive, images)[0][0]
+        count = array_header(archive, counted)[0][0]
         for name in wanted:
             array = read_array(archive, name)
             if array.shape != (count,):
                 raise UsageError(
-                    f"{file.name}: {count} images, and {name} is of shape {list(array.shape)}",
+                    f"{file.name}: {count} rows, and {name} is of shape {list(array.shape)}",
                     fix="write one value for each image",
                 )
             columns[name] = array.tolist()

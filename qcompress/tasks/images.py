@@ -31,7 +31,7 @@ from qcompress.schema.data import Augment
 from qcompress.schema.recipe import TextData
 from qcompress.system.untrusted_file import demand_file, unpacked_limit
 from qcompress.tasks.columns import columns_in
-from qcompress.tasks.examples import LABELS, Batch
+from qcompress.tasks.examples import LABELS, Batch, OfOneSize
 from qcompress.tasks.text import open_dataset
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -104,25 +104,12 @@ class ImageSample:
 
 
 @dataclass(frozen=True)
-class ImageExamples:
+class ImageExamples(OfOneSize):
     """Images for training or calibration."""
 
     samples: Sequence[ImageSample]
     augment: Augment | None = None
     unit = "images"
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """1 for each image."""
-        return np.ones(len(self.samples), np.int64)
-
-    @property
-    def notes(self) -> list[str]:
-        """Empty: images are not modified."""
-        return []
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def batch(self, rows: Sequence[int], moment: tuple[int, ...] | None = None) -> Batch:
         """Images of these rows, randomly changed in training; labels int64 [batch] if the data have them."""

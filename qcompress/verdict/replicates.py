@@ -216,5 +216,7 @@ REPLICATES: dict[str, Callable[[Columns, np.ndarray], np.ndarray]] = {
     "exact_match": _mean_of("exact_match"),
     "cosine_pearson": pearson,
     "cosine_spearman": spearman,
+    "score": _mean_of("score"),
+    "error": _mean_of("error"),
 }
 """Metrics with a bootstrap; a comparison of another metric has no bootstrap interval and a note."""

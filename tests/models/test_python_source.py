@@ -134,7 +134,7 @@ def test_a_function_that_makes_no_classifier_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The child process, in this one."""
-    monkeypatch.setattr(sys, "argv", ["", str(HERE / "strangers_net.py"), function, str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["", str(HERE / "strangers_net.py"), function, "images", str(tmp_path)])
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     assert main() == 1
     said, fix = capsys.readouterr().out.splitlines()
@@ -178,7 +178,7 @@ def test_an_installed_package_below_the_file_is_none_of_its_imports(tmp_path: Pa
     net.write_text(net.read_text().replace("import math\n", f"import math\n{path}"))
     try:
         for _ in range(2):
-            _, files = called(net, "make")
+            _, files = called(net, "make", "images")
     finally:
         sys.path = [entry for entry in sys.path if entry != str(packages)]
         sys.modules.pop("strangers_package", None)

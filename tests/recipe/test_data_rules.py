@@ -14,6 +14,7 @@ from qcompress.recipe.json_schema import recipe_schema
 from qcompress.recipe.load import load_recipe
 from qcompress.schema.data import Columns
 from qcompress.schema.tasks import (
+    AnyTask,
     CausalLm,
     FeatureExtraction,
     FillMask,
@@ -51,6 +52,8 @@ format: w8a8
 """
 
 TASK_OPTIONS = (
+    AnyTask,
+    AnyTask,
     CausalLm,
     SequenceClassification,
     TokenClassification,

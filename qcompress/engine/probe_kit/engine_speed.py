@@ -25,6 +25,8 @@ def feed_of(inputs, rows, length, *image):
         mask = np.ones_like(block)
         return {"input_ids": block, "attention_mask": mask, "position_ids": np.cumsum(mask, axis=1) - 1}
     names = [name for name in inputs if name.startswith("input.")]
+    if "units" in inputs:  # samples of one size
+        return {name[len("input.") :]: _grown(inputs[name], rows) for name in names}
     feed = {name[len("input.") :]: _grown(inputs[name], rows, length, *image) for name in names}
     if "attention_mask" in feed:  # no padding: every profile is measured at its own length
         feed["attention_mask"] = np.ones_like(feed["attention_mask"])

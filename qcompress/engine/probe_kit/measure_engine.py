@@ -175,14 +175,17 @@ def cut(array, length):
 def run_logits(runner, inputs, reference, positions, limit):
     """Run all samples of any other model: its logits, the distance, and seconds spent in the engine.
 
-    Logits of a sample: [labels], or [longest, labels] with zeros behind the sample's length.
+    Logits of a sample: [labels], or [longest, labels] with zeros behind the sample's length. With `units`
+    [values] among the inputs samples have one size, and outputs are compared in these units.
     """
-    lengths = inputs["length"]
+    lengths, units = inputs["length"], inputs.get("units")
     names = [name for name in inputs if name.startswith("input.")]
     all_logits, parts, seconds = None, [], 0.0
     for rows in batches(lengths, runner, limit):
         length = int(lengths[rows[0]])
-        feed = {name[len("input.") :]: cut(inputs[name][rows], length) for name in names}
+        feed = {name[len("input.") :]: inputs[name][rows] for name in names}
+        if units is None:
+            feed = {name: cut(array, length) for name, array in feed.items()}
         began = time.perf_counter()
         logits = runner(feed)
         seconds += time.perf_counter() - began
@@ -191,6 +194,7 @@ def run_logits(runner, inputs, reference, positions, limit):
             all_logits = np.zeros((len(lengths), *longest, logits.shape[-1]), np.float32)
         for index, row in enumerate(rows):
             whole = logits[index] if logits.ndim == 3 else logits[index][None]
+            whole = whole if units is None else whole / units
             all_logits[(row, slice(0, length)) if logits.ndim == 3 else row] = logits[index]
             if row < len(reference):
                 known = positions[positions < len(whole)]
@@ -253,10 +257,12 @@ def main(arguments=None, cuda=None):
     options = read_options(arguments)
     facts = json.loads((HERE / "probe.json").read_text())
     file, digest = own_file(options, facts)
+    outputs = facts.get("outputs", ())
     if options.onnx:
-        runner = OnnxRunner(file, facts.get("disabled_optimizers", ()))
+        runner = OnnxRunner(file, facts.get("disabled_optimizers", ()), outputs)
     else:
-        runner = TensorRTRunner(file, options.module or facts["backend"], options.trust_plan, cuda)
+        module = options.module or facts["backend"]
+        runner = TensorRTRunner(file, module, options.trust_plan, cuda, outputs)
     with np.load(HERE / "inputs.npz") as archive:
         inputs = {name: archive[name] for name in archive.files}
     reference = np.load(HERE / "reference.npz")

@@ -23,6 +23,7 @@ from typing import Any
 from qcompress.errors import MachineError, ModelError
 from qcompress.models.architecture import CacheLayout
 from qcompress.models.kept_folder import cache_folder
+from qcompress.models.python_source import ANY
 from qcompress.models.structure.structure import Structure
 from qcompress.system.child_process import command, environment
 
@@ -111,10 +112,15 @@ def discovered(text: str) -> dict[str, Any]:
     """Discover in this process; leaves torch's random state as it is."""
     import torch
 
-    from qcompress.models.structure.whole import image_inputs, text_inputs, whole_structure
+    from qcompress.models.structure.whole import (
+        image_inputs,
+        inputs_like_example,
+        text_inputs,
+        whole_structure,
+    )
 
     auto, values = json.loads(text)
-    inputs = image_inputs if "Image" in auto else text_inputs
+    inputs = inputs_like_example if auto == ANY else image_inputs if "Image" in auto else text_inputs
     with torch.random.fork_rng(devices=()):
         return json.loads(json.dumps(whole_structure(auto, values, inputs).to_json()))
 

@@ -216,6 +216,24 @@ def image_inputs(model: nn.Module, length: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, channels, *sides, generator=random)}
 
 
+def inputs_like_example(model: nn.Module, length: int) -> dict[str, Tensor]:
+    """Random values like those of a user's example, of its shapes and two rows: floats of its mean and its
+    spread, integers of more than two values drawn from it, and others as they are.
+    """
+    random = torch.Generator().manual_seed(length)
+    return {name: _like(tensor[[0, -1]], random) for name, tensor in model.example.items()}
+
+
+def _like(example: Tensor, random: torch.Generator) -> Tensor:
+    if example.is_floating_point():
+        spread = example.std(correction=0) if example.numel() else 0
+        return example.mean() + (spread or 1.0) * torch.randn(example.shape, generator=random)
+    values = example.flatten()
+    if len(values.unique()) <= 2:  # a mask
+        return example.clone()
+    return values[torch.randint(len(values), (len(values),), generator=random)].view_as(example)
+
+
 ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_values")
 """Inputs that a graph may have."""
 

@@ -38,6 +38,7 @@ from qcompress.models.architecture import Input
 from qcompress.models.checkpoint_files import read_config
 from qcompress.models.folded import assemble
 from qcompress.models.layer_selection import lent_prefixes
+from qcompress.models.named_outputs import outputs_in
 from qcompress.models.plan import LayerPlan, PointPlan, plans_from_json, points_from_json, sharers
 from qcompress.models.pooling import output_name
 from qcompress.pipeline.single_trace import single_trace
@@ -48,6 +49,9 @@ from qcompress.system.artifacts import FoldedModel, read_json, write_json
 
 EXTERNAL_BYTES = 3 * 2**29
 """Initializers above this total size go into a separate file: a protobuf message is limited to 2 GiB."""
+
+SHOWN = 400
+"""Characters of the exporter's message that are shown."""
 
 PREFIX = "model."
 """Prefix that the wrapper module adds to every name."""
@@ -63,8 +67,19 @@ class _Logits(nn.Module):
         self.model, self.dtype = model, dtype
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        cast = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-        return self.model(**cast).logits
+        return self._run(inputs).logits
+
+    def _run(self, inputs: dict[str, Tensor]) -> Any:
+        return self.model(
+            **{name: x.to(self.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        )
+
+
+class _Outputs(_Logits):
+    """A user's module as a function from tensors to its outputs."""
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(self._run(inputs).outputs.values())
 
 
 def export(folded: FoldedModel, options: Export, target: str, provenance: dict[str, str], out: Path) -> None:
@@ -145,8 +160,19 @@ def _trace(folded: FoldedModel, family: str, dtype: torch.dtype, options: Export
                 optimize=False,  # `graph.optimizer.optimize` is called later
                 verbose=False,
             )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(
+                f"torch's exporter makes no graph of this model: {_summary(str(error))}",
+                fix="change the operations that it names, such as branches on values or on shapes",
+            ) from error
         finally:
             log.setLevel(level)
+
+
+def _summary(message: str) -> str:
+    """The exporter's exception without its advice, in one line."""
+    said = message.rpartition("## Exception summary")[2].partition("(Refer to the full stack trace")[0]
+    return " ".join(said.split())[:SHOWN]
 
 
 def _signature(
@@ -163,17 +189,24 @@ def _signature(
     # sizes that no model dimension equals, so that no axis is mistaken for a constant
     rows, tokens, past = 2, 5, 7
     signature = graph_signature(family, folded.path)
-    first, sizes = signature[0], {"batch": rows, "sequence": tokens}
-    shape = [sizes.get(axis, axis) for axis in first.axes]
-    given = torch.ones(shape, dtype=getattr(torch, first.element))
+    sizes, config = {"batch": rows, "sequence": tokens}, read_config(folded.path)
+
+    def ones(item: Input) -> Tensor:
+        shape = [sizes.get(axis, axis) for axis in item.axes]
+        return torch.ones(shape, dtype=getattr(torch, item.element))
+
+    given = ones(signature[0])
     if not options.cache:
-        example = _declared(signature, family.graph_inputs(given))
         shapes = {item.name: axes(dict(enumerate(item.axes))) for item in signature}
-        output = output_name(read_config(folded.path))
+        if outputs := [output.name for output in outputs_in(config)]:
+            example = {item.name: ones(item) for item in signature}
+            return _Outputs(model, dtype), {"inputs": example}, {"inputs": shapes}, list(example), outputs
+        example = _declared(signature, family.graph_inputs(given))
+        output = output_name(config)
         return _Logits(model, dtype), {"inputs": example}, {"inputs": shapes}, list(example), [output]
     from qcompress.models.cache import Cached
 
-    layout = family.cache_layout(read_config(folded.path))
+    layout = family.cache_layout(config)
     cached = Cached(model, layout)
     example = _declared(signature, family.graph_inputs(given, past=past))
     shapes = {item.name: axes(dict(enumerate(item.axes))) for item in signature}

@@ -18,7 +18,7 @@ from qcompress.models import FAMILIES, PROCESSOR, chosen, describe, renamed_tens
 from qcompress.models.architecture import CAUSAL_LM, Head
 from qcompress.models.checkpoint_files import ADAPTER, copy_tensors, read_config, read_tensors, weight_files
 from qcompress.models.pooling import POOLING_FILES, settled_head
-from qcompress.models.python_source import make_checkpoint, refuse_code
+from qcompress.models.python_source import ANY, IMAGES, make_checkpoint, refuse_code
 from qcompress.models.readers import READER_FILES, WHOLE_PROCESSOR, check_reader
 from qcompress.schema.recipe import HUB_ID, Model
 from qcompress.system.artifacts import write_json
@@ -47,7 +47,7 @@ def locate(model: Model, base: Path) -> Path:
         refuse_code(directory, read_config(directory))
         return directory
     if model.python is not None:
-        return make_checkpoint(model.python, base)
+        return make_checkpoint(model.python, base, ANY if model.family == "any-model" else IMAGES)
     directory = base / model.source
     if directory.is_dir():
         refuse_code(directory, read_config(directory) if (directory / "config.json").is_file() else {})

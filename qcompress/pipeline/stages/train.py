@@ -35,7 +35,7 @@ from qcompress.system.accelerate_state import separate_accelerator
 from qcompress.system.artifacts import FloatModel
 from qcompress.system.distributed import Processes
 from qcompress.system.reporter import Reporter
-from qcompress.tasks import TASKS
+from qcompress.tasks import TASKS, loss_of
 from qcompress.tasks.examples import Examples, apart
 from qcompress.training.artifact import save_trained
 from qcompress.training.blockwise import run_block_phase
@@ -173,7 +173,7 @@ def _set_up(job: _Job, data: _Data, calibration: Calibration, adapter: Adapter) 
         recipe=job.recipe,
         architecture=job.architecture,
         prepared=prepared,
-        objective=_objective(job.recipe),
+        objective=_objective(job),
         stepper=class_of("stepper", job.recipe.stepper.name, STEPPERS)(job.recipe.stepper),
         accelerator=job.accelerator,
         processes=job.processes,
@@ -223,10 +223,12 @@ def _initialise(job: _Job, prepared: Prepared, statistics: dict[str, Statistics]
     initialise(prepared, statistics, _later(job.plan, job.phases), job.recipe.train.optimizer)
 
 
-def _objective(recipe: Recipe) -> Objective:
+def _objective(job: _Job) -> Objective:
     """The recipe's objective on the loss of its task."""
+    recipe = job.recipe
     kind = class_of("objective", recipe.objective.name, OBJECTIVES)
-    return kind(recipe.objective, TASKS[recipe.task.name].loss)
+    task = TASKS[recipe.task.name].settled(recipe.task, read_config(job.float_model.path))
+    return kind(recipe.objective, loss_of(task, job.base))
 
 
 def _report_untrained(

@@ -9,7 +9,7 @@ from pathlib import Path
 from qcompress.recipe.yaml_file import Document, Key, dotted
 from qcompress.schema.data import FILES, SUFFIXES
 from qcompress.schema.method_options import Distillation, TeacherIntervention
-from qcompress.schema.recipe import FeatureExtraction, ImageClassification, Recipe, TextData
+from qcompress.schema.recipe import AnyTask, FeatureExtraction, ImageClassification, Recipe, TextData
 
 FORMATS: tuple[Key, ...] = tuple(
     ("format", key)
@@ -64,6 +64,7 @@ def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[s
             "causal-lm": "write `text: [FILE, ...]`, or `dataset:` with `column:`",
             "fill-mask": "write `text: [FILE, ...]`, or `dataset:` with `column:`",
             "image-classification": "write `npz: [FILE, ...]`, `folder: DIR` or `dataset:`",
+            "any": "write `npz: [FILE, ...]`, arrays [samples, ...] by the names of the model's inputs",
         }.get(task.name, "write `table: [FILE, ...]` (.tsv, .csv, .jsonl, .parquet) with `columns:`")
         yield strange[0], f"belongs to {owner}, and the task is {task.name}", fix
         return
@@ -75,19 +76,19 @@ def _misplaced(recipe: Recipe, section: Key, data: TextData) -> Iterator[tuple[s
     if data.text is not None and section == ("data", "train") and needs_labels(recipe):
         message = f"has no labels, and {task.name} trains on them"
         yield "text", message, "write `table: [FILE, ...]` (.tsv, .csv, .jsonl, .parquet) with `columns:`"
-    role = task.columns[0]
+    role = task.columns[0] if task.columns else ""
     if data.column != TextData.model_fields["column"].default:  # which a dumped recipe spells out
         yield "column", "belongs to causal-lm", f"write `columns: {{{role}: {data.column}}}`"
     for name, column in (data.columns.model_dump() if data.columns else {}).items():
         if column is not None and name not in task.columns:
-            message = f"names the column `{name}`, and {task.name} reads {', '.join(task.columns)}"
+            message = f"names the column `{name}`, and {task.name} reads {', '.join(task.columns) or 'none'}"
             yield "columns", message, f"drop `{name}`"
 
 
 def needs_labels(recipe: Recipe) -> bool:
-    """True if training needs labels. A model of embeddings learns from the float model's alone."""
+    """True if training needs labels. Embeddings and a user's module learn from the float model alone."""
     taught = isinstance(recipe.objective, Distillation | TeacherIntervention) and not recipe.objective.task
-    return not (taught and isinstance(recipe.task, FeatureExtraction))
+    return not (taught and isinstance(recipe.task, FeatureExtraction | AnyTask))
 
 
 def sections_of(recipe: Recipe) -> Iterator[tuple[Key, TextData]]:

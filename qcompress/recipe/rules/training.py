@@ -9,6 +9,18 @@ from qcompress.recipe.yaml_file import Document, Key
 from qcompress.schema.axes import PHASES
 from qcompress.schema.recipe import Recipe, Role
 
+TASK_LOSS_PHASES = tuple(
+    dict.fromkeys(name for phases in PHASES.values() for name in phases if name != "calibrate")
+)
+"""Phases that train with the task's loss on the training data; other phases use the calibration data."""
+
+
+def loss_phase(recipe: Recipe) -> str | None:
+    """The first phase that trains with the task's loss; None without one."""
+    defaults = PHASES[recipe.schedule.name]
+    steps = {name: recipe.train.phases.get(name, phase).steps for name, phase in defaults.items()}
+    return next((name for name in defaults if name in TASK_LOSS_PHASES and steps[name]), None)
+
 
 def judge_training(recipe: Recipe, document: Document) -> None:
     """Report options of `train` that do not fit the method."""

@@ -20,8 +20,9 @@ from qcompress.recipe.rules.data import (
     judge_graph,
     judge_origins,
 )
+from qcompress.recipe.rules.own_task import judge_own_task
 from qcompress.recipe.rules.slices import judge_slices
-from qcompress.recipe.rules.training import judge_training
+from qcompress.recipe.rules.training import TASK_LOSS_PHASES, judge_training
 from qcompress.recipe.yaml_file import Document, Key
 from qcompress.schema.axes import AXES, ILLEGAL, PHASES
 from qcompress.schema.goals import METRICS, RESOURCES, ParityGoal
@@ -30,11 +31,6 @@ from qcompress.schema.tasks import AGREEMENT
 
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*")
 """Pattern of names that become part of a path or of a metric's name."""
-
-TASK_LOSS_PHASES = tuple(
-    dict.fromkeys(name for phases in PHASES.values() for name in phases if name != "calibrate")
-)
-"""Phases that train with the task's loss on the training data; other phases use the calibration data."""
 
 
 def judge(recipe: Recipe, document: Document, base: Path) -> None:
@@ -51,6 +47,7 @@ def judge(recipe: Recipe, document: Document, base: Path) -> None:
         _calibration_data(recipe, document)
     _evaluation_sets(recipe, document)
     judge_origins(recipe, document)
+    judge_own_task(recipe, document, base)
     _metrics(recipe, document)
     judge_slices(recipe, document)
     _target(recipe, document)
@@ -284,7 +281,7 @@ def _profile_axes(recipe: Recipe, document: Document) -> None:
     export = recipe.export
     if export.graph is not None or not document.sound(("export", "dynamic"), ("export", "cache"), ("task",)):
         return
-    tokens = recipe.task.name != "image-classification"
+    tokens = recipe.task.context is not None
     exists = {"batch": True, "sequence": tokens, "past": export.cache}
     known = [axis for axis in export.dynamic if exists[axis]]
     for index, profile in enumerate(recipe.build.profiles):
