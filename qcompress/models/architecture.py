@@ -72,6 +72,8 @@ class Layer:
     """True if the layer's input is never negative, as after a ReLU."""
     axis: Literal[0, 1] = 0
     """Axis of the output channels in the stored weight; 1 for Conv1D."""
+    calls: int = 1
+    """Number of calls in a forward pass. All calls share the weight and the scale of the input."""
 
     @property
     def weights(self) -> int:

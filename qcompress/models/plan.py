@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
+from itertools import count, takewhile
 from typing import Any, Literal
 
 from qcompress.models.architecture import Architecture, Layer, Point, Site
@@ -105,6 +107,25 @@ def sharers(plan: tuple[LayerPlan, ...]) -> dict[str, list[str]]:
         if item.layer.kind != "embedding":
             groups.setdefault(item.layer.tied_to or item.name, []).append(item.name)
     return groups
+
+
+def call_name(name: str, call: int) -> str:
+    """Name of a call of a layer or point, counted from 0; the first has the name of the layer.
+
+    >>> call_name("head", 0), call_name("head", 1)
+    ('head', 'head (call 2)')
+    """
+    return f"{name} (call {call + 1})" if call else name
+
+
+def calls_in(names: Container[str], name: str) -> Iterator[str]:
+    """The names of the calls of a layer or point that `names` holds, in order."""
+    return takewhile(names.__contains__, (call_name(name, call) for call in count()))
+
+
+def new_call(names: Container[str], name: str) -> str:
+    """Name of the first call of a layer or point that `names` lacks."""
+    return next(one for call in count() if (one := call_name(name, call)) not in names)
 
 
 def plan_points(recipe: Recipe, architecture: Architecture) -> tuple[PointPlan, ...]:
@@ -232,10 +253,12 @@ def _weights(value: dict[str, object] | None) -> AnyWeightFormat | None:
 
 
 def _layer_values(layer: Layer) -> dict[str, Any]:
-    """JSON values of a layer; `axis` only where it is 1."""
+    """JSON values of a layer; `axis` and `calls` only where they differ from the default."""
     values = asdict(layer)
     if not layer.axis:
         del values["axis"]
+    if layer.calls == 1:
+        del values["calls"]
     return values
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.models import FAMILIES
+from qcompress.models.plan import new_call
 from qcompress.models.prepare import Prepared, replace_module
 from qcompress.parity.forced_codes import Held, Inputs, Place
 from qcompress.quant.affine import to_codes
@@ -43,13 +44,14 @@ class ForcedFold:
     @property
     def places(self) -> list[Place]:
         """Comparisons by quantization point, in execution order."""
-        return [self._places[name] for name in self._codes]
+        return [self._places[name] for name in self._codes if name in self._places]
 
     @torch.no_grad()
     def run(self, batch: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """Update the comparisons with a batch of inputs; returns the logits of the trained and of the folded
         model, fp32.
         """
+        self._codes.clear()
         inputs = FAMILIES[self.trained.family].graph_inputs(**batch)
         trained, folded = (model(**inputs).logits for model in (self.trained.model, self.folded))
         return trained.float().numpy(), folded.float().numpy()
@@ -57,6 +59,6 @@ class ForcedFold:
     def _remember(self, name: str):
         def hook(quantizer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             codes = to_codes(arguments[0], quantizer.scale_of(), quantizer.bounds)
-            self._codes[name] = codes.short().numpy()
+            self._codes[new_call(self._codes, name)] = codes.short().numpy()
 
         return hook

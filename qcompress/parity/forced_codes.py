@@ -5,7 +5,7 @@ the ONNX graph, at one quantization point, and the folded model continues from t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.errors import ContractError
+from qcompress.models.plan import call_name
 from qcompress.parity.distance import Distance
 from qcompress.quant.folded import Rounding
 
@@ -123,19 +124,34 @@ def summary(places: Sequence[Place]) -> dict[str, Any]:
     }
 
 
+class Turn:
+    """The calls of a quantization point, one after another; the first follows the last."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.call = name, 0
+
+    def next(self, known: Container[str]) -> str:
+        """Name of the next call, of those in `known`."""
+        name = call_name(self.name, self.call)
+        self.call = self.call + 1 if call_name(self.name, self.call + 1) in known else 0
+        return name
+
+
 class Held(nn.Module):
     """Replacement of an activation quantizer of the folded model that compares its codes with another
     model's, the trained one's or the graph's, and passes on the latter.
 
-    `forced` maps quantization points to these codes, integers of as many elements as x.
+    `forced` maps the calls of quantization points (`call_name`) to these codes, integers of as many elements
+    as x. All calls count in one comparison.
     """
 
     def __init__(self, rounding: Rounding, place: Place, forced: Inputs) -> None:
         super().__init__()
         self.rounding, self.place, self.forced = rounding, place, forced
+        self._turn = Turn(place.name)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = self.place.padded(self.forced[self.place.name], x.shape)
+        codes = self.place.padded(self.forced[self._turn.next(self.forced)], x.shape)
         if codes.size != x.numel():
             raise ContractError(f"{self.place.name}: {list(codes.shape)} codes for {list(x.shape)} values")
         forced = torch.from_numpy(codes).reshape(x.shape)

@@ -36,11 +36,11 @@ from qcompress.graph.certificate.layers import matmul_inputs, with_outputs
 from qcompress.graph.certificate.points import point_inputs
 from qcompress.graph.view import read
 from qcompress.models.folded import assemble
-from qcompress.models.plan import plans_from_json, points_from_json, rounded
+from qcompress.models.plan import calls_in, new_call, plans_from_json, points_from_json, rounded
 from qcompress.models.prepare import replace_module
 from qcompress.models.rebuild import rebuild
 from qcompress.parity.distance import Distance
-from qcompress.parity.forced_codes import NOISE, TIE, Held, Inputs, Place, summary
+from qcompress.parity.forced_codes import NOISE, TIE, Held, Inputs, Place, Turn, summary
 from qcompress.parity.inputs import Artifacts, evaluation_samples
 from qcompress.parity.measure import Samples, batches
 from qcompress.parity.runners import (
@@ -82,7 +82,8 @@ def compare_layers(
                 if run_trained is not None:
                     reference, trained = run_folded(inputs), run_trained(inputs)
                     for name in places:
-                        places[name].trained.add(trained[name], reference[name])
+                        for call in calls_in(trained, name):
+                            places[name].trained.add(trained[call], reference[call])
                 bar.advance(samples.first)
     return _write([places[name] for name in order], compute, len(windows), out)
 
@@ -135,9 +136,11 @@ def follow(
     wanted += [item.name for item in rounded(points)]
     if lost := [name for name in wanted if name not in values or values[name][1] is None]:
         raise ContractError(f"{onnx.file}: the graph has no Q/DQ pair in front of {', '.join(lost)}")
+    known = {item.name for item in (*plan, *points)}
     places = {
         name: Place(name, limit, margins=padding(view, value, codes))
         for name, (value, codes, _) in values.items()
+        if name in known
     }
     zeros = {name: zero_point(view, codes) for name, (_, codes, _) in values.items()}
     run_held = _held(assemble(folded), places, facts["family"])
@@ -178,12 +181,13 @@ def _held(
     order: list[str] = []
 
     def watch(place: Place) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        turn = Turn(place.name)
+
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             order.append(place.name)
             x = arguments[0].float()
-            place.onnx.add(
-                _rows(x.numpy()), _rows(place.padded(floats[place.name], x.shape).reshape(x.shape))
-            )
+            graph = place.padded(floats[turn.next(floats)], x.shape)
+            place.onnx.add(_rows(x.numpy()), _rows(graph.reshape(x.shape)))
 
         return hook
 
@@ -204,7 +208,7 @@ def _held(
             kept.update(new)
         order.clear()
         logits = model(**complete(family, inputs)).logits
-        return list(order), logits.float().numpy()
+        return list(dict.fromkeys(order)), logits.float().numpy()
 
     return run
 
@@ -227,7 +231,7 @@ def _torch_inputs(model: nn.Module, names: list[str], family: str) -> Callable[[
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen[name] = _rows(arguments[0].float().numpy())
+            seen[new_call(seen, name)] = _rows(arguments[0].float().numpy())
 
         return hook
 

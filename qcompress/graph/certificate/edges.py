@@ -39,7 +39,8 @@ def uses_of(plan: tuple[LayerPlan, ...]) -> dict[str, Use]:
 
 def own_matmuls(view: View, sources: list[str], use: Use) -> list[tuple[NodeProto, str]]:
     """Return the matmul of a layer among those that read its decoded weight (`sources`), with the name of the
-    weight input. Returns all of them if their number differs from `use.count`.
+    weight input. Returns all of them if their number differs from `use.count`, and for a layer that shares no
+    weight: one for each of its calls.
     """
     pairs = [pair for source in sources for pair in matmuls(view, source)]
     pairs.sort(key=lambda pair: view.places[id(pair[0])])
@@ -72,7 +73,7 @@ def verdict(
 ) -> dict[str, Any]:  # fmt: skip
     """Certificate entry of a layer and its input; `sources`: values that hold the decoded weight."""
     pairs, input_equal = input_pairs(view, sources, tensors, item, use)
-    expected = 1 if item.activations else 0
+    expected = item.layer.calls if item.activations else 0
     if pairs != expected:
         reasons.append(f"{pairs} Q/DQ pairs in front of the matmul, {expected} expected")
     if not input_equal:

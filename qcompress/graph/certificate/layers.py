@@ -20,7 +20,7 @@ from qcompress.encodings import encoding_of
 from qcompress.encodings.walk import DEQUANTIZE, QUANTIZE, is_a, lookup_of, operand, pair_of, result
 from qcompress.graph.certificate.edges import Use, own_matmuls, uses_of, verdict
 from qcompress.graph.view import View, read
-from qcompress.models.plan import LayerPlan
+from qcompress.models.plan import LayerPlan, call_name
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
@@ -52,7 +52,7 @@ def _certify(view: View, tensors: Any, item: LayerPlan, use: Use) -> dict[str, A
 
 def matmul_inputs(view: View, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[str, str | None]]:
     """Map each layer to the names of its matmul's float input and of that input's codes (None: not
-    quantized).
+    quantized). Further calls of a layer have names of their own (`call_name`).
 
     The order is that of the graph's nodes, which is topological. Layers whose weight is not read by a matmul
     are left out.
@@ -66,13 +66,12 @@ def matmul_inputs(view: View, plan: tuple[LayerPlan, ...]) -> dict[str, tuple[st
         owner = item.layer.tied_to or item.name
         rounded = item.weights is not None
         sources = encoding_of(item.weights).sources(view, owner) if rounded else [f"{owner}.weight"]
-        for matmul, own in own_matmuls(view, sources, uses[item.name]):
-            value = next(name for name in matmul.input[:2] if name != own)
+        for call, (matmul, own) in enumerate(own_matmuls(view, sources, uses[item.name])):
+            name = call_name(item.name, call)
+            value = next(one for one in matmul.input[:2] if one != own)
             pair = pair_of(view, view.producers.get(value))
-            inputs[item.name] = (
-                (operand(pair.quantize, 0), operand(pair.dequantize, 0)) if pair else (value, None)
-            )
-            places[item.name] = view.places[id(matmul)]
+            inputs[name] = (operand(pair.quantize, 0), operand(pair.dequantize, 0)) if pair else (value, None)
+            places[name] = view.places[id(matmul)]
     return {name: inputs[name] for name in sorted(inputs, key=places.__getitem__)}
 
 

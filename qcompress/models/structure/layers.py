@@ -47,12 +47,13 @@ def find_layers(model: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Layer, 
         for name, module in model.named_modules()
         if kind_of(module) or isinstance(module, UNQUANTIZED)
     }
-    tables: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    tables: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
     def check(name: str, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> str:
         module = candidates[name]
         if isinstance(module, nn.Embedding) and not _is_stock(module):
-            tables[name] = args, keywords  # judged after the run, since the judgement calls the module
+            # judged after the run, since the judgement calls the module
+            tables.setdefault(name, []).append((args, keywords))
         return _reason(module, args, keywords, output)
 
     trace = trace_run(model, run, candidates, check)
@@ -62,7 +63,7 @@ def find_layers(model: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Layer, 
             floats[name] = "never called as a module"
         elif trace.results[name]:
             floats[name] = trace.results[name]
-        elif name in tables and not is_lookup(module, *tables[name]):
+        elif name in tables and not all(is_lookup(module, *call) for call in tables[name]):
             floats[name] = _own(module)
         elif name in trace.read_outside:
             floats[name] = "its weight is read outside its module"
@@ -83,7 +84,7 @@ def _described(model: nn.Module, modules: Mapping[str, nn.Module], trace: Trace)
         is_head = module is head or owner.kind == "embedding"
         if layer.kind == "linear" and is_head:
             layer = dataclasses.replace(layer, kind="head")
-        layers.append(layer)
+        layers.append(dataclasses.replace(layer, calls=trace.calls[name]))
     return tuple(layers)
 
 

@@ -100,8 +100,8 @@ def trace_run(
 ) -> Trace:
     """Observe `run`, a call of the model.
 
-    `check` is called with the name, the arguments and the output of the first call of each of the modules
-    `layer_like`; `Trace.results` keeps what it returns.
+    `check` is called with the name, the arguments and the output of each call of the modules `layer_like`;
+    `Trace.results` keeps its first result that is not empty, and later calls are not checked.
     """
     trace = Trace()
     owners: dict[int, set[str]] = {}
@@ -123,7 +123,7 @@ def trace_run(
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-            if name in layer_like and name not in trace.results:
+            if name in layer_like and not trace.results.get(name):
                 trace.results[name] = check(name, args, keywords, output)
             observer.stack.pop()
             for tensor in tensors_of(output):

@@ -22,8 +22,10 @@ from qcompress.models.text_embedder import TextEmbedder
 Inputs = Callable[[nn.Module, int], Mapping[str, Tensor]]
 """Function from a model and a length to example inputs."""
 
-REPEATED = "is called more than once in a forward pass"
-"""Reason for which a layer stays float: each of its inputs would need a scale."""
+REPEATED = "shares its weight with a layer that is called more than once in a forward pass"
+"""Reason for which a layer stays float: the order of the matmuls of one weight in the graph would not tell
+which layer each of them is.
+"""
 
 
 def whole_structure(auto: str, values: dict[str, Any], inputs: Inputs) -> Discovered:
@@ -39,9 +41,10 @@ def whole_structure(auto: str, values: dict[str, Any], inputs: Inputs) -> Discov
     if not (blocks := _Blocks(reduced.blocks, reduced.sources)).are_fewer:
         blocks = _Blocks(found.blocks, {block: block for block in found.blocks})
     small, whole = reduced.model, reduced.whole
-    once = (layer for layer in found.layers if {layer.name, layer.tied_to}.isdisjoint(found.repeated))
-    layers = tuple(_at_full_size(layer, whole) for layer in blocks.layers(once))
-    floats = found.floats | dict.fromkeys(found.repeated, REPEATED)
+    mixed = _mixed(found.layers)
+    told = (layer for layer in found.layers if layer.name not in mixed)
+    layers = tuple(_at_full_size(layer, whole) for layer in blocks.layers(told))
+    floats = found.floats | dict.fromkeys(mixed, REPEATED)
     own = dict(whole.named_parameters())
     sizes = {name: value.numel() for name, value in own.items()}
     held = {f"{layer.name}.weight" for layer in layers if layer.tied_to is None}
@@ -75,6 +78,16 @@ def whole_structure(auto: str, values: dict[str, Any], inputs: Inputs) -> Discov
         converts=any(not isinstance(item, WeightRenaming) for item in conversions),
         cache=_cache_layout(small, inputs(small, 1), structure.attentions or blocks.blocks),
     )
+
+
+def _mixed(layers: Iterable[Layer]) -> list[str]:
+    """Layers with a matmul whose weight several such layers share, one of which is called more than once."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if layer.kind != "embedding":
+            groups.setdefault(layer.tied_to or layer.name, []).append(layer)
+    shared = [group for group in groups.values() if len(group) > 1]
+    return [layer.name for group in shared if any(one.calls > 1 for one in group) for layer in group]
 
 
 def _found(model: nn.Module, inputs: Inputs) -> Structure:

@@ -308,9 +308,13 @@ def _nonnegative(plan: tuple[LayerPlan, ...], points: tuple[PointPlan, ...], fol
 
 def _layers_of_matmuls(model: ir.Model, plan: tuple[LayerPlan, ...]) -> dict[ir.Node, str]:
     """Layer name of each matmul with a quantized weight. Matmuls that share a weight are assigned to the
-    layers in the order of the plan.
+    layers in the order of the plan, each as many as the layer has calls.
     """
-    waiting, layers = sharers(plan), {}
+    calls = {item.name: item.layer.calls for item in plan}
+    layers: dict[ir.Node, str] = {}
+    waiting = {
+        owner: [name for name in names for _ in range(calls[name])] for owner, names in sharers(plan).items()
+    }
     for node in model.graph:
         if node.op_type in ("MatMul", "Gemm", "Conv"):
             owners = [owner for value in node.inputs[:2] if (owner := _owner(value))]
