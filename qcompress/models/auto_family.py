@@ -288,10 +288,14 @@ def _checked(found: Discovered, tensors: Tensors, head: Head) -> Iterator[str]:
 
 
 def _points(found: Discovered, layers: tuple[Layer, ...]) -> Iterator[Point]:
-    """Points of the attentions, as wide as their key and value heads or as the inputs of their last layer."""
+    """Points of the attentions, as wide as their key and value heads or as the inputs of their last layer. An
+    attention that is called more than once has none.
+    """
     structure = found.structure
     for attention, (heads, width) in zip(structure.attentions, structure.key_values, strict=True):
         inside = [layer for layer in layers if layer.name.startswith(f"{attention}.")]
+        if any(layer.calls > 1 for layer in inside):
+            continue
         whole = inside[-1].in_features if inside else heads * width
         for operand in OPERANDS:
             features = heads * width if operand in ("key_point", "value_point") else whole

@@ -32,6 +32,7 @@ from qcompress.graph.keep_fp32 import keep_fp32, require_operators
 from qcompress.graph.lint.lint import lint, refuse_errors
 from qcompress.graph.onnxruntime_forms import adapt
 from qcompress.graph.optimizer import optimize
+from qcompress.graph.shared_decoders import decode_apart
 from qcompress.graph.sizes import measure_sizes
 from qcompress.models import FAMILIES, graph_signature
 from qcompress.models.architecture import Input
@@ -95,6 +96,8 @@ def export(folded: FoldedModel, options: Export, target: str, provenance: dict[s
     model, stored = program.model, _Stored.of(folded, facts["family"], plan)
     optimize(model, lambda name: stored.is_apart(name.removeprefix(PREFIX)))
     _name(model, plan, stored.name)
+    if TARGETS[target].backend is not None:
+        decode_apart(model)
     for encoding in ENCODINGS:
         encoding.lower(model)
     for item in plan:
