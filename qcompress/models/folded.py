@@ -64,6 +64,8 @@ def assemble(folded: FoldedModel, dtype: torch.dtype = torch.float32, integer: b
         owner = layers.get(item.layer.tied_to or "")
         if isinstance(owner, FoldedLinear):
             layer = FoldedLinear(owner.weight, owner.bias, rounding, integer)
+        elif owner is not None and item.layer.kind == "embedding":
+            layer = FoldedStockEmbedding(owner.weight, stock)
         elif owner is not None:
             layer = FoldedTiedHead(owner.weight, rounding, integer, bias)
         elif item.layer.kind == "conv":

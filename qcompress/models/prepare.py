@@ -25,6 +25,7 @@ from qcompress.quant.conv import QuantizedConv
 from qcompress.quant.layers import (
     QuantizedEmbedding,
     QuantizedLinear,
+    QuantizedSharedTable,
     QuantizedStockEmbedding,
     QuantizedTied,
     QuantizedWeight,
@@ -41,7 +42,7 @@ from qcompress.quant.weight_formats import quantizers_of
 from qcompress.schema.custom import class_of
 from qcompress.schema.formats import CodebookFormat
 
-QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedTied | QuantizedConv
+QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedSharedTable | QuantizedTied | QuantizedConv
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,9 @@ def install(
         if item.weights is None:
             continue
         module = model.get_submodule(item.name)
-        if item.layer.tied_to:
+        if item.layer.tied_to and item.layer.kind == "embedding":
+            layer = QuantizedSharedTable(layers[item.layer.tied_to], module)
+        elif item.layer.tied_to:
             owner = layers[item.layer.tied_to]
             bias = getattr(module, "bias", None) if isinstance(owner, QuantizedEmbedding) else None
             layer = QuantizedTied(owner, input_quantizer(item), bias)

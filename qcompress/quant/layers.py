@@ -275,6 +275,24 @@ class QuantizedStockEmbedding(QuantizedEmbedding, StockForward):
         return self.run_stock({"weight": self.quantized_weight()}, *arguments, **named)
 
 
+class QuantizedSharedTable(TableSize, StockForward):
+    """Embedding that looks up rows of another one's quantized table, as a decoder's does in the encoder's."""
+
+    def __init__(self, owner: QuantizedEmbedding, stock: nn.Embedding) -> None:
+        super().__init__()
+        # a tuple, so that the weight is registered once, under the owner's name
+        self._owner = (owner,)
+        self.hold(stock)
+
+    @property
+    def weight(self) -> Tensor:
+        """The shared table."""
+        return self._owner[0].weight
+
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        return self.run_stock({"weight": self._owner[0].quantized_weight()}, *arguments, **named)
+
+
 def is_lookup(table: nn.Embedding) -> bool:
     """True if an embedding's class computes a lookup and nothing else."""
     return type(table).forward is nn.Embedding.forward

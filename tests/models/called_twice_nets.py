@@ -30,3 +30,30 @@ class Twice(nn.Module):
 def make() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(3)
     return Twice(), torch.zeros(1, 3, 16, 16)
+
+
+class Lookups(nn.Module):
+    """Two lookups of one table, the second times 3, as an encoder's and a decoder's, and a head that reads
+    the table as well.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Embedding(20, 8), Scaled(20, 8), nn.Linear(8, 20, bias=False)
+        self.second.weight = self.head.weight = self.first.weight
+
+    def forward(self, ids: Tensor, others: Tensor) -> dict[str, Tensor]:
+        first, second = self.first(ids), self.second(others)
+        return {"first": first, "second": second, "logits": self.head(first + second)}
+
+
+class Scaled(nn.Embedding):
+    """A table whose rows are multiplied by 3."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return 3 * super().forward(ids)
+
+
+def lookups() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(4)
+    return Lookups(), {"ids": torch.arange(10).view(2, 5), "others": torch.arange(10, 20).view(2, 5)}

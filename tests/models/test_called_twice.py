@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from lines import cli
+from lines import cli, plain_session
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 from torch import nn
@@ -44,8 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }  # fmt: skip
         (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
         done = cli("run", folder / "recipe.yaml", "--out", folder / "runs")
-        # 3: ONNX Runtime at EXTENDED departs from the graph on this net, not yet explained
-        assert done.code in (0, 3), done.stderr + done.stdout
+        assert done.code == 0, done.stderr + done.stdout
     return (folder / "runs" / "twice" / "latest").resolve()
 
 
@@ -144,3 +143,31 @@ def test_every_call_is_counted_in_the_certificate(run: Path) -> None:
     layers = {layer["name"]: layer for layer in read_json(run / "certificate.json")["layers"]}
     assert layers["model.linear"]["qdq_pairs"] == layers["model.linear"]["expected_pairs"] == 2
     assert layers["model.stem"]["qdq_pairs"] == 1
+
+
+def test_lookups_of_one_table_read_its_codes_and_keep_their_own_forward(tmp_path: Path) -> None:
+    """Oracle: the rows of the table rounded by hand."""
+    shutil.copyfile(HERE / "called_twice_nets.py", tmp_path / "called_twice_nets.py")
+    random = np.random.default_rng(0)
+    ids, others = random.integers(0, 20, (2, 16, 5))
+    np.savez(tmp_path / "ids.npz", ids=ids, others=others)
+    values = {
+        "name": "lookups", "model": {"python": "called_twice_nets.py:lookups"}, "task": "any",
+        "format": {"preset": "w8a8", "embeddings": "int8"}, "method": "ptq", "build": {"target": "rtx-ada"},
+        "data": {"calibration": {"npz": ["ids.npz"]}, "evaluate": {"test": {"npz": ["ids.npz"]}}},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QCOMPRESS_STRUCTURES", str(tmp_path / "structures"))
+        done = cli("run", tmp_path / "recipe.yaml", "--out", tmp_path / "runs", "--until", "export")
+    assert done.code == 0, done.stderr + done.stdout
+    (file,) = (tmp_path / "runs").rglob(".cache/export/*/model.onnx")
+    table = called_twice_nets.lookups()[0].first.weight.detach().numpy()
+    scale = np.abs(table).max(1, keepdims=True) / 127
+    rounded = np.rint(table / scale) * scale
+    session = plain_session(file)
+    first, second, _ = session.run(["first", "second", "logits"], {"ids": ids, "others": others})
+    np.testing.assert_allclose(first, rounded[ids], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(second, 3 * rounded[others], rtol=1e-5, atol=1e-7)
+    stored = [tensor for tensor in onnx.load(file).graph.initializer if tensor.name.endswith("weight.codes")]
+    assert [tensor.name for tensor in stored] == ["model.first.weight.codes"]
