@@ -7,9 +7,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 KEY = "python"
 """Key of config.json with the facts of a user's module."""
@@ -52,4 +53,6 @@ def apart(joined: Any, outputs: Sequence[Output]) -> dict[str, Any]:
 
 def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Outputs [batch, ...] side by side, fp32 [batch, values]."""
+    import numpy as np
+
     return np.concatenate([array.reshape(len(array), -1).astype(np.float32) for array in arrays], axis=1)

@@ -37,6 +37,7 @@ def archive_slices(data: TextData, base: Path, counted: str | None = None) -> Sl
 
 def _archive(file: Path, data: TextData, counted: str | None) -> Slices:
     columns: dict[str, list[Any]] = {}
+    what = "rows" if counted is None else "images"
     with opened_archive(file) as archive:
         wanted = data.slices or []
         counted = counted or archive.files[0]
@@ -48,7 +49,7 @@ def _archive(file: Path, data: TextData, counted: str | None) -> Slices:
             array = read_array(archive, name)
             if array.shape != (count,):
                 raise UsageError(
-                    f"{file.name}: {count} rows, and {name} is of shape {list(array.shape)}",
+                    f"{file.name}: {count} {what}, and {name} is of shape {list(array.shape)}",
                     fix="write one value for each image",
                 )
             columns[name] = array.tolist()

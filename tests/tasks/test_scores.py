@@ -8,6 +8,7 @@ import pytest
 
 from qcompress.schema.goals import BEST, METRICS
 from qcompress.schema.recipe import (
+    AnyTask,
     CausalLm,
     FeatureExtraction,
     FillMask,
@@ -111,6 +112,7 @@ def test_every_metric_of_every_task_is_known_with_its_direction() -> None:
         FeatureExtraction(),
         FillMask(),
         QuestionAnswering(),
+        AnyTask(score="net.py:score", error="net.py:error"),
     ]
     for task in tasks:
         assert set(task.main) <= set(task.metrics) <= METRICS.keys(), task

@@ -33,7 +33,6 @@ from qcompress.engine.probe_kit.engine_runners import EXACT, saturates
 from qcompress.errors import ContractError
 from qcompress.graph.view import read
 from qcompress.models.folded import assemble
-from qcompress.models.named_outputs import outputs_in
 from qcompress.models.plan import plans_from_json, points_from_json, rounded
 from qcompress.models.rebuild import rebuild
 from qcompress.parity.distance import Distance
@@ -56,7 +55,7 @@ from qcompress.parity.runners import (
 from qcompress.parity.sample_results import write_samples
 from qcompress.parity.sharpness import trained_sharpness
 from qcompress.schema.goals import PARITY
-from qcompress.schema.recipe import ROWS, Recipe
+from qcompress.schema.recipe import ROWS, AnyTask, Recipe
 from qcompress.schema.tasks import AGREEMENT, Task
 from qcompress.system.artifacts import FoldedModel, read_json, sha256_file, write_json
 from qcompress.system.collector import only_new
@@ -287,10 +286,10 @@ def _write_kit(job: _Job) -> None:
     every = [sample for windows in samples.sets.values() for sample in windows]
     inputs = complete(recipe.model.family, task.collate(every))
     sizes = {name: len(windows) for name, windows in samples.sets.items()}
-    config = artifacts.onnx.path / "config.json"
+    outputs = [output.name for output in samples.task.outputs] if isinstance(samples.task, AnyTask) else []
     arrays = task.kit({name: tensor.numpy() for name, tensor in inputs.items()}, every)
     write_probe(out / "probe", sizes, arrays, out / "logits-onnx.npy", artifacts.onnx, artifacts.engine,
-                samples.task.ranked, [output.name for output in outputs_in(read_json(config))])  # fmt: skip
+                samples.task.ranked, outputs)  # fmt: skip
     taken = sum(file.stat().st_size for file in (out / "probe").iterdir())
     if taken > KIT_BYTES:  # possible for images: all samples of a set are in the kit
         job.reporter.say(f"verify: the probe kit takes {taken / 1e6:.0f} MB: `verify.samples` limits it")
