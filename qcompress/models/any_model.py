@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcompress.models.architecture import Head, Input
 from qcompress.models.auto_family import AutoFamily
-from qcompress.models.named_outputs import KEY
+from qcompress.models.named_outputs import inputs_in
 from qcompress.models.python_source import ANY
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ class _AnyFamily(AutoFamily):
 
     def signature(self, config: dict[str, Any]) -> tuple[Input, ...]:
         """Inputs of the exported graph, as in the example."""
-        listed = config[KEY]["inputs"]
-        return tuple(Input(item["name"], ("batch", *item["shape"]), item["element"]) for item in listed)
+        return tuple(
+            Input(name, ("batch", *shape), element) for name, (shape, element) in inputs_in(config).items()
+        )
 
     def _ready(self, model: nn.Module, config: dict[str, Any]) -> nn.Module:
         return model.eval()

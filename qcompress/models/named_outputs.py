@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-KEY = "python"
-"""Key of config.json with the facts of a user's module."""
+PYTHON = "python"
+"""Value of `model_type`, and key of config.json with the facts of a user's module."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Output:
 
 def outputs_in(config: Mapping[str, Any]) -> tuple[Output, ...]:
     """Outputs that the config.json of a user's module lists; empty for another model."""
-    listed = config.get(KEY, {}).get("outputs", ())
+    listed = config.get(PYTHON, {}).get("outputs", ())
     return tuple(Output(item["name"], tuple(item["shape"]), item["scale"]) for item in listed)
 
 
 def inputs_in(config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Inputs that the config.json of a user's module lists: shape and type of one sample, by name."""
-    return {item["name"]: (tuple(item["shape"]), item["element"]) for item in config[KEY]["inputs"]}
+    return {item["name"]: (tuple(item["shape"]), item["element"]) for item in config[PYTHON]["inputs"]}
 
 
 def apart(joined: Any, outputs: Sequence[Output]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from qcompress.errors import MachineError, ModelError
 from qcompress.models.kept_folder import cache_folder
 from qcompress.models.loading import complete, hashed_files
+from qcompress.models.named_outputs import PYTHON
 from qcompress.system.child_process import command, environment
 from qcompress.system.digests import digest_of
 from qcompress.system.user_code import executed, imports_beside
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qcompress.models.python_model import UserModule
-
-PYTHON = "python"
-"""Value of `model_type`, and key of the function in config.json."""
 
 DEFAULT = "make"
 """Function of a file that is named alone."""
@@ -46,7 +44,7 @@ RETURNS = {
     ANY: "return (module, inputs): a torch.nn.Module in fp32, and an example of its inputs, a tensor, a "
     "tuple of tensors, or a dict of tensors by the names of the arguments of `forward`, each [batch, ...]",
 }
-"""What a function must return, by kind."""
+"""Return value of a function, by kind, as messages ask for it."""
 
 
 def split(named: str) -> tuple[str, str]:

@@ -60,10 +60,6 @@ def engine_row(
         for name, results in by_set.items()
         for metric, value in module.metrics(results, task, reference.get(name)).items()
     }
-
-    def own(name: str, metric: str) -> bool:
-        return isinstance(task, AnyTask) and f"{name}.{metric}" not in metrics
-
     row = {
         "stage": "engine",
         "status": "measured",
@@ -73,8 +69,9 @@ def engine_row(
         "distance": measurement.distance,
         "measured_on": measurement.facts,
     }
-    if elsewhere := [f"{name}.{metric}" for name in by_set for metric in task.metrics if own(name, metric)]:
-        row["elsewhere"] = elsewhere  # the user's functions and data, which a device has not
+    names = [f"{name}.{metric}" for name in by_set for metric in task.metrics]
+    if isinstance(task, AnyTask) and not metrics.keys() >= set(names):
+        row["elsewhere"] = names  # of the user's functions and data, which a device has not
     return row, by_set
 
 

@@ -274,8 +274,8 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def _count(file: Path, task: AnyTask) -> int:
-    """Number of samples of an archive, from its headers. Raises UsageError if its arrays have different
-    numbers, or are no inputs of the model.
+    """Number of samples of an archive, from its headers. Raises UsageError for arrays of different numbers of
+    samples, and for a missing or unfit input of the model.
     """
     with opened_archive(file) as archive:
         headers = {name: array_header(archive, name) for name in archive.files}

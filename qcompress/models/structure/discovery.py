@@ -78,7 +78,6 @@ def discover_structure(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         covered=covered,
         uncovered=uncovered,
-        repeated=tuple(layer.name for layer in layers if trace.calls[layer.name] > 1),
         key_values=tuple(attentions.values()),
     )
 

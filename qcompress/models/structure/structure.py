@@ -34,8 +34,6 @@ class Structure:
     """Share of the layers in the values of parameters with two axes or more; 1.0 if none has two."""
     uncovered: tuple[tuple[str, tuple[int, ...]], ...]
     """Names and shapes of the parameters with two axes or more that no layer holds, the largest first."""
-    repeated: tuple[str, ...] = ()
-    """Layers that one forward pass calls more than once. They take part in no site."""
     key_values: tuple[tuple[int, int], ...] = ()
     """Key/value heads and width of a head of each attention, as a key-value cache holds them."""
 

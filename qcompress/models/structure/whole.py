@@ -62,7 +62,6 @@ def whole_structure(auto: str, values: dict[str, Any], inputs: Inputs) -> Discov
         parameters=sum(sizes.values()),
         covered=1 - sum(sizes[name] for name in left) / max(sum(sizes[name] for name in matrices), 1),
         uncovered=tuple((name, tuple(own[name].shape)) for name in left),
-        repeated=tuple(blocks.spread(found.repeated)),
         key_values=tuple(shapes[place] for place in blocks.origins(found.attentions)),
     )
     conversions = get_model_conversion_mapping(whole, add_legacy=False) if _is_stock(whole) else []
